@@ -1,0 +1,1 @@
+"""One measuring script for each claim."""

@@ -1,0 +1,1 @@
+"""opd_async: the torch-free core that every role shares."""
