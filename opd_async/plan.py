@@ -1,0 +1,75 @@
+"""The resolved plan of a run: every process, its command, host, devices and ports.
+
+The plan is saved as `plan.json` in the run's folder; every role process reads it and nothing else.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+from opd_async.topology import Section, Topology
+
+
+class RoleKind(StrEnum):
+    """The kinds of process in a run, in start order."""
+
+    TEACHER_ENGINE = "teacher_engine"
+    STUDENT_ENGINE = "student_engine"
+    INTAKE = "intake"
+    TEACHER = "teacher"
+    ROLLOUT = "rollout"
+    LEARNER = "learner"
+
+
+class RolePlan(Section):
+    """One process of the run. The launcher itself (supervisor and coordinator) is not among them."""
+
+    kind: RoleKind
+    index: int
+    host: str
+    devices: tuple[str, ...]
+    command: tuple[str, ...]
+    ports: dict[str, int]
+    """Port by purpose: `http`, `chunks`, `scored`, `batches`, `metrics`."""
+
+    @property
+    def name(self) -> str:
+        """`rollout-0`, `student-engine-1`, ...: the name in logs, metrics and messages."""
+        return f"{self.kind.value.replace('_', '-')}-{self.index}"
+
+
+class Plan(Section):
+    """Everything that a role needs to know at start."""
+
+    topology: Topology
+    run_folder: Path
+    control: str
+    """ZeroMQ endpoint of the coordinator (ROUTER)."""
+    coordinator_metrics_port: int
+    scored: str
+    """Endpoint of the intake for scored chunks (PULL)."""
+    batches: str
+    """Endpoint of the intake for learner ranks (ROUTER)."""
+    chunks: tuple[str, ...]
+    """Endpoint of each teacher actor for chunks (PULL)."""
+    student_engines: tuple[str, ...]
+    """Base URL of each student engine."""
+    teacher_engines: tuple[str, ...]
+    """Base URL of each teacher engine."""
+    vocab_size: int
+    """Ids in [0, vocab_size) are valid for student and teacher."""
+    stop_token_ids: tuple[int, ...]
+    """Ids that end a response: those of the student's generation config and of the topology."""
+    roles: tuple[RolePlan, ...]
+
+    def role(self, kind: RoleKind, index: int) -> RolePlan:
+        """The role of that kind and index; `KeyError` if the plan has none."""
+        for role in self.roles:
+            if role.kind is kind and role.index == index:
+                return role
+        raise KeyError(f"no {kind.value} {index} in the plan")
+
+    def of_kind(self, kind: RoleKind) -> tuple[RolePlan, ...]:
+        """All roles of one kind, by index."""
+        return tuple(role for role in self.roles if role.kind is kind)

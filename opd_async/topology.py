@@ -1,0 +1,276 @@
+"""The topology file: one pydantic model per section, unknown keys refused.
+
+`Topology` describes a run completely; `opd_async.plan` turns it into processes and ports, `opd_async.validation`
+checks it against files, devices and ports. Lengths are in tokens, times in seconds unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys are errors, infinities and NaN are not numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class TrainOn(StrEnum):
+    """What a step is made of."""
+
+    TOKENS = "tokens"
+    """Scored tokens, cut out of responses that are still being generated when their age demands it."""
+    SAMPLES = "samples"
+    """Complete responses, or whole groups."""
+
+
+class EngineKind(StrEnum):
+    """Which server answers the SGLang HTTP API."""
+
+    EMBEDDED = "embedded"
+    """The small server in `actors.engine`, started by the supervisor."""
+    EXTERNAL = "external"
+    """Already running; `urls` says where. The supervisor never starts or stops it."""
+
+
+class PauseMode(StrEnum):
+    """What happens to running requests when weights change."""
+
+    IN_PLACE = "in_place"
+    """They keep their KV cache: no cost, behaviour logprobs stay those that were sampled from."""
+    RETRACT = "retract"
+    """Their KV cache is computed again: exact under the new weights, at the price of a prefill."""
+
+
+class ModelSection(Section):
+    """A Hugging Face checkpoint folder."""
+
+    path: Path
+
+
+class ModelsSection(Section):
+    """The two models. They must share one vocabulary."""
+
+    student: ModelSection
+    teacher: ModelSection
+
+
+class PromptsSection(Section):
+    """A prompts file (JSONL or parquet) and the names of its keys."""
+
+    path: Path
+    prompt_key: str = "prompt"
+    label_key: str = "label"
+    metadata_key: str = "metadata"
+
+
+class DataSection(Section):
+    """Prompts to train on, and prompts held out for evaluation."""
+
+    train: PromptsSection
+    held_out: PromptsSection | None = None
+    shuffle: bool = True
+    chat_template: Path | None = None
+    """A Jinja file used instead of the tokenizer's own chat template."""
+
+
+class EngineSection(Section):
+    """The engines of one side (student or teacher)."""
+
+    kind: EngineKind = EngineKind.EMBEDDED
+    replicas: Positive = 1
+    urls: tuple[str, ...] = ()
+    """External engines: one URL per replica."""
+    devices: tuple[str, ...] = ("cpu",)
+    """One per replica, or one for all: `cpu`, `cuda:0`, ..."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    context_tokens: Positive = 4096
+    kv_tokens: Positive = 65536
+    max_running: Positive = 256
+    threads: Positive = 1
+    api_key: str | None = None
+    admin_api_key: str | None = None
+
+
+class EnginesSection(Section):
+    """Engines of both sides."""
+
+    student: EngineSection = EngineSection()
+    teacher: EngineSection = EngineSection()
+
+
+class SamplingSection(Section):
+    """How the student samples. Temperatures other than 1 are refused: teacher scores are at temperature 1."""
+
+    temperature: float = Field(default=1.0, ge=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = -1
+    max_response_tokens: Positive = 1024
+    stop_token_ids: tuple[NonNegative, ...] = ()
+
+
+class RolloutSection(Section):
+    """Rollout actors; replica i drives the student engines whose index is i modulo the number of actors."""
+
+    replicas: Positive = 1
+    slots: Positive = 256
+    """Generations at once, over all actors."""
+    group_size: Positive = 1
+    chunk_tokens: Positive = 512
+    """A partial sample leaves for the teacher at this many new tokens, and whenever the weights change."""
+    stream_interval: Positive = 8
+    """Tokens per streamed event of the engine."""
+    sampling: SamplingSection = SamplingSection()
+    request_retries: NonNegative = 5
+    resend_after_s: Seconds = 30.0
+    """A chunk that the learner has not acknowledged by then is sent again."""
+
+
+class TeacherSection(Section):
+    """Teacher actors; replica i drives the teacher engines whose index is i modulo the number of actors."""
+
+    replicas: Positive = 1
+    batch_tokens: Positive = 4096
+    """New tokens in one scoring batch."""
+    max_wait_ms: float = Field(default=10.0, ge=0)
+    """A batch leaves no later than this after its first chunk came."""
+    max_in_flight: Positive = 2
+    """Scoring batches at once against one engine."""
+    request_retries: NonNegative = 5
+
+
+class ScheduleSection(Section):
+    """When a step is taken, and how old its tokens may be."""
+
+    steps: Positive
+    train_on: TrainOn = TrainOn.TOKENS
+    tokens_per_step: Positive = 65536
+    samples_per_step: Positive = 256
+    max_staleness: NonNegative = 1
+    pause_mode: PauseMode = PauseMode.IN_PLACE
+
+
+class OptimizerSection(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_grad: float = Field(default=1.0, gt=0)
+    warmup_steps: NonNegative = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    min_lr_ratio: Share = 0.1
+
+
+class LearnerSection(Section):
+    """The Megatron-core learner: parallel sizes and numerics."""
+
+    devices: tuple[str, ...] = ("cpu",)
+    """One per rank, or `cpu` for all."""
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    data_parallel: Positive = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    micro_batch_tokens: Positive = 16384
+    logprob_chunk_rows: Positive = 1024
+    recompute: bool = False
+    threads: Positive = 1
+    bucket_mib: Positive = 256
+    optimizer: OptimizerSection = OptimizerSection()
+
+    @property
+    def ranks(self) -> int:
+        """World size of the learner."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+
+class OpdSection(Section):
+    """The distillation signal."""
+
+    kl_coef: float = Field(default=1.0, ge=0)
+    signal_clamp: float | None = Field(default=None, gt=0)
+    """|log q - log p| is clamped to this; null switches the clamp off."""
+    clip_ratio: float | None = Field(default=0.2, gt=0, lt=1)
+    """PPO-style clip of the importance ratio; null switches it off."""
+    mismatch: Literal["none", "tis", "icepop"] = "none"
+
+
+class CheckpointSection(Section):
+    """Checkpoints: every so many steps and at the end."""
+
+    every_steps: Positive = 50
+    keep: Positive = 2
+    export_hf: bool = True
+    """Write the student in Hugging Face format at the end."""
+
+
+class EvaluationSection(Section):
+    """pass@1 on held-out prompts: before, during and after training."""
+
+    every_steps: Positive | None = None
+    """None: only before and after."""
+    prompts: Positive = 1000
+    """Prompts for the evaluations before and after training."""
+    during_prompts: Positive = 256
+    """Prompts for the evaluations in between."""
+    answer_pattern: str = r"(?s)^(.*)$"
+    """Regular expression over the response text; its first group must equal the label."""
+    teacher: bool = True
+    """Evaluate the teacher too."""
+
+
+class NetworkSection(Section):
+    """Where roles listen. Off loopback a key is required."""
+
+    bind: str = "127.0.0.1"
+    base_port: int = Field(default=0, ge=0, le=65000)
+    """First of the consecutive ports that the plan uses; 0 takes free ones."""
+
+
+class SupervisorSection(Section):
+    """Restarts and deadlines."""
+
+    restarts: NonNegative = 3
+    """How often one role may be restarted in a run."""
+    backoff_s: Seconds = 0.5
+    start_deadline_s: Seconds = 180.0
+    stop_deadline_s: Seconds = 20.0
+    heartbeat_deadline_s: Seconds = 60.0
+    step_deadline_s: Seconds = 600.0
+    """No optimizer step within this time ends the run."""
+
+
+class Topology(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: NonNegative = 0
+    run_dir: Path = Path("runs")
+    models: ModelsSection
+    data: DataSection
+    schedule: ScheduleSection
+    engines: EnginesSection = EnginesSection()
+    rollout: RolloutSection = RolloutSection()
+    teacher: TeacherSection = TeacherSection()
+    learner: LearnerSection = LearnerSection()
+    opd: OpdSection = OpdSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    network: NetworkSection = NetworkSection()
+    supervisor: SupervisorSection = SupervisorSection()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run leaves its files."""
+        return self.run_dir / self.name
