@@ -1,0 +1,393 @@
+"""Every message that crosses a process border, in one place.
+
+Data path: `Chunk` (rollout to teacher), `ScoredChunk` (teacher to intake), `Train` (intake to learner ranks).
+Control path: everything else, between the coordinator and the roles.
+
+Ids: `sample_id` counts samples over the whole run; `attempt` grows each time a sample is leased again; positions count
+response tokens from 0. Logprobs are natural logarithms. Versions count optimizer steps. Times are `time.time()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from opd_async.wire import Float32, Int32, Int64, Intervals, message
+
+
+class Finish(StrEnum):
+    """Why a response ended."""
+
+    STOP = "stop"
+    """A stop token; it is the last token of the response."""
+    LENGTH = "length"
+    """The response reached its maximum."""
+
+
+class LeaseKind(StrEnum):
+    """What a generation is for."""
+
+    TRAIN = "train"
+    EVAL_STUDENT = "eval_student"
+    EVAL_TEACHER = "eval_teacher"
+
+
+# --- data path -------------------------------------------------------------------------------------------------------
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive new tokens of one response, all made by the same weights.
+
+    `context` is int32[prompt + start], prompt and earlier response, present on the first chunk that a teacher actor
+    sees of a sample; later chunks carry None. An empty chunk (no tokens) only reports how the response ended.
+    """
+
+    sample_id: int
+    attempt: int
+    actor: int
+    prompt_id: int
+    prompt_tokens: int
+    start: int
+    weight_version: int
+    finish: str | None
+    label: str
+    made_at: float
+    token_ids: Int32
+    behaviour_logprobs: Float32
+    context: Int32 | None = None
+
+    @property
+    def end(self) -> int:
+        """Position after the chunk's last token."""
+        return self.start + len(self.token_ids)
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class ScoredChunk:
+    """A chunk with the teacher's logprobs of the same tokens (temperature 1)."""
+
+    sample_id: int
+    attempt: int
+    actor: int
+    prompt_id: int
+    prompt_tokens: int
+    start: int
+    weight_version: int
+    finish: str | None
+    label: str
+    teacher_id: str
+    token_ids: Int32
+    behaviour_logprobs: Float32
+    teacher_logprobs: Float32
+    context: Int32 | None = None
+
+    @property
+    def end(self) -> int:
+        """Position after the chunk's last token."""
+        return self.start + len(self.token_ids)
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Train:
+    """One step for one learner rank: its `StepBatch` as flat arrays, micro-batches back to back.
+
+    `mb_tokens`, `mb_sequences`, `mb_rows` int32[M] say where each micro-batch ends; `sequence_lengths` int32[N].
+    """
+
+    version: int
+    loss_tokens: int
+    mb_tokens: Int32
+    mb_sequences: Int32
+    mb_rows: Int32
+    token_ids: Int32
+    sequence_lengths: Int32
+    rows: Int32
+    behaviour_logprobs: Float32
+    teacher_logprobs: Float32
+    advantages: Float32
+    staleness: Int32
+
+
+# --- every role to the coordinator -----------------------------------------------------------------------------------
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A role is up; `pid` tells one incarnation from the next."""
+
+    role: str
+    pid: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A role is alive; `counters` are its running totals (tokens, idle seconds, ...) for the report."""
+
+    role: str
+    counters: dict[str, float]
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A role cannot go on; the run ends with this text."""
+
+    role: str
+    text: str
+
+
+# --- coordinator and rollout actors ----------------------------------------------------------------------------------
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Generate one response. `prefix` int32[k] holds response tokens that an earlier attempt already made and that
+    have been scored: generation goes on behind them."""
+
+    sample_id: int
+    attempt: int
+    prompt_id: int
+    kind: str
+    temperature: float
+    label: str
+    prompt: Int32
+    prefix: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class LeaseDone:
+    """A training response has ended and its last chunk has been sent."""
+
+    sample_id: int
+    attempt: int
+    response_tokens: int
+    finish: str
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class EvalDone:
+    """An evaluation response, complete."""
+
+    sample_id: int
+    finish: str
+    weight_version: int
+    token_ids: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Stop the student engines, deliver everything generated so far, answer with `Paused`."""
+
+    token: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """All tokens made so far are on their way to a teacher: `ends[i]` response tokens exist of `sample_ids[i]`.
+
+    Lists every sample that is being generated or has chunks the intake has not acknowledged.
+    """
+
+    token: int
+    sample_ids: Int64
+    attempts: Int32
+    ends: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Every student engine holds weights `version`: generate."""
+
+    version: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class EngineDown:
+    """The student engine at `url` is gone; its responses wait for the next `Resume`."""
+
+    url: str
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class TeacherRestarted:
+    """Teacher actor `index` has lost what it held: send it everything unacknowledged again, with context."""
+
+    index: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Forget every sample (the learner goes back to a checkpoint). Engines stay paused until the next `Resume`."""
+
+    token: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class ResetDone:
+    """The role holds no sample any more."""
+
+    role: str
+    token: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Finish what is being sent and exit with code 0."""
+
+    reason: str
+
+
+# --- coordinator and intake ------------------------------------------------------------------------------------------
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """What had been trained when the intake started: completed sample ids as half-open intervals int64[n, 2], and
+    partly trained samples with the response tokens that were trained (flat, `partial_ends[i]` each)."""
+
+    version: int
+    completed: Intervals
+    partial_ids: Int64
+    partial_ends: Int32
+    partial_tokens: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Acks:
+    """Scored tokens that the intake holds: of `sample_ids[i]` (attempt `attempts[i]`), all before `ends[i]`."""
+
+    sample_ids: Int64
+    attempts: Int32
+    actors: Int32
+    ends: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Version:
+    """The learner and every engine hold weights `version`: the next step may be planned. Every token made by weights
+    `version - 1` or older lies before `ends[i]` of `sample_ids[i]`, or is already held."""
+
+    version: int
+    sample_ids: Int64
+    attempts: Int32
+    ends: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class DrainRequest:
+    """`max_staleness: 0`: the budget is there; pause the engines and send `Drained` with every token made so far."""
+
+    version: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """Answer to `DrainRequest`: like `Version`, but for tokens made by weights `version` itself."""
+
+    version: int
+    sample_ids: Int64
+    attempts: Int32
+    ends: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class StepStarted:
+    """The intake has sent a step to the learner; `stats` describe it (tokens, samples, cuts, staleness, ...)."""
+
+    version: int
+    stats: dict[str, float]
+    staleness_counts: Int64
+    """Trained tokens by staleness: entry k counts tokens of age k."""
+    completed: Int64
+    """Samples whose last token is in this step."""
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Reclaim:
+    """The rollout actor of these samples is gone: stop accepting their attempt and return what has been scored."""
+
+    sample_ids: Int64
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Reclaimed:
+    """Per sample: the next attempt, its scored response tokens (flat, `ends[i]` each), and whether it is complete."""
+
+    sample_ids: Int64
+    attempts: Int32
+    ends: Int32
+    complete: Int32
+    tokens: Int32
+
+
+# --- coordinator to learner (through the intake, so that all ranks see one order) ------------------------------------
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class SyncWeights:
+    """Send the current weights as `version` to these engines; `group` names a new process group when it changes."""
+
+    version: int
+    group: str
+    engines: list[str]
+    admin_key: str | None
+    verify: bool
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class SaveCheckpoint:
+    """Write the state after step `step` into `folder`; the intake adds the frontier."""
+
+    step: int
+    folder: str
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class ExportModel:
+    """Write the student in Hugging Face format."""
+
+    folder: str
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class LearnerReply:
+    """Answer of learner rank 0 to `Train`, `SyncWeights`, `SaveCheckpoint`, `ExportModel`; `error` None: done."""
+
+    command: str
+    version: int
+    error: str | None
+    stats: dict[str, float]
+
+
+Message = Any
+"""Any registered message; receivers match on the class."""
