@@ -131,9 +131,9 @@ class Assembler:
             self.samples[chunk.sample_id] = sample
         if chunk.attempt < sample.attempt:
             return Verdict.STALE_ATTEMPT
-        if chunk.attempt > sample.attempt or not len(sample.prompt):
-            if not self._next_attempt(sample, chunk):
-                return Verdict.ORPHAN
+        is_first_of_attempt = chunk.attempt > sample.attempt or not len(sample.prompt)
+        if is_first_of_attempt and not self._next_attempt(sample, chunk):
+            return Verdict.ORPHAN
         if chunk.start < sample.scored_end or sample.finish is not None or chunk.start in sample.early:
             return Verdict.DUPLICATE
         if chunk.start > sample.scored_end:
@@ -167,17 +167,19 @@ class Assembler:
             sample.order = self._finished
             self._finished += 1
 
-    def give_up_attempt(self, sample_id: int, floor: int) -> tuple[int, NDArray[np.int32], bool]:
-        """The actor of this sample is gone. Returns the next attempt (> `floor`), the scored tokens, and whether the
-        response is complete; later chunks of the old attempt are refused."""
+    def give_up_attempt(self, sample_id: int, attempt: int) -> tuple[int, NDArray[np.int32], bool]:
+        """The actor of this sample is gone. Returns the next attempt, the scored tokens int32[scored_end], and whether
+        the response is complete; late chunks of `attempt` are refused from now on."""
         if sample_id in self.completed:
-            return floor + 1, np.zeros(0, np.int32), True
+            return attempt, np.zeros(0, np.int32), True
         sample = self.samples.get(sample_id)
         if sample is None:
-            return floor + 1, np.zeros(0, np.int32), False
+            # remembered, so that a chunk still under way cannot bring the old attempt back to life
+            sample = Sample(sample_id, attempt, -1, -1, "", np.zeros(0, np.int32))
+            self.samples[sample_id] = sample
         if sample.finish is not None:
             return sample.attempt, np.zeros(0, np.int32), True
-        sample.attempt = max(sample.attempt, floor) + 1
+        sample.attempt = max(sample.attempt, attempt) + 1
         sample.early.clear()
         return sample.attempt, sample.response(), False
 

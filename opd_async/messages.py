@@ -274,7 +274,10 @@ class Frontier:
 @message
 @dataclass(frozen=True, slots=True)
 class Acks:
-    """Scored tokens that the intake holds: of `sample_ids[i]` (attempt `attempts[i]`), all before `ends[i]`."""
+    """Scored tokens that the intake holds: of `sample_ids[i]` (attempt `attempts[i]`), all before `ends[i]`.
+    `ready_tokens` could be trained in the next step: finished responses, and tokens whose age demands it."""
+
+    ready_tokens: int
 
     sample_ids: Int64
     attempts: Int32
@@ -316,7 +319,7 @@ class Drained:
 @message
 @dataclass(frozen=True, slots=True)
 class StepStarted:
-    """The intake has sent a step to the learner; `stats` describe it (tokens, samples, cuts, staleness, ...)."""
+    """The intake has sent a step to the learner; `stats` describe it (tokens, samples, cuts, recomputed tokens)."""
 
     version: int
     stats: dict[str, float]
@@ -329,9 +332,10 @@ class StepStarted:
 @message
 @dataclass(frozen=True, slots=True)
 class Reclaim:
-    """The rollout actor of these samples is gone: stop accepting their attempt and return what has been scored."""
+    """The rollout actor of these samples is gone: stop accepting these attempts and return what has been scored."""
 
     sample_ids: Int64
+    attempts: Int32
 
 
 @message

@@ -1,0 +1,97 @@
+"""Segments to packed micro-batches, dealt evenly to data-parallel ranks.
+
+The prefix of a segment is forwarded again with it (its gradient is exact), so a sequence costs prompt + end tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from opd_async.assembly import Segment
+from opd_async.batches import MicroBatch, StepBatch
+from opd_async.messages import Train
+
+Bin = list[Segment]
+
+
+def pack(segments: Sequence[Segment], version: int, ranks: int, micro_batch_tokens: int) -> list[StepBatch]:
+    """One `StepBatch` per data-parallel rank, all with the same number of micro-batches.
+
+    Longest first, each into the emptiest bin that it fits; a sequence longer than `micro_batch_tokens` gets a bin of
+    its own. The result depends on the segments alone, not on their order.
+    """
+    bins: list[Bin] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for segment in sorted(segments, key=lambda s: (-len(s.token_ids), s.sample_id)):
+        length = len(segment.token_ids)
+        at = min(range(len(bins)), key=loads.__getitem__)
+        if loads[at] and loads[at] + length > micro_batch_tokens:
+            at = len(bins)
+            bins.extend([] for _ in range(ranks))
+            loads.extend([0] * ranks)
+        bins[at].append(segment)
+        loads[at] += length
+    loss_tokens = sum(segment.end - segment.start for segment in segments)
+    return [
+        StepBatch(version, loss_tokens, tuple(micro_batch(group, version) for group in bins[rank::ranks]))
+        for rank in range(ranks)
+    ]
+
+
+def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:
+    """Segments back to back; staleness counts from `version`."""
+    lengths = np.array([len(segment.token_ids) for segment in segments], np.int32)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    rows = [
+        np.arange(segment.start, segment.end, dtype=np.int32) + (offset + segment.prompt_tokens - 1)
+        for segment, offset in zip(segments, cu_seqlens, strict=False)
+    ]
+    count = sum(len(r) for r in rows)
+    return MicroBatch(
+        _join([segment.token_ids for segment in segments], np.int32),
+        cu_seqlens,
+        _join(rows, np.int32),
+        _join([segment.behaviour_logprobs for segment in segments], np.float32),
+        _join([segment.teacher_logprobs for segment in segments], np.float32),
+        np.zeros(count, np.float32),
+        _join([version - segment.versions for segment in segments], np.int32),
+    )
+
+
+def _join(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:  # type: ignore[type-arg]
+    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
+
+
+def to_message(batch: StepBatch) -> Train:
+    """The wire form of one rank's step."""
+    mbs = batch.micro_batches
+    return Train(
+        batch.version,
+        batch.loss_tokens,
+        np.array([len(mb.token_ids) for mb in mbs], np.int32),
+        np.array([len(mb.cu_seqlens) - 1 for mb in mbs], np.int32),
+        np.array([len(mb.rows) for mb in mbs], np.int32),
+        _join([mb.token_ids for mb in mbs], np.int32),
+        _join([np.diff(mb.cu_seqlens) for mb in mbs], np.int32),
+        _join([mb.rows for mb in mbs], np.int32),
+        _join([mb.behaviour_logprobs for mb in mbs], np.float32),
+        _join([mb.teacher_logprobs for mb in mbs], np.float32),
+        _join([mb.advantages for mb in mbs], np.float32),
+        _join([mb.staleness for mb in mbs], np.int32),
+    )
+
+
+def from_message(train: Train) -> StepBatch:
+    """Inverse of `to_message`; the arrays are views of the message."""
+    tokens = np.split(train.token_ids, np.cumsum(train.mb_tokens)[:-1])
+    lengths = np.split(train.sequence_lengths, np.cumsum(train.mb_sequences)[:-1])
+    cuts = np.cumsum(train.mb_rows)[:-1]
+    by_row = (train.rows, train.behaviour_logprobs, train.teacher_logprobs, train.advantages, train.staleness)
+    row_parts = [np.split(values, cuts) for values in by_row]
+    micro_batches = tuple(
+        MicroBatch(tokens[i], np.concatenate([[0], np.cumsum(lengths[i])]).astype(np.int32), *(p[i] for p in row_parts))
+        for i in range(len(train.mb_tokens))
+    )
+    return StepBatch(train.version, train.loss_tokens, micro_batches)
