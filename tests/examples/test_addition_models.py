@@ -1,0 +1,107 @@
+"""The shipped teacher and student: they load, share one tokenizer, and answer as the README says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from evaluate import pass_at_1
+from make_models import STUDENT, TEACHER, Recipe, build_model, save, train
+from safetensors.torch import load_file
+from task import Problem, held_out_problems
+from tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MODELS = ["teacher", "student"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """These models are too small to share between threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpoint_loads_as_written(addition: Path, name: str) -> None:
+    path = addition / "models" / name
+    model, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert model.config.model_type == "qwen3"
+    assert model.config.vocab_size == VOCAB_SIZE
+    assert model.generation_config.eos_token_id == EOS_ID
+    assert {tensor.dtype for tensor in load_file(path / "model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_config_serves_old_and_new_readers(addition: Path, name: str) -> None:
+    config = json.loads((addition / "models" / name / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000.0
+
+
+def test_both_models_ship_the_tokenizer_that_the_code_builds(addition: Path) -> None:
+    built = json.loads(build_tokenizer().to_str())
+    for name in MODELS:
+        assert json.loads((addition / "models" / name / "tokenizer.json").read_text()) == built
+    configs = [(addition / "models" / name / "tokenizer_config.json").read_bytes() for name in MODELS]
+    assert configs[0] == configs[1]
+
+
+def test_both_libraries_give_the_same_ids_and_text(addition: Path) -> None:
+    path = addition / "models" / "student"
+    hugging_face, bare = AutoTokenizer.from_pretrained(path), Tokenizer.from_file(str(path / "tokenizer.json"))
+    for problem in held_out_problems(20):
+        for text in (problem.prompt, problem.prompt + problem.answer, problem.prompt + problem.answer + "<eos>"):
+            ids = bare.encode(text).ids
+            assert hugging_face(text)["input_ids"] == ids
+            assert ids[0] == BOS_ID
+            assert bare.decode(ids, skip_special_tokens=True) == text.removesuffix("<eos>")
+            assert hugging_face.decode(ids, skip_special_tokens=True) == text.removesuffix("<eos>")
+    assert bare.encode("347+589=").ids == [1, 6, 7, 10, 13, 8, 11, 12, 14]
+    assert bare.encode("347+589=", add_special_tokens=False).ids == hugging_face.encode(
+        "347+589=", add_special_tokens=False
+    )
+
+
+def test_foreign_text_becomes_unknown_tokens(addition: Path) -> None:
+    bare = Tokenizer.from_file(str(addition / "models" / "teacher" / "tokenizer.json"))
+    assert bare.encode("1 a\n").ids == [BOS_ID, 4, 17, 17, 17]
+
+
+def test_chat_template_leaves_a_user_message_bare(addition: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(addition / "models" / "student")
+    turn = [{"role": "user", "content": "347+589="}]
+    assert tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) == "347+589="
+    answered = [*turn, {"role": "assistant", "content": "x"}]
+    assert tokenizer.apply_chat_template(answered, tokenize=False) == "347+589=x<eos>"
+
+
+def greedy_share(path: Path, problems: list[Problem]) -> float:
+    model = AutoModelForCausalLM.from_pretrained(path)
+    return pass_at_1(model, Tokenizer.from_file(str(path / "tokenizer.json")), problems, greedy=True)
+
+
+def test_teacher_adds_and_student_has_something_to_learn(addition: Path) -> None:
+    problems = held_out_problems(100)
+    teacher = greedy_share(addition / "models" / "teacher", problems)
+    student = greedy_share(addition / "models" / "student", problems)
+    assert teacher >= 0.97
+    assert 0.4 <= student <= teacher - 0.1
+
+
+@pytest.mark.parametrize("recipe", [STUDENT, TEACHER], ids=lambda recipe: recipe.name)
+def test_training_is_deterministic_and_round_trips(tmp_path: Path, recipe: Recipe) -> None:
+    short = dataclasses.replace(recipe, steps=3)
+    tokenizer, states = build_tokenizer(), []
+    for _ in range(2):
+        model = build_model(short, seed=5)
+        train(model, tokenizer, short, seed=5)
+        states.append(model.state_dict())
+    save(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name])
+        assert torch.equal(tensor, loaded[name])
