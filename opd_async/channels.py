@@ -62,7 +62,7 @@ class Channel:
             return None
 
     async def _receive(self) -> list[zmq.Frame]:
-        return await self._socket.recv_multipart(copy=False)  # type: ignore[return-value]
+        return await self._socket.recv_multipart(copy=False)
 
 
 def _bind(socket: zmq.asyncio.Socket, address: str) -> None:

@@ -64,6 +64,11 @@ class Chunk:
         """Position after the chunk's last token."""
         return self.start + len(self.token_ids)
 
+    @property
+    def acknowledged_at(self) -> int:
+        """The value of `Acks.ends` from which on this chunk is held by the intake."""
+        return self.end + (self.finish is not None)
+
 
 @message
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,8 @@ class ScoredChunk:
     finish: str | None
     label: str
     teacher_id: str
+    latency_s: float
+    """From the arrival of the chunk's last token at the rollout actor to its score."""
     token_ids: Int32
     behaviour_logprobs: Float32
     teacher_logprobs: Float32
@@ -274,7 +281,9 @@ class Frontier:
 @message
 @dataclass(frozen=True, slots=True)
 class Acks:
-    """Scored tokens that the intake holds: of `sample_ids[i]` (attempt `attempts[i]`), all before `ends[i]`.
+    """What the intake holds, scored, of `sample_ids[i]` (attempt `attempts[i]`): all tokens before `ends[i]`, where
+    `ends[i]` is one more once the end of the response is known too.
+
     `ready_tokens` could be trained in the next step: finished responses, and tokens whose age demands it."""
 
     ready_tokens: int

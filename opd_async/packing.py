@@ -6,14 +6,17 @@ The prefix of a segment is forwarded again with it (its gradient is exact), so a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opd_async.assembly import Segment
 from opd_async.batches import MicroBatch, StepBatch
 from opd_async.messages import Train
 
 Bin = list[Segment]
+Number = TypeVar("Number", np.int32, np.float32)
 
 
 def pack(segments: Sequence[Segment], version: int, ranks: int, micro_batch_tokens: int) -> list[StepBatch]:
@@ -43,7 +46,7 @@ def pack(segments: Sequence[Segment], version: int, ranks: int, micro_batch_toke
 def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:
     """Segments back to back; staleness counts from `version`."""
     lengths = np.array([len(segment.token_ids) for segment in segments], np.int32)
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    cu_seqlens = _offsets(lengths)
     rows = [
         np.arange(segment.start, segment.end, dtype=np.int32) + (offset + segment.prompt_tokens - 1)
         for segment, offset in zip(segments, cu_seqlens, strict=False)
@@ -60,7 +63,7 @@ def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:
     )
 
 
-def _join(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:  # type: ignore[type-arg]
+def _join(parts: Sequence[NDArray[Any]], dtype: type[Number]) -> NDArray[Number]:
     return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
 
 
@@ -88,10 +91,15 @@ def from_message(train: Train) -> StepBatch:
     tokens = np.split(train.token_ids, np.cumsum(train.mb_tokens)[:-1])
     lengths = np.split(train.sequence_lengths, np.cumsum(train.mb_sequences)[:-1])
     cuts = np.cumsum(train.mb_rows)[:-1]
-    by_row = (train.rows, train.behaviour_logprobs, train.teacher_logprobs, train.advantages, train.staleness)
-    row_parts = [np.split(values, cuts) for values in by_row]
+    rows, staleness = (np.split(values, cuts) for values in (train.rows, train.staleness))
+    by_row = (train.behaviour_logprobs, train.teacher_logprobs, train.advantages)
+    behaviour, teacher, advantages = (np.split(values, cuts) for values in by_row)
     micro_batches = tuple(
-        MicroBatch(tokens[i], np.concatenate([[0], np.cumsum(lengths[i])]).astype(np.int32), *(p[i] for p in row_parts))
+        MicroBatch(tokens[i], _offsets(lengths[i]), rows[i], behaviour[i], teacher[i], advantages[i], staleness[i])
         for i in range(len(train.mb_tokens))
     )
     return StepBatch(train.version, train.loss_tokens, micro_batches)
+
+
+def _offsets(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
