@@ -16,12 +16,16 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Device = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$", examples=["cpu", "cuda:0"])]
+Devices = Annotated[tuple[Device, ...], Field(min_length=1)]
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+/?$", examples=["http://127.0.0.1:30000"])]
 
 
 class Section(BaseModel):
     """Base of every section: immutable, unknown keys are errors, infinities and NaN are not numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TrainOn(StrEnum):
@@ -88,9 +92,9 @@ class EngineSection(Section):
 
     kind: EngineKind = EngineKind.EMBEDDED
     replicas: Positive = 1
-    urls: tuple[str, ...] = ()
+    urls: tuple[Url, ...] = ()
     """External engines: one URL per replica."""
-    devices: tuple[str, ...] = ("cpu",)
+    devices: Devices = ("cpu",)
     """One per replica, or one for all: `cpu`, `cuda:0`, ..."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     context_tokens: Positive = 4096
@@ -163,8 +167,8 @@ class OptimizerSection(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: float = Field(default=1e-6, gt=0)
-    beta1: Share = 0.9
-    beta2: Share = 0.95
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_grad: float = Field(default=1.0, gt=0)
@@ -176,7 +180,7 @@ class OptimizerSection(Section):
 class LearnerSection(Section):
     """The Megatron-core learner: parallel sizes and numerics."""
 
-    devices: tuple[str, ...] = ("cpu",)
+    devices: Devices = ("cpu",)
     """One per rank, or `cpu` for all."""
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
@@ -274,3 +278,8 @@ class Topology(Section):
     def folder(self) -> Path:
         """Where the run leaves its files."""
         return self.run_dir / self.name
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Longest prompt that leaves room for `max_response_tokens` in the student's context."""
+        return self.engines.student.context_tokens - self.rollout.sampling.max_response_tokens

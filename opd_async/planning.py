@@ -1,0 +1,213 @@
+"""Turn a topology into the plan of its processes: who runs where, on which ports, with which command.
+
+    topology + model folders -> ports -> roles and endpoints -> Plan
+
+`make_plan` starts nothing and writes nothing; `describe_plan` is what `--dry-run` prints.
+"""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import sys
+from contextlib import ExitStack
+
+from opd_async.errors import InputError
+from opd_async.model_folder import read_model
+from opd_async.plan import Plan, RoleKind, RolePlan
+from opd_async.topology import EngineKind, EngineSection, Topology
+
+COORDINATOR = "coordinator"
+PLAN_FILE = "plan.json"
+LAST_PORT = 65535
+_SECRETS = ("--api-key", "--admin-api-key")
+
+PortKey = tuple[str, str]
+"""Role name and purpose."""
+_PURPOSES = {
+    RoleKind.TEACHER_ENGINE: ("http", "metrics"),
+    RoleKind.STUDENT_ENGINE: ("http", "metrics"),
+    RoleKind.INTAKE: ("scored", "batches", "metrics"),
+    RoleKind.TEACHER: ("chunks", "metrics"),
+    RoleKind.ROLLOUT: ("metrics",),
+    RoleKind.LEARNER: ("master", "metrics"),
+}
+
+
+def make_plan(topology: Topology, resume: bool = False) -> Plan:
+    """Resolve every process, port and endpoint of a valid topology (see `opd_async.validation`).
+
+    With `network.base_port` 0 the ports are free at this moment, else consecutive from it in the order of
+    `port_keys`. Raises `InputError` if the student's `config.json` cannot be read or no port is free.
+    """
+    student = read_model(topology.models.student.path)
+    host = topology.network.bind
+    ports = _assign_ports(topology)
+    roles = tuple(_role(topology, kind, index, ports) for kind, index in _roles(topology))
+
+    def endpoints(kind: RoleKind, purpose: str, scheme: str) -> tuple[str, ...]:
+        return tuple(f"{scheme}://{host}:{role.ports[purpose]}" for role in roles if role.kind is kind)
+
+    def engines(section: EngineSection, kind: RoleKind) -> tuple[str, ...]:
+        external = tuple(url.rstrip("/") for url in section.urls)
+        return external if section.kind is EngineKind.EXTERNAL else endpoints(kind, "http", "http")
+
+    return Plan(
+        topology=topology,
+        run_folder=topology.folder,
+        resume=resume,
+        control=f"tcp://{host}:{ports[COORDINATOR, 'control']}",
+        coordinator_metrics_port=ports[COORDINATOR, "metrics"],
+        scored=endpoints(RoleKind.INTAKE, "scored", "tcp")[0],
+        batches=endpoints(RoleKind.INTAKE, "batches", "tcp")[0],
+        chunks=endpoints(RoleKind.TEACHER, "chunks", "tcp"),
+        student_engines=engines(topology.engines.student, RoleKind.STUDENT_ENGINE),
+        teacher_engines=engines(topology.engines.teacher, RoleKind.TEACHER_ENGINE),
+        vocab_size=student.vocab_size,
+        stop_token_ids=tuple(sorted({*student.eos_token_ids, *topology.rollout.sampling.stop_token_ids})),
+        roles=roles,
+    )
+
+
+def port_keys(topology: Topology) -> list[PortKey]:
+    """Every port that the run binds, in the order in which `network.base_port` counts them."""
+    keys = [(COORDINATOR, "control"), (COORDINATOR, "metrics")]
+    for kind, index in _roles(topology):
+        keys += [(_name(kind, index), purpose) for purpose in _PURPOSES[kind]]
+    return keys
+
+
+def _roles(topology: Topology) -> list[tuple[RoleKind, int]]:
+    """Kind and index of every process, in start order."""
+    engines = topology.engines
+    counts = {
+        RoleKind.TEACHER_ENGINE: _started(engines.teacher),
+        RoleKind.STUDENT_ENGINE: _started(engines.student),
+        RoleKind.INTAKE: 1,
+        RoleKind.TEACHER: topology.teacher.replicas,
+        RoleKind.ROLLOUT: topology.rollout.replicas,
+        RoleKind.LEARNER: 1,
+    }
+    return [(kind, index) for kind in RoleKind for index in range(counts[kind])]
+
+
+def _started(section: EngineSection) -> int:
+    return section.replicas if section.kind is EngineKind.EMBEDDED else 0
+
+
+def _name(kind: RoleKind, index: int) -> str:
+    return f"{kind.value.replace('_', '-')}-{index}"
+
+
+def _assign_ports(topology: Topology) -> dict[PortKey, int]:
+    keys = port_keys(topology)
+    base = topology.network.base_port
+    if base:
+        return {key: base + offset for offset, key in enumerate(keys)}
+    ports: dict[PortKey, int] = {}
+    with ExitStack() as stack:
+        # All sockets stay open until the last port is known, so that no port is given out twice.
+        for key in keys:
+            listener = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+            try:
+                listener.bind((topology.network.bind, 0))
+            except OSError as error:
+                raise InputError(f"network.bind: no free port on {topology.network.bind} ({error.strerror})") from None
+            ports[key] = listener.getsockname()[1]
+    return ports
+
+
+def _role(topology: Topology, kind: RoleKind, index: int, ports: dict[PortKey, int]) -> RolePlan:
+    own = {purpose: ports[_name(kind, index), purpose] for purpose in _PURPOSES[kind]}
+    plan_file = str(topology.folder / PLAN_FILE)
+    devices: tuple[str, ...] = ("cpu",)
+    match kind:
+        case RoleKind.TEACHER_ENGINE | RoleKind.STUDENT_ENGINE:
+            devices = (replica_devices(_section(topology, kind))[index],)
+            command = _engine_command(topology, kind, index, own)
+        case RoleKind.LEARNER:
+            devices = rank_devices(topology)
+            command = _learner_command(topology, own["master"], plan_file)
+        case RoleKind.INTAKE:
+            command = (sys.executable, "-m", "actors.intake", "--plan", plan_file)
+        case RoleKind.TEACHER | RoleKind.ROLLOUT:
+            command = (sys.executable, "-m", f"actors.{kind.value}", "--plan", plan_file, "--index", str(index))
+    return RolePlan(kind=kind, index=index, host=topology.network.bind, devices=devices, command=command, ports=own)
+
+
+def replica_devices(section: EngineSection) -> tuple[str, ...]:
+    """The device of each replica; one device in the topology stands for all."""
+    return section.devices * section.replicas if len(section.devices) == 1 else section.devices
+
+
+def rank_devices(topology: Topology) -> tuple[str, ...]:
+    """The device of each learner rank; `cpu` alone stands for all ranks."""
+    learner = topology.learner
+    return learner.devices * learner.ranks if learner.devices == ("cpu",) else learner.devices
+
+
+def _section(topology: Topology, kind: RoleKind) -> EngineSection:
+    return topology.engines.teacher if kind is RoleKind.TEACHER_ENGINE else topology.engines.student
+
+
+def _engine_command(topology: Topology, kind: RoleKind, index: int, ports: dict[str, int]) -> tuple[str, ...]:
+    section = _section(topology, kind)
+    models = topology.models
+    model = models.teacher if kind is RoleKind.TEACHER_ENGINE else models.student
+    options: dict[str, object] = {
+        "--model-path": model.path,
+        "--host": topology.network.bind,
+        "--port": ports["http"],
+        "--device": replica_devices(section)[index],
+        "--dtype": section.dtype,
+        "--max-total-tokens": section.kv_tokens,
+        "--max-running-requests": section.max_running,
+        "--context-length": section.context_tokens,
+        "--threads": section.threads,
+        # Replicas must not sample the same random numbers.
+        "--seed": topology.seed + index,
+        "--api-key": section.api_key,
+        "--admin-api-key": section.admin_api_key,
+        "--metrics-port": ports["metrics"],
+    }
+    given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+    return (sys.executable, "-m", "actors.engine.server", *given)
+
+
+def _learner_command(topology: Topology, master_port: int, plan_file: str) -> tuple[str, ...]:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "1")
+    ranks = ("--nproc-per-node", str(topology.learner.ranks), "--max-restarts", "0")
+    # Ranks of one learner meet on this machine, whatever address the other roles bind.
+    master = ("--master-addr", "127.0.0.1", "--master-port", str(master_port))
+    return (*launcher, *ranks, *master, "-m", "learner.main", "--plan", plan_file)
+
+
+def describe_plan(plan: Plan) -> str:
+    """The plan as an aligned table: role, host, devices, ports, command; keys are not shown."""
+    host = plan.topology.network.bind
+    control = f"control={plan.control.rsplit(':', 1)[1]} metrics={plan.coordinator_metrics_port}"
+    rows = [("role", "host", "devices", "ports", "command"), (COORDINATOR, host, "cpu", control, "(this process)")]
+    for side, kind, urls in (
+        ("teacher", RoleKind.TEACHER_ENGINE, plan.teacher_engines),
+        ("student", RoleKind.STUDENT_ENGINE, plan.student_engines),
+    ):
+        if not plan.of_kind(kind):
+            rows += [(f"{side}-engine-{i}", url, "-", "-", "(already running)") for i, url in enumerate(urls)]
+    for role in plan.roles:
+        ports = " ".join(f"{purpose}={port}" for purpose, port in role.ports.items())
+        rows.append((role.name, role.host, _devices(role.devices), ports, _readable(role.command)))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _devices(devices: tuple[str, ...]) -> str:
+    same = len(devices) > 1 and len(set(devices)) == 1
+    return f"{len(devices)} x {devices[0]}" if same else ",".join(devices)
+
+
+def _readable(command: tuple[str, ...]) -> str:
+    shown = ["***" if previous in _SECRETS else text for previous, text in zip(("", *command), command, strict=False)]
+    return shlex.join(["python", *shown[1:]])

@@ -1,0 +1,258 @@
+"""Check a topology against models, files, devices and ports, before any process starts.
+
+`validate` returns every error at once, `warnings` what is allowed but unwise; each is "path: found; what to write".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from opd_async.errors import InputError
+from opd_async.host_checks import device_problems, network_problems
+from opd_async.model_folder import ModelFacts, folder_problems, read_model
+from opd_async.tokenizer import Tokenizer
+from opd_async.topology import EngineKind, EngineSection, Topology, TrainOn
+
+PROMPT_SUFFIXES = (".jsonl", ".parquet")
+
+
+def validate(topology: Topology) -> list[str]:
+    """Every reason why this topology cannot run, in the order of the file; empty if it can.
+
+    Opens the model folders' JSON files and weight headers and, with an explicit `network.base_port`, binds each port
+    for an instant. Starts no process and loads no weight.
+    """
+    return [
+        *_model_problems(topology),
+        *_data_problems(topology),
+        *_schedule_problems(topology),
+        *_engine_problems(topology),
+        *_sampling_problems(topology),
+        *_rollout_problems(topology),
+        *_learner_problems(topology),
+        *device_problems(topology),
+        *_answer_problems(topology),
+        *network_problems(topology),
+    ]
+
+
+def warnings(topology: Topology) -> list[str]:
+    """What a valid topology may do, but probably should not."""
+    schedule, optimizer = topology.schedule, topology.learner.optimizer
+    found = []
+    if schedule.max_staleness >= 2 and topology.opd.clip_ratio is None:
+        found.append(
+            f"opd.clip_ratio: off with schedule.max_staleness {schedule.max_staleness}; unclipped importance ratios "
+            "can make the student collapse when tokens are two or more steps old; write 0.2"
+        )
+    if topology.evaluation.every_steps and topology.data.held_out is None:
+        found.append(
+            "evaluation.every_steps: there are no held-out prompts, so nothing is evaluated; write data.held_out.path"
+        )
+    if optimizer.warmup_steps >= schedule.steps:
+        found.append(
+            f"learner.optimizer.warmup_steps: {optimizer.warmup_steps} of {schedule.steps} steps, so the learning rate "
+            f"never reaches lr; write less than {schedule.steps}"
+        )
+    return found
+
+
+def _engine_sides(topology: Topology) -> tuple[tuple[str, EngineSection], ...]:
+    return (("student", topology.engines.student), ("teacher", topology.engines.teacher))
+
+
+def _facts(folder: Path) -> ModelFacts | None:
+    """The facts of a model; None if the folder cannot be read, which `_model_problems` has said."""
+    try:
+        return read_model(folder)
+    except InputError:
+        return None
+
+
+def _model_problems(topology: Topology) -> Iterator[str]:
+    models = topology.models
+    for side, model in (("student", models.student), ("teacher", models.teacher)):
+        yield from (f"models.{side}.path: {problem}" for problem in folder_problems(model.path))
+    student, teacher = _facts(models.student.path), _facts(models.teacher.path)
+    if student and teacher and student.vocab_size != teacher.vocab_size:
+        yield (
+            f"models.teacher.path: vocab_size {teacher.vocab_size} in its config.json, the student's is "
+            f"{student.vocab_size}; choose a teacher with the student's vocabulary"
+        )
+    yield from _tokenizer_problems(topology, student)
+
+
+def _tokenizer_problems(topology: Topology, student_facts: ModelFacts | None) -> Iterator[str]:
+    tokenizers: dict[str, Tokenizer] = {}
+    for side, path in (("student", topology.models.student.path), ("teacher", topology.models.teacher.path)):
+        if (path / "tokenizer.json").is_file():
+            try:
+                tokenizers[side] = Tokenizer(path, topology.data.chat_template if side == "student" else None)
+            except InputError as error:
+                # A missing template file is reported under data.chat_template already.
+                if not str(error).startswith("data.chat_template"):
+                    yield f"models.{side}.path: {error}"
+    student, teacher = tokenizers.get("student"), tokenizers.get("teacher")
+    if student and teacher and student.vocab_hash != teacher.vocab_hash:
+        yield (
+            f"models.teacher.path: its tokenizer.json maps tokens to other ids than the student's (hash "
+            f"{teacher.vocab_hash[:8]}, not {student.vocab_hash[:8]}); choose a teacher with the student's vocabulary"
+        )
+    if student and student_facts and student.vocab_size > student_facts.vocab_size:
+        yield (
+            f"models.student.path: tokenizer.json has ids up to {student.vocab_size - 1}, config.json has vocab_size "
+            f"{student_facts.vocab_size}; use the tokenizer that belongs to the model"
+        )
+
+
+def _data_problems(topology: Topology) -> Iterator[str]:
+    data = topology.data
+    for key, section in (("train", data.train), ("held_out", data.held_out)):
+        if section is None:
+            continue
+        if section.path.suffix not in PROMPT_SUFFIXES:
+            yield f"data.{key}.path: {section.path} is neither .jsonl nor .parquet; write one of these"
+        elif not section.path.is_file():
+            yield f"data.{key}.path: no file {section.path}; write the path of a prompts file"
+    if data.chat_template and not data.chat_template.is_file():
+        yield f"data.chat_template: no file {data.chat_template}; write the path of a Jinja file, or null"
+
+
+def _schedule_problems(topology: Topology) -> Iterator[str]:
+    samples, group = topology.schedule.samples_per_step, topology.rollout.group_size
+    if topology.schedule.train_on is TrainOn.SAMPLES and samples % group:
+        yield (
+            f"schedule.samples_per_step: {samples} is not a multiple of rollout.group_size {group}, and a step takes "
+            f"whole groups; write {max(samples - samples % group, group)}"
+        )
+
+
+def _engine_problems(topology: Topology) -> Iterator[str]:
+    sides = _engine_sides(topology)
+    for side, section in sides:
+        yield from _url_problems(f"engines.{side}", section)
+        model = topology.models.student if side == "student" else topology.models.teacher
+        facts = _facts(model.path)
+        if facts and section.context_tokens > facts.max_tokens:
+            yield (
+                f"engines.{side}.context_tokens: {section.context_tokens}, but the {side} has "
+                f"max_position_embeddings {facts.max_tokens}; write at most {facts.max_tokens}"
+            )
+        if section.kind is EngineKind.EMBEDDED and section.kv_tokens < section.context_tokens:
+            yield (
+                f"engines.{side}.kv_tokens: {section.kv_tokens} cannot hold one full sample of "
+                f"engines.{side}.context_tokens {section.context_tokens}; write at least {section.context_tokens}"
+            )
+    student, teacher = topology.engines.student, topology.engines.teacher
+    if teacher.context_tokens < student.context_tokens:
+        yield (
+            f"engines.teacher.context_tokens: {teacher.context_tokens} is less than the student's "
+            f"{student.context_tokens}, so long samples could not be scored; write at least {student.context_tokens}"
+        )
+    if shared := {url.rstrip("/") for url in student.urls} & {url.rstrip("/") for url in teacher.urls}:
+        yield f"engines.teacher.urls: {', '.join(sorted(shared))} is a student engine too; write the teacher's own"
+
+
+def _url_problems(path: str, section: EngineSection) -> Iterator[str]:
+    urls = len(section.urls)
+    if section.kind is EngineKind.EMBEDDED and urls:
+        yield (
+            f"{path}.urls: {urls} given, but the run starts embedded engines itself; remove them, or write "
+            "kind: external"
+        )
+    if section.kind is EngineKind.EXTERNAL and urls != section.replicas:
+        yield f"{path}.urls: {urls} given for {section.replicas} replicas; write one URL for each external engine"
+    if len({url.rstrip("/") for url in section.urls}) < urls:
+        yield f"{path}.urls: the same URL twice; write one for each engine"
+
+
+def _sampling_problems(topology: Topology) -> Iterator[str]:
+    sampling, student = topology.rollout.sampling, topology.engines.student
+    if sampling.temperature != 1.0:
+        yield (
+            f"rollout.sampling.temperature: {sampling.temperature:g}, but teacher scores are at temperature 1 and the "
+            "two would not compare; write 1"
+        )
+    truncated = "the behaviour logprobs would not be those of the truncated distribution that was sampled from"
+    if sampling.top_p != 1.0:
+        yield f"rollout.sampling.top_p: {sampling.top_p:g}, but {truncated}; write 1"
+    if sampling.top_k != -1:
+        yield f"rollout.sampling.top_k: {sampling.top_k}, but {truncated}; write -1 (off)"
+    if sampling.max_response_tokens >= student.context_tokens:
+        yield (
+            f"rollout.sampling.max_response_tokens: {sampling.max_response_tokens} leaves no room for a prompt in "
+            f"engines.student.context_tokens {student.context_tokens}; write less than {student.context_tokens}"
+        )
+    facts = _facts(topology.models.student.path)
+    outside = [token for token in sampling.stop_token_ids if facts and token >= facts.vocab_size]
+    if facts and outside:
+        yield f"rollout.sampling.stop_token_ids: {outside} not in the vocabulary; write ids below {facts.vocab_size}"
+
+
+def _rollout_problems(topology: Topology) -> Iterator[str]:
+    student = topology.engines.student
+    room = student.replicas * student.max_running
+    if student.kind is EngineKind.EMBEDDED and topology.rollout.slots > room:
+        yield (
+            f"rollout.slots: {topology.rollout.slots}, but the student engines run {room} requests at once "
+            f"(replicas x max_running); write at most {room}, or raise engines.student.max_running"
+        )
+    if topology.rollout.slots < topology.rollout.group_size:
+        yield (
+            f"rollout.slots: {topology.rollout.slots} cannot hold one group of rollout.group_size "
+            f"{topology.rollout.group_size}; write at least {topology.rollout.group_size}"
+        )
+    for actor, side, actors in (
+        ("rollout", "student", topology.rollout.replicas),
+        ("teacher", "teacher", topology.teacher.replicas),
+    ):
+        engines = dict(_engine_sides(topology))[side].replicas
+        if actors > engines:
+            yield f"{actor}.replicas: {actors} actors for {engines} {side} engines; write at most {engines}"
+
+
+def _learner_problems(topology: Topology) -> Iterator[str]:
+    learner, context = topology.learner, topology.engines.student.context_tokens
+    if learner.micro_batch_tokens < context:
+        yield (
+            f"learner.micro_batch_tokens: {learner.micro_batch_tokens} cannot hold one sample of "
+            f"engines.student.context_tokens {context}; write at least {context}"
+        )
+    facts = _facts(topology.models.student.path)
+    if facts is None:
+        return
+    tensor, pipeline = learner.tensor_parallel, learner.pipeline_parallel
+    if facts.heads % tensor:
+        yield (
+            f"learner.tensor_parallel: {tensor} does not divide the student's {facts.heads} attention heads; "
+            f"write {_divisors(facts.heads)}"
+        )
+    elif facts.kv_heads % tensor and tensor % facts.kv_heads:
+        yield (
+            f"learner.tensor_parallel: {tensor} is neither a divisor nor a multiple of the student's {facts.kv_heads} "
+            f"key-value heads; write {_divisors(facts.kv_heads)}"
+        )
+    if facts.layers % pipeline:
+        yield (
+            f"learner.pipeline_parallel: {pipeline} does not divide the student's {facts.layers} layers; "
+            f"write {_divisors(facts.layers)}"
+        )
+
+
+def _divisors(number: int) -> str:
+    """The first divisors, for a message: `1, 2, 4 or 8`."""
+    divisors = [str(size) for size in range(1, number + 1) if number % size == 0][:6]
+    return " or ".join([", ".join(divisors[:-1]), divisors[-1]]) if len(divisors) > 1 else divisors[0]
+
+
+def _answer_problems(topology: Topology) -> Iterator[str]:
+    pattern = topology.evaluation.answer_pattern
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        yield f"evaluation.answer_pattern: {pattern!r} is not a regular expression ({error}); write one with a group"
+        return
+    if groups == 0:
+        yield f"evaluation.answer_pattern: {pattern!r} has no group; put the answer in parentheses, as in ^(.*)$"
