@@ -1,0 +1,139 @@
+"""The log of one role: what its processes print, filed line by line, the last lines kept for messages.
+
+pipe -> LineSplitter -> logs/<role>.log
+                     -> tail (last 30 lines)
+                     -> echo, for the lines that the echo policy picks
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from opd_async.errors import RoleError
+
+TAIL_LINES = 30
+MAX_LINE_BYTES = 8192
+_READ_BYTES = 65536
+_LOUD = re.compile(r"^.{0,60}?\b(WARNING|ERROR|CRITICAL|FATAL)\b")
+
+
+def is_loud(line: str) -> bool:
+    """Whether a log line is at WARNING or above: the level stands within its first 60 characters."""
+    return _LOUD.match(line) is not None
+
+
+def everything(line: str) -> bool:
+    """The echo policy of a verbose run."""
+    return True
+
+
+class LineSplitter:
+    """Bytes in, whole lines out. Memory is bounded: a line keeps its first 8192 bytes and says how many were cut.
+
+    Of a line that was redrawn with carriage returns (a progress bar) the last state counts, as on a terminal.
+    """
+
+    def __init__(self, max_bytes: int = MAX_LINE_BYTES) -> None:
+        self._max = max_bytes
+        self._open = b""
+        self._cut = 0
+
+    def feed(self, data: bytes) -> list[str]:
+        """The lines that `data` completes, without line ends; bytes that are not UTF-8 are replaced."""
+        *whole, rest = data.split(b"\n")
+        lines = []
+        for piece in whole:
+            self._append(piece)
+            lines.append(self._take())
+        self._append(rest)
+        return lines
+
+    def close(self) -> list[str]:
+        """The last line, if it had no line end."""
+        return [self._take()] if self._open or self._cut else []
+
+    def _append(self, piece: bytes) -> None:
+        _, carriage, latest = piece.rstrip(b"\r").rpartition(b"\r")
+        if carriage or (self._open.endswith(b"\r") and piece):
+            self._open, self._cut = b"", 0
+        text = latest + (b"\r" if piece.endswith(b"\r") else b"")
+        room = self._max - len(self._open)
+        self._open += text[:room]
+        self._cut += max(0, len(text) - room)
+
+    def _take(self) -> str:
+        line = self._open.rstrip(b"\r").decode("utf-8", "replace")
+        if self._cut:
+            line += f" [{self._cut} bytes cut]"
+        self._open, self._cut = b"", 0
+        return line
+
+
+class RoleLog:
+    """One start's share of a log file, appended under a header line. Use `follow` once, then `close`."""
+
+    def __init__(
+        self, name: str, path: Path, header: str, echo: Callable[[str], None], echo_line: Callable[[str], bool]
+    ) -> None:
+        """Open `path` for appending; `RoleError` if that fails."""
+        self._name = name
+        self._path = path
+        self._echo = echo
+        self._echo_line = echo_line
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = path.open("ab", buffering=0)
+            self._file.write(f"=== {header}\n".encode())
+        except OSError as error:
+            raise RoleError(
+                f"cannot write the log of {name}, {path}: {error.strerror}; free space or rights are missing"
+            ) from error
+        self._broken = False
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        """The last 30 lines of this start, oldest first."""
+        return tuple(self._tail)
+
+    async def follow(self, read_fd: int) -> None:
+        """File everything that comes out of the pipe until all its writers are gone; closes `read_fd`.
+
+        The pipe is always drained, whatever happens to the file, so that no role ever blocks on printing. On
+        cancel: what was read is filed, the pipe is closed.
+        """
+        reader = asyncio.StreamReader(limit=_READ_BYTES)
+        pipe = os.fdopen(read_fd, "rb", buffering=0)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, pipe)
+        splitter = LineSplitter()
+        try:
+            while data := await reader.read(_READ_BYTES):
+                self._file_lines(splitter.feed(data))
+        finally:
+            self._file_lines(splitter.close())
+            transport.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _file_lines(self, lines: list[str]) -> None:
+        if not lines:
+            return
+        self._tail.extend(lines)
+        try:
+            self._file.write("".join(f"{line}\n" for line in lines).encode())
+        except OSError as error:
+            if not self._broken:  # say it once: the role goes on without a log
+                self._echo(f"{self._name} | log {self._path} cannot be written: {error.strerror}")
+            self._broken = True
+        for line in lines:
+            if self._echo_line(line):
+                self._echo(f"{self._name} | {line}")
