@@ -1,1 +1,8 @@
-"""The Megatron-core learner."""
+"""The Megatron-core learner: one code path for CPU (gloo) and GPU (NCCL).
+
+Importing any module of this package first imports megatron-core, quietly and able to run without CUDA.
+"""
+
+from learner.cpu import import_megatron
+
+import_megatron()

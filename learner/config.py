@@ -1,0 +1,67 @@
+"""What the learner is told: model, parallel sizes, numerics, optimizer and loss. Plain values, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """Sizes of the parallel axes; the data-parallel size is what remains of the world size."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    timeout_s: float = 600.0
+    """No collective waits longer than this."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimConfig:
+    """AdamW (decoupled weight decay) and its learning-rate schedule; steps are optimizer steps."""
+
+    lr: float = 1e-6
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    """Largest global L2 norm of the gradient."""
+    warmup_steps: int = 0
+    total_steps: int = 1
+    """The decay ends here."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    min_lr_ratio: float = 0.1
+    """The decay ends at this share of `lr`."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossConfig:
+    """The distillation term. See `learner.losses` for the formula."""
+
+    kl_coef: float = 1.0
+    clip_ratio: float | None = 0.2
+    """PPO-style two-sided clip of the importance ratio; None switches it off."""
+    signal_clamp: float | None = None
+    """|log q - log p| is clamped to this, nats; None switches the clamp off."""
+    mismatch: Literal["none", "tis", "icepop"] = "none"
+    mismatch_low: float = 0.5
+    mismatch_high: float = 5.0
+    """Bounds on the ratio to the behaviour policy that the mismatch gate uses."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerConfig:
+    """Everything a learner rank needs besides its data."""
+
+    model_path: Path
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    logprob_chunk_rows: int = 1024
+    """The LM head runs on this many rows at a time."""
+    recompute: bool = False
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
+    seed: int = 0

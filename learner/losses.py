@@ -1,0 +1,120 @@
+"""Reverse KL on the sampled token, with a clipped importance ratio.
+
+R trained rows; p the student (current weights), mu the behaviour policy that sampled, q the teacher; sg = no gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.config import LossConfig
+
+MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: large enough never to act on a sane ratio, small enough not to overflow
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """The loss of one micro-batch, summed over its rows, and sums and maxima to report (see `SUMS` and `MAXIMA`)."""
+
+    loss: Tensor
+    """float32 scalar with gradient: sum over rows, to be divided by the step's token count."""
+    sums: Tensor
+    """float64[len(SUMS)]"""
+    maxima: Tensor
+    """float64[len(MAXIMA)]"""
+
+
+SUMS = ("tokens", "loss", "reverse_kl", "k3", "ratio", "squared_deviation", "clipped", "gated", "clamped", "staleness")
+MAXIMA = ("ratio", "staleness")
+
+
+def reverse_kl(
+    logprobs_R: Tensor,
+    behaviour_R: Tensor,
+    teacher_R: Tensor,
+    advantages_R: Tensor,
+    staleness_R: Tensor,
+    config: LossConfig,
+) -> LossOutput:
+    """The policy-gradient form of the reverse KL from the student to the teacher, off-policy corrected.
+
+        A    = kl_coef * clamp(log q - sg(log p), +-signal_clamp) + advantage
+        rho  = exp(clamp(log p - log mu, +-20))                          differentiable
+        loss = -min(rho * A, clip(rho, 1 - eps, 1 + eps) * A)            -rho * A without a clip
+
+    Unclipped, E_{y ~ mu}[rho * A * d log p(y)] is exactly the negative gradient of KL(p || q) at each prefix
+    (AsyncOPD's estimator; A under the current weights, not those that sampled). The two-sided clip (Schulman et al.,
+    2017) stops pushing a token whose probability has already moved by `clip_ratio`, which keeps the update stable
+    when tokens are more than one step old. The estimator's advantage, if there is one, is added to A.
+
+    The mismatch gate acts on the same ratio without gradient: `tis` truncates it to [low, high], `icepop` drops rows
+    outside [low, high]. All inputs are float32[R], nats (staleness int32[R], steps); only `logprobs_R` has gradient.
+    """
+    detached_R = logprobs_R.detach()
+    signal_R = teacher_R - detached_R
+    advantage_R = config.kl_coef * _clamped(signal_R, config.signal_clamp) + advantages_R
+    ratio_R = (logprobs_R - behaviour_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    gate_R = _gate(ratio_R.detach(), config)
+    objective_R = ratio_R * advantage_R
+    clipped_R = torch.zeros_like(detached_R)
+    if config.clip_ratio is not None:
+        bounded_R = ratio_R.clamp(1.0 - config.clip_ratio, 1.0 + config.clip_ratio) * advantage_R
+        clipped_R = (bounded_R < objective_R).detach()
+        objective_R = torch.minimum(objective_R, bounded_R)
+    loss = -(gate_R * objective_R).sum()
+    sums = _sums(loss, signal_R, ratio_R, clipped_R, gate_R, staleness_R, config)
+    return LossOutput(loss, sums, _maxima(ratio_R, staleness_R))
+
+
+def _clamped(signal_R: Tensor, bound: float | None) -> Tensor:
+    return signal_R if bound is None else signal_R.clamp(-bound, bound)
+
+
+def _gate(ratio_R: Tensor, config: LossConfig) -> Tensor:
+    """float32[R]: the factor that turns the ratio into the ratio that the gate lets through."""
+    if config.mismatch == "tis":
+        return ratio_R.clamp(config.mismatch_low, config.mismatch_high) / ratio_R
+    if config.mismatch == "icepop":
+        return ((ratio_R >= config.mismatch_low) & (ratio_R <= config.mismatch_high)).float()
+    return torch.ones_like(ratio_R)
+
+
+@torch.no_grad()
+def _sums(
+    loss: Tensor,
+    signal_R: Tensor,
+    ratio_R: Tensor,
+    clipped_R: Tensor,
+    gate_R: Tensor,
+    staleness_R: Tensor,
+    config: LossConfig,
+) -> Tensor:
+    """float64[len(SUMS)], in the order of SUMS. `k3` = exp(d) - d - 1 with d = log q - log p (Schulman, 2020)."""
+    signal_R, ratio_R = signal_R.double(), ratio_R.double()
+    clamped_R = signal_R.abs() > (torch.inf if config.signal_clamp is None else config.signal_clamp)
+    bounded_R = signal_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.stack(
+        [
+            torch.ones_like(signal_R).sum(),
+            loss.double(),
+            -signal_R.sum(),
+            (bounded_R.exp() - bounded_R - 1.0).sum(),
+            ratio_R.sum(),
+            (ratio_R - 1.0).square().sum(),
+            clipped_R.double().sum(),
+            (gate_R != 1.0).double().sum(),
+            clamped_R.double().sum(),
+            staleness_R.double().sum(),
+        ]
+    )
+
+
+@torch.no_grad()
+def _maxima(ratio_R: Tensor, staleness_R: Tensor) -> Tensor:
+    """float64[len(MAXIMA)], in the order of MAXIMA; zero for no rows."""
+    if not len(ratio_R):
+        return torch.zeros(len(MAXIMA), dtype=torch.float64, device=ratio_R.device)
+    return torch.stack([ratio_R.max().double(), staleness_R.max().double()])

@@ -1,0 +1,90 @@
+"""What a step reports: sums and maxima of the micro-batches, reduced over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from learner.losses import MAXIMA, SUMS
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """What one step did, over all ranks. Means are per trained token; logprobs and KL in nats."""
+
+    version: int
+    """Weight version after the step."""
+    tokens: int
+    loss: float
+    reverse_kl: float
+    """Mean of log p - log q on the sampled tokens: the estimate of KL(student || teacher)."""
+    k3: float
+    """The same KL by the low-variance estimator exp(d) - d - 1, d = log q - log p."""
+    ratio_mean: float
+    ratio_std: float
+    """Root mean square of rho - 1."""
+    ratio_max: float
+    clipped_share: float
+    gated_share: float
+    clamped_share: float
+    staleness_mean: float
+    """Optimizer steps."""
+    staleness_max: int
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums and maxima over all micro-batches and data-parallel ranks, by the names of `SUMS` and `MAXIMA`."""
+
+    sums: dict[str, float]
+    maxima: dict[str, float]
+
+
+def reduce_over_ranks(reports: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Totals:
+    """Add up the (sums, maxima) that the last pipeline stage reported per micro-batch; a collective of all ranks."""
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+    maxima = torch.zeros(len(MAXIMA), dtype=torch.float64, device=device)
+    for micro_sums, micro_maxima in reports:
+        sums += micro_sums
+        maxima = torch.maximum(maxima, micro_maxima)
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if pipeline.size() > 1:
+        for tensor in (sums, maxima):
+            dist.broadcast(tensor, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+    return Totals(dict(zip(SUMS, sums.tolist(), strict=True)), dict(zip(MAXIMA, maxima.tolist(), strict=True)))
+
+
+def step_metrics(version: int, totals: Totals, grad_norm: float, learning_rate: float, seconds: float) -> StepMetrics:
+    """The report of a step that led to weight version `version`."""
+    tokens = int(totals.sums["tokens"])
+    mean = {name: value / tokens for name, value in totals.sums.items()}
+    return StepMetrics(
+        version=version,
+        tokens=tokens,
+        loss=mean["loss"],
+        reverse_kl=mean["reverse_kl"],
+        k3=mean["k3"],
+        ratio_mean=mean["ratio"],
+        ratio_std=math.sqrt(mean["squared_deviation"]),
+        ratio_max=totals.maxima["ratio"],
+        clipped_share=mean["clipped"],
+        gated_share=mean["gated"],
+        clamped_share=mean["clamped"],
+        staleness_mean=mean["staleness"],
+        staleness_max=int(totals.maxima["staleness"]),
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        seconds=seconds,
+    )

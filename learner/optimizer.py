@@ -1,0 +1,64 @@
+"""Megatron's DDP and distributed optimizer around the model, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+from learner.config import OptimConfig
+from learner.cpu import on_this_device
+from learner.model import StudentModel
+
+
+def learning_rate(step: int, config: OptimConfig) -> float:
+    """The learning rate of optimizer step `step` (0-based).
+
+    Linear warm-up over `warmup_steps` steps (the first step already moves), then decay to `min_lr_ratio * lr` at
+    step `total_steps`, constant from there on.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    span = max(1, config.total_steps - config.warmup_steps)
+    done = min(1.0, (step - config.warmup_steps) / span)
+    share = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.decay]
+    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * share)
+
+
+def wrap(model: StudentModel) -> Any:
+    """The model in Megatron's DDP: contiguous buffers, float32 gradients, reduce-scatter to the optimizer's shards.
+
+    Call it once the weights are loaded: it moves them into its own buffers.
+    """
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    with on_this_device():
+        return DistributedDataParallel(model.config, ddp_config, model)
+
+
+def make_optimizer(ddp: Any, config: OptimConfig, *, bf16: bool) -> Any:
+    """AdamW over data-parallel shards; with `bf16` weights it keeps float32 master weights."""
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=0.0,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        bf16=bf16,
+        params_dtype=ddp.config.params_dtype,
+        use_distributed_optimizer=True,
+    )
+    with warnings.catch_warnings(), on_this_device():
+        warnings.simplefilter("ignore")  # that Apex is missing
+        return get_megatron_optimizer(optimizer_config, [ddp])
+
+
+def set_learning_rate(optimizer: Any, value: float) -> None:
+    """Use `value` for the next step, for every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value

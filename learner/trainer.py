@@ -1,0 +1,173 @@
+"""One optimizer step on packed micro-batches, on every rank alike.
+
+    StepBatch -> lay out -> forward -> rows -> LM head in chunks -> loss / global tokens -> backward
+                     (Megatron's schedule drives the micro-batches through the pipeline stages)
+              -> gradients summed over data-parallel ranks -> clip -> AdamW on shards -> weights gathered
+
+The loss of every micro-batch is divided by the step's global token count before the backward pass and gradients are
+summed, so that neither micro-batching nor any parallel size changes the loss or the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from learner.attention import has_varlen
+from learner.config import LearnerConfig
+from learner.cpu import on_this_device, this_device
+from learner.errors import LearnerError
+from learner.hf_config import read_shape
+from learner.hf_io import load_hf
+from learner.layout import PackedBatch, lay_out
+from learner.logprobs import target_logprobs
+from learner.losses import reverse_kl
+from learner.metrics import StepMetrics, Totals, reduce_over_ranks, step_metrics
+from learner.model import build_model
+from learner.optimizer import learning_rate, make_optimizer, set_learning_rate, wrap
+from opd_async.batches import MicroBatch, StepBatch
+
+PADDING_SLACK = 0.125
+
+LastStage = Callable[[PackedBatch, Tensor], tuple[Tensor, Any]]
+"""(batch, logprobs float32[R]) -> (loss to differentiate, what to report)."""
+
+
+class Trainer:
+    """The model, its optimizer and the weight version: what a checkpoint holds."""
+
+    def __init__(self, config: LearnerConfig) -> None:
+        """Load the Hugging Face model of `config` on this rank. `learner.parallel.start` must have run."""
+        self.config = config
+        self.shape = read_shape(config.model_path)
+        self.device = this_device()
+        with on_this_device():
+            self.model = build_model(self.shape, config).to(self.device)
+        load_hf(self.model, config.model_path)
+        self.ddp = wrap(self.model)
+        self.optimizer = make_optimizer(self.ddp, config.optim, bf16=config.dtype == "bfloat16")
+        self.version = 0
+        self.model.config.grad_scale_func = self.optimizer.scale_loss
+        self.model.config.finalize_model_grads_func = _finalize
+        self._slack = 0.0 if has_varlen(self.device, getattr(torch, config.dtype)) else PADDING_SLACK
+
+    def step(self, batch: StepBatch) -> StepMetrics:
+        """Train on `batch` once; the weight version grows by one.
+
+        All ranks call it, with the same number of micro-batches. Raises `LearnerError`, before any weight has changed,
+        if the batch is for another version, if the ranks' rows do not add up to `loss_tokens`, or if the loss or its
+        gradient is not finite.
+        """
+        started = time.perf_counter()
+        if batch.version != self.version:
+            raise LearnerError(f"a batch for weight version {batch.version} reached a learner at {self.version}")
+        rate = learning_rate(self.version, self.config.optim)
+        set_learning_rate(self.optimizer, rate)
+        totals = self.gradients(batch)
+        with on_this_device():
+            grad_norm = self._update()
+        self.version += 1
+        return step_metrics(self.version, totals, grad_norm, rate, time.perf_counter() - started)
+
+    def gradients(self, batch: StepBatch) -> Totals:
+        """The first half of a step: leave the step's gradient in the DDP buffers. Raises as `step` does."""
+
+        def loss(packed: PackedBatch, logprobs_R: Tensor) -> tuple[Tensor, Any]:
+            output = reverse_kl(
+                logprobs_R,
+                packed.behaviour_R,
+                packed.teacher_R,
+                packed.advantages_R,
+                packed.staleness_R,
+                self.config.loss,
+            )
+            return output.loss / batch.loss_tokens, (output.sums, output.maxima)
+
+        with on_this_device():
+            self.ddp.zero_grad_buffer()
+            totals = reduce_over_ranks(self._schedule(batch.micro_batches, loss, train=True), self.device)
+        if totals.sums["tokens"] != batch.loss_tokens:
+            raise LearnerError(
+                f"the ranks hold {totals.sums['tokens']:.0f} rows for weight version {batch.version}, but the batch "
+                f"says {batch.loss_tokens} loss tokens"
+            )
+        if not math.isfinite(totals.sums["loss"]):
+            raise LearnerError(
+                f"the loss at weight version {batch.version} is {totals.sums['loss']}: look for a logprob that is not "
+                f"finite in the batch, or lower learner.optimizer.lr"
+            )
+        return totals
+
+    def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """log p(target) of each micro-batch's rows under the current weights, nats: float32[R] each, no gradient.
+
+        All ranks of a data-parallel rank call it; the list is empty but on the last pipeline stage.
+        """
+        with on_this_device(), torch.no_grad():
+            return self._schedule(batches, lambda _, logprobs_R: (logprobs_R.sum(), logprobs_R), train=False)
+
+    def _schedule(self, batches: Sequence[MicroBatch], last_stage: LastStage, *, train: bool) -> list[Any]:
+        """Run Megatron's schedule; the list holds what `last_stage` reported for each micro-batch."""
+
+        def forward_step(source: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            multiple = self.config.parallel.tensor
+            packed = lay_out(next(source), multiple=multiple, slack=self._slack, device=self.device)
+
+            def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
+                loss, report = last_stage(packed, self._logprobs(packed, hidden))
+                # Megatron adds up a token count that nobody reads: the loss is normalised already
+                return loss, torch.zeros((), dtype=torch.int), report
+
+            return model(packed), finish
+
+        reports: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[self.ddp],
+            num_microbatches=len(batches),
+            seq_length=1,  # unused: micro-batches announce their length between pipeline stages
+            micro_batch_size=1,
+            forward_only=not train,
+        )
+        return reports
+
+    def _logprobs(self, packed: PackedBatch, hidden: Tensor) -> Tensor:
+        """float32[R] from the last stage's hidden states [P, 1, hidden]."""
+        return target_logprobs(
+            hidden[packed.rows_R, 0],
+            self.model.head_weight(),
+            packed.targets_R,
+            vocab=self.shape.vocab,
+            chunk_rows=self.config.logprob_chunk_rows,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+
+    def _update(self) -> float:
+        """Clip and apply the gradient; returns its global L2 norm before clipping.
+
+        Megatron's own `optimizer.step()` in three parts, so that a gradient that is not finite is caught in between.
+        """
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise LearnerError(
+                f"the gradient at weight version {self.version} has norm {grad_norm}: lower learner.optimizer.lr, or "
+                f"set opd.signal_clamp"
+            )
+        clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.config.optim.clip_grad, grad_norm)
+        self.optimizer.step_with_ready_grads()
+        return grad_norm
+
+
+def _finalize(model: list[Any], _num_tokens: Tensor | None, **options: Any) -> None:
+    """Sum gradients over ranks. Megatron's default would divide by a token count, which the loss has done already."""
+    finalize_model_grads(model, None, **options)
