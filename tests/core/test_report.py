@@ -1,0 +1,173 @@
+"""The report: its keys, its table, its picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd_async.plots import learning_curve
+from opd_async.report import (
+    WIDTH,
+    Evaluation,
+    Report,
+    ScoreLatency,
+    Stage,
+    Stages,
+    Staleness,
+    WeightSync,
+    render,
+    wilson_interval,
+    write,
+)
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def full() -> Report:
+    """A run that measured everything."""
+    return Report(
+        name="quickstart",
+        steps=300,
+        seconds=754.2,
+        teacher=Evaluation.from_counts(1000, 967, 981, 0),
+        student_before=Evaluation.from_counts(1000, 112, 143, 0),
+        student_after=Evaluation.from_counts(1000, 958, 977, 300),
+        max_staleness=1,
+        staleness=Staleness(mean=0.81, p99=1, max=1),
+        score_latency=ScoreLatency(p50_s=0.014, p99_s=1.71),
+        weight_sync=WeightSync(blocked_s=2.1, engines_blocked_s=0.9, updates=300),
+        prefix_hit_share=0.731,
+        stages=Stages(
+            rollout=Stage(tokens=1_234_567, tokens_per_s=1641.2, idle_share=0.042),
+            teacher=Stage(tokens=1_234_000, tokens_per_s=1640.4, idle_share=0.61),
+            learner=Stage(tokens=1_230_000, tokens_per_s=1633.0, idle_share=0.12),
+        ),
+        trained_tokens=1_230_000,
+        trained_samples=98_304,
+        cuts=2412,
+        recompute_factor=1.07,
+        skipped_prompts=2,
+        counters={"duplicates": 4, "malformed": 0, **{f"counter_number_{i}": i + 1 for i in range(9)}},
+        restarts={"rollout-0": 1},
+    )
+
+
+def bare() -> Report:
+    """A run that measured nothing but its steps."""
+    stage = Stage(tokens=0, tokens_per_s=0.0)
+    return Report(
+        name="bare",
+        steps=1,
+        seconds=3.21,
+        max_staleness=0,
+        staleness=Staleness(),
+        score_latency=ScoreLatency(),
+        weight_sync=WeightSync(blocked_s=0.0, engines_blocked_s=0.0, updates=1),
+        stages=Stages(rollout=stage, teacher=stage, learner=stage),
+        trained_tokens=0,
+        trained_samples=0,
+        cuts=0,
+    )
+
+
+def test_wilson_against_known_values() -> None:
+    assert wilson_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-6)
+    assert wilson_interval(10, 10) == pytest.approx((0.7224672, 1.0), abs=1e-6)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_solves_its_equation(case: tuple[int, int]) -> None:
+    """Both ends p satisfy |share - p| = z sqrt(p (1 - p) / n), and the share lies between them."""
+    passed, trials = case
+    low, high = wilson_interval(passed, trials)
+    share = passed / trials
+    assert 0.0 <= low <= share <= high <= 1.0
+    for end in (low, high):
+        assert abs(share - end) == pytest.approx(1.959963985 * math.sqrt(end * (1 - end) / trials), abs=1e-7)
+
+
+@pytest.mark.parametrize(("passed", "trials"), [(0, 0), (3, 2), (-1, 2)])
+def test_wilson_refuses(passed: int, trials: int) -> None:
+    with pytest.raises(ValueError, match="is no proportion"):
+        wilson_interval(passed, trials)
+
+
+def test_the_file_is_whole_and_reads_back(tmp_path: Path) -> None:
+    path = write(full(), tmp_path)
+    assert Report.model_validate_json(path.read_text()) == full()
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+    keys = json.loads(path.read_text())
+    assert keys["staleness"] == {"mean": 0.81, "p99": 1.0, "max": 1}
+    assert keys["weight_sync"] == {"blocked_s": 2.1, "engines_blocked_s": 0.9, "updates": 300}
+    assert keys["stages"]["teacher"] == {"tokens": 1_234_000, "tokens_per_s": 1640.4, "idle_share": 0.61}
+    assert set(keys["student_after"]) == {
+        "prompts",
+        "pass_at_1",
+        "pass_at_1_interval",
+        "pass_at_1_greedy",
+        "pass_at_1_greedy_interval",
+        "step",
+    }
+
+
+def test_the_table() -> None:
+    files = [("learning curve", Path("runs/quickstart/learning_curve.png"))]
+    text = render(full(), files, [("go on", "python -m opd_async.launch --topology quickstart.yaml --resume")])
+    lines = text.splitlines()
+    assert all(len(line) <= WIDTH and line == line.rstrip() for line in lines)
+    assert lines[1] == " quickstart: 300 steps in 12 min 34 s"
+    for expected in (
+        " teacher                 96.7 % (95.4 to 97.6, n=1000)   98.1 % (97.1 to 98.8, n=1000)",
+        " student before training 11.2 % (9.4 to 13.3, n=1000)    14.3 % (12.3 to 16.6, n=1000)",
+        " teacher                      1,234,000         1,640      61.0 %",
+        " staleness               mean 0.81, p99 1, max 1 steps (bound 1)",
+        " score latency           p50 14 ms, p99 1.7 s after a sample's last token",
+        " weight sync             300 updates: learner 2.1 s, engines paused 900 ms",
+        " restarts                rollout-0 1",
+        " skipped prompts         2",
+        "   learning curve        runs/quickstart/learning_curve.png",
+        "     python -m opd_async.launch --topology quickstart.yaml --resume",
+    ):
+        assert expected in lines
+    assert "malformed" not in text and "counter number 8 9" in text
+
+
+def test_the_table_of_a_run_that_measured_little() -> None:
+    text = render(bare())
+    assert "pass@1" not in text and "What to do next" not in text and "counted" not in text
+    assert " bare: 1 step in 3.2 s" in text
+    assert " staleness               mean -, p99 -, max - steps (bound 0)" in text
+    assert " restarts                none" in text
+
+
+@pytest.mark.parametrize("steps", [1, 60])
+def test_the_picture(tmp_path: Path, steps: int) -> None:
+    path = tmp_path / "curve.png"
+    report = full()
+    assert report.student_before is not None and report.student_after is not None
+    kl = [(step, math.nan if step == 3 else 1 / (1 + step)) for step in range(steps)]
+    learning_curve(path, [report.student_after, report.student_before], report.teacher, kl)
+    assert path.read_bytes().startswith(PNG)
+    assert [file.name for file in tmp_path.iterdir()] == ["curve.png"]
+
+
+def test_a_picture_of_one_panel_and_of_nothing(tmp_path: Path) -> None:
+    learning_curve(tmp_path / "kl.png", [], None, [(0, 0.5), (1, 0.4)])
+    learning_curve(tmp_path / "pass.png", [Evaluation.from_counts(10, 0, 10, 0)], None, [])
+    assert all((tmp_path / name).read_bytes().startswith(PNG) for name in ("kl.png", "pass.png"))
+    with pytest.raises(ValueError, match="no evaluation and no step"):
+        learning_curve(tmp_path / "none.png", [], None, [(0, math.nan)])
+
+
+def test_plots_load_matplotlib_only_when_they_draw() -> None:
+    code = "import sys, opd_async.plots; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
