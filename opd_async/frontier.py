@@ -51,7 +51,8 @@ def restore(frontier: Frontier) -> Assembler:
 
 
 def save(frontier: Frontier, folder: Path) -> None:
-    """Write `folder/frontier.msgpack` atomically."""
+    """Write `folder/frontier.msgpack` atomically, making the folder if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / FILE_NAME, msgpack.packb([bytes(frame) for frame in encode(frontier)]))
 
 

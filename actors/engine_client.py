@@ -1,0 +1,170 @@
+"""HTTP client of one engine that speaks SGLang's API: streamed generation, scoring, pause and continue.
+
+Every call has a deadline; errors name the engine. A caller that is cancelled closes its connection, which makes the
+engine abort the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.replies import Delta, Scores, parse_delta, parse_scores
+from opd_async.errors import DeadlineError, EngineError
+
+CONTROL_DEADLINE_S = 120.0
+IDLE_DEADLINE_S = 300.0
+"""A stream or a scoring request that shows no sign of life for this long has failed."""
+POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling parameters of one request; `seed` is unused by servers without deterministic sampling."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    stream_interval: int
+
+
+class EngineClient:
+    """One engine. The caller owns the session, so that connections are shared and closed in one place."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        vocab_size: int,
+        api_key: str | None = None,
+        admin_api_key: str | None = None,
+    ) -> None:
+        self.url = url
+        self._session = session
+        self._vocab_size = vocab_size
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        admin = admin_api_key or api_key
+        self._admin_headers = {"Authorization": f"Bearer {admin}"} if admin else {}
+
+    async def stream(
+        self, rid: str, input_ids: NDArray[np.int32], sampling: Sampling, cache_salt: str
+    ) -> AsyncIterator[Delta]:
+        """Generate behind `input_ids` int32[N]; yields new tokens as the engine sends them.
+
+        Raises `EngineError` for refusals, malformed events and broken connections.
+        """
+        body = {
+            "rid": rid,
+            "input_ids": input_ids.tolist(),
+            "sampling_params": {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "max_new_tokens": sampling.max_new_tokens,
+                "stop_token_ids": list(sampling.stop_token_ids),
+                "stream_interval": sampling.stream_interval,
+            },
+            "return_logprob": True,
+            "stream": True,
+            "cache_salt": cache_salt,
+        }
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=IDLE_DEADLINE_S)
+        try:
+            async with self._session.post(
+                f"{self.url}/generate", json=body, headers=self._headers, timeout=timeout
+            ) as response:
+                await self._check(response)
+                async for event in _events(response):
+                    yield parse_delta(event, self._vocab_size)
+        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+            raise EngineError(f"{self.url}: the stream broke ({error or type(error).__name__})") from None
+
+    async def score(self, requests: Sequence[tuple[NDArray[np.int32], int]]) -> list[Scores]:
+        """Teacher logprobs of `ids[start:]` for each (ids int32[N], start >= 1): one prefill-only batch.
+
+        The prefix before `start - 1` may come from the engine's cache; everything behind it is computed.
+        """
+        body = {
+            "input_ids": [ids.tolist() for ids, _ in requests],
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": [start - 1 for _, start in requests],
+        }
+        replies = await self._post("/generate", body, self._headers, IDLE_DEADLINE_S)
+        if not isinstance(replies, list) or len(replies) != len(requests):
+            raise EngineError(f"{self.url}: not one reply per scoring request")
+        return [
+            parse_scores(reply, ids, start, self._vocab_size)
+            for reply, (ids, start) in zip(replies, requests, strict=True)
+        ]
+
+    async def pause(self, mode: str) -> dict[str, int]:
+        """Stop generating. Returns how many tokens of each running stream have been written to it, where the engine
+        says so."""
+        reply = await self._post("/pause_generation", {"mode": mode}, self._admin_headers, CONTROL_DEADLINE_S)
+        emitted = reply.get("emitted", {}) if isinstance(reply, dict) else {}
+        return {str(rid): int(count) for rid, count in emitted.items()}
+
+    async def resume(self) -> None:
+        """Go on generating; harmless when the engine is not paused."""
+        await self._post("/continue_generation", {}, self._admin_headers, CONTROL_DEADLINE_S)
+
+    async def wait_until_ready(self, deadline_s: float) -> None:
+        """Return once the engine answers; `DeadlineError` names it when it does not."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + deadline_s
+        timeout = aiohttp.ClientTimeout(total=5.0)
+        while True:
+            try:
+                async with self._session.get(f"{self.url}/ready", headers=self._headers, timeout=timeout) as response:
+                    if response.status == 200:
+                        return
+            except (aiohttp.ClientError, TimeoutError, ConnectionError):
+                pass
+            if loop.time() > give_up:
+                raise DeadlineError(f"engine {self.url} did not become ready within {deadline_s:.0f} s; see its log")
+            await asyncio.sleep(POLL_S)
+
+    async def _post(self, path: str, body: dict[str, Any], headers: dict[str, str], deadline_s: float) -> Any:
+        timeout = aiohttp.ClientTimeout(total=deadline_s)
+        try:
+            async with self._session.post(self.url + path, json=body, headers=headers, timeout=timeout) as response:
+                await self._check(response)
+                text = await response.text()
+        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+            raise EngineError(f"{self.url}{path}: no answer ({error or type(error).__name__})") from None
+        try:
+            return json.loads(text) if text else {}
+        except ValueError:
+            raise EngineError(f"{self.url}{path}: the answer is not JSON") from None
+
+    async def _check(self, response: aiohttp.ClientResponse) -> None:
+        if response.status != 200:
+            text = (await response.text())[:300]
+            raise EngineError(f"{response.url}: HTTP {response.status}: {text}")
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
+    """The JSON payloads of a server-sent event stream; `EngineError` if it ends without `[DONE]`."""
+    buffer = b""
+    async for data in response.content.iter_any():
+        buffer += data
+        *complete, buffer = buffer.split(b"\n\n")
+        for event in complete:
+            payload = event.removeprefix(b"data: ")
+            if payload == b"[DONE]":
+                return
+            try:
+                yield json.loads(payload)
+            except ValueError:
+                raise EngineError(f"{response.url}: an event is not JSON") from None
+    raise EngineError(f"{response.url}: the stream ended early")

@@ -1,0 +1,139 @@
+"""One response while it is being generated: tokens received, chunks that are due, requests to go on with."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.engine_client import EngineClient, Sampling
+from actors.replies import Delta
+from opd_async import messages as m
+from opd_async.errors import EngineError
+from opd_async.topology import RolloutSection
+
+
+@dataclass(slots=True)
+class Student:
+    """A student engine as a rollout actor sees it. The gate is open while it may generate with weights `version`."""
+
+    client: EngineClient
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    version: int = -1
+    down: bool = False
+
+
+@dataclass(slots=True)
+class Generation:
+    """The state of one lease. Tokens wait in `_pending` until a chunk is due; a chunk has one weight version."""
+
+    lease: m.Lease
+    rid: str
+    student: Student
+    finish: m.Finish | None = None
+    failures: int = 0
+    received: int = 0
+    """Tokens that the current request has delivered."""
+    _tokens: list[NDArray[np.int32]] = field(default_factory=list)
+    _pending: list[Delta] = field(default_factory=list)
+    _sent_end: int = 0
+    _made_at: float = 0.0
+    _closed: bool = False
+
+    def __post_init__(self) -> None:
+        self._sent_end = len(self.lease.prefix)
+
+    @property
+    def length(self) -> int:
+        """Response tokens so far, the prefix of earlier attempts included."""
+        return len(self.lease.prefix) + sum(len(part) for part in self._tokens)
+
+    def new_request(self) -> None:
+        """The last request failed: the next one goes on behind the tokens that arrived."""
+        self.rid = f"{self.lease.sample_id:016x}-{uuid.uuid4().hex[:12]}"
+        self.received = 0
+
+    def input_ids(self) -> NDArray[np.int32]:
+        """int32[prompt + response so far]."""
+        return np.concatenate([self.lease.prompt, self.lease.prefix, *self._tokens]).astype(np.int32)
+
+    def sampling(self, settings: RolloutSection, stop_token_ids: tuple[int, ...]) -> Sampling:
+        """Parameters of the request for the rest of the response."""
+        sampling = settings.sampling
+        return Sampling(
+            self.lease.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            sampling.max_response_tokens - self.length,
+            stop_token_ids,
+            settings.stream_interval,
+        )
+
+    def natural_finish(self, max_tokens: int, stop_token_ids: tuple[int, ...]) -> m.Finish | None:
+        """How the response ended, if the tokens at hand already end it (its last event may have been lost)."""
+        parts = [self.lease.prefix, *self._tokens]
+        last = next((part[-1] for part in reversed(parts) if len(part)), None)
+        if last is not None and int(last) in stop_token_ids:
+            return m.Finish.STOP
+        return m.Finish.LENGTH if self.length >= max_tokens else None
+
+    def take(self, delta: Delta, on_teacher: bool) -> int:
+        """Add streamed tokens; returns how many. `EngineError` when they were not made by the expected weights."""
+        if len(delta.token_ids):
+            if not on_teacher and not delta.weight_version.isdecimal():
+                raise EngineError(f"weight_version: {delta.weight_version!r} is not one that the learner sent")
+            self._made_at = time.time()
+            self._tokens.append(delta.token_ids)
+            self._pending.append(delta)
+            self.received += len(delta.token_ids)
+            self.failures = 0
+        if delta.aborted:
+            raise EngineError("the engine aborted the request")
+        self.finish = delta.finish
+        return len(delta.token_ids)
+
+    def due_chunks(self, chunk_tokens: int, actor: int) -> list[m.Chunk]:
+        """Chunks that must leave now: of an older weight version, at `chunk_tokens`, or at the end of the response."""
+        chunks: list[m.Chunk] = []
+        while self._pending:
+            version = self._pending[0].weight_version
+            run = [delta for delta in self._pending if delta.weight_version == version]
+            is_last_run = len(run) == len(self._pending)
+            if is_last_run and self.finish is None and sum(len(delta.token_ids) for delta in run) < chunk_tokens:
+                break
+            del self._pending[: len(run)]
+            chunks.append(self._chunk(run, actor, self.finish if is_last_run else None))
+        if self.finish is not None and not self._closed:
+            chunks.append(self._chunk([], actor, self.finish))
+        return chunks
+
+    def _chunk(self, deltas: list[Delta], actor: int, finish: m.Finish | None) -> m.Chunk:
+        ids = [delta.token_ids for delta in deltas]
+        logprobs = [delta.logprobs for delta in deltas]
+        chunk = m.Chunk(
+            self.lease.sample_id,
+            self.lease.attempt,
+            actor,
+            self.lease.prompt_id,
+            len(self.lease.prompt),
+            self._sent_end,
+            int(deltas[0].weight_version) if deltas else max(self.student.version, 0),
+            None if finish is None else finish.value,
+            self.lease.label,
+            self._made_at,
+            np.concatenate(ids) if ids else np.zeros(0, np.int32),
+            np.concatenate(logprobs) if logprobs else np.zeros(0, np.float32),
+        )
+        self._sent_end = chunk.end
+        self._closed = finish is not None
+        return chunk
+
+    def evaluation(self) -> m.EvalDone:
+        """The complete response of an evaluation lease."""
+        finish = self.finish.value if self.finish else ""
+        version = max(self.student.version, 0)
+        return m.EvalDone(self.lease.sample_id, finish, version, self.input_ids()[len(self.lease.prompt) :])

@@ -1,0 +1,316 @@
+"""Assemble scored chunks, plan steps, and feed the learner's ranks.
+
+    scored chunks (PULL) -> assembler -> planner (deadline cuts) -> packing -> learner ranks (ROUTER)
+                               | acknowledgements (control)            ^ weight syncs, checkpoints (control)
+
+    loop         waits for                          unblocked by
+    receive      a scored chunk                     a teacher actor
+    plan         something new to plan with         a chunk; `Version` after a weight update
+    acknowledge  time                               the clock
+    control      a message of the coordinator       the coordinator
+    ranks        a learner rank's hello             the learner
+
+The coordinator's commands for the learner pass through here, so that every rank sees steps, weight updates and
+checkpoints in one order. On cancel: nothing is saved; a restart goes back to the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.intake_report import LatencyReservoir, describe_step
+from opd_async import frontier, packing
+from opd_async import messages as m
+from opd_async.assembly import Assembler, Segment, Verdict
+from opd_async.channels import ControlServer, Pull
+from opd_async.checkpoints import latest
+from opd_async.errors import DeadlineError
+from opd_async.jsonl import JsonlWriter, read_jsonl
+from opd_async.plan import RoleKind
+from opd_async.process import run_role
+from opd_async.role import Role, role_arguments
+from opd_async.schedule import DeadlineCuts, Planner, WholeSamples
+from opd_async.topology import ScheduleSection, TrainOn
+
+log = logging.getLogger(__name__)
+
+ACKNOWLEDGE_S = 0.02
+SETTLE_WARNING_S = 10.0
+
+
+def make_planner(schedule: ScheduleSection) -> Planner:
+    """The planner that the topology asks for."""
+    if schedule.train_on is TrainOn.SAMPLES:
+        return WholeSamples(schedule.samples_per_step)
+    return DeadlineCuts(schedule.tokens_per_step, schedule.max_staleness)
+
+
+class Intake:
+    """The one intake of a run."""
+
+    def __init__(self, role: Role) -> None:
+        plan = role.plan
+        self._role = role
+        self._topology = plan.topology
+        self._metrics = role.metrics
+        self._planner = make_planner(plan.topology.schedule)
+        self._assembler = Assembler()
+        self._version: int | None = None
+        self._drain_asked = False
+        self._news = asyncio.Event()
+        self._touched: set[int] = set()
+        self._finished_elsewhere: dict[int, tuple[int, int, int]] = {}
+        self._latencies = LatencyReservoir()
+        self._ranks_up: set[str] = set()
+        self._all_ranks_up = asyncio.Event()
+        self._pull = Pull(role.context, plan.scored, self._malformed_frame)
+        self._ranks = ControlServer(role.context, plan.batches, self._malformed_frame)
+        self._log_path = plan.run_folder / "trained.jsonl"
+        self._log: JsonlWriter | None = None
+
+    async def restore(self) -> None:
+        """Go back to the newest checkpoint, or to nothing, and tell the coordinator what has been trained."""
+        folder = latest(self._role.plan.run_folder / "checkpoints")
+        state = frontier.load(folder) if folder is not None else frontier.empty(0)
+        self._assembler = frontier.restore(state)
+        self._cut_log(state.version)
+        await self._role.control.send(state)
+
+    def _cut_log(self, version: int) -> None:
+        """Steps after the checkpoint will be taken again: their lines leave the log of trained ranges."""
+        rows = (
+            [row for row in read_jsonl(self._log_path) if row["version"] < version] if self._log_path.exists() else []
+        )
+        self._log_path.unlink(missing_ok=True)
+        self._log = JsonlWriter(self._log_path)
+        for row in rows:
+            self._log.write(row)
+
+    async def receive(self) -> None:
+        """Take scored chunks in."""
+        while True:
+            chunk = await self._pull.receive()
+            if not isinstance(chunk, m.ScoredChunk):
+                self._malformed_frame(f"a {type(chunk).__name__} among scored chunks")
+                continue
+            verdict = self._assembler.add(chunk)
+            self._count(verdict, chunk)
+            if verdict is Verdict.ACCEPTED or verdict is Verdict.DUPLICATE:
+                self._touched.add(chunk.sample_id)
+                self._news.set()
+
+    def _count(self, verdict: Verdict, chunk: m.ScoredChunk) -> None:
+        if verdict is Verdict.ACCEPTED or verdict is Verdict.EARLY:
+            self._role.count("tokens", len(chunk.token_ids))
+            self._metrics["opd_intake_scored_tokens_total"].inc(len(chunk.token_ids))
+            if chunk.finish is not None:
+                self._latencies.add(chunk.latency_s)
+        elif verdict is Verdict.MALFORMED:
+            self._role.count("malformed_chunks")
+            self._metrics["opd_intake_malformed_total"].labels("chunk").inc()
+            log.warning("dropped a malformed chunk of sample %d from %s", chunk.sample_id, chunk.teacher_id)
+        else:
+            self._role.count(f"{verdict.value}_chunks")
+            self._metrics["opd_intake_duplicates_total"].inc()
+
+    async def acknowledge(self) -> None:
+        """Tell the coordinator, in small batches, what is held."""
+        while True:
+            await asyncio.sleep(ACKNOWLEDGE_S)
+            if not self._touched:
+                continue
+            rows = [self._held(sample_id) for sample_id in self._touched]
+            self._touched.clear()
+            table = np.array([row for row in rows if row is not None], np.int64).reshape(-1, 4)
+            ready = self._planner.ready_tokens(self._assembler, self._version) if self._version is not None else 0
+            self._metrics["opd_intake_backlog_tokens"].set(ready)
+            attempts, actors, ends = (table[:, i].astype(np.int32) for i in (1, 2, 3))
+            await self._role.control.send(m.Acks(ready, table[:, 0], attempts, actors, ends))
+            self._role.counters.update(self._latencies.quantiles())
+
+    def _held(self, sample_id: int) -> tuple[int, int, int, int] | None:
+        sample = self._assembler.samples.get(sample_id)
+        if sample is None:
+            done = self._finished_elsewhere.pop(sample_id, None)
+            return (sample_id, *done) if done is not None else None
+        return sample_id, sample.attempt, sample.actor, sample.scored_end + (sample.finish is not None)
+
+    # --- planning ----------------------------------------------------------------------------------------------------
+
+    async def plan(self) -> None:
+        """Take a step whenever the planner finds one."""
+        while True:
+            try:
+                async with asyncio.timeout(SETTLE_WARNING_S):
+                    await self._news.wait()
+            except TimeoutError:
+                self._explain_wait()
+                continue
+            self._news.clear()
+            if self._version is None:
+                continue
+            chosen = self._planner.choose(self._assembler, self._version)
+            if chosen:
+                await self._step(self._version, [self._take(sample) for sample in chosen])
+            elif not self._drain_asked and self._planner.wants_drain(self._assembler, self._version):
+                self._drain_asked = True
+                await self._role.control.send(m.DrainRequest(self._version))
+
+    def _take(self, sample: Any) -> tuple[int, bool, Segment | None]:
+        complete = sample.finish is not None
+        if complete:
+            # its last chunk may not have been acknowledged yet, and it is about to be forgotten
+            self._finished_elsewhere[sample.sample_id] = (sample.attempt, sample.actor, sample.scored_end + 1)
+            self._touched.add(sample.sample_id)
+        return sample.sample_id, complete, self._assembler.take(sample)
+
+    async def _step(self, version: int, taken: list[tuple[int, bool, Segment | None]]) -> None:
+        self._version = None
+        self._drain_asked = False
+        learner = self._topology.learner
+        segments = [segment for _, _, segment in taken if segment is not None]
+        batches = packing.pack(segments, version, learner.data_parallel, learner.micro_batch_tokens)
+        stats, staleness = describe_step(segments, version)
+        self._record(version, segments, stats, staleness)
+        completed = np.array([sample_id for sample_id, complete, _ in taken if complete], np.int64)
+        await self._role.control.send(m.StepStarted(version, stats, staleness, completed))
+        per_dp = learner.ranks // learner.data_parallel
+        for rank in range(learner.ranks):
+            await self._to_rank(rank, packing.to_message(batches[self._dp_rank(rank, per_dp)]))
+
+    def _dp_rank(self, rank: int, per_dp: int) -> int:
+        """Megatron orders ranks tensor first, then data, then pipeline."""
+        learner = self._topology.learner
+        return rank // learner.tensor_parallel % learner.data_parallel
+
+    def _record(self, version: int, segments: list[Segment], stats: dict[str, float], staleness: Any) -> None:
+        ranges = [[s.sample_id, s.start, s.end, int(s.versions.min()), int(s.versions.max())] for s in segments]
+        assert self._log is not None
+        self._log.write({"version": version, "ranges": ranges})
+        self._role.count("steps")
+        self._metrics["opd_intake_steps_total"].inc()
+        self._metrics["opd_intake_cuts_total"].inc(stats["cuts"])
+        self._metrics["opd_intake_recompute_tokens_total"].inc(stats["recomputed_tokens"])
+        for age, count in enumerate(staleness):
+            if count:
+                self._metrics["opd_intake_staleness_steps"].observe(age, int(count))
+
+    def _explain_wait(self) -> None:
+        """Say in the log who a step is waiting for."""
+        owed = self._assembler.owed()
+        if self._version is not None and owed:
+            some = ", ".join(f"{sample} (to {end})" for sample, (_, end) in list(owed.items())[:5])
+            log.warning("step %d waits for the scores of %d samples: %s", self._version, len(owed), some)
+
+    # --- control -----------------------------------------------------------------------------------------------------
+
+    async def control(self) -> None:
+        """Handle the coordinator's messages in order; those for the learner are passed on to every rank."""
+        while True:
+            message = await self._role.control.receive()
+            match message:
+                case m.Version():
+                    self._assembler.mark(message.version - 1, _owed(message))
+                    self._version = message.version
+                    self._news.set()
+                case m.Drained():
+                    self._assembler.mark(message.version, _owed(message))
+                    self._news.set()
+                case m.Reclaim():
+                    await self._reclaim(message)
+                case m.SaveCheckpoint():
+                    frontier.save(frontier.snapshot(self._assembler, message.step), Path(message.folder))
+                    await self._to_ranks(message)
+                case m.SyncWeights() | m.ExportModel():
+                    await self._to_ranks(message)
+                case m.Stop():
+                    await self._to_ranks(message)
+                    self._role.stopped.set()
+                case _:
+                    log.warning("ignored a %s", type(message).__name__)
+
+    async def _reclaim(self, request: m.Reclaim) -> None:
+        pairs = zip(request.sample_ids.tolist(), request.attempts.tolist(), strict=True)
+        results = [self._assembler.give_up_attempt(sample_id, attempt) for sample_id, attempt in pairs]
+        tokens = [prefix for _, prefix, _ in results]
+        await self._role.control.send(
+            m.Reclaimed(
+                request.sample_ids,
+                np.array([attempt for attempt, _, _ in results], np.int32),
+                np.array([len(prefix) for prefix in tokens], np.int32),
+                np.array([complete for _, _, complete in results], np.int32),
+                np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
+            )
+        )
+        self._news.set()
+
+    # --- learner ranks -----------------------------------------------------------------------------------------------
+
+    async def ranks(self) -> None:
+        """Collect the hellos of the learner's ranks."""
+        while True:
+            rank, _ = await self._ranks.receive()
+            self._ranks_up.add(rank)
+            if len(self._ranks_up) == self._topology.learner.ranks:
+                self._all_ranks_up.set()
+
+    async def _to_ranks(self, message: Any) -> None:
+        for rank in range(self._topology.learner.ranks):
+            await self._to_rank(rank, message)
+
+    async def _to_rank(self, rank: int, message: Any) -> None:
+        deadline_s = self._topology.supervisor.start_deadline_s
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._all_ranks_up.wait()
+        except TimeoutError:
+            missing = [r for r in range(self._topology.learner.ranks) if f"rank-{r}" not in self._ranks_up]
+            raise DeadlineError(
+                f"learner ranks {missing} did not connect in {deadline_s:.0f} s; see learner-0.log"
+            ) from None
+        if not await self._ranks.send(f"rank-{rank}", message):
+            log.warning("learner rank %d is gone; a %s was not delivered", rank, type(message).__name__)
+
+    def _malformed_frame(self, reason: str) -> None:
+        self._role.count("malformed_frames")
+        self._metrics["opd_intake_malformed_total"].labels("frame").inc()
+
+    def close(self) -> None:
+        """Close sockets and the log."""
+        self._pull.close()
+        self._ranks.close()
+        if self._log is not None:
+            self._log.close()
+
+
+def _owed(mark: m.Version | m.Drained) -> list[tuple[int, int, int]]:
+    return list(zip(mark.sample_ids.tolist(), mark.attempts.tolist(), mark.ends.tolist(), strict=True))
+
+
+async def main() -> None:
+    """Run the intake until the coordinator says stop."""
+    plan, _ = role_arguments("Intake: assemble, plan, pack.")
+    async with Role.open(RoleKind.INTAKE, plan, 0) as role:
+        intake = Intake(role)
+        try:
+            await intake.restore()
+            for loop, name in (
+                (intake.control(), "control"),
+                (intake.ranks(), "ranks"),
+                (intake.receive(), "receive"),
+                (intake.acknowledge(), "acknowledge"),
+                (intake.plan(), "plan"),
+            ):
+                role.spawn(loop, name)
+            await role.until_stopped()
+        finally:
+            intake.close()
+
+
+if __name__ == "__main__":
+    run_role(main)

@@ -1,0 +1,100 @@
+"""Checks on what engines answer: nothing malformed gets past this module.
+
+Pure functions over decoded JSON. Each raises `EngineError` that names the field; callers count it and ask again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.errors import EngineError
+from opd_async.messages import Finish
+
+MAX_LOGPROB = 1e-3
+"""Rounding may lift a logprob of nearly certain tokens a little above zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens of a stream: `token_ids` int32[n], `logprobs` float32[n] (nats), all made by `weight_version`."""
+
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    weight_version: str
+    finish: Finish | None
+    aborted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Teacher logprobs float32[n] of the n tokens asked for, and how much of the request came from the cache."""
+
+    logprobs: NDArray[np.float32]
+    prompt_tokens: int
+    cached_tokens: int
+
+
+def _logprobs(entries: Sequence[Any], ids: Sequence[int], last_id: int, where: str) -> NDArray[np.float32]:
+    """float32[n] of [logprob, id, text] entries. SGLang reports `last_id` (vocabulary size - 1) as 0 in prompts."""
+    try:
+        pairs = [(float(entry[0]), int(entry[1])) for entry in entries]
+    except (TypeError, ValueError, IndexError):
+        raise EngineError(f"{where}: an entry is not [logprob, id, text]: null or wrong type") from None
+    if any(got != want and not (want == last_id and got == 0) for (_, got), want in zip(pairs, ids, strict=True)):
+        raise EngineError(f"{where}: token ids differ from those of the request")
+    values = np.array([logprob for logprob, _ in pairs], np.float32)
+    if not np.isfinite(values).all() or (values > MAX_LOGPROB).any():
+        raise EngineError(f"{where}: a logprob is not a finite number <= 0")
+    return np.minimum(values, np.float32(0.0))
+
+
+def parse_delta(event: Any, vocab_size: int) -> Delta:
+    """One streamed event of `/generate` (incremental streaming)."""
+    if not isinstance(event, dict):
+        raise EngineError("event: not a JSON object")
+    if "error" in event:
+        error = event["error"]
+        raise EngineError(f"event: {error.get('message', error) if isinstance(error, dict) else error}")
+    meta = event.get("meta_info")
+    ids = event.get("output_ids")
+    if not isinstance(meta, dict) or not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise EngineError("event: meta_info or output_ids is missing")
+    if any(not 0 <= i < vocab_size for i in ids):
+        raise EngineError("output_ids: an id outside the vocabulary")
+    entries = meta.get("output_token_logprobs")
+    if not isinstance(entries, list) or len(entries) != len(ids):
+        raise EngineError("output_token_logprobs: missing, or not one entry per token")
+    reason = meta.get("finish_reason")
+    kind = reason.get("type") if isinstance(reason, dict) else None
+    if kind not in (None, "stop", "length", "abort"):
+        raise EngineError(f"finish_reason: unknown type {kind!r}")
+    return Delta(
+        np.array(ids, np.int32),
+        _logprobs(entries, ids, -1, "output_token_logprobs"),
+        str(meta.get("weight_version")),
+        Finish(kind) if kind in ("stop", "length") else None,
+        kind == "abort",
+    )
+
+
+def parse_scores(reply: Any, ids: NDArray[np.int32], start: int, vocab_size: int) -> Scores:
+    """One entry of a prefill-only answer that was asked with `logprob_start_len = start - 1`.
+
+    `ids` int32[N] is what was sent; the scores are those of `ids[start:]`.
+    """
+    meta = reply.get("meta_info") if isinstance(reply, dict) else None
+    if not isinstance(meta, dict):
+        raise EngineError("reply: meta_info is missing")
+    entries = meta.get("input_token_logprobs")
+    if not isinstance(entries, list) or len(entries) != len(ids) - start + 1:
+        raise EngineError("input_token_logprobs: missing or of the wrong length")
+    prompt_tokens, cached_tokens = meta.get("prompt_tokens"), meta.get("cached_tokens")
+    if type(prompt_tokens) is not int or type(cached_tokens) is not int:
+        raise EngineError("prompt_tokens or cached_tokens: missing")
+    logprobs = _logprobs(entries[1:], ids[start:].tolist(), vocab_size - 1, "input_token_logprobs")
+    return Scores(logprobs, prompt_tokens, cached_tokens)

@@ -1,0 +1,310 @@
+"""Generate with the student and stream partial samples to the teachers.
+
+    leases (control) -> engine /generate (stream) -> buffer -> chunks -> outbox -> PUSH to a teacher actor
+                                                                          ^ acknowledgements (control)
+
+    loop       waits for                                    unblocked by
+    control    a message of the coordinator                 the coordinator
+    lease (N)  the next streamed tokens; an open gate       the engine; `Resume` after a weight update
+    resend     a chunk without acknowledgement              time
+    on pause   every token that the engines say they sent   the leases' streams
+
+A chunk leaves at `chunk_tokens` new tokens, when the weight version changes, when the response ends and at each pause.
+On cancel: streams close (the engine aborts them); what was sent stays the coordinator's to reclaim.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Iterable
+
+import aiohttp
+import numpy as np
+
+from actors.engine_client import EngineClient
+from actors.generation import Generation, Student
+from actors.replies import Delta
+from opd_async import messages as m
+from opd_async.channels import Push
+from opd_async.errors import DeadlineError, EngineError
+from opd_async.outbox import Outbox
+from opd_async.plan import RoleKind
+from opd_async.process import run_role
+from opd_async.role import IdleClock, Role, role_arguments
+from opd_async.routing import rendezvous
+
+log = logging.getLogger(__name__)
+
+PAUSE_DEADLINE_S = 60.0
+RETRY_S = 0.2
+
+
+class RolloutActor:
+    """One rollout actor and the student engines that it drives."""
+
+    def __init__(self, role: Role, session: aiohttp.ClientSession) -> None:
+        self._role = role
+        topology = role.plan.topology
+        self._settings = topology.rollout
+        self._pause_mode = topology.schedule.pause_mode.value
+        self._metrics = role.metrics
+        self._students = [
+            Student(self._client(session, url, student=True)) for url in _share(role, role.plan.student_engines)
+        ]
+        self._teachers = [self._client(session, url, student=False) for url in role.plan.teacher_engines]
+        self._pushes = [Push(role.context, address) for address in role.plan.chunks]
+        self._outbox = Outbox()
+        self._live: dict[int, Generation] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._idle = IdleClock()
+        self._arrived = asyncio.Condition()
+        self._paused_at: float | None = time.monotonic()
+
+    def _client(self, session: aiohttp.ClientSession, url: str, student: bool) -> EngineClient:
+        engines = self._role.plan.topology.engines
+        section = engines.student if student else engines.teacher
+        return EngineClient(session, url, self._role.plan.vocab_size, section.api_key, section.admin_api_key)
+
+    async def control(self) -> None:
+        """Handle the coordinator's messages in order."""
+        while True:
+            message = await self._role.control.receive()
+            match message:
+                case m.Lease():
+                    self._start(message)
+                case m.Acks():
+                    self._acknowledge(message)
+                case m.Pause():
+                    await self._pause(message.token)
+                case m.Resume():
+                    await self._resume(message.version)
+                case m.EngineDown():
+                    self._engine_down(message.url)
+                case m.TeacherRestarted():
+                    await self._send_again(self._outbox.teacher_restarted(message.index, time.monotonic()))
+                case m.Reset():
+                    await self._reset(message.token)
+                case m.Stop():
+                    self._role.stopped.set()
+                case _:
+                    log.warning("ignored a %s", type(message).__name__)
+
+    async def resend(self) -> None:
+        """Send chunks again that nobody acknowledged in time."""
+        after_s = self._settings.resend_after_s
+        while True:
+            await asyncio.sleep(min(1.0, after_s / 4))
+            await self._send_again(self._outbox.overdue(time.monotonic(), after_s))
+            self._metrics["opd_rollout_unacknowledged_chunks"].set(self._outbox.unacknowledged)
+            self._account()
+
+    def close(self) -> None:
+        """Close the sockets; queued chunks may still leave."""
+        for push in self._pushes:
+            push.close()
+
+    # --- leases ------------------------------------------------------------------------------------------------------
+
+    def _start(self, lease: m.Lease) -> None:
+        student = self._students[lease.prompt_id % len(self._students)]
+        generation = Generation(lease, f"{lease.sample_id:016x}-{uuid.uuid4().hex[:12]}", student)
+        if lease.kind == m.LeaseKind.TRAIN:
+            teacher = rendezvous(lease.prompt_id, range(len(self._pushes)))
+            self._outbox.open(lease.sample_id, lease.attempt, teacher, lease.prompt, lease.prefix)
+        self._live[lease.sample_id] = generation
+        self._tasks[lease.sample_id] = self._role.spawn(self._run(generation), f"lease-{lease.sample_id}")
+        self._account()
+
+    async def _run(self, generation: Generation) -> None:
+        """One lease, through broken streams and restarts of its engine, to its end."""
+        lease = generation.lease
+        try:
+            while generation.finish is None:
+                await self._attempt(generation)
+            if lease.kind == m.LeaseKind.TRAIN:
+                done = m.LeaseDone(lease.sample_id, lease.attempt, generation.length, generation.finish.value)
+                await self._role.control.send(done)
+            else:
+                await self._role.control.send(generation.evaluation())
+        finally:
+            self._live.pop(lease.sample_id, None)
+            self._tasks.pop(lease.sample_id, None)
+            self._account()
+
+    async def _attempt(self, generation: Generation) -> None:
+        """Generate until the response ends or the request fails; failures are counted and bounded."""
+        lease, sampling = generation.lease, self._settings.sampling
+        generation.finish = generation.natural_finish(sampling.max_response_tokens, self._role.plan.stop_token_ids)
+        if generation.finish is not None:
+            await self._flush(generation)
+            return
+        on_teacher = lease.kind == m.LeaseKind.EVAL_TEACHER
+        client = self._teachers[lease.sample_id % len(self._teachers)] if on_teacher else generation.student.client
+        if not on_teacher:
+            await generation.student.gate.wait()
+        request = generation.sampling(self._settings, self._role.plan.stop_token_ids)
+        salt = "" if on_teacher else str(generation.student.version)
+        try:
+            async for delta in client.stream(generation.rid, generation.input_ids(), request, salt):
+                await self._take(generation, delta, on_teacher)
+            if generation.finish is None:
+                raise EngineError(f"{client.url}: the stream ended without a finish reason")
+        except EngineError as error:
+            await self._failed(generation, error)
+
+    async def _take(self, generation: Generation, delta: Delta, on_teacher: bool) -> None:
+        new_tokens = generation.take(delta, on_teacher)
+        if generation.lease.kind == m.LeaseKind.TRAIN:
+            self._role.count("tokens", new_tokens)
+            self._metrics["opd_rollout_tokens_total"].inc(new_tokens)
+            for chunk in generation.due_chunks(self._settings.chunk_tokens, self._role.mine.index):
+                await self._send(chunk)
+        async with self._arrived:
+            self._arrived.notify_all()
+
+    async def _failed(self, generation: Generation, error: EngineError) -> None:
+        log.warning("sample %d: %s", generation.lease.sample_id, error)
+        self._role.count("engine_errors")
+        self._metrics["opd_rollout_engine_errors_total"].labels("request").inc()
+        generation.failures += 1
+        # an engine that is being restarted does not count against the request: its gate is closed
+        if generation.student.gate.is_set() and generation.failures > self._settings.request_retries:
+            text = f"sample {generation.lease.sample_id} failed {generation.failures} times, last: {error}"
+            await self._role.control.send(m.Failure(self._role.name, text))
+            await asyncio.Event().wait()  # the run ends now; this lease has nothing left to do
+        generation.new_request()
+        await asyncio.sleep(RETRY_S * 2 ** min(generation.failures, 5))
+
+    # --- chunks ------------------------------------------------------------------------------------------------------
+
+    async def _flush(self, generation: Generation) -> None:
+        if generation.lease.kind == m.LeaseKind.TRAIN:
+            for chunk in generation.due_chunks(1, self._role.mine.index):
+                await self._send(chunk)
+
+    async def _send(self, chunk: m.Chunk) -> None:
+        self._metrics["opd_rollout_chunks_total"].inc()
+        outgoing = self._outbox.add(chunk, time.monotonic())
+        await self._pushes[self._outbox.teacher_of(chunk.sample_id)].send(outgoing)
+
+    async def _send_again(self, pairs: Iterable[tuple[int, m.Chunk]]) -> None:
+        for teacher, chunk in pairs:
+            self._role.count("resent_chunks")
+            self._metrics["opd_rollout_resent_chunks_total"].inc()
+            await self._pushes[teacher].send(chunk)
+
+    def _acknowledge(self, acks: m.Acks) -> None:
+        now = time.monotonic()
+        for sample_id, attempt, end in zip(acks.sample_ids, acks.attempts, acks.ends, strict=True):
+            self._outbox.acknowledge(int(sample_id), int(attempt), int(end), now)
+
+    # --- pausing -----------------------------------------------------------------------------------------------------
+
+    async def _pause(self, token: int) -> None:
+        """Stop the engines and deliver every token made so far; then say which tokens exist."""
+        if self._paused_at is None:
+            self._paused_at = time.monotonic()
+        for student in self._students:
+            student.gate.clear()
+        up = [student for student in self._students if not student.down]
+        results = await asyncio.gather(*(self._pause_one(student) for student in up))
+        emitted = {rid: count for counts in results for rid, count in counts.items()}
+        await self._all_arrived(emitted)
+        for generation in list(self._live.values()):
+            await self._flush(generation)
+        ends = np.array(self._outbox.ends(), np.int64).reshape(-1, 3)
+        paused = m.Paused(token, ends[:, 0], ends[:, 1].astype(np.int32), ends[:, 2].astype(np.int32))
+        await self._role.control.send(paused)
+        self._account()
+
+    async def _pause_one(self, student: Student) -> dict[str, int]:
+        """Tokens that the engine has sent to each stream; an engine that is gone has sent all that it ever will."""
+        try:
+            return await student.client.pause(self._pause_mode)
+        except EngineError as error:
+            log.warning("pause: %s; its responses go on when it is back", error)
+            return {}
+
+    async def _all_arrived(self, emitted: dict[str, int]) -> None:
+        """Wait until every live stream has received what its engine says it sent."""
+
+        def missing() -> list[Generation]:
+            live = self._live.values()
+            return [g for g in live if not g.student.down and g.received < emitted.get(g.rid, 0)]
+
+        try:
+            async with asyncio.timeout(PAUSE_DEADLINE_S), self._arrived:
+                await self._arrived.wait_for(lambda: not missing())
+        except TimeoutError:
+            late = ", ".join(f"{g.rid} ({g.received} of {emitted[g.rid]})" for g in missing()[:3])
+            raise DeadlineError(
+                f"pause: tokens that the engines sent did not arrive in {PAUSE_DEADLINE_S:.0f} s: {late}"
+            ) from None
+
+    async def _resume(self, version: int) -> None:
+        for student in self._students:
+            student.version = version
+            student.down = False
+            try:
+                await student.client.resume()
+            except EngineError as error:
+                log.warning("continue: %s; waiting for its restart", error)
+                student.down = True
+                continue
+            student.gate.set()
+        if self._paused_at is not None:
+            blocked = time.monotonic() - self._paused_at
+            self._metrics["opd_rollout_blocked_seconds_total"].inc(blocked)
+            self._paused_at = None
+        self._account()
+
+    def _engine_down(self, url: str) -> None:
+        for student in self._students:
+            if student.client.url == url:
+                student.gate.clear()
+                student.down = True
+
+    async def _reset(self, token: int) -> None:
+        """Forget every sample: the run goes back to a checkpoint."""
+        for student in self._students:
+            student.gate.clear()
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=PAUSE_DEADLINE_S)
+        self._outbox.clear()
+        await self._role.control.send(m.ResetDone(self._role.name, token))
+
+    def _account(self) -> None:
+        """Bring idle time and gauges up to date."""
+        running = sum(1 for g in self._live.values() if g.student.gate.is_set())
+        self._idle.set_busy(running > 0)
+        previous = self._role.counters.get("idle_s", 0.0)
+        self._role.counters["idle_s"] = self._idle.idle_s
+        self._metrics["opd_rollout_idle_seconds_total"].inc(self._idle.idle_s - previous)
+        self._metrics["opd_rollout_running_requests"].set(running)
+
+
+def _share(role: Role, urls: tuple[str, ...]) -> list[str]:
+    """The engines that this actor drives: every `replicas`-th, so that all are driven by exactly one."""
+    return list(urls[role.mine.index :: role.plan.topology.rollout.replicas])
+
+
+async def main() -> None:
+    """Run one rollout actor until the coordinator says stop."""
+    plan, index = role_arguments("Rollout actor: generate and stream partial samples.")
+    connector = aiohttp.TCPConnector(limit=0)
+    async with Role.open(RoleKind.ROLLOUT, plan, index) as role, aiohttp.ClientSession(connector=connector) as session:
+        actor = RolloutActor(role, session)
+        role.spawn(actor.control(), "control")
+        role.spawn(actor.resend(), "resend")
+        await role.until_stopped()
+        actor.close()
+
+
+if __name__ == "__main__":
+    run_role(main)

@@ -1,0 +1,144 @@
+"""What every asyncio role shares: its plan, its line to the coordinator, its metrics, heartbeats and orderly end.
+
+async with Role.open(kind, plan, index) as role:   Hello has been sent, metrics are served, heartbeats run
+    role.spawn(...)                                loops of the role; the first that fails ends the process
+    await role.until_stopped()                     the coordinator's Stop, or a signal
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zmq.asyncio
+
+from opd_async.channels import ControlClient
+from opd_async.errors import InputError
+from opd_async.messages import Heartbeat, Hello
+from opd_async.metrics import RoleMetrics, loop_lag
+from opd_async.plan import Plan, RoleKind, RolePlan
+from opd_async.process import configure_logging, stop_event
+
+HEARTBEAT_S = 0.5
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan file that the launcher wrote; `InputError` when it is not one."""
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a plan ({error}); roles are started by opd_async.launch") from None
+
+
+@dataclass(slots=True)
+class IdleClock:
+    """Adds up the time in which nothing was being done; `busy` is set by the owner on each change."""
+
+    idle_s: float = 0.0
+    _since: float = field(default_factory=time.monotonic)
+    _busy: bool = False
+
+    def set_busy(self, busy: bool) -> None:
+        """Account for the time since the last call under the old state."""
+        now = time.monotonic()
+        if not self._busy:
+            self.idle_s += now - self._since
+        self._since, self._busy = now, busy
+
+    def total(self) -> float:
+        """Idle seconds up to now."""
+        self.set_busy(self._busy)
+        return self.idle_s
+
+
+@dataclass(slots=True)
+class Role:
+    """One role process: `counters` are running totals that travel with each heartbeat."""
+
+    plan: Plan
+    mine: RolePlan
+    context: zmq.asyncio.Context
+    control: ControlClient
+    metrics: RoleMetrics
+    group: asyncio.TaskGroup
+    signalled: asyncio.Event
+    counters: dict[str, float] = field(default_factory=dict)
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """The role's name in the plan."""
+        return self.mine.name
+
+    def count(self, counter: str, amount: float = 1.0) -> None:
+        """Add to one of the totals that the coordinator sees."""
+        self.counters[counter] = self.counters.get(counter, 0.0) + amount
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run a loop of the role under its task group."""
+        task = self.group.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _heartbeats(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            await self.control.send(Heartbeat(self.name, dict(self.counters)))
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, kind: RoleKind, plan: Plan, index: int) -> AsyncIterator[Role]:
+        """Connect to the coordinator and serve metrics.
+
+        On cancel and at the end: loops are cancelled first, then sockets close, delivering what they hold.
+        """
+        mine = plan.role(kind, index)
+        configure_logging(mine.name)
+        metrics = RoleMetrics(kind.value)
+        signalled = stop_event(asyncio.get_running_loop())
+        context = zmq.asyncio.Context()
+        with (
+            metrics.serve(mine.host, mine.ports["metrics"]),
+            ControlClient(context, plan.control, mine.name) as control,
+        ):
+            async with asyncio.TaskGroup() as group:
+                role = cls(plan, mine, context, control, metrics, group, signalled)
+                await control.send(Hello(mine.name, os.getpid()))
+                role.spawn(role._heartbeats(), "heartbeats")
+                role.spawn(loop_lag(metrics[f"opd_{kind.value}_loop_lag_seconds"]), "loop-lag")
+                try:
+                    yield role
+                finally:
+                    role.cancel()
+
+    async def until_stopped(self) -> None:
+        """Wait for the coordinator's or a signal's stop."""
+        ends = [self.spawn(_wait(event), "stop") for event in (self.stopped, self.signalled)]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+
+    def cancel(self) -> None:
+        """Cancel every loop of the role."""
+        for task in list(self._tasks):
+            task.cancel()
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+def role_arguments(description: str) -> tuple[Plan, int]:
+    """`--plan FILE [--index I]`: what every role is started with."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--plan", type=Path, required=True, help="plan.json, written by the launcher")
+    parser.add_argument("--index", type=int, default=0, help="which replica this is")
+    arguments = parser.parse_args()
+    return read_plan(arguments.plan), arguments.index
