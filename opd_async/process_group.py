@@ -28,11 +28,15 @@ class ProcessGroup:
         self.mark = uuid.uuid4().hex
         self.leader: int | None = None
         """Pid of the process that was started, which leads a session; None before the start."""
+        self._seen: set[psutil.Process] = set()
 
     def members(self) -> list[psutil.Process]:
         """The processes alive now. Reads the whole process table: tens of milliseconds on a busy host."""
         found = (self._find(pid) for pid in psutil.pids())
-        return [process for process in found if process is not None]
+        # A dying process loses its environment before it lets go of its files, ports and devices.
+        self._seen.update(process for process in found if process is not None)
+        self._seen = {process for process in self._seen if _alive(process)}
+        return list(self._seen)
 
     def signal(self, number: int) -> list[int]:
         """Send a signal to every member; returns the pids of those that were alive."""
@@ -68,6 +72,13 @@ class ProcessGroup:
         try:
             process = psutil.Process(pid)
             ours = os.getpgid(pid) == self.leader or process.environ().get(MARK_ENV) == self.mark
-            return process if ours and process.status() != psutil.STATUS_ZOMBIE else None
+            return process if ours else None
         except (psutil.Error, OSError):  # it ended while being looked at, or belongs to another user
             return None
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
