@@ -100,7 +100,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             where = f"{path}:{number}"
             try:
-                yield where, json.loads(line)
+                yield where, json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 yield where, _RowError(f"not valid JSON: {error.msg} at column {error.colno}")
             except (ValueError, RecursionError) as error:

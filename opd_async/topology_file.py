@@ -54,7 +54,10 @@ def load_topology(path: Path, overrides: Sequence[str] = ()) -> Topology:
         # Strict JSON mode: lists become tuples and text becomes paths, but no value changes its type.
         topology = Topology.model_validate_json(json.dumps(document.data), strict=True)
     except ValidationError as error:
-        problems.extend(_explain(document, detail) for detail in error.errors(include_url=False))
+        details = error.errors(include_url=False)
+        # A list with a wrong item is also reported as too short: the item says it better.
+        holders = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
+        problems.extend(_explain(document, detail) for detail in details if detail["loc"] not in holders)
     else:
         if not problems:
             return topology
@@ -117,9 +120,10 @@ def _store(document: YamlDocument, path: Location, value: Any) -> str | None:
             return f"{here} is {found(holder)} in the file, not a section"
         if depth == len(path) - 1:
             break
-        if isinstance(part, str) and holder.get(part) is None:
-            holder[part] = {}
-        holder = holder[part]
+        following = holder[part] if isinstance(part, int) else holder.get(part)
+        if following is None and isinstance(path[depth + 1], str):
+            following = holder[part] = {}
+        holder = following
     holder[path[-1]] = value
     for known in [known for known in document.lines if known[: len(path)] == path]:
         document.lines[known] = _OVERRIDE

@@ -1,0 +1,231 @@
+"""Validation against models, files, devices and ports: all at once, with what to write."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_runs import WORDS, make_model, small_topology, topology_data, write_json, write_topology
+
+from opd_async.topology import Topology
+from opd_async.topology_file import load_topology
+from opd_async.validation import validate, warnings
+
+
+def problems(root: Path, *overrides: str) -> list[str]:
+    return validate(small_topology(root, *overrides))
+
+
+def test_a_valid_topology_has_no_problems(tmp_path: Path) -> None:
+    topology = small_topology(tmp_path)
+    assert validate(topology) == [] and warnings(topology) == []
+    assert problems(tmp_path, "network.bind=localhost") == []
+
+
+WRONG = {
+    "rollout.sampling.temperature=0.7": "rollout.sampling.temperature: 0.7, but teacher scores are at temperature 1",
+    "rollout.sampling.top_p=0.9": "rollout.sampling.top_p: 0.9, but the behaviour logprobs would not be those",
+    "rollout.sampling.top_k=20": "rollout.sampling.top_k: 20, but the behaviour logprobs would not be those",
+    "rollout.sampling.stop_token_ids=[99]": "rollout.sampling.stop_token_ids: [99] not in the vocabulary",
+    "learner.tensor_parallel=3": "learner.tensor_parallel: 3 does not divide the student's 4 attention heads",
+    "learner.pipeline_parallel=3": "learner.pipeline_parallel: 3 does not divide the student's 4 layers; write 1, 2",
+    "learner.micro_batch_tokens=63": "learner.micro_batch_tokens: 63 cannot hold one sample of",
+    "engines.teacher.kv_tokens=63": "engines.teacher.kv_tokens: 63 cannot hold one full sample",
+    "engines.student.urls=['http://h:1']": "engines.student.urls: 1 given, but the run starts embedded engines itself",
+    "rollout.slots=17": "rollout.slots: 17, but the student engines run 16 requests at once",
+    "rollout.replicas=2": "rollout.replicas: 2 actors for 1 student engines; write at most 1",
+    "teacher.replicas=3": "teacher.replicas: 3 actors for 1 teacher engines; write at most 1",
+    "evaluation.answer_pattern='('": "evaluation.answer_pattern: '(' is not a regular expression",
+    "network.bind=0.0.0.0": "network.bind: 0.0.0.0 is not an IPv4 loopback address",
+    "data.train.path=nowhere.jsonl": "data.train.path: no file nowhere.jsonl",
+    "data.held_out.path=prompts.csv": "data.held_out.path: prompts.csv is neither .jsonl nor .parquet",
+    "data.chat_template=nowhere.jinja": "data.chat_template: no file nowhere.jinja",
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(chosen=st.sets(st.sampled_from(sorted(WRONG)), min_size=1))
+def test_every_wrong_edit_is_reported(chosen: set[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = tmp_path_factory.getbasetemp() / "wrong"
+    path = root / "topology.yaml"
+    if not path.exists():
+        root.mkdir()
+        write_topology(root, topology_data(root))
+    # Parallel sizes change the number of ranks; `cpu` stands for all of them.
+    found = validate(load_topology(path, sorted(chosen)))
+    assert len(found) == len(chosen)
+    for override in chosen:
+        assert any(line.startswith(WRONG[override]) for line in found), (override, found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["evaluation.answer_pattern=abc"], "evaluation.answer_pattern: 'abc' has no group"),
+        (
+            ["engines.student.context_tokens=129", "engines.teacher.context_tokens=129"],
+            "max_position_embeddings 128; write at most 128",
+        ),
+        (["engines.teacher.context_tokens=32"], "engines.teacher.context_tokens: 32 is less than the student's 64"),
+        (["rollout.sampling.max_response_tokens=64"], "leaves no room for a prompt"),
+        (
+            ["rollout.group_size=3", "schedule.train_on=samples"],
+            "schedule.samples_per_step: 8 is not a multiple of rollout.group_size 3",
+        ),
+        (["rollout.group_size=9"], "rollout.slots: 8 cannot hold one group"),
+        (["engines.student.kind=external"], "engines.student.urls: 0 given for 1 replicas; write one URL for each"),
+        (
+            ["engines.student={kind: external, replicas: 2, context_tokens: 64, urls: ['http://h:1', 'http://h:1/']}"],
+            "the same URL twice",
+        ),
+        (["learner.devices=['cuda:0', 'cuda:1']"], "learner.devices: 2 devices for 1 ranks"),
+        (
+            ["engines.student.devices=[cpu, cpu, cpu]", "engines.student.replicas=2"],
+            "engines.student.devices: 3 devices for 2 replicas",
+        ),
+    ],
+)
+def test_problems_by_themselves(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    found = problems(tmp_path, *overrides)
+    assert any(expected in line for line in found), found
+
+
+def test_accelerators_are_given_out_once(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path,
+        "engines.student.devices=['cuda:0']",
+        "engines.student.replicas=2",
+        "engines.teacher.devices=['cuda:1']",
+        "learner.devices=['cuda:1']",
+    )
+    assert found == [
+        "engines.student.devices: cuda:0 is given to student-engine-0, student-engine-1; write another device for all "
+        "but one of them",
+        "learner.devices: cuda:1 is given to teacher-engine-0, learner rank 0; write another device for all but one of "
+        "them",
+    ]
+    assert problems(tmp_path, "engines.student.devices=['cuda:0']", "learner.devices=['cuda:1']") == []
+
+
+def test_the_same_url_on_both_sides(tmp_path: Path) -> None:
+    engine = "{kind: external, context_tokens: 64, urls: ['http://h:1']}"
+    found = problems(tmp_path, f"engines.student={engine}", f"engines.teacher={engine}")
+    assert found == ["engines.teacher.urls: http://h:1 is a student engine too; write the teacher's own"]
+
+
+def test_kv_heads_may_be_a_multiple_or_divisor_of_tensor_parallel(tmp_path: Path) -> None:
+    topology = small_topology(tmp_path, "learner.tensor_parallel=4")
+    assert validate(topology) == []
+    for side in ("student", "teacher"):
+        make_model(tmp_path / side, num_attention_heads=12, num_key_value_heads=3)
+    assert [line[:55] for line in validate(topology)] == ["learner.tensor_parallel: 4 is neither a divisor nor a m"]
+
+
+def test_missing_and_broken_model_files_are_named(tmp_path: Path) -> None:
+    topology = small_topology(tmp_path)
+    student, teacher = tmp_path / "student", tmp_path / "teacher"
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (student / name).unlink()
+    write_json(teacher / "config.json", {"vocab_size": 32, "num_hidden_layers": True})
+    (teacher / "tokenizer.json").write_text("{}")
+    found = "\n".join(validate(topology))
+    for name in ("no config.json", "no tokenizer.json", "no *.safetensors"):
+        assert f"models.student.path: {student} has {name}" in found
+    assert "no whole number for num_hidden_layers, num_attention_heads, max_position_embeddings" in found
+    assert f"models.teacher.path: {teacher / 'tokenizer.json'}: not a tokenizer" in found
+    shutil.rmtree(student)
+    assert f"models.student.path: no folder {student}" in "\n".join(validate(topology))
+
+
+def test_weights_that_are_cut_short_or_not_all_there(tmp_path: Path) -> None:
+    topology = small_topology(tmp_path)
+    weights = tmp_path / "student" / "model.safetensors"
+    whole = weights.read_bytes()
+    for content, expected in (
+        (whole[:-1], "is cut short: "),
+        (whole[:4], "is cut short at 4 bytes"),
+        (whole[:20], "is cut short at 20 bytes"),
+        (b"\x02" + b"\0" * 7 + b"[]" + b"\0" * 9, "is not a safetensors file"),
+    ):
+        weights.write_bytes(content)
+        (line,) = validate(topology)
+        assert f"models.student.path: {weights} {expected}" in line
+    weights.write_bytes(whole)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    write_json(tmp_path / "student" / "model.safetensors.index.json", index)
+    (line,) = validate(topology)
+    assert "has no model-2.safetensors, which model.safetensors.index.json names" in line
+
+
+def test_vocabularies_must_agree(tmp_path: Path) -> None:
+    topology = small_topology(tmp_path)
+    make_model(tmp_path / "teacher", vocab_size=64)
+    (line,) = validate(topology)
+    assert line.startswith("models.teacher.path: vocab_size 64 in its config.json, the student's is 32")
+    swapped = [*WORDS[:3], WORDS[4], WORDS[3], *WORDS[5:]]
+    make_model(tmp_path / "teacher", words=swapped)
+    (line,) = validate(topology)
+    assert line.startswith("models.teacher.path: its tokenizer.json maps tokens to other ids than the student's")
+    for side in ("student", "teacher"):
+        make_model(tmp_path / side, vocab_size=16)
+    (line,) = validate(topology)
+    assert "tokenizer.json has ids up to 22, config.json has vocab_size 16" in line
+
+
+def test_ports_in_use_name_the_role(tmp_path: Path) -> None:
+    base = _free_base()
+    assert problems(tmp_path, f"network.base_port={base}") == []
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", base + 2))
+        taken.listen()
+        (line,) = problems(tmp_path, f"network.base_port={base}")
+    assert line.startswith(f"network.base_port: port {base + 2}, which teacher-engine-0 wants for http, is in use")
+    many = ["engines.student.replicas=300", "network.base_port=65000"]
+    assert problems(tmp_path, *many) == ["network.base_port: 65000 and 612 ports pass 65535; write a smaller one"]
+
+
+def _free_base(count: int = 20) -> int:
+    """The first of `count` ports that nothing listens on."""
+    for base in range(21000, 60000, 97):
+        listeners = [socket.socket() for _ in range(count)]
+        try:
+            for offset, listener in enumerate(listeners):
+                listener.bind(("127.0.0.1", base + offset))
+        except OSError:
+            continue
+        finally:
+            for listener in listeners:
+                listener.close()
+        return base
+    raise AssertionError("no free ports")
+
+
+def test_warnings(tmp_path: Path) -> None:
+    def of(*overrides: str) -> list[str]:
+        topology: Topology = small_topology(tmp_path, *overrides)
+        assert validate(topology) == []
+        return [line.split(":")[0] for line in warnings(topology)]
+
+    assert of("schedule.max_staleness=2", "opd.clip_ratio=null") == ["opd.clip_ratio"]
+    assert of("schedule.max_staleness=1", "opd.clip_ratio=null") == []
+    assert of("schedule.max_staleness=4") == []
+    assert of("evaluation.every_steps=2") == ["evaluation.every_steps"]
+    assert of("learner.optimizer.warmup_steps=10") == ["learner.optimizer.warmup_steps"]
+
+
+def test_a_chat_template_that_does_not_parse_is_reported_before_the_start(tmp_path: Path) -> None:
+    template = tmp_path / "bad.jinja"
+    template.write_text("{% for %}")
+    (line,) = problems(tmp_path, f"data.chat_template={json.dumps(str(template))}")
+    assert line.startswith(f"models.student.path: chat template of {template}, line 1:")
+
+
+def test_the_quickstart_is_valid_but_for_the_data_that_is_made_first() -> None:
+    topology = load_topology(Path("examples/quickstart.yaml"))
+    assert [line for line in validate(topology) if not line.startswith("data.")] == []
+    assert warnings(topology) == []
