@@ -15,8 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pydantic import ValidationError
-
 from opd_async.errors import InputError
 from opd_async.files import write_atomically
 from opd_async.plan import Plan
@@ -30,8 +28,9 @@ MADE_BY_RUNS = (
     TOPOLOGY_FILE,
     PLAN_FILE,
     "metrics.jsonl",
+    "trained.jsonl",
     "trace.json",
-    "summary.json",
+    "report.json",
     "services.json",
     "checkpoints",
     "evaluation",
@@ -95,18 +94,6 @@ def prepare(plan: Plan, resume: bool = False, overwrite: bool = False) -> RunFol
         folder.release()
         raise
     return folder
-
-
-def load_plan(path: Path) -> Plan:
-    """Read a `plan.json`. Raises `InputError` if it is missing or was not written by this version."""
-    try:
-        return Plan.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        detail = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in detail["loc"])
-        raise InputError(f"{path}: not a plan of this version ({where}: {detail['msg']}); launch again") from None
 
 
 def holds_run(path: Path) -> bool:

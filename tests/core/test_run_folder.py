@@ -13,12 +13,16 @@ from small_runs import small_topology
 from opd_async.errors import InputError
 from opd_async.plan import Plan
 from opd_async.planning import make_plan
-from opd_async.run_folder import holds_run, load_plan, prepare
+from opd_async.run_folder import holds_run, prepare
 from opd_async.topology_file import load_topology
 
 
 def plan_of(root: Path, *overrides: str) -> Plan:
     return make_plan(small_topology(root, *overrides))
+
+
+def saved_plan(folder: Path) -> Plan:
+    return Plan.model_validate_json((folder / "plan.json").read_text())
 
 
 def refused(plan: Plan, resume: bool = False, overwrite: bool = False) -> str:
@@ -33,7 +37,7 @@ def test_a_new_folder_gets_the_topology_and_the_plan(tmp_path: Path) -> None:
     with prepare(plan) as folder:
         assert folder.path == plan.run_folder and holds_run(folder.path)
         assert load_topology(folder.path / "topology.yaml") == plan.topology
-        assert load_plan(folder.path / "plan.json") == plan
+        assert saved_plan(folder.path) == plan
         names = sorted(path.name for path in folder.path.iterdir())
         assert names == [".lock", "plan.json", "topology.yaml"]
         assert all((folder.path / name).stat().st_mode & 0o077 == 0 for name in names)
@@ -63,7 +67,7 @@ def test_overwrite_removes_what_a_run_made_and_nothing_else(tmp_path: Path) -> N
     names = sorted(path.name for path in folder.iterdir())
     assert names == [".lock", "mine", "notes.txt", "plan.json", "topology.yaml"]
     assert (elsewhere / "step_00000001" / "file").exists() and (folder / "mine" / "file").exists()
-    assert load_plan(folder / "plan.json").topology.seed == 5
+    assert saved_plan(folder).topology.seed == 5
 
 
 def test_resume_allows_only_documented_changes(tmp_path: Path) -> None:
@@ -108,8 +112,9 @@ def test_a_second_launch_is_told_who_holds_the_folder(tmp_path: Path) -> None:
 
 HOLDER = """
 import pathlib, sys
-from opd_async.run_folder import load_plan, prepare
-folder = prepare(load_plan(pathlib.Path(sys.argv[1])))
+from opd_async.plan import Plan
+from opd_async.run_folder import prepare
+folder = prepare(Plan.model_validate_json(pathlib.Path(sys.argv[1]).read_text()))
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -130,12 +135,7 @@ def test_the_lock_ends_with_a_killed_process(tmp_path: Path) -> None:
     prepare(plan, resume=True).release()
 
 
-def test_folders_and_plans_that_cannot_be_used(tmp_path: Path) -> None:
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     (tmp_path / "runs").write_text("a file")
     assert "cannot be used as a run folder" in refused(plan)
-    with pytest.raises(InputError, match="cannot be read"):
-        load_plan(tmp_path / "plan.json")
-    (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(InputError, match="not a plan of this version"):
-        load_plan(tmp_path / "plan.json")
