@@ -31,7 +31,7 @@ MADE_BY_RUNS = (
     "trained.jsonl",
     "trace.json",
     "report.json",
-    "services.json",
+    "targets.json",
     "checkpoints",
     "evaluation",
     "export",
