@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,6 +51,14 @@ def on_this_device() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drop warnings inside the block: megatron-core warns about its own defaults and missing extras."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def this_device() -> torch.device:
     """The device of this rank: the current CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
@@ -61,11 +69,10 @@ def import_megatron() -> None:
 
     Idempotent. The import warns about Transformer Engine and Apex, which the learner does not use.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")  # brings all that the learner uses with it
-        megatron_random = importlib.import_module("megatron.core.tensor_parallel.random")
-    # megatron-core 0.16.1 calls collectives by names that torch 2.13 deprecates: nothing a user could act on
+        megatron_random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    # megatron-core 0.16.1 calls functions that torch 2.13 deprecates: nothing that a user could act on
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     if torch.cuda.is_available():
         return

@@ -5,7 +5,6 @@ The LM head is not run here: `learner.logprobs` runs it on the trained rows only
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn import functional
 
 from learner.attention import PackedAttention
 from learner.config import LearnerConfig
+from learner.cpu import quiet
 from learner.errors import ModelError
 from learner.hf_config import ModelShape
 from learner.layout import PackedBatch
@@ -86,8 +86,7 @@ def build_model(shape: ModelShape, config: LearnerConfig) -> StudentModel:
     """
     _check_divisible(shape, config)
     dtype = getattr(torch, config.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron deprecates several of its own defaults
+    with quiet():
         transformer_config = _transformer_config(shape, config, dtype)
         return StudentModel(transformer_config, shape, padded_vocab(shape, config.parallel.tensor))
 

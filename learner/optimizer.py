@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from learner.config import OptimConfig
-from learner.cpu import on_this_device
+from learner.cpu import on_this_device, quiet
 from learner.model import StudentModel
 
 
@@ -53,8 +52,7 @@ def make_optimizer(ddp: Any, config: OptimConfig, *, bf16: bool) -> Any:
         params_dtype=ddp.config.params_dtype,
         use_distributed_optimizer=True,
     )
-    with warnings.catch_warnings(), on_this_device():
-        warnings.simplefilter("ignore")  # that Apex is missing
+    with quiet(), on_this_device():
         return get_megatron_optimizer(optimizer_config, [ddp])
 
 
