@@ -18,22 +18,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actors.intake_report import LatencyReservoir, describe_step
 from opd_async import frontier, packing
 from opd_async import messages as m
-from opd_async.assembly import Assembler, Segment, Verdict
+from opd_async.assembly import Assembler, Sample, Segment, Verdict
 from opd_async.channels import ControlServer, Pull
 from opd_async.checkpoints import latest
 from opd_async.errors import DeadlineError
 from opd_async.jsonl import JsonlWriter, read_jsonl
 from opd_async.plan import RoleKind
 from opd_async.process import run_role
-from opd_async.role import Role, role_arguments
+from opd_async.role import ATTEMPT_FLOOR_ENV, Role, role_arguments
 from opd_async.schedule import DeadlineCuts, Planner, WholeSamples
 from opd_async.topology import ScheduleSection, TrainOn
 
@@ -41,6 +43,15 @@ log = logging.getLogger(__name__)
 
 ACKNOWLEDGE_S = 0.02
 SETTLE_WARNING_S = 10.0
+
+
+class Taken(NamedTuple):
+    """What a step took of one sample; `segment` is None for an empty response."""
+
+    sample_id: int
+    end: int
+    complete: bool
+    segment: Segment | None
 
 
 def make_planner(schedule: ScheduleSection) -> Planner:
@@ -77,7 +88,7 @@ class Intake:
         """Go back to the newest checkpoint, or to nothing, and tell the coordinator what has been trained."""
         folder = latest(self._role.plan.run_folder / "checkpoints")
         state = frontier.load(folder) if folder is not None else frontier.empty(0)
-        self._assembler = frontier.restore(state)
+        self._assembler = frontier.restore(state, int(os.environ.get(ATTEMPT_FLOOR_ENV, "0")))
         self._cut_log(state.version)
         await self._role.control.send(state)
 
@@ -161,24 +172,23 @@ class Intake:
                 self._drain_asked = True
                 await self._role.control.send(m.DrainRequest(self._version))
 
-    def _take(self, sample: Any) -> tuple[int, bool, Segment | None]:
-        complete = sample.finish is not None
+    def _take(self, sample: Sample) -> Taken:
+        complete, end = sample.finish is not None, sample.scored_end
         if complete:
             # its last chunk may not have been acknowledged yet, and it is about to be forgotten
             self._finished_elsewhere[sample.sample_id] = (sample.attempt, sample.actor, sample.scored_end + 1)
             self._touched.add(sample.sample_id)
-        return sample.sample_id, complete, self._assembler.take(sample)
+        return Taken(sample.sample_id, end, complete, self._assembler.take(sample))
 
-    async def _step(self, version: int, taken: list[tuple[int, bool, Segment | None]]) -> None:
+    async def _step(self, version: int, taken: list[Taken]) -> None:
         self._version = None
         self._drain_asked = False
         learner = self._topology.learner
-        segments = [segment for _, _, segment in taken if segment is not None]
+        segments = [one.segment for one in taken if one.segment is not None]
         batches = packing.pack(segments, version, learner.data_parallel, learner.micro_batch_tokens)
         stats, staleness = describe_step(segments, version)
         self._record(version, segments, stats, staleness)
-        completed = np.array([sample_id for sample_id, complete, _ in taken if complete], np.int64)
-        await self._role.control.send(m.StepStarted(version, stats, staleness, completed))
+        await self._role.control.send(m.StepStarted(version, stats, staleness, *_columns(taken)))
         per_dp = learner.ranks // learner.data_parallel
         for rank in range(learner.ranks):
             await self._to_rank(rank, packing.to_message(batches[self._dp_rank(rank, per_dp)]))
@@ -286,6 +296,14 @@ class Intake:
         self._ranks.close()
         if self._log is not None:
             self._log.close()
+
+
+def _columns(taken: list[Taken]) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
+    return (
+        np.array([one.sample_id for one in taken], np.int64),
+        np.array([one.end for one in taken], np.int32),
+        np.array([one.complete for one in taken], np.int32),
+    )
 
 
 def _owed(mark: m.Version | m.Drained) -> list[tuple[int, int, int]]:

@@ -103,7 +103,8 @@ class Segment:
 class Assembler:
     """All samples between their first scored chunk and their last trained token."""
 
-    def __init__(self, completed: IntervalSet | None = None) -> None:
+    def __init__(self, completed: IntervalSet | None = None, attempt_floor: int = 0) -> None:
+        self._attempt_floor = attempt_floor
         self.samples: dict[int, Sample] = {}
         self.completed = completed or IntervalSet()
         self._marks: list[tuple[int, dict[int, tuple[int, int]]]] = []
@@ -123,6 +124,8 @@ class Assembler:
             return Verdict.MALFORMED
         if chunk.sample_id in self.completed:
             return Verdict.DUPLICATE
+        if chunk.attempt < self._attempt_floor:
+            return Verdict.STALE_ATTEMPT
         sample = self.samples.get(chunk.sample_id)
         if sample is None:
             if chunk.context is None or chunk.start != 0:

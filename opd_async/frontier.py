@@ -40,9 +40,9 @@ def snapshot(assembler: Assembler, version: int) -> Frontier:
     )
 
 
-def restore(frontier: Frontier) -> Assembler:
-    """An assembler that holds nothing but what was trained."""
-    assembler = Assembler(IntervalSet.from_array(frontier.completed))
+def restore(frontier: Frontier, attempt_floor: int = 0) -> Assembler:
+    """An assembler that holds nothing but what was trained, and refuses attempts below `attempt_floor`."""
+    assembler = Assembler(IntervalSet.from_array(frontier.completed), attempt_floor)
     parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
     for sample_id, tokens in zip(frontier.partial_ids, parts, strict=False):
         assembler.restore(int(sample_id), tokens)

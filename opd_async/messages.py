@@ -334,8 +334,12 @@ class StepStarted:
     stats: dict[str, float]
     staleness_counts: Int64
     """Trained tokens by staleness: entry k counts tokens of age k."""
-    completed: Int64
-    """Samples whose last token is in this step."""
+    taken_ids: Int64
+    """The samples of the step."""
+    taken_ends: Int32
+    """Up to where each is trained after the step."""
+    taken_complete: Int32
+    """1 where that is the end of the response."""
 
 
 @message
@@ -365,9 +369,9 @@ class Reclaimed:
 @message
 @dataclass(frozen=True, slots=True)
 class SyncWeights:
-    """Send the current weights as `version` to these engines; `group` names a new process group when it changes."""
+    """Send the current weights to these engines; `group` names a new process group when it changes. With `verify`,
+    every engine must then prove by version and checksums that it holds them."""
 
-    version: int
     group: str
     engines: list[str]
     admin_key: str | None
@@ -394,7 +398,8 @@ class ExportModel:
 @message
 @dataclass(frozen=True, slots=True)
 class LearnerReply:
-    """Answer of learner rank 0 to `Train`, `SyncWeights`, `SaveCheckpoint`, `ExportModel`; `error` None: done."""
+    """Answer of learner rank 0 to `Train`, `SyncWeights`, `SaveCheckpoint`, `ExportModel`; `error` None: done.
+    `version` is the learner's weight version after it."""
 
     command: str
     version: int

@@ -27,6 +27,8 @@ from opd_async.plan import Plan, RoleKind, RolePlan
 from opd_async.process import configure_logging, stop_event
 
 HEARTBEAT_S = 0.5
+ATTEMPT_FLOOR_ENV = "OPD_ATTEMPT_FLOOR"
+"""Set for the intake: attempts below it belong to a time before the learner went back to a checkpoint."""
 
 
 def read_plan(path: Path) -> Plan:

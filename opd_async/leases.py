@@ -1,0 +1,164 @@
+"""Which sample is generated next, by whom, and how many may be in flight: pure.
+
+Sample n belongs to prompt `order[n // group_size]` of its epoch; the order of an epoch is a permutation drawn from
+(seed, epoch). So the samples that a frontier does not list as completed are all that a resumed run needs to know.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.intervals import IntervalSet
+from opd_async.messages import Frontier
+from opd_async.topology import ScheduleSection, TrainOn
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseSpec:
+    """What to generate. `prefix` int32[k]: response tokens that are scored already."""
+
+    sample_id: int
+    attempt: int
+    prompt_index: int
+    prefix: NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class _Active:
+    """A sample between its lease and its last trained token."""
+
+    spec: LeaseSpec
+    actor: str
+    trained_end: int = 0
+    response_tokens: int | None = None
+    """Known once the response has ended."""
+
+
+class PromptOrder:
+    """sample -> prompt, for ever: epoch after epoch over `prompts` prompts."""
+
+    def __init__(self, prompts: int, group_size: int, seed: int, shuffle: bool) -> None:
+        self._prompts = prompts
+        self._group_size = group_size
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = -1
+        self._order: NDArray[np.int64] = np.arange(prompts)
+
+    def prompt_of(self, sample_id: int) -> int:
+        """Index of the sample's prompt."""
+        epoch, position = divmod(sample_id // self._group_size, self._prompts)
+        if self._shuffle and epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self._seed, epoch)).permutation(self._prompts)
+        return int(self._order[position])
+
+
+class LeaseBook:
+    """All leases of a run.
+
+    Admission: at most `slots` responses are generated at once. With `train_on: tokens` no new one begins while finished
+    responses hold max(1, S) steps of untrained tokens; with `train_on: samples` sample n begins only once the engines
+    hold weights >= n / samples_per_step - S - 1, which bounds the age of every token by S (docs/staleness.md).
+    """
+
+    def __init__(
+        self, frontier: Frontier, order: PromptOrder, schedule: ScheduleSection, slots: int, attempt: int = 0
+    ) -> None:
+        self._order = order
+        self._schedule = schedule
+        self._slots = slots
+        self._attempt = attempt
+        self._next = 0
+        self._completed = IntervalSet.from_array(frontier.completed)
+        self._returned: deque[LeaseSpec] = deque()
+        self._active: dict[int, _Active] = {}
+        self._trained: dict[int, int] = {}
+        parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
+        for sample_id, tokens in zip(frontier.partial_ids.tolist(), parts, strict=False):
+            self._returned.append(LeaseSpec(sample_id, attempt, order.prompt_of(sample_id), tokens))
+            self._trained[sample_id] = len(tokens)
+
+    @property
+    def generating(self) -> int:
+        """Responses that have not ended."""
+        return sum(1 for active in self._active.values() if active.response_tokens is None)
+
+    @property
+    def active(self) -> int:
+        """Samples between their lease and their last trained token."""
+        return len(self._active)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Untrained tokens of responses that have ended."""
+        ended = (active for active in self._active.values() if active.response_tokens is not None)
+        return sum((active.response_tokens or 0) - active.trained_end for active in ended)
+
+    def lease(self, actor: str, version: int) -> LeaseSpec | None:
+        """The next sample for `actor`, or None while admission holds it back; `version` is what the engines hold."""
+        if self.generating >= self._slots:
+            return None
+        if self._returned:
+            spec = self._returned.popleft()
+        else:
+            sample_id = self._first_unleased()
+            if not self._admits(sample_id, version):
+                return None
+            spec = LeaseSpec(sample_id, self._attempt, self._order.prompt_of(sample_id), np.zeros(0, np.int32))
+            self._next = sample_id + 1
+        self._active[spec.sample_id] = _Active(spec, actor, self._trained.pop(spec.sample_id, 0))
+        return spec
+
+    def _first_unleased(self) -> int:
+        sample_id = self._completed.first_absent(self._next)
+        while sample_id in self._active or sample_id in self._trained:
+            sample_id = self._completed.first_absent(sample_id + 1)
+        return sample_id
+
+    def _admits(self, sample_id: int, version: int) -> bool:
+        schedule = self._schedule
+        if schedule.train_on is TrainOn.SAMPLES:
+            return sample_id < (version + schedule.max_staleness + 1) * schedule.samples_per_step
+        return self.waiting_tokens < max(1, schedule.max_staleness) * schedule.tokens_per_step
+
+    def ended(self, sample_id: int, attempt: int, response_tokens: int) -> None:
+        """The response is complete (it may not be scored yet)."""
+        active = self._active.get(sample_id)
+        if active is not None and active.spec.attempt == attempt:
+            active.response_tokens = response_tokens
+
+    def trained(self, sample_id: int, end: int, complete: bool) -> None:
+        """A step has taken the sample's tokens before `end`."""
+        if complete:
+            self._active.pop(sample_id, None)
+            self._completed.add(sample_id)
+        elif sample_id in self._active:
+            self._active[sample_id].trained_end = end
+
+    def held_by(self, actor: str) -> list[LeaseSpec]:
+        """Leases of an actor whose responses or chunks may be lost with it."""
+        return [active.spec for active in self._active.values() if active.actor == actor]
+
+    def give_back(self, sample_id: int, attempt: int, prefix: NDArray[np.int32], complete: bool) -> None:
+        """The sample's actor is gone: lease it again behind `prefix`, unless all of it is scored already."""
+        active = self._active.get(sample_id)
+        if active is None:
+            return
+        if complete:
+            active.actor = ""
+            if active.response_tokens is None:
+                active.response_tokens = active.trained_end
+            return
+        del self._active[sample_id]
+        self._trained[sample_id] = active.trained_end
+        self._returned.append(LeaseSpec(sample_id, attempt, active.spec.prompt_index, prefix))
+
+    def owner(self, sample_id: int) -> str | None:
+        """The actor that generates, or generated, this sample."""
+        active = self._active.get(sample_id)
+        return active.actor if active is not None else None
