@@ -1,0 +1,98 @@
+"""What the HTTP routes share: the running engine and the small helpers around requests and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from actors.engine.config import EngineConfig
+from actors.engine.core import EngineCore
+from actors.engine.errors import EngineError, WeightError
+from actors.engine.groups import WeightGroups
+from actors.engine.metrics import EngineMetrics
+from actors.engine.parse import ModelLimits
+from actors.engine.text import TextCodec
+from actors.engine.weights import ModelWeights
+
+ENGINE: web.AppKey[Engine]
+
+
+@dataclass(slots=True)
+class Engine:
+    """One engine: its parts, and the little state that only the control routes use."""
+
+    config: EngineConfig
+    core: EngineCore
+    limits: ModelLimits
+    codec: TextCodec | None
+    weights: ModelWeights
+    groups: WeightGroups
+    metrics: EngineMetrics
+    architectures: list[str]
+    model_type: str
+    model_path: Path
+    started: float
+    updating: bool = False
+    weight_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+ENGINE = web.AppKey("engine", Engine)
+
+
+async def read_json(request: web.Request) -> Any:
+    """The request's JSON body. Raises EngineError (400) when it is not JSON."""
+    raw = await request.read()
+    try:
+        return json.loads(raw)
+    except ValueError as error:
+        raise EngineError(f"the body of {request.path} is not JSON: {error}") from error
+
+
+async def read_object(request: web.Request) -> dict[str, Any]:
+    """The request's JSON body, which must be an object (`{}` at least)."""
+    body = await read_json(request)
+    if not isinstance(body, dict):
+        raise EngineError(f"the body of {request.path} must be a JSON object")
+    return body
+
+
+def required(body: dict[str, Any], key: str, kind: type[Any]) -> Any:
+    """A field that must be there with the right type. Raises WeightError (400)."""
+    value = body.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise WeightError(f"{key} must be given as {kind.__name__}, got {value!r}")
+    return value
+
+
+def success(message: str, **extra: Any) -> web.Response:
+    """The answer of a control route that worked."""
+    return web.json_response({"success": True, "message": message, **extra})
+
+
+@web.middleware
+async def errors_to_json(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Turn EngineError into its status and JSON body."""
+    try:
+        response: web.StreamResponse = await handler(request)
+    except EngineError as error:
+        return web.json_response(error.payload(), status=error.status)
+    return response
+
+
+def check_keys(keys: Any) -> Any:
+    """Middleware that answers 401 unless the bearer key fits the route."""
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
+        if not keys.allows(request.path, request.headers.get("Authorization")):
+            return web.json_response({"error": "Unauthorized"}, status=HTTPStatus.UNAUTHORIZED)
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    return guard

@@ -1,0 +1,169 @@
+"""The model on its device: loading, and one forward step over a packed batch.
+
+    Batch (numpy) -> transformers decoder over PagedCache -> LM head on the wanted rows only -> StepResult (numpy)
+
+The model and its code are transformers'; any causal LM whose attention goes through AttentionInterface works
+(Qwen3, Qwen2, Llama). Runs on the engine's single model thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from actors.engine import sampler
+from actors.engine.batch import Batch, SampleRows, ScoreRows
+from actors.engine.kv import ATTENTION_NAME, PagedCache, place_groups
+from actors.engine.request import FloatArray, TopRows
+
+# LM head rows x vocabulary held at once, in float32 elements (256 MiB).
+LOGITS_ELEMENTS = 1 << 26
+
+# Size of the KV pool when none is asked for: whichever of the two is smaller.
+DEFAULT_POOL_TOKENS = 1 << 18
+DEFAULT_POOL_BYTES = 1 << 29
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step found, on the host, in the row order of Batch.sample and Batch.score."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: TopRows | None = None
+    ids_logprobs: dict[int, FloatArray] = field(default_factory=dict)
+    score: list[FloatArray] = field(default_factory=list)
+    score_top: list[TopRows] = field(default_factory=list)
+    score_ids: list[FloatArray] = field(default_factory=list)
+
+
+class ModelRunner:
+    """A causal LM with its KV pool."""
+
+    def __init__(self, path: Path, *, dtype: str, device: str, pool_tokens: int | None, seed: int) -> None:
+        """Load the model from a Hugging Face folder; `pool_tokens` None takes a default."""
+        transformers_logging.disable_progress_bar()
+        self.config = AutoConfig.from_pretrained(path)
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.device = torch.device(device)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, attn_implementation=ATTENTION_NAME)
+        self.model: torch.nn.Module = model.to(self.device).eval().requires_grad_(False)
+        self.head: torch.nn.Module = model.get_output_embeddings()
+        self.decoder: torch.nn.Module = model.get_decoder()
+        self.vocab_size = int(self.head.weight.shape[0])
+        self.pool_tokens = pool_tokens or self._default_pool()
+        self.cache = self._make_cache()
+        self.eos_ids = _eos_ids(model.generation_config, self.config)
+        self._generator = torch.Generator(device=self.device).manual_seed(seed)
+
+    @torch.inference_mode()
+    def step(self, batch: Batch) -> StepResult:
+        """Run one forward; writes the KV of every packed token and returns the sampled and scored rows."""
+        device = self.device
+        self.cache.begin(torch.from_numpy(batch.slots_T).to(device))
+        hidden_TH = self.decoder(
+            input_ids=torch.from_numpy(batch.input_ids_T).to(device)[None],
+            position_ids=torch.from_numpy(batch.positions_T).to(device)[None],
+            past_key_values=self.cache,
+            use_cache=True,
+            groups=place_groups(batch, device),
+        ).last_hidden_state[0]
+        result = StepResult()
+        if batch.sample is not None:
+            self._sample(hidden_TH, batch.sample, result)
+        if batch.score is not None:
+            self._score(hidden_TH, batch.score, result)
+        return result
+
+    def _logits(self, hidden_TH: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        rows = hidden_TH if len(index) == len(hidden_TH) else hidden_TH.index_select(0, index)
+        logits: torch.Tensor = self.head(rows)
+        return logits.float()
+
+    def _sample(self, hidden_TH: torch.Tensor, rows: SampleRows, result: StepResult) -> None:
+        logits_SV = self._logits(hidden_TH, torch.from_numpy(rows.index_S).to(self.device))
+        tokens_S, chosen_S, logprobs_SV = sampler.sample(logits_SV, rows, self._generator)
+        result.tokens = tokens_S.tolist()
+        result.logprobs = chosen_S.tolist()
+        if rows.top:
+            result.top = sampler.top_logprobs(logprobs_SV, None, rows.top)
+        for row, request in enumerate(rows.requests):
+            if request.logprob.ids:
+                result.ids_logprobs[row] = sampler.id_logprobs(logprobs_SV[row], None, request.logprob.ids)
+
+    def _score(self, hidden_TH: torch.Tensor, rows: ScoreRows, result: StepResult) -> None:
+        index_R = torch.from_numpy(rows.index_R).to(self.device)
+        target_R = torch.from_numpy(rows.target_R).to(self.device)
+        chunk = max(1, LOGITS_ELEMENTS // self.vocab_size)
+        found: list[FloatArray] = []
+        tops: list[TopRows] = []
+        chosen_ids: list[list[FloatArray]] = [[] for _ in rows.spans]
+        for at in range(0, len(index_R), chunk):
+            logits_RV = self._logits(hidden_TH, index_R[at : at + chunk])
+            logprobs_R, norm_R1 = sampler.target_logprobs(logits_RV, target_R[at : at + chunk])
+            found.append(logprobs_R.cpu().numpy())
+            if rows.top:
+                tops.append(sampler.top_logprobs(logits_RV, norm_R1, rows.top))
+            _collect_ids(rows, at, logits_RV, norm_R1, chosen_ids)
+        self._split_score(rows, found, tops, chosen_ids, result)
+
+    @staticmethod
+    def _split_score(
+        rows: ScoreRows,
+        found: list[FloatArray],
+        tops: list[TopRows],
+        chosen_ids: list[list[FloatArray]],
+        result: StepResult,
+    ) -> None:
+        cuts = np.cumsum([count for _, count in rows.spans])[:-1].tolist()
+        result.score = np.split(np.concatenate(found), cuts)
+        if tops:
+            values = np.split(np.concatenate([top[0] for top in tops]), cuts)
+            ids = np.split(np.concatenate([top[1] for top in tops]), cuts)
+            result.score_top = list(zip(values, ids, strict=True))
+        empty = np.empty((0, 0), dtype=np.float32)
+        result.score_ids = [np.concatenate(parts) if parts else empty for parts in chosen_ids]
+
+    def _default_pool(self) -> int:
+        per_token = self._layers() * 2 * self._kv_heads() * self._head_dim() * self.dtype.itemsize
+        return max(1024, min(DEFAULT_POOL_TOKENS, DEFAULT_POOL_BYTES // per_token))
+
+    def _make_cache(self) -> PagedCache:
+        slots = self.pool_tokens + 1
+        return PagedCache(self._layers(), slots, self._kv_heads(), self._head_dim(), self.dtype, str(self.device))
+
+    def _layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    def _kv_heads(self) -> int:
+        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+
+    def _head_dim(self) -> int:
+        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
+
+
+def _eos_ids(*configs: object) -> frozenset[int]:
+    """End-of-sequence ids that any of the configs names; the field is an id, a list of ids or None."""
+    found: set[int] = set()
+    for config in configs:
+        eos = getattr(config, "eos_token_id", None)
+        found.update([eos] if isinstance(eos, int) else eos or [])
+    return frozenset(found)
+
+
+def _collect_ids(
+    rows: ScoreRows, at: int, logits_RV: torch.Tensor, norm_R1: torch.Tensor, out: list[list[FloatArray]]
+) -> None:
+    """Add each span's chosen-id logprobs from the logits chunk that begins at scored row `at`."""
+    first, end = 0, at + len(logits_RV)
+    for span, (request, count) in enumerate(rows.spans):
+        low, high = max(first, at), min(first + count, end)
+        if request.logprob.ids and high > low:
+            part = slice(low - at, high - at)
+            out[span].append(sampler.id_logprobs(logits_RV[part], norm_R1[part], request.logprob.ids))
+        first += count

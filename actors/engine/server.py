@@ -1,0 +1,152 @@
+"""The embedded engine: a small inference server with SGLang's HTTP API.
+
+    python -m actors.engine.server --model-path DIR --port 30000
+
+    HTTP (aiohttp, event loop) -> EngineCore (scheduler, event loop) -> ModelRunner (torch, one thread)
+
+    loop      waits for                     unblocked by
+    HTTP      a connection                  a client
+    core      a request, or continue        submit, resume
+    main      SIGTERM or SIGINT             the operator; the core failing ends it too
+
+Shutdown order: stop listening and cancel open calls, stop the core after its step, leave the weight groups, exit 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+
+import torch
+import uvloop
+from aiohttp import web
+
+from actors.engine.app import ENGINE, Engine, check_keys, errors_to_json
+from actors.engine.auth import Keys
+from actors.engine.config import EngineConfig, parse_args
+from actors.engine.core import EngineCore
+from actors.engine.groups import WeightGroups
+from actors.engine.metrics import EngineMetrics
+from actors.engine.model import ModelRunner
+from actors.engine.parse import ModelLimits
+from actors.engine.process import die_with_parent
+from actors.engine.routes_control import CONTROL_HANDLERS
+from actors.engine.routes_generate import generate
+from actors.engine.routes_info import INFO_HANDLERS, metrics
+from actors.engine.scheduler import Limits
+from actors.engine.text import load_codec
+from actors.engine.weights import ModelWeights
+
+# A batch of long prompts as JSON text: about six bytes per token.
+MAX_BODY_BYTES = 1 << 30
+# How long the interpreter lets one thread run while the other wants to: short, since steps are a few milliseconds.
+SWITCH_SECONDS = 0.0005
+
+
+def build_engine(config: EngineConfig) -> Engine:
+    """Load the model and wire the parts. Call inside a running event loop."""
+    started = time.time()
+    runner = ModelRunner(
+        config.model_path,
+        dtype=config.dtype,
+        device=config.device,
+        pool_tokens=config.max_total_tokens,
+        seed=config.seed,
+    )
+    codec = None if config.skip_tokenizer_init else load_codec(config.model_path)
+    context = config.context_length or int(runner.config.max_position_embeddings)
+    engine_metrics = EngineMetrics()
+    limits = Limits(runner.pool_tokens, context, config.max_running_requests, config.chunked_prefill_size)
+    stop_check = codec.matched_stop if codec else None
+    groups = WeightGroups(config.weight_timeout, runner.device)
+    return Engine(
+        config=config,
+        core=EngineCore(runner, limits, config.weight_version, engine_metrics, stop_check),
+        limits=ModelLimits(
+            vocab_size=runner.vocab_size,
+            context_length=context,
+            pool_tokens=runner.pool_tokens,
+            eos_ids=runner.eos_ids | (codec.eos_ids if codec else frozenset()),
+            stream_interval=config.stream_interval,
+            encode=codec.encode if codec else None,
+        ),
+        codec=codec,
+        weights=ModelWeights(runner.model, groups),
+        groups=groups,
+        metrics=engine_metrics,
+        architectures=list(runner.config.architectures or []),
+        model_type=str(runner.config.model_type),
+        model_path=config.model_path,
+        started=started,
+    )
+
+
+def build_app(engine: Engine) -> web.Application:
+    """All routes of the main port."""
+    keys = Keys(engine.config.api_key, engine.config.admin_api_key)
+    app = web.Application(middlewares=[check_keys(keys), errors_to_json], client_max_size=MAX_BODY_BYTES)
+    app[ENGINE] = engine
+    app.router.add_post("/generate", generate)
+    for path, handler in CONTROL_HANDLERS.items():
+        app.router.add_post(path, handler)
+    app.router.add_get("/flush_cache", CONTROL_HANDLERS["/flush_cache"])
+    for path, handler in INFO_HANDLERS.items():
+        app.router.add_get(path, handler)
+    return app
+
+
+async def serve(config: EngineConfig) -> None:
+    """Run until SIGTERM or SIGINT, or until the core fails."""
+    engine = build_engine(config)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop.set)
+    async with asyncio.TaskGroup() as tasks:
+        core = tasks.create_task(engine.core.run(), name="engine core")
+        async with AsyncExitStack() as stack:
+            await _listen(stack, build_app(engine), config.host, config.port)
+            if config.metrics_port is not None:
+                side = web.Application()
+                side[ENGINE] = engine
+                side.router.add_get("/metrics", metrics)
+                await _listen(stack, side, config.host, config.metrics_port)
+            _announce(engine)
+            await stop.wait()
+        core.cancel()
+    await asyncio.to_thread(engine.groups.leave_all)
+
+
+async def _listen(stack: AsyncExitStack, app: web.Application, host: str, port: int) -> None:
+    # handler_cancellation: a client that leaves cancels its call, which aborts its requests.
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.TCPSite(runner, host, port).start()
+
+
+def _announce(engine: Engine) -> None:
+    config, limits = engine.config, engine.limits
+    sys.stdout.write(
+        f"engine ready: http://{config.host}:{config.port} model {config.model_path} ({engine.model_type}, "
+        f"{config.dtype}, {config.device}), {limits.pool_tokens} KV tokens, pid {os.getpid()}\n"
+    )
+    sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    config = parse_args(argv)
+    die_with_parent()
+    torch.set_num_threads(config.threads)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    uvloop.run(serve(config))
+
+
+if __name__ == "__main__":
+    main()
