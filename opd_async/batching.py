@@ -1,7 +1,7 @@
 """Token-budget batches of chunks to score: pure, with the clock as a parameter.
 
-A batch leaves when it holds `batch_tokens` new tokens, or `max_wait_s` after its first chunk came. All waiting chunks of
-a sample travel together, and a sample is in one batch at a time, so that each request extends the last one's prefix.
+A batch leaves when it holds `batch_tokens` new tokens, or `max_wait_s` after its first chunk came. All waiting chunks
+of a sample travel together, and a sample is in one batch at a time: each request extends the last one's prefix.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Sample n belongs to prompt `order[n // group_size]` of its epoch; the order of a
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,8 @@ class LeaseBook:
         self._completed = IntervalSet.from_array(frontier.completed)
         self._returned: deque[LeaseSpec] = deque()
         self._active: dict[int, _Active] = {}
+        self._generating: Counter[str] = Counter()
+        self._waiting_tokens = 0
         self._trained: dict[int, int] = {}
         parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
         for sample_id, tokens in zip(frontier.partial_ids.tolist(), parts, strict=False):
@@ -86,7 +88,11 @@ class LeaseBook:
     @property
     def generating(self) -> int:
         """Responses that have not ended."""
-        return sum(1 for active in self._active.values() if active.response_tokens is None)
+        return self._generating.total()
+
+    def generating_by(self, actor: str) -> int:
+        """Responses of one actor that have not ended."""
+        return self._generating[actor]
 
     @property
     def active(self) -> int:
@@ -96,8 +102,7 @@ class LeaseBook:
     @property
     def waiting_tokens(self) -> int:
         """Untrained tokens of responses that have ended."""
-        ended = (active for active in self._active.values() if active.response_tokens is not None)
-        return sum((active.response_tokens or 0) - active.trained_end for active in ended)
+        return self._waiting_tokens
 
     def lease(self, actor: str, version: int) -> LeaseSpec | None:
         """The next sample for `actor`, or None while admission holds it back; `version` is what the engines hold."""
@@ -112,6 +117,7 @@ class LeaseBook:
             spec = LeaseSpec(sample_id, self._attempt, self._order.prompt_of(sample_id), np.zeros(0, np.int32))
             self._next = sample_id + 1
         self._active[spec.sample_id] = _Active(spec, actor, self._trained.pop(spec.sample_id, 0))
+        self._generating[actor] += 1
         return spec
 
     def _first_unleased(self) -> int:
@@ -129,16 +135,32 @@ class LeaseBook:
     def ended(self, sample_id: int, attempt: int, response_tokens: int) -> None:
         """The response is complete (it may not be scored yet)."""
         active = self._active.get(sample_id)
-        if active is not None and active.spec.attempt == attempt:
+        if active is not None and active.spec.attempt == attempt and active.response_tokens is None:
+            self._generating[active.actor] -= 1
             active.response_tokens = response_tokens
+            self._waiting_tokens += response_tokens - active.trained_end
 
     def trained(self, sample_id: int, end: int, complete: bool) -> None:
         """A step has taken the sample's tokens before `end`."""
         if complete:
-            self._active.pop(sample_id, None)
             self._completed.add(sample_id)
-        elif sample_id in self._active:
-            self._active[sample_id].trained_end = end
+        active = self._active.get(sample_id)
+        if active is None:
+            if sample_id in self._trained and not complete:
+                self._trained[sample_id] = end
+            return
+        if active.response_tokens is not None:
+            self._waiting_tokens -= end - active.trained_end
+        active.trained_end = end
+        if complete:
+            self._remove(active)
+
+    def _remove(self, active: _Active) -> None:
+        if active.response_tokens is None:
+            self._generating[active.actor] -= 1
+        else:
+            self._waiting_tokens -= active.response_tokens - active.trained_end
+        del self._active[active.spec.sample_id]
 
     def held_by(self, actor: str) -> list[LeaseSpec]:
         """Leases of an actor whose responses or chunks may be lost with it."""
@@ -150,15 +172,9 @@ class LeaseBook:
         if active is None:
             return
         if complete:
-            active.actor = ""
-            if active.response_tokens is None:
-                active.response_tokens = active.trained_end
+            # the learner holds all of it; its exact length no longer matters to admission
+            self.ended(sample_id, active.spec.attempt, active.trained_end)
             return
-        del self._active[sample_id]
+        self._remove(active)
         self._trained[sample_id] = active.trained_end
         self._returned.append(LeaseSpec(sample_id, attempt, active.spec.prompt_index, prefix))
-
-    def owner(self, sample_id: int) -> str | None:
-        """The actor that generates, or generated, this sample."""
-        active = self._active.get(sample_id)
-        return active.actor if active is not None else None

@@ -327,6 +327,22 @@ class Drained:
 
 @message
 @dataclass(frozen=True, slots=True)
+class Quiesce:
+    """Plan no further step; answer with `Quiesced`."""
+
+    reason: str
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Quiesced:
+    """The learner will have weights `version` once it has trained every step that was planned."""
+
+    version: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
 class StepStarted:
     """The intake has sent a step to the learner; `stats` describe it (tokens, samples, cuts, recomputed tokens)."""
 

@@ -1,0 +1,260 @@
+"""One learner rank: obey commands in the order in which the intake sends them.
+
+    intake (ROUTER) -> DEALER -> Train | SyncWeights | SaveCheckpoint | ExportModel | Stop
+                                   rank 0 -> LearnerReply -> coordinator
+
+    torchrun ... -m learner.main --plan runs/<name>/plan.json
+
+Every rank gets every command, so that collectives meet; only rank 0 answers. A rank that fails ends the process, and
+torchrun ends the others: the run goes back to the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+
+from learner import checkpoint, parallel
+from learner.config import LearnerConfig, LossConfig, OptimConfig, ParallelConfig
+from learner.cpu import this_device
+from learner.engine_http import EngineAddress
+from learner.errors import WeightSyncError
+from learner.hf_io import hf_weights, save_hf
+from learner.trainer import Trainer
+from learner.weights import WeightSender
+from opd_async import messages as m
+from opd_async.checkpoints import latest
+from opd_async.errors import DeadlineError, WireError
+from opd_async.metrics import RoleMetrics
+from opd_async.packing import from_message
+from opd_async.plan import Plan, RoleKind
+from opd_async.process import configure_logging, die_with_parent, report_failure
+from opd_async.role import role_arguments
+from opd_async.topology import Topology
+from opd_async.wire import decode, encode
+
+log = logging.getLogger(__name__)
+
+LINGER_MS = 2000
+SHARDS = "learner"
+"""Sub-folder of a checkpoint for Megatron's files."""
+MIB = 1 << 20
+
+
+def learner_config(topology: Topology) -> LearnerConfig:
+    """The learner's part of a topology."""
+    section, optimizer, opd = topology.learner, topology.learner.optimizer, topology.opd
+    return LearnerConfig(
+        topology.models.student.path,
+        section.dtype,
+        ParallelConfig(section.tensor_parallel, section.pipeline_parallel, topology.supervisor.step_deadline_s),
+        OptimConfig(
+            optimizer.lr,
+            optimizer.beta1,
+            optimizer.beta2,
+            optimizer.eps,
+            optimizer.weight_decay,
+            optimizer.clip_grad,
+            optimizer.warmup_steps,
+            topology.schedule.steps,
+            optimizer.decay,
+            optimizer.min_lr_ratio,
+        ),
+        LossConfig(opd.kl_coef, opd.clip_ratio, opd.signal_clamp, opd.mismatch),
+        section.logprob_chunk_rows,
+        section.recompute,
+        topology.seed,
+    )
+
+
+class Link:
+    """This rank's sockets: commands in, answers (of rank 0) out. Blocking, because a rank does one thing at a time."""
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._commands = self._context.socket(zmq.DEALER)
+        self._commands.routing_id = f"rank-{rank}".encode()
+        self._commands.connect(plan.batches)
+        self._replies = None
+        self._name = plan.role(RoleKind.LEARNER, 0).name
+        self._deadline_s = plan.topology.supervisor.step_deadline_s
+        if rank == 0:
+            self._replies = self._context.socket(zmq.DEALER)
+            self._replies.routing_id = self._name.encode()
+            self._replies.connect(plan.control)
+        self._rank = rank
+
+    def hello(self) -> None:
+        """The model is loaded: commands may come."""
+        hello = m.Hello(self._name, os.getpid())
+        self._commands.send_multipart(encode(hello))
+        if self._replies is not None:
+            self._replies.send_multipart(encode(hello))
+
+    def reply(self, command: str, version: int, error: str | None, stats: dict[str, float]) -> None:
+        """Answer a command; only rank 0 has anybody to answer to."""
+        if self._replies is not None:
+            self._replies.send_multipart(encode(m.LearnerReply(command, version, error, stats)))
+
+    def command(self) -> m.Message:
+        """The next command. `DeadlineError` when the intake stays silent for longer than a step may take."""
+        give_up = time.monotonic() + 2 * self._deadline_s
+        while True:
+            left_ms = int(1000 * (give_up - time.monotonic()))
+            if left_ms <= 0 or not self._commands.poll(left_ms):
+                raise DeadlineError(f"rank {self._rank}: no command of the intake in {2 * self._deadline_s:.0f} s")
+            try:
+                return decode(self._commands.recv_multipart())
+            except WireError as error:
+                log.warning("dropped a malformed command: %s", error)
+
+    def close(self) -> None:
+        """Deliver what is queued and close."""
+        self._context.destroy(linger=LINGER_MS)
+
+
+class Rank:
+    """The trainer of this rank and what it is told to do."""
+
+    def __init__(self, plan: Plan, trainer: Trainer, link: Link, rank: int, metrics: RoleMetrics) -> None:
+        self._plan = plan
+        self._trainer = trainer
+        self._link = link
+        self._rank = rank
+        self._metrics = metrics
+        self._sender: WeightSender | None = None
+        self._group = ""
+        self._idle_since = time.monotonic()
+
+    def obey(self) -> None:
+        """Commands until Stop."""
+        while True:
+            command = self._link.command()
+            match command:
+                case m.Train():
+                    self._train(command)
+                case m.SyncWeights():
+                    self._sync(command)
+                case m.SaveCheckpoint():
+                    checkpoint.save(self._trainer, Path(command.folder) / SHARDS)
+                    self._link.reply("SaveCheckpoint", self._trainer.version, None, {})
+                case m.ExportModel():
+                    save_hf(self._trainer.model, Path(command.folder), self._plan.topology.models.student.path)
+                    self._link.reply("ExportModel", self._trainer.version, None, {})
+                case m.Stop():
+                    return
+                case _:
+                    log.warning("ignored a %s", type(command).__name__)
+            self._idle_since = time.monotonic() if not isinstance(command, m.Train) else self._idle_since
+
+    def _train(self, command: m.Train) -> None:
+        idle_s = time.monotonic() - self._idle_since
+        result = self._trainer.step(from_message(command))
+        stats = {name: float(value) for name, value in dataclasses.asdict(result).items()}
+        self._metrics["opd_learner_steps_total"].inc()
+        self._metrics["opd_learner_tokens_total"].inc(result.tokens)
+        self._metrics["opd_learner_step_seconds"].observe(result.seconds)
+        self._metrics["opd_learner_idle_seconds_total"].inc(idle_s)
+        for gauge in ("loss", "grad_norm", "learning_rate", "reverse_kl", "ratio_std", "clipped_share"):
+            self._metrics[f"opd_learner_{gauge}"].set(stats[gauge])
+        self._link.reply("Train", result.version, None, stats | {"idle_s": idle_s})
+
+    def _sync(self, command: m.SyncWeights) -> None:
+        """All ranks gather, rank 0 sends. A refusal is an answer, not an end: the coordinator tries again."""
+        dtype = getattr(torch, self._plan.topology.engines.student.dtype)
+        weights = hf_weights(self._trainer.model, dtype)
+        if self._rank != 0:
+            for _ in weights:
+                pass
+            return
+        try:
+            report = self._send(command, weights)
+        except WeightSyncError as error:
+            for _ in weights:  # the other ranks are gathering
+                pass
+            self._link.reply("SyncWeights", self._trainer.version, str(error), {})
+            return
+        self._metrics["opd_learner_weight_sync_seconds"].observe(report["seconds"])
+        self._link.reply("SyncWeights", self._trainer.version, None, report)
+
+    def _send(self, command: m.SyncWeights, weights: Any) -> dict[str, float]:
+        sender = self._sender_for(command)
+        report = sender.send(weights, self._trainer.version, checksums=command.verify)
+        if command.verify:
+            for engine in sender.engines:
+                sender.verify(engine, report)
+        return {"seconds": report.seconds, "bytes": float(report.bytes)}
+
+    def _sender_for(self, command: m.SyncWeights) -> WeightSender:
+        """The sender to these engines; a new group name makes a new process group."""
+        if self._sender is not None and command.group == self._group and self._sender.connected:
+            return self._sender
+        if self._sender is not None:
+            self._sender.close()
+        topology = self._plan.topology
+        device = this_device()
+        self._sender = WeightSender(
+            [EngineAddress(url, 1, command.admin_key) for url in command.engines],
+            backend="nccl" if device.type == "cuda" else "gloo",
+            bind_host=topology.network.bind,
+            bucket_bytes=topology.learner.bucket_mib * MIB,
+            timeout_s=topology.supervisor.heartbeat_deadline_s,
+            device=device,
+        )
+        self._group = command.group
+        self._sender.connect(command.group)
+        return self._sender
+
+    def close(self) -> None:
+        """Leave the weight group."""
+        if self._sender is not None:
+            self._sender.close()
+
+
+def run(plan: Plan) -> None:
+    """Train until told to stop; raises what ends the rank."""
+    torch.set_num_threads(plan.topology.learner.threads)
+    config = learner_config(plan.topology)
+    place = parallel.start(config.parallel, config.seed)
+    link = Link(plan, place.rank)
+    try:
+        trainer = Trainer(config)
+        if (folder := latest(plan.run_folder / "checkpoints")) is not None:
+            checkpoint.load(trainer, folder / SHARDS)
+            log.info("resumed from %s", folder)
+        metrics = RoleMetrics("learner")
+        mine = plan.role(RoleKind.LEARNER, 0)
+        port = mine.ports["metrics"] if place.rank == 0 else 0
+        rank = Rank(plan, trainer, link, place.rank, metrics)
+        with metrics.serve(mine.host, port):
+            link.hello()
+            try:
+                rank.obey()
+            finally:
+                rank.close()
+    finally:
+        link.close()
+        parallel.stop()
+
+
+def main() -> None:
+    """Entry point of torchrun's workers."""
+    plan, _ = role_arguments("One learner rank.")
+    configure_logging(f"learner-{os.environ.get('RANK', '0')}")
+    try:
+        die_with_parent()
+        run(plan)
+    except Exception as error:  # the edge of the process: every error becomes an exit code and a line
+        sys.exit(report_failure(error))
+
+
+if __name__ == "__main__":
+    main()

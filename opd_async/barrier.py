@@ -1,0 +1,106 @@
+"""Stop and go of generation: which tokens exist when the weights change.
+
+    hold, drain, weight update -> close -> Pause to every actor -> Paused (samples and ends) -> ... -> open -> Resume
+
+Between `close` and `open` no token is made, and every token made before is listed or already held by the intake: the
+staleness bound rests on these lists (docs/staleness.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from opd_async import messages as m
+from opd_async.plan import RoleKind
+from opd_async.wire import Int32, Int64
+
+if TYPE_CHECKING:
+    from opd_async.coordinator import Coordinator
+
+PAUSE_DEADLINE_S = 120.0
+
+
+class Barrier:
+    """One gate for all rollout actors."""
+
+    def __init__(self, hub: Coordinator) -> None:
+        self._hub = hub
+        self._lock = asyncio.Lock()
+        self._tokens = itertools.count(1)
+        self._expected: dict[str, int] = {}
+        self._owed: tuple[Int64, Int32, Int32] | None = None
+        self._closed_at = time.monotonic()
+        self.generating = False
+        self.blocked_s = 0.0
+        """Seconds for which generation has been stopped so far."""
+
+    async def close(self) -> tuple[Int64, Int32, Int32]:
+        """Stop generation; returns (sample ids, attempts, ends) of the tokens that exist and may not be held yet.
+
+        Idempotent. Raises `DeadlineError` that names the actor that does not answer; an actor that dies meanwhile is
+        not waited for.
+        """
+        async with self._lock:
+            if self._owed is None:
+                self.generating = False
+                self._closed_at = time.monotonic()
+                token = next(self._tokens)
+                actors = await self._hub.broadcast(RoleKind.ROLLOUT, m.Pause(token))
+                self._expected = dict.fromkeys(actors, token)
+                replies = [
+                    await self._hub.mailbox.expect(("Paused", actor, token), PAUSE_DEADLINE_S, f"{actor} to pause")
+                    for actor in actors
+                ]
+                self._expected = {}
+                self._owed = _merge([reply for reply in replies if reply is not None])
+            return self._owed
+
+    async def open(self, version: int) -> None:
+        """Generate with weights `version`, which every student engine holds."""
+        async with self._lock:
+            self._owed = None
+            self.generating = True
+            self.blocked_s += time.monotonic() - self._closed_at
+            await self._hub.broadcast(RoleKind.ROLLOUT, m.Resume(version))
+
+    def hold(self) -> None:
+        """Close early, in the background: more is ready than the learner can take. The next update opens again."""
+        if self.generating:
+            self.generating = False
+            self._hub.spawn(self._close_only(), "hold")
+
+    async def _close_only(self) -> None:
+        await self.close()
+
+    def drain(self, version: int) -> None:
+        """Close, then tell the intake which tokens of `version` exist (S = 0)."""
+        self._hub.spawn(self._drain(version), "drain")
+
+    async def _drain(self, version: int) -> None:
+        await self._hub.to_intake(m.Drained(version, *await self.close()))
+
+    def absent(self, actor: str) -> None:
+        """`actor` has died: do not wait for its answer."""
+        token = self._expected.get(actor)
+        if token is not None:
+            self._hub.mailbox.deliver(("Paused", actor, token), None)
+
+    def reset(self) -> None:
+        """Every sample was forgotten; the gate is closed and owes nothing."""
+        self._owed = None
+        self.generating = False
+
+
+def _merge(replies: list[m.Paused]) -> tuple[Int64, Int32, Int32]:
+    if not replies:
+        return np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32)
+    return (
+        np.concatenate([reply.sample_ids for reply in replies]),
+        np.concatenate([reply.attempts for reply in replies]),
+        np.concatenate([reply.ends for reply in replies]),
+    )

@@ -1,0 +1,126 @@
+"""Start a run: check everything, then supervise it to its report.
+
+    python -m opd_async.launch --topology cluster.yaml [--set a.b=c ...] [--dry-run] [--resume | --overwrite]
+
+Exit codes: 0 the run did what was asked; 2 the input cannot be used and nothing was started; 1 the run failed;
+130 it was stopped by a signal and can be resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvloop
+
+from opd_async.conductor import Conductor, Inputs, InterruptedRun, Signals
+from opd_async.errors import InputError
+from opd_async.planning import describe_plan, make_plan
+from opd_async.plots import learning_curve
+from opd_async.process import configure_logging, leaves, report_failure
+from opd_async.prompts import load_prompts
+from opd_async.report import Report, render, write
+from opd_async.run_folder import prepare
+from opd_async.tokenizer import Tokenizer
+from opd_async.topology import Topology
+from opd_async.topology_file import load_topology
+from opd_async.validation import validate, warnings
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; argparse ends the process with code 2 for what it does not know."""
+    parser = argparse.ArgumentParser(prog="python -m opd_async.launch", description="Run an on-policy distillation.")
+    parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="what to run, and where (YAML)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the topology")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="remove an earlier run of this name first")
+    return parser.parse_args(argv)
+
+
+def check(path: Path, overrides: Sequence[str]) -> Topology:
+    """The topology, with nothing wrong in it; `InputError` lists everything that is."""
+    topology = load_topology(path, overrides)
+    if problems := validate(topology):
+        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise InputError(f"{path}: {count}:\n" + "\n".join(f"  {problem}" for problem in problems))
+    for warning in warnings(topology):
+        echo(f"warning: {warning}")
+    return topology
+
+
+def read_inputs(topology: Topology) -> Inputs:
+    """Prompts and tokenizer, read before anything starts; `InputError` names the line that is broken."""
+    tokenizer = Tokenizer(topology.models.student.path, topology.data.chat_template)
+    limit = topology.max_prompt_tokens
+    prompts = load_prompts(topology.data.train, tokenizer, limit)
+    if prompts.skipped_too_long:
+        echo(f"{topology.data.train.path}: skipped {prompts.skipped_too_long} prompts longer than {limit} tokens")
+    held_out = load_prompts(topology.data.held_out, tokenizer, limit) if topology.data.held_out else None
+    return Inputs(prompts, held_out, tokenizer)
+
+
+def echo(line: str) -> None:
+    """Print one line at once, also into a pipe."""
+    print(line, flush=True)
+
+
+async def conduct(conductor: Conductor, signals: Signals) -> Report:
+    """Run with both signals taken over."""
+    signals.install(asyncio.get_running_loop())
+    return await conductor.run()
+
+
+def launch(arguments: argparse.Namespace) -> None:
+    """Everything that the command line asks for; raises `OpdError`."""
+    topology = check(arguments.topology, arguments.set)
+    inputs = read_inputs(topology)
+    plan = make_plan(topology, arguments.resume)
+    if arguments.dry_run:
+        echo(describe_plan(plan))
+        return
+    with prepare(plan, arguments.resume, arguments.overwrite) as folder:
+        signals = Signals()
+        conductor = Conductor(plan, inputs, echo, signals)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            report = runner.run(conduct(conductor, signals))
+        finish(report, conductor, folder.path)
+
+
+def finish(report: Report, conductor: Conductor, folder: Path) -> None:
+    """Write report and learning curve, and print what a person wants to know."""
+    ledger = conductor.ledger
+    assert ledger is not None
+    files = [("report", write(report, folder))]
+    if ledger.evaluations:
+        curve = folder / "learning_curve.png"
+        learning_curve(curve, ledger.evaluations, ledger.teacher, ledger.reverse_kl)
+        files.append(("learning curve", curve))
+    files += [("figures of every step", folder / "metrics.jsonl"), ("logs", folder / "logs")]
+    if (folder / "export").is_dir():
+        files.append(("trained student", folder / "export"))
+    commands = [
+        ("more steps", f"python -m opd_async.launch --topology {folder}/topology.yaml --resume --set schedule.steps=N")
+    ]
+    echo(render(report, files, commands))
+
+
+def main() -> None:
+    """Entry point; ends the process with the exit code of the run."""
+    arguments = parse_arguments()
+    configure_logging("launch")
+    try:
+        launch(arguments)
+    except Exception as error:  # the edge of the process: every error becomes an exit code
+        stops = [cause for cause in leaves(error) if isinstance(cause, InterruptedRun)]
+        if not stops:
+            sys.exit(report_failure(error))
+        echo(str(stops[0]))
+        sys.exit(InterruptedRun.exit_code)
+
+
+if __name__ == "__main__":
+    main()

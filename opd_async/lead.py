@@ -1,0 +1,279 @@
+"""The script of a run, one coroutine: start, prove the weights, evaluate, train, evaluate, export.
+
+    establish -> [evaluate] -> (step -> weight update -> checkpoint?)* -> checkpoint -> [evaluate] -> export
+
+When the learner or the intake dies, `opd_async.conductor` runs it again from `establish`. A student engine that was
+restarted asks for the weights (`RESYNC`) at any time; `_serving` answers such requests while something else is awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from opd_async import checkpoints
+from opd_async import messages as m
+from opd_async.coordinator import RESYNC, UPDATE, Coordinator
+from opd_async.errors import RoleError
+from opd_async.evaluator import Evaluator
+from opd_async.leases import LeaseBook, PromptOrder
+from opd_async.plan import RoleKind
+from opd_async.progress import Progress
+from opd_async.report import Evaluation
+from opd_async.wire import Int32, Int64
+
+T = TypeVar("T")
+
+SYNC_TRIES = 5
+EVALUATION_DEADLINE_S = 1800.0
+RESET_DEADLINE_S = 60.0
+
+
+class Lead:
+    """Leads one run, or what is left of it after a checkpoint."""
+
+    def __init__(
+        self,
+        hub: Coordinator,
+        evaluator: Evaluator | None,
+        prompts: int,
+        progress: Progress,
+        attempt_floor: int = 0,
+    ) -> None:
+        self._hub = hub
+        self._evaluator = evaluator
+        self._prompts = prompts
+        self._progress = progress
+        self._attempt_floor = attempt_floor
+        self._topology = hub.plan.topology
+        self._steps = hub.plan.topology.schedule.steps
+        self._deadlines = hub.plan.topology.supervisor
+        self._root = hub.plan.run_folder / "checkpoints"
+        self._evaluation: asyncio.Task[Evaluation] | None = None
+        self._owed: tuple[Int64, Int32, Int32] | None = None
+
+    async def run(self) -> None:
+        """From the newest checkpoint, or the beginning, to the last step; raises what went wrong.
+
+        On cancel: the step under way stays with the learner; `wind_down` saves it.
+        """
+        ledger = self._hub.ledger
+        version = await self.establish()
+        if ledger.student_before is None and self._evaluator is not None:
+            await self._serving(self._evaluate_before(version))
+        ledger.start_training()
+        await self._hub.to_intake(m.Version(version, *self._owed_now()))
+        self._hub.admit(True)
+        await self.train(version)
+        ledger.end_training()
+        await self._finish()
+
+    async def _finish(self) -> None:
+        hub = self._hub
+        hub.admit(False)
+        await self._settle_evaluation()
+        await self.checkpoint(hub.version)
+        await self.forget_samples()
+        await hub.barrier.open(hub.version)
+        if self._evaluator is not None:
+            self._progress.say("evaluating the student after training")
+            hub.ledger.student_after = await self._serving(self._evaluate_student(hub.version))
+        if self._topology.checkpoint.export_hf:
+            await self._command(m.ExportModel(str(hub.plan.run_folder / "export")))
+
+    async def establish(self) -> int:
+        """Wait for every role, take over the frontier, and prove that every engine holds the student's weights.
+
+        Returns the weight version.
+        """
+        hub, deadline_s = self._hub, self._deadlines.start_deadline_s
+        hub.version = -1
+        frontier = await hub.mailbox.expect("Frontier", deadline_s, "the intake to start")
+        for kind in (RoleKind.ROLLOUT, RoleKind.TEACHER):
+            for role in hub.plan.of_kind(kind):
+                if role.name not in hub.up(kind):
+                    await hub.mailbox.expect(("Hello", role.name), deadline_s, f"{role.name} to start")
+        for kind, urls in (
+            (RoleKind.STUDENT_ENGINE, hub.plan.student_engines),
+            (RoleKind.TEACHER_ENGINE, hub.plan.teacher_engines),
+        ):
+            for url in urls:
+                await hub.fleet.wait_for_engine(kind, url)
+        learner = hub.name_of(RoleKind.LEARNER)
+        await hub.mailbox.expect(("Hello", learner), deadline_s, "the learner to load the student")
+        topology = self._topology
+        order = PromptOrder(self._prompts, topology.rollout.group_size, topology.seed, topology.data.shuffle)
+        hub.book = LeaseBook(frontier, order, topology.schedule, topology.rollout.slots, self._attempt_floor)
+        version = await self._update_weights(verify=True)
+        if version != frontier.version:
+            raise RoleError(
+                f"the learner resumed at step {version}, the frontier at {frontier.version}: the checkpoint in "
+                f"{self._root} mixes two steps; remove it to resume from the one before"
+            )
+        self._progress.say(f"weights {version} are in every student engine, proven by version and checksums")
+        return version
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    async def train(self, version: int) -> None:
+        """Steps from `version` until the topology's number is reached."""
+        while version < self._steps:
+            event = await self._hub.mailbox.expect(UPDATE, self._deadlines.step_deadline_s, "an optimizer step")
+            if event == RESYNC:
+                await self._update_weights(verify=True)
+                continue
+            if event.error is not None:
+                raise RoleError(f"the learner failed in step {event.version + 1}: {event.error}")
+            version = event.version
+            await self._finish_step(event)
+
+    async def _finish_step(self, reply: m.LearnerReply) -> None:
+        """A step is trained: weights to the engines, figures to the ledger, and on to the next."""
+        hub, step = self._hub, reply.version
+        loop = asyncio.get_running_loop()
+        await self._settle_evaluation()
+        began, blocked = loop.time(), hub.barrier.blocked_s
+        if step > hub.version:
+            await self._update_weights(verify=False)
+        sync_s = loop.time() - began
+        who = "the intake's account of the step"
+        started = await hub.mailbox.expect(("StepStarted", step - 1), self._deadlines.start_deadline_s, who)
+        hub.ledger.step(started, reply.stats, sync_s, hub.barrier.blocked_s - blocked)
+        hub.metrics["opd_coordinator_step"].set(step)
+        hub.metrics["opd_coordinator_trained_tokens_total"].inc(started.stats["tokens"])
+        self._progress.step(step, reply.stats, started)
+        if step < self._steps:
+            if step % self._topology.checkpoint.every_steps == 0:
+                await self.checkpoint(step)
+            await hub.to_intake(m.Version(step, *self._owed_now()))
+            self._begin_evaluation(step)
+
+    def _owed_now(self) -> tuple[Int64, Int32, Int32]:
+        assert self._owed is not None
+        return self._owed
+
+    async def _update_weights(self, verify: bool) -> int:
+        """Stop generation, send the learner's weights to every student engine, go on; returns their version."""
+        hub = self._hub
+        owed = await hub.barrier.close()
+        key = self._topology.engines.student.admin_api_key or self._topology.engines.student.api_key
+        for attempt in range(1, SYNC_TRIES + 1):
+            group = f"opd-{hub.engine_group}"
+            reply = await self._send(m.SyncWeights(group, list(hub.plan.student_engines), key, verify or attempt > 1))
+            if reply.error is None:
+                break
+            self._progress.say(f"weights were not sent ({reply.error}); trying again")
+            hub.engine_group += 1
+            await asyncio.sleep(self._deadlines.backoff_s)
+            for url in hub.plan.student_engines:
+                await hub.fleet.wait_for_engine(RoleKind.STUDENT_ENGINE, url)
+        else:
+            raise RoleError(f"the weights could not be sent in {SYNC_TRIES} tries, last: {reply.error}")
+        if reply.version != hub.version:
+            self._owed = owed
+        hub.version = reply.version
+        hub.metrics["opd_coordinator_weight_version"].set(reply.version)
+        await hub.barrier.open(reply.version)
+        hub.leases_may_flow()
+        return int(reply.version)
+
+    async def checkpoint(self, step: int) -> None:
+        """Learner and intake write the state after `step`; the folder is sealed when both have."""
+        folder = checkpoints.step_folder(self._root, step)
+        if await asyncio.to_thread((folder / checkpoints.MARKER).exists):
+            return
+        await self._command(m.SaveCheckpoint(step, str(folder)))
+        await asyncio.to_thread(checkpoints.seal, folder, step)
+        await asyncio.to_thread(checkpoints.prune, self._root, self._topology.checkpoint.keep)
+
+    async def _send(self, command: m.SyncWeights | m.SaveCheckpoint | m.ExportModel) -> m.LearnerReply:
+        name = type(command).__name__
+        await self._hub.to_intake(command)
+        # the command queues behind a step that the learner may be taking
+        deadline_s = self._deadlines.step_deadline_s
+        reply = await self._hub.mailbox.expect(("reply", name), deadline_s, f"the learner's answer to {name}")
+        assert isinstance(reply, m.LearnerReply)
+        return reply
+
+    async def _command(self, command: m.SaveCheckpoint | m.ExportModel) -> None:
+        reply = await self._send(command)
+        if reply.error is not None:
+            raise RoleError(f"the learner could not do {reply.command}: {reply.error}")
+
+    async def forget_samples(self) -> None:
+        """Have every actor drop what it holds; generation stays stopped."""
+        hub = self._hub
+        await hub.barrier.close()
+        token = hub.resetting = hub.new_token()
+        told = [
+            (k, name) for k in (RoleKind.ROLLOUT, RoleKind.TEACHER) for name in await hub.broadcast(k, m.Reset(token))
+        ]
+        for _, name in told:
+            await hub.mailbox.expect(("ResetDone", name, token), RESET_DEADLINE_S, f"{name} to forget its samples")
+        hub.resetting = None
+        hub.barrier.reset()
+
+    async def wind_down(self) -> None:
+        """After a signal: finish the planned step and save a checkpoint, so that nothing trained is lost."""
+        hub = self._hub
+        hub.admit(False)
+        await hub.to_intake(m.Quiesce("the run is being stopped"))
+        quiesced = await hub.mailbox.expect("Quiesced", self._deadlines.stop_deadline_s, "the intake to come to rest")
+        while hub.trained < quiesced.version:
+            await hub.mailbox.expect(UPDATE, self._deadlines.step_deadline_s, "the last optimizer step")
+        await self.checkpoint(quiesced.version)
+        self._progress.say(f"saved a checkpoint after step {quiesced.version}; go on with --resume")
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    async def _evaluate_before(self, version: int) -> None:
+        self._progress.say("evaluating the teacher and the student before training")
+        async with asyncio.TaskGroup() as group:
+            student = group.create_task(self._evaluate_student(version))
+            if self._topology.evaluation.teacher:
+                group.create_task(self._evaluate(m.LeaseKind.EVAL_TEACHER, self._topology.evaluation.prompts, 0))
+        self._hub.ledger.student_before = student.result()
+
+    async def _evaluate_student(self, step: int) -> Evaluation:
+        return await self._evaluate(m.LeaseKind.EVAL_STUDENT, self._topology.evaluation.prompts, step)
+
+    async def _evaluate(self, kind: m.LeaseKind, count: int, step: int) -> Evaluation:
+        assert self._evaluator is not None
+        evaluation = await self._evaluator.evaluate(kind, count, step, EVALUATION_DEADLINE_S)
+        who = "teacher" if kind is m.LeaseKind.EVAL_TEACHER else "student"
+        self._hub.ledger.evaluation(evaluation, who)
+        self._progress.evaluation(who, evaluation)
+        return evaluation
+
+    def _begin_evaluation(self, step: int) -> None:
+        """Evaluate in the background while training goes on; the next weight update waits for it."""
+        every = self._topology.evaluation.every_steps
+        if self._evaluator is None or every is None or step % every:
+            return
+        work = self._evaluate(m.LeaseKind.EVAL_STUDENT, self._topology.evaluation.during_prompts, step)
+        self._evaluation = self._hub.spawn(work, f"evaluation-{step}")
+
+    async def _settle_evaluation(self) -> None:
+        """Wait for the evaluation under way, so that it sees one set of weights."""
+        if self._evaluation is not None:
+            await self._serving(_result(self._evaluation))
+            self._evaluation = None
+
+    async def _serving(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`; meanwhile send the weights to engines that were restarted."""
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(work)
+            requests = group.create_task(self._serve_resyncs())
+            task.add_done_callback(lambda _: requests.cancel())
+        return task.result()
+
+    async def _serve_resyncs(self) -> None:
+        while True:
+            event = await self._hub.mailbox.expect(UPDATE, EVALUATION_DEADLINE_S, "the evaluation")
+            if event == RESYNC:
+                await self._update_weights(verify=True)
+
+
+async def _result(task: asyncio.Task[T]) -> T:
+    return await task

@@ -1,0 +1,32 @@
+"""Is an engine up? Asked over HTTP, with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+
+from opd_async.errors import DeadlineError
+
+POLL_S = 0.2
+
+
+async def wait_until_ready(url: str, name: str, deadline_s: float, api_key: str | None = None) -> None:
+    """Return once `GET url/ready` answers 200. Raises `DeadlineError` that names the engine when it does not."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        async with asyncio.timeout(deadline_s), aiohttp.ClientSession(headers=headers) as session:
+            while True:
+                if await _answers(session, f"{url}/ready"):
+                    return
+                await asyncio.sleep(POLL_S)
+    except TimeoutError:
+        raise DeadlineError(f"{name} at {url} was not ready within {deadline_s:.0f} s; see its log") from None
+
+
+async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
+    try:
+        async with session.get(url, timeout=aiohttp.ClientTimeout(total=5.0)) as response:
+            return response.status == 200
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return False
