@@ -13,7 +13,7 @@ from aiohttp import web
 
 from actors.engine.config import EngineConfig
 from actors.engine.core import EngineCore
-from actors.engine.errors import EngineError, WeightError
+from actors.engine.errors import ApiError, WeightError
 from actors.engine.groups import WeightGroups
 from actors.engine.metrics import EngineMetrics
 from actors.engine.parse import ModelLimits
@@ -46,19 +46,19 @@ ENGINE = web.AppKey("engine", Engine)
 
 
 async def read_json(request: web.Request) -> Any:
-    """The request's JSON body. Raises EngineError (400) when it is not JSON."""
+    """The request's JSON body. Raises ApiError (400) when it is not JSON."""
     raw = await request.read()
     try:
         return json.loads(raw)
     except ValueError as error:
-        raise EngineError(f"the body of {request.path} is not JSON: {error}") from error
+        raise ApiError(f"the body of {request.path} is not JSON: {error}") from error
 
 
 async def read_object(request: web.Request) -> dict[str, Any]:
     """The request's JSON body, which must be an object (`{}` at least)."""
     body = await read_json(request)
     if not isinstance(body, dict):
-        raise EngineError(f"the body of {request.path} must be a JSON object")
+        raise ApiError(f"the body of {request.path} must be a JSON object")
     return body
 
 
@@ -77,10 +77,10 @@ def success(message: str, **extra: Any) -> web.Response:
 
 @web.middleware
 async def errors_to_json(request: web.Request, handler: Any) -> web.StreamResponse:
-    """Turn EngineError into its status and JSON body."""
+    """Turn ApiError into its status and JSON body."""
     try:
         response: web.StreamResponse = await handler(request)
-    except EngineError as error:
+    except ApiError as error:
         return web.json_response(error.payload(), status=error.status)
     return response
 

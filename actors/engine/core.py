@@ -22,7 +22,7 @@ from enum import StrEnum
 from typing import Protocol, TypeVar
 
 from actors.engine.batch import Batch, RowParams, build_batch
-from actors.engine.errors import EngineError
+from actors.engine.errors import ApiError
 from actors.engine.metrics import EngineMetrics
 from actors.engine.model import StepResult
 from actors.engine.request import Request, TopRows
@@ -94,9 +94,9 @@ class EngineCore:
             self._thread.shutdown(wait=True)
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises EngineError (400) when its rid is in use."""
+        """Queue a request. Raises ApiError (400) when its rid is in use."""
         if request.rid in self.requests:
-            raise EngineError(f"Duplicate request ID detected: {request.rid} is in progress")
+            raise ApiError(f"Duplicate request ID detected: {request.rid} is in progress")
         self.requests[request.rid] = request
         self.scheduler.submit(request)
         self._wake.set()
@@ -161,7 +161,7 @@ class EngineCore:
     async def quiet(self, timeout: float) -> AsyncIterator[None]:
         """Exclusive use of the weights: at once when paused, else when all earlier requests have finished.
 
-        Later requests queue up meanwhile. Raises EngineError (503) after `timeout` seconds.
+        Later requests queue up meanwhile. Raises ApiError (503) after `timeout` seconds.
         """
         self._holds += 1
         if self.scheduler.hold_from is None:
@@ -176,7 +176,7 @@ class EngineCore:
         except TimeoutError as error:
             running = len(self.scheduler.running)
             message = f"{running} requests still ran after {timeout:g} s; pause generation before changing weights"
-            raise EngineError(message, 503) from error
+            raise ApiError(message, 503) from error
         finally:
             self._holds -= 1
             if not self._holds:

@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Any
 
 
-class EngineError(Exception):
+class ApiError(Exception):
     """A request that cannot be served; `status` is the HTTP status, `str(error)` the message for the user."""
 
     def __init__(self, message: str, status: int = HTTPStatus.BAD_REQUEST, *, bare: bool = False) -> None:
@@ -22,7 +22,7 @@ class EngineError(Exception):
         return {"error": {"message": str(self), "type": kind, "code": self.status, "retryable": False}}
 
 
-class WeightError(EngineError):
+class WeightError(ApiError):
     """A weight operation that failed; its body is `{"success": false, "message": ...}`."""
 
     def payload(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.engine.errors import EngineError
+from actors.engine.errors import ApiError
 from actors.engine.request import LogprobSpec, Request
 from actors.engine.sampling import SamplingParams, parse_sampling_params
 
@@ -56,14 +56,14 @@ class GenerateCall:
 
 
 def parse_generate(body: object, limits: ModelLimits) -> GenerateCall:
-    """Parse and validate a body. Raises EngineError (400) with a message that names the field."""
+    """Parse and validate a body. Raises ApiError (400) with a message that names the field."""
     if not isinstance(body, dict):
-        raise EngineError("the body must be a JSON object")
+        raise ApiError("the body must be a JSON object")
     for key in _UNSUPPORTED:
         if body.get(key):
-            raise EngineError(f"{key} is not supported by the embedded engine; use SGLang for it")
+            raise ApiError(f"{key} is not supported by the embedded engine; use SGLang for it")
     if body.get("return_flat_raw_top_logprobs_b64") and not body.get("return_flat_raw_top_logprobs"):
-        raise EngineError("return_flat_raw_top_logprobs_b64 needs return_flat_raw_top_logprobs")
+        raise ApiError("return_flat_raw_top_logprobs_b64 needs return_flat_raw_top_logprobs")
     prompts, batch = _prompts(body, limits)
     count = len(prompts)
     stream = _flag(body.get("stream"), "stream")
@@ -93,7 +93,7 @@ def _request(
 ) -> Request:
     _check_length(len(ids), params.max_new_tokens, limits)
     if params.stop and limits.encode is None:
-        raise EngineError("stop strings need a tokenizer; this engine has none: send stop_token_ids")
+        raise ApiError("stop strings need a tokenizer; this engine has none: send stop_token_ids")
     salt = _pick(body, "cache_salt", *place) or ""
     extra = _pick(body, "extra_key", *place) or ""
     return Request(
@@ -110,13 +110,13 @@ def _request(
 
 def _check_length(prompt: int, new: int, limits: ModelLimits) -> None:
     if prompt >= limits.context_length:
-        raise EngineError(
+        raise ApiError(
             f"The input ({prompt} tokens) is longer than the model's context length ({limits.context_length} tokens)."
         )
     total = prompt + new
     for limit, what in ((limits.context_length, "maximum context length"), (limits.pool_tokens, "KV pool")):
         if total > limit:
-            raise EngineError(
+            raise ApiError(
                 f"Requested token count exceeds the model's {what} of {limit} tokens: "
                 f"{prompt} input tokens plus {new} for the completion make {total}."
             )
@@ -125,11 +125,11 @@ def _check_length(prompt: int, new: int, limits: ModelLimits) -> None:
 def _prompts(body: dict[str, Any], limits: ModelLimits) -> tuple[list[list[int]], bool]:
     ids, text = body.get("input_ids"), body.get("text")
     if (ids is None) == (text is None):
-        raise EngineError("Either text or input_ids should be provided, and not both.")
+        raise ApiError("Either text or input_ids should be provided, and not both.")
     if ids is None:
         return _encode(text, limits)
     if not isinstance(ids, list) or not ids:
-        raise EngineError("input_ids must be a non-empty list of token ids, or a list of such lists")
+        raise ApiError("input_ids must be a non-empty list of token ids, or a list of such lists")
     batch = isinstance(ids[0], list)
     prompts: list[list[int]] = ids if batch else [ids]
     for prompt in prompts:
@@ -140,27 +140,27 @@ def _prompts(body: dict[str, Any], limits: ModelLimits) -> tuple[list[list[int]]
 def _encode(text: object, limits: ModelLimits) -> tuple[list[list[int]], bool]:
     texts: list[Any] = text if isinstance(text, list) else [text]
     if not texts or not all(isinstance(item, str) for item in texts):
-        raise EngineError("text must be a string or a non-empty list of strings")
+        raise ApiError("text must be a string or a non-empty list of strings")
     if limits.encode is None:
-        raise EngineError("this engine has no tokenizer and cannot accept text prompts: send input_ids")
+        raise ApiError("this engine has no tokenizer and cannot accept text prompts: send input_ids")
     prompts = [limits.encode(item) for item in texts]
     if not all(prompts):
-        raise EngineError("a text prompt encodes to no token")
+        raise ApiError("a text prompt encodes to no token")
     return prompts, isinstance(text, list)
 
 
 def _check_ids(ids: object, name: str, vocab_size: int) -> None:
     if not isinstance(ids, list) or not ids:
-        raise EngineError(f"{name} must be a non-empty list of token ids")
+        raise ApiError(f"{name} must be a non-empty list of token ids")
     try:
         array = np.array(ids)
     except ValueError as error:
-        raise EngineError(f"{name} must be a flat list of token ids") from error
+        raise ApiError(f"{name} must be a flat list of token ids") from error
     if array.ndim != 1 or array.dtype.kind != "i":
-        raise EngineError(f"{name} must be a flat list of integer token ids")
+        raise ApiError(f"{name} must be a flat list of integer token ids")
     if array.min() < 0 or array.max() >= vocab_size:
         bad = int(array[(array < 0) | (array >= vocab_size)][0])
-        raise EngineError(f"{name} holds token id {bad}, outside the vocabulary [0, {vocab_size})")
+        raise ApiError(f"{name} holds token id {bad}, outside the vocabulary [0, {vocab_size})")
 
 
 def _rids(raw: object, count: int, batch: bool) -> list[str]:
@@ -169,9 +169,9 @@ def _rids(raw: object, count: int, batch: bool) -> list[str]:
     if isinstance(raw, str):
         return [f"{raw}_{index}" for index in range(count)] if batch else [raw]
     if not isinstance(raw, list) or not batch or len(raw) != count or not all(isinstance(r, str) for r in raw):
-        raise EngineError(f"rid must be a string, or a list of {count} strings for a batch")
+        raise ApiError(f"rid must be a string, or a list of {count} strings for a batch")
     if len(set(raw)) != count:
-        raise EngineError(f"Duplicate request IDs detected within the request: {sorted(set(raw))}")
+        raise ApiError(f"Duplicate request IDs detected within the request: {sorted(set(raw))}")
     return raw
 
 
@@ -183,7 +183,7 @@ def _logprob_spec(
         return LogprobSpec()
     start = _integer(_pick(body, "logprob_start_len", *place), "logprob_start_len", -1, -1)
     if start > length:
-        raise EngineError(f"logprob_start_len ({start}) is higher than the number of input tokens ({length})")
+        raise ApiError(f"logprob_start_len ({start}) is higher than the number of input tokens ({length})")
     return LogprobSpec(
         enabled=True,
         start=start,
@@ -209,7 +209,7 @@ def _spread(body: dict[str, Any], key: str, count: int, batch: bool) -> list[Any
     if not isinstance(value, list):
         return [value] * count
     if not batch or len(value) != count:
-        raise EngineError(f"{key} is a list of {len(value)} for {count} sequence(s)")
+        raise ApiError(f"{key} is a list of {len(value)} for {count} sequence(s)")
     return value
 
 
@@ -222,7 +222,7 @@ def _flag(value: object, name: str) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise EngineError(f"{name} must be true or false, got {value!r}")
+        raise ApiError(f"{name} must be true or false, got {value!r}")
     return value
 
 
@@ -230,5 +230,5 @@ def _integer(value: object, name: str, default: int, minimum: int) -> int:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise EngineError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+        raise ApiError(f"{name} must be an integer of at least {minimum}, got {value!r}")
     return value

@@ -54,8 +54,8 @@ def triples(logprobs: Sequence[float], ids: Sequence[int], decode: Decode | None
         return "[]"
     if decode is not None:
         pairs = zip(logprobs, ids, strict=True)
-        return "[" + ",".join(f"[{_finite(f'{lp:#.9g}')},{i},{json.dumps(decode(i))}]" for lp, i in pairs) + "]"
-    pattern = "[" + ("[%#.9g,%d,null]," * count)[:-1] + "]"
+        return "[" + ",".join(f"[{_finite(f'{lp:.8e}')},{i},{json.dumps(decode(i))}]" for lp, i in pairs) + "]"
+    pattern = "[" + ("[%.8e,%d,null]," * count)[:-1] + "]"
     return _finite(pattern % tuple(chain.from_iterable(zip(logprobs, ids, strict=True))))
 
 
@@ -132,7 +132,7 @@ def _flat_top(blocks: list[TopRows], k: int, as_b64: bool) -> str:
         idx = base64.b64encode(ids.astype("<i4").tobytes()).decode()
         kinds = f'"{name}_val_flat_b64_dtype":"float32","{name}_idx_flat_b64_dtype":"int32"'
         return f',"{name}_val_flat_b64":"{val}","{name}_idx_flat_b64":"{idx}",{kinds}{tail}'
-    val = _finite("[" + ",".join(f"{value:#.9g}" for value in values.ravel().tolist()) + "]")
+    val = _finite("[" + ",".join(f"{value:.8e}" for value in values.ravel().tolist()) + "]")
     return f',"{name}_val_flat":{val},"{name}_idx_flat":{json.dumps(ids.ravel().tolist())}{tail}'
 
 

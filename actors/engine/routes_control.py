@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from actors.engine.app import ENGINE, Engine, read_object, required, success
 from actors.engine.core import PauseMode
-from actors.engine.errors import EngineError, WeightError
+from actors.engine.errors import ApiError, WeightError
 from actors.engine.groups import GroupSpec
 
 _NOT_FLUSHED = (
@@ -35,7 +35,7 @@ async def pause_generation(http: web.Request) -> web.Response:
     try:
         mode = PauseMode(body.get("mode") or PauseMode.ABORT)
     except ValueError as error:
-        raise EngineError(f"mode must be one of {[str(m) for m in PauseMode]}, got {body.get('mode')!r}") from error
+        raise ApiError(f"mode must be one of {[str(m) for m in PauseMode]}, got {body.get('mode')!r}") from error
     emitted = await http.app[ENGINE].core.pause(mode)
     return web.json_response({"status": "ok", "emitted": emitted})
 
@@ -52,7 +52,7 @@ async def abort_request(http: web.Request) -> web.Response:
     body = await read_object(http)
     rid = body.get("rid") or ""
     if not isinstance(rid, str):
-        raise EngineError(f"rid must be a string, got {rid!r}")
+        raise ApiError(f"rid must be a string, got {rid!r}")
     http.app[ENGINE].core.abort(rid, everything=bool(body.get("abort_all")))
     return web.Response()
 

@@ -20,7 +20,7 @@ from aiohttp import web
 
 from actors.engine import response
 from actors.engine.app import ENGINE, Engine, read_json
-from actors.engine.errors import EngineError
+from actors.engine.errors import ApiError
 from actors.engine.parse import GenerateCall, parse_generate
 from actors.engine.request import Request
 from actors.engine.text import StreamCursor
@@ -32,7 +32,7 @@ async def generate(http: web.Request) -> web.StreamResponse:
     body = await read_json(http)
     try:
         call = parse_generate(body, engine.limits)
-    except EngineError as error:
+    except ApiError as error:
         if isinstance(body, dict) and body.get("stream") is True:
             return await _stream_error(http, error)
         raise
@@ -46,7 +46,7 @@ async def generate(http: web.Request) -> web.StreamResponse:
             return await _stream(http, engine, call, mailbox)
         await mailbox.all_finished()
         return _whole(engine, call)
-    except EngineError as error:
+    except ApiError as error:
         if call.stream:
             return await _stream_error(http, error)
         raise
@@ -143,7 +143,7 @@ async def _open_stream(http: web.Request) -> web.StreamResponse:
     return out
 
 
-async def _stream_error(http: web.Request, error: EngineError) -> web.StreamResponse:
+async def _stream_error(http: web.Request, error: ApiError) -> web.StreamResponse:
     """A refused stream is HTTP 200 with an error event, as SGLang sends it."""
     out = await _open_stream(http)
     await out.write(f"data: {json.dumps(error.payload())}\n\ndata: [DONE]\n\n".encode())

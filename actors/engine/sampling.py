@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from actors.engine.errors import EngineError
+from actors.engine.errors import ApiError
 
 GREEDY_BELOW = 1e-6
 ALL_TOKENS = 1 << 30
@@ -68,12 +68,12 @@ KNOWN_FIELDS = tuple(name for name in _FIELDS if name != "greedy")
 def parse_sampling_params(raw: object) -> SamplingParams:
     """Build SamplingParams from the JSON object of a request (None means all defaults).
 
-    Raises EngineError (400) for unknown keys, wrong types, values out of range and unsupported features.
+    Raises ApiError (400) for unknown keys, wrong types, values out of range and unsupported features.
     """
     if raw is None:
         return SamplingParams()
     if not isinstance(raw, dict):
-        raise EngineError(f"sampling_params must be an object, got {type(raw).__name__}")
+        raise ApiError(f"sampling_params must be an object, got {type(raw).__name__}")
     given = {key: value for key, value in raw.items() if value is not None}
     _refuse(raw, given)
     temperature = _number(given, "temperature", 1.0, "non-negative", lambda v: v >= 0.0)
@@ -99,53 +99,53 @@ def parse_sampling_params(raw: object) -> SamplingParams:
 def _refuse(raw: dict[str, Any], given: dict[str, Any]) -> None:
     for key in raw:
         if key not in KNOWN_FIELDS:
-            raise EngineError(f"unknown field `{key}`, expected one of {', '.join(KNOWN_FIELDS)}", bare=True)
+            raise ApiError(f"unknown field `{key}`, expected one of {', '.join(KNOWN_FIELDS)}", bare=True)
     for key, neutral in _UNSUPPORTED.items():
         if key in given and given[key] not in neutral:
-            raise EngineError(f"sampling_params.{key} is not supported by the embedded engine; use SGLang for it")
+            raise ApiError(f"sampling_params.{key} is not supported by the embedded engine; use SGLang for it")
     if _integer(given, "n", 1, 1) != 1:
-        raise EngineError("sampling_params.n > 1 is not supported by the embedded engine; send n requests")
+        raise ApiError("sampling_params.n > 1 is not supported by the embedded engine; send n requests")
 
 
 def _number(given: dict[str, Any], key: str, default: float, range_text: str, ok: Callable[[float], bool]) -> float:
     value = given.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not ok(value):
-        raise EngineError(f"{key} must be a number {range_text}, got {value!r}")
+        raise ApiError(f"{key} must be a number {range_text}, got {value!r}")
     return float(value)
 
 
 def _integer(given: dict[str, Any], key: str, default: int, minimum: int) -> int:
     value = given.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise EngineError(f"{key} must be an integer of at least {minimum}, got {value!r}")
+        raise ApiError(f"{key} must be an integer of at least {minimum}, got {value!r}")
     return value
 
 
 def _flag(given: dict[str, Any], key: str, default: bool) -> bool:
     value = given.get(key, default)
     if not isinstance(value, bool):
-        raise EngineError(f"{key} must be true or false, got {value!r}")
+        raise ApiError(f"{key} must be true or false, got {value!r}")
     return value
 
 
 def _top_k(given: dict[str, Any]) -> int:
     value = given.get("top_k", -1)
     if isinstance(value, bool) or not isinstance(value, int) or value < -1 or value == 0:
-        raise EngineError(f"top_k must be -1 (off) or at least 1, got {value!r}")
+        raise ApiError(f"top_k must be -1 (off) or at least 1, got {value!r}")
     return ALL_TOKENS if value == -1 else value
 
 
 def _min_new_tokens(given: dict[str, Any], max_new_tokens: int) -> int:
     value = _integer(given, "min_new_tokens", 0, 0)
     if value > max_new_tokens:
-        raise EngineError(f"min_new_tokens must be in [0, max_new_tokens({max_new_tokens})], got {value}")
+        raise ApiError(f"min_new_tokens must be in [0, max_new_tokens({max_new_tokens})], got {value}")
     return value
 
 
 def _stop_ids(given: dict[str, Any]) -> frozenset[int]:
     ids = given.get("stop_token_ids", [])
     if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise EngineError(f"stop_token_ids must be a list of integers, got {ids!r}")
+        raise ApiError(f"stop_token_ids must be a list of integers, got {ids!r}")
     return frozenset(ids)
 
 
@@ -153,5 +153,5 @@ def _stop_strings(given: dict[str, Any]) -> tuple[str, ...]:
     stop = given.get("stop", [])
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, list) or not all(isinstance(s, str) for s in strings):
-        raise EngineError(f"stop must be a string or a list of strings, got {stop!r}")
+        raise ApiError(f"stop must be a string or a list of strings, got {stop!r}")
     return tuple(s for s in strings if s)

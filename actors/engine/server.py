@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -34,13 +33,14 @@ from actors.engine.groups import WeightGroups
 from actors.engine.metrics import EngineMetrics
 from actors.engine.model import ModelRunner
 from actors.engine.parse import ModelLimits
-from actors.engine.process import die_with_parent
 from actors.engine.routes_control import CONTROL_HANDLERS
 from actors.engine.routes_generate import generate
 from actors.engine.routes_info import INFO_HANDLERS, metrics
 from actors.engine.scheduler import Limits
 from actors.engine.text import load_codec
 from actors.engine.weights import ModelWeights
+from opd_async.errors import RoleError
+from opd_async.process import configure_logging, die_with_parent, report_failure, stop_event
 
 # A batch of long prompts as JSON text: about six bytes per token.
 MAX_BODY_BYTES = 1 << 30
@@ -49,8 +49,12 @@ SWITCH_SECONDS = 0.0005
 
 
 def build_engine(config: EngineConfig) -> Engine:
-    """Load the model and wire the parts. Call inside a running event loop."""
+    """Load the model and wire the parts. Call inside a running event loop. Raises RoleError for an unusable model."""
     started = time.time()
+    if not (config.model_path / "config.json").is_file():
+        raise RoleError(
+            f"--model-path {config.model_path}: no config.json there; it must be a Hugging Face model folder"
+        )
     runner = ModelRunner(
         config.model_path,
         dtype=config.dtype,
@@ -103,10 +107,7 @@ def build_app(engine: Engine) -> web.Application:
 async def serve(config: EngineConfig) -> None:
     """Run until SIGTERM or SIGINT, or until the core fails."""
     engine = build_engine(config)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, stop.set)
+    stop = stop_event(asyncio.get_running_loop())
     async with asyncio.TaskGroup() as tasks:
         core = tasks.create_task(engine.core.run(), name="engine core")
         async with AsyncExitStack() as stack:
@@ -127,7 +128,10 @@ async def _listen(stack: AsyncExitStack, app: web.Application, host: str, port: 
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    await web.TCPSite(runner, host, port).start()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        raise RoleError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
 
 
 def _announce(engine: Engine) -> None:
@@ -140,12 +144,21 @@ def _announce(engine: Engine) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
+    """Run an engine; exits with 0 after a signal, else with a code and a message that say what went wrong.
+
+    The process is tied to its parent's life unless OPD_DETACHED=1.
+    """
     config = parse_args(argv)
-    die_with_parent()
+    configure_logging("engine")
     torch.set_num_threads(config.threads)
     sys.setswitchinterval(SWITCH_SECONDS)
-    uvloop.run(serve(config))
+    try:
+        if os.environ.get("OPD_DETACHED") != "1":
+            die_with_parent()
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(config))
+    except (Exception, KeyboardInterrupt) as error:  # the edge of the process: every error becomes an exit code
+        sys.exit(report_failure(error))
 
 
 if __name__ == "__main__":
