@@ -14,7 +14,7 @@ class ModelError(InputError):
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is missing, was cut short, or does not match the model."""
+    """A checkpoint that cannot be read, or does not match the model."""
 
 
 class WeightSyncError(EngineError):

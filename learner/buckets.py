@@ -1,0 +1,70 @@
+"""Weights on the wire: tensors flattened into byte buckets, and their checksums."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Some named tensors that travel in one broadcast."""
+
+    names: list[str] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    last: bool = False
+    """True on the final bucket of an update."""
+
+    @property
+    def nbytes(self) -> int:
+        """Payload, without alignment."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Torch dtype names: `float32`, `bfloat16`, ..."""
+        return [str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors]
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        """Shape of each tensor."""
+        return [list(tensor.shape) for tensor in self.tensors]
+
+    def flatten(self) -> Tensor:
+        """uint8[...]: all tensors back to back, each starting at a multiple of its element size."""
+        parts, size = [], 0
+        for tensor in self.tensors:
+            padding = -size % tensor.element_size()
+            if padding:
+                parts.append(torch.zeros(padding, dtype=torch.uint8, device=tensor.device))
+            parts.append(as_bytes(tensor))
+            size += padding + tensor.nbytes
+        return torch.cat(parts)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """uint8[nbytes]: the tensor's memory, row-major."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def checksum(tensor: Tensor) -> str:
+    """blake2b-128 of the tensor's bytes, row-major, as hex: what an engine computes over the weight that it holds."""
+    return hashlib.blake2b(as_bytes(tensor).cpu().numpy().data, digest_size=16).hexdigest()
+
+
+def buckets(named_tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
+    """Fill buckets up to `bucket_bytes` (a larger tensor gets its own); the final one is marked `last`."""
+    bucket = Bucket()
+    for name, tensor in named_tensors:
+        if bucket.tensors and bucket.nbytes + tensor.nbytes > bucket_bytes:
+            yield bucket
+            bucket = Bucket()
+        bucket.names.append(name)
+        bucket.tensors.append(tensor)
+    if bucket.tensors:
+        bucket.last = True
+        yield bucket

@@ -1,0 +1,69 @@
+"""Call the control routes of an inference engine (SGLang's HTTP API) from a thread, with a deadline."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from learner.errors import WeightSyncError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAddress:
+    """One engine: where it answers, how many ranks of it join the weight group, and the keys it asks for."""
+
+    url: str
+    ranks: int = 1
+    admin_key: str | None = None
+    """Opens control routes; the API key does where there is none."""
+    api_key: str | None = None
+    """Opens the other routes."""
+
+
+def call(
+    engine: EngineAddress,
+    method: str,
+    path: str,
+    body: Mapping[str, Any] | None,
+    *,
+    timeout_s: float,
+    admin: bool = True,
+) -> dict[str, Any] | None:
+    """The JSON answer of the engine, or None if it does not know the route (404).
+
+    Raises `WeightSyncError`, which names the engine, if it does not answer within `timeout_s`, answers with another
+    status than 200, or answers `"success": false`.
+    """
+    parts = urlsplit(engine.url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
+    key = (engine.admin_key or engine.api_key) if admin else engine.api_key
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        response = connection.getresponse()
+        status, raw = response.status, response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise WeightSyncError(f"engine {engine.url} did not answer {method} {path}: {error!r}; is it alive?") from error
+    finally:
+        connection.close()
+    if status == 404:
+        return None
+    answer = _decode(raw)
+    if status != 200 or answer.get("success") is False:
+        reason = answer.get("message") or answer.get("error") or raw[:200].decode(errors="replace")
+        raise WeightSyncError(f"engine {engine.url} refused {method} {path}: status {status}, {reason}")
+    return answer
+
+
+def _decode(raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`; empty if it is anything else (some routes answer with plain text or nothing)."""
+    try:
+        answer = json.loads(raw)
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
