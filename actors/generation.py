@@ -75,14 +75,17 @@ class Generation:
 
     def natural_finish(self, max_tokens: int, stop_token_ids: tuple[int, ...]) -> m.Finish | None:
         """How the response ended, if the tokens at hand already end it (its last event may have been lost)."""
-        parts = [self.lease.prefix, *self._tokens]
-        last = next((part[-1] for part in reversed(parts) if len(part)), None)
-        if last is not None and int(last) in stop_token_ids:
+        if self._ends_with(stop_token_ids):
             return m.Finish.STOP
         return m.Finish.LENGTH if self.length >= max_tokens else None
 
-    def take(self, delta: Delta, on_teacher: bool) -> int:
-        """Add streamed tokens; returns how many. `EngineError` when they were not made by the expected weights."""
+    def _ends_with(self, token_ids: tuple[int, ...]) -> bool:
+        parts = [self.lease.prefix, *self._tokens]
+        last = next((part[-1] for part in reversed(parts) if len(part)), None)
+        return last is not None and int(last) in token_ids
+
+    def take(self, delta: Delta, on_teacher: bool, stop_token_ids: tuple[int, ...]) -> int:
+        """Add streamed tokens; returns how many. `EngineError` when they were not made by weights of the learner."""
         if len(delta.token_ids):
             if not on_teacher and not delta.weight_version.isdecimal():
                 raise EngineError(f"weight_version: {delta.weight_version!r} is not one that the learner sent")
@@ -94,6 +97,9 @@ class Generation:
         if delta.aborted:
             raise EngineError("the engine aborted the request")
         self.finish = delta.finish
+        if self.finish is m.Finish.LENGTH and self._ends_with(stop_token_ids):
+            # engines say "length" when the last allowed token happens to be a stop token
+            self.finish = m.Finish.STOP
         return len(delta.token_ids)
 
     def due_chunks(self, chunk_tokens: int, actor: int) -> list[m.Chunk]:

@@ -72,6 +72,7 @@ class Intake:
         self._planner = make_planner(plan.topology.schedule)
         self._assembler = Assembler()
         self._version: int | None = None
+        self._planned = 0
         self._drain_asked = False
         self._news = asyncio.Event()
         self._touched: set[int] = set()
@@ -89,6 +90,7 @@ class Intake:
         folder = latest(self._role.plan.run_folder / "checkpoints")
         state = frontier.load(folder) if folder is not None else frontier.empty(0)
         self._assembler = frontier.restore(state, int(os.environ.get(ATTEMPT_FLOOR_ENV, "0")))
+        self._planned = state.version
         self._cut_log(state.version)
         await self._role.control.send(state)
 
@@ -182,6 +184,7 @@ class Intake:
 
     async def _step(self, version: int, taken: list[Taken]) -> None:
         self._version = None
+        self._planned = version + 1
         self._drain_asked = False
         learner = self._topology.learner
         segments = [one.segment for one in taken if one.segment is not None]
@@ -231,6 +234,9 @@ class Intake:
                 case m.Drained():
                     self._assembler.mark(message.version, _owed(message))
                     self._news.set()
+                case m.Quiesce():
+                    self._version = None
+                    await self._role.control.send(m.Quiesced(self._planned))
                 case m.Reclaim():
                     await self._reclaim(message)
                 case m.SaveCheckpoint():

@@ -61,6 +61,7 @@ class RolloutActor:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._idle = IdleClock()
         self._arrived = asyncio.Condition()
+        role.refresh = self._account
         self._paused_at: float | None = time.monotonic()
 
     def _client(self, session: aiohttp.ClientSession, url: str, student: bool) -> EngineClient:
@@ -99,7 +100,6 @@ class RolloutActor:
             await asyncio.sleep(min(1.0, after_s / 4))
             await self._send_again(self._outbox.overdue(time.monotonic(), after_s))
             self._metrics["opd_rollout_unacknowledged_chunks"].set(self._outbox.unacknowledged)
-            self._account()
 
     def close(self) -> None:
         """Close the sockets; queued chunks may still leave."""
@@ -156,7 +156,7 @@ class RolloutActor:
             await self._failed(generation, error)
 
     async def _take(self, generation: Generation, delta: Delta, on_teacher: bool) -> None:
-        new_tokens = generation.take(delta, on_teacher)
+        new_tokens = generation.take(delta, on_teacher, self._role.plan.stop_token_ids)
         if generation.lease.kind == m.LeaseKind.TRAIN:
             self._role.count("tokens", new_tokens)
             self._metrics["opd_rollout_tokens_total"].inc(new_tokens)

@@ -63,6 +63,7 @@ class TeacherActor:
         self._batches: set[asyncio.Task[None]] = set()
         self._next_client = 0
         self._idle = IdleClock()
+        role.refresh = self._refresh
         self._pull = Pull(role.context, plan.chunks[role.mine.index], self._malformed)
         self._push = Push(role.context, plan.scored)
 
@@ -208,12 +209,16 @@ class TeacherActor:
         self._role.count("tokens", new_tokens)
         self._role.count("cached_tokens", cached_tokens)
         self._role.count("computed_tokens", prompt_tokens - cached_tokens)
-        self._role.counters["idle_s"] = self._idle.total()
         self._metrics["opd_teacher_scored_tokens_total"].inc(new_tokens)
         self._metrics["opd_teacher_cached_tokens_total"].inc(cached_tokens)
         self._metrics["opd_teacher_computed_tokens_total"].inc(prompt_tokens - cached_tokens)
         self._metrics["opd_teacher_batches_total"].inc()
         self._metrics["opd_teacher_batch_tokens"].observe(new_tokens)
+
+    def _refresh(self) -> None:
+        idle_s = self._idle.total()
+        self._metrics["opd_teacher_idle_seconds_total"].inc(idle_s - self._role.counters.get("idle_s", 0.0))
+        self._role.counters["idle_s"] = idle_s
 
     async def control(self) -> None:
         """Handle the coordinator's messages."""

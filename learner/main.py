@@ -132,12 +132,14 @@ class Rank:
         self._metrics = metrics
         self._sender: WeightSender | None = None
         self._group = ""
-        self._idle_since = time.monotonic()
+        self._waited_s = 0.0
 
     def obey(self) -> None:
         """Commands until Stop."""
         while True:
+            asked = time.monotonic()
             command = self._link.command()
+            self._waited_s = time.monotonic() - asked
             match command:
                 case m.Train():
                     self._train(command)
@@ -153,10 +155,9 @@ class Rank:
                     return
                 case _:
                     log.warning("ignored a %s", type(command).__name__)
-            self._idle_since = time.monotonic() if not isinstance(command, m.Train) else self._idle_since
 
     def _train(self, command: m.Train) -> None:
-        idle_s = time.monotonic() - self._idle_since
+        idle_s = self._waited_s
         result = self._trainer.step(from_message(command))
         stats = {name: float(value) for name, value in dataclasses.asdict(result).items()}
         self._metrics["opd_learner_steps_total"].inc()

@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +73,8 @@ class Role:
     signalled: asyncio.Event
     counters: dict[str, float] = field(default_factory=dict)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    refresh: Callable[[], None] = lambda: None
+    """Brings counters up to date before each heartbeat."""
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
@@ -94,6 +96,7 @@ class Role:
     async def _heartbeats(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
+            self.refresh()
             await self.control.send(Heartbeat(self.name, dict(self.counters)))
 
     @classmethod
