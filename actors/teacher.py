@@ -37,6 +37,9 @@ from opd_async.role import IdleClock, Role, role_arguments
 
 log = logging.getLogger(__name__)
 
+Request = tuple[NDArray[np.int32], int]
+"""int32[N] token ids, and the index of the first one to score."""
+
 RETRY_S = 0.2
 MAX_QUEUE_BATCHES = 16
 """Receiving stops while this many batches' tokens wait, so that backpressure reaches the rollout actors."""
@@ -109,7 +112,9 @@ class TeacherActor:
         while True:
             await self._slots.acquire()
             batch = await self._next_batch()
-            task = self._role.spawn(self._batch(batch), "batch")
+            # no await between taking a batch and reading its tokens: a reset may forget them at any other time
+            requests = [self._request(item) for item in batch]
+            task = self._role.spawn(self._batch(batch, requests), "batch")
             self._batches.add(task)
             self._idle.set_busy(True)
             task.add_done_callback(self._ended)
@@ -134,25 +139,29 @@ class TeacherActor:
         self._changed.set()
         self._room.set()
 
-    async def _batch(self, batch: Sequence[ScoreItem]) -> None:
+    async def _batch(self, batch: Sequence[ScoreItem], requests: Sequence[Request | None]) -> None:
         try:
-            requests = [(item, self._request(item)) for item in batch]
-            to_score = [(item, request) for item, request in requests if item.new_tokens]
+            pairs = zip(batch, requests, strict=True)
+            to_score = [(item, request) for item, request in pairs if request is not None and item.new_tokens]
             scores = await self._score([request for _, request in to_score]) if to_score else []
             by_sample = {item.sample_id: score for (item, _), score in zip(to_score, scores, strict=True)}
-            for item in batch:
-                await self._deliver(item, by_sample.get(item.sample_id))
+            for item, request in zip(batch, requests, strict=True):
+                if request is not None:
+                    await self._deliver(item, by_sample.get(item.sample_id))
             self._account(batch, scores)
         finally:
             self._batcher.done([item.sample_id for item in batch])
             self._changed.set()
 
-    def _request(self, item: ScoreItem) -> tuple[NDArray[np.int32], int]:
+    def _request(self, item: ScoreItem) -> Request | None:
+        """All ids so far, and where the new ones begin; None for a chunk that came again after its sample had ended."""
         first, last = item.chunks[0], item.chunks[-1]
-        _, ids = self._ids[item.sample_id]
-        return ids[: last.prompt_tokens + last.end], first.prompt_tokens + first.start
+        known = self._ids.get(item.sample_id)
+        if known is None:
+            return None
+        return known[1][: last.prompt_tokens + last.end], first.prompt_tokens + first.start
 
-    async def _score(self, requests: Sequence[tuple[NDArray[np.int32], int]]) -> list[Scores]:
+    async def _score(self, requests: Sequence[Request]) -> list[Scores]:
         """Score one batch, through failures; beyond the retry budget the run ends with the reason."""
         failures = 0
         while True:

@@ -29,11 +29,10 @@ MADE_BY_RUNS = (
     PLAN_FILE,
     "metrics.jsonl",
     "trained.jsonl",
-    "trace.json",
     "report.json",
+    "learning_curve.png",
     "targets.json",
     "checkpoints",
-    "evaluation",
     "export",
     "logs",
 )
