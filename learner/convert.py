@@ -33,6 +33,8 @@ class Slot:
     hf_shapes: tuple[tuple[int, ...], ...]
     split: Split
     join: Join
+    sharded: bool = True
+    """False for a vector that every tensor-parallel rank holds whole."""
 
 
 def slots(shape: ModelShape, pipeline_size: int) -> list[Slot]:
@@ -71,7 +73,7 @@ def _layer(shape: ModelShape, stage: int, ours: str, theirs: str) -> list[Slot]:
 
 def _whole(stage: int, name: str, hf_name: str, size: int) -> Slot:
     """The same vector on every tensor-parallel rank."""
-    return Slot(stage, name, (hf_name,), ((size,),), lambda full, _rank, _size: full[0], lambda parts: (parts[0],))
+    return Slot(stage, name, (hf_name,), ((size,),), lambda full, *_: full[0], lambda parts: (parts[0],), sharded=False)
 
 
 def _columns(stage: int, name: str, hf_name: str, hf_shape: tuple[int, int]) -> Slot:

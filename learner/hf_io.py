@@ -75,6 +75,8 @@ def load_hf(model: StudentModel, folder: Path) -> None:
                 f"{tuple(parameters[name].shape)}"
             )
         parameters[name].copy_(part)
+        # Megatron marks shards where it initialises them; the gradient norm counts unmarked ones on one rank only.
+        parameters[name].tensor_model_parallel = slot.sharded  # type: ignore[attr-defined]
 
 
 def _local_slots(model: StudentModel) -> list[tuple[str, Slot]]:
