@@ -182,8 +182,9 @@ class Assembler:
             self.samples[sample_id] = sample
         if sample.finish is not None:
             return sample.attempt, np.zeros(0, np.int32), True
-        sample.attempt = max(sample.attempt, attempt) + 1
-        sample.early.clear()
+        if attempt >= sample.attempt:  # a second request for the same attempt must not end the one that followed it
+            sample.attempt = attempt + 1
+            sample.early.clear()
         return sample.attempt, sample.response(), False
 
     def mark(self, version: int, owed: Iterable[tuple[int, int, int]]) -> None:

@@ -175,6 +175,8 @@ class LeaseBook:
             # the learner holds all of it; its exact length no longer matters to admission
             self.ended(sample_id, active.spec.attempt, active.trained_end)
             return
+        if active.spec.attempt >= attempt:  # asked twice: it has been leased again already
+            return
         self._remove(active)
         self._trained[sample_id] = active.trained_end
         self._returned.append(LeaseSpec(sample_id, attempt, active.spec.prompt_index, prefix))

@@ -6,7 +6,7 @@ A token made by weights b and trained at version v has staleness v - b. `Deadlin
   old; a response still being generated is cut there. The step waits until all such tokens are here (`settled`).
 - *finished*: complete responses, oldest token first, until the step's budget is reached.
 
-docs/staleness.md has the proof; `tests/core/test_schedule.py` drives both planners through random schedules.
+docs/staleness.md has the proof; `tests/core/test_staleness.py` drives both planners through random schedules.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class WholeSamples:
         return ids
 
     def ready_tokens(self, assembler: Assembler, version: int) -> int:
-        """Untrained tokens of finished responses."""
-        return sum(s.untrained_tokens for s in assembler.samples.values() if s.finish is not None)
+        """Tokens of the next batch once it is complete; 0 before, since nothing but generation can then help."""
+        return sum(sample.untrained_tokens for sample in self.choose(assembler, version))
 
     def wants_drain(self, assembler: Assembler, version: int) -> bool:
         """Never: admission alone bounds the age."""
