@@ -8,7 +8,7 @@
     pause     the running step, then streams    the step's end, the HTTP side's writes
 
 All methods run on the event loop. Control operations hold `between_steps`, so they never see a half-done step.
-On cancel of `run` the step in flight is waited for by the executor's shutdown; requests stay unfinished.
+On cancel of `run` the step in flight is dropped and requests stay unfinished.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from enum import StrEnum
 from typing import Protocol, TypeVar
@@ -27,6 +26,7 @@ from actors.engine.metrics import EngineMetrics
 from actors.engine.model import StepResult
 from actors.engine.request import Request, TopRows
 from actors.engine.scheduler import Limits, Scheduler
+from actors.engine.threads import WorkerThread
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ class EngineCore:
         self._matched_stop = matched_stop
         self._row_params = RowParams(limits.max_running)
         self.scheduler.on_admit = self._admitted
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._thread = WorkerThread("model")
         self._step_lock = asyncio.Lock()
         self._wake = asyncio.Event()
         self._sent = asyncio.Event()
@@ -91,7 +91,7 @@ class EngineCore:
                 async with self._step_lock:
                     await self._step()
         finally:
-            self._thread.shutdown(wait=True)
+            self._thread.stop()
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ApiError (400) when its rid is in use."""
@@ -185,7 +185,7 @@ class EngineCore:
 
     async def on_model_thread(self, function: Callable[[], T]) -> T:
         """Run `function` where steps run; the caller holds between_steps or quiet."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        return await self._thread.run(function)
 
     async def _step(self) -> None:
         self._sweep()

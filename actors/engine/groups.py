@@ -77,7 +77,7 @@ class WeightGroups:
                 timeout=timeout,
             )
         except (RuntimeError, ValueError) as error:
-            raise WeightError(f"cannot join weight group {spec.group_name} at {address}: {error}") from error
+            raise WeightError(f"cannot join weight group {spec.group_name} at {address}: {_reason(error)}") from error
         # Without this map dist.broadcast cannot tell that source rank 0 of the group is the trainer.
         c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
         self._groups[spec.group_name] = (group, spec.backend)
@@ -89,12 +89,7 @@ class WeightGroups:
         try:
             dist.destroy_process_group(group)
         except RuntimeError as error:
-            raise WeightError(f"weight group {name} was left, but closing it failed: {error}") from error
-
-    def leave_all(self) -> None:
-        """Destroy every group, for shutdown."""
-        for name in list(self._groups):
-            self.leave(name)
+            raise WeightError(f"weight group {name} was left, but closing it failed: {_reason(error)}") from error
 
     def require(self, name: str) -> None:
         """Raise WeightError unless this engine is in group `name`."""
@@ -120,8 +115,8 @@ class WeightGroups:
         except (RuntimeError, ValueError) as error:
             self._abandon(name)
             raise WeightError(
-                f"broadcast in weight group {name} failed: {error}. No weight was changed and the group was left; "
-                f"join again with /init_weights_update_group",
+                f"broadcast in weight group {name} failed: {_reason(error)}. No weight was changed; the group was "
+                f"left: join again with /init_weights_update_group",
                 500,
             ) from error
         return split_bucket(buffers[0], tensors) if flattened else buffers
@@ -137,6 +132,11 @@ class WeightGroups:
         except WeightError:
             # The group broke before; the broadcast's own error is the one worth reporting.
             return
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error; torch appends a C++ stack."""
+    return str(error).partition("\n")[0]
 
 
 def bucket_layout(tensors: Sequence[TensorSpec]) -> tuple[list[int], int]:

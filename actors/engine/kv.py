@@ -50,18 +50,35 @@ class DeviceGroup:
 
 
 class PagedCache(Cache):
-    """K and V pools, each [layers][P, K, D]. `begin` sets where the next forward writes."""
+    """K and V pools, each [layers][P, K, D]. `begin` sets where the next forward writes and what it reads."""
 
     def __init__(self, layers: int, slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
         super().__init__(layers=[])
         shape = (slots, kv_heads, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.groups: list[DeviceGroup] = []
         self._write_T = torch.empty(0, dtype=torch.int64)
+        # Gathered keys and values are megabytes per layer and step; fresh allocations cost more than the copying.
+        self._gathered = [torch.empty((0, kv_heads * head_dim), dtype=dtype, device=device) for _ in range(2)]
 
-    def begin(self, slots_T: torch.Tensor) -> None:
-        """Name the pool slots, int64 [T], of the tokens in the coming forward."""
+    def begin(self, slots_T: torch.Tensor, groups: list[DeviceGroup]) -> None:
+        """Name the pool slots, int64 [T], of the tokens in the coming forward, and its attention groups."""
         self._write_T = slots_T
+        self.groups = groups
+
+    def gather(self, pool: torch.Tensor, placed: DeviceGroup, which: int) -> torch.Tensor:
+        """A group's keys (`which` 0) or values (1) out of a pool [P, K, D], as [rows, K, kv_len, D].
+
+        The memory is reused by the next call with the same `which`.
+        """
+        slots, kv_heads, head_dim = pool.shape
+        count = len(placed.kv_slots)
+        if len(self._gathered[which]) < count:
+            self._gathered[which] = pool.new_empty((count + count // 2, kv_heads * head_dim))
+        out = self._gathered[which][:count]
+        torch.index_select(pool.view(slots, -1), 0, placed.kv_slots, out=out)
+        return out.view(placed.group.rows, placed.group.kv_len, kv_heads, head_dim).transpose(1, 2)
 
     def update(  # type: ignore[no-untyped-def]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -96,40 +113,38 @@ def pooled_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    groups: list[DeviceGroup],
+    pages: PagedCache,
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Attention of packed queries [1, H, T, D] over pools [P, K, D]; returns [1, T, H, D].
 
-    The signature is that of transformers' AttentionInterface; `groups` reaches it as a keyword of the model's forward.
+    The signature is that of transformers' AttentionInterface; `pages` reaches it as a keyword of the model's forward.
     """
     query_THD = query[0].transpose(0, 1)
-    if len(groups) == 1:
-        return _attend(groups[0], query_THD, key, value, scaling, sliding_window).unsqueeze(0), None
-    parts = [_attend(group, query_THD, key, value, scaling, sliding_window) for group in groups]
-    return torch.cat(parts).unsqueeze(0), None
+    parts = []
+    for placed in pages.groups:
+        k, v = pages.gather(key, placed, 0), pages.gather(value, placed, 1)
+        parts.append(_attend(placed, query_THD, k, v, scaling, sliding_window))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
 
 
 def _attend(
     placed: DeviceGroup,
     query_THD: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     scaling: float,
     window: int | None,
 ) -> torch.Tensor:
     group = placed.group
-    slots, kv_heads, head_dim = key.shape
-    heads = query_THD.shape[1]
+    heads, head_dim = query_THD.shape[1:]
+    kv_heads = k.shape[1]
     ratio = heads // kv_heads
     q = query_THD[group.first : group.end] if placed.gather is None else query_THD.index_select(0, placed.gather)
     # The query heads that share a key head become rows of one query block, so keys are never repeated.
     q = q.reshape(group.rows, group.q_len, kv_heads, ratio, head_dim).permute(0, 2, 3, 1, 4)
     q = q.reshape(group.rows, kv_heads, ratio * group.q_len, head_dim)
-    pool_shape = (group.rows, group.kv_len, kv_heads, head_dim)
-    k = key.view(slots, -1).index_select(0, placed.kv_slots).view(pool_shape).transpose(1, 2)
-    v = value.view(slots, -1).index_select(0, placed.kv_slots).view(pool_shape).transpose(1, 2)
     mask = placed.mask(window, ratio, q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
     out = out.view(group.rows, kv_heads, ratio, group.q_len, head_dim).permute(0, 3, 1, 2, 4)

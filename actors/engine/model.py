@@ -65,13 +65,13 @@ class ModelRunner:
     def step(self, batch: Batch) -> StepResult:
         """Run one forward; writes the KV of every packed token and returns the sampled and scored rows."""
         device = self.device
-        self.cache.begin(torch.from_numpy(batch.slots_T).to(device))
+        self.cache.begin(torch.from_numpy(batch.slots_T).to(device), place_groups(batch, device))
         hidden_TH = self.decoder(
             input_ids=torch.from_numpy(batch.input_ids_T).to(device)[None],
             position_ids=torch.from_numpy(batch.positions_T).to(device)[None],
             past_key_values=self.cache,
             use_cache=True,
-            groups=place_groups(batch, device),
+            pages=self.cache,
         ).last_hidden_state[0]
         result = StepResult()
         if batch.sample is not None:

@@ -8,10 +8,10 @@ running requests are done.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from actors.engine.app import ENGINE, Engine, read_object, required, success
 from actors.engine.core import PauseMode
 from actors.engine.errors import ApiError, WeightError
 from actors.engine.groups import GroupSpec
+from actors.engine.threads import in_thread
 
 _NOT_FLUSHED = (
     "Weights were updated, but the cache was not flushed because requests are still running. "
@@ -79,7 +80,7 @@ async def init_group(http: web.Request) -> web.Response:
         backend=body.get("backend") or "nccl",
     )
     # Not on the model thread: generation goes on while the other ranks are awaited.
-    await asyncio.to_thread(engine.groups.join, spec)
+    await in_thread("join", partial(engine.groups.join, spec))
     return success("Succeeded to initialize custom process group.")
 
 
@@ -87,7 +88,7 @@ async def destroy_group(http: web.Request) -> web.Response:
     """Leave a weight-update group."""
     engine, body = http.app[ENGINE], await read_object(http)
     async with engine.weight_lock:
-        await asyncio.to_thread(engine.groups.leave, body.get("group_name") or "weight_update_group")
+        await in_thread("leave", partial(engine.groups.leave, body.get("group_name") or "weight_update_group"))
     return success("Succeeded to destroy custom process group.")
 
 

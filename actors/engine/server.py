@@ -9,7 +9,7 @@
     core      a request, or continue        submit, resume
     main      SIGTERM or SIGINT             the operator; the core failing ends it too
 
-Shutdown order: stop listening and cancel open calls, stop the core after its step, leave the weight groups, exit 0.
+Shutdown order: stop listening, cancel open calls, stop the core, exit 0. Nothing that blocks on a peer is waited for.
 """
 
 from __future__ import annotations
@@ -120,7 +120,6 @@ async def serve(config: EngineConfig) -> None:
             _announce(engine)
             await stop.wait()
         core.cancel()
-    await asyncio.to_thread(engine.groups.leave_all)
 
 
 async def _listen(stack: AsyncExitStack, app: web.Application, host: str, port: int) -> None:
@@ -152,13 +151,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     configure_logging("engine")
     torch.set_num_threads(config.threads)
     sys.setswitchinterval(SWITCH_SECONDS)
+    code = 0
     try:
         if os.environ.get("OPD_DETACHED") != "1":
             die_with_parent()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(config))
     except (Exception, KeyboardInterrupt) as error:  # the edge of the process: every error becomes an exit code
-        sys.exit(report_failure(error))
+        code = report_failure(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a thread inside a broadcast or a rendezvous would crash in torch's global destructors.
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import urllib.request
 from typing import Any
 
 import pytest
-from engine_harness import ADMIN_KEY, API_KEY, Server
+from engine_harness import ADMIN_KEY, API_KEY, Server, free_port
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({}, "Either text or input_ids"),
@@ -143,3 +143,18 @@ def test_information(server: Server) -> None:
     _, text = server.call("/metrics")
     for name in ("generated_tokens_total", "prompt_tokens_total", "cached_tokens_total", "busy_seconds_total"):
         assert f"opd_engine_{name}" in text
+
+
+def test_a_pending_rendezvous_does_not_hold_up_the_end(server: Server) -> None:
+    """The last test of the module: its server then has to stop within seconds although nobody answers the join."""
+    body = {
+        "master_address": "127.0.0.1",
+        "master_port": free_port(),
+        "rank_offset": 1,
+        "world_size": 2,
+        "group_name": "nobody",
+        "backend": "gloo",
+    }
+    with pytest.raises(TimeoutError):
+        server.call("/init_weights_update_group", body, timeout=0.5)
+    assert server.call("/ready")[0] == 200

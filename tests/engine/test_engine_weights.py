@@ -279,30 +279,36 @@ def test_renaming_the_weights_aborts_unless_told_not_to(fresh: Server) -> None:
 def test_a_lost_trainer_and_a_missing_one_leave_the_engine_alive(
     model_folder: Path, reference: PreTrainedModel
 ) -> None:
-    async def main(server: Server) -> None:
-        async with aiohttp.ClientSession() as session:
-            missing = {
-                "master_address": "127.0.0.1",
-                "master_port": free_port(),
-                "rank_offset": 1,
-                "world_size": 2,
-                "group_name": "missing",
-                "backend": "gloo",
-            }
-            status, answer = await control(session, server, "/init_weights_update_group", missing)
-            assert status == 400
-            assert "cannot join weight group missing" in answer["message"]
-            trainer = Trainer(server, "lost")
-            await trainer.connect(session)
-            await session_call(session, server, "/begin_weight_update")
-            body = {"names": ["model.norm.weight"], "dtypes": ["float32"], "shapes": [[32]], "group_name": "lost"}
-            status, answer = await control(session, server, "/update_weights_from_distributed", body)
-            assert status == 500
-            assert "broadcast in weight group lost failed" in answer["message"]
-            await session_call(session, server, "/end_weight_update")
-            dist.destroy_process_group(trainer.group)
+    async def miss(session: aiohttp.ClientSession, server: Server) -> None:
+        body = {
+            "master_address": "127.0.0.1",
+            "master_port": free_port(),
+            "rank_offset": 1,
+            "world_size": 2,
+            "group_name": "missing",
+            "backend": "gloo",
+        }
+        status, answer = await control(session, server, "/init_weights_update_group", body)
+        assert status == 400
+        assert "cannot join weight group missing" in answer["message"]
 
-    with running(model_folder, "--weight-timeout", "2") as server:
+    async def lose(session: aiohttp.ClientSession, server: Server) -> None:
+        trainer = Trainer(server, "lost")
+        await trainer.connect(session)
+        await session_call(session, server, "/begin_weight_update")
+        body = {"names": ["model.norm.weight"], "dtypes": ["float32"], "shapes": [[32]], "group_name": "lost"}
+        status, answer = await control(session, server, "/update_weights_from_distributed", body)
+        assert status == 500
+        assert "broadcast in weight group lost failed" in answer["message"]
+        await session_call(session, server, "/end_weight_update")
+        dist.destroy_process_group(trainer.group)
+
+    async def main(server: Server) -> None:
+        async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as tasks:
+            tasks.create_task(miss(session, server))
+            tasks.create_task(lose(session, server))
+
+    with running(model_folder, "--weight-timeout", "4") as server:
         asyncio.run(main(server))
         assert engine_checksums(server) == checksums(tensors(reference))
         assert len(server.generate(input_ids=[1], sampling_params={"max_new_tokens": 3})["output_ids"]) == 3
