@@ -11,6 +11,7 @@ SIGINT or SIGTERM                 the planned step is finished and saved, then s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -25,7 +26,6 @@ from opd_async.coordinator import Coordinator
 from opd_async.errors import OpdError
 from opd_async.evaluator import Evaluator
 from opd_async.fleet import Fleet
-from opd_async.jsonl import JsonlWriter, read_jsonl
 from opd_async.lead import Lead
 from opd_async.ledger import Ledger
 from opd_async.metrics import RoleMetrics, loop_lag, write_targets
@@ -94,15 +94,14 @@ class Conductor:
         plan = self._plan
         context = zmq.asyncio.Context()
         metrics = RoleMetrics("coordinator")
-        rows_path = plan.run_folder / "metrics.jsonl"
-        rows = list(read_jsonl(rows_path)) if rows_path.exists() else []
-        rows_path.unlink(missing_ok=True)
         self._write_targets()
         stop_deadline_s = plan.topology.supervisor.stop_deadline_s
-        with JsonlWriter(rows_path) as writer, metrics.serve(plan.topology.network.bind, plan.coordinator_metrics_port):
-            self.ledger = ledger = Ledger(plan, writer, skipped_prompts=self._inputs.prompts.skipped_too_long)
-            folder = checkpoints.latest(plan.run_folder / "checkpoints")
-            ledger.restore(rows, checkpoints.verify(folder) if folder is not None else -1)
+        self.ledger = ledger = Ledger(plan, skipped_prompts=self._inputs.prompts.skipped_too_long)
+        ledger.rewind(self._checkpointed_version())
+        with (
+            contextlib.closing(ledger),
+            metrics.serve(plan.topology.network.bind, plan.coordinator_metrics_port),
+        ):
             async with Supervisor(self._echo, stop_deadline_s) as supervisor:
                 fleet = Fleet(plan, supervisor, self._progress.say)
                 hub = Coordinator(plan, fleet, ledger, metrics, context, self._inputs.prompts.prompts)
@@ -111,6 +110,10 @@ class Conductor:
                 finally:
                     hub.server.close()
             return ledger.report(fleet.restarts)
+
+    def _checkpointed_version(self) -> int:
+        folder = checkpoints.latest(self._plan.run_folder / "checkpoints")
+        return checkpoints.verify(folder) if folder is not None else 0
 
     def _write_targets(self) -> None:
         host = self._plan.topology.network.bind
@@ -168,8 +171,9 @@ class Conductor:
         await lead.forget_samples()
         await fleet.start(intake, {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
         await fleet.start(learner)
-        folder = checkpoints.latest(self._plan.run_folder / "checkpoints")
-        self._progress.say(f"learner and intake start again from {folder or 'the beginning'}")
+        version = self._checkpointed_version()
+        hub.ledger.rewind(version)
+        self._progress.say(f"learner and intake start again from step {version}")
 
     async def _stop(self, hub: Coordinator, fleet: Fleet) -> None:
         """Ask every role to end, then make it end, in order; a second signal cuts this short."""
@@ -215,4 +219,5 @@ async def _wait(event: asyncio.Event) -> None:
 
 
 async def _failure(hub: Coordinator) -> None:
-    raise await hub.failed
+    # shielded: cancelling a wait for a future would cancel the future, for every later wait too
+    raise await asyncio.shield(hub.failed)

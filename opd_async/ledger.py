@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opd_async.jsonl import JsonlWriter
+from opd_async.jsonl import JsonlWriter, read_jsonl
 from opd_async.messages import StepStarted
 from opd_async.plan import Plan, RoleKind
 from opd_async.report import (
@@ -74,7 +74,6 @@ class Ledger:
     """Figures of one launch. `start_training` and `end_training` bound the window of rates and shares."""
 
     plan: Plan
-    writer: JsonlWriter
     roles: dict[str, RoleTotals] = field(default_factory=lambda: defaultdict(RoleTotals))
     evaluations: list[Evaluation] = field(default_factory=list)
     teacher: Evaluation | None = None
@@ -85,11 +84,29 @@ class Ledger:
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     steps: int = 0
     skipped_prompts: int = 0
+    _writer: JsonlWriter | None = None
     _window: list[float] = field(default_factory=list)
     _at_start: dict[str, dict[str, float]] = field(default_factory=dict)
 
+    @property
+    def path(self) -> Path:
+        """One JSON object per step and per evaluation."""
+        return self.plan.run_folder / "metrics.jsonl"
+
+    def close(self) -> None:
+        """Close metrics.jsonl."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self, row: dict[str, Any]) -> None:
+        assert self._writer is not None, "rewind opens the file"
+        self._writer.write(row)
+
     def start_training(self) -> None:
         """Rates and idle shares count from here."""
+        if self._window:  # the learner went back to a checkpoint: the window goes on
+            return
         self._window = [time.monotonic()]
         self._at_start = {name: self._snapshot(totals) for name, totals in self.roles.items()}
 
@@ -113,7 +130,7 @@ class Ledger:
         }
         row |= {f"learner_{name}": value for name, value in learner.items()}
         self._add(row | {"staleness_counts": started.staleness_counts.tolist()})
-        self.writer.write(row | {"staleness_counts": started.staleness_counts.tolist()})
+        self._write(row | {"staleness_counts": started.staleness_counts.tolist()})
 
     def _add(self, row: dict[str, Any]) -> None:
         """Account for one step's row."""
@@ -134,15 +151,22 @@ class Ledger:
             self.teacher = evaluation
         else:
             self.evaluations.append(evaluation)
-        self.writer.write({"time": time.time(), "evaluation": who, **evaluation.model_dump(mode="json")})
+        self._write({"time": time.time(), "evaluation": who, **evaluation.model_dump(mode="json")})
 
-    def restore(self, rows: Sequence[dict[str, Any]], version: int) -> None:
-        """Take over what an earlier launch of this run measured up to `version`; later rows will be made again."""
+    def rewind(self, version: int) -> None:
+        """Go back to what was measured up to `version`, on disk too: later steps will be taken again."""
+        path = self.path
+        rows = list(read_jsonl(path)) if path.exists() else []
+        self.close()
+        path.unlink(missing_ok=True)
+        self._writer = JsonlWriter(path)
+        self.evaluations, self.reverse_kl = [], []
+        self.teacher = self.student_before = None
+        self.staleness, self.sums, self.steps = np.zeros(1, np.int64), defaultdict(float), 0
         for row in rows:
-            kept = row.get("step", 0) <= version
-            if not kept:
+            if row.get("step", 0) > version:
                 continue
-            self.writer.write(row)
+            self._write(row)
             if "evaluation" not in row:
                 self._add(row)
                 continue
@@ -192,6 +216,7 @@ class Ledger:
         intake = self.roles[self.plan.of_kind(RoleKind.INTAKE)[0].name]
         cached = self._in_window(RoleKind.TEACHER, "cached_tokens")
         computed = self._in_window(RoleKind.TEACHER, "computed_tokens")
+        scored = self._in_window(RoleKind.TEACHER, "tokens")
         tokens = self.sums["tokens"]
         latency = {q: intake.now.get(f"score_latency_{q}") for q in ("p50_s", "p99_s")}
         counters = {name: int(sum(t.total(name) for t in self.roles.values())) for name in SHOWN_COUNTERS}
@@ -211,6 +236,7 @@ class Ledger:
                 updates=self.steps,
             ),
             prefix_hit_share=cached / (cached + computed) if cached + computed else None,
+            teacher_recompute=computed / scored if scored else None,
             stages=Stages(
                 rollout=self._stage(RoleKind.ROLLOUT),
                 teacher=self._stage(RoleKind.TEACHER),

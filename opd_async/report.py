@@ -120,6 +120,8 @@ class Report(Section):
     weight_sync: WeightSync
     prefix_hit_share: float | None = None
     """Share of the teacher's tokens that its prefix cache held."""
+    teacher_recompute: float | None = None
+    """Tokens that the teacher's engines computed for each token that they scored."""
     stages: Stages
     trained_tokens: int
     trained_samples: int

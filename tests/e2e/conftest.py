@@ -1,0 +1,14 @@
+"""Tiny random models and prompts for whole runs, made once per session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness import make_inputs
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `student/`, `teacher/` and `prompts.jsonl`; responses last about 180 tokens."""
+    return make_inputs(tmp_path_factory.mktemp("inputs"))

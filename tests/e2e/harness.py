@@ -1,0 +1,203 @@
+"""Whole runs as a user starts them: the launcher in a process of its own, judged by what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB = 256
+STOP = 2
+MAX_RESPONSE = 200
+SLOTS = 8
+
+
+def make_inputs(folder: Path) -> Path:
+    """Random Qwen3 models that stop with probability near 1/256 per token, and 40 prompts."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    vocabulary = {f"t{i}": i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"t{STOP}", pad_token="t0")
+    for name, hidden, seed in (("student", 32, 1), ("teacher", 48, 2)):
+        torch.manual_seed(seed)
+        config = Qwen3Config(
+            vocab_size=VOCAB,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            initializer_range=0.1,
+            eos_token_id=STOP,
+            bos_token_id=None,
+            pad_token_id=0,
+        )
+        Qwen3ForCausalLM(config).float().save_pretrained(folder / name)
+        fast.save_pretrained(folder / name)
+    rows = [{"prompt": f"t{10 + i} t{20 + i} t{30 + i}", "label": "x"} for i in range(40)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def topology(inputs: Path, runs: Path, **changes: Any) -> dict[str, Any]:
+    """A run whose responses last many steps; `changes` are `section__key=value`."""
+    values: dict[str, Any] = {
+        "name": "run",
+        "run_dir": str(runs),
+        "models": {"student": {"path": str(inputs / "student")}, "teacher": {"path": str(inputs / "teacher")}},
+        "data": {"train": {"path": str(inputs / "prompts.jsonl")}},
+        "engines": {
+            side: {"context_tokens": 256, "kv_tokens": 8192, "max_running": 32} for side in ("student", "teacher")
+        },
+        "rollout": {
+            "slots": SLOTS,
+            "chunk_tokens": 16,
+            "stream_interval": 4,
+            "sampling": {"max_response_tokens": MAX_RESPONSE},
+            "resend_after_s": 5.0,
+        },
+        "teacher": {"batch_tokens": 512},
+        "schedule": {"steps": 8, "tokens_per_step": 256, "max_staleness": 1},
+        "learner": {"micro_batch_tokens": 2048, "optimizer": {"lr": 1e-3}},
+        "checkpoint": {"every_steps": 3, "export_hf": False},
+        "supervisor": {"restarts": 3, "backoff_s": 0.2},
+    }
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[key] = value
+    return values
+
+
+def write_topology(values: dict[str, Any], path: Path) -> Path:
+    """The topology as a file."""
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+class Launch:
+    """A launcher process; killed, with everything it started, when the block ends."""
+
+    def __init__(self, file: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "opd_async.launch", "--topology", str(file), *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.output = file.with_suffix(f".{time.monotonic_ns()}.out")
+        with self.output.open("w") as out:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+            )
+
+    def __enter__(self) -> Launch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        family = self.family()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        psutil.wait_procs(family, timeout=20)
+
+    def family(self) -> list[psutil.Process]:
+        """Every process below the launcher."""
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def find(self, *words: str) -> psutil.Process:
+        """The process of the run whose command line has all of `words`: the innermost one."""
+        found = []
+        for process in self.family():
+            try:
+                line = " ".join(process.cmdline())
+            except psutil.Error:
+                continue
+            if all(word in line for word in words):
+                found.append(process)
+        assert found, f"no process with {words} in {self.text()}"
+        return found[-1]
+
+    def text(self) -> str:
+        """What it printed so far."""
+        return self.output.read_text()
+
+    def wait(self, deadline_s: float = 150.0) -> int:
+        """Its exit code."""
+        try:
+            return self.process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the run did not end within {deadline_s} s:\n{self.text()}") from None
+
+    def wait_for_steps(self, folder: Path, count: int, deadline_s: float = 90.0) -> None:
+        """Return once `count` steps are in metrics.jsonl."""
+        give_up = time.monotonic() + deadline_s
+        while len(steps(folder)) < count:
+            assert self.process.poll() is None, f"the run ended early:\n{self.text()}"
+            assert time.monotonic() < give_up, f"no {count} steps within {deadline_s} s:\n{self.text()}"
+            time.sleep(0.1)
+
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        """Send a signal to the launcher alone."""
+        self.process.send_signal(number)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSONL file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """The step rows of metrics.jsonl."""
+    return [row for row in rows(folder / "metrics.jsonl") if "evaluation" not in row]
+
+
+def check_trained(folder: Path, max_staleness: int, count: int) -> dict[int, list[list[int]]]:
+    """Every step once and in order; every trained token once, in order, none older than the bound.
+
+    Returns per sample its ranges [start, end, oldest version, newest version].
+    """
+    log = rows(folder / "trained.jsonl")
+    assert [row["version"] for row in log] == list(range(count))
+    ranges: dict[int, list[list[int]]] = defaultdict(list)
+    for row in log:
+        for sample, start, end, oldest, newest in row["ranges"]:
+            assert row["version"] - max_staleness <= oldest <= newest <= row["version"], row
+            previous = ranges[sample][-1] if ranges[sample] else [0, 0, 0, 0]
+            assert start == previous[1], f"sample {sample}: a range begins at {start}, the last ended at {previous[1]}"
+            assert oldest >= previous[3] and end > start
+            ranges[sample].append([start, end, oldest, newest])
+    return dict(ranges)
+
+
+def no_orphans(before: set[int]) -> list[str]:
+    """Command lines of processes of a run that are still there."""
+    words = ("actors.", "learner.main", "opd_async.launch")
+    alive = []
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if process.info["pid"] in before or process.info["status"] == psutil.STATUS_ZOMBIE:
+            continue
+        if any(word in line for word in words):
+            alive.append(line)
+    return alive

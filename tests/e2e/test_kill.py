@@ -1,0 +1,71 @@
+"""kill -9 of each role while it works: the run goes on to its end, and nothing is trained twice or lost."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import psutil
+from harness import SLOTS, Launch, check_trained, no_orphans, steps, topology, write_topology
+
+STEPS = 26
+ROLES = {
+    "rollout-0": ("actors.rollout",),
+    "teacher-0": ("actors.teacher",),
+    "student-engine-0": ("actors.engine.server", "student"),
+    "teacher-engine-0": ("actors.engine.server", "teacher"),
+    "intake-0": ("actors.intake",),
+    "learner-0": ("learner.main",),
+}
+
+
+def check_nothing_skipped(ranges: dict[int, list[list[int]]]) -> None:
+    """Samples are taken in order: below the newest one only those in flight may be untrained."""
+    assert max(ranges) + 1 - len(ranges) <= 2 * SLOTS
+
+
+def test_every_role_may_die(inputs: Path, tmp_path: Path) -> None:
+    before = {process.pid for process in psutil.process_iter()}
+    values = topology(inputs, tmp_path, schedule__steps=STEPS, checkpoint__every_steps=2, rollout__resend_after_s=2.0)
+    with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
+        folder = tmp_path / "run"
+        for role, words in ROLES.items():
+            run.wait_for_steps(folder, len(steps(folder)) + 2)
+            run.find(*words).kill()
+            give_up = len(steps(folder)) + 1
+            run.wait_for_steps(folder, give_up, 120.0)
+            assert role in run.text(), f"nobody said that {role} died:\n{run.text()}"
+        assert run.wait() == 0, run.text()
+    ranges = check_trained(folder, 1, STEPS)
+    check_nothing_skipped(ranges)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["restarts"] == dict.fromkeys(ROLES, 1)
+    assert report["trained_tokens"] == sum(end - start for parts in ranges.values() for start, end, *_ in parts)
+    assert not no_orphans(before)
+
+
+def test_resume_after_the_whole_run_was_killed(inputs: Path, tmp_path: Path) -> None:
+    before = {process.pid for process in psutil.process_iter()}
+    seed = random.SystemRandom().randrange(1 << 32)
+    moments = random.Random(seed)
+    file = write_topology(
+        topology(inputs, tmp_path, schedule__steps=12, checkpoint__every_steps=2), tmp_path / "run.yaml"
+    )
+    folder = tmp_path / "run"
+    options: tuple[str, ...] = ()
+    for _ in range(2):
+        with Launch(file, *options) as run:
+            run.wait_for_steps(folder, len(steps(folder)) + 1)
+            run.wait_for_steps(folder, len(steps(folder)) + moments.randrange(4))
+            family = run.family()
+            run.process.kill()
+            psutil.wait_procs(family, timeout=20)
+            assert not [process for process in family if process.is_running() and process.status() != "zombie"]
+        options = ("--resume",)
+    with Launch(file, "--resume") as run:
+        assert run.wait() == 0, f"seed {seed}\n{run.text()}"
+    ranges = check_trained(folder, 1, 12)
+    check_nothing_skipped(ranges)
+    assert [row["step"] for row in steps(folder)] == list(range(1, 13)), f"seed {seed}"
+    assert not no_orphans(before)

@@ -1,0 +1,41 @@
+"""Responses that last many steps: cuts happen, every token is trained once, none older than the bound."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from harness import Launch, check_trained, steps, topology, write_topology
+
+STEPS = 8
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+def test_tokens_are_trained_once_and_in_time(inputs: Path, tmp_path: Path, max_staleness: int) -> None:
+    file = write_topology(
+        topology(inputs, tmp_path, schedule__max_staleness=max_staleness, schedule__steps=STEPS), tmp_path / "run.yaml"
+    )
+    with Launch(file) as run:
+        assert run.wait() == 0, run.text()
+    folder = tmp_path / "run"
+    ranges = check_trained(folder, max_staleness, STEPS)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["staleness"]["max"] <= max_staleness
+    assert report["restarts"] == {} and report["counters"].get("engine_errors", 0) == 0
+    # deadlines cut responses, and the weights changed in mid-response
+    assert report["cuts"] > 0
+    assert any(len(parts) > 1 and parts[0][2] < parts[-1][3] for parts in ranges.values())
+    assert report["trained_tokens"] == sum(end - start for parts in ranges.values() for start, end, *_ in parts)
+    assert all(row["tokens"] >= 256 for row in steps(folder))
+
+
+def test_the_teacher_computes_only_new_tokens(inputs: Path, tmp_path: Path) -> None:
+    file = write_topology(topology(inputs, tmp_path, schedule__steps=4), tmp_path / "run.yaml")
+    with Launch(file) as run:
+        assert run.wait() == 0, run.text()
+    counters = json.loads((tmp_path / "run" / "report.json").read_text())
+    scored = counters["stages"]["teacher"]["tokens"]
+    # each request computes its new tokens and the one before them; a chunk is at least one event of 4 tokens
+    assert counters["teacher_recompute"] <= 1 + 1 / 4 + 3 / 16, (scored, counters)
+    assert counters["prefix_hit_share"] > 0.5
