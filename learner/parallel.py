@@ -72,6 +72,8 @@ def _join(rank: int, world_size: int, timeout: timedelta) -> None:
     if torch.cuda.is_available():
         backend = "nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if dist.is_initialized():  # only the parallel sizes change
+        return
     if world_size == 1:  # no port is needed to be alone
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

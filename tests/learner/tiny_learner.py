@@ -1,0 +1,138 @@
+"""Tiny models and batches for the learner's tests; also imported by the multi-rank worker script."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from learner.config import LearnerConfig, OptimConfig
+from learner.convert import slots
+from learner.trainer import Trainer
+from opd_async.batches import MicroBatch, StepBatch
+
+VOCAB = 33
+EMPTY = MicroBatch(
+    np.zeros(0, np.int32),
+    np.zeros(1, np.int32),
+    np.zeros(0, np.int32),
+    np.zeros(0, np.float32),
+    np.zeros(0, np.float32),
+    np.zeros(0, np.float32),
+    np.zeros(0, np.int32),
+)
+
+
+def write_model(folder: Path, kind: str) -> Path:
+    """A random Hugging Face model with norms and biases away from their initial values."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    options: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    }
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    config = {
+        "qwen3-tied": lambda: transformers.Qwen3Config(**options, head_dim=16, tie_word_embeddings=True),
+        "qwen3-untied": lambda: transformers.Qwen3Config(**options, head_dim=16, tie_word_embeddings=False),
+        "qwen2": lambda: transformers.Qwen2Config(**options, tie_word_embeddings=False),
+        "llama": lambda: transformers.LlamaConfig(**options, rope_parameters=llama3, tie_word_embeddings=False),
+    }[kind]()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def micro_batch(lengths: list[int], *, seed: int = 0, prompt: int = 2) -> MicroBatch:
+    """Random sequences of `lengths` tokens, all but the first `prompt` of each trained."""
+    generator = np.random.default_rng(seed)
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    spans = [np.arange(a + prompt - 1, b - 1) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    rows = np.concatenate(spans).astype(np.int32)
+
+    def logprobs() -> np.ndarray[Any, np.dtype[np.float32]]:
+        return (-1.0 - 5.0 * generator.random(len(rows))).astype(np.float32)
+
+    return MicroBatch(
+        generator.integers(0, VOCAB, int(bounds[-1])).astype(np.int32),
+        bounds,
+        rows,
+        logprobs(),
+        logprobs(),
+        generator.normal(size=len(rows)).astype(np.float32),
+        generator.integers(0, 3, len(rows)).astype(np.int32),
+    )
+
+
+def step_batch(version: int, micro_batches: list[MicroBatch], loss_tokens: int | None = None) -> StepBatch:
+    """One data-parallel rank's batch; the only rank's unless `loss_tokens` says how many rows there are in all."""
+    own = sum(len(batch.rows) for batch in micro_batches)
+    return StepBatch(version, own if loss_tokens is None else loss_tokens, tuple(micro_batches))
+
+
+def split(batch: MicroBatch) -> list[MicroBatch]:
+    """One micro-batch per sequence."""
+    parts = []
+    for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+        inside = (batch.rows >= start) & (batch.rows < end)
+        parts.append(take(replace(batch, rows=batch.rows - start), inside, int(start), int(end)))
+    return parts
+
+
+def take(batch: MicroBatch, rows: Any, start: int, end: int) -> MicroBatch:
+    """Tokens [start, end) as one sequence, with the rows that the mask selects."""
+    return MicroBatch(
+        batch.token_ids[start:end],
+        np.array([0, end - start], np.int32),
+        batch.rows[rows],
+        batch.behaviour_logprobs[rows],
+        batch.teacher_logprobs[rows],
+        batch.advantages[rows],
+        batch.staleness[rows],
+    )
+
+
+def learner_config(model_path: Path, **changes: Any) -> LearnerConfig:
+    """Large steps, so that a wrong optimizer state shows within two of them."""
+    optim = OptimConfig(lr=3e-3, weight_decay=0.01, warmup_steps=2, total_steps=10, decay="linear")
+    return replace(LearnerConfig(model_path, optim=optim, logprob_chunk_rows=7), **changes)
+
+
+def hf_gradients(trainer: Trainer, batch: StepBatch) -> dict[str, torch.Tensor]:
+    """The gradient of one batch under Hugging Face names. One rank only."""
+    trainer.gradients(batch)
+    parameters = dict(trainer.model.named_parameters())
+    result: dict[str, torch.Tensor] = {}
+    for slot in slots(trainer.shape, 1):
+        grad = parameters[slot.name].main_grad  # type: ignore[attr-defined]
+        result |= {name: part.clone() for name, part in zip(slot.hf_names, slot.join([grad]), strict=True)}
+    return result
+
+
+def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Same names, and no element further apart than `tolerance`."""
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=0.0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
