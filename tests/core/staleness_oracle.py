@@ -1,0 +1,148 @@
+"""Ground truth of the staleness simulator: every token that was ever made, and what may be trained of it.
+
+A token's id is its serial number, so that each trained token can be traced to the sample, position and weights it was
+made for; logprobs are functions of ids, so that a swapped or shifted one shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.assembly import Segment
+
+PROMPT_IDS = 10_000_000
+
+
+class BrokenInvariant(AssertionError):
+    """Something was trained that must not be, or was not trained that must be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a step took of one sample; `segment` is None for an empty response."""
+
+    sample_id: int
+    end: int
+    complete: bool
+    segment: Segment | None
+
+
+def prompt_of(sample_id: int) -> NDArray[np.int32]:
+    """int32[1..3]: the sample's prompt."""
+    return np.full(1 + sample_id % 3, PROMPT_IDS + sample_id, np.int32)
+
+
+def behaviour_of(ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    """float32[n]: what the student says of its tokens."""
+    return (-((ids.astype(np.int64) * 7919) % 1009) / 1009).astype(np.float32)
+
+
+def teacher_of(previous: NDArray[np.int32], ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    """float32[n]: what the teacher says of `ids` behind `previous`; wrong contexts give other values."""
+    return (-((previous.astype(np.int64) * 31 + ids.astype(np.int64) * 17) % 997) / 997).astype(np.float32)
+
+
+@dataclass(slots=True)
+class Oracle:
+    """Remembers what was made and checks each step against it."""
+
+    max_staleness: int
+    max_length: int
+    seed: int = 0
+    limit: int | None = None
+    """Samples from this one on have one token, so that a run can come to its end."""
+    made: list[tuple[int, int, int]] = field(default_factory=list)
+    """(sample, position, version) by token id."""
+    steps: list[tuple[int, list[Row]]] = field(default_factory=list)
+    _ids: dict[int, NDArray[np.int32]] = field(default_factory=dict)
+    """Trained response tokens by sample."""
+    _complete: set[int] = field(default_factory=set)
+
+    def length_of(self, sample_id: int) -> int:
+        """Length of the whole response: mostly short, some empty, some as long as can be."""
+        if self.limit is not None and sample_id >= self.limit:
+            return 1
+        draw = (sample_id * 2654435761 + self.seed * 40503) >> 7
+        if draw % 7 == 0:
+            return self.max_length
+        return 0 if draw % 7 == 1 else draw % (self.max_length // 3)
+
+    def make(self, sample_id: int, position: int, version: int) -> int:
+        """A new token; returns its id."""
+        self.made.append((sample_id, position, version))
+        return len(self.made) - 1
+
+    def step(self, version: int, rows: Sequence[Row]) -> None:
+        """A step at `version` trains `rows`."""
+        if self.steps and version != self.steps[-1][0] + 1:
+            raise BrokenInvariant(f"step {version} after step {self.steps[-1][0]}")
+        self.steps.append((version, list(rows)))
+        for row in rows:
+            self._train(version, row)
+
+    def _train(self, version: int, row: Row) -> None:
+        sample_id = row.sample_id
+        before = self._ids.get(sample_id, np.zeros(0, np.int32))
+        if sample_id in self._complete:
+            raise BrokenInvariant(f"sample {sample_id} is trained after its end")
+        if row.complete:
+            self._complete.add(sample_id)
+            if row.end != self.length_of(sample_id):
+                raise BrokenInvariant(f"sample {sample_id} ends at {row.end}, not at {self.length_of(sample_id)}")
+        if row.segment is None:
+            if row.end != len(before):
+                raise BrokenInvariant(f"sample {sample_id}: no segment, but it moves from {len(before)} to {row.end}")
+            return
+        new = self._check_segment(row.segment, before, row.end)
+        self._check_age(version, row.segment, new)
+        self._ids[sample_id] = np.concatenate([before, new])
+
+    @staticmethod
+    def _check_segment(segment: Segment, before: NDArray[np.int32], end: int) -> NDArray[np.int32]:
+        """The segment continues what was trained, with its own prompt, ids and logprobs; returns its new ids."""
+        prompt = prompt_of(segment.sample_id)
+        new = segment.token_ids[segment.prompt_tokens + segment.start :]
+        where = f"sample {segment.sample_id} [{segment.start}, {segment.end})"
+        if (
+            segment.start != len(before)
+            or segment.end != end
+            or len(new) != segment.end - segment.start
+            or not len(new)
+        ):
+            raise BrokenInvariant(f"{where}: {len(before)} tokens were trained before, {len(new)} are new")
+        if not np.array_equal(segment.token_ids[: len(prompt) + len(before)], np.concatenate([prompt, before])):
+            raise BrokenInvariant(f"{where}: its context is not what was trained")
+        if not np.array_equal(segment.behaviour_logprobs, behaviour_of(new)):
+            raise BrokenInvariant(f"{where}: behaviour logprobs of other tokens")
+        previous = segment.token_ids[segment.prompt_tokens + segment.start - 1 : -1]
+        if not np.array_equal(segment.teacher_logprobs, teacher_of(previous, new)):
+            raise BrokenInvariant(f"{where}: teacher logprobs of other tokens")
+        return new
+
+    def _check_age(self, version: int, segment: Segment, new: NDArray[np.int32]) -> None:
+        for offset, token in enumerate(new.tolist()):
+            sample_id, position, made_by = self.made[token]
+            where = f"sample {segment.sample_id} position {segment.start + offset}"
+            if (sample_id, position) != (segment.sample_id, segment.start + offset):
+                raise BrokenInvariant(f"{where}: holds a token of sample {sample_id} position {position}")
+            if int(segment.versions[offset]) != made_by:
+                raise BrokenInvariant(f"{where}: labelled {segment.versions[offset]}, made by weights {made_by}")
+            if not 0 <= version - made_by <= self.max_staleness:
+                raise BrokenInvariant(f"{where}: made by weights {made_by}, trained at {version}: too old")
+
+    def forget(self, version: int) -> None:
+        """The learner went back to `version`: later steps never happened."""
+        kept = [(at, rows) for at, rows in self.steps if at < version]
+        self.steps, self._ids, self._complete = [], {}, set()
+        for at, rows in kept:
+            self.step(at, rows)
+
+    def check_all(self, samples: int) -> None:
+        """At the end: each of the first `samples` responses has been trained to its last token."""
+        missing = sorted(set(range(samples)) - self._complete)
+        if missing:
+            raise BrokenInvariant(f"samples {missing} were never trained to their end")

@@ -1,0 +1,415 @@
+"""A run of the scheduling state machines on a virtual clock, driven by bytes: each pair is one event and its argument.
+
+    LeaseBook -> Generation, Outbox -> wires -> TokenBudgetBatcher -> scored -> Assembler, planner -> learner
+         ^                                                                            |
+         +------------- weight barrier, acknowledgements, reclaims, checkpoints <-----+
+
+Chunks are delayed, reordered, duplicated and lost; actors, teachers and the intake die. Only the sockets, the engines
+and the coordinator's glue are played; the glue follows `opd_async.coordinator`, `lead` and `barrier` line by line.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from staleness_oracle import BrokenInvariant, Oracle, Row
+from staleness_parts import SimActor, SimTeacher
+
+from opd_async import frontier
+from opd_async import messages as m
+from opd_async.assembly import Sample, Verdict
+from opd_async.leases import LeaseBook, PromptOrder
+from opd_async.schedule import DeadlineCuts, Planner, WholeSamples
+from opd_async.topology import ScheduleSection, TrainOn
+
+RESEND_AFTER = 40
+ATTEMPTS_PER_RECOVERY = 1000
+MAX_ROUNDS = 600
+
+
+class Deadlock(BrokenInvariant):
+    """Nothing moves any more although every part is healthy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Sizes of a simulated run."""
+
+    max_staleness: int
+    train_on: TrainOn = TrainOn.TOKENS
+    slots: int = 4
+    tokens_per_step: int = 8
+    samples_per_step: int = 2
+    chunk_tokens: int = 3
+    batch_tokens: int = 5
+    actors: int = 2
+    teachers: int = 2
+    max_length: int = 21
+    seed: int = 0
+
+    def schedule(self) -> ScheduleSection:
+        """The topology section of these sizes."""
+        return ScheduleSection(
+            steps=1,
+            train_on=self.train_on,
+            tokens_per_step=self.tokens_per_step,
+            samples_per_step=self.samples_per_step,
+            max_staleness=self.max_staleness,
+        )
+
+    def planner(self) -> Planner:
+        """The planner of these sizes."""
+        if self.train_on is TrainOn.SAMPLES:
+            return WholeSamples(self.samples_per_step)
+        return DeadlineCuts(self.tokens_per_step, self.max_staleness)
+
+
+class Simulation:
+    """One run. `events` names what a schedule can make happen; frequent ones are listed more than once."""
+
+    def __init__(self, setup: Setup, planner: Planner | None = None) -> None:
+        self.setup = setup
+        self.oracle = Oracle(setup.max_staleness, setup.max_length, setup.seed)
+        self.now = 0
+        self.leased = 0
+        self._planner = planner or setup.planner()
+        self._order = PromptOrder(5, 1, 0, True)
+        wires = range(setup.teachers)
+        self._actors = [SimActor(i, [deque() for _ in wires]) for i in range(setup.actors)]
+        self._teachers = [SimTeacher(i, setup.batch_tokens) for i in wires]
+        self._scored: list[m.ScoredChunk] = []
+        self._done: deque[m.LeaseDone] = deque()
+        self._checkpoint = frontier.empty(0)
+        self._begin(0)
+        often: list[Callable[[int], None]] = [self.generate, self.carry, self.score, self.deliver, self.plan]
+        seldom = [self.lease, self.acknowledge, self.to_intake, self.to_coordinator, self.to_actor, self.train]
+        rare = [self.kill_actor, self.start_actor, self.restart_teacher, self.duplicate, self.lose, self.tick]
+        self.events = [lambda _: None, *often * 8, *seldom * 8, *rare, self.save, self.save, self.restart_intake]
+
+    def _begin(self, floor: int) -> None:
+        """Everything that starts anew from a checkpoint."""
+        state = self._checkpoint
+        self._floor = floor
+        self._assembler = frontier.restore(state, floor)
+        self._book = LeaseBook(state, self._order, self.setup.schedule(), self.setup.slots, floor)
+        self._intake_version: int | None = None
+        self._drain_asked = False
+        self._touched: set[int] = set()
+        self._finished: dict[int, tuple[int, int, int]] = {}
+        self._training: int | None = None
+        self._started: int | None = None
+        self._save_next = False
+        self._owed: list[tuple[int, int, int]] | None = None
+        self._next_owed: list[tuple[int, int, int]] = []
+        self._intake_inbox: deque[tuple[Any, ...]] = deque([("version", state.version, [])])
+        self._coordinator_inbox: deque[tuple[Any, ...]] = deque()
+        self._open(state.version)
+
+    def run(self, schedule: bytes) -> None:
+        """Let the schedule happen."""
+        for kind, argument in zip(schedule[::2], schedule[1::2], strict=False):
+            self.now += 1
+            self.events[kind % len(self.events)](argument)
+
+    # --- rollout and teachers ----------------------------------------------------------------------------------------
+
+    def _up(self) -> list[SimActor]:
+        return [actor for actor in self._actors if actor.up]
+
+    def lease(self, argument: int) -> None:
+        """The coordinator leases all that admission lets it."""
+        actors = self._up()
+        for turn in range(self.setup.slots if actors else 0):
+            actor = actors[(argument + turn) % len(actors)]
+            spec = self._book.lease(str(actor.index), self.version)
+            if spec is None:
+                return
+            self.leased = max(self.leased, spec.sample_id + 1)
+            actor.start(spec)
+
+    def generate(self, argument: int) -> None:
+        """An engine makes up to four tokens of one response."""
+        if actors := self._up():
+            self._generate(actors[argument % len(actors)], argument >> 1, 1 + (argument >> 6))
+
+    def _generate(self, actor: SimActor, pick: int, tokens: int) -> None:
+        if self._owed is None:
+            done = actor.generate(self.oracle, pick, tokens, self.setup.chunk_tokens, self.now)
+            if done is not None:
+                self._done.append(done)
+
+    def carry(self, argument: int) -> None:
+        """A chunk reaches its teacher."""
+        wires = [(t, wire) for actor in self._actors for t, wire in enumerate(actor.wires) if wire]
+        if wires:
+            teacher, wire = wires[argument % len(wires)]
+            self._teachers[teacher].receive(wire.popleft(), self.now)
+
+    def score(self, argument: int) -> None:
+        """A teacher engine finishes a batch, and a teacher actor lets one go."""
+        teacher = self._teachers[argument % len(self._teachers)]
+        self._scored.extend(teacher.finish(argument >> 1))
+        teacher.take(self.now)
+
+    def kill_actor(self, argument: int) -> None:
+        """A rollout actor dies; the coordinator asks the intake what it holds of its samples."""
+        actor = self._actors[argument % len(self._actors)]
+        if not actor.up or argument < 128:
+            return
+        actor.up = False
+        actor.forget()
+        if argument & 4:
+            for wire in actor.wires:
+                wire.clear()
+        held = [(spec.sample_id, spec.attempt) for spec in self._book.held_by(str(actor.index))]
+        self._intake_inbox.append(("reclaim", held))
+
+    def start_actor(self, argument: int) -> None:
+        """A dead actor is back."""
+        actor = self._actors[argument % len(self._actors)]
+        actor.up = True
+        actor.student.version = self.version
+
+    def restart_teacher(self, argument: int) -> None:
+        """A teacher actor loses what it held; the rollout actors are told."""
+        teacher = self._teachers[argument % len(self._teachers)]
+        teacher.forget()
+        for actor in self._actors:
+            if argument & 2:
+                actor.wires[teacher.index].clear()
+            if actor.up:
+                actor.control.append(m.TeacherRestarted(teacher.index))
+
+    def tick(self, argument: int) -> None:
+        """Time passes; what nobody acknowledged is sent again."""
+        self.now += argument
+        for actor in self._up():
+            actor.send_again(actor.outbox.overdue(self.now, RESEND_AFTER))
+
+    # --- the network to the intake -----------------------------------------------------------------------------------
+
+    def deliver(self, argument: int) -> None:
+        """Any scored chunk under way arrives."""
+        if self._scored:
+            self._receive(self._scored.pop(argument % len(self._scored)))
+
+    def duplicate(self, argument: int) -> None:
+        """Any scored chunk under way arrives and is still under way."""
+        if self._scored:
+            self._receive(self._scored[argument % len(self._scored)])
+
+    def lose(self, argument: int) -> None:
+        """Any scored chunk under way is lost."""
+        if self._scored:
+            self._scored.pop(argument % len(self._scored))
+
+    def _receive(self, chunk: m.ScoredChunk) -> None:
+        if self._assembler.add(chunk) in (Verdict.ACCEPTED, Verdict.DUPLICATE):
+            self._touched.add(chunk.sample_id)
+
+    # --- intake ------------------------------------------------------------------------------------------------------
+
+    def plan(self, _: int = 0) -> None:
+        """The intake takes a step if it can, or asks for a drain."""
+        if self._intake_version is None:
+            return
+        version = self._intake_version
+        if chosen := self._planner.choose(self._assembler, version):
+            rows = [self._take(sample) for sample in chosen]
+            self.oracle.step(version, rows)
+            self._intake_version, self._training, self._drain_asked = None, version, False
+            self._coordinator_inbox.append(("started", version, rows))
+        elif not self._drain_asked and self._planner.wants_drain(self._assembler, version):
+            self._drain_asked = True
+            self._coordinator_inbox.append(("drain", version))
+
+    def _take(self, sample: Sample) -> Row:
+        complete, end = sample.finish is not None, sample.scored_end
+        if complete:
+            self._finished[sample.sample_id] = (sample.attempt, sample.actor, end + 1)
+            self._touched.add(sample.sample_id)
+        return Row(sample.sample_id, end, complete, self._assembler.take(sample))
+
+    def acknowledge(self, _: int = 0) -> None:
+        """The intake says what it holds."""
+        rows = [self._held(sample_id) for sample_id in sorted(self._touched)]
+        self._touched.clear()
+        version = self._intake_version
+        ready = self._planner.ready_tokens(self._assembler, version) if version is not None else 0
+        self._coordinator_inbox.append(("acks", ready, [row for row in rows if row is not None]))
+
+    def _held(self, sample_id: int) -> tuple[int, int, int, int] | None:
+        sample = self._assembler.samples.get(sample_id)
+        if sample is None:
+            done = self._finished.pop(sample_id, None)
+            return (sample_id, *done) if done is not None else None
+        return sample_id, sample.attempt, sample.actor, sample.scored_end + (sample.finish is not None)
+
+    def to_intake(self, _: int = 0) -> None:
+        """The intake handles one message of the coordinator."""
+        match self._intake_inbox.popleft() if self._intake_inbox else None:
+            case ("version", version, owed):
+                self._assembler.mark(version - 1, owed)
+                self._intake_version = version
+            case ("drained", version, owed):
+                self._assembler.mark(version, owed)
+            case ("reclaim", held):
+                results = [(s, *self._assembler.give_up_attempt(s, attempt)) for s, attempt in held]
+                self._coordinator_inbox.append(("reclaimed", results))
+            case ("save", version):
+                self._checkpoint = frontier.snapshot(self._assembler, version)
+
+    # --- coordinator -------------------------------------------------------------------------------------------------
+
+    def to_coordinator(self, _: int = 0) -> None:
+        """The coordinator handles one message of the intake and one of the rollout actors."""
+        if self._done:
+            done = self._done.popleft()
+            self._book.ended(done.sample_id, done.attempt, done.response_tokens)
+        match self._coordinator_inbox.popleft() if self._coordinator_inbox else None:
+            case ("acks", ready, rows):
+                self._pass_on(rows)
+                if ready >= 2 * max(1, self.setup.max_staleness) * self.setup.tokens_per_step:
+                    self._close()
+            case ("drain", version):
+                self._intake_inbox.append(("drained", version, self._close()))
+            case ("started", version, rows):
+                for row in rows:
+                    self._book.trained(row.sample_id, row.end, row.complete)
+                self._started = version
+                self._next_step()
+            case ("reclaimed", results):
+                for sample_id, attempt, prefix, complete in results:
+                    self._book.give_back(sample_id, attempt, prefix, complete)
+
+    def _pass_on(self, rows: list[tuple[int, int, int, int]]) -> None:
+        for actor in self._up():
+            mine = np.array([row for row in rows if row[2] == actor.index], np.int64).reshape(-1, 4)
+            attempts, actors, ends = (mine[:, i].astype(np.int32) for i in (1, 2, 3))
+            actor.control.append(m.Acks(0, mine[:, 0], attempts, actors, ends))
+
+    def to_actor(self, argument: int) -> None:
+        """A rollout actor handles one message of the coordinator."""
+        actor = self._actors[argument % len(self._actors)]
+        if actor.up and actor.control:
+            actor.handle(actor.control.popleft(), self.now)
+
+    def _close(self) -> list[tuple[int, int, int]]:
+        if self._owed is None:
+            self._owed = [row for actor in self._up() for row in actor.pause(self.now)]
+        return self._owed
+
+    def _open(self, version: int) -> None:
+        self.version, self._owed = version, None
+        for actor in self._actors:
+            actor.student.version = version
+
+    def train(self, _: int = 0) -> None:
+        """The learner ends its step and the engines get the new weights."""
+        if self._training is not None:
+            version, self._training = self._training + 1, None
+            while self._coordinator_inbox:  # the learner's answer is younger than what the intake said before the step
+                self.to_coordinator()
+            self._next_owed = self._close()
+            self._open(version)
+            self._next_step()
+
+    def save(self, _: int = 0) -> None:
+        """The next step is followed by a checkpoint."""
+        self._save_next = True
+
+    def _next_step(self) -> None:
+        """Once the step is accounted for and the weights are out, the next one may be planned."""
+        if self._started is None or self.version != self._started + 1:
+            return
+        self._started = None
+        if self._save_next:
+            self._intake_inbox.append(("save", self.version))
+            self._save_next = False
+        self._intake_inbox.append(("version", self.version, self._next_owed))
+
+    def restart_intake(self, argument: int) -> None:
+        """Now and then, intake and learner go back to the checkpoint; at times everything is started anew with them."""
+        if argument < 240:
+            return
+        cold = argument % 2 == 0
+        for actor in self._actors:
+            actor.forget()
+            if cold:
+                actor.up = True
+                for wire in actor.wires:
+                    wire.clear()
+        for teacher in self._teachers:
+            teacher.forget()
+        if cold:
+            self._scored.clear()
+            self._done.clear()
+        self._begin(0 if cold else self._floor + ATTEMPTS_PER_RECOVERY)
+        self.oracle.forget(self.version)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """From here on nothing fails: three more steps, then every sample that was begun is trained to its end."""
+        self._until(self.version + 3)
+        self.oracle.limit = limit = self.leased
+        if isinstance(self._planner, DeadlineCuts):
+            self._planner.budget = 1
+        self._until(None, limit)
+        self.oracle.check_all(limit)
+
+    def _until(self, version: int | None, limit: int = 0) -> None:
+        for turn in range(MAX_ROUNDS):
+            if self.version >= version if version is not None else self._completed(limit):
+                return
+            self._round(turn)
+        raise Deadlock(self._state())
+
+    def _completed(self, limit: int) -> bool:
+        return all(sample_id in self._assembler.completed for sample_id in range(limit))
+
+    def _round(self, turn: int) -> None:
+        """Everything that can happen without a failure, once."""
+        for index, actor in enumerate(self._actors):
+            if not actor.up:
+                self.start_actor(index)
+        self.lease(turn)
+        for actor in self._actors:
+            for pick in range(len(actor.live)):
+                self._generate(actor, pick, 2)
+            for _ in range(sum(map(len, actor.wires))):
+                self.carry(0)
+            while actor.control:
+                actor.handle(actor.control.popleft(), self.now)
+        for argument in range(2 * len(self._teachers)):
+            self.now += 3
+            self.score(argument)
+        while self._scored:
+            self.deliver(0)
+        for step in (self.to_intake, self.plan, self.acknowledge, self.to_coordinator, self.to_coordinator, self.train):
+            step(turn)
+        self.tick(1)
+
+    def _state(self) -> str:
+        samples = [
+            (s.sample_id, s.attempt, s.trained_end, s.scored_end, s.finish) for s in self._assembler.samples.values()
+        ]
+        return (
+            f"no end at version {self.version}: intake plans {self._intake_version}, learner trains {self._training}, "
+            f"owed {self._assembler.owed()}, generating {self._book.generating}, waiting {self._book.waiting_tokens}, "
+            f"gate {'closed' if self._owed is not None else 'open'}, inboxes {len(self._intake_inbox)} and "
+            f"{len(self._coordinator_inbox)}, unacknowledged {[a.outbox.unacknowledged for a in self._actors]}, "
+            f"samples {samples}"
+        )
+
+
+def play(setup: Setup, schedule: bytes, planner: Planner | None = None) -> Simulation:
+    """Run a schedule and then to the end; raises `BrokenInvariant`."""
+    simulation = Simulation(setup, planner)
+    simulation.run(schedule)
+    simulation.finish()
+    return simulation

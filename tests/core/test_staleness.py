@@ -1,0 +1,167 @@
+"""The age bound, exactly-once training and progress, over random schedules of the real state machines.
+
+Each byte pair of a schedule is one event: tokens are made, chunks travel, get lost or come twice, processes die, the
+learner steps. A failing schedule shrinks to the few events that matter, since the event 0 does nothing.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from staleness_oracle import BrokenInvariant
+from staleness_sim import Deadlock, Setup, Simulation, play
+
+from opd_async.assembly import Assembler, Sample
+from opd_async.outbox import Outbox
+from opd_async.schedule import DeadlineCuts, WholeSamples
+from opd_async.topology import TrainOn
+
+EVENTS = 600
+BOUNDS = (0, 1, 2, 4)
+MODES = tuple(TrainOn)
+
+
+@st.composite
+def setups(draw: st.DrawFn, train_on: TrainOn, max_staleness: int) -> Setup:
+    """Sizes around the edges: one slot, one actor, chunks of one token, budgets below one chunk."""
+    return Setup(
+        max_staleness,
+        train_on,
+        slots=draw(st.integers(1, 5)),
+        tokens_per_step=draw(st.integers(1, 16)),
+        samples_per_step=draw(st.integers(1, 3)),
+        chunk_tokens=draw(st.integers(1, 6)),
+        batch_tokens=draw(st.integers(1, 12)),
+        actors=draw(st.integers(1, 3)),
+        teachers=draw(st.integers(1, 2)),
+        max_length=draw(st.integers(6, 24)),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+@pytest.mark.parametrize("max_staleness", BOUNDS)
+@pytest.mark.parametrize("train_on", MODES)
+def test_every_schedule_keeps_the_bound_and_ends(train_on: TrainOn, max_staleness: int) -> None:
+    @settings(max_examples=60, deadline=None)
+    @given(setups(train_on, max_staleness), st.binary(min_size=2 * EVENTS, max_size=2 * EVENTS))
+    def check(setup: Setup, schedule: bytes) -> None:
+        play(setup, schedule)
+
+    check()
+
+
+@pytest.mark.parametrize("max_staleness", BOUNDS)
+@pytest.mark.parametrize("train_on", MODES)
+def test_long_schedules(train_on: TrainOn, max_staleness: int) -> None:
+    versions = []
+    for seed in range(12):
+        simulation = Simulation(Setup(max_staleness, train_on, seed=seed))
+        simulation.run(random.Random(seed).randbytes(5000))
+        versions.append(simulation.version)
+        simulation.finish()
+    assert sum(versions) > 2 * len(versions), "the schedules hardly train; their events are out of balance"
+
+
+def test_ages_reach_the_bound() -> None:
+    """The bound is not kept by training everything at once: each age up to it occurs, and responses are cut."""
+    ages: set[int] = set()
+    cuts = 0
+    for seed in range(20):
+        simulation = play(Setup(2, seed=seed), random.Random(seed).randbytes(3000))
+        for version, rows in simulation.oracle.steps:
+            for row in rows:
+                if row.segment is not None:
+                    cuts += not row.complete
+                    ages.update((version - row.segment.versions).tolist())
+    assert ages == {0, 1, 2}
+    assert cuts
+
+
+# --- the checker sees what it must see -------------------------------------------------------------------------------
+
+
+class OffByOne(DeadlineCuts):
+    """Cuts one step too late."""
+
+    def __init__(self, tokens_per_step: int, max_staleness: int) -> None:
+        super().__init__(tokens_per_step, max_staleness + 1)
+
+
+class Impatient(DeadlineCuts):
+    """Does not wait for tokens that exist but are not scored yet."""
+
+    def choose(self, assembler: Assembler, version: int) -> list[Sample]:
+        assembler._marks.clear()
+        assembler.start_at(version + 1)
+        return super().choose(assembler, version)
+
+
+class Forgetful(DeadlineCuts):
+    """Drops a token here and there."""
+
+    def choose(self, assembler: Assembler, version: int) -> list[Sample]:
+        chosen = super().choose(assembler, version)
+        for sample in chosen:
+            if len(sample.untrained) > 1:
+                sample.untrained.pop(0)
+        return chosen
+
+
+def caught(setup: Setup, planner: type[DeadlineCuts]) -> list[BrokenInvariant]:
+    """What the checker says of a planner, over a number of schedules."""
+    found: list[BrokenInvariant] = []
+    for seed in range(25):
+        try:
+            play(setup, random.Random(seed).randbytes(3000), planner(setup.tokens_per_step, setup.max_staleness))
+        except BrokenInvariant as error:
+            found.append(error)
+    return found
+
+
+@pytest.mark.parametrize("max_staleness", [1, 2, 4])
+def test_a_deadline_that_is_late_by_one_is_caught(max_staleness: int) -> None:
+    assert any("too old" in str(error) for error in caught(Setup(max_staleness), OffByOne))
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2])
+def test_planning_before_everything_is_here_is_caught(max_staleness: int) -> None:
+    assert any("too old" in str(error) for error in caught(Setup(max_staleness), Impatient))
+
+
+def test_lost_tokens_are_caught() -> None:
+    assert caught(Setup(1), Forgetful)
+
+
+def test_a_planner_that_never_steps_is_a_deadlock() -> None:
+    planner = DeadlineCuts(10**9, 1)
+    with pytest.raises(Deadlock, match="no end at version 0"):
+        play(Setup(1), b"", planner)
+
+
+def test_an_outbox_that_never_sends_again_is_a_deadlock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Outbox, "overdue", lambda *_: [])
+    monkeypatch.setattr(Outbox, "teacher_restarted", lambda *_: [])
+    with pytest.raises(Deadlock):
+        for seed in range(25):
+            play(Setup(1), random.Random(seed).randbytes(3000))
+
+
+def test_admission_that_is_late_by_one_is_caught() -> None:
+    """Whole samples: leases of one batch too many break the bound."""
+    generous = Setup(2, TrainOn.SAMPLES)
+    with pytest.raises(BrokenInvariant, match="too old"):
+        for seed in range(25):
+            simulation = Simulation(generous, WholeSamples(generous.samples_per_step))
+            simulation.oracle.max_staleness = 1
+            simulation.run(random.Random(seed).randbytes(3000))
+            simulation.finish()
+
+
+def test_training_a_step_twice_is_caught() -> None:
+    simulation = play(Setup(1), random.Random(3).randbytes(3000))
+    version, rows = simulation.oracle.steps[-1]
+    with pytest.raises(BrokenInvariant, match="trained"):
+        simulation.oracle.step(version + 1, rows)
