@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from learner import checkpoint_fixes
 from learner.cpu import on_this_device, quiet
@@ -58,14 +59,20 @@ def load(trainer: Trainer, folder: Path) -> None:
             state = dist_checkpointing.load(_sharded(trainer, loading=True), str(folder))
             trainer.model.load_state_dict(state["model"])
             trainer.optimizer.load_state_dict(state["optimizer"])
-    except (CheckpointingException, OSError, KeyError, RuntimeError) as error:
+    except (CheckpointingException, CheckpointException, OSError, KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder} cannot be loaded into the model {trainer.config.model_path}: {error}; resume with the model "
-            f"that the run was started with, or from another checkpoint"
+            f"{folder} cannot be loaded into the model {trainer.config.model_path}: {_cause(error)}; resume with the "
+            f"model that the run was started with, or from another checkpoint"
         ) from error
     checkpoint_fixes.separate_steps(trainer.optimizer)
     torch.set_rng_state(state["random_state"])
     trainer.version = int(state["version"])
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first rank's own error, where torch has wrapped those of all ranks with their tracebacks."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    return next((failure for failure, _traceback in failures.values()), error)
 
 
 def _sharded(trainer: Trainer, *, loading: bool) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def load_hf(model: StudentModel, folder: Path) -> None:
             )
         parameters[name].copy_(part)
         # Megatron marks shards where it initialises them; the gradient norm counts unmarked ones on one rank only.
-        parameters[name].tensor_model_parallel = slot.sharded  # type: ignore[attr-defined]
+        parameters[name].tensor_model_parallel = slot.sharded
 
 
 def _local_slots(model: StudentModel) -> list[tuple[str, Slot]]:

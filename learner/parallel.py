@@ -47,7 +47,7 @@ def start(config: ParallelConfig, seed: int) -> Place:
             f"{world_size} learner ranks cannot hold tensor_parallel {config.tensor} x pipeline_parallel "
             f"{config.pipeline}; start a multiple of {model_ranks} ranks"
         )
-    # One hardware queue keeps communication kernels from overtaking; Megatron warns about tensor parallelism without it.
+    # One hardware queue keeps communication kernels from overtaking; Megatron asks for it with tensor parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _join(rank, world_size, timedelta(seconds=config.timeout_s))
     parallel_state.initialize_model_parallel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def micro_batch(lengths: list[int], *, seed: int = 0, prompt: int = 2) -> MicroB
     """Random sequences of `lengths` tokens, all but the first `prompt` of each trained."""
     generator = np.random.default_rng(seed)
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    spans = [np.arange(a + prompt - 1, b - 1) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    spans = [np.arange(a + prompt - 1, b - 1) for a, b in pairwise(bounds)]
     rows = np.concatenate(spans).astype(np.int32)
 
     def logprobs() -> np.ndarray[Any, np.dtype[np.float32]]:

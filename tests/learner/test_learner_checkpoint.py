@@ -1,0 +1,80 @@
+"""Resuming is exact for several steps, and what does not fit is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_learner import learner_config, micro_batch, step_batch, write_model
+
+from learner import checkpoint
+from learner.errors import CheckpointError
+from learner.parallel import Place
+from learner.trainer import Trainer
+from opd_async import checkpoints
+from opd_async.errors import InputError
+
+
+def steps(trainer: Trainer, count: int) -> list[tuple[float, float]]:
+    """Loss and gradient norm of the next steps; the data depends on the version only."""
+    result = []
+    for _ in range(count):
+        metrics = trainer.step(step_batch(trainer.version, [micro_batch([9, 20, 14], seed=trainer.version)]))
+        result.append((metrics.loss, metrics.grad_norm))
+    return result
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resuming_continues_bit_for_bit(alone: Place, model_path: Path, tmp_path: Path, dtype: str) -> None:
+    config = learner_config(model_path, dtype=dtype)
+    trainer = Trainer(config)
+    steps(trainer, 2)
+    checkpoint.save(trainer, tmp_path / "learner")
+    expected = steps(trainer, 4)
+    resumed = Trainer(config)
+    checkpoint.load(resumed, tmp_path / "learner")
+    assert resumed.version == 2
+    assert steps(resumed, 4) == expected
+    for ours, theirs in zip(resumed.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_checkpoint_before_the_first_step(alone: Place, model_path: Path, tmp_path: Path) -> None:
+    trainer = Trainer(learner_config(model_path))
+    checkpoint.save(trainer, tmp_path / "learner")
+    expected = steps(trainer, 3)
+    resumed = Trainer(learner_config(model_path))
+    checkpoint.load(resumed, tmp_path / "learner")
+    assert steps(resumed, 3) == expected
+
+
+def test_a_checkpoint_that_was_cut_short_is_refused_by_name(alone: Place, model_path: Path, tmp_path: Path) -> None:
+    folder = checkpoints.step_folder(tmp_path, 1)
+    trainer = Trainer(learner_config(model_path))
+    steps(trainer, 1)
+    checkpoint.save(trainer, folder / "learner")
+    checkpoints.seal(folder, 1)
+    assert checkpoints.latest(tmp_path) == folder
+    shard = folder / "learner" / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"__0_0\.distcp"):
+        checkpoints.latest(tmp_path)
+
+
+def test_saving_again_replaces_what_an_interrupted_save_left(alone: Place, model_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "learner").mkdir()
+    (tmp_path / "learner" / "__7_0.distcp").write_bytes(b"rest")
+    trainer = Trainer(learner_config(model_path))
+    checkpoint.save(trainer, tmp_path / "learner")
+    assert not (tmp_path / "learner" / "__7_0.distcp").exists()
+    checkpoint.load(trainer, tmp_path / "learner")
+
+
+def test_a_checkpoint_of_another_model_is_refused(alone: Place, model_path: Path, tmp_path: Path) -> None:
+    checkpoint.save(Trainer(learner_config(model_path)), tmp_path / "learner")
+    other = Trainer(learner_config(write_model(tmp_path / "other", "llama")))
+    with pytest.raises(CheckpointError, match=r"cannot be loaded into the model .*shape mismatch"):
+        checkpoint.load(other, tmp_path / "learner")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        checkpoint.load(other, tmp_path / "nowhere")
