@@ -190,14 +190,11 @@ def check_trained(folder: Path, max_staleness: int, count: int) -> dict[int, lis
     return dict(ranges)
 
 
-def no_orphans(before: set[int]) -> list[str]:
-    """Command lines of processes of a run that are still there."""
-    words = ("actors.", "learner.main", "opd_async.launch")
+def left_running(*folders: Path) -> list[str]:
+    """Command lines of processes that still name one of these folders: those of the run are all gone."""
     alive = []
-    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+    for process in psutil.process_iter(["cmdline", "status"]):
         line = " ".join(process.info["cmdline"] or [])
-        if process.info["pid"] in before or process.info["status"] == psutil.STATUS_ZOMBIE:
-            continue
-        if any(word in line for word in words):
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(str(folder) in line for folder in folders):
             alive.append(line)
     return alive

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import psutil
-from harness import SLOTS, Launch, check_trained, no_orphans, steps, topology, write_topology
+from harness import SLOTS, Launch, check_trained, left_running, steps, topology, write_topology
 
 STEPS = 26
 ROLES = {
@@ -26,7 +26,6 @@ def check_nothing_skipped(ranges: dict[int, list[list[int]]]) -> None:
 
 
 def test_every_role_may_die(inputs: Path, tmp_path: Path) -> None:
-    before = {process.pid for process in psutil.process_iter()}
     values = topology(inputs, tmp_path, schedule__steps=STEPS, checkpoint__every_steps=2, rollout__resend_after_s=2.0)
     with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
         folder = tmp_path / "run"
@@ -42,11 +41,10 @@ def test_every_role_may_die(inputs: Path, tmp_path: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["restarts"] == dict.fromkeys(ROLES, 1)
     assert report["trained_tokens"] == sum(end - start for parts in ranges.values() for start, end, *_ in parts)
-    assert not no_orphans(before)
+    assert left_running(tmp_path, inputs) == []
 
 
 def test_resume_after_the_whole_run_was_killed(inputs: Path, tmp_path: Path) -> None:
-    before = {process.pid for process in psutil.process_iter()}
     seed = random.SystemRandom().randrange(1 << 32)
     moments = random.Random(seed)
     file = write_topology(
@@ -68,4 +66,4 @@ def test_resume_after_the_whole_run_was_killed(inputs: Path, tmp_path: Path) -> 
     ranges = check_trained(folder, 1, 12)
     check_nothing_skipped(ranges)
     assert [row["step"] for row in steps(folder)] == list(range(1, 13)), f"seed {seed}"
-    assert not no_orphans(before)
+    assert left_running(tmp_path, inputs) == []

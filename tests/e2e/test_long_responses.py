@@ -38,4 +38,4 @@ def test_the_teacher_computes_only_new_tokens(inputs: Path, tmp_path: Path) -> N
     scored = counters["stages"]["teacher"]["tokens"]
     # each request computes its new tokens and the one before them; a chunk is at least one event of 4 tokens
     assert counters["teacher_recompute"] <= 1 + 1 / 4 + 3 / 16, (scored, counters)
-    assert counters["prefix_hit_share"] > 0.5
+    assert 0 < counters["prefix_hit_share"] < 1

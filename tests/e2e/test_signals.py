@@ -5,12 +5,10 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-import psutil
-from harness import Launch, check_trained, no_orphans, topology, write_topology
+from harness import Launch, check_trained, left_running, topology, write_topology
 
 
 def test_interrupt_saves_and_resume_goes_on(inputs: Path, tmp_path: Path) -> None:
-    before = {process.pid for process in psutil.process_iter()}
     file = write_topology(topology(inputs, tmp_path, schedule__steps=1000), tmp_path / "run.yaml")
     folder = tmp_path / "run"
     with Launch(file) as run:
@@ -18,22 +16,21 @@ def test_interrupt_saves_and_resume_goes_on(inputs: Path, tmp_path: Path) -> Non
         run.interrupt(signal.SIGTERM)
         assert run.wait() == 130, run.text()
         assert "--resume" in run.text() and "Traceback" not in run.text()
-    assert not no_orphans(before)
+    assert left_running(tmp_path, inputs) == []
     saved = sorted((folder / "checkpoints").glob("step_*/complete.json"))[-1]
     step = int(saved.parent.name.removeprefix("step_"))
     check_trained(folder, 1, step)
     with Launch(file, "--resume", "--set", f"schedule.steps={step + 2}") as run:
         assert run.wait() == 0, run.text()
     check_trained(folder, 1, step + 2)
-    assert not no_orphans(before)
+    assert left_running(tmp_path, inputs) == []
 
 
 def test_a_second_signal_stops_at_once(inputs: Path, tmp_path: Path) -> None:
-    before = {process.pid for process in psutil.process_iter()}
     file = write_topology(topology(inputs, tmp_path, schedule__steps=1000), tmp_path / "run.yaml")
     with Launch(file) as run:
         run.wait_for_steps(tmp_path / "run", 1)
         run.interrupt()
         run.interrupt()
         assert run.wait(60.0) != 0
-    assert not no_orphans(before)
+    assert left_running(tmp_path, inputs) == []
