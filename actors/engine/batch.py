@@ -108,6 +108,7 @@ def build_batch(works: list[Work], table: IntArray, params: RowParams) -> Batch:
     """Pack `works` (not empty). `table` is the scheduler's slot table, int32 [rows, context]."""
     starts = np.array([work.start for work in works], dtype=np.int64)
     counts = np.array([work.count for work in works], dtype=np.int64)
+    # Sorted by length, so that neighbours pad little; the scheduler does not care for the order.
     order = np.lexsort((starts + counts, counts))
     works = [works[i] for i in order.tolist()]
     starts, counts = starts[order], counts[order]
@@ -115,6 +116,7 @@ def build_batch(works: list[Work], table: IntArray, params: RowParams) -> Batch:
     ends = np.cumsum(counts)
     firsts = ends - counts
     positions_T = np.repeat(starts - firsts, counts) + np.arange(ends[-1])
+    # extend copies at C speed; one numpy array per sequence would cost more than the whole list.
     ids: list[int] = []
     for work in works:
         ids.extend(work.request.tokens[work.start : work.start + work.count])
@@ -136,6 +138,7 @@ def split_groups(counts: list[int], kv_lens: list[int], group_cost: int = GROUP_
     for index, (count, kv_len) in enumerate(zip(counts, kv_lens, strict=True)):
         size = index - first
         new_q, new_kv = max(max_q, count), max(max_kv, kv_len)
+        # Areas of padded (query, key) pairs stand for attention's cost; linear layers see no padding at all.
         joined = (size + 1) * new_q * new_kv
         apart = size * max_q * max_kv + count * kv_len + group_cost
         if size and joined > apart:
@@ -154,9 +157,11 @@ def _groups(table: IntArray, rows: LongArray, starts: LongArray, counts: LongArr
         first, end = int(firsts[a]), int(firsts[b - 1] + counts[b - 1])
         kv_slots = table[rows[a:b], :kv_len]
         equal = bool((kv_lens[a:b] == kv_len).all())
+        # numpy's advanced indexing copied, so this does not write to the scheduler's table.
         if not equal:
             # Stale slot numbers past a sequence's end could point at another's non-finite KV: read the zero slot.
             kv_slots *= np.arange(kv_len) < kv_lens[a:b, None]
+        # Padded queries repeat the last real one: a valid position, and never a fully masked row.
         steps = np.minimum(np.arange(q_len), counts[a:b, None] - 1)
         gather = scatter = None
         if (end - first) != (b - a) * q_len:
@@ -209,8 +214,10 @@ def _score_rows(works: list[Work], firsts: LongArray) -> ScoreRows | None:
     targets: list[int] = []
     for work, first in zip(works, firsts.tolist(), strict=True):
         request = work.request
+        # Prompts are scored once: not again after a retraction.
         if request.prompt_done or request.logprob.start < 0:
             continue
+        # The row of position i predicts token i + 1, so the last prompt token's row scores nothing.
         low = max(request.logprob.start, work.start)
         high = min(len(request.input_ids) - 1, work.start + work.count)
         if high > low:

@@ -18,12 +18,12 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from actors.engine.batch import Batch, RowParams, build_batch
 from actors.engine.errors import ApiError
 from actors.engine.metrics import EngineMetrics
-from actors.engine.model import StepResult
+from actors.engine.model import Runner, StepResult
 from actors.engine.request import Request, TopRows
 from actors.engine.scheduler import Limits, Scheduler
 from actors.engine.threads import WorkerThread
@@ -43,14 +43,6 @@ class PauseMode(StrEnum):
     """They lose their KV and are prefilled again on continue."""
     IN_PLACE = "in_place"
     """They keep their KV."""
-
-
-class Runner(Protocol):
-    """What the loop needs of the model."""
-
-    def step(self, batch: Batch) -> StepResult:
-        """Run one forward on the model thread."""
-        ...
 
 
 class EngineCore:
@@ -97,6 +89,7 @@ class EngineCore:
         """Queue a request. Raises ApiError (400) when its rid is in use."""
         if request.rid in self.requests:
             raise ApiError(f"Duplicate request ID detected: {request.rid} is in progress")
+        # Submitting between plan and delivery is safe: a step only touches the requests that it planned.
         self.requests[request.rid] = request
         self.scheduler.submit(request)
         self._wake.set()
@@ -119,6 +112,7 @@ class EngineCore:
 
         When it returns those tokens have been written to the streams, unless a client does not read.
         """
+        # Set before the lock is asked for, or a step could start between this call and the lock.
         self.paused = mode
         async with self.between_steps():
             if mode is PauseMode.ABORT:
@@ -127,7 +121,9 @@ class EngineCore:
             elif mode is PauseMode.RETRACT:
                 self.metrics.retractions.inc(self.scheduler.retract_all())
             self.flush_streams()
+        # Weight operations that wait for idleness may go on now.
         self._settled.set()
+        # Outside the lock: the HTTP side and other control calls go on meanwhile.
         await self._drain_streams()
         return {request.rid: request.ready for request in self.requests.values() if request.stream}
 
@@ -216,6 +212,7 @@ class EngineCore:
                     request.input_top.append(_narrow(result.score_top[row], request.logprob.top))
                 if request.logprob.ids:
                     request.input_ids_logprobs.append(result.score_ids[row])
+        # Before the sampled tokens are appended: sharing covers exactly the tokens that have KV.
         self.scheduler.commit(batch.works)
         if batch.sample is not None:
             self._append(batch.sample.requests, result)
@@ -234,6 +231,7 @@ class EngineCore:
                 request.output_top.append(_narrow((values[row : row + 1], ids[row : row + 1]), request.logprob.top))
             if request.logprob.ids:
                 request.output_ids_logprobs.append(result.ids_logprobs[row])
+            # A scoring request wanted the row, not the token.
             if request.prefill_only:
                 continue
             request.append(token, logprob, version)
@@ -245,6 +243,7 @@ class EngineCore:
 
     def _abort(self, request: Request) -> None:
         """End a request. One that runs is taken out between steps, before anything else is planned."""
+        # Its KV may be written by a step in flight; waiting requests have none.
         if request.table_row >= 0:
             self._aborting.append(request)
             self._wake.set()
@@ -267,6 +266,7 @@ class EngineCore:
 
     def _admitted(self, request: Request) -> None:
         self._row_params.set(request.table_row, request.params)
+        # A retracted request comes by again; its prompt counts once.
         if request.num_retractions == 0:
             self.metrics.prompt.inc(len(request.input_ids))
             self.metrics.cached.inc(request.cached_tokens or 0)

@@ -66,6 +66,7 @@ class WeightGroups:
             store, rank, world_size = next(
                 iter(rendezvous(address, rank=spec.rank, world_size=spec.world_size, timeout=timeout))
             )
+            # The rendezvous applies its timeout to connecting only.
             store.set_timeout(timeout)
             group, _ = c10d._new_process_group_helper(
                 world_size,
@@ -101,11 +102,13 @@ class WeightGroups:
         On failure the group is left, since its ranks no longer agree on what comes next, and WeightError is raised.
         """
         group, backend = self._find(name)
+        # gloo moves host memory only; writing into the model copies to its device.
         device = self._device if backend == "nccl" else torch.device("cpu")
         if flattened:
             buffers = [torch.empty(bucket_layout(tensors)[1], dtype=torch.uint8, device=device)]
         else:
             buffers = [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in tensors]
+        # One deadline for the whole update, however many broadcasts it is made of.
         deadline = time.monotonic() + self._timeout
         try:
             works = [dist.broadcast(buffer, src=0, group=group, async_op=True) for buffer in buffers]

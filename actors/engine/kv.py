@@ -39,8 +39,10 @@ class DeviceGroup:
         return self.masks[key]
 
     def _build(self, window: int | None, heads_per_kv: int, dtype: torch.dtype) -> torch.Tensor | None:
+        # A decode group of equal lengths needs no mask, which lets attention take its faster path.
         if self.group.full and window is None:
             return None
+        # Keys lie at their absolute positions; padding keys come after the last query and are hidden with the future.
         kv_pos = torch.arange(self.group.kv_len, device=self.q_pos.device)
         hidden = kv_pos > self.q_pos[:, :, None]
         if window is not None:
@@ -53,6 +55,7 @@ class PagedCache(Cache):
     """K and V pools, each [layers][P, K, D]. `begin` sets where the next forward writes and what it reads."""
 
     def __init__(self, layers: int, slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
+        # The base class would otherwise make growing per-layer caches of its own.
         super().__init__(layers=[])
         shape = (slots, kv_heads, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
@@ -75,6 +78,7 @@ class PagedCache(Cache):
         slots, kv_heads, head_dim = pool.shape
         count = len(placed.kv_slots)
         if len(self._gathered[which]) < count:
+            # Half as much again, since sequences grow by one token a step.
             self._gathered[which] = pool.new_empty((count + count // 2, kv_heads * head_dim))
         out = self._gathered[which][:count]
         torch.index_select(pool.view(slots, -1), 0, placed.kv_slots, out=out)
@@ -84,6 +88,7 @@ class PagedCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write [1, K, T, D] keys and values of one layer; returns that layer's whole pools [P, K, D]."""
+        # Written before attention reads: a query attends to its own key.
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys.index_copy_(0, self._write_T, key_states[0].transpose(0, 1))
         values.index_copy_(0, self._write_T, value_states[0].transpose(0, 1))

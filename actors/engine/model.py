@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,6 +43,14 @@ class StepResult:
     score_ids: list[FloatArray] = field(default_factory=list)
 
 
+class Runner(Protocol):
+    """What the engine's loop needs of a model."""
+
+    def step(self, batch: Batch) -> StepResult:
+        """Run one forward on the model thread."""
+        ...
+
+
 class ModelRunner:
     """A causal LM with its KV pool."""
 
@@ -54,6 +63,7 @@ class ModelRunner:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, attn_implementation=ATTENTION_NAME)
         self.model: torch.nn.Module = model.to(self.device).eval().requires_grad_(False)
         self.head: torch.nn.Module = model.get_output_embeddings()
+        # Decoder and head are called apart, so that the head runs on the wanted rows only.
         self.decoder: torch.nn.Module = model.get_decoder()
         self.vocab_size = int(self.head.weight.shape[0])
         self.pool_tokens = pool_tokens or self._default_pool()
@@ -89,6 +99,7 @@ class ModelRunner:
         logits_SV = self._logits(hidden_TH, torch.from_numpy(rows.index_S).to(self.device))
         tokens_S, chosen_S, logprobs_SV = sampler.sample(logits_SV, rows, self._generator)
         result.tokens = tokens_S.tolist()
+        # tolist waits for the device once; per-token .item() would do so for each.
         result.logprobs = chosen_S.tolist()
         if rows.top:
             result.top = sampler.top_logprobs(logprobs_SV, None, rows.top)
@@ -99,6 +110,7 @@ class ModelRunner:
     def _score(self, hidden_TH: torch.Tensor, rows: ScoreRows, result: StepResult) -> None:
         index_R = torch.from_numpy(rows.index_R).to(self.device)
         target_R = torch.from_numpy(rows.target_R).to(self.device)
+        # A long prompt's logits would not fit in memory at once.
         chunk = max(1, LOGITS_ELEMENTS // self.vocab_size)
         found: list[FloatArray] = []
         tops: list[TopRows] = []

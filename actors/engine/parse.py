@@ -59,6 +59,7 @@ def parse_generate(body: object, limits: ModelLimits) -> GenerateCall:
     """Parse and validate a body. Raises ApiError (400) with a message that names the field."""
     if not isinstance(body, dict):
         raise ApiError("the body must be a JSON object")
+    # Refused rather than ignored: the answer would lack what the client reads.
     for key in _UNSUPPORTED:
         if body.get(key):
             raise ApiError(f"{key} is not supported by the embedded engine; use SGLang for it")
@@ -113,6 +114,7 @@ def _check_length(prompt: int, new: int, limits: ModelLimits) -> None:
         raise ApiError(
             f"The input ({prompt} tokens) is longer than the model's context length ({limits.context_length} tokens)."
         )
+    # A response that cannot fit the pool would be retracted for ever.
     total = prompt + new
     for limit, what in ((limits.context_length, "maximum context length"), (limits.pool_tokens, "KV pool")):
         if total > limit:
@@ -153,6 +155,7 @@ def _check_ids(ids: object, name: str, vocab_size: int) -> None:
     if not isinstance(ids, list) or not ids:
         raise ApiError(f"{name} must be a non-empty list of token ids")
     try:
+        # One conversion checks type and range of thousands of ids faster than a Python loop.
         array = np.array(ids)
     except ValueError as error:
         raise ApiError(f"{name} must be a flat list of token ids") from error
@@ -196,6 +199,7 @@ def _logprob_spec(
 
 
 def _chosen_ids(raw: object, index: int, batch: bool, vocab_size: int) -> tuple[int, ...]:
+    # One flat list serves every sequence of a batch; a list of lists has one for each.
     if batch and isinstance(raw, list) and raw and (raw[0] is None or isinstance(raw[0], list)):
         raw = raw[index] if index < len(raw) else None
     if raw is None or raw == []:

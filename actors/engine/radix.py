@@ -60,6 +60,7 @@ class RadixCache:
             child = node.children.get(tokens[matched])
             if child is None:
                 break
+            # Only the last node on the path can match in part; it is split so that its head can be locked alone.
             common = _common(child.key, tokens, matched, limit)
             if common < len(child.key):
                 child = self._split(child, common)
@@ -81,6 +82,7 @@ class RadixCache:
         present = len(held)
         if present == len(tokens):
             return node, present
+        # A copy: the caller's row is overwritten by the next request that gets it.
         leaf = Node(tokens[present:], slots[present:].copy(), node, namespace)
         leaf.stamp = next(self._clock)
         node.children[tokens[present]] = leaf
@@ -90,6 +92,7 @@ class RadixCache:
 
     def lock(self, node: Node) -> None:
         """Protect `node` and its ancestors until the matching unlock."""
+        # Roots are locked too, so that a namespace in use is not forgotten.
         here: Node | None = node
         while here is not None:
             if here.locks == 0:
@@ -121,6 +124,7 @@ class RadixCache:
             node.queued = False
             if not node.evictable:
                 continue
+            # It was used since it was queued: back in line under its new stamp.
             if stamp != node.stamp:
                 self._enqueue(node)
                 continue

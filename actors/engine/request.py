@@ -127,10 +127,12 @@ class Request:
             spans[-1].end = count
         else:
             spans.append(VersionSpan(version, count - 1, count))
+        # A stop token in the last place is reported as length: SGLang looks at the length first.
         if count >= self.params.max_new_tokens:
             self.finish({"type": "length", "length": count}, version)
         elif token in self.stop_ids and count >= self.params.min_new_tokens:
             self.finish({"type": "stop", "matched": token}, version)
+        # The first token goes out at once: it shows the client that the request runs.
         elif count == 1 or count - self.ready >= self.stream_interval:
             self.release()
 
@@ -143,6 +145,7 @@ class Request:
 
     def release(self) -> None:
         """Let the HTTP side send all tokens so far."""
+        # A request that is not streamed has nothing to send before its end.
         if self.stream or self.finished:
             self.ready = len(self.output_ids)
             if self.on_update is not None:

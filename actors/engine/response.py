@@ -55,6 +55,7 @@ def triples(logprobs: Sequence[float], ids: Sequence[int], decode: Decode | None
     if decode is not None:
         pairs = zip(logprobs, ids, strict=True)
         return "[" + ",".join(f"[{_finite(f'{lp:.8e}')},{i},{json.dumps(decode(i))}]" for lp, i in pairs) + "]"
+    # One C-level formatting call for the whole list: most of an answer's bytes are these.
     pattern = "[" + ("[%.8e,%d,null]," * count)[:-1] + "]"
     return _finite(pattern % tuple(chain.from_iterable(zip(logprobs, ids, strict=True))))
 
@@ -71,6 +72,7 @@ def _body(text: str | None, ids: list[int], meta: str) -> str:
 def _meta(request: Request, completion: int, version: str, final: bool) -> str:
     reason = json.dumps(request.finish_reason) if final else "null"
     meta = f'"id":{json.dumps(request.rid)},"finish_reason":{reason},"completion_tokens":{completion},'
+    # SGLang omits these for a request that was aborted before it was ever admitted.
     if request.cached_tokens is not None:
         cached = request.cached_tokens
         meta += (
@@ -90,6 +92,7 @@ def _meta(request: Request, completion: int, version: str, final: bool) -> str:
 
 def _input_part(request: Request, decode: Decode | None) -> str:
     spec = request.logprob
+    # -1 means no prompt logprobs since SGLang 0.5.10.
     scored = request.input_ids[spec.start :] if spec.start >= 0 else []
     # A request that was aborted before its prompt was done has fewer logprobs than prompt tokens.
     logprobs = list(chain.from_iterable(part.tolist() for part in request.input_logprobs))

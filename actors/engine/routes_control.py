@@ -61,6 +61,7 @@ async def abort_request(http: web.Request) -> web.Response:
 async def flush_cache(http: web.Request) -> web.Response:
     """Empty the prefix cache; refused while requests hold KV."""
     core = http.app[ENGINE].core
+    # Between steps: slots that a running step writes must not be handed out again.
     async with core.between_steps():
         flushed = core.scheduler.flush()
     if flushed:
@@ -128,6 +129,7 @@ async def update_from_distributed(http: web.Request) -> web.Response:
             raise WeightError(
                 "update_weights_from_distributed must run between begin_weight_update() and end_weight_update()"
             )
+        # All checks come before the first receive, so a refused trainer still knows what the engine expects.
         engine.groups.require(group)
         specs = engine.weights.describe(names, dtypes, shapes)
         flattened = load_format is not None
@@ -151,6 +153,7 @@ async def update_from_disk(http: web.Request) -> web.Response:
                 raise WeightError(f"cannot read {path}: {error}") from error
 
         await _timed_load(engine, load)
+        # SGLang reports the folder that was loaded last.
         engine.model_path = path
         _after_update(engine, body)
     return success("Succeeded to update model weights.", num_paused_requests=paused)
@@ -192,6 +195,7 @@ async def _timed_load(engine: Engine, load: Any) -> None:
 
 def _after_update(engine: Engine, body: dict[str, Any]) -> None:
     """Name the new weights and flush. A refused flush is an error although the weights are in, as in SGLang."""
+    # Named first: even when the flush is refused, tokens sampled from now on come from the new weights.
     version = body.get("weight_version")
     if isinstance(version, str):
         engine.core.set_weight_version(version)

@@ -33,6 +33,7 @@ async def generate(http: web.Request) -> web.StreamResponse:
     try:
         call = parse_generate(body, engine.limits)
     except ApiError as error:
+        # A streaming client reads events, so even a refusal is one.
         if isinstance(body, dict) and body.get("stream") is True:
             return await _stream_error(http, error)
         raise
@@ -51,6 +52,7 @@ async def generate(http: web.Request) -> web.StreamResponse:
             return await _stream_error(http, error)
         raise
     finally:
+        # Also on cancel, when the client has left: nothing may go on running for nobody.
         for request in submitted:
             engine.core.forget(request)
 
@@ -127,6 +129,7 @@ def _events(engine: Engine, request: Request, cursor: StreamCursor, index: int |
     decode = _decoder(engine, request)
     spans = [span for span in request.versions if span.end > low]
     cuts = [(min(span.end, ready), span.version) for span in spans if span.start < ready]
+    # No new token, yet an end to report: an abort, or a scoring request.
     if not cuts:
         cuts = [(ready, request.finish_version)]
     for high, version in cuts:

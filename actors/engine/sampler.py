@@ -20,6 +20,7 @@ def sample(
     """Draw one token per row: token ids int64 [S], their logprobs float32 [S], and all logprobs float32 [S, V]."""
     device = logits_SV.device
     forbidding = _forbid_early_stop(logits_SV, rows.requests)
+    # The usual temperature 1 skips a pass over [S, V].
     if (rows.temperature_S != 1.0).any():
         logits_SV = logits_SV / torch.from_numpy(rows.temperature_S).to(device)[:, None]
     logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
@@ -51,6 +52,7 @@ def _filter(probs_SV: torch.Tensor, rows: SampleRows) -> torch.Tensor:
     top_k_S = torch.from_numpy(rows.top_k_S).to(device)[:, None]
     top_p_S = torch.from_numpy(rows.top_p_S).to(device)[:, None]
     min_p_S = torch.from_numpy(rows.min_p_S).to(device)[:, None]
+    # The probability ranked before each token, itself excluded, so that the top one always stays.
     before_SV = sorted_SV.cumsum(dim=-1) - sorted_SV
     # top_p = 1 keeps everything even when the cumulative sum rounds above 1
     dropped_SV = (
@@ -71,6 +73,7 @@ def _forbid_early_stop(logits_SV: torch.Tensor, requests: list[Request]) -> bool
 
 def target_logprobs(logits_RV: torch.Tensor, target_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logprob of one given token per row, float32 [R], and the rows' log normaliser, float32 [R, 1]."""
+    # logsumexp and gather instead of log_softmax: the full [R, V] result is not needed.
     norm_R1 = logits_RV.logsumexp(dim=-1, keepdim=True)
     return (logits_RV.gather(1, target_R[:, None]) - norm_R1)[:, 0], norm_R1
 

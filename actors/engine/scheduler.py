@@ -89,7 +89,9 @@ class Scheduler:
         self._admit()
         works = self._choose()
         total = sum(work.count for work in works)
+        # The oldest request alone always fits (requests are checked against the pool when they come), so this ends.
         while not self._make_room(total):
+            # The youngest has the least KV to compute again, and the oldest must make progress.
             victim = next(reversed(self.running.values()))
             self.retract(victim)
             works = [work for work in works if work.request is not victim]
@@ -109,6 +111,7 @@ class Scheduler:
             request.computed = work.start + work.count
             if not request.prompt_done and request.computed >= len(request.input_ids):
                 request.prompt_done = True
+                # Samples of one prompt that come later in the same wave reuse it without waiting for the first to end.
                 if not request.prefill_only:
                     self._share(request)
 
@@ -122,6 +125,7 @@ class Scheduler:
 
     def retract(self, request: Request) -> None:
         """Drop a running request's own KV and put it back at the head of the queue."""
+        # What came from the tree stays there; only the request's own part is dropped.
         row = self.table[request.table_row]
         self.pool.give_back(row[request.tree_tokens : request.computed])
         self._drop(request)
@@ -150,11 +154,13 @@ class Scheduler:
         if not self.waiting:
             return
         owed = sum(_outstanding(request) for request in self.running.values())
+        # A prompt that was cut by the last step's budget goes on first.
         missing = (len(request.tokens) - request.computed for request in self.running.values())
         budget = self.limits.prefill_budget - sum(count for count in missing if count > 1)
         while self.waiting and budget > 0 and self._rows and self._admissible(self.waiting[0]):
             request = self.waiting[0]
             node, slots = self.cache.match(request.namespace, request.tokens, request.max_prefix)
+            # Locked before counting, or its own prefix would count as room for it.
             self.cache.lock(node)
             request.computed = request.tree_tokens = len(slots)
             need = _outstanding(request)
@@ -166,6 +172,7 @@ class Scheduler:
             request.node = node
             request.table_row = self._rows.pop()
             self.table[request.table_row, : len(slots)] = slots
+            # A retraction does not change what the client is told about its prompt.
             if request.cached_tokens is None:
                 request.cached_tokens = len(slots)
             self.running[request.serial] = request
@@ -178,6 +185,7 @@ class Scheduler:
         works = []
         for request in self.running.values():
             count = len(request.tokens) - request.computed
+            # Decodes are never held back: one token each, and their clients wait for them.
             if count > 1:
                 count = min(count, budget)
                 budget -= count
@@ -198,7 +206,9 @@ class Scheduler:
         node, present = self.cache.insert(request.namespace, tokens, row[: request.computed])
         if present > request.tree_tokens:
             self.pool.give_back(row[request.tree_tokens : present])
+            # The tree may have kept another request's slots for the same tokens; read those from now on.
             row[:present] = self.cache.match(request.namespace, tokens, present)[1]
+        # In this order the shared part is never unlocked in between.
         self.cache.lock(node)
         if request.node is not None:
             self.cache.unlock(request.node)

@@ -65,6 +65,7 @@ def build_engine(config: EngineConfig) -> Engine:
     codec = None if config.skip_tokenizer_init else load_codec(config.model_path)
     context = config.context_length or int(runner.config.max_position_embeddings)
     engine_metrics = EngineMetrics()
+    # The slot table has a column per context token, so the context bounds every sequence.
     limits = Limits(runner.pool_tokens, context, config.max_running_requests, config.chunked_prefill_size)
     stop_check = codec.matched_stop if codec else None
     groups = WeightGroups(config.weight_timeout, runner.device)
@@ -108,6 +109,7 @@ async def serve(config: EngineConfig) -> None:
     """Run until SIGTERM or SIGINT, or until the core fails."""
     engine = build_engine(config)
     stop = stop_event(asyncio.get_running_loop())
+    # If the core fails, the group cancels the wait below and the process ends with the core's error.
     async with asyncio.TaskGroup() as tasks:
         core = tasks.create_task(engine.core.run(), name="engine core")
         async with AsyncExitStack() as stack:

@@ -43,6 +43,7 @@ class TextCodec:
 
     def matched_stop(self, request: Request) -> str | None:
         """The first of the request's stop strings that its response now contains."""
+        # A token is at least one character in most vocabularies, so the string ends within this many tokens.
         window = max(len(stop) for stop in request.params.stop) + 1
         tail = self.decode(request.output_ids[-window:], request.params.skip_special_tokens)
         return next((stop for stop in request.params.stop if stop in tail), None)
@@ -61,6 +62,7 @@ class TextCodec:
 
     def delta(self, request: Request, cursor: StreamCursor, upto: int, final: bool) -> str:
         """Text that `upto` response tokens add to what `cursor` says was sent; advances the cursor."""
+        # With stop strings the text may shrink at the end, so it is decoded whole; without, only a short window is.
         if final or request.params.stop:
             text = self.text(request) if final else self.decode(request.output_ids[:upto])
             piece = text[cursor.sent :]

@@ -25,6 +25,7 @@ class ModelWeights:
     def __init__(self, model: torch.nn.Module, groups: WeightGroups) -> None:
         self._groups = groups
         unique = dict(model.named_parameters())
+        # A name that shares its parameter with an earlier one is tied: it is accepted, never loaded.
         every = dict(model.named_parameters(remove_duplicate=False))
         self._params: dict[str, torch.nn.Parameter] = unique
         self._tied = set(every) - set(unique)
@@ -61,6 +62,7 @@ class ModelWeights:
             with safe_open(file, framework="pt") as reader:
                 for name in reader.keys():  # noqa: SIM118  # not a mapping: it has no __iter__
                     loaded[name] = reader.get_tensor(name)
+        # Files may be in another precision than the engine runs in; broadcasts may not.
         for name, tensor in loaded.items():
             self._check(TensorSpec(name, tensor.dtype, tuple(tensor.shape)), same_dtype=False)
         missing = sorted(set(self._params) - set(loaded))
