@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgpack
@@ -29,12 +29,31 @@ T = TypeVar("T")
 Frame = bytes | memoryview
 
 
+class _Accepted(typing.NamedTuple):
+    """Runtime types of a header value, and of its elements where it is a list or a dictionary."""
+
+    types: tuple[type, ...]
+    elements: tuple[type, ...] = ()
+
+    def admits(self, value: Any) -> bool:
+        """Whether `value` has one of the types; a bool is no number."""
+        if not _is_one_of(value, self.types):
+            return False
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        keys = value if isinstance(value, dict) else ()
+        return all(_is_one_of(item, self.elements) for item in inside) and all(isinstance(key, str) for key in keys)
+
+
+def _is_one_of(value: Any, accepted: tuple[type, ...]) -> bool:
+    return isinstance(value, accepted) and (bool in accepted or not isinstance(value, bool))
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Schema:
     """What a registered message looks like on the wire."""
 
     cls: type
-    plain: dict[str, tuple[type, ...]]
+    plain: dict[str, _Accepted]
     arrays: dict[str, tuple[np.dtype[Any], int, bool]]
     """Array fields: dtype, number of dimensions, whether None is allowed."""
 
@@ -59,7 +78,7 @@ Intervals = Annotated[NDArray[np.int64], ArrayOf("<i8", 2)]
 def message(cls: type[T]) -> type[T]:
     """Register a frozen dataclass as a wire message under its class name."""
     arrays: dict[str, tuple[np.dtype[Any], int, bool]] = {}
-    plain: dict[str, tuple[type, ...]] = {}
+    plain: dict[str, _Accepted] = {}
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         hint = hints[field.name]
@@ -68,27 +87,25 @@ def message(cls: type[T]) -> type[T]:
         if marks:
             arrays[field.name] = (np.dtype(marks[0].dtype), marks[0].ndim, type(None) in parts)
         else:
-            plain[field.name] = _accepted_types(hint)
+            plain[field.name] = _accepted(hint)
     schema = _Schema(cls, plain, arrays)
     _BY_NAME[cls.__name__] = schema
     _BY_TYPE[cls] = schema
     return cls
 
 
-def _accepted_types(hint: Any) -> tuple[type, ...]:
-    """The runtime types a header value may have for a type hint (integers are welcome where floats are meant)."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return tuple(t for part in typing.get_args(hint) for t in _accepted_types(part))
-    origin = typing.get_origin(hint) or hint
-    if origin is float:
-        return (float, int)
-    if origin is tuple or origin is list:
-        return (list, tuple)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return (dict,)
-    if isinstance(origin, type) and issubclass(origin, str):
-        return (str,)
-    return (origin,)
+def _accepted(hint: Any) -> _Accepted:
+    """What a header value may be for a type hint: a scalar, an optional scalar, `list[X]` or `dict[str, X]`."""
+    origin = typing.get_origin(hint)
+    if origin in (list, dict):
+        return _Accepted((origin,), _scalar_types(typing.get_args(hint)[-1]))
+    parts = typing.get_args(hint) if origin in (types.UnionType, typing.Union) else (hint,)
+    return _Accepted(tuple(kind for part in parts for kind in _scalar_types(part)))
+
+
+def _scalar_types(hint: type) -> tuple[type, ...]:
+    """Integers are welcome where floats are meant."""
+    return (float, int) if hint is float else (hint,)
 
 
 def encode(value: Any) -> list[Frame]:
@@ -125,16 +142,17 @@ def decode(frames: Sequence[Frame]) -> Any:
     if schema is None:
         raise WireError(f"unknown message type {name!r}")
     if set(header) != set(schema.plain):
-        raise WireError(f"{name}: header fields {sorted(header)} are not {sorted(schema.plain)}")
+        raise WireError(f"{name}: header fields {list(header)} are not {list(schema.plain)}")
     for field, accepted in schema.plain.items():
-        value = header[field]
-        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
-            raise WireError(f"{name}.{field}: {type(value).__name__} where {accepted[0].__name__} belongs")
+        if not accepted.admits(header[field]):
+            raise WireError(f"{name}.{field}: {header[field]!r:.80} where {accepted.types[0].__name__} belongs")
     if len(layout) != len(frames) - 1:
         raise WireError(f"{name}: {len(frames) - 1} array frames where the header lists {len(layout)}")
     values = dict(header)
     for entry, frame in zip(layout, frames[1:], strict=True):
         field, array = _array(schema, name, entry, frame)
+        if field in values:
+            raise WireError(f"{name}.{field}: comes twice")
         values[field] = array
     missing = [f for f, (_, _, optional) in schema.arrays.items() if f not in values and not optional]
     if missing:
@@ -162,7 +180,7 @@ def _header(frames: Sequence[Frame]) -> tuple[str, dict[str, Any], list[Any]]:
 
 def _array(schema: _Schema, name: str, entry: Any, frame: Frame) -> tuple[str, np.ndarray[Any, Any]]:
     """One array frame, checked against the schema and the header's own shape."""
-    if not isinstance(entry, list) or len(entry) != 3 or entry[0] not in schema.arrays:
+    if not isinstance(entry, list) or len(entry) != 3 or entry[0] not in list(schema.arrays):
         raise WireError(f"{name}: {entry!r} is not an array of this message")
     field, dtype_name, shape = entry
     dtype, ndim, _ = schema.arrays[field]
@@ -175,6 +193,9 @@ def _array(schema: _Schema, name: str, entry: Any, frame: Frame) -> tuple[str, n
         expected *= n
     if len(frame) != expected:
         raise WireError(f"{name}.{field}: {len(frame)} bytes where {expected} belong")
-    array = np.frombuffer(frame, dtype=dtype).reshape(shape)
+    try:
+        array = np.frombuffer(frame, dtype=dtype).reshape(shape)
+    except ValueError:  # one dimension is 0 and another beyond any array
+        raise WireError(f"{name}.{field}: no array has the shape {shape}") from None
     array.flags.writeable = False
     return field, array
