@@ -3,7 +3,7 @@
     class           socket   high-water mark    on cancel
     Push            PUSH     blocks `send`      the message may or may not have left
     Pull            PULL     peers' `send`      nothing is lost: the message stays in the socket
-    ControlServer   ROUTER   refuses a peer     as Push and Pull
+    ControlServer   ROUTER   fails `send`       nothing is lost: `send` never waits
     ControlClient   DEALER   blocks `send`      as Push and Pull
 
 A frame that does not decode is counted by its error, logged with its peer and dropped.
@@ -19,7 +19,7 @@ from typing import Any, Self
 import zmq
 import zmq.asyncio
 
-from opd_async.errors import OpdError, WireError
+from opd_async.errors import OpdError, RoleError, WireError
 from opd_async.wire import decode, encode
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,8 @@ def _bind(socket: zmq.asyncio.Socket, address: str) -> None:
         socket.bind(address)
     except zmq.ZMQError as error:
         socket.close(linger=0)
-        raise OpdError(f"{address}: cannot listen ({error.strerror}); free the port or choose another") from None
+        reason = zmq.strerror(error.errno or 0)
+        raise OpdError(f"{address}: cannot listen ({reason}); free the port or choose another") from None
 
 
 class Push(Channel):
@@ -123,9 +124,14 @@ class ControlServer(Channel):
         super().__init__(socket, address, on_malformed)
 
     async def send(self, role: str, message: Any) -> bool:
-        """Send to `role`; False when it is not connected."""
+        """Send to `role`; False when it is not connected.
+
+        Never waits, or one role that does not read would hold up all others: `RoleError` when its queue is full.
+        """
         try:
-            await self._socket.send_multipart([role.encode(), *encode(message)], copy=False)
+            await self._socket.send_multipart([role.encode(), *encode(message)], flags=zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            raise RoleError(f"{role} has left {HIGH_WATER_MARK} messages unread; see its log") from None
         except zmq.ZMQError as error:
             if error.errno == zmq.EHOSTUNREACH:
                 return False
