@@ -1,0 +1,252 @@
+"""Channels over real sockets on the loopback: order, backpressure, garbage, absent and restarted roles."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+import zmq.asyncio
+
+from opd_async import channels
+from opd_async.channels import ControlClient, ControlServer, Pull, Push
+from opd_async.errors import OpdError, RoleError
+from opd_async.messages import Failure, Hello, Lease, Stop
+from opd_async.wire import encode
+
+WAIT_S = 20.0
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@contextmanager
+def sockets() -> Iterator[zmq.asyncio.Context]:
+    context = zmq.asyncio.Context()
+    try:
+        yield context
+    finally:
+        context.destroy(linger=0)
+
+
+def play(scene: Callable[[zmq.asyncio.Context, str], Coroutine[Any, Any, None]]) -> None:
+    """Run one scene with a context and a free address."""
+
+    async def main() -> None:
+        with sockets() as context:
+            async with asyncio.timeout(WAIT_S):
+                await scene(context, free_address())
+
+    asyncio.run(main())
+
+
+def lease(sample_id: int, tokens: int = 3) -> Lease:
+    ids = np.arange(tokens, dtype=np.int32)
+    return Lease(sample_id, 0, 0, "train", 1.0, "", ids, ids[:0])
+
+
+async def hello(client: ControlClient, server: ControlServer, name: str, pid: int) -> None:
+    """Introduce a client, as roles do: from then on the server can reach it."""
+    await client.send(Hello(name, pid))
+    assert await server.receive() == (name, Hello(name, pid))
+
+
+def test_pushed_messages_arrive_whole_and_in_order() -> None:
+    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+        with Pull(context, address) as pull, Push(context, address) as push:
+            for number in range(50):
+                await push.send(lease(number, tokens=number))
+            got = [await pull.receive() for _ in range(50)]
+        assert [one.sample_id for one in got] == list(range(50))
+        assert [one.prompt.tolist() for one in got] == [list(range(n)) for n in range(50)]
+
+    play(scene)
+
+
+def test_received_arrays_outlive_the_channel() -> None:
+    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+        with Pull(context, address) as pull, Push(context, address) as push:
+            await push.send(lease(1, tokens=100_000))
+            got = await pull.receive()
+        assert int(got.prompt[-1]) == 99_999
+
+    play(scene)
+
+
+def test_malformed_frames_are_counted_and_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    reasons: list[str] = []
+
+    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+        with Pull(context, address, reasons.append) as pull:
+            stranger = context.socket(zmq.PUSH)
+            stranger.connect(address)
+            good = encode(lease(4))
+            for frames in ([b""], [b"\x00garbage"], [good[0]], [*good, b"more"], good):
+                await stranger.send_multipart(frames)
+            assert (await pull.receive()).sample_id == 4
+            stranger.close(linger=0)
+
+    play(scene)
+    assert len(reasons) == 4
+    assert caplog.text.count("dropped a malformed message") == 4
+
+
+def test_the_control_server_survives_garbage() -> None:
+    reasons: list[str] = []
+
+    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+        with ControlServer(context, address, reasons.append) as server:
+            stranger = context.socket(zmq.DEALER)
+            stranger.routing_id = b"\xff\xfe"
+            stranger.connect(address)
+            await stranger.send_multipart([b"what", b"is this"])
+            await stranger.send(b"")
+            await stranger.send_multipart(encode(Hello("x", 1)))
+            role, message = await server.receive()
+            assert message == Hello("x", 1)
+            assert role == "\ufffd\ufffd"
+            stranger.close(linger=0)
+
+    play(scene)
+    assert len(reasons) == 2
+
+
+def test_a_client_drops_garbage_too() -> None:
+    reasons: list[str] = []
+
+    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+        with (
+            ControlServer(context, address) as server,
+            ControlClient(context, address, "teacher-0", reasons.append) as client,
+        ):
+            await hello(client, server, "teacher-0", 1)
+            await server._socket.send_multipart([b"teacher-0", b"garbage"])
+            assert await server.send("teacher-0", Stop("over"))
+            assert await client.receive() == Stop("over")
+
+    play(scene)
+    assert len(reasons) == 1
+
+
+def test_a_full_receiver_holds_its_sender_back() -> None:
+    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+        with Pull(context, address, high_water_mark=1) as pull, Push(context, address, high_water_mark=1) as push:
+            sent = 0
+
+            async def send_all() -> None:
+                nonlocal sent
+                for number in range(200):
+                    await push.send(lease(number, tokens=250_000))  # larger than the kernel's buffers
+                    sent += 1
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(send_all())
+                first = await pull.receive()
+                await asyncio.sleep(0.3)
+                held_back_at = sent
+                rest = [await pull.receive() for _ in range(199)]
+            assert held_back_at < 150
+            assert [first.sample_id, *(one.sample_id for one in rest)] == list(range(200))
+
+    play(scene)
+
+
+def test_a_cancelled_receive_loses_nothing() -> None:
+    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+        with Pull(context, address) as pull, Push(context, address) as push:
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.01):
+                        await pull.receive()
+            await push.send(lease(1))
+            await push.send(lease(2))
+            assert [(await pull.receive()).sample_id for _ in range(2)] == [1, 2]
+
+    play(scene)
+
+
+def test_sending_to_an_absent_role_says_so() -> None:
+    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+        with ControlServer(context, address) as server:
+            assert not await server.send("rollout-0", Stop("nobody is there"))
+            with ControlClient(context, address, "rollout-0") as client:
+                await hello(client, server, "rollout-0", 1)
+                assert await server.send("rollout-0", Stop("hello"))
+                assert await client.receive() == Stop("hello")
+            while await server.send("rollout-0", Stop("gone")):  # noqa: ASYNC110  until the socket has heard of it
+                await asyncio.sleep(0)
+
+    play(scene)
+
+
+def test_roles_are_told_apart() -> None:
+    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+        with (
+            ControlServer(context, address) as server,
+            ControlClient(context, address, "rollout-0") as one,
+            ControlClient(context, address, "rollout-1") as two,
+        ):
+            await hello(one, server, "rollout-0", 1)
+            await hello(two, server, "rollout-1", 2)
+            await server.send("rollout-1", Stop("b"))
+            await server.send("rollout-0", Stop("a"))
+            assert (await one.receive(), await two.receive()) == (Stop("a"), Stop("b"))
+            await two.send(Failure("rollout-1", "x"))
+            assert await server.receive() == ("rollout-1", Failure("rollout-1", "x"))
+
+    play(scene)
+
+
+def test_a_restarted_role_takes_its_name_over() -> None:
+    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+        with ControlServer(context, address) as server, ControlClient(context, address, "teacher-0") as dead:
+            await hello(dead, server, "teacher-0", 1)
+            with ControlClient(context, address, "teacher-0") as alive:
+                await hello(alive, server, "teacher-0", 2)
+                assert await server.send("teacher-0", Stop("for the living"))
+                assert await alive.receive() == Stop("for the living")
+
+    play(scene)
+
+
+def test_a_role_that_does_not_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not hold up the others, and what was accepted for it still arrives."""
+    monkeypatch.setattr(channels, "HIGH_WATER_MARK", 2)
+
+    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+        with (
+            ControlServer(context, address) as server,
+            ControlClient(context, address, "rollout-0") as idle,
+            ControlClient(context, address, "rollout-1") as busy,
+        ):
+            await hello(idle, server, "rollout-0", 1)
+            await hello(busy, server, "rollout-1", 2)
+            accepted = 0
+            with pytest.raises(RoleError, match="rollout-0 has left 2 messages unread"):
+                while True:
+                    await server.send("rollout-0", lease(accepted, tokens=1_000_000))
+                    accepted += 1
+            assert await server.send("rollout-1", Stop("you are not meant"))
+            assert await busy.receive() == Stop("you are not meant")
+            assert [(await idle.receive()).sample_id for _ in range(accepted)] == list(range(accepted))
+
+    play(scene)
+
+
+def test_a_taken_address_is_a_clear_error() -> None:
+    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+        with (
+            Pull(context, address),
+            pytest.raises(OpdError, match=rf"{address}: cannot listen \(Address already in use\); free the port"),
+        ):
+            ControlServer(context, address)
+
+    play(scene)
