@@ -82,5 +82,6 @@ def _sharded(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     model = trainer.model.sharded_state_dict(metadata=metadata)
-    optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+    with checkpoint_fixes.padded_buckets(trainer.optimizer):
+        optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}

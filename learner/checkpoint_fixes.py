@@ -1,13 +1,14 @@
 """What megatron-core 0.16.1 needs so that a checkpoint of its distributed optimizer can be resumed exactly.
 
-It is written for Transformer Engine's or Apex's Adam; with torch's AdamW each of these is needed. The tests resume
-for several steps, because the step counter goes wrong silently and shows only at the second step after a load.
+Most of it is needed because the library is written for Transformer Engine's or Apex's Adam and meets torch's AdamW. The
+tests resume for several steps, because the step counter goes wrong silently and shows at the second step after a load.
 """
 
 from __future__ import annotations
 
 import queue
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,6 +74,25 @@ def separate_steps(optimizer: Any) -> None:
     """
     for inner, group, parameter in _parameters(optimizer):
         inner.state[parameter]["step"] = torch.tensor(float(group["step"]))
+
+
+@contextmanager
+def padded_buckets(optimizer: Any) -> Iterator[None]:
+    """Inside the block, the library finds every parameter's state where it is.
+
+    It packs the buckets without the padding between them and then reads at the padded offsets. A buffer has several
+    buckets where a tied embedding is split from its LM head by pipeline stages: what is saved is then shifted, and
+    filled up with zeros. With the padding counted in, packed and padded offsets are the same.
+    """
+    owners = [owner for inner in optimizer.chained_optimizers for b in inner.buffers for owner in (b, *b.buckets)]
+    unpadded = [owner.numel_unpadded for owner in owners]
+    for owner in owners:
+        owner.numel_unpadded = owner.grad_data.numel()
+    try:
+        yield
+    finally:
+        for owner, count in zip(owners, unpadded, strict=True):
+            owner.numel_unpadded = count
 
 
 def _parameters(optimizer: Any) -> Iterator[tuple[Any, dict[str, Any], torch.Tensor]]:

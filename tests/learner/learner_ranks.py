@@ -1,0 +1,103 @@
+"""Two learner ranks that go through several layouts; started by torchrun from test_ranks.
+
+    torchrun --nproc-per-node 2 learner_ranks.py <folder of models> <folder for results>
+
+Rank 0 writes `results.json`: for each model and layout what the steps reported, and whether exports were exact.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors.torch import load_file
+from tiny_learner import EMPTY, learner_config, micro_batch, step_batch
+
+from learner import checkpoint, parallel
+from learner.config import ParallelConfig
+from learner.hf_io import hf_weights, save_hf
+from learner.trainer import Trainer
+from opd_async.batches import MicroBatch
+
+LAYOUTS = {
+    "tensor": ParallelConfig(tensor=2, timeout_s=60),
+    "pipeline": ParallelConfig(pipeline=2, timeout_s=60),
+    "data": ParallelConfig(timeout_s=60),
+}
+SAVED_AT = 2
+STEPS = 5
+
+
+def data(version: int) -> list[MicroBatch]:
+    """Three micro-batches: two data-parallel ranks have one too few, which an empty one makes up for."""
+    return [micro_batch([9, 13, 21, 13], seed=10 * version + index) for index in range(3)]
+
+
+def steps(trainer: Trainer, place: parallel.Place, until: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step up to version `until`."""
+    result = []
+    while trainer.version < until:
+        batches = data(trainer.version)
+        own = batches[place.data_rank :: place.data_size]
+        own += [EMPTY] * (-(-len(batches) // place.data_size) - len(own))
+        rows = sum(len(batch.rows) for batch in batches)
+        metrics = trainer.step(step_batch(trainer.version, own, rows))
+        assert metrics.tokens == rows
+        result.append((metrics.loss, metrics.grad_norm))
+    return result
+
+
+def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
+    """Train, save at SAVED_AT, go on; then resume what another layout has saved."""
+    place = parallel.start(LAYOUTS[name], seed=0)
+    config = replace(learner_config(model), parallel=LAYOUTS[name])
+    trainer = Trainer(config)
+    stored = load_file(model / "model.safetensors")
+    exported = dict(hf_weights(trainer.model))
+    exact = place.rank != 0 or (
+        exported.keys() == stored.keys() and all(torch.equal(exported[key], stored[key]) for key in stored)
+    )
+    logprobs = [tensor.tolist() for tensor in trainer.logprobs([data(0)[0]])]
+    report = {"exact": exact, "logprobs": logprobs, "steps": steps(trainer, place, SAVED_AT)}
+    checkpoint.save(trainer, results / f"{model.name}-{name}")
+    report["steps"] += steps(trainer, place, STEPS)
+    save_hf(trainer.model, results / f"{model.name}-{name}-hf", model)
+    resumed = Trainer(config)
+    for other in LAYOUTS:
+        if (results / f"{model.name}-{other}").exists():
+            checkpoint.load(resumed, results / f"{model.name}-{other}")
+            report[f"from {other}"] = steps(resumed, place, STEPS)
+    parallel_state.destroy_model_parallel()
+    return report
+
+
+def main() -> None:
+    """All models through all layouts."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    models, results = Path(sys.argv[1]), Path(sys.argv[2])
+    reports = {
+        f"{model.name} {name}": run_layout(name, model, results)
+        for model in sorted(models.iterdir())
+        for name in LAYOUTS
+    }
+    # the last stage of a pipeline is not rank 0, and only that stage knows the log-probabilities
+    everyone: list[Any] = [None, None]
+    dist.all_gather_object(everyone, {key: report["logprobs"] for key, report in reports.items()})
+    if dist.get_rank() == 0:
+        for key, report in reports.items():
+            report["logprobs"] = everyone[0][key] or everyone[1][key]
+        (results / "results.json").write_text(json.dumps(reports), encoding="utf-8")
+    dist.barrier()
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Two ranks, split by tensor, by pipeline and by data, do what one rank does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learner_ranks import LAYOUTS, SAVED_AT, STEPS, data, steps
+from safetensors.torch import load_file
+from tiny_learner import learner_config, write_model
+
+from learner import checkpoint
+from learner.errors import LearnerError
+from learner.parallel import Place, start
+from learner.trainer import Trainer
+
+HERE = Path(__file__).parent
+KINDS = ("qwen3-tied", "qwen2")
+TIMEOUT_S = 150.0
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One torchrun for all layouts: starting ranks is what takes time. (folder of models, folder of results)"""
+    models, results = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("results")
+    for kind in KINDS:
+        write_model(models / kind, kind)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(HERE / "learner_ranks.py"), str(models), str(results)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return models, results
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def runs(request: pytest.FixtureRequest, alone: Place, job: tuple[Path, Path]) -> tuple[Trainer, dict[str, Any]]:
+    """One rank's own run (after STEPS steps), and every report on the same model, `alone` among them."""
+    models, results = job
+    kind = request.param
+    everything = json.loads((results / "results.json").read_text(encoding="utf-8"))
+    reports = {name: everything[f"{kind} {name}"] for name in LAYOUTS}
+    trainer = Trainer(learner_config(models / kind))
+    own = {"logprobs": [tensor.tolist() for tensor in trainer.logprobs([data(0)[0]])]}
+    reports["alone"] = own | {"steps": steps(trainer, alone, STEPS)}
+    return trainer, reports
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_reports_the_same_steps(runs: tuple[Trainer, dict[str, Any]], layout: str) -> None:
+    _, reports = runs
+    torch.testing.assert_close(
+        torch.tensor(reports[layout]["logprobs"]), torch.tensor(reports["alone"]["logprobs"]), rtol=0.0, atol=1e-5
+    )
+    torch.testing.assert_close(
+        torch.tensor(reports[layout]["steps"]), torch.tensor(reports["alone"]["steps"]), rtol=0.0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_exports_every_weight(
+    runs: tuple[Trainer, dict[str, Any]], job: tuple[Path, Path], layout: str
+) -> None:
+    trainer, reports = runs
+    assert reports[layout]["exact"]
+    ours = load_file(job[1] / f"{trainer.config.model_path.name}-{layout}-hf" / "model.safetensors")
+    theirs = dict(_weights(trainer))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0.0, atol=2e-5)
+
+
+def _weights(trainer: Trainer) -> Any:
+    from learner.hf_io import hf_weights
+
+    return hf_weights(trainer.model)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_of_any_layout_resumes_in_any_other(
+    runs: tuple[Trainer, dict[str, Any]], job: tuple[Path, Path], alone: Place, layout: str
+) -> None:
+    trainer, reports = runs
+    expected = torch.tensor(reports["alone"]["steps"][SAVED_AT:])
+    assert len(expected) >= 3
+    for name, found in reports[layout].items():
+        if name.startswith("from "):
+            torch.testing.assert_close(torch.tensor(found), expected, rtol=0.0, atol=1e-5, msg=name)
+    # what the job saved, resumed by one rank
+    resumed = Trainer(trainer.config)
+    checkpoint.load(resumed, job[1] / f"{trainer.config.model_path.name}-{layout}")
+    torch.testing.assert_close(torch.tensor(steps(resumed, alone, STEPS)), expected, rtol=0.0, atol=1e-5)
+
+
+def test_a_world_size_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(LearnerError, match="3 learner ranks cannot hold tensor_parallel 2"):
+        start(LAYOUTS["tensor"], seed=0)
