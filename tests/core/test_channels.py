@@ -182,7 +182,7 @@ def test_sending_to_an_absent_role_says_so() -> None:
                 assert await server.send("rollout-0", Stop("hello"))
                 assert await client.receive() == Stop("hello")
             while await server.send("rollout-0", Stop("gone")):  # noqa: ASYNC110  until the socket has heard of it
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.01)
 
     play(scene)
 
