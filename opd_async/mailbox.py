@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Hashable
 from typing import Any
 
@@ -16,45 +16,52 @@ class Mailbox:
     """Messages by key. `deliver` never blocks; unread messages of one key are bounded, the oldest go first."""
 
     def __init__(self) -> None:
-        self._unread: dict[Hashable, deque[Any]] = defaultdict(lambda: deque(maxlen=MAX_UNREAD))
-        self._waiting: dict[Hashable, asyncio.Future[Any]] = {}
+        self._unread: dict[Hashable, deque[Any]] = {}
+        self._waiting: dict[Hashable, asyncio.Future[None]] = {}
         self._failure: BaseException | None = None
 
     def deliver(self, key: Hashable, message: Any) -> None:
         """Hand `message` to whoever waits for `key`, now or next."""
-        future = self._waiting.get(key)
-        if future is not None and not future.done():
-            future.set_result(message)
-        else:
-            self._unread[key].append(message)
+        self._unread.setdefault(key, deque(maxlen=MAX_UNREAD)).append(message)
+        self._wake(key)
 
     async def expect(self, key: Hashable, deadline_s: float, who: str) -> Any:
         """The next message of `key`. Raises `DeadlineError` that names `who`, or what `fail` was given.
 
         One waiter per key at a time. On cancel: the message stays.
         """
-        if self._failure is not None:
-            raise self._failure
-        if self._unread[key]:
-            return self._unread[key].popleft()
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting[key] = future
         try:
             async with asyncio.timeout(deadline_s):
-                return await future
+                while self._failure is None and key not in self._unread:
+                    self._waiting[key] = asyncio.get_running_loop().create_future()
+                    await self._waiting[key]
         except TimeoutError:
             raise DeadlineError(
                 f"waited {deadline_s:.0f} s for {who} in vain; see its log in the run's folder"
             ) from None
         finally:
             self._waiting.pop(key, None)
+        if self._failure is not None:
+            raise self._failure
+        return self._next(key)
+
+    def _next(self, key: Hashable) -> Any:
+        unread = self._unread[key]
+        message = unread.popleft()
+        if not unread:  # keys are many, one a step: none is kept for nothing
+            del self._unread[key]
+        return message
+
+    def _wake(self, key: Hashable) -> None:
+        future = self._waiting.get(key)
+        if future is not None and not future.done():
+            future.set_result(None)
 
     def fail(self, error: BaseException) -> None:
         """Every wait, now and later, raises `error` until `clear`."""
         self._failure = error
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(error)
+        for key in self._waiting:
+            self._wake(key)
 
     def clear(self) -> None:
         """Forget unread messages and the failure."""
