@@ -60,7 +60,10 @@ def load(folder: Path) -> Frontier:
     """Read what `save` wrote; `InputError` names the file when it cannot be used."""
     path = folder / FILE_NAME
     try:
-        frontier = decode(msgpack.unpackb(path.read_bytes()))
+        frames = msgpack.unpackb(path.read_bytes())
+        if not isinstance(frames, list) or not all(isinstance(frame, bytes) for frame in frames):
+            raise ValueError("not a list of frames")
+        frontier = decode(frames)
     except (OSError, ValueError, WireError) as error:
         raise InputError(f"{path}: not a readable frontier ({error}); resume from an earlier checkpoint") from None
     if not isinstance(frontier, Frontier):
