@@ -17,6 +17,7 @@ from opd_async.messages import Finish
 
 MAX_LOGPROB = 1e-3
 """Rounding may lift a logprob of nearly certain tokens a little above zero."""
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +44,15 @@ def _logprobs(entries: Sequence[Any], ids: Sequence[int], last_id: int, where: s
     """float32[n] of [logprob, id, text] entries. SGLang reports `last_id` (vocabulary size - 1) as 0 in prompts."""
     try:
         pairs = [(float(entry[0]), int(entry[1])) for entry in entries]
-    except (TypeError, ValueError, IndexError):
+    except (TypeError, ValueError, LookupError, OverflowError):
         raise EngineError(f"{where}: an entry is not [logprob, id, text]: null or wrong type") from None
     if any(got != want and not (want == last_id and got == 0) for (_, got), want in zip(pairs, ids, strict=True)):
         raise EngineError(f"{where}: token ids differ from those of the request")
-    values = np.array([logprob for logprob, _ in pairs], np.float32)
-    if not np.isfinite(values).all() or (values > MAX_LOGPROB).any():
+    values = np.array([logprob for logprob, _ in pairs], np.float64)
+    # the lower limit keeps it finite as float32, and NaN fails both comparisons
+    if not ((values >= -MAX_FLOAT32) & (values <= MAX_LOGPROB)).all():
         raise EngineError(f"{where}: a logprob is not a finite number <= 0")
-    return np.minimum(values, np.float32(0.0))
+    return np.minimum(values, 0.0).astype(np.float32)
 
 
 def parse_delta(event: Any, vocab_size: int) -> Delta:
