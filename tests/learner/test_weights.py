@@ -1,0 +1,196 @@
+"""Weights reach two engines, proven by version and checksum, and every failure names its engine and can be undone."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Timer
+
+import pytest
+import torch
+from tiny_learner import VOCAB, learner_config, write_model
+from torch import Tensor
+
+from learner.engine_http import EngineAddress, call
+from learner.errors import WeightSyncError
+from learner.hf_io import hf_weights
+from learner.parallel import Place
+from learner.trainer import Trainer
+from learner.weights import SendReport, WeightSender
+
+START_SECONDS = 90.0
+TIMEOUT_S = 20.0
+groups = (f"group-{number}" for number in itertools.count())
+
+
+class Engine:
+    """One engine process."""
+
+    def __init__(self, model: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        self.address = EngineAddress(f"http://127.0.0.1:{port}", 1, "admin", "user")
+        options = {"model-path": model, "port": port, "api-key": "user", "admin-api-key": "admin", "weight-timeout": 20}
+        flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "actors.engine.server", *flags],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def wait_until_ready(self) -> None:
+        assert self.process.stdout is not None
+        deadline = Timer(START_SECONDS, self.process.kill)
+        deadline.start()
+        assert "ready" in self.process.stdout.readline()
+        deadline.cancel()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@contextmanager
+def engines_of(model: Path, count: int) -> Iterator[list[Engine]]:
+    """Engines that start side by side."""
+    with ExitStack() as stack:
+        started = [Engine(model) for _ in range(count)]
+        for engine in started:
+            stack.callback(engine.close)
+        for engine in started:
+            engine.wait_until_ready()
+        yield started
+
+
+@pytest.fixture(scope="module")
+def trainer(alone: Place, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return Trainer(learner_config(write_model(tmp_path_factory.mktemp("student"), "qwen3-tied")))
+
+
+@pytest.fixture(scope="module")
+def pair(trainer: Trainer) -> Iterator[list[EngineAddress]]:
+    """Two engines that outlive what their tests do to them."""
+    with engines_of(trainer.config.model_path, 2) as engines:
+        yield [engine.address for engine in engines]
+
+
+def sender_to(engines: list[EngineAddress]) -> WeightSender:
+    """Buckets so small that an update has several."""
+    return WeightSender(engines, backend="gloo", bind_host="127.0.0.1", bucket_bytes=20_000, timeout_s=TIMEOUT_S)
+
+
+def test_an_update_is_loaded_by_every_engine(trainer: Trainer, pair: list[EngineAddress]) -> None:
+    with sender_to(pair) as sender:
+        sender.connect(next(groups))
+        first = sender.send(hf_weights(trainer.model), 1)
+        assert first.version == 1
+        assert first.bytes == sum(parameter.nbytes for parameter in trainer.model.parameters())
+        with torch.no_grad():
+            trainer.model.decoder.final_layernorm.weight.add_(0.5)
+        for engine in pair:
+            sender.verify(engine, first)
+        second = sender.send(hf_weights(trainer.model), 2)
+        for engine in pair:
+            sender.verify(engine, second)
+        changed = {name for name in first.checksums if first.checksums[name] != second.checksums[name]}
+        assert changed == {"model.norm.weight"}
+        with pytest.raises(WeightSyncError, match=f"{pair[1].url} says weight version 2 after 1 was sent"):
+            sender.verify(pair[1], first)
+        with pytest.raises(WeightSyncError, match=r"holds model.norm.weight with checksum"):
+            sender.verify(pair[0], replace(first, version=2))
+
+
+def test_a_report_without_checksums_proves_the_version_only(trainer: Trainer, pair: list[EngineAddress]) -> None:
+    with sender_to(pair) as sender:
+        sender.connect(next(groups))
+        report = sender.send(hf_weights(trainer.model), 3, checksums=False)
+        assert report.checksums == {}
+        sender.verify(pair[0], report)
+
+
+def test_sending_without_a_group_says_what_to_do(trainer: Trainer, pair: list[EngineAddress]) -> None:
+    with sender_to(pair) as sender, pytest.raises(WeightSyncError, match=r"call connect\(\)"):
+        sender.send(hf_weights(trainer.model), 4)
+
+
+def assert_recovers(sender: WeightSender, trainer: Trainer, version: int) -> SendReport:
+    """After a failure, a new group and a new update go through."""
+    assert not sender.connected
+    sender.connect(next(groups))
+    report = sender.send(hf_weights(trainer.model), version)
+    for engine in sender.engines:
+        sender.verify(engine, report)
+    return report
+
+
+def test_a_refused_session_stops_the_update_before_anything_is_sent(
+    trainer: Trainer, pair: list[EngineAddress]
+) -> None:
+    with sender_to(pair) as sender:
+        sender.connect(next(groups))
+        call(pair[1], "POST", "/begin_weight_update", {}, timeout_s=TIMEOUT_S)  # somebody else's
+        weights = hf_weights(trainer.model)
+        with pytest.raises(WeightSyncError, match=f"{pair[1].url} refused POST /begin_weight_update"):
+            sender.send(weights, 5)
+        assert next(weights, None) is None  # run to the end: other ranks take part in it
+        assert_recovers(sender, trainer, 6)
+
+
+def test_a_tensor_that_an_engine_refuses_ends_the_update(trainer: Trainer, pair: list[EngineAddress]) -> None:
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        yield from hf_weights(trainer.model)
+        yield "model.no_such.weight", torch.zeros(VOCAB)
+
+    with sender_to(pair) as sender:
+        sender.connect(next(groups))
+        with pytest.raises(WeightSyncError, match=r"refused POST /update_weights_from_distributed: .*no_such"):
+            sender.send(weights(), 7)
+        assert_recovers(sender, trainer, 8)
+
+
+def test_dead_engines_are_named_and_their_successors_join(trainer: Trainer) -> None:
+    with engines_of(trainer.config.model_path, 3) as engines:
+        first, second, successor = engines
+        with sender_to([first.address, second.address]) as sender:
+            sender.connect(next(groups))
+
+            def dies_midway() -> Iterator[tuple[str, Tensor]]:
+                for index, item in enumerate(hf_weights(trainer.model)):
+                    if index == 6:
+                        first.kill()
+                    yield item
+
+            with pytest.raises(WeightSyncError, match=f"{first.address.url} did not answer"):
+                sender.send(dies_midway(), 1)
+            assert not sender.connected
+            with pytest.raises(WeightSyncError, match=f"{first.address.url} did not answer GET /model_info"):
+                sender.connect(next(groups))
+        with sender_to([successor.address, second.address]) as sender:
+            assert_recovers(sender, trainer, 2)
+
+
+def test_an_engine_that_does_not_join_is_named(trainer: Trainer, pair: list[EngineAddress]) -> None:
+    """A wrong admin key is refused at once, while the other engine waits for the group to fill up."""
+    stranger = replace(pair[1], admin_key="wrong")
+    with WeightSender(
+        [pair[0], stranger], backend="gloo", bind_host="127.0.0.1", bucket_bytes=1, timeout_s=3.0
+    ) as sender:
+        with pytest.raises(
+            WeightSyncError, match=f"{stranger.url} refused POST /init_weights_update_group: status 401"
+        ):
+            sender.connect(next(groups))
+        assert not sender.connected
