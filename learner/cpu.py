@@ -59,6 +59,22 @@ def quiet() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Make `torch.compile` the identity inside the block where there is no CUDA.
+
+    megatron-core decorates its fused functions with it at import, which loads the whole compiler: a second of every
+    start, for functions that the learner does not use.
+    """
+    compiler = torch.compile
+    if not torch.cuda.is_available():
+        torch.compile = lambda function, *args, **kwargs: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
 def this_device() -> torch.device:
     """The device of this rank: the current CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
@@ -69,7 +85,7 @@ def import_megatron() -> None:
 
     Idempotent. The import warns about Transformer Engine and Apex, which the learner does not use.
     """
-    with quiet():
+    with quiet(), _without_compiler():
         importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")  # brings all that the learner uses with it
         megatron_random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     # megatron-core 0.16.1 calls functions that torch 2.13 deprecates: nothing that a user could act on
