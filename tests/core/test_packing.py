@@ -1,0 +1,143 @@
+"""Packing: nothing is lost, rows predict their targets, and ranks work in step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd_async.assembly import Segment
+from opd_async.batches import MicroBatch, StepBatch
+from opd_async.packing import from_message, micro_batch, pack, to_message
+from opd_async.wire import decode, encode
+
+VERSION = 7
+
+
+def segment(sample_id: int, prompt: int, start: int, count: int) -> Segment:
+    """Every token, logprob and version tells which sample and position it belongs to."""
+    end = start + count
+    rng = np.random.default_rng(sample_id)
+    return Segment(
+        sample_id,
+        prompt,
+        start,
+        end,
+        bool(rng.integers(2)),
+        (1000 * sample_id + np.arange(prompt + end)).astype(np.int32),
+        rng.uniform(-5, 0, count).astype(np.float32),
+        rng.uniform(-5, 0, count).astype(np.float32),
+        np.sort(rng.integers(3, VERSION + 1, count)).astype(np.int32),
+    )
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[list[Segment], int, int]:
+    """(segments, ranks, micro_batch_tokens)"""
+    sizes = draw(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 20), st.integers(1, 20)), max_size=12))
+    segments = [segment(index, *size) for index, size in enumerate(sizes)]
+    return segments, draw(st.integers(1, 4)), draw(st.integers(1, 60))
+
+
+def sequences(mb: MicroBatch) -> list[slice]:
+    return [slice(a, b) for a, b in zip(mb.cu_seqlens[:-1], mb.cu_seqlens[1:], strict=True)]
+
+
+def trained(batches: Sequence[StepBatch]) -> list[tuple[int, float, float, int]]:
+    """(target, behaviour, teacher, staleness) of every row, by brute force."""
+    rows = []
+    for mb in (mb for batch in batches for mb in batch.micro_batches):
+        for i, row in enumerate(mb.rows.tolist()):
+            inside = [s for s in sequences(mb) if s.start <= row < s.stop - 1]
+            assert len(inside) == 1, "a row and its target lie in one sequence"
+            behaviour, teacher = float(mb.behaviour_logprobs[i]), float(mb.teacher_logprobs[i])
+            rows.append((int(mb.token_ids[row + 1]), behaviour, teacher, int(mb.staleness[i])))
+    return sorted(rows)
+
+
+def wanted(segments: Sequence[Segment]) -> list[tuple[int, float, float, int]]:
+    return sorted(
+        (
+            int(s.token_ids[s.prompt_tokens + s.start + i]),
+            float(s.behaviour_logprobs[i]),
+            float(s.teacher_logprobs[i]),
+            VERSION - int(s.versions[i]),
+        )
+        for s in segments
+        for i in range(s.end - s.start)
+    )
+
+
+def assert_same(left: StepBatch, right: StepBatch) -> None:
+    assert (left.version, left.loss_tokens) == (right.version, right.loss_tokens)
+    assert len(left.micro_batches) == len(right.micro_batches)
+    for one, two in zip(left.micro_batches, right.micro_batches, strict=True):
+        for field in dataclasses.fields(MicroBatch):
+            a, b = getattr(one, field.name), getattr(two, field.name)
+            assert a.dtype == b.dtype, field.name
+            np.testing.assert_array_equal(a, b, field.name)
+
+
+@settings(max_examples=120, deadline=None)
+@given(steps())
+def test_every_row_once_and_ranks_in_step(step: tuple[list[Segment], int, int]) -> None:
+    segments, ranks, micro_batch_tokens = step
+    batches = pack(segments, VERSION, ranks, micro_batch_tokens)
+    assert len(batches) == ranks
+    assert len({len(batch.micro_batches) for batch in batches}) == 1
+    assert {batch.loss_tokens for batch in batches} == {sum(s.end - s.start for s in segments)}
+    assert trained(batches) == wanted(segments)
+    for mb in (mb for batch in batches for mb in batch.micro_batches):
+        assert len(mb.token_ids) <= micro_batch_tokens or len(sequences(mb)) == 1
+        assert np.all(np.diff(mb.rows) > 0)
+        assert not mb.advantages.any()
+        for piece in sequences(mb):
+            sample_id = int(mb.token_ids[piece.start]) // 1000
+            np.testing.assert_array_equal(mb.token_ids[piece], segments[sample_id].token_ids)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps(), st.randoms(use_true_random=False))
+def test_the_result_does_not_depend_on_the_order(step: tuple[list[Segment], int, int], random: object) -> None:
+    segments, ranks, micro_batch_tokens = step
+    shuffled = list(segments)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    for one, two in zip(
+        pack(segments, VERSION, ranks, micro_batch_tokens),
+        pack(shuffled, VERSION, ranks, micro_batch_tokens),
+        strict=True,
+    ):
+        assert_same(one, two)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps())
+def test_survives_the_wire(step: tuple[list[Segment], int, int]) -> None:
+    for batch in pack(step[0], VERSION, step[1], step[2]):
+        frames = [bytes(frame) for frame in encode(to_message(batch))]
+        assert_same(batch, from_message(decode(frames)))
+
+
+def test_the_first_row_predicts_the_first_response_token() -> None:
+    mb = micro_batch([segment(1, 3, 0, 2), segment(2, 2, 1, 2)], VERSION)
+    assert mb.token_ids.tolist() == [1000, 1001, 1002, 1003, 1004, 2000, 2001, 2002, 2003, 2004]
+    assert mb.cu_seqlens.tolist() == [0, 5, 10]
+    assert mb.rows.tolist() == [2, 3, 7, 8]
+    assert mb.token_ids[mb.rows + 1].tolist() == [1003, 1004, 2003, 2004]
+
+
+def test_a_step_without_segments_keeps_every_rank_in_step() -> None:
+    for batch in pack([], VERSION, 3, 16):
+        assert batch.loss_tokens == 0
+        (mb,) = batch.micro_batches
+        assert (len(mb.token_ids), len(mb.rows), mb.cu_seqlens.tolist()) == (0, 0, [0])
+        assert_same(batch, from_message(decode([bytes(frame) for frame in encode(to_message(batch))])))
+
+
+def test_ranks_share_the_load() -> None:
+    segments = [segment(i, 2, 0, 30) for i in range(16)]
+    loads = [sum(len(mb.token_ids) for mb in b.micro_batches) for b in pack(segments, VERSION, 4, 64)]
+    assert loads == [128] * 4
