@@ -16,8 +16,9 @@ from pathlib import Path
 
 import uvloop
 
+from opd_async import checkpoints
 from opd_async.conductor import Conductor, Inputs, InterruptedRun, Signals
-from opd_async.errors import InputError
+from opd_async.errors import InputError, OpdError
 from opd_async.planning import describe_plan, make_plan
 from opd_async.plots import learning_curve
 from opd_async.process import configure_logging, leaves, report_failure
@@ -82,6 +83,8 @@ def launch(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         echo(describe_plan(plan))
         return
+    if arguments.resume:
+        checkpoints.latest(plan.run_folder / "checkpoints")  # a checkpoint that was cut short is an error by itself
     with prepare(plan, arguments.resume, arguments.overwrite) as folder:
         signals = Signals()
         conductor = Conductor(plan, inputs, echo, signals)
@@ -115,11 +118,19 @@ def main() -> None:
     try:
         launch(arguments)
     except Exception as error:  # the edge of the process: every error becomes an exit code
-        stops = [cause for cause in leaves(error) if isinstance(cause, InterruptedRun)]
-        if not stops:
-            sys.exit(report_failure(error))
-        echo(str(stops[0]))
-        sys.exit(InterruptedRun.exit_code)
+        sys.exit(explain(error))
+
+
+def explain(error: BaseException) -> int:
+    """Print why the run ended, with line breaks where the message has them; returns the exit code."""
+    causes = list(leaves(error))
+    if not all(isinstance(cause, OpdError) for cause in causes):
+        return report_failure(error)
+    first = next((cause for cause in causes if not isinstance(cause, InterruptedRun)), causes[0])
+    for message in dict.fromkeys(str(cause) for cause in causes):
+        print(message if isinstance(first, InterruptedRun) else f"error: {message}", file=sys.stderr, flush=True)
+    assert isinstance(first, OpdError)
+    return first.exit_code
 
 
 if __name__ == "__main__":
