@@ -85,10 +85,12 @@ class Generation:
         return last is not None and int(last) in token_ids
 
     def take(self, delta: Delta, on_teacher: bool, stop_token_ids: tuple[int, ...]) -> int:
-        """Add streamed tokens; returns how many. `EngineError` when they were not made by weights of the learner."""
+        """Add streamed tokens; returns how many. `EngineError` when they were not made by the weights of the last
+        `Resume`: tokens of older weights that come late are in no mark, and could be trained too late."""
         if len(delta.token_ids):
-            if not on_teacher and not delta.weight_version.isdecimal():
-                raise EngineError(f"weight_version: {delta.weight_version!r} is not one that the learner sent")
+            expected = str(self.student.version)
+            if not on_teacher and delta.weight_version != expected:
+                raise EngineError(f"weight_version: {delta.weight_version!r} where the learner sent {expected}")
             self._made_at = time.time()
             self._tokens.append(delta.token_ids)
             self._pending.append(delta)
