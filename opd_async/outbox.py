@@ -99,10 +99,6 @@ class Outbox:
         """(sample, attempt, end) of every sample here: the tokens that exist of it."""
         return [(sample_id, entry.attempt, entry.end) for sample_id, entry in self._entries.items()]
 
-    def close(self, sample_id: int) -> None:
-        """Forget a sample that was taken away from this actor."""
-        self._entries.pop(sample_id, None)
-
     def clear(self) -> None:
         """Forget every sample."""
         self._entries.clear()
