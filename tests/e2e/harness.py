@@ -40,7 +40,7 @@ def make_inputs(folder: Path) -> Path:
             intermediate_size=2 * hidden,
             num_hidden_layers=2,
             num_attention_heads=2,
-            num_key_value_heads=1,
+            num_key_value_heads=2,
             head_dim=16,
             max_position_embeddings=512,
             tie_word_embeddings=True,

@@ -1,0 +1,65 @@
+"""A few steps of the quickstart, and the pipeline with several learner ranks, engines and actors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Launch, check_trained, topology, write_topology
+
+
+def test_quickstart_in_small(tmp_path: Path) -> None:
+    make_data = [sys.executable, "examples/addition/make_data.py", "--out", str(tmp_path), "--train", "2000"]
+    subprocess.run([*make_data, "--held-out", "100"], cwd=ROOT, check=True, timeout=60)
+    changes = {
+        "run_dir": tmp_path,
+        "data.train.path": tmp_path / "train.jsonl",
+        "data.held_out.path": tmp_path / "held_out.jsonl",
+        "schedule.steps": 4,
+        "schedule.tokens_per_step": 2048,
+        "rollout.slots": 64,
+        "learner.optimizer.warmup_steps": 1,
+        "evaluation.every_steps": 2,
+        "evaluation.prompts": 100,
+        "evaluation.during_prompts": 32,
+    }
+    options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    file = tmp_path / "quickstart.yaml"
+    file.write_text((ROOT / "examples" / "quickstart.yaml").read_text())
+    with Launch(file, *options) as run:
+        assert run.wait() == 0, run.text()
+    folder = tmp_path / "quickstart"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["teacher"]["pass_at_1"] >= 0.95 and report["teacher"]["pass_at_1_greedy"] >= 0.97
+    assert 0.4 <= report["student_before"]["pass_at_1"] <= 0.8
+    assert report["student_after"]["prompts"] == 100
+    assert report["staleness"]["max"] <= 1
+    assert report["score_latency"]["p99_s"] >= report["score_latency"]["p50_s"] > 0
+    assert report["weight_sync"]["blocked_s"] > 0 and 0 < report["prefix_hit_share"] < 1
+    for stage in ("rollout", "teacher", "learner"):
+        assert report["stages"][stage]["tokens_per_s"] > 0 and 0 <= report["stages"][stage]["idle_share"] <= 1
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "export" / "model.safetensors").is_file() and (folder / "export" / "tokenizer.json").is_file()
+    assert [row["step"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())].count(2) == 2
+    check_trained(folder, 1, 4)
+
+
+@pytest.mark.parametrize("train_on", ["tokens", "samples"])
+def test_several_of_everything(inputs: Path, tmp_path: Path, train_on: str) -> None:
+    values = topology(inputs, tmp_path, schedule__steps=4)
+    values["learner"] |= {"data_parallel": 2, "tensor_parallel": 2 if train_on == "tokens" else 1}
+    values["schedule"] |= {"train_on": train_on, "samples_per_step": 4}
+    for side in ("student", "teacher"):
+        values["engines"][side]["replicas"] = 2
+    values["rollout"] |= {"replicas": 2, "group_size": 2}
+    values["teacher"] |= {"replicas": 2}
+    with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
+        assert run.wait() == 0, run.text()
+    ranges = check_trained(tmp_path / "run", 1, 4)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["restarts"] == {}
+    if train_on == "samples":
+        assert sorted(ranges) == list(range(16)) and report["cuts"] == 0
