@@ -1,12 +1,17 @@
 # Two commands: `make quickstart` and `make test`. Both create .venv from the tested pins on first use.
+# With `ENGINE=sglang` the quickstart runs on real SGLang servers, in an environment of their own (.venv-sglang).
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+ENGINE ?= embedded
+SGLANG_VERSION ?= 0.5.23
+SGLANG := .venv-sglang
+SGLANG_STAMP := $(SGLANG)/.installed-$(SGLANG_VERSION)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint format install clean
+.PHONY: quickstart test lint format install sglang clean
 
 quickstart: install
 	$(BIN)/python examples/addition/make_data.py
@@ -26,6 +31,13 @@ format: install
 
 install: $(STAMP)
 
+sglang: $(SGLANG_STAMP)
+
+$(SGLANG_STAMP): engines/sglang/install.sh requirements/sglang-$(SGLANG_VERSION).txt
+	PYTHON=$(PYTHON) engines/sglang/install.sh $(SGLANG) $(SGLANG_VERSION)
+	rm -f $(SGLANG)/.installed-*
+	touch $@
+
 $(STAMP): pyproject.toml requirements/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
@@ -33,4 +45,4 @@ $(STAMP): pyproject.toml requirements/cpu.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(SGLANG) runs
