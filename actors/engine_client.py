@@ -6,7 +6,6 @@ engine abort the request.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.replies import Delta, Scores, parse_delta, parse_scores
-from opd_async.errors import DeadlineError, EngineError
+from opd_async.errors import EngineError
 
 CONTROL_DEADLINE_S = 120.0
 IDLE_DEADLINE_S = 300.0
 """A stream or a scoring request that shows no sign of life for this long has failed."""
-POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,22 +115,6 @@ class EngineClient:
     async def resume(self) -> None:
         """Go on generating; harmless when the engine is not paused."""
         await self._post("/continue_generation", {}, self._admin_headers, CONTROL_DEADLINE_S)
-
-    async def wait_until_ready(self, deadline_s: float) -> None:
-        """Return once the engine answers; `DeadlineError` names it when it does not."""
-        loop = asyncio.get_running_loop()
-        give_up = loop.time() + deadline_s
-        timeout = aiohttp.ClientTimeout(total=5.0)
-        while True:
-            try:
-                async with self._session.get(f"{self.url}/ready", headers=self._headers, timeout=timeout) as response:
-                    if response.status == 200:
-                        return
-            except (aiohttp.ClientError, TimeoutError, ConnectionError):
-                pass
-            if loop.time() > give_up:
-                raise DeadlineError(f"engine {self.url} did not become ready within {deadline_s:.0f} s; see its log")
-            await asyncio.sleep(POLL_S)
 
     async def _post(self, path: str, body: dict[str, Any], headers: dict[str, str], deadline_s: float) -> Any:
         timeout = aiohttp.ClientTimeout(total=deadline_s)

@@ -32,6 +32,7 @@ from opd_async.batching import ScoreItem, TokenBudgetBatcher
 from opd_async.channels import Pull, Push
 from opd_async.errors import EngineError
 from opd_async.plan import RoleKind
+from opd_async.probe import wait_until_ready
 from opd_async.process import run_role
 from opd_async.role import IdleClock, Role, role_arguments
 
@@ -73,8 +74,13 @@ class TeacherActor:
     async def prepare(self) -> None:
         """Wait for the engines and check that each is a sane teacher, before any chunk is scored."""
         for client in self._clients:
-            await client.wait_until_ready(self._role.plan.topology.supervisor.start_deadline_s)
+            await self._ready(client)
             await check_teacher(client, self._role.plan.vocab_size)
+
+    async def _ready(self, client: EngineClient) -> None:
+        topology = self._role.plan.topology
+        api_key = topology.engines.teacher.api_key
+        await wait_until_ready(client.url, "the teacher engine", topology.supervisor.start_deadline_s, api_key)
 
     async def receive(self) -> None:
         """Take chunks in; wait while too much is queued."""
@@ -175,7 +181,7 @@ class TeacherActor:
                 self._metrics["opd_teacher_retries_total"].inc()
                 log.warning("scoring failed (%d): %s", failures, error)
                 if failures > self._settings.request_retries:
-                    await client.wait_until_ready(self._role.plan.topology.supervisor.start_deadline_s)
+                    await self._ready(client)
                 if failures > 2 * self._settings.request_retries:
                     text = f"the teacher engine cannot score, {failures} tries, last: {error}"
                     await self._role.control.send(m.Failure(self._role.name, text))

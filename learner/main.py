@@ -201,9 +201,9 @@ class Rank:
         if self._sender is not None:
             self._sender.close()
         topology = self._plan.topology
-        device = this_device()
+        device, keys = this_device(), topology.engines.student
         self._sender = WeightSender(
-            [EngineAddress(url, 1, command.admin_key) for url in command.engines],
+            [EngineAddress(url, 1, keys.admin_api_key or keys.api_key, keys.api_key) for url in command.engines],
             backend="nccl" if device.type == "cuda" else "gloo",
             bind_host=topology.network.bind,
             bucket_bytes=topology.learner.bucket_mib * MIB,

@@ -1,14 +1,10 @@
-"""Is a response right, and how sure is a pass rate."""
+"""Is a response right."""
 
 from __future__ import annotations
 
-import math
 import re
 
 from opd_async.errors import InputError
-
-_Z_95 = 1.959963984540054
-"""97.5 % quantile of the normal distribution."""
 
 
 class AnswerChecker:
@@ -31,22 +27,3 @@ class AnswerChecker:
             return False
         match = self._pattern.search(response_text)
         return match is not None and match.group(1) == label
-
-
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """95 % score interval of a success rate (Wilson 1927), as shares in [0, 1]; (0, 1) when n is 0.
-
-    centre = (p + z^2/2n) / (1 + z^2/n), half width = z/(1 + z^2/n) * sqrt(p(1-p)/n + z^2/4n^2).
-    Raises `ValueError` unless 0 <= successes <= n.
-    """
-    if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n}")
-    if n == 0:
-        return 0.0, 1.0
-    rate = successes / n
-    scale = 1 + _Z_95**2 / n
-    centre = (rate + _Z_95**2 / (2 * n)) / scale
-    half = _Z_95 / scale * math.sqrt(rate * (1 - rate) / n + _Z_95**2 / (4 * n * n))
-    # At 0 and n successes the formula gives exactly 0 and 1, which rounding may miss by one part in 10^17.
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    return low, 1.0 if successes == n else min(1.0, centre + half)

@@ -79,7 +79,7 @@ def launch(arguments: argparse.Namespace) -> None:
     """Everything that the command line asks for; raises `OpdError`."""
     topology = check(arguments.topology, arguments.set)
     inputs = read_inputs(topology)
-    plan = make_plan(topology, arguments.resume)
+    plan = make_plan(topology)
     if arguments.dry_run:
         echo(describe_plan(plan))
         return

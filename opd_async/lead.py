@@ -157,10 +157,9 @@ class Lead:
         """Stop generation, send the learner's weights to every student engine, go on; returns their version."""
         hub = self._hub
         owed = await hub.barrier.close()
-        key = self._topology.engines.student.admin_api_key or self._topology.engines.student.api_key
         for attempt in range(1, SYNC_TRIES + 1):
             group = f"opd-{hub.engine_group}"
-            reply = await self._send(m.SyncWeights(group, list(hub.plan.student_engines), key, verify or attempt > 1))
+            reply = await self._send(m.SyncWeights(group, list(hub.plan.student_engines), verify or attempt > 1))
             if reply.error is None:
                 break
             self._progress.say(f"weights were not sent ({reply.error}); trying again")

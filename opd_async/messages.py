@@ -390,7 +390,6 @@ class SyncWeights:
 
     group: str
     engines: list[str]
-    admin_key: str | None
     verify: bool
 
 

@@ -44,8 +44,6 @@ class Plan(Section):
 
     topology: Topology
     run_folder: Path
-    resume: bool = False
-    """Go on from the newest complete checkpoint in the run folder, where there is one."""
     control: str
     """ZeroMQ endpoint of the coordinator (ROUTER)."""
     coordinator_metrics_port: int

@@ -34,7 +34,7 @@ _PURPOSES = {
 }
 
 
-def make_plan(topology: Topology, resume: bool = False) -> Plan:
+def make_plan(topology: Topology) -> Plan:
     """Resolve every process, port and endpoint of a valid topology (see `opd_async.validation`).
 
     With `network.base_port` 0 the ports are free at this moment, else consecutive from it in the order of
@@ -55,7 +55,6 @@ def make_plan(topology: Topology, resume: bool = False) -> Plan:
     return Plan(
         topology=topology,
         run_folder=topology.folder,
-        resume=resume,
         control=f"tcp://{host}:{ports[COORDINATOR, 'control']}",
         coordinator_metrics_port=ports[COORDINATOR, "metrics"],
         scored=endpoints(RoleKind.INTAKE, "scored", "tcp")[0],

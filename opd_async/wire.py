@@ -36,16 +36,15 @@ class _Accepted(typing.NamedTuple):
     elements: tuple[type, ...] = ()
 
     def admits(self, value: Any) -> bool:
-        """Whether `value` has one of the types; a bool is no number."""
-        if not _is_one_of(value, self.types):
-            return False
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        keys = value if isinstance(value, dict) else ()
-        return all(_is_one_of(item, self.elements) for item in inside) and all(isinstance(key, str) for key in keys)
-
-
-def _is_one_of(value: Any, accepted: tuple[type, ...]) -> bool:
-    return isinstance(value, accepted) and (bool in accepted or not isinstance(value, bool))
+        """Whether `value` has one of the types, exactly: a bool is no number. MessagePack makes no subclasses."""
+        kind = type(value)
+        if kind is dict:
+            value, keys = value.values(), value
+            if any(type(key) is not str for key in keys):
+                return False
+        if kind is dict or kind is list:
+            return kind in self.types and all(type(item) in self.elements for item in value)
+        return kind in self.types
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

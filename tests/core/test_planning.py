@@ -38,7 +38,6 @@ def test_roles_come_in_start_order_with_their_ports(tmp_path: Path) -> None:
         f"http://127.0.0.1:{role.ports['http']}" for role in plan.of_kind(RoleKind.STUDENT_ENGINE)
     )
     assert plan.run_folder == tmp_path / "runs" / "small"
-    assert not plan.resume and make_plan(plan.topology, resume=True).resume
 
 
 def test_explicit_ports_are_consecutive(tmp_path: Path) -> None:
