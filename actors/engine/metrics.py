@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import generate_latest
+
+from opd_async.metrics import RoleMetrics
 
 
 class EngineMetrics:
-    """Counters and gauges named `opd_engine_<what>_<unit>`."""
+    """The `opd_engine_*` part of the catalogue in `opd_async.metrics`, by short names."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.running = self._gauge("running_requests", "Requests that hold KV")
-        self.waiting = self._gauge("waiting_requests", "Requests in the queue")
-        self.kv_used = self._gauge("kv_used_tokens", "KV slots held by running requests")
-        self.kv_cached = self._gauge("kv_cached_tokens", "KV slots that only the prefix cache holds")
-        self.generated = self._counter("generated_tokens", "Tokens sampled")
-        self.prompt = self._counter("prompt_tokens", "Prompt tokens of admitted requests")
-        self.cached = self._counter("cached_tokens", "Prompt tokens served from the prefix cache")
-        self.requests = self._counter("finished_requests", "Requests that finished or were aborted")
-        self.retractions = self._counter("retracted_requests", "Times that a request lost its KV")
-        self.busy = self._counter("busy_seconds", "Time spent in model steps")
-        self.steps = self._counter("steps", "Model steps")
-        self.weight_load = Histogram(
-            "opd_engine_weight_load_seconds", "Time to receive and load weights", registry=self.registry
-        )
+        metrics = RoleMetrics("engine")
+        self.registry = metrics.registry
+        self.running = metrics["opd_engine_running_requests"]
+        self.waiting = metrics["opd_engine_waiting_requests"]
+        self.kv_used = metrics["opd_engine_kv_used_tokens"]
+        self.kv_cached = metrics["opd_engine_kv_cached_tokens"]
+        self.generated = metrics["opd_engine_generated_tokens_total"]
+        self.prompt = metrics["opd_engine_prompt_tokens_total"]
+        self.cached = metrics["opd_engine_cached_tokens_total"]
+        self.requests = metrics["opd_engine_finished_requests_total"]
+        self.retractions = metrics["opd_engine_retracted_requests_total"]
+        self.busy = metrics["opd_engine_busy_seconds_total"]
+        self.steps = metrics["opd_engine_steps_total"]
+        self.weight_load = metrics["opd_engine_weight_load_seconds"]
 
     def render(self) -> bytes:
         """The text exposition of all metrics."""
         return generate_latest(self.registry)
-
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"opd_engine_{name}", text, registry=self.registry)
-
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"opd_engine_{name}", text, registry=self.registry)

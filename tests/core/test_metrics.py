@@ -37,7 +37,7 @@ def samples(text: str) -> dict[str, float]:
 
 
 def test_roles() -> None:
-    assert ROLES == ("coordinator", "rollout", "teacher", "intake", "learner")
+    assert ROLES == ("coordinator", "rollout", "engine", "teacher", "intake", "learner")
 
 
 @pytest.mark.parametrize("metric", CATALOGUE, ids=lambda metric: metric.name)
