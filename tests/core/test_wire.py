@@ -165,7 +165,9 @@ def test_dictionaries_are_checked_inside(counters: Any) -> None:
 
 @pytest.mark.parametrize("engines", [[1], ["a", None], "http://a", {"a": "b"}])
 def test_lists_are_checked_inside(engines: Any) -> None:
-    frames = encode(m.SyncWeights("g", ["a"], None, False))
+    hints = typing.get_type_hints(m.SyncWeights)
+    plain = m.SyncWeights(**{name: (typing.get_origin(hint) or hint)() for name, hint in hints.items()})
+    frames = encode(plain)
     with pytest.raises(WireError, match="engines"):
         decode(with_header(frames, 2, header_of(frames)[2] | {"engines": engines}))
 
