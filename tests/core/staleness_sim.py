@@ -13,15 +13,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from staleness_oracle import BrokenInvariant, Oracle, Row
+from staleness_intake import SimIntake
+from staleness_oracle import BrokenInvariant, Oracle
 from staleness_parts import SimActor, SimTeacher
 
 from opd_async import frontier
 from opd_async import messages as m
-from opd_async.assembly import Sample, Verdict
 from opd_async.leases import LeaseBook, PromptOrder
 from opd_async.schedule import DeadlineCuts, Planner, WholeSamples
 from opd_async.topology import ScheduleSection, TrainOn
@@ -83,30 +82,22 @@ class Simulation:
         self._teachers = [SimTeacher(i, setup.batch_tokens) for i in wires]
         self._scored: list[m.ScoredChunk] = []
         self._done: deque[m.LeaseDone] = deque()
-        self._checkpoint = frontier.empty(0)
-        self._begin(0)
+        self._begin(frontier.empty(0), 0)
         often: list[Callable[[int], None]] = [self.generate, self.carry, self.score, self.deliver, self.plan]
         seldom = [self.lease, self.acknowledge, self.to_intake, self.to_coordinator, self.to_actor, self.train]
         rare = [self.kill_actor, self.start_actor, self.restart_teacher, self.duplicate, self.lose, self.tick]
         self.events = [lambda _: None, *often * 8, *seldom * 8, *rare, self.save, self.save, self.restart_intake]
 
-    def _begin(self, floor: int) -> None:
+    def _begin(self, state: m.Frontier, floor: int) -> None:
         """Everything that starts anew from a checkpoint."""
-        state = self._checkpoint
         self._floor = floor
-        self._assembler = frontier.restore(state, floor)
+        self._intake = SimIntake(state, floor, self._planner, self.oracle)
         self._book = LeaseBook(state, self._order, self.setup.schedule(), self.setup.slots, floor)
-        self._intake_version: int | None = None
-        self._drain_asked = False
-        self._touched: set[int] = set()
-        self._finished: dict[int, tuple[int, int, int]] = {}
         self._training: int | None = None
         self._started: int | None = None
         self._save_next = False
         self._owed: list[tuple[int, int, int]] | None = None
         self._next_owed: list[tuple[int, int, int]] = []
-        self._intake_inbox: deque[tuple[Any, ...]] = deque([("version", state.version, [])])
-        self._coordinator_inbox: deque[tuple[Any, ...]] = deque()
         self._open(state.version)
 
     def run(self, schedule: bytes) -> None:
@@ -166,7 +157,7 @@ class Simulation:
             for wire in actor.wires:
                 wire.clear()
         held = [(spec.sample_id, spec.attempt) for spec in self._book.held_by(str(actor.index))]
-        self._intake_inbox.append(("reclaim", held))
+        self._intake.inbox.append(("reclaim", held))
 
     def start_actor(self, argument: int) -> None:
         """A dead actor is back."""
@@ -195,73 +186,33 @@ class Simulation:
     def deliver(self, argument: int) -> None:
         """Any scored chunk under way arrives."""
         if self._scored:
-            self._receive(self._scored.pop(argument % len(self._scored)))
+            self._intake.receive(self._scored.pop(argument % len(self._scored)))
 
     def duplicate(self, argument: int) -> None:
         """Any scored chunk under way arrives and is still under way."""
         if self._scored:
-            self._receive(self._scored[argument % len(self._scored)])
+            self._intake.receive(self._scored[argument % len(self._scored)])
 
     def lose(self, argument: int) -> None:
         """Any scored chunk under way is lost."""
         if self._scored:
             self._scored.pop(argument % len(self._scored))
 
-    def _receive(self, chunk: m.ScoredChunk) -> None:
-        if self._assembler.add(chunk) in (Verdict.ACCEPTED, Verdict.DUPLICATE):
-            self._touched.add(chunk.sample_id)
-
     # --- intake ------------------------------------------------------------------------------------------------------
 
     def plan(self, _: int = 0) -> None:
-        """The intake takes a step if it can, or asks for a drain."""
-        if self._intake_version is None:
-            return
-        version = self._intake_version
-        if chosen := self._planner.choose(self._assembler, version):
-            rows = [self._take(sample) for sample in chosen]
-            self.oracle.step(version, rows)
-            self._intake_version, self._training, self._drain_asked = None, version, False
-            self._coordinator_inbox.append(("started", version, rows))
-        elif not self._drain_asked and self._planner.wants_drain(self._assembler, version):
-            self._drain_asked = True
-            self._coordinator_inbox.append(("drain", version))
-
-    def _take(self, sample: Sample) -> Row:
-        complete, end = sample.finish is not None, sample.scored_end
-        if complete:
-            self._finished[sample.sample_id] = (sample.attempt, sample.actor, end + 1)
-            self._touched.add(sample.sample_id)
-        return Row(sample.sample_id, end, complete, self._assembler.take(sample))
+        """The intake takes a step if it can; the learner begins to train it."""
+        version = self._intake.plan()
+        if version is not None:
+            self._training = version
 
     def acknowledge(self, _: int = 0) -> None:
         """The intake says what it holds."""
-        rows = [self._held(sample_id) for sample_id in sorted(self._touched)]
-        self._touched.clear()
-        version = self._intake_version
-        ready = self._planner.ready_tokens(self._assembler, version) if version is not None else 0
-        self._coordinator_inbox.append(("acks", ready, [row for row in rows if row is not None]))
-
-    def _held(self, sample_id: int) -> tuple[int, int, int, int] | None:
-        sample = self._assembler.samples.get(sample_id)
-        if sample is None:
-            done = self._finished.pop(sample_id, None)
-            return (sample_id, *done) if done is not None else None
-        return sample_id, sample.attempt, sample.actor, sample.scored_end + (sample.finish is not None)
+        self._intake.acknowledge()
 
     def to_intake(self, _: int = 0) -> None:
         """The intake handles one message of the coordinator."""
-        match self._intake_inbox.popleft() if self._intake_inbox else None:
-            case ("version", version, owed):
-                self._assembler.mark(version - 1, owed)
-                self._intake_version = version
-            case ("drained", version, owed):
-                self._assembler.mark(version, owed)
-            case ("reclaim", held):
-                results = [(s, *self._assembler.give_up_attempt(s, attempt)) for s, attempt in held]
-                self._coordinator_inbox.append(("reclaimed", results))
-            case ("save", version):
-                self._checkpoint = frontier.snapshot(self._assembler, version)
+        self._intake.handle()
 
     # --- coordinator -------------------------------------------------------------------------------------------------
 
@@ -270,13 +221,13 @@ class Simulation:
         if self._done:
             done = self._done.popleft()
             self._book.ended(done.sample_id, done.attempt, done.response_tokens)
-        match self._coordinator_inbox.popleft() if self._coordinator_inbox else None:
+        match self._intake.outbox.popleft() if self._intake.outbox else None:
             case ("acks", ready, rows):
                 self._pass_on(rows)
                 if ready >= 2 * max(1, self.setup.max_staleness) * self.setup.tokens_per_step:
                     self._close()
             case ("drain", version):
-                self._intake_inbox.append(("drained", version, self._close()))
+                self._intake.inbox.append(("drained", version, self._close()))
             case ("started", version, rows):
                 for row in rows:
                     self._book.trained(row.sample_id, row.end, row.complete)
@@ -312,7 +263,7 @@ class Simulation:
         """The learner ends its step and the engines get the new weights."""
         if self._training is not None:
             version, self._training = self._training + 1, None
-            while self._coordinator_inbox:  # the learner's answer is younger than what the intake said before the step
+            while self._intake.outbox:  # the learner's answer is younger than what the intake said before the step
                 self.to_coordinator()
             self._next_owed = self._close()
             self._open(version)
@@ -328,9 +279,9 @@ class Simulation:
             return
         self._started = None
         if self._save_next:
-            self._intake_inbox.append(("save", self.version))
+            self._intake.inbox.append(("save", self.version))
             self._save_next = False
-        self._intake_inbox.append(("version", self.version, self._next_owed))
+        self._intake.inbox.append(("version", self.version, self._next_owed))
 
     def restart_intake(self, argument: int) -> None:
         """Now and then, intake and learner go back to the checkpoint; at times everything is started anew with them."""
@@ -348,7 +299,7 @@ class Simulation:
         if cold:
             self._scored.clear()
             self._done.clear()
-        self._begin(0 if cold else self._floor + ATTEMPTS_PER_RECOVERY)
+        self._begin(self._intake.checkpoint, 0 if cold else self._floor + ATTEMPTS_PER_RECOVERY)
         self.oracle.forget(self.version)
 
     # --- the end -----------------------------------------------------------------------------------------------------
@@ -370,7 +321,7 @@ class Simulation:
         raise Deadlock(self._state())
 
     def _completed(self, limit: int) -> bool:
-        return all(sample_id in self._assembler.completed for sample_id in range(limit))
+        return all(sample_id in self._intake.assembler.completed for sample_id in range(limit))
 
     def _round(self, turn: int) -> None:
         """Everything that can happen without a failure, once."""
@@ -395,15 +346,15 @@ class Simulation:
         self.tick(1)
 
     def _state(self) -> str:
+        intake, book = self._intake, self._book
         samples = [
-            (s.sample_id, s.attempt, s.trained_end, s.scored_end, s.finish) for s in self._assembler.samples.values()
+            (s.sample_id, s.attempt, s.trained_end, s.scored_end, s.finish) for s in intake.assembler.samples.values()
         ]
         return (
-            f"no end at version {self.version}: intake plans {self._intake_version}, learner trains {self._training}, "
-            f"owed {self._assembler.owed()}, generating {self._book.generating}, waiting {self._book.waiting_tokens}, "
-            f"gate {'closed' if self._owed is not None else 'open'}, inboxes {len(self._intake_inbox)} and "
-            f"{len(self._coordinator_inbox)}, unacknowledged {[a.outbox.unacknowledged for a in self._actors]}, "
-            f"samples {samples}"
+            f"no end at version {self.version}: intake plans {intake.version}, learner trains {self._training}, "
+            f"owed {intake.assembler.owed()}, generating {book.generating}, waiting {book.waiting_tokens}, "
+            f"gate {'closed' if self._owed is not None else 'open'}, inboxes {len(intake.inbox)} and "
+            f"{len(intake.outbox)}, unacknowledged {[a.outbox.unacknowledged for a in self._actors]}, samples {samples}"
         )
 
 

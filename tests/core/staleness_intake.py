@@ -1,0 +1,87 @@
+"""The simulator's intake: the real assembler and planner, with the glue of `actors.intake` line by line."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from staleness_oracle import Oracle, Row
+
+from opd_async import frontier
+from opd_async import messages as m
+from opd_async.assembly import Sample, Verdict
+from opd_async.schedule import Planner
+
+
+class SimIntake:
+    """One incarnation; `inbox` comes from the coordinator, `outbox` goes to it."""
+
+    def __init__(self, state: m.Frontier, floor: int, planner: Planner, oracle: Oracle) -> None:
+        self.assembler = frontier.restore(state, floor)
+        self.checkpoint = state
+        self.version: int | None = None
+        """What may be planned now."""
+        self.inbox: deque[tuple[Any, ...]] = deque([("version", state.version, [])])
+        self.outbox: deque[tuple[Any, ...]] = deque()
+        self._planner = planner
+        self._oracle = oracle
+        self._drain_asked = False
+        self._touched: set[int] = set()
+        self._finished: dict[int, tuple[int, int, int]] = {}
+
+    def receive(self, chunk: m.ScoredChunk) -> None:
+        """A scored chunk arrives."""
+        if self.assembler.add(chunk) in (Verdict.ACCEPTED, Verdict.DUPLICATE):
+            self._touched.add(chunk.sample_id)
+
+    def plan(self) -> int | None:
+        """Take a step if there is one, or ask for a drain; returns the version that is trained."""
+        version = self.version
+        if version is None:
+            return None
+        if chosen := self._planner.choose(self.assembler, version):
+            rows = [self._take(sample) for sample in chosen]
+            self._oracle.step(version, rows)
+            self.version, self._drain_asked = None, False
+            self.outbox.append(("started", version, rows))
+            return version
+        if not self._drain_asked and self._planner.wants_drain(self.assembler, version):
+            self._drain_asked = True
+            self.outbox.append(("drain", version))
+        return None
+
+    def _take(self, sample: Sample) -> Row:
+        complete, end = sample.finish is not None, sample.scored_end
+        if complete:
+            self._finished[sample.sample_id] = (sample.attempt, sample.actor, end + 1)
+            self._touched.add(sample.sample_id)
+        return Row(sample.sample_id, end, complete, self.assembler.take(sample))
+
+    def acknowledge(self) -> None:
+        """Say what is held."""
+        rows = [self._held(sample_id) for sample_id in sorted(self._touched)]
+        self._touched.clear()
+        version = self.version
+        ready = self._planner.ready_tokens(self.assembler, version) if version is not None else 0
+        self.outbox.append(("acks", ready, [row for row in rows if row is not None]))
+
+    def _held(self, sample_id: int) -> tuple[int, int, int, int] | None:
+        sample = self.assembler.samples.get(sample_id)
+        if sample is None:
+            done = self._finished.pop(sample_id, None)
+            return (sample_id, *done) if done is not None else None
+        return sample_id, sample.attempt, sample.actor, sample.scored_end + (sample.finish is not None)
+
+    def handle(self) -> None:
+        """One message of the coordinator."""
+        match self.inbox.popleft() if self.inbox else None:
+            case ("version", version, owed):
+                self.assembler.mark(version - 1, owed)
+                self.version = version
+            case ("drained", version, owed):
+                self.assembler.mark(version, owed)
+            case ("reclaim", held):
+                results = [(s, *self.assembler.give_up_attempt(s, attempt)) for s, attempt in held]
+                self.outbox.append(("reclaimed", results))
+            case ("save", version):
+                self.checkpoint = frontier.snapshot(self.assembler, version)
