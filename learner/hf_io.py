@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from learner.convert import Slot, slots
+from learner.mapping import Slot, slots
 from learner.errors import ModelError
 from learner.model import StudentModel
 

@@ -80,7 +80,7 @@ def padded_vocab(shape: ModelShape, tensor_size: int) -> int:
 
 
 def build_model(shape: ModelShape, config: LearnerConfig) -> StudentModel:
-    """The part of the model that this rank holds, with uninitialised weights: `learner.convert` fills them.
+    """The part of the model that this rank holds, with uninitialised weights: `learner.hf_io` fills them.
 
     Raises `ModelError` if the sizes do not divide by the parallel sizes.
     """

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from learner.config import LearnerConfig, OptimConfig
-from learner.convert import slots
+from learner.mapping import slots
 from learner.trainer import Trainer
 from opd_async.batches import MicroBatch, StepBatch
 
