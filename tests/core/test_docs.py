@@ -1,0 +1,246 @@
+"""The pages say what is there: modules, topologies, keys, options, metrics, messages, make targets, files, links."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from opd_async import messages
+from opd_async.host_checks import device_problems
+from opd_async.launch import parse_arguments
+from opd_async.metrics import CATALOGUE, MetricKind
+from opd_async.run_folder import MADE_BY_RUNS
+from opd_async.schema_text import keys_at, schema_at
+from opd_async.topology_file import load_topology
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("opd_async", "actors", "actors/engine", "learner", "bench")
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("dashboards/*.md"), *ROOT.glob("examples/**/*.md")]
+)
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+SECTIONS = keys_at(())
+OTHER_FLAGS = {"--plan", "--index"}
+"""Options of the roles, which the launcher starts."""
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INDENTED_FENCE = re.compile(r"^ +```.*?^ +```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`([^`\n]+)`")
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The fenced blocks of a page in one of these languages ("" for none)."""
+    return [text for language, text in FENCE.findall(page.read_text()) if language in languages]
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return INDENTED_FENCE.sub("", FENCE.sub("", page.read_text()))
+
+
+def spans(page: Path) -> list[str]:
+    """The inline code of a page."""
+    return CODE.findall(prose(page))
+
+
+# --- architecture ----------------------------------------------------------------------------------------------------
+
+
+def test_every_module_is_listed_once() -> None:
+    listed = re.findall(r"^\| `((?:\w+/)+\w+\.py)` \| \S", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    there = [
+        f"{package}/{file.name}"
+        for package in PACKAGES
+        for file in (ROOT / package).glob("*.py")
+        if file.name != "__init__.py"
+    ]
+    assert len(listed) == len(set(listed))
+    assert set(there) - set(listed) == set(), "modules without a line in docs/architecture.md"
+    assert set(listed) - set(there) == set(), "lines of docs/architecture.md without a module"
+
+
+def test_every_message_is_listed() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    table = text.partition("\n## Messages\n")[2].partition("\n## ")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    listed = [name for cell in first_cells for name in CODE.findall(cell)]
+    there = [
+        name
+        for name, value in vars(messages).items()
+        if isinstance(value, type)
+        and value.__module__ == "opd_async.messages"
+        and hasattr(value, "__dataclass_fields__")
+    ]
+    assert sorted(listed) == sorted(there)
+
+
+# --- topologies ------------------------------------------------------------------------------------------------------
+
+
+def topologies() -> list[tuple[str, dict[str, Any]]]:
+    """Every yaml block that is a topology, or a part of one."""
+    found = []
+    for page in PAGES:
+        for number, text in enumerate(blocks(page, "yaml")):
+            data = yaml.safe_load(text)
+            if isinstance(data, dict) and set(data) & set(SECTIONS):
+                found.append((f"{page.relative_to(ROOT)} block {number}", data))
+    return found
+
+
+@pytest.mark.parametrize(("where", "data"), topologies(), ids=[where for where, _ in topologies()])
+def test_topologies_load(where: str, data: dict[str, Any], tmp_path: Path) -> None:
+    """Whole ones as they are, parts inside a small one; devices are given out once."""
+    least = {
+        "name": "part",
+        "models": {"student": {"path": "s"}, "teacher": {"path": "t"}},
+        "data": {"train": {"path": "p.jsonl"}},
+        "schedule": {"steps": 1},
+    }
+    file = tmp_path / "topology.yaml"
+    file.write_text(yaml.safe_dump(data if "schedule" in data else least | data))
+    assert list(device_problems(load_topology(file))) == []
+
+
+def test_the_readme_has_a_whole_topology() -> None:
+    whole = [data for where, data in topologies() if where.startswith("README.md") and "schedule" in data]
+    assert any(data["engines"]["student"]["replicas"] > 1 and data["learner"]["devices"] for data in whole)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_topology_keys_exist(page: Path) -> None:
+    """`schedule.steps`, `learner.devices: ...`, `--set schedule.steps=20`."""
+    wrong = []
+    texts = [*spans(page), *(line for block in blocks(page, "") for line in re.findall(r"--set (\S+)", block))]
+    for text in texts:
+        key = re.fullmatch(r"(?:--set )?([a-z]\w*(?:\.[a-z]\w*)+)(?:[:=].*)?", text)
+        if key is None or key[1].split(".")[0] not in SECTIONS:
+            continue
+        if schema_at(tuple(key[1].split("."))) is None:
+            wrong.append(key[1])
+    assert wrong == []
+
+
+# --- commands, options, files ----------------------------------------------------------------------------------------
+
+
+@cache
+def known_flags() -> frozenset[str]:
+    """Options of the launcher and of the example's scripts."""
+    sources = [ROOT / "opd_async/launch.py", *ROOT.glob("examples/addition/*.py")]
+    found = {flag for file in sources for flag in re.findall(r'add_argument\("(--[a-z-]+)"', file.read_text())}
+    return frozenset(found | OTHER_FLAGS)
+
+
+def test_the_launcher_takes_the_options_that_the_readme_names() -> None:
+    arguments = parse_arguments(["--topology", "x.yaml", "--dry-run", "--resume", "--overwrite", "--set", "a=1"])
+    assert arguments.dry_run and arguments.resume and arguments.overwrite and arguments.set == ["a=1"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_options_exist(page: Path) -> None:
+    texts = [*spans(page), *blocks(page, "", "sh", "bash")]
+    used = {flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)}
+    assert used <= known_flags(), used - known_flags()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_commands_exist(page: Path) -> None:
+    """`make X` and `python -m X`."""
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    texts = [*spans(page), *blocks(page, "", "sh", "bash")]
+    for text in texts:
+        for target in re.findall(r"\bmake ([a-z]+)\b", text):
+            assert target in targets, f"make {target}"
+        for module in re.findall(r"python -m ([\w.]+)", text):
+            name = module.replace(".", "/")
+            is_ours = name.split("/")[0] in PACKAGES
+            assert not is_ours or (ROOT / f"{name}.py").is_file(), f"python -m {module}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_paths_exist(page: Path) -> None:
+    """Files of this repository that inline code names."""
+    wrong = []
+    for text in spans(page):
+        path = re.fullmatch(r"(?:opd_async|actors|learner|bench|tests|docs|requirements|dashboards)/[\w./-]*", text)
+        if path and not (ROOT / text).exists():
+            wrong.append(text)
+    assert wrong == []
+
+
+def test_the_readme_lists_what_a_run_leaves() -> None:
+    listed = {text.rstrip("/") for text in spans(ROOT / "README.md")}
+    assert set(MADE_BY_RUNS) <= listed, set(MADE_BY_RUNS) - listed
+
+
+def test_the_commands_come_first() -> None:
+    assert blocks(ROOT / "README.md", "")[0].split()[:2] == ["make", "quickstart"]
+    assert "make test" in blocks(ROOT / "README.md", "")[0]
+
+
+# --- metrics, messages, links ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_metrics_exist(page: Path) -> None:
+    names = {entry.name for entry in CATALOGUE}
+    names |= {
+        f"{entry.name}_{part}"
+        for entry in CATALOGUE
+        if entry.kind is MetricKind.HISTOGRAM
+        for part in ("bucket", "sum", "count")
+    }
+    used = {name for text in spans(page) for name in re.findall(r"\bopd_(?!async)[a-z_]+", text)}
+    assert used <= names, used - names
+
+
+@cache
+def texts_of_the_program() -> tuple[str, ...]:
+    """Every string constant in the source; a placeholder stands between the parts of an f-string."""
+    found: list[str] = []
+    for file in (file for package in PACKAGES for file in (ROOT / package).glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                found.append("".join(str(part) for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return tuple(found)
+
+
+def quoted_messages() -> list[str]:
+    """The headings of the troubleshooting page that quote the program."""
+    return re.findall(r"^### `(.+)`$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_quoted_messages_exist(message: str) -> None:
+    """Each part between two `<placeholders>` stands in the source."""
+    parts = [part for part in re.split(r"<[^<>]*>", message) if len(part.strip(" :;,.()")) > 3]
+    assert parts
+    for part in parts:
+        assert any(part.strip() in text for text in texts_of_the_program()), part
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
