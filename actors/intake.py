@@ -89,7 +89,8 @@ class Intake:
         """Go back to the newest checkpoint, or to nothing, and tell the coordinator what has been trained."""
         folder = latest(self._role.plan.run_folder / "checkpoints")
         state = frontier.load(folder) if folder is not None else frontier.empty(0)
-        self._assembler = frontier.restore(state, int(os.environ.get(ATTEMPT_FLOOR_ENV, "0")))
+        floor = int(os.environ.get(ATTEMPT_FLOOR_ENV, "0"))
+        self._assembler = frontier.restore(state, floor, self._topology.opd.wire_topk)
         self._planned = state.version
         self._cut_log(state.version)
         await self._role.control.send(state)
@@ -140,10 +141,11 @@ class Intake:
             rows = [self._held(sample_id) for sample_id in self._touched]
             self._touched.clear()
             table = np.array([row for row in rows if row is not None], np.int64).reshape(-1, 4)
-            ready = self._planner.ready_tokens(self._assembler, self._version) if self._version is not None else 0
+            next_step = self._planned if self._version is None else self._version
+            ready = self._planner.ready_tokens(self._assembler, next_step)
             self._metrics["opd_intake_backlog_tokens"].set(ready)
             attempts, actors, ends = (table[:, i].astype(np.int32) for i in (1, 2, 3))
-            await self._role.control.send(m.Acks(ready, table[:, 0], attempts, actors, ends))
+            await self._role.control.send(m.Acks(next_step, ready, table[:, 0], attempts, actors, ends))
             self._role.counters.update(self._latencies.quantiles())
 
     def _held(self, sample_id: int) -> tuple[int, int, int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ class StepMetrics:
     staleness_mean: float
     """Optimizer steps."""
     staleness_max: int
+    student_support: float
+    """Mean probability that the student gives to the teacher's top-k; 0 for losses on the sampled token."""
+    teacher_support: float
+    """The same for the teacher: what the top-k leaves out is 1 minus this."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float
@@ -84,7 +89,19 @@ def step_metrics(version: int, totals: Totals, grad_norm: float, learning_rate: 
         clamped_share=mean["clamped"],
         staleness_mean=mean["staleness"],
         staleness_max=int(totals.maxima["staleness"]),
+        student_support=mean["student_support"],
+        teacher_support=mean["teacher_support"],
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         seconds=seconds,
     )
+
+
+def empty_metrics(version: int) -> StepMetrics:
+    """The report of a step without a token, which led to weight version `version`: all figures zero."""
+    return StepMetrics(version, 0, **dict.fromkeys(_FIGURES, 0.0), staleness_max=0)
+
+
+_FIGURES = tuple(
+    field.name for field in dataclasses.fields(StepMetrics) if field.name not in ("version", "tokens", "staleness_max")
+)

@@ -29,17 +29,17 @@ from learner.errors import LearnerError
 from learner.hf_config import read_shape
 from learner.hf_io import load_hf
 from learner.layout import PackedBatch, lay_out
-from learner.logprobs import target_logprobs
-from learner.losses import reverse_kl
-from learner.metrics import StepMetrics, Totals, reduce_over_ranks, step_metrics
+from learner.logprobs import RowLogprobs, row_logprobs
+from learner.metrics import StepMetrics, Totals, empty_metrics, reduce_over_ranks, step_metrics
 from learner.model import build_model
+from learner.objective import objective, support_of
 from learner.optimizer import learning_rate, make_optimizer, set_learning_rate, wrap
 from opd_async.batches import MicroBatch, StepBatch
 
 PADDING_SLACK = 0.125
 
-LastStage = Callable[[PackedBatch, Tensor], tuple[Tensor, Any]]
-"""(batch, logprobs float32[R]) -> (loss to differentiate, what to report)."""
+LastStage = Callable[[PackedBatch, RowLogprobs], tuple[Tensor, Any]]
+"""(batch, the student's logprobs on its rows) -> (loss to differentiate, what to report)."""
 
 
 class Trainer:
@@ -70,6 +70,9 @@ class Trainer:
         started = time.perf_counter()
         if batch.version != self.version:
             raise LearnerError(f"a batch for weight version {batch.version} reached a learner at {self.version}")
+        if batch.loss_tokens == 0:  # only empty responses: nothing to learn, but the step counts
+            self.version += 1
+            return empty_metrics(self.version)
         rate = learning_rate(self.version, self.config.optim)
         set_learning_rate(self.optimizer, rate)
         totals = self.gradients(batch)
@@ -81,15 +84,8 @@ class Trainer:
     def gradients(self, batch: StepBatch) -> Totals:
         """The first half of a step: leave the step's gradient in the DDP buffers. Raises as `step` does."""
 
-        def loss(packed: PackedBatch, logprobs_R: Tensor) -> tuple[Tensor, Any]:
-            output = reverse_kl(
-                logprobs_R,
-                packed.behaviour_R,
-                packed.teacher_R,
-                packed.advantages_R,
-                packed.staleness_R,
-                self.config.loss,
-            )
+        def loss(packed: PackedBatch, logprobs: RowLogprobs) -> tuple[Tensor, Any]:
+            output = objective(packed, logprobs, self.config.loss)
             return output.loss / batch.loss_tokens, (output.sums, output.maxima)
 
         with on_this_device():
@@ -113,7 +109,7 @@ class Trainer:
         All ranks of a data-parallel rank call it; the list is empty but on the last pipeline stage.
         """
         with on_this_device(), torch.no_grad():
-            return self._schedule(batches, lambda _, logprobs_R: (logprobs_R.sum(), logprobs_R), train=False)
+            return self._schedule(batches, lambda _, found: (found.sampled_R.sum(), found.sampled_R), train=False)
 
     def _schedule(self, batches: Sequence[MicroBatch], last_stage: LastStage, *, train: bool) -> list[Any]:
         """Run Megatron's schedule; the list holds what `last_stage` reported for each micro-batch."""
@@ -123,7 +119,7 @@ class Trainer:
             packed = lay_out(next(source), multiple=multiple, slack=self._slack, device=self.device)
 
             def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
-                loss, report = last_stage(packed, self._logprobs(packed, hidden))
+                loss, report = last_stage(packed, self._logprobs(packed, hidden, train=train))
                 # Megatron adds up a token count that nobody reads: the loss is normalised already
                 return loss, torch.zeros((), dtype=torch.int), report
 
@@ -140,12 +136,15 @@ class Trainer:
         )
         return reports
 
-    def _logprobs(self, packed: PackedBatch, hidden: Tensor) -> Tensor:
-        """float32[R] from the last stage's hidden states [P, 1, hidden]."""
-        return target_logprobs(
+    def _logprobs(self, packed: PackedBatch, hidden: Tensor, *, train: bool) -> RowLogprobs:
+        """From the last stage's hidden states [P, 1, hidden]; the support of the loss only to `train`."""
+        support_RK, tail = support_of(packed, self.config.loss) if train else (None, False)
+        return row_logprobs(
             hidden[packed.rows_R, 0],
             self.model.head_weight(),
             packed.targets_R,
+            support_RK,
+            tail=tail,
             vocab=self.shape.vocab,
             chunk_rows=self.config.logprob_chunk_rows,
             group=parallel_state.get_tensor_model_parallel_group(),

@@ -50,8 +50,11 @@ class Barrier:
                 self.generating = False
                 self._closed_at = time.monotonic()
                 token = next(self._tokens)
-                actors = await self._hub.broadcast(RoleKind.ROLLOUT, m.Pause(token))
+                # an actor that cannot be reached is dying: its end is waited for too, so that its samples are reclaimed
+                # before anybody relies on the list
+                actors = self._hub.up(RoleKind.ROLLOUT)
                 self._expected = dict.fromkeys(actors, token)
+                await self._hub.broadcast(RoleKind.ROLLOUT, m.Pause(token))
                 replies = [
                     await self._hub.mailbox.expect(("Paused", actor, token), PAUSE_DEADLINE_S, f"{actor} to pause")
                     for actor in actors

@@ -214,10 +214,14 @@ class Coordinator:
             if name not in self._up:
                 continue
             mine = acks.actors == actor
-            part = m.Acks(0, acks.sample_ids[mine], acks.attempts[mine], acks.actors[mine], acks.ends[mine])
+            part = m.Acks(
+                acks.next_step, 0, acks.sample_ids[mine], acks.attempts[mine], acks.actors[mine], acks.ends[mine]
+            )
             await self.server.send(name, part)
         schedule = self.plan.topology.schedule
-        if acks.ready_tokens >= 2 * max(1, schedule.max_staleness) * schedule.tokens_per_step:
+        # while a step is trained with the engines' weights; an older account would stop generation for nothing
+        in_step = acks.next_step == self.version + 1
+        if in_step and acks.ready_tokens >= 2 * max(1, schedule.max_staleness) * schedule.tokens_per_step:
             self.barrier.hold()
 
     def _step_started(self, started: m.StepStarted) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from opd_async.wire import Float32, Int32, Int64, Intervals, message
+from opd_async.wire import Float32, Float32Matrix, Int32, Int32Matrix, Int64, Intervals, message
 
 
 class Finish(StrEnum):
@@ -73,7 +73,11 @@ class Chunk:
 @message
 @dataclass(frozen=True, slots=True)
 class ScoredChunk:
-    """A chunk with the teacher's logprobs of the same tokens (temperature 1)."""
+    """A chunk with the teacher's logprobs of the same tokens (temperature 1).
+
+    Where the loss needs them, `topk_ids` int32[n, k] and `topk_logprobs` float32[n, k] are the teacher's most likely
+    tokens at the n positions; otherwise both are None and cost nothing.
+    """
 
     sample_id: int
     attempt: int
@@ -91,6 +95,8 @@ class ScoredChunk:
     behaviour_logprobs: Float32
     teacher_logprobs: Float32
     context: Int32 | None = None
+    topk_ids: Int32Matrix | None = None
+    topk_logprobs: Float32Matrix | None = None
 
     @property
     def end(self) -> int:
@@ -103,7 +109,8 @@ class ScoredChunk:
 class Train:
     """One step for one learner rank: its `StepBatch` as flat arrays, micro-batches back to back.
 
-    `mb_tokens`, `mb_sequences`, `mb_rows` int32[M] say where each micro-batch ends; `sequence_lengths` int32[N].
+    `mb_tokens`, `mb_sequences`, `mb_rows` int32[M] say where each micro-batch ends; `sequence_lengths` int32[N];
+    `topk_ids` int32[R, k] and `topk_logprobs` float32[R, k] as in `ScoredChunk`.
     """
 
     version: int
@@ -118,6 +125,8 @@ class Train:
     teacher_logprobs: Float32
     advantages: Float32
     staleness: Int32
+    topk_ids: Int32Matrix | None = None
+    topk_logprobs: Float32Matrix | None = None
 
 
 # --- every role to the coordinator -----------------------------------------------------------------------------------
@@ -284,8 +293,10 @@ class Acks:
     """What the intake holds, scored, of `sample_ids[i]` (attempt `attempts[i]`): all tokens before `ends[i]`, where
     `ends[i]` is one more once the end of the response is known too.
 
-    `ready_tokens` could be trained in the next step: finished responses, and tokens whose age demands it."""
+    `ready_tokens` could be trained in step `next_step`, the next to be planned: finished responses, and tokens whose
+    age demands it."""
 
+    next_step: int
     ready_tokens: int
 
     sample_ids: Int64

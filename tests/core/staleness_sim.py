@@ -241,7 +241,7 @@ class Simulation:
         for actor in self._up():
             mine = np.array([row for row in rows if row[2] == actor.index], np.int64).reshape(-1, 4)
             attempts, actors, ends = (mine[:, i].astype(np.int32) for i in (1, 2, 3))
-            actor.control.append(m.Acks(0, mine[:, 0], attempts, actors, ends))
+            actor.control.append(m.Acks(0, 0, mine[:, 0], attempts, actors, ends))
 
     def to_actor(self, argument: int) -> None:
         """A rollout actor handles one message of the coordinator."""
