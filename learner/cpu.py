@@ -88,6 +88,10 @@ def import_megatron() -> None:
     with quiet(), _without_compiler():
         importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")  # brings all that the learner uses with it
         megatron_random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+        moe: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+        dispatchers: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    if not hasattr(moe, "te_general_gemm"):
+        moe.te_general_gemm = None  # the router looks the name up, which only Transformer Engine defines
     # megatron-core 0.16.1 calls functions that torch 2.13 deprecates: nothing that a user could act on
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     if torch.cuda.is_available():
@@ -102,3 +106,17 @@ def import_megatron() -> None:
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _without_streams(dispatchers.MoEAlltoAllTokenDispatcher)
+
+
+def _without_streams(dispatcher: Any) -> None:
+    """Mixture of experts: counts of tokens are on the host already, no side stream has to bring them there."""
+    dispatcher.cuda_dtoh_stream = _CPU  # anything but None: a stream would be made in its place
+
+    def counts_to_numpy(self: Any, _point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            if isinstance(value := getattr(self, name), torch.Tensor):
+                setattr(self, name, value.numpy())
+        return tokens_per_expert
+
+    dispatcher._maybe_dtoh_and_synchronize = counts_to_numpy

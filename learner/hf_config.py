@@ -1,4 +1,4 @@
-"""Read the `config.json` of a Hugging Face folder into the few numbers that shape a dense decoder."""
+"""Read the `config.json` of a Hugging Face folder into the few numbers that shape a decoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 
 from learner.errors import ModelError
 
-ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
+ARCHITECTURES = {
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2ForCausalLM": "qwen2",
+    "LlamaForCausalLM": "llama",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +31,19 @@ class RopeShape:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """A mixture of experts in place of every layer's MLP: `per_token` of `count` gated MLPs of `ffn` channels."""
+
+    count: int
+    per_token: int
+    ffn: int
+    normalised: bool
+    """The weights of a token's experts add up to 1: softmax over the chosen ones, not over all."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The shape of a dense Qwen3, Qwen2 or Llama decoder. Sizes are those of the whole model, before any sharding."""
+    """The shape of a Qwen3, Qwen2, Llama or Qwen3-MoE decoder. Sizes are those of the whole model, not of a shard."""
 
     architecture: str
     layers: int
@@ -45,6 +61,8 @@ class ModelShape:
     rope: RopeShape
     dtype: str
     """Torch name of the dtype of the stored weights, which is also the engines': `bfloat16`, ..."""
+    experts: ExpertShape | None = None
+    """None for a dense model; `ffn` is then the width of its MLP."""
 
 
 def read_shape(model_path: Path) -> ModelShape:
@@ -57,7 +75,7 @@ def read_shape(model_path: Path) -> ModelShape:
     try:
         return _shape(raw)
     except KeyError as error:
-        raise ModelError(f"{path} has no key {error}; it is not the config of a dense decoder") from error
+        raise ModelError(f"{path} has no key {error}; it is not the config of a decoder") from error
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
 
@@ -80,11 +98,25 @@ def _shape(raw: dict[str, Any]) -> ModelShape:
         vocab=int(raw["vocab_size"]),
         norm_eps=float(raw["rms_norm_eps"]),
         tied=bool(raw.get("tie_word_embeddings", False)),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         qkv_bias=family == "qwen2",
         max_positions=int(raw["max_position_embeddings"]),
         rope=_rope(raw),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        experts=_experts(raw) if family == "qwen3_moe" else None,
+    )
+
+
+def _experts(raw: dict[str, Any]) -> ExpertShape:
+    """Every layer must have experts: dense layers in between are refused."""
+    if raw.get("mlp_only_layers") or int(raw.get("decoder_sparse_step", 1)) != 1:
+        raise ModelError("mlp_only_layers and decoder_sparse_step other than 1 are not supported")
+    count = raw["num_experts"] if "num_experts" in raw else raw["num_local_experts"]
+    return ExpertShape(
+        count=int(count),
+        per_token=int(raw["num_experts_per_tok"]),
+        ffn=int(raw["moe_intermediate_size"]),
+        normalised=bool(raw.get("norm_topk_prob", False)),
     )
 
 

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from learner.mapping import Slot, slots
 from learner.errors import ModelError
+from learner.mapping import Slot, slots
 from learner.model import StudentModel
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"

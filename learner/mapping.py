@@ -34,7 +34,7 @@ class Slot:
     split: Split
     join: Join
     sharded: bool = True
-    """False for a vector that every tensor-parallel rank holds whole."""
+    """False for a tensor that every tensor-parallel rank holds whole."""
 
 
 def slots(shape: ModelShape, pipeline_size: int) -> list[Slot]:
@@ -60,8 +60,7 @@ def _layer(shape: ModelShape, stage: int, ours: str, theirs: str) -> list[Slot]:
             stage, f"{attention}linear_proj.weight", f"{attn}o_proj.weight", (hidden, shape.heads * shape.head_dim)
         ),
         _whole(stage, f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", hidden),
-        _gate_up(shape, stage, f"{ours}mlp.linear_fc1.weight", f"{theirs}mlp."),
-        _columns(stage, f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight", (hidden, shape.ffn)),
+        *_mlp(shape, stage, f"{ours}mlp.", f"{theirs}mlp."),
     ]
     if shape.qkv_bias:
         result.insert(2, _qkv(shape, stage, f"{attention}linear_qkv.", attn, "bias"))
@@ -71,9 +70,28 @@ def _layer(shape: ModelShape, stage: int, ours: str, theirs: str) -> list[Slot]:
     return result
 
 
-def _whole(stage: int, name: str, hf_name: str, size: int) -> Slot:
-    """The same vector on every tensor-parallel rank."""
-    return Slot(stage, name, (hf_name,), ((size,),), lambda full, *_: full[0], lambda parts: (parts[0],), sharded=False)
+def _mlp(shape: ModelShape, stage: int, ours: str, theirs: str) -> list[Slot]:
+    """A layer's MLP; with experts, its router and then one MLP per expert."""
+    if shape.experts is None:
+        return _gated(shape.hidden, shape.ffn, stage, ours, theirs)
+    router = _whole(stage, f"{ours}router.weight", f"{theirs}gate.weight", shape.experts.count, shape.hidden)
+    result = [router]
+    for expert in range(shape.experts.count):
+        ours_here, theirs_here = f"{ours}experts.local_experts.{expert}.", f"{theirs}experts.{expert}."
+        result += _gated(shape.hidden, shape.experts.ffn, stage, ours_here, theirs_here)
+    return result
+
+
+def _gated(hidden: int, ffn: int, stage: int, ours: str, theirs: str) -> list[Slot]:
+    return [
+        _gate_up(hidden, ffn, stage, f"{ours}linear_fc1.weight", theirs),
+        _columns(stage, f"{ours}linear_fc2.weight", f"{theirs}down_proj.weight", (hidden, ffn)),
+    ]
+
+
+def _whole(stage: int, name: str, hf_name: str, *size: int) -> Slot:
+    """The same tensor on every tensor-parallel rank."""
+    return Slot(stage, name, (hf_name,), (size,), lambda full, *_: full[0], lambda parts: (parts[0],), sharded=False)
 
 
 def _columns(stage: int, name: str, hf_name: str, hf_shape: tuple[int, int]) -> Slot:
@@ -101,7 +119,7 @@ def _vocab_rows(shape: ModelShape, stage: int, name: str, hf_name: str) -> Slot:
     return Slot(stage, name, (hf_name,), ((shape.vocab, shape.hidden),), split, join)
 
 
-def _gate_up(shape: ModelShape, stage: int, name: str, theirs: str) -> Slot:
+def _gate_up(hidden: int, ffn: int, stage: int, name: str, theirs: str) -> Slot:
     """Each rank holds its rows of the gate, then its rows of the up projection."""
 
     def split(full: Sequence[Tensor], rank: int, size: int) -> Tensor:
@@ -112,7 +130,7 @@ def _gate_up(shape: ModelShape, stage: int, name: str, theirs: str) -> Slot:
         return tuple(torch.cat([half[index] for half in halves]) for index in range(2))
 
     hf_names = (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight")
-    return Slot(stage, name, hf_names, ((shape.ffn, shape.hidden),) * 2, split, join)
+    return Slot(stage, name, hf_names, ((ffn, hidden),) * 2, split, join)
 
 
 def _qkv(shape: ModelShape, stage: int, ours: str, theirs: str, kind: str) -> Slot:

@@ -1,4 +1,4 @@
-"""A dense Qwen3, Qwen2 or Llama decoder as a Megatron GPTModel that returns hidden states.
+"""A Qwen3, Qwen2, Llama or Qwen3-MoE decoder as a Megatron GPTModel that returns hidden states.
 
 The LM head is not run here: `learner.logprobs` runs it on the trained rows only.
 """
@@ -93,7 +93,8 @@ def build_model(shape: ModelShape, config: LearnerConfig) -> StudentModel:
 
 def _check_divisible(shape: ModelShape, config: LearnerConfig) -> None:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    for name, size in (("attention heads", shape.heads), ("KV heads", shape.kv_heads), ("MLP channels", shape.ffn)):
+    mlp = shape.ffn if shape.experts is None else shape.experts.ffn
+    for name, size in (("attention heads", shape.heads), ("KV heads", shape.kv_heads), ("MLP channels", mlp)):
         if size % tensor:
             raise ModelError(f"{size} {name} do not divide by learner.tensor_parallel {tensor}")
     if shape.vocab < tensor * tensor:
@@ -131,6 +132,7 @@ def _transformer_config(shape: ModelShape, config: LearnerConfig, dtype: torch.d
         # Micro-batches differ in length; Megatron ties the option to this dispatcher even for dense models.
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",
+        **_expert_options(shape),
         # The loss is divided by the global token count before the backward pass: DDP must sum, not average.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
@@ -141,8 +143,27 @@ def _transformer_config(shape: ModelShape, config: LearnerConfig, dtype: torch.d
     )
 
 
+def _expert_options(shape: ModelShape) -> dict[str, Any]:
+    """Mixture of experts: no token is dropped, and no auxiliary loss pulls the routing towards balance.
+
+    Weights of chosen experts are a softmax over their own logits (`normalised`) or over all experts' logits.
+    """
+    if shape.experts is None:
+        return {}
+    return {
+        "num_moe_experts": shape.experts.count,
+        "moe_router_topk": shape.experts.per_token,
+        "moe_ffn_hidden_size": shape.experts.ffn,
+        "moe_router_pre_softmax": not shape.experts.normalised,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
+
+
 def _block_spec(config: Any) -> Any:
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     # Without this, Megatron files norms under the names of its fused layers, which this model does not have.

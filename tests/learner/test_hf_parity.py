@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_learner import assert_close, hf_gradients, learner_config, micro_batch, step_batch, write_model
+from tiny_learner import assert_close, hf_gradients, learner_config, micro_batch, per_expert, step_batch, write_model
 from transformers import AutoModelForCausalLM
 
 from learner import hf_io
@@ -19,7 +19,7 @@ from learner.parallel import Place
 from learner.trainer import Trainer
 from opd_async.batches import MicroBatch
 
-KINDS = ["qwen3-tied", "qwen3-untied", "qwen2", "llama"]
+KINDS = ["qwen3-tied", "qwen3-untied", "qwen2", "llama", "qwen3-moe", "qwen3-moe-raw"]
 
 
 @pytest.fixture(params=KINDS)
@@ -51,7 +51,7 @@ def test_logprobs_and_gradients_agree_with_transformers(alone: Place, path: Path
     (found,) = trainer.logprobs([batch])
     torch.testing.assert_close(found, expected.detach(), rtol=0.0, atol=1e-4)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert_close(hf_gradients(trainer, step_batch(0, [batch])), gradients, 1e-5)
+    assert_close(hf_gradients(trainer, step_batch(0, [batch])), per_expert(gradients), 1e-5)
 
 
 def test_export_returns_every_tensor_bit_for_bit(alone: Place, path: Path) -> None:

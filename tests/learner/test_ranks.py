@@ -21,7 +21,7 @@ from learner.parallel import Place, start
 from learner.trainer import Trainer
 
 HERE = Path(__file__).parent
-KINDS = ("qwen3-tied", "qwen2")
+KINDS = ("qwen3-tied", "qwen2", "qwen3-moe")
 TIMEOUT_S = 150.0
 
 

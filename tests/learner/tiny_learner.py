@@ -50,11 +50,14 @@ def write_model(folder: Path, kind: str) -> Path:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     }
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     config = {
         "qwen3-tied": lambda: transformers.Qwen3Config(**options, head_dim=16, tie_word_embeddings=True),
         "qwen3-untied": lambda: transformers.Qwen3Config(**options, head_dim=16, tie_word_embeddings=False),
         "qwen2": lambda: transformers.Qwen2Config(**options, tie_word_embeddings=False),
         "llama": lambda: transformers.LlamaConfig(**options, rope_parameters=llama3, tie_word_embeddings=False),
+        "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**options, head_dim=16, **experts, norm_topk_prob=True),
+        "qwen3-moe-raw": lambda: transformers.Qwen3MoeConfig(**options, head_dim=16, **experts, norm_topk_prob=False),
     }[kind]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -64,6 +67,23 @@ def write_model(folder: Path, kind: str) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
     return folder
+
+
+def per_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names as they are stored: transformers holds a layer's experts in two tensors, and writes three per expert."""
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        prefix, _, last = name.rpartition("experts.")
+        if last == "gate_up_proj":
+            for expert, (gate, up) in enumerate(part.chunk(2) for part in tensor):
+                result |= {
+                    f"{prefix}experts.{expert}.{half}_proj.weight": t for half, t in (("gate", gate), ("up", up))
+                }
+        elif last == "down_proj":
+            result |= {f"{prefix}experts.{expert}.down_proj.weight": part for expert, part in enumerate(tensor)}
+        else:
+            result[name] = tensor
+    return result
 
 
 def micro_batch(lengths: list[int], *, seed: int = 0, prompt: int = 2) -> MicroBatch:
