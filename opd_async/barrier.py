@@ -36,6 +36,8 @@ class Barrier:
         self._owed: tuple[Int64, Int32, Int32] | None = None
         self._closed_at = time.monotonic()
         self.generating = False
+        self.drained = False
+        """Every token of the engines' version has been listed (S = 0): none may be made before the next update."""
         self.blocked_s = 0.0
         """Seconds for which generation has been stopped so far."""
 
@@ -67,13 +69,17 @@ class Barrier:
         """Generate with weights `version`, which every student engine holds."""
         async with self._lock:
             self._owed = None
+            self.drained = False
             self.generating = True
             self.blocked_s += time.monotonic() - self._closed_at
             await self._hub.broadcast(RoleKind.ROLLOUT, m.Resume(version))
 
     def hold(self) -> None:
-        """Close early, in the background: more is ready than the learner can take. The next update opens again."""
-        if self.generating:
+        """Close early, in the background: more is ready than the learner can take. The next update opens again.
+
+        Not during an evaluation, which needs the engines and which the next update waits for.
+        """
+        if self.generating and self._hub.evaluated.is_set():
             self.generating = False
             self._hub.spawn(self._close_only(), "hold")
 
@@ -85,6 +91,8 @@ class Barrier:
         self._hub.spawn(self._drain(version), "drain")
 
     async def _drain(self, version: int) -> None:
+        await self._hub.evaluated.wait()
+        self.drained = True
         await self._hub.to_intake(m.Drained(version, *await self.close()))
 
     def absent(self, actor: str) -> None:
@@ -96,6 +104,7 @@ class Barrier:
     def reset(self) -> None:
         """Every sample was forgotten; the gate is closed and owes nothing."""
         self._owed = None
+        self.drained = False
         self.generating = False
 
 

@@ -168,6 +168,7 @@ class Conductor:
         for name in (learner, intake):
             await fleet.supervisor.stop(name)
         hub.forget()
+        lead.abandon_evaluation()
         await lead.forget_samples()
         await fleet.start(intake, {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
         await fleet.start(learner)

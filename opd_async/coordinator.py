@@ -83,6 +83,9 @@ class Coordinator:
         self._tokens = itertools.count(1)
         self.engine_group = 0
         """Grows whenever the process group of learner and engines must be made anew."""
+        self.evaluated = asyncio.Event()
+        """Set while no evaluation runs beside training."""
+        self.evaluated.set()
         self.trained = -1
         """Weight version of the learner after the last step that it reported."""
         self.lost: Exit | None = None

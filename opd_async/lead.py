@@ -155,7 +155,7 @@ class Lead:
 
     async def _update_weights(self, verify: bool) -> int:
         """Stop generation, send the learner's weights to every student engine, go on; returns their version."""
-        hub = self._hub
+        hub, before, drained = self._hub, self._hub.version, self._hub.barrier.drained
         owed = await hub.barrier.close()
         for attempt in range(1, SYNC_TRIES + 1):
             group = f"opd-{hub.engine_group}"
@@ -169,10 +169,13 @@ class Lead:
                 await hub.fleet.wait_for_engine(RoleKind.STUDENT_ENGINE, url)
         else:
             raise RoleError(f"the weights could not be sent in {SYNC_TRIES} tries, last: {reply.error}")
-        if reply.version != hub.version:
+        if reply.version != before:
             self._owed = owed
         hub.version = reply.version
         hub.metrics["opd_coordinator_weight_version"].set(reply.version)
+        if reply.version == before and drained:
+            # an engine came back after the drain of a step that is still to be taken: stay closed until its update
+            return int(reply.version)
         await hub.barrier.open(reply.version)
         hub.leases_may_flow()
         return int(reply.version)
@@ -217,6 +220,7 @@ class Lead:
         """After a signal: finish the planned step and save a checkpoint, so that nothing trained is lost."""
         hub = self._hub
         hub.admit(False)
+        self.abandon_evaluation()
         await hub.to_intake(m.Quiesce("the run is being stopped"))
         quiesced = await hub.mailbox.expect("Quiesced", self._deadlines.stop_deadline_s, "the intake to come to rest")
         while hub.trained < quiesced.version:
@@ -251,7 +255,15 @@ class Lead:
         if self._evaluator is None or every is None or step % every:
             return
         work = self._evaluate(m.LeaseKind.EVAL_STUDENT, self._topology.evaluation.during_prompts, step)
+        self._hub.evaluated.clear()
         self._evaluation = self._hub.spawn(work, f"evaluation-{step}")
+        self._evaluation.add_done_callback(lambda _: self._hub.evaluated.set())
+
+    def abandon_evaluation(self) -> None:
+        """The evaluation under way will not end: its samples are being forgotten."""
+        if self._evaluation is not None:
+            self._evaluation.cancel()
+            self._evaluation = None
 
     async def _settle_evaluation(self) -> None:
         """Wait for the evaluation under way, so that it sees one set of weights."""

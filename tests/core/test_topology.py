@@ -26,7 +26,7 @@ def message(path: Path, *overrides: str) -> str:
 
 def test_the_quickstart_loads_and_round_trips(tmp_path: Path) -> None:
     topology = load_topology(Path("examples/quickstart.yaml"))
-    assert topology.learner.optimizer.lr == 1.5e-3
+    assert topology.learner.optimizer.lr == 2e-3
     assert topology.schedule.train_on is TrainOn.TOKENS
     assert topology.max_prompt_tokens == 32
     path = tmp_path / "again.yaml"

@@ -155,6 +155,13 @@ class Launch:
             assert time.monotonic() < give_up, f"no {count} steps within {deadline_s} s:\n{self.text()}"
             time.sleep(0.1)
 
+    def wait_for_text(self, words: str, deadline_s: float = 30.0) -> None:
+        """Return once the launcher has printed `words`."""
+        give_up = time.monotonic() + deadline_s
+        while words not in self.text():
+            assert time.monotonic() < give_up, f"{words!r} was not printed within {deadline_s} s:\n{self.text()}"
+            time.sleep(0.05)
+
     def interrupt(self, number: int = signal.SIGINT) -> None:
         """Send a signal to the launcher alone."""
         self.process.send_signal(number)

@@ -32,9 +32,8 @@ def test_every_role_may_die(inputs: Path, tmp_path: Path) -> None:
         for role, words in ROLES.items():
             run.wait_for_steps(folder, len(steps(folder)) + 2)
             run.find(*words).kill()
-            give_up = len(steps(folder)) + 1
-            run.wait_for_steps(folder, give_up, 120.0)
-            assert role in run.text(), f"nobody said that {role} died:\n{run.text()}"
+            run.wait_for_text(f"{role} ended (killed by SIGKILL)")
+            run.wait_for_steps(folder, len(steps(folder)) + 1, 120.0)
         assert run.wait() == 0, run.text()
     ranges = check_trained(folder, 1, STEPS)
     check_nothing_skipped(ranges)
@@ -67,3 +66,15 @@ def test_resume_after_the_whole_run_was_killed(inputs: Path, tmp_path: Path) -> 
     check_nothing_skipped(ranges)
     assert [row["step"] for row in steps(folder)] == list(range(1, 13)), f"seed {seed}"
     assert left_running(tmp_path, inputs) == []
+
+
+def test_a_student_engine_may_die_when_nothing_may_be_stale(inputs: Path, tmp_path: Path) -> None:
+    values = topology(inputs, tmp_path, schedule__steps=8, schedule__max_staleness=0)
+    with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
+        folder = tmp_path / "run"
+        for count in (1, 3):
+            run.wait_for_steps(folder, count)
+            run.find(*ROLES["student-engine-0"]).kill()
+            run.wait_for_text("student-engine-0 ended")
+        assert run.wait() == 0, run.text()
+    check_nothing_skipped(check_trained(folder, 0, 8))
