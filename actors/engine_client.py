@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.replies import Delta, Scores, parse_delta, parse_scores
+from actors.topk_replies import request_fields
 from opd_async.errors import EngineError
 
 CONTROL_DEADLINE_S = 120.0
@@ -45,8 +46,11 @@ class EngineClient:
         vocab_size: int,
         api_key: str | None = None,
         admin_api_key: str | None = None,
+        topk: int = 0,
     ) -> None:
+        """`topk`: how many of the most likely tokens every score brings along."""
         self.url = url
+        self._topk = topk
         self._session = session
         self._vocab_size = vocab_size
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -96,12 +100,13 @@ class EngineClient:
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
             "return_logprob": True,
             "logprob_start_len": [start - 1 for _, start in requests],
+            **request_fields(self._topk),
         }
         replies = await self._post("/generate", body, self._headers, IDLE_DEADLINE_S)
         if not isinstance(replies, list) or len(replies) != len(requests):
             raise EngineError(f"{self.url}: not one reply per scoring request")
         return [
-            parse_scores(reply, ids, start, self._vocab_size)
+            parse_scores(reply, ids, start, self._vocab_size, self._topk)
             for reply, (ids, start) in zip(replies, requests, strict=True)
         ]
 

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.topk_replies import parse_topk
 from opd_async.errors import EngineError
 from opd_async.messages import Finish
+from opd_async.topk import TopK
 
 MAX_LOGPROB = 1e-3
 """Rounding may lift a logprob of nearly certain tokens a little above zero."""
@@ -33,11 +35,13 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Teacher logprobs float32[n] of the n tokens asked for, and how much of the request came from the cache."""
+    """Teacher logprobs float32[n] of the n tokens asked for, and how much of the request came from the cache; `topk`
+    of n rows where it was asked for."""
 
     logprobs: NDArray[np.float32]
     prompt_tokens: int
     cached_tokens: int
+    topk: TopK | None = None
 
 
 def _logprobs(entries: Sequence[Any], ids: Sequence[int], last_id: int, where: str) -> NDArray[np.float32]:
@@ -84,10 +88,10 @@ def parse_delta(event: Any, vocab_size: int) -> Delta:
     )
 
 
-def parse_scores(reply: Any, ids: NDArray[np.int32], start: int, vocab_size: int) -> Scores:
+def parse_scores(reply: Any, ids: NDArray[np.int32], start: int, vocab_size: int, topk: int = 0) -> Scores:
     """One entry of a prefill-only answer that was asked with `logprob_start_len = start - 1`.
 
-    `ids` int32[N] is what was sent; the scores are those of `ids[start:]`.
+    `ids` int32[N] is what was sent; the scores are those of `ids[start:]`, with the `topk` most likely tokens if any.
     """
     meta = reply.get("meta_info") if isinstance(reply, dict) else None
     if not isinstance(meta, dict):
@@ -99,4 +103,6 @@ def parse_scores(reply: Any, ids: NDArray[np.int32], start: int, vocab_size: int
     if type(prompt_tokens) is not int or type(cached_tokens) is not int:
         raise EngineError("prompt_tokens or cached_tokens: missing")
     logprobs = _logprobs(entries[1:], ids[start:].tolist(), vocab_size - 1, "input_token_logprobs")
-    return Scores(logprobs, prompt_tokens, cached_tokens)
+    if not topk:
+        return Scores(logprobs, prompt_tokens, cached_tokens)
+    return Scores(logprobs, prompt_tokens, cached_tokens, parse_topk(meta, ids[start:], logprobs, topk, vocab_size))

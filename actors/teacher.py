@@ -57,7 +57,8 @@ class TeacherActor:
         section = topology.engines.teacher
         urls = plan.teacher_engines[role.mine.index :: topology.teacher.replicas]
         self._clients = [
-            EngineClient(session, url, plan.vocab_size, section.api_key, section.admin_api_key) for url in urls
+            EngineClient(session, url, plan.vocab_size, section.api_key, section.admin_api_key, topology.opd.wire_topk)
+            for url in urls
         ]
         self._batcher = TokenBudgetBatcher(self._settings.batch_tokens, self._settings.max_wait_ms / 1000)
         self._ids: dict[int, tuple[int, NDArray[np.int32]]] = {}
@@ -193,6 +194,7 @@ class TeacherActor:
         for chunk in item.chunks:
             n = len(chunk.token_ids)
             logprobs = scores.logprobs[at : at + n] if scores is not None else np.zeros(0, np.float32)
+            topk = scores.topk.rows(at, at + n) if scores is not None and scores.topk is not None else None
             at += n
             await self._push.send(
                 m.ScoredChunk(
@@ -211,6 +213,8 @@ class TeacherActor:
                     chunk.behaviour_logprobs,
                     logprobs,
                     chunk.context,
+                    topk.ids if topk is not None else None,
+                    topk.logprobs if topk is not None else None,
                 )
             )
             if chunk.finish is not None:

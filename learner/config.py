@@ -38,8 +38,12 @@ class OptimConfig:
 
 @dataclass(frozen=True, slots=True)
 class LossConfig:
-    """The distillation term. See `learner.losses` for the formula."""
+    """The distillation term. See `learner.losses` and `learner.divergences` for the formulas."""
 
+    loss: str = "reverse_kl"
+    """One of `opd_async.loss_names.LOSSES`."""
+    jsd_beta: float = 0.5
+    """Weight of the teacher in the mixture of `jsd_topk`."""
     kl_coef: float = 1.0
     clip_ratio: float | None = 0.2
     """PPO-style two-sided clip of the importance ratio; None switches it off."""

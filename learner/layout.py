@@ -2,7 +2,7 @@
 one batched attention call instead of one call per sequence.
 
     T  tokens of the micro-batch as it came     P  tokens as laid out (padding included)
-    N  sequences                                R  trained rows
+    N  sequences                                R  trained rows, with K ids of the teacher's top-k each
 
 Padding always stands to the right of a sequence, where causal attention never looks, so no mask is needed.
 """
@@ -67,6 +67,10 @@ class PackedBatch:
     """float32[R]"""
     staleness_R: Tensor
     """int32[R], steps"""
+    topk_ids_RK: Tensor | None
+    """int64[R, K]: the teacher's most likely ids, where the batch has them."""
+    topk_logprobs_RK: Tensor | None
+    """float32[R, K], nats: the teacher's."""
 
 
 def lay_out(batch: MicroBatch, *, multiple: int, slack: float, device: torch.device) -> PackedBatch:
@@ -103,6 +107,8 @@ def lay_out(batch: MicroBatch, *, multiple: int, slack: float, device: torch.dev
         torch.tensor(batch.teacher_logprobs, device=device),
         torch.tensor(batch.advantages, device=device),
         torch.tensor(batch.staleness, device=device),
+        None if batch.topk is None else torch.from_numpy(batch.topk.ids.astype(np.int64)).to(device),
+        None if batch.topk is None else torch.tensor(batch.topk.logprobs, device=device),
     )
 
 

@@ -1,6 +1,7 @@
-"""Reverse KL on the sampled token, with a clipped importance ratio.
+"""Losses on the sampled token: the reverse KL as a policy gradient, with a clipped importance ratio.
 
 R trained rows; p the student (current weights), mu the behaviour policy that sampled, q the teacher; sg = no gradient.
+`learner.objective` picks the loss that the configuration names; `learner.divergences` has those on the teacher's top-k.
 """
 
 from __future__ import annotations
@@ -27,7 +28,20 @@ class LossOutput:
     """float64[len(MAXIMA)]"""
 
 
-SUMS = ("tokens", "loss", "reverse_kl", "k3", "ratio", "squared_deviation", "clipped", "gated", "clamped", "staleness")
+SUMS = (
+    "tokens",
+    "loss",
+    "reverse_kl",
+    "k3",
+    "ratio",
+    "squared_deviation",
+    "clipped",
+    "gated",
+    "clamped",
+    "staleness",
+    "student_support",
+    "teacher_support",
+)
 MAXIMA = ("ratio", "staleness")
 
 
@@ -45,27 +59,64 @@ def reverse_kl(
         rho  = exp(clamp(log p - log mu, +-20))                          differentiable
         loss = -min(rho * A, clip(rho, 1 - eps, 1 + eps) * A)            -rho * A without a clip
 
-    Unclipped, E_{y ~ mu}[rho * A * d log p(y)] is exactly the negative gradient of KL(p || q) at each prefix
+    Estimates: unclipped, E_{y ~ mu}[rho * A * d log p(y)] is exactly the negative gradient of KL(p || q) at each prefix
     (AsyncOPD's estimator; A under the current weights, not those that sampled). The two-sided clip (Schulman et al.,
     2017) stops pushing a token whose probability has already moved by `clip_ratio`, which keeps the update stable
     when tokens are more than one step old. The estimator's advantage, if there is one, is added to A.
+    Staleness: rho corrects the choice of the token; the distribution of prefixes stays that of older weights.
+    On the wire: the teacher's logprob of the sampled token.
 
     The mismatch gate acts on the same ratio without gradient: `tis` truncates it to [low, high], `icepop` drops rows
     outside [low, high]. All inputs are float32[R], nats (staleness int32[R], steps); only `logprobs_R` has gradient.
     """
-    detached_R = logprobs_R.detach()
-    signal_R = teacher_R - detached_R
+    signal_R = teacher_R - logprobs_R.detach()
+    return policy_gradient(logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R, signal_R, config)
+
+
+def reverse_kl_behaviour(
+    logprobs_R: Tensor,
+    behaviour_R: Tensor,
+    teacher_R: Tensor,
+    advantages_R: Tensor,
+    staleness_R: Tensor,
+    config: LossConfig,
+) -> LossOutput:
+    """slime's form of the reverse KL: an advantage fixed when the token was sampled, under PPO's clip. To compare with.
+
+        A    = kl_coef * clamp(log q - log mu, +-signal_clamp) + advantage       mu instead of the current p
+        loss = -min(rho * A, clip(rho, 1 - eps, 1 + eps) * A)
+
+    Estimates: on-policy (p = mu) the gradient of KL(p || q), as `reverse_kl`. Off-policy it does not: the expectation
+    is sum_y p(y) (log q - log mu)(y) d log p(y), the gradient of KL(p || q) - KL(p || mu), which also drives
+    the student away from the weights that sampled. Source: slime's on-policy distillation (an additive KL penalty on
+    the advantage). Staleness, inputs and what is on the wire: as `reverse_kl`.
+    """
+    signal_R = teacher_R - behaviour_R
+    return policy_gradient(logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R, signal_R, config)
+
+
+def policy_gradient(
+    logprobs_R: Tensor,
+    behaviour_R: Tensor,
+    teacher_R: Tensor,
+    advantages_R: Tensor,
+    staleness_R: Tensor,
+    signal_R: Tensor,
+    config: LossConfig,
+) -> LossOutput:
+    """The clipped surrogate of `reverse_kl` for any signal float32[R] without gradient; other inputs as there."""
     advantage_R = config.kl_coef * _clamped(signal_R, config.signal_clamp) + advantages_R
     ratio_R = (logprobs_R - behaviour_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     gate_R = _gate(ratio_R.detach(), config)
     objective_R = ratio_R * advantage_R
-    clipped_R = torch.zeros_like(detached_R)
+    clipped_R = torch.zeros_like(signal_R)
     if config.clip_ratio is not None:
         bounded_R = ratio_R.clamp(1.0 - config.clip_ratio, 1.0 + config.clip_ratio) * advantage_R
         clipped_R = (bounded_R < objective_R).detach()
         objective_R = torch.minimum(objective_R, bounded_R)
     loss = -(gate_R * objective_R).sum()
-    sums = _sums(loss, signal_R, ratio_R, clipped_R, gate_R, staleness_R, config)
+    clamped_R = signal_R.abs() > (torch.inf if config.signal_clamp is None else config.signal_clamp)
+    sums = _sums(loss, teacher_R - logprobs_R.detach(), ratio_R, (clipped_R, gate_R != 1.0, clamped_R), staleness_R)
     return LossOutput(loss, sums, _maxima(ratio_R, staleness_R))
 
 
@@ -84,30 +135,27 @@ def _gate(ratio_R: Tensor, config: LossConfig) -> Tensor:
 
 @torch.no_grad()
 def _sums(
-    loss: Tensor,
-    signal_R: Tensor,
-    ratio_R: Tensor,
-    clipped_R: Tensor,
-    gate_R: Tensor,
-    staleness_R: Tensor,
-    config: LossConfig,
+    loss: Tensor, difference_R: Tensor, ratio_R: Tensor, events: tuple[Tensor, Tensor, Tensor], staleness_R: Tensor
 ) -> Tensor:
-    """float64[len(SUMS)], in the order of SUMS. `k3` = exp(d) - d - 1 with d = log q - log p (Schulman, 2020)."""
-    signal_R, ratio_R = signal_R.double(), ratio_R.double()
-    clamped_R = signal_R.abs() > (torch.inf if config.signal_clamp is None else config.signal_clamp)
-    bounded_R = signal_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    """float64[len(SUMS)], in the order of SUMS; the support is not this module's. `events` are clipped, gated, clamped.
+
+    `difference_R` = log q - log p = d; `k3` = exp(d) - d - 1 (Schulman, 2020).
+    """
+    difference_R, ratio_R = difference_R.double(), ratio_R.double()
+    bounded_R = difference_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    nothing = ratio_R.new_zeros(())
     return torch.stack(
         [
-            torch.ones_like(signal_R).sum(),
+            torch.ones_like(ratio_R).sum(),
             loss.double(),
-            -signal_R.sum(),
+            -difference_R.sum(),
             (bounded_R.exp() - bounded_R - 1.0).sum(),
             ratio_R.sum(),
             (ratio_R - 1.0).square().sum(),
-            clipped_R.double().sum(),
-            (gate_R != 1.0).double().sum(),
-            clamped_R.double().sum(),
+            *(event_R.double().sum() for event_R in events),
             staleness_R.double().sum(),
+            nothing,
+            nothing,
         ]
     )
 

@@ -68,7 +68,7 @@ def learner_config(topology: Topology) -> LearnerConfig:
             optimizer.decay,
             optimizer.min_lr_ratio,
         ),
-        LossConfig(opd.kl_coef, opd.clip_ratio, opd.signal_clamp, opd.mismatch),
+        LossConfig(opd.loss, opd.jsd_beta, opd.kl_coef, opd.clip_ratio, opd.signal_clamp, opd.mismatch),
         section.logprob_chunk_rows,
         section.recompute,
         topology.seed,

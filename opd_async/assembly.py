@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from opd_async.errors import StateError
 from opd_async.intervals import IntervalSet
 from opd_async.messages import ScoredChunk
+from opd_async.topk import TopK, join
 
 
 class Verdict(StrEnum):
@@ -32,17 +33,18 @@ class Verdict(StrEnum):
     ORPHAN = "orphan"
     """Of an unknown sample and without its prompt; the sender will send it again with context."""
     MALFORMED = "malformed"
-    """Lengths differ, or a logprob is not a finite number <= 0."""
+    """Lengths differ, a logprob is not a finite number <= 0, or the teacher's top-k is not what was asked for."""
 
 
 @dataclass(slots=True)
 class Piece:
-    """Scored tokens of one weight version. float32[n] each; `token_ids` int32[n]."""
+    """Scored tokens of one weight version. float32[n] each; `token_ids` int32[n]; `topk` n rows or None."""
 
     version: int
     token_ids: NDArray[np.int32]
     behaviour_logprobs: NDArray[np.float32]
     teacher_logprobs: NDArray[np.float32]
+    topk: TopK | None = None
 
 
 @dataclass(slots=True)
@@ -86,7 +88,7 @@ class Segment:
     """What a step takes of one sample: response positions [start, end), with everything before as context.
 
     `token_ids` int32[prompt + end]; per trained token: `behaviour_logprobs`, `teacher_logprobs` float32[end - start],
-    `versions` int32[end - start] of the weights that made it.
+    `versions` int32[end - start] of the weights that made it, `topk` of end - start rows where the loss needs it.
     """
 
     sample_id: int
@@ -98,13 +100,18 @@ class Segment:
     behaviour_logprobs: NDArray[np.float32]
     teacher_logprobs: NDArray[np.float32]
     versions: NDArray[np.int32]
+    topk: TopK | None = None
 
 
 class Assembler:
-    """All samples between their first scored chunk and their last trained token."""
+    """All samples between their first scored chunk and their last trained token.
 
-    def __init__(self, completed: IntervalSet | None = None, attempt_floor: int = 0) -> None:
+    `topk` is how many ids the teacher's top-k has on every token, 0 for none; chunks with another number are malformed.
+    """
+
+    def __init__(self, completed: IntervalSet | None = None, attempt_floor: int = 0, topk: int = 0) -> None:
         self._attempt_floor = attempt_floor
+        self._topk = topk
         self.samples: dict[int, Sample] = {}
         self.completed = completed or IntervalSet()
         self._marks: list[tuple[int, dict[int, tuple[int, int]]]] = []
@@ -120,7 +127,7 @@ class Assembler:
 
     def add(self, chunk: ScoredChunk) -> Verdict:
         """Take one scored chunk; whatever the verdict, the state stays consistent."""
-        if not _well_formed(chunk):
+        if not _well_formed(chunk, self._topk):
             return Verdict.MALFORMED
         if chunk.sample_id in self.completed:
             return Verdict.DUPLICATE
@@ -161,7 +168,8 @@ class Assembler:
         if len(chunk.token_ids):
             if sample.untrained and sample.untrained[-1].version > chunk.weight_version:
                 raise StateError(f"sample {sample.sample_id}: version {chunk.weight_version} after a later one")
-            piece = Piece(chunk.weight_version, chunk.token_ids, chunk.behaviour_logprobs, chunk.teacher_logprobs)
+            topk = TopK.of(chunk.topk_ids, chunk.topk_logprobs)
+            piece = Piece(chunk.weight_version, chunk.token_ids, chunk.behaviour_logprobs, chunk.teacher_logprobs, topk)
             sample.untrained.append(piece)
             sample.scored_end = chunk.end
         sample.actor = chunk.actor
@@ -245,10 +253,11 @@ def _segment(sample: Sample, complete: bool) -> Segment:
         np.concatenate([piece.behaviour_logprobs for piece in pieces]),
         np.concatenate([piece.teacher_logprobs for piece in pieces]),
         np.concatenate([np.full(len(piece.token_ids), piece.version, np.int32) for piece in pieces]),
+        join([piece.topk for piece in pieces]),
     )
 
 
-def _well_formed(chunk: ScoredChunk) -> bool:
+def _well_formed(chunk: ScoredChunk, topk: int) -> bool:
     n = len(chunk.token_ids)
     if len(chunk.behaviour_logprobs) != n or len(chunk.teacher_logprobs) != n or chunk.start < 0:
         return False
@@ -256,7 +265,15 @@ def _well_formed(chunk: ScoredChunk) -> bool:
         return False
     if n == 0:
         return chunk.finish is not None
-    return all(
+    return _topk_fits(chunk, n, topk) and all(
         bool(np.isfinite(values).all()) and float(values.max()) <= 1e-3
         for values in (chunk.behaviour_logprobs, chunk.teacher_logprobs)
     )
+
+
+def _topk_fits(chunk: ScoredChunk, n: int, k: int) -> bool:
+    """Whether the chunk brings the teacher's top-k of its n tokens if, and only if, that was asked for."""
+    topk = TopK.of(chunk.topk_ids, chunk.topk_logprobs)
+    if not k or topk is None:
+        return not k and chunk.topk_ids is None and chunk.topk_logprobs is None
+    return topk.ids.shape == (n, k) and topk.problem() is None

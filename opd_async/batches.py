@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from opd_async.topk import TopK
+
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
 
@@ -22,7 +24,8 @@ class MicroBatch:
     logits predict the target, so that the target is `token_ids[rows + 1]`; per row: `behaviour_logprobs` float32[R]
     (nats, what the token was sampled with), `teacher_logprobs` float32[R] (nats), `advantages` float32[R] (the
     estimator's, zero in pure distillation), `staleness` int32[R] (optimizer steps between the weights that made the
-    token and those that train it). T = 0 is an empty micro-batch: it adds nothing but takes part in collectives.
+    token and those that train it), `topk` (R rows, None unless the loss needs it). T = 0 is an empty micro-batch: it
+    adds nothing but takes part in collectives.
     """
 
     token_ids: Int32Array
@@ -32,6 +35,7 @@ class MicroBatch:
     teacher_logprobs: Float32Array
     advantages: Float32Array
     staleness: Int32Array
+    topk: TopK | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,9 +40,10 @@ def snapshot(assembler: Assembler, version: int) -> Frontier:
     )
 
 
-def restore(frontier: Frontier, attempt_floor: int = 0) -> Assembler:
-    """An assembler that holds nothing but what was trained, and refuses attempts below `attempt_floor`."""
-    assembler = Assembler(IntervalSet.from_array(frontier.completed), attempt_floor)
+def restore(frontier: Frontier, attempt_floor: int = 0, topk: int = 0) -> Assembler:
+    """An assembler that holds nothing but what was trained, refuses attempts below `attempt_floor`, and wants `topk`
+    ids of the teacher on every token."""
+    assembler = Assembler(IntervalSet.from_array(frontier.completed), attempt_floor, topk)
     parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
     for sample_id, tokens in zip(frontier.partial_ids, parts, strict=False):
         assembler.restore(int(sample_id), tokens)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from opd_async.assembly import Segment
 from opd_async.batches import MicroBatch, StepBatch
 from opd_async.messages import Train
+from opd_async.topk import TopK, join, split
 
 Bin = list[Segment]
 Number = TypeVar("Number", np.int32, np.float32)
@@ -60,6 +61,7 @@ def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:
         _join([segment.teacher_logprobs for segment in segments], np.float32),
         np.zeros(count, np.float32),
         _join([version - segment.versions for segment in segments], np.int32),
+        join([segment.topk for segment in segments]),
     )
 
 
@@ -70,6 +72,7 @@ def _join(parts: Sequence[NDArray[Any]], dtype: type[Number]) -> NDArray[Number]
 def to_message(batch: StepBatch) -> Train:
     """The wire form of one rank's step."""
     mbs = batch.micro_batches
+    topk = join([mb.topk for mb in mbs])
     return Train(
         batch.version,
         batch.loss_tokens,
@@ -83,6 +86,8 @@ def to_message(batch: StepBatch) -> Train:
         _join([mb.teacher_logprobs for mb in mbs], np.float32),
         _join([mb.advantages for mb in mbs], np.float32),
         _join([mb.staleness for mb in mbs], np.int32),
+        topk.ids if topk is not None else None,
+        topk.logprobs if topk is not None else None,
     )
 
 
@@ -94,8 +99,11 @@ def from_message(train: Train) -> StepBatch:
     rows, staleness = (np.split(values, cuts) for values in (train.rows, train.staleness))
     by_row = (train.behaviour_logprobs, train.teacher_logprobs, train.advantages)
     behaviour, teacher, advantages = (np.split(values, cuts) for values in by_row)
+    topk = split(TopK.of(train.topk_ids, train.topk_logprobs), train.mb_rows.tolist())
     micro_batches = tuple(
-        MicroBatch(tokens[i], _offsets(lengths[i]), rows[i], behaviour[i], teacher[i], advantages[i], staleness[i])
+        MicroBatch(
+            tokens[i], _offsets(lengths[i]), rows[i], behaviour[i], teacher[i], advantages[i], staleness[i], topk[i]
+        )
         for i in range(len(train.mb_tokens))
     )
     return StepBatch(train.version, train.loss_tokens, micro_batches)

@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from opd_async.loss_names import TOPK_LOSSES
+
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -202,12 +204,23 @@ class LearnerSection(Section):
 class OpdSection(Section):
     """The distillation signal."""
 
+    loss: str = Field(default="reverse_kl", examples=["reverse_kl", "forward_kl_topk"])
+    """One of `opd_async.loss_names.LOSSES`."""
+    topk: Positive = 64
+    """How many of the teacher's most likely tokens the losses on its top-k use; no others ask for them."""
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture of `jsd_topk`."""
     kl_coef: float = Field(default=1.0, ge=0)
     signal_clamp: float | None = Field(default=None, gt=0)
     """|log q - log p| is clamped to this; null switches the clamp off."""
     clip_ratio: float | None = Field(default=0.2, gt=0, lt=1)
     """PPO-style clip of the importance ratio; null switches it off."""
     mismatch: Literal["none", "tis", "icepop"] = "none"
+
+    @property
+    def wire_topk(self) -> int:
+        """How many of the teacher's most likely tokens travel with each scored token."""
+        return self.topk if self.loss in TOPK_LOSSES else 0
 
 
 class CheckpointSection(Section):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from opd_async.errors import InputError
 from opd_async.host_checks import device_problems, network_problems
+from opd_async.loss_names import TOPK_LOSSES, loss_problem
 from opd_async.model_folder import ModelFacts, folder_problems, read_model
 from opd_async.tokenizer import Tokenizer
 from opd_async.topology import EngineKind, EngineSection, Topology, TrainOn
@@ -32,6 +33,7 @@ def validate(topology: Topology) -> list[str]:
         *_sampling_problems(topology),
         *_rollout_problems(topology),
         *_learner_problems(topology),
+        *_loss_problems(topology),
         *device_problems(topology),
         *_answer_problems(topology),
         *network_problems(topology),
@@ -42,7 +44,12 @@ def warnings(topology: Topology) -> list[str]:
     """What a valid topology may do, but probably should not."""
     schedule, optimizer = topology.schedule, topology.learner.optimizer
     found = []
-    if schedule.max_staleness >= 2 and topology.opd.clip_ratio is None:
+    if topology.opd.loss in TOPK_LOSSES and topology.opd.signal_clamp is not None:
+        found.append(
+            f"opd.signal_clamp: {topology.opd.signal_clamp:g} has no part in {topology.opd.loss}, which has no sampled "
+            "signal to clamp; write null"
+        )
+    if schedule.max_staleness >= 2 and topology.opd.clip_ratio is None and topology.opd.loss not in TOPK_LOSSES:
         found.append(
             f"opd.clip_ratio: off with schedule.max_staleness {schedule.max_staleness}; unclipped importance ratios "
             "can make the student collapse when tokens are two or more steps old; write 0.2"
@@ -238,6 +245,17 @@ def _learner_problems(topology: Topology) -> Iterator[str]:
         yield (
             f"learner.pipeline_parallel: {pipeline} does not divide the student's {facts.layers} layers; "
             f"write {_divisors(facts.layers)}"
+        )
+
+
+def _loss_problems(topology: Topology) -> Iterator[str]:
+    if problem := loss_problem(topology.opd.loss):
+        yield f"opd.loss: {problem}"
+    facts = _facts(topology.models.student.path)
+    if facts and topology.opd.wire_topk >= facts.vocab_size:
+        yield (
+            f"opd.topk: {topology.opd.topk} of {facts.vocab_size} tokens leaves no tail, which {topology.opd.loss} "
+            f"needs; write at most {facts.vocab_size - 1}"
         )
 
 

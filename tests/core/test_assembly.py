@@ -126,6 +126,45 @@ def test_malformed_chunks_are_refused(fields: dict[str, Any]) -> None:
     assert not box.samples
 
 
+def topk(*probabilities: float, rows: int = 2) -> dict[str, Any]:
+    """The same top-k at every position: ids 5, 6, ..."""
+    ids = np.tile(np.arange(5, 5 + len(probabilities), dtype=np.int32), (rows, 1))
+    return {"topk_ids": ids, "topk_logprobs": np.log(np.tile(np.float32(probabilities), (rows, 1)))}
+
+
+def test_the_top_k_stays_with_its_tokens() -> None:
+    box = Assembler(topk=2)
+    box.start_at(0)
+    held(box, 3, 2, **topk(0.5, 0.25))
+    held(box, 3, 3, **topk(0.6, 0.3, rows=1))
+    held(box, 3, 3, finish="stop")
+    segment = box.take(box.samples[3])
+    assert segment is not None and segment.topk is not None
+    assert segment.topk.ids.tolist() == [[5, 6]] * 3
+    np.testing.assert_allclose(np.exp(segment.topk.logprobs), [[0.5, 0.25], [0.5, 0.25], [0.6, 0.3]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fields"),
+    [
+        (2, {}),
+        (0, topk(0.5, 0.25)),
+        (3, topk(0.5, 0.25)),
+        (2, topk(0.5, 0.25, rows=3)),
+        (2, topk(0.8, 0.3)),
+        (2, topk(1.5, 0.1)),
+        (2, topk(0.5, float("nan"))),
+        (2, topk(0.5, 0.25) | {"topk_ids": np.full((2, 2), 5, np.int32)}),
+        (2, topk(0.5, 0.25) | {"topk_ids": np.array([[5, -1]] * 2, np.int32)}),
+        (2, topk(0.5, 0.25) | {"topk_ids": None}),
+        (0, {"topk_logprobs": np.zeros((2, 0), np.float32)}),
+    ],
+)
+def test_a_top_k_that_was_not_asked_for_or_is_none_is_refused(wanted: int, fields: dict[str, Any]) -> None:
+    box = Assembler(topk=wanted)
+    assert box.add(dataclasses.replace(scored(3, 0, 2, context=True), **fields)) is Verdict.MALFORMED
+
+
 def test_a_version_that_goes_back_is_a_defect() -> None:
     box = assembler()
     held(box, 3, 2, weight_version=2)

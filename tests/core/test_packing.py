@@ -8,17 +8,19 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from opd_async.assembly import Segment
 from opd_async.batches import MicroBatch, StepBatch
 from opd_async.packing import from_message, micro_batch, pack, to_message
+from opd_async.topk import TopK
 from opd_async.wire import decode, encode
 
 VERSION = 7
 
 
-def segment(sample_id: int, prompt: int, start: int, count: int) -> Segment:
-    """Every token, logprob and version tells which sample and position it belongs to."""
+def segment(sample_id: int, prompt: int, start: int, count: int, k: int = 0) -> Segment:
+    """Every token, logprob, version and top-k tells which sample and position it belongs to."""
     end = start + count
     rng = np.random.default_rng(sample_id)
     return Segment(
@@ -31,14 +33,22 @@ def segment(sample_id: int, prompt: int, start: int, count: int) -> Segment:
         rng.uniform(-5, 0, count).astype(np.float32),
         rng.uniform(-5, 0, count).astype(np.float32),
         np.sort(rng.integers(3, VERSION + 1, count)).astype(np.int32),
+        topk_of(1000 * sample_id + prompt + np.arange(start, end), k) if k else None,
     )
+
+
+def topk_of(targets: NDArray[np.int64], k: int) -> TopK:
+    """A made-up top-k of each target: the target and what follows it."""
+    ids = (targets[:, None] + np.arange(k)).astype(np.int32)
+    return TopK(ids, -ids.astype(np.float32))
 
 
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[list[Segment], int, int]:
     """(segments, ranks, micro_batch_tokens)"""
     sizes = draw(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 20), st.integers(1, 20)), max_size=12))
-    segments = [segment(index, *size) for index, size in enumerate(sizes)]
+    k = draw(st.sampled_from([0, 3]))
+    segments = [segment(index, *size, k) for index, size in enumerate(sizes)]
     return segments, draw(st.integers(1, 4)), draw(st.integers(1, 60))
 
 
@@ -75,7 +85,9 @@ def assert_same(left: StepBatch, right: StepBatch) -> None:
     assert (left.version, left.loss_tokens) == (right.version, right.loss_tokens)
     assert len(left.micro_batches) == len(right.micro_batches)
     for one, two in zip(left.micro_batches, right.micro_batches, strict=True):
-        for field in dataclasses.fields(MicroBatch):
+        for a, b in zip(one.topk or (), two.topk or (), strict=bool(len(one.rows))):
+            np.testing.assert_array_equal(a, b)
+        for field in dataclasses.fields(MicroBatch)[:-1]:
             a, b = getattr(one, field.name), getattr(two, field.name)
             assert a.dtype == b.dtype, field.name
             np.testing.assert_array_equal(a, b, field.name)
@@ -93,6 +105,10 @@ def test_every_row_once_and_ranks_in_step(step: tuple[list[Segment], int, int]) 
     for mb in (mb for batch in batches for mb in batch.micro_batches):
         assert len(mb.token_ids) <= micro_batch_tokens or len(sequences(mb)) == 1
         assert np.all(np.diff(mb.rows) > 0)
+        if mb.topk is not None:
+            assert all(len(array) == len(mb.rows) for array in mb.topk)
+            np.testing.assert_array_equal(mb.topk.ids[:, 0], mb.token_ids[mb.rows + 1])
+        assert (mb.topk is None) == (not len(mb.rows) or segments[0].topk is None)
         assert not mb.advantages.any()
         for piece in sequences(mb):
             sample_id = int(mb.token_ids[piece.start]) // 1000

@@ -1,8 +1,9 @@
-"""The reverse-KL loss against enumeration over a small vocabulary, and its options against hand-made values."""
+"""The losses on the sampled token against enumeration over a small vocabulary, and options against hand-made values."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learner.config import LossConfig
-from learner.losses import MAXIMA, SUMS, LossOutput, reverse_kl
+from learner.losses import MAXIMA, SUMS, LossOutput, reverse_kl, reverse_kl_behaviour
 
 STUDENT = [2.0, 1.0, 0.5, -0.5, -1.0]
 TEACHER = [1.5, 1.8, -0.2, 0.3, -1.2]
@@ -31,15 +32,18 @@ def loss_of(logprobs: Tensor, behaviour: Tensor, teacher: Tensor, config: LossCo
     )
 
 
-def expected_gradient(student: list[float], teacher: list[float], behaviour: list[float], config: LossConfig) -> Tensor:
-    """-E_{y ~ behaviour}[d loss(y) / d logits]: one row per token, weighted by the behaviour."""
+def expected_gradient(
+    student: list[float], teacher: list[float], behaviour: list[float], config: LossConfig, loss: Any = reverse_kl
+) -> Tensor:
+    """E_{y ~ behaviour}[d loss(y) / d logits]: one row per token, weighted by the behaviour."""
     logits = torch.tensor(student, dtype=torch.float64, requires_grad=True)
     mu = torch.tensor(behaviour, dtype=torch.float64).log_softmax(-1)
     q = torch.tensor(teacher, dtype=torch.float64).log_softmax(-1)
     total = torch.zeros((), dtype=torch.float64)
     for token in range(len(student)):
         row = slice(token, token + 1)
-        total = total + mu[token].exp() * loss_of(logits.log_softmax(-1)[row], mu[row], q[row], config).loss
+        nothing = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+        total = total + mu[token].exp() * loss(logits.log_softmax(-1)[row], mu[row], q[row], *nothing, config).loss
     (gradient,) = torch.autograd.grad(total, logits)
     return gradient
 
@@ -57,6 +61,17 @@ def test_golden_gradient_of_the_reverse_kl() -> None:
     for behaviour in (STUDENT, BEHAVIOUR):  # on- and off-policy alike
         found = expected_gradient(STUDENT, TEACHER, behaviour, UNCLIPPED)
         torch.testing.assert_close(found, golden, rtol=0.0, atol=1e-6)
+
+
+def test_a_signal_of_the_behaviour_points_elsewhere_off_policy() -> None:
+    """On-policy it is the reverse KL; off-policy nearly orthogonal to it on these logits."""
+    exact = reverse_kl_gradient(STUDENT, TEACHER)
+    on_policy = expected_gradient(STUDENT, TEACHER, STUDENT, UNCLIPPED, reverse_kl_behaviour)
+    torch.testing.assert_close(on_policy, exact, rtol=0.0, atol=1e-6)
+    found = expected_gradient(STUDENT, TEACHER, BEHAVIOUR, UNCLIPPED, reverse_kl_behaviour)
+    ascent = torch.tensor([0.0871, 0.0534, -0.1489, 0.0214, -0.0130], dtype=torch.float64)
+    torch.testing.assert_close(-found, ascent, rtol=0.0, atol=1e-4)
+    assert float(torch.cosine_similarity(found, exact, dim=0)) == pytest.approx(0.111, abs=1e-3)
 
 
 logits = st.lists(st.floats(-3.0, 3.0), min_size=4, max_size=4)
@@ -152,6 +167,8 @@ def test_what_is_reported() -> None:
         "gated": 0.0,
         "clamped": 0.0,
         "staleness": 2.0,
+        "student_support": 0.0,
+        "teacher_support": 0.0,
     }
     assert dict(zip(MAXIMA, output.maxima.tolist(), strict=True)) == {"ratio": pytest.approx(half), "staleness": 2.0}
 

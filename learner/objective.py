@@ -1,0 +1,61 @@
+"""From the rows of a micro-batch to its loss, as the configuration names it.
+
+sampled token:  reverse_kl, reverse_kl_behaviour          -> learner.losses
+teacher top-k:  forward_kl_topk, reverse_kl_topk, jsd_topk -> learner.divergences, beside the estimator's advantage
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from learner.config import LossConfig
+from learner.divergences import DIVERGENCES, NEEDS_TAIL, Cells
+from learner.errors import LearnerError
+from learner.layout import PackedBatch
+from learner.logprobs import RowLogprobs
+from learner.losses import SUMS, LossOutput, policy_gradient, reverse_kl, reverse_kl_behaviour
+
+SAMPLED = {"reverse_kl": reverse_kl, "reverse_kl_behaviour": reverse_kl_behaviour}
+
+
+def support_of(packed: PackedBatch, config: LossConfig) -> tuple[Tensor | None, bool]:
+    """The ids int64[R, k] whose logprobs the loss needs beside the sampled token's, and whether it needs the tail.
+
+    Raises `LearnerError` when the loss needs the teacher's top-k and the batch has none.
+    """
+    if config.loss in SAMPLED:
+        return None, False
+    if packed.topk_ids_RK is not None:
+        return packed.topk_ids_RK, config.loss in NEEDS_TAIL
+    if len(packed.rows_R):
+        raise LearnerError(f"the loss {config.loss} needs the teacher's top-k, and the batch has none")
+    return packed.targets_R[:, None], config.loss in NEEDS_TAIL  # no row, hence no id
+
+
+def objective(packed: PackedBatch, logprobs: RowLogprobs, config: LossConfig) -> LossOutput:
+    """The configured loss of a micro-batch, summed over its rows. `logprobs` are those that `support_of` asks for."""
+    rows = (logprobs.sampled_R, packed.behaviour_R, packed.teacher_R, packed.advantages_R, packed.staleness_R)
+    if config.loss in SAMPLED:
+        return SAMPLED[config.loss](*rows, config)
+    assert logprobs.support_RK is not None
+    teacher_RK = packed.topk_logprobs_RK if packed.topk_logprobs_RK is not None else logprobs.support_RK.detach()
+    return with_divergence(rows, Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK), config)
+
+
+def with_divergence(
+    rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], cells: Cells, config: LossConfig
+) -> LossOutput:
+    """kl_coef * divergence, plus the clipped policy gradient of the estimator's advantage alone.
+
+    `rows` are logprobs, behaviour, teacher, advantages and staleness, as in `reverse_kl`. The importance ratio acts on
+    the advantage; the divergence depends on the prefix only. `signal_clamp` bounds sampled signals and has no
+    part here: clamping terms of a divergence can turn its sign.
+    """
+    estimator = policy_gradient(*rows, torch.zeros_like(rows[1]), config)
+    loss = estimator.loss + config.kl_coef * DIVERGENCES[config.loss](cells, config).sum()
+    sums = estimator.sums.clone()
+    sums[SUMS.index("loss")] = loss.detach()
+    sums[SUMS.index("student_support")] = cells.student_RK.detach().exp().sum()
+    sums[SUMS.index("teacher_support")] = cells.teacher_RK.exp().sum()
+    return LossOutput(loss, sums, estimator.maxima)

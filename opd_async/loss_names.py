@@ -1,0 +1,49 @@
+"""The losses that `opd.loss` offers, and those that it refuses because they do not estimate what they claim."""
+
+from __future__ import annotations
+
+LOSSES = ("reverse_kl", "reverse_kl_behaviour", "forward_kl_topk", "reverse_kl_topk", "jsd_topk")
+
+TOPK_LOSSES = frozenset({"forward_kl_topk", "reverse_kl_topk", "jsd_topk"})
+"""Those that need the teacher's top-k on the wire and know no importance ratio."""
+
+REFUSED = {
+    "k1": (
+        "as a loss, log p - log q of the student's own tokens has zero expected gradient: nothing but noise is learnt",
+        "reverse_kl",
+    ),
+    "k3": (
+        "as a loss, exp(d) - d - 1 of the student's own tokens has the expected gradient p - q: that of the forward KL "
+        "with the variance of sampling, not that of the reverse KL which it estimates",
+        "forward_kl_topk or reverse_kl",
+    ),
+    "reverse_kl_no_ratio": (
+        "without the importance ratio it is biased as soon as tokens are one step old, and the student collapses; at "
+        "max_staleness 0 the ratio is 1 and reverse_kl the same thing",
+        "reverse_kl",
+    ),
+    "reverse_kl_topk_naive": (
+        "sum_S p log(p / q) has a gradient at p = q: it drains the teacher's top-k of probability",
+        "reverse_kl_topk",
+    ),
+    "reverse_kl_topk_scalar": (
+        "a sum over the top-k times log p of the sampled token has zero expected gradient, since the sum does not "
+        "depend on that token",
+        "reverse_kl_topk",
+    ),
+    "forward_kl_topk_raw": (
+        "sum_S q log(q / p) has a gradient at p = q: without the tail it sharpens the student into the teacher's top-k",
+        "forward_kl_topk",
+    ),
+}
+"""Name: the reason, and what to write instead."""
+
+
+def loss_problem(name: str) -> str | None:
+    """Why `opd.loss` cannot be `name`, and what to write; None if it can."""
+    if name in LOSSES:
+        return None
+    if name in REFUSED:
+        reason, instead = REFUSED[name]
+        return f"{name} is refused: {reason}; write {instead}"
+    return f"unknown loss {name!r}; write one of {', '.join(LOSSES)}"

@@ -1,0 +1,63 @@
+"""The teacher's most likely tokens at each position, where a loss needs them.
+
+Arrays travel together or not at all: `ids` int32[n, k] and `logprobs` float32[n, k], row i for token i of its holder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_LOGPROB = 1e-3
+"""Rounding may lift a logprob of nearly certain tokens a little above zero."""
+MAX_TOTAL = 1.0 + 1e-2
+"""Largest sum of a row's probabilities: one, and the rounding of a bfloat16 engine."""
+
+
+class TopK(NamedTuple):
+    """`ids` int32[n, k], distinct in each row; `logprobs` float32[n, k] of these ids, nats, temperature 1."""
+
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, ids: NDArray[np.int32] | None, logprobs: NDArray[np.float32] | None) -> TopK | None:
+        """From the optional fields of a message; None unless both are there."""
+        return None if ids is None or logprobs is None else cls(ids, logprobs)
+
+    def rows(self, start: int, end: int) -> TopK:
+        """Rows [start, end), as views."""
+        return TopK(self.ids[start:end], self.logprobs[start:end])
+
+    def problem(self) -> str | None:
+        """Why this cannot be the top of a distribution, in words; None if it can."""
+        if self.ids.ndim != 2 or self.ids.shape != self.logprobs.shape or not self.ids.shape[1]:
+            return f"shapes {self.ids.shape} and {self.logprobs.shape} are not the same [n, k]"
+        if not len(self.ids):
+            return None
+        if not (np.isfinite(self.logprobs).all() and float(self.logprobs.max()) <= MAX_LOGPROB):
+            return "a logprob is not a finite number <= 0"
+        if int(self.ids.min()) < 0 or not np.diff(np.sort(self.ids, axis=1), axis=1).all():
+            return "an id is negative or comes twice in a row"
+        if float(np.exp(self.logprobs.astype(np.float64)).sum(1).max()) > MAX_TOTAL:
+            return "the probabilities of a row add up to more than one"
+        return None
+
+
+def join(parts: Sequence[TopK | None]) -> TopK | None:
+    """Rows of all parts back to back, those without any left out; None if none has any."""
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    return TopK(np.concatenate([part.ids for part in present]), np.concatenate([part.logprobs for part in present]))
+
+
+def split(topk: TopK | None, counts: Sequence[int]) -> list[TopK | None]:
+    """Inverse of `join` for parts of `counts` rows."""
+    if topk is None:
+        return [None] * len(counts)
+    ends = np.cumsum(counts).tolist()
+    return [topk.rows(end - count, end) for end, count in zip(ends, counts, strict=True)]

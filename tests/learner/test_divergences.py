@@ -1,0 +1,160 @@
+"""Losses on the teacher's top-k: values and gradients made by hand, and against float64 enumeration."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from learner.config import LossConfig
+from learner.divergences import DIVERGENCES, Cells, forward_kl_topk, jsd_topk, reverse_kl_topk, tail_logprob
+from learner.losses import SUMS, reverse_kl
+from learner.objective import with_divergence
+
+STUDENT = [2.0, 1.0, 0.5, -0.5, -1.0]
+TEACHER = [1.5, 1.8, -0.2, 0.3, -1.2]
+SUPPORT = [1, 0]
+
+
+def value_and_gradient(
+    name: str, student: list[float], teacher: list[float], support: list[int], **options: float
+) -> tuple[Tensor, Tensor]:
+    """The loss of one row and its gradient in the student's logits, in the precision of the learner."""
+    logits = torch.tensor(student, dtype=torch.float64, requires_grad=True)
+    logprobs, ids = logits.log_softmax(-1), torch.tensor(support)
+    tail = logprobs.scatter(0, ids, -torch.inf).logsumexp(-1)
+    teacher_support = torch.tensor(teacher, dtype=torch.float64).log_softmax(-1)[ids].float()
+    cells = Cells(logprobs[ids].float()[None], tail.float()[None], teacher_support[None])
+    (value,) = DIVERGENCES[name](cells, LossConfig(loss=name, **options))  # type: ignore[arg-type]
+    (gradient,) = torch.autograd.grad(value, logits)
+    return value.detach().double(), gradient
+
+
+def enumerated(name: str, student: list[float], teacher: list[float], support: list[int], beta: float) -> Tensor:
+    """[value, gradient...] in float64 from the definitions over cells, one token after another."""
+    logits = torch.tensor(student, dtype=torch.float64, requires_grad=True)
+    p, q = logits.softmax(-1), torch.tensor(teacher, dtype=torch.float64).softmax(-1)
+    cells = [(p[i], q[i]) for i in support]
+    outside = [i for i in range(len(student)) if i not in support]
+    whole = [*cells, (p[outside].sum(), q[outside].sum())]
+    value = torch.zeros((), dtype=torch.float64)
+    if name == "reverse_kl_topk":
+        for a, b in cells:
+            value = value + a * (a / b).log() - a + b
+    for a, b in whole:
+        if name == "forward_kl_topk":
+            value = value + b * (b / a).log()
+        if name == "jsd_topk":
+            m = beta * b + (1.0 - beta) * a
+            value = value + beta * b * (b / m).log() + (1.0 - beta) * a * (a / m).log()
+    (gradient,) = torch.autograd.grad(value, logits)
+    return torch.cat([value.detach()[None], gradient])
+
+
+GOLDEN = {
+    "forward_kl_topk": (0.167416, [0.235707, -0.251792, 0.010110, 0.003719, 0.002256]),
+    "reverse_kl_topk": (0.152178, [0.223430, -0.195388, -0.017625, -0.006484, -0.003933]),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_values(name: str) -> None:
+    value, gradient = value_and_gradient(name, STUDENT, TEACHER, SUPPORT)
+    expected, expected_gradient = GOLDEN[name]
+    torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64), rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(gradient, torch.tensor(expected_gradient, dtype=torch.float64), rtol=0.0, atol=1e-5)
+
+
+def test_a_support_of_all_but_one_token_gives_the_full_divergences() -> None:
+    """Then the tail is one token, and nothing is truncated. Forward KL with its gradient p - q, and the JSD."""
+    value, gradient = value_and_gradient("forward_kl_topk", STUDENT, TEACHER, [0, 1, 2, 3])
+    assert float(value) == pytest.approx(0.2132049, abs=1e-5)
+    golden = torch.tensor([0.235707, -0.251792, 0.066536, -0.056182, 0.005731], dtype=torch.float64)
+    torch.testing.assert_close(gradient, golden, rtol=0.0, atol=1e-5)
+    for beta, expected in ((0.1, 0.0189072), (0.5, 0.0504601), (0.9, 0.0178914)):
+        value, _ = value_and_gradient("jsd_topk", STUDENT, TEACHER, [0, 1, 2, 3], jsd_beta=beta)
+        assert float(value) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_jsd_tends_to_the_forward_and_to_the_reverse_kl() -> None:
+    near_0, _ = value_and_gradient("jsd_topk", STUDENT, TEACHER, [0, 1, 2, 3], jsd_beta=1e-3)
+    near_1, _ = value_and_gradient("jsd_topk", STUDENT, TEACHER, [0, 1, 2, 3], jsd_beta=1.0 - 1e-3)
+    assert float(near_0) / 1e-3 == pytest.approx(0.2132049, rel=5e-3)
+    assert float(near_1) / 1e-3 == pytest.approx(0.1987494, rel=5e-3)
+
+
+def test_the_reverse_kl_has_the_gradient_of_its_stopped_form() -> None:
+    logits = torch.tensor(STUDENT, dtype=torch.float64, requires_grad=True)
+    p, q = logits.log_softmax(-1), torch.tensor(TEACHER, dtype=torch.float64).log_softmax(-1)
+    stopped = ((p.exp() * (p - q)).detach() * p)[SUPPORT].sum()
+    (expected,) = torch.autograd.grad(stopped, logits)
+    _, gradient = value_and_gradient("reverse_kl_topk", STUDENT, TEACHER, SUPPORT)
+    torch.testing.assert_close(gradient, expected, rtol=0.0, atol=1e-6)
+
+
+logits = st.lists(st.floats(-4.0, 4.0), min_size=7, max_size=7)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    name=st.sampled_from(sorted(DIVERGENCES)),
+    student=logits,
+    teacher=logits,
+    k=st.integers(1, 6),
+    beta=st.floats(0.05, 0.95),
+)
+def test_enumeration(name: str, student: list[float], teacher: list[float], k: int, beta: float) -> None:
+    support = sorted(range(7), key=lambda i: -teacher[i])[:k]
+    value, gradient = value_and_gradient(name, student, teacher, support, jsd_beta=beta)
+    expected = enumerated(name, student, teacher, support, beta)
+    torch.testing.assert_close(torch.cat([value[None], gradient]), expected, rtol=1e-5, atol=1e-5)
+    assert float(value) >= -1e-6
+
+
+@settings(deadline=None, max_examples=30)
+@given(name=st.sampled_from(sorted(DIVERGENCES)), both=logits, k=st.integers(1, 6))
+def test_no_gradient_at_the_teacher(name: str, both: list[float], k: int) -> None:
+    value, gradient = value_and_gradient(name, both, both, sorted(range(7), key=lambda i: -both[i])[:k])
+    assert abs(float(value)) < 1e-5
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0.0, atol=1e-5)
+
+
+def test_a_teacher_without_a_tail_gives_finite_losses() -> None:
+    certain = torch.tensor([[0.0, -40.0], [1e-4, -30.0]])
+    assert (tail_logprob(certain) >= math.log(0.99e-7)).all()
+    student = torch.tensor([[-50.0, -1e-7], [-1e-9, -60.0]], requires_grad=True)
+    tail = torch.tensor([-16.0, -70.0], requires_grad=True)
+    for divergence in (forward_kl_topk, reverse_kl_topk, jsd_topk):
+        found = divergence(Cells(student, tail, certain), LossConfig())
+        gradients = torch.autograd.grad(found.sum(), (student, tail), allow_unused=True)
+        assert torch.isfinite(found).all()
+        assert all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_the_advantage_keeps_its_ratio_and_the_divergence_has_none() -> None:
+    """kl_coef * divergence + the advantage's policy gradient: the sampled token's teacher logprob plays no part."""
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    behaviour, advantages = torch.tensor([-1.1, -2.0]), torch.tensor([2.0, -1.0])
+    staleness = torch.zeros(2, dtype=torch.int32)
+    support = torch.tensor([[-1.0, -2.0], [-0.5, -1.5]], requires_grad=True)
+    teacher_support = torch.tensor([[-0.8, -2.2], [-0.7, -1.4]])
+    config = LossConfig(loss="reverse_kl_topk", kl_coef=0.5, signal_clamp=0.1)
+    rows = (logprobs, behaviour, torch.tensor([-3.0, -4.0]), advantages, staleness)
+    found = with_divergence(rows, Cells(support, None, teacher_support), config)
+    from_advantage = reverse_kl(logprobs, behaviour, rows[2], advantages, staleness, LossConfig(kl_coef=0.0))
+    divergence = reverse_kl_topk(Cells(support, None, teacher_support), config).sum()
+    torch.testing.assert_close(found.loss, from_advantage.loss + 0.5 * divergence)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.loss, logprobs, retain_graph=True)[0],
+        torch.autograd.grad(from_advantage.loss, logprobs)[0],
+    )
+    sums = dict(zip(SUMS, found.sums.tolist(), strict=True))
+    assert sums["loss"] == pytest.approx(float(found.loss.detach()))
+    assert sums["reverse_kl"] == pytest.approx(2.0 + 2.0)
+    assert sums["clamped"] == 0.0
+    assert sums["student_support"] == pytest.approx(float(support.detach().exp().sum()))
+    assert sums["teacher_support"] == pytest.approx(float(teacher_support.exp().sum()))

@@ -1,0 +1,57 @@
+"""Logprobs of a support and of the tail outside it, against float64: values, gradients, tails of almost nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from learner.logprobs import row_logprobs
+from learner.parallel import Place
+
+ROWS, HIDDEN, VOCAB, K = 11, 8, 19, 5
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("scale", [1.0, 15.0])
+def test_values_and_gradients(alone: Place, chunk_rows: int, padding: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = scale * torch.randn(ROWS, HIDDEN, generator=generator)
+    weight = torch.randn(VOCAB + padding, HIDDEN, generator=generator)
+    targets = torch.randint(0, VOCAB, (ROWS,), generator=generator)
+    support = (hidden @ weight[:VOCAB].T).topk(K).indices
+    mix = torch.randn(ROWS, K + 2, generator=generator)
+
+    exact_hidden, exact_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logprobs = (exact_hidden @ exact_weight[:VOCAB].T).log_softmax(-1)
+    tail = logprobs.scatter(1, support, -torch.inf).logsumexp(-1)
+    expected = torch.cat([logprobs.gather(1, targets[:, None]), logprobs.gather(1, support), tail[:, None]], 1)
+    (expected * mix).sum().backward()
+    if scale > 1.0:
+        assert float(tail.detach().min()) < -20.0  # 1 - sum_S p would be 0 in float32
+
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    group = dist.group.WORLD or dist.new_group()
+    found = row_logprobs(hidden, weight, targets, support, tail=True, vocab=VOCAB, chunk_rows=chunk_rows, group=group)
+    assert found.support_RK is not None and found.tail_R is not None
+    values = torch.cat([found.sampled_R[:, None], found.support_RK, found.tail_R[:, None]], 1)
+    (values * mix).sum().backward()
+    tolerance = 1e-5 * scale
+    torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=tolerance)
+    assert hidden.grad is not None and weight.grad is not None
+    torch.testing.assert_close(hidden.grad.double(), exact_hidden.grad, rtol=0.0, atol=tolerance)
+    torch.testing.assert_close(weight.grad.double(), exact_weight.grad, rtol=0.0, atol=5 * tolerance)
+    assert not weight.grad[VOCAB:].any()
+
+
+def test_no_rows_give_zero_gradients(alone: Place) -> None:
+    weight = torch.ones(VOCAB, HIDDEN, requires_grad=True)
+    none, no_id = torch.zeros(0, HIDDEN, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    group = dist.group.WORLD or dist.new_group()
+    found = row_logprobs(none, weight, no_id, no_id[:, None], tail=True, vocab=VOCAB, chunk_rows=4, group=group)
+    assert found.support_RK is not None and found.tail_R is not None
+    (found.support_RK.sum() + found.tail_R.sum() + found.sampled_R.sum()).backward()
+    assert (found.support_RK.shape, found.tail_R.shape) == ((0, 1), (0,))
+    assert weight.grad is not None and not weight.grad.any()
