@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from tiny_learner import EMPTY, learner_config, micro_batch, step_batch
 
 from learner import checkpoint, parallel
-from learner.config import ParallelConfig
+from learner.config import LearnerConfig, LossConfig, ParallelConfig
 from learner.hf_io import hf_weights, save_hf
 from learner.trainer import Trainer
 from opd_async.batches import MicroBatch
+from opd_async.loss_names import TOPK_LOSSES
 
 LAYOUTS = {
     "tensor": ParallelConfig(tensor=2, timeout_s=60),
@@ -37,7 +38,7 @@ STEPS = 5
 
 def data(version: int) -> list[MicroBatch]:
     """Three micro-batches: two data-parallel ranks have one too few, which an empty one makes up for."""
-    return [micro_batch([9, 13, 21, 13], seed=10 * version + index) for index in range(3)]
+    return [micro_batch([9, 13, 21, 13], seed=10 * version + index, k=4) for index in range(3)]
 
 
 def steps(trainer: Trainer, place: parallel.Place, until: int) -> list[tuple[float, float]]:
@@ -52,6 +53,12 @@ def steps(trainer: Trainer, place: parallel.Place, until: int) -> list[tuple[flo
         assert metrics.tokens == rows
         result.append((metrics.loss, metrics.grad_norm))
     return result
+
+
+def topk_losses(config: LearnerConfig, place: parallel.Place) -> dict[str, list[tuple[float, float]]]:
+    """Two steps of each loss on the teacher's top-k: the second one starts from the gradient of the first."""
+    losses = sorted(TOPK_LOSSES)
+    return {name: steps(Trainer(replace(config, loss=LossConfig(loss=name))), place, 2) for name in losses}
 
 
 def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
@@ -74,6 +81,7 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
         if (results / f"{model.name}-{other}").exists():
             checkpoint.load(resumed, results / f"{model.name}-{other}")
             report[f"from {other}"] = steps(resumed, place, STEPS)
+    report["losses"] = topk_losses(config, place)
     parallel_state.destroy_model_parallel()
     return report
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from learner_ranks import LAYOUTS, SAVED_AT, STEPS, data, steps
+from learner_ranks import LAYOUTS, SAVED_AT, STEPS, data, steps, topk_losses
 from safetensors.torch import load_file
 from tiny_learner import learner_config, write_model
 
@@ -57,7 +57,7 @@ def runs(request: pytest.FixtureRequest, alone: Place, job: tuple[Path, Path]) -
     reports = {name: everything[f"{kind} {name}"] for name in LAYOUTS}
     trainer = Trainer(learner_config(models / kind))
     own = {"logprobs": [tensor.tolist() for tensor in trainer.logprobs([data(0)[0]])]}
-    reports["alone"] = own | {"steps": steps(trainer, alone, STEPS)}
+    reports["alone"] = own | {"steps": steps(trainer, alone, STEPS), "losses": topk_losses(trainer.config, alone)}
     return trainer, reports
 
 
@@ -70,6 +70,16 @@ def test_a_layout_reports_the_same_steps(runs: tuple[Trainer, dict[str, Any]], l
     torch.testing.assert_close(
         torch.tensor(reports[layout]["steps"]), torch.tensor(reports["alone"]["steps"]), rtol=0.0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_computes_the_same_losses_on_the_top_k(runs: tuple[Trainer, dict[str, Any]], layout: str) -> None:
+    _, reports = runs
+    found, expected = reports[layout]["losses"], reports["alone"]["losses"]
+    assert found.keys() == expected.keys() and len(found) >= 3
+    for name in expected:
+        left, right = torch.tensor(found[name]), torch.tensor(expected[name])
+        torch.testing.assert_close(left, right, rtol=0.0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

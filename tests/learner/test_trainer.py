@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_learner import (
     EMPTY,
+    VOCAB,
     assert_close,
     hf_gradients,
     learner_config,
@@ -20,7 +21,7 @@ from tiny_learner import (
     write_model,
 )
 
-from learner.config import OptimConfig, ParallelConfig
+from learner.config import LossConfig, OptimConfig, ParallelConfig
 from learner.errors import LearnerError, ModelError
 from learner.hf_config import read_shape
 from learner.model import build_model
@@ -28,6 +29,7 @@ from learner.optimizer import learning_rate
 from learner.parallel import Place
 from learner.trainer import Trainer
 from opd_async.batches import MicroBatch
+from opd_async.loss_names import TOPK_LOSSES
 
 
 @pytest.fixture
@@ -44,6 +46,31 @@ def test_packing_and_micro_batching_change_nothing(trainer: Trainer) -> None:
     whole = hf_gradients(trainer, step_batch(0, [packed]))
     assert_close(hf_gradients(trainer, step_batch(0, parts)), whole, 1e-6)
     assert_close(hf_gradients(trainer, step_batch(0, [*parts, EMPTY])), whole, 1e-6)
+
+
+@pytest.mark.parametrize("loss", sorted(TOPK_LOSSES))
+def test_micro_batching_changes_nothing_for_losses_on_the_top_k(alone: Place, model_path: Path, loss: str) -> None:
+    packed = micro_batch([9, 31, 14, 30, 22, 5, 13, 40], k=4)
+    parts = split(packed)
+    config = learner_config(model_path, loss=LossConfig(loss=loss), logprob_chunk_rows=1000)
+    whole = hf_gradients(Trainer(config), step_batch(0, [packed]))
+    assert max(float(gradient.abs().max()) for gradient in whole.values()) > 1e-3
+    trainer = Trainer(replace(config, logprob_chunk_rows=1))
+    assert_close(hf_gradients(trainer, step_batch(0, [*parts, EMPTY])), whole, 1e-6)
+
+
+def test_the_shares_of_the_top_k_are_reported(alone: Place, model_path: Path) -> None:
+    batch = micro_batch([9, 31], k=VOCAB - 1)
+    assert batch.topk is not None
+    metrics = Trainer(learner_config(model_path, loss=LossConfig(loss="forward_kl_topk"))).step(step_batch(0, [batch]))
+    assert metrics.teacher_support == pytest.approx(float(np.exp(batch.topk.logprobs).sum(1).mean()), rel=1e-5)
+    assert 0.9 < metrics.student_support < 1.0
+
+
+def test_a_loss_on_the_top_k_needs_one(alone: Place, model_path: Path) -> None:
+    trainer = Trainer(learner_config(model_path, loss=LossConfig(loss="jsd_topk")))
+    with pytest.raises(LearnerError, match="jsd_topk needs the teacher's top-k, and the batch has none"):
+        trainer.step(step_batch(0, [micro_batch([9, 14])]))
 
 
 def test_a_response_trained_in_cuts_has_the_gradient_of_the_whole(trainer: Trainer) -> None:

@@ -14,6 +14,7 @@ from learner.config import LearnerConfig, OptimConfig
 from learner.mapping import slots
 from learner.trainer import Trainer
 from opd_async.batches import MicroBatch, StepBatch
+from opd_async.topk import TopK
 
 VOCAB = 33
 EMPTY = MicroBatch(
@@ -86,8 +87,8 @@ def per_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-def micro_batch(lengths: list[int], *, seed: int = 0, prompt: int = 2) -> MicroBatch:
-    """Random sequences of `lengths` tokens, all but the first `prompt` of each trained."""
+def micro_batch(lengths: list[int], *, seed: int = 0, prompt: int = 2, k: int = 0) -> MicroBatch:
+    """Random sequences of `lengths` tokens, all but the first `prompt` of each trained, with the teacher's top `k`."""
     generator = np.random.default_rng(seed)
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     spans = [np.arange(a + prompt - 1, b - 1) for a, b in pairwise(bounds)]
@@ -105,7 +106,16 @@ def micro_batch(lengths: list[int], *, seed: int = 0, prompt: int = 2) -> MicroB
         logprobs(),
         generator.normal(size=len(rows)).astype(np.float32),
         generator.integers(0, 3, len(rows)).astype(np.int32),
+        random_topk(len(rows), k, seed) if k else None,
     )
+
+
+def random_topk(rows: int, k: int, seed: int) -> TopK:
+    """The k most likely tokens of random distributions over the vocabulary."""
+    logits = 2.0 * np.random.default_rng(seed).normal(size=(rows, VOCAB))
+    ids = np.argsort(-logits, axis=1)[:, :k]
+    logprobs = np.take_along_axis(logits, ids, 1) - np.log(np.exp(logits).sum(1, keepdims=True))
+    return TopK(ids.astype(np.int32), logprobs.astype(np.float32))
 
 
 def step_batch(version: int, micro_batches: list[MicroBatch], loss_tokens: int | None = None) -> StepBatch:
@@ -133,6 +143,7 @@ def take(batch: MicroBatch, rows: Any, start: int, end: int) -> MicroBatch:
         batch.teacher_logprobs[rows],
         batch.advantages[rows],
         batch.staleness[rows],
+        TopK(batch.topk.ids[rows], batch.topk.logprobs[rows]) if batch.topk is not None else None,
     )
 
 
