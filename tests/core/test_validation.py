@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import WORDS, make_model, small_topology, topology_data, write_json, write_topology
 
+from opd_async.loss_names import LOSSES, REFUSED
 from opd_async.topology import Topology
 from opd_async.topology_file import load_topology
 from opd_async.validation import validate, warnings
@@ -40,6 +41,7 @@ WRONG = {
     "rollout.slots=17": "rollout.slots: 17, but the student engines run 16 requests at once",
     "rollout.replicas=2": "rollout.replicas: 2 actors for 1 student engines; write at most 1",
     "teacher.replicas=3": "teacher.replicas: 3 actors for 1 teacher engines; write at most 1",
+    "opd.loss=k3": "opd.loss: k3 is refused: as a loss, exp(d) - d - 1 of the student's own tokens has the expected",
     "evaluation.answer_pattern='('": "evaluation.answer_pattern: '(' is not a regular expression",
     "network.bind=0.0.0.0": "network.bind: 0.0.0.0 is not an IPv4 loopback address",
     "data.train.path=nowhere.jsonl": "data.train.path: no file nowhere.jsonl",
@@ -93,6 +95,24 @@ def test_every_wrong_edit_is_reported(chosen: set[str], tmp_path_factory: pytest
 def test_problems_by_themselves(tmp_path: Path, overrides: list[str], expected: str) -> None:
     found = problems(tmp_path, *overrides)
     assert any(expected in line for line in found), found
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_losses_that_estimate_something_else_are_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+    reason, instead = REFUSED[name]
+    assert problems(tmp_path, f"opd.loss={name}") == [f"opd.loss: {name} is refused: {reason}; write {instead}"]
+    assert any(loss in instead for loss in LOSSES)
+
+
+def test_losses_that_exist(tmp_path: Path) -> None:
+    for name in LOSSES:
+        assert problems(tmp_path, f"opd.loss={name}", "opd.topk=8") == []
+    assert problems(tmp_path, "opd.loss=kl") == [f"opd.loss: unknown loss 'kl'; write one of {', '.join(LOSSES)}"]
+    # without a loss on the top-k, the default of 64 is nothing to the vocabulary of 32
+    (found,) = problems(tmp_path, "opd.loss=jsd_topk")
+    assert found == "opd.topk: 64 of 32 tokens leaves no tail, which jsd_topk needs; write at most 31"
+    assert small_topology(tmp_path, "opd.loss=jsd_topk").opd.wire_topk == 64
+    assert small_topology(tmp_path).opd.wire_topk == 0
 
 
 def test_accelerators_are_given_out_once(tmp_path: Path) -> None:
@@ -214,6 +234,9 @@ def test_warnings(tmp_path: Path) -> None:
     assert of("schedule.max_staleness=2", "opd.clip_ratio=null") == ["opd.clip_ratio"]
     assert of("schedule.max_staleness=1", "opd.clip_ratio=null") == []
     assert of("schedule.max_staleness=4") == []
+    topk = ("opd.loss=forward_kl_topk", "opd.topk=8")
+    assert of(*topk, "schedule.max_staleness=4", "opd.clip_ratio=null") == []
+    assert of(*topk, "opd.signal_clamp=3") == ["opd.signal_clamp"]
     assert of("evaluation.every_steps=2") == ["evaluation.every_steps"]
     assert of("learner.optimizer.warmup_steps=10") == ["learner.optimizer.warmup_steps"]
 
