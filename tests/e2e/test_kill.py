@@ -32,7 +32,7 @@ def test_every_role_may_die(inputs: Path, tmp_path: Path) -> None:
         for role, words in ROLES.items():
             run.wait_for_steps(folder, len(steps(folder)) + 2)
             run.find(*words).kill()
-            run.wait_for_text(f"{role} ended (killed by SIGKILL)")
+            run.wait_for_text(f"{role} ended (")
             run.wait_for_steps(folder, len(steps(folder)) + 1, 120.0)
         assert run.wait() == 0, run.text()
     ranges = check_trained(folder, 1, STEPS)
