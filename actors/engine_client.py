@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.replies import Delta, Scores, parse_delta, parse_scores
+from actors.stream_cursor import StreamCursor
 from actors.topk_replies import request_fields
 from opd_async.errors import EngineError
 
@@ -77,16 +78,18 @@ class EngineClient:
             },
             "return_logprob": True,
             "stream": True,
-            "cache_salt": cache_salt,
+            # the older of the two names for it: SGLang before 0.5.20 ignores `cache_salt`
+            "extra_key": cache_salt or None,
         }
         timeout = aiohttp.ClientTimeout(total=None, sock_read=IDLE_DEADLINE_S)
+        cursor = StreamCursor()
         try:
             async with self._session.post(
                 f"{self.url}/generate", json=body, headers=self._headers, timeout=timeout
             ) as response:
                 await self._check(response)
                 async for event in _events(response):
-                    yield parse_delta(event, self._vocab_size)
+                    yield parse_delta(cursor.new_part(event), self._vocab_size)
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             raise EngineError(f"{self.url}: the stream broke ({error or type(error).__name__})") from None
 
@@ -116,6 +119,11 @@ class EngineClient:
         reply = await self._post("/pause_generation", {"mode": mode}, self._admin_headers, CONTROL_DEADLINE_S)
         emitted = reply.get("emitted", {}) if isinstance(reply, dict) else {}
         return {str(rid): int(count) for rid, count in emitted.items()}
+
+    async def abort_all(self) -> None:
+        """Have every request end with the tokens that it has. Returns before they do; what comes later is not hit."""
+        body = {"rid": "", "abort_all": True}
+        await self._post("/abort_request", body, self._admin_headers, CONTROL_DEADLINE_S)
 
     async def resume(self) -> None:
         """Go on generating; harmless when the engine is not paused."""

@@ -17,6 +17,10 @@ from opd_async.errors import EngineError
 from opd_async.topology import RolloutSection
 
 
+class AbortedError(EngineError):
+    """The engine ended the request before the response was complete; its tokens so far are good."""
+
+
 @dataclass(slots=True)
 class Student:
     """A student engine as a rollout actor sees it. The gate is open while it may generate with weights `version`."""
@@ -38,6 +42,10 @@ class Generation:
     failures: int = 0
     received: int = 0
     """Tokens that the current request has delivered."""
+    streaming: bool = False
+    """A request to the student engine is under way."""
+    first_version: int | None = None
+    """Weight version of the first request: what a prefix cache holds of this response was begun under it."""
     _tokens: list[NDArray[np.int32]] = field(default_factory=list)
     _pending: list[Delta] = field(default_factory=list)
     _sent_end: int = 0
@@ -56,6 +64,13 @@ class Generation:
         """The last request failed: the next one goes on behind the tokens that arrived."""
         self.rid = f"{self.lease.sample_id:016x}-{uuid.uuid4().hex[:12]}"
         self.received = 0
+
+    def cache_key(self, keep: bool) -> str:
+        """Namespace of the next request in the engine's prefix cache: the weight version, or, to `keep` the keys and
+        values that earlier requests of this response have left there, the version of the first."""
+        if self.first_version is None or not keep:
+            self.first_version = self.student.version
+        return str(self.first_version)
 
     def input_ids(self) -> NDArray[np.int32]:
         """int32[prompt + response so far]."""
@@ -97,7 +112,7 @@ class Generation:
             self.received += len(delta.token_ids)
             self.failures = 0
         if delta.aborted:
-            raise EngineError("the engine aborted the request")
+            raise AbortedError("the engine aborted the request")
         self.finish = delta.finish
         if self.finish is m.Finish.LENGTH and self._ends_with(stop_token_ids):
             # engines say "length" when the last allowed token happens to be a stop token

@@ -24,8 +24,9 @@ from collections.abc import Iterable
 import aiohttp
 import numpy as np
 
+from actors.draining import drain
 from actors.engine_client import EngineClient
-from actors.generation import Generation, Student
+from actors.generation import AbortedError, Generation, Student
 from actors.replies import Delta
 from opd_async import messages as m
 from opd_async.channels import Push
@@ -35,6 +36,7 @@ from opd_async.plan import RoleKind
 from opd_async.process import run_role
 from opd_async.role import IdleClock, Role, role_arguments
 from opd_async.routing import rendezvous
+from opd_async.topology import EngineKind, PauseMode
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,9 @@ class RolloutActor:
         self._role = role
         topology = role.plan.topology
         self._settings = topology.rollout
-        self._pause_mode = topology.schedule.pause_mode.value
+        self._pause_mode = topology.schedule.pause_mode
+        # the embedded engine accounts for every token when it pauses; SGLang does so only when a request ends
+        self._drains = topology.engines.student.kind is not EngineKind.EMBEDDED
         self._metrics = role.metrics
         self._students = [
             Student(self._client(session, url, student=True)) for url in _share(role, role.plan.student_engines)
@@ -145,15 +149,28 @@ class RolloutActor:
         client = self._teachers[lease.sample_id % len(self._teachers)] if on_teacher else generation.student.client
         if not on_teacher:
             await generation.student.gate.wait()
-        request = generation.sampling(self._settings, self._role.plan.stop_token_ids)
-        salt = "" if on_teacher else str(generation.student.version)
+        generation.streaming = not on_teacher
         try:
-            async for delta in client.stream(generation.rid, generation.input_ids(), request, salt):
+            await self._stream(generation, client, on_teacher)
+        except EngineError as error:
+            if isinstance(error, AbortedError) and self._drains and not generation.student.gate.is_set():
+                generation.new_request()
+            else:
+                await self._failed(generation, error)
+
+    async def _stream(self, generation: Generation, client: EngineClient, on_teacher: bool) -> None:
+        """One request, to the end of its stream."""
+        request = generation.sampling(self._settings, self._role.plan.stop_token_ids)
+        key = "" if on_teacher else generation.cache_key(self._drains and self._pause_mode is PauseMode.IN_PLACE)
+        try:
+            async for delta in client.stream(generation.rid, generation.input_ids(), request, key):
                 await self._take(generation, delta, on_teacher)
             if generation.finish is None:
                 raise EngineError(f"{client.url}: the stream ended without a finish reason")
-        except EngineError as error:
-            await self._failed(generation, error)
+        finally:
+            async with self._arrived:
+                generation.streaming = False
+                self._arrived.notify_all()
 
     async def _take(self, generation: Generation, delta: Delta, on_teacher: bool) -> None:
         new_tokens = generation.take(delta, on_teacher, self._role.plan.stop_token_ids)
@@ -222,8 +239,15 @@ class RolloutActor:
 
     async def _pause_one(self, student: Student) -> dict[str, int]:
         """Tokens that the engine has sent to each stream; an engine that is gone has sent all that it ever will."""
+        if self._drains:
+
+            def open_streams() -> list[Generation]:
+                return [g for g in self._live.values() if g.streaming and g.student is student]
+
+            await drain(student.client, open_streams, self._arrived, PAUSE_DEADLINE_S)
+            return {}
         try:
-            return await student.client.pause(self._pause_mode)
+            return await student.client.pause(self._pause_mode.value)
         except EngineError as error:
             log.warning("pause: %s; its responses go on when it is back", error)
             return {}

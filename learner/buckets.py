@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+CHECKSUM_HEX = 32
+"""Length of a checksum."""
+
 
 @dataclass(slots=True)
 class Bucket:

@@ -28,6 +28,7 @@ from learner.cpu import this_device
 from learner.engine_http import EngineAddress
 from learner.errors import WeightSyncError
 from learner.hf_io import hf_weights, save_hf
+from learner.proof import Proof, check_proof, make_proof
 from learner.trainer import Trainer
 from learner.weights import WeightSender
 from opd_async import messages as m
@@ -170,14 +171,16 @@ class Rank:
 
     def _sync(self, command: m.SyncWeights) -> None:
         """All ranks gather, rank 0 sends. A refusal is an answer, not an end: the coordinator tries again."""
-        dtype = getattr(torch, self._plan.topology.engines.student.dtype)
+        engines = self._plan.topology.engines.student
+        proof = make_proof(self._trainer, engines.context_tokens) if command.verify else None
+        dtype = getattr(torch, engines.dtype)
         weights = hf_weights(self._trainer.model, dtype)
         if self._rank != 0:
             for _ in weights:
                 pass
             return
         try:
-            report = self._send(command, weights)
+            report = self._send(command, weights, proof)
         except WeightSyncError as error:
             for _ in weights:  # the other ranks are gathering
                 pass
@@ -186,12 +189,14 @@ class Rank:
         self._metrics["opd_learner_weight_sync_seconds"].observe(report["seconds"])
         self._link.reply("SyncWeights", self._trainer.version, None, report)
 
-    def _send(self, command: m.SyncWeights, weights: Any) -> dict[str, float]:
-        sender = self._sender_for(command)
-        report = sender.send(weights, self._trainer.version, checksums=command.verify)
-        if command.verify:
-            for engine in sender.engines:
-                sender.verify(engine, report)
+    def _send(self, command: m.SyncWeights, weights: Any, proof: Proof | None) -> dict[str, float]:
+        """Send; with a `proof` to check, every engine must show that it holds what was sent."""
+        sender, topology = self._sender_for(command), self._plan.topology
+        report = sender.send(weights, self._trainer.version, checksums=proof is not None)
+        for engine in sender.engines:
+            if proof is not None and not sender.verify(engine, report):
+                dtypes = (topology.learner.dtype, topology.engines.student.dtype)
+                check_proof(engine, proof, dtypes, topology.supervisor.heartbeat_deadline_s)
         return {"seconds": report.seconds, "bytes": float(report.bytes)}
 
     def _sender_for(self, command: m.SyncWeights) -> WeightSender:

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learner.buckets import Bucket, buckets, checksum
+from learner.buckets import CHECKSUM_HEX, Bucket, buckets, checksum
 from learner.engine_http import EngineAddress, call
 from learner.errors import WeightSyncError
 from learner.weight_group import join, leave, open_store
@@ -145,11 +145,11 @@ class WeightSender:
             raise
         return SendReport(version, total, time.perf_counter() - started, sums)
 
-    def verify(self, engine: EngineAddress, report: SendReport) -> None:
+    def verify(self, engine: EngineAddress, report: SendReport) -> bool:
         """Prove that `engine` holds what `report` says; `WeightSyncError` names the first difference.
 
-        The version is always compared. Checksums are compared by name where the engine reports them under the names
-        that were sent; SGLang reports fused parameters under names of its own, which says nothing about ours.
+        The version is always compared. True if checksums were too: SGLang hashes fused parameters in its own way,
+        which says nothing about what was sent (`learner.proof` does).
         """
         info = call(engine, "GET", "/model_info", None, timeout_s=self._timeout_s, admin=False) or {}
         if str(info.get("weight_version")) != str(report.version):
@@ -157,15 +157,18 @@ class WeightSender:
                 f"engine {engine.url} says weight version {info.get('weight_version')} after {report.version} was sent"
             )
         answer = call(engine, "POST", "/weights_checker", {"action": "checksum"}, timeout_s=self._timeout_s) or {}
+        compared = False
         for rank, held in enumerate(answer.get("ranks", [])):
             found: Mapping[str, str] = held.get("checksums", {})
-            if not report.checksums.keys() & found.keys():
+            if not any(len(found.get(name, "")) == CHECKSUM_HEX for name in report.checksums):
                 continue
+            compared = True
             for name, expected in report.checksums.items():
                 if found.get(name) != expected:
                     raise WeightSyncError(
                         f"engine {engine.url} rank {rank} holds {name} with checksum {found.get(name)}, sent {expected}"
                     )
+        return compared
 
     def close(self) -> None:
         """Dissolve the group and stop the threads. Engines that do not answer are left alone."""

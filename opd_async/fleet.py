@@ -52,7 +52,7 @@ class Fleet:
         """Start one role."""
         role = self._roles[name]
         threads = self._threads(role.kind)
-        settings = {"OMP_NUM_THREADS": str(threads), **(env or {})}
+        settings = {"OMP_NUM_THREADS": str(threads), **role.env, **(env or {})}
         await self.supervisor.start(ProcessSpec(name, role.command, settings, self._logs / f"{name}.log"))
 
     def _threads(self, kind: RoleKind) -> int:

@@ -8,14 +8,14 @@ import socket
 from collections.abc import Iterator
 
 from opd_async.planning import LAST_PORT, port_keys, rank_devices, replica_devices
-from opd_async.topology import EngineKind, Topology
+from opd_async.topology import Topology
 
 
 def device_problems(topology: Topology) -> Iterator[str]:
     """Devices that do not fit replicas and ranks, and accelerators given out twice; the cpu may be shared."""
     users: dict[str, list[tuple[str, str]]] = {}
     for side, section in (("student", topology.engines.student), ("teacher", topology.engines.teacher)):
-        if section.kind is EngineKind.EXTERNAL:
+        if not section.started:
             continue
         devices = replica_devices(section)
         if len(devices) != section.replicas:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from enum import StrEnum
 from pathlib import Path
 
+from pydantic import Field
+
 from opd_async.topology import Section, Topology
 
 
@@ -30,6 +32,8 @@ class RolePlan(Section):
     host: str
     devices: tuple[str, ...]
     command: tuple[str, ...]
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables, beside those of the supervisor."""
     ports: dict[str, int]
     """Port by purpose: `http`, `chunks`, `scored`, `batches`, `metrics`."""
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from opd_async.errors import InputError
 from opd_async.model_folder import read_model
 from opd_async.plan import Plan, RoleKind, RolePlan
+from opd_async.sglang_server import server_command, server_environment
 from opd_async.topology import EngineKind, EngineSection, Topology
 
 COORDINATOR = "coordinator"
@@ -91,7 +92,7 @@ def _roles(topology: Topology) -> list[tuple[RoleKind, int]]:
 
 
 def _started(section: EngineSection) -> int:
-    return section.replicas if section.kind is EngineKind.EMBEDDED else 0
+    return section.replicas if section.started else 0
 
 
 def _name(kind: RoleKind, index: int) -> str:
@@ -120,18 +121,26 @@ def _role(topology: Topology, kind: RoleKind, index: int, ports: dict[PortKey, i
     own = {purpose: ports[_name(kind, index), purpose] for purpose in _PURPOSES[kind]}
     plan_file = str(topology.folder / PLAN_FILE)
     devices: tuple[str, ...] = ("cpu",)
+    env: dict[str, str] = {}
     match kind:
         case RoleKind.TEACHER_ENGINE | RoleKind.STUDENT_ENGINE:
             devices = (replica_devices(_section(topology, kind))[index],)
+            if _section(topology, kind).kind is EngineKind.SGLANG:
+                own["metrics"] = own["http"]  # SGLang serves them beside its API
+                env = server_environment(devices[0])
             command = _engine_command(topology, kind, index, own)
         case RoleKind.LEARNER:
             devices = rank_devices(topology)
+            # each rank takes the CUDA device of its local rank among those that it can see
+            indices = [device.removeprefix("cuda:") for device in devices if device.startswith("cuda:")]
+            env = {"CUDA_VISIBLE_DEVICES": ",".join(indices)}
             command = _learner_command(topology, own["master"], plan_file)
         case RoleKind.INTAKE:
             command = (sys.executable, "-m", "actors.intake", "--plan", plan_file)
         case RoleKind.TEACHER | RoleKind.ROLLOUT:
             command = (sys.executable, "-m", f"actors.{kind.value}", "--plan", plan_file, "--index", str(index))
-    return RolePlan(kind=kind, index=index, host=topology.network.bind, devices=devices, command=command, ports=own)
+    host = topology.network.bind
+    return RolePlan(kind=kind, index=index, host=host, devices=devices, command=command, env=env, ports=own)
 
 
 def replica_devices(section: EngineSection) -> tuple[str, ...]:
@@ -153,18 +162,21 @@ def _engine_command(topology: Topology, kind: RoleKind, index: int, ports: dict[
     section = _section(topology, kind)
     models = topology.models
     model = models.teacher if kind is RoleKind.TEACHER_ENGINE else models.student
+    device, seed = replica_devices(section)[index], topology.seed + index
+    if section.kind is EngineKind.SGLANG:
+        return server_command(section, model.path, device, topology.network.bind, ports["http"], seed)
     options: dict[str, object] = {
         "--model-path": model.path,
         "--host": topology.network.bind,
         "--port": ports["http"],
-        "--device": replica_devices(section)[index],
+        "--device": device,
         "--dtype": section.dtype,
         "--max-total-tokens": section.kv_tokens,
         "--max-running-requests": section.max_running,
         "--context-length": section.context_tokens,
         "--threads": section.threads,
         # Replicas must not sample the same random numbers.
-        "--seed": topology.seed + index,
+        "--seed": seed,
         "--api-key": section.api_key,
         "--admin-api-key": section.admin_api_key,
         "--metrics-port": ports["metrics"],

@@ -12,12 +12,15 @@ POLL_S = 0.2
 
 
 async def wait_until_ready(url: str, name: str, deadline_s: float, api_key: str | None = None) -> None:
-    """Return once `GET url/ready` answers 200. Raises `DeadlineError` that names the engine when it does not."""
+    """Return once `GET url/model_info` answers 200: every version of SGLang has it, and it answers when paused.
+
+    Raises `DeadlineError` that names the engine when it does not.
+    """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         async with asyncio.timeout(deadline_s), aiohttp.ClientSession(headers=headers) as session:
             while True:
-                if await _answers(session, f"{url}/ready"):
+                if await _answers(session, f"{url}/model_info"):
                     return
                 await asyncio.sleep(POLL_S)
     except TimeoutError:

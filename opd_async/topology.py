@@ -44,6 +44,8 @@ class EngineKind(StrEnum):
 
     EMBEDDED = "embedded"
     """The small server in `actors.engine`, started by the supervisor."""
+    SGLANG = "sglang"
+    """An SGLang server, started by the supervisor with the Python of its own environment (`python`)."""
     EXTERNAL = "external"
     """Already running; `urls` says where. The supervisor never starts or stops it."""
 
@@ -96,6 +98,10 @@ class EngineSection(Section):
     replicas: Positive = 1
     urls: tuple[Url, ...] = ()
     """External engines: one URL per replica."""
+    python: Path | None = None
+    """SGLang: the Python of the environment that has it, such as `.venv-sglang/bin/python`."""
+    args: tuple[str, ...] = ()
+    """SGLang: further arguments of `sglang.launch_server`, one word each; they win over those of the run."""
     devices: Devices = ("cpu",)
     """One per replica, or one for all: `cpu`, `cuda:0`, ..."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -105,6 +111,11 @@ class EngineSection(Section):
     threads: Positive = 1
     api_key: str | None = None
     admin_api_key: str | None = None
+
+    @property
+    def started(self) -> bool:
+        """True if the supervisor starts these engines."""
+        return self.kind is not EngineKind.EXTERNAL
 
 
 class EnginesSection(Section):

@@ -13,6 +13,7 @@ from opd_async.errors import InputError
 from opd_async.host_checks import device_problems, network_problems
 from opd_async.loss_names import TOPK_LOSSES, loss_problem
 from opd_async.model_folder import ModelFacts, folder_problems, read_model
+from opd_async.sglang_server import version_problem
 from opd_async.tokenizer import Tokenizer
 from opd_async.topology import EngineKind, EngineSection, Topology, TrainOn
 
@@ -23,7 +24,7 @@ def validate(topology: Topology) -> list[str]:
     """Every reason why this topology cannot run, in the order of the file; empty if it can.
 
     Opens the model folders' JSON files and weight headers and, with an explicit `network.base_port`, binds each port
-    for an instant. Starts no process and loads no weight.
+    for an instant. Loads no weight and starts nothing but the Python of SGLang engines, to ask for their version.
     """
     return [
         *_model_problems(topology),
@@ -140,6 +141,7 @@ def _engine_problems(topology: Topology) -> Iterator[str]:
     sides = _engine_sides(topology)
     for side, section in sides:
         yield from _url_problems(f"engines.{side}", section)
+        yield from _sglang_problems(f"engines.{side}", section)
         model = topology.models.student if side == "student" else topology.models.teacher
         facts = _facts(model.path)
         if facts and section.context_tokens > facts.max_tokens:
@@ -147,7 +149,7 @@ def _engine_problems(topology: Topology) -> Iterator[str]:
                 f"engines.{side}.context_tokens: {section.context_tokens}, but the {side} has "
                 f"max_position_embeddings {facts.max_tokens}; write at most {facts.max_tokens}"
             )
-        if section.kind is EngineKind.EMBEDDED and section.kv_tokens < section.context_tokens:
+        if section.started and section.kv_tokens < section.context_tokens:
             yield (
                 f"engines.{side}.kv_tokens: {section.kv_tokens} cannot hold one full sample of "
                 f"engines.{side}.context_tokens {section.context_tokens}; write at least {section.context_tokens}"
@@ -164,15 +166,25 @@ def _engine_problems(topology: Topology) -> Iterator[str]:
 
 def _url_problems(path: str, section: EngineSection) -> Iterator[str]:
     urls = len(section.urls)
-    if section.kind is EngineKind.EMBEDDED and urls:
+    if section.started and urls:
         yield (
-            f"{path}.urls: {urls} given, but the run starts embedded engines itself; remove them, or write "
+            f"{path}.urls: {urls} given, but the run starts {section.kind} engines itself; remove them, or write "
             "kind: external"
         )
-    if section.kind is EngineKind.EXTERNAL and urls != section.replicas:
+    if not section.started and urls != section.replicas:
         yield f"{path}.urls: {urls} given for {section.replicas} replicas; write one URL for each external engine"
     if len({url.rstrip("/") for url in section.urls}) < urls:
         yield f"{path}.urls: the same URL twice; write one for each engine"
+
+
+def _sglang_problems(path: str, section: EngineSection) -> Iterator[str]:
+    if section.kind is not EngineKind.SGLANG:
+        if section.python is not None or section.args:
+            yield f"{path}.python, {path}.args: only for kind sglang, this is {section.kind}; remove them"
+    elif section.python is None:
+        yield f"{path}.python: missing; write the Python that has SGLang, such as .venv-sglang/bin/python"
+    elif problem := version_problem(section.python):
+        yield f"{path}.python: {problem}"
 
 
 def _sampling_problems(topology: Topology) -> Iterator[str]:
@@ -201,7 +213,7 @@ def _sampling_problems(topology: Topology) -> Iterator[str]:
 def _rollout_problems(topology: Topology) -> Iterator[str]:
     student = topology.engines.student
     room = student.replicas * student.max_running
-    if student.kind is EngineKind.EMBEDDED and topology.rollout.slots > room:
+    if student.started and topology.rollout.slots > room:
         yield (
             f"rollout.slots: {topology.rollout.slots}, but the student engines run {room} requests at once "
             f"(replicas x max_running); write at most {room}, or raise engines.student.max_running"
