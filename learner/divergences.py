@@ -4,9 +4,10 @@ S the support: the teacher's k most likely ids of each row; p, q the probabiliti
 teacher; the tail is everything outside S, one cell of probability 1 - sum_S p, respectively 1 - sum_S q.
 R rows, K = k ids, C = k + 1 cells (S, then the tail). All are nats per row, float32[R], with exact gradients in p.
 
-None of them looks at the sampled token: each is a function of the prefix alone. So no importance ratio belongs to them,
-and an old token costs no correctness at its own position: all that staleness changes is which prefixes are trained
-(those of older weights, and of a student that has since moved). The sampled token's teacher logprob is only reported.
+None of them looks at the sampled token (`minillm_topk` adds a part that does): each is a function of the prefix alone.
+So no importance ratio belongs to them, and an old token costs no correctness at its own position: all that staleness
+changes is which prefixes are trained (those of older weights, and of a student that has since moved). The sampled
+token's teacher logprob is only reported.
 """
 
 from __future__ import annotations
@@ -99,11 +100,41 @@ def jsd_topk(cells: Cells, config: LossConfig) -> Tensor:
     return beta * from_teacher_R + (1.0 - beta) * from_student_R
 
 
+def minillm_topk(cells: Cells, config: LossConfig) -> Tensor:
+    """The single-step part of MiniLLM's gradient: KL(p || q) over S and the tail. The long part is `long_returns`.
+
+        sum_S p (log p - log q) + (1 - P_S) log((1 - P_S) / (1 - Q_S))
+
+    Estimates: the gradient of the reverse KL of whole responses, split as MiniLLM does (2306.08543): the expectation
+    of the next token's signal is summed over cells instead of sampled, the signals behind it are a return R_t+1 that
+    weighs the sampled token. MiniLLM sums over the whole vocabulary; here the tail is one cell, so the first part is a
+    lower bound. The return is the mean of the later signals, not their sum (length normalisation: without it, long
+    responses are punished for being long), which gives up exactness for responses of more than two tokens.
+    Staleness: the first part as in the module's docstring; the return is that of older weights' continuations, and the
+    importance ratio, clipped, corrects the choice of the token alone. Needs whole responses (`train_on: samples`).
+    On the wire: top-k ids and logprobs of the teacher, 8 k bytes per token, and its logprob of the sampled token.
+    """
+    student_RC, teacher_RC = cells.with_tail()
+    return (student_RC.exp() * (student_RC - teacher_RC)).sum(-1)
+
+
+def long_returns(signal_R: Tensor, sequence_R: Tensor) -> Tensor:
+    """The mean of a sequence's later signals at each of its rows, 0 at its last one: float32[R].
+
+    `signal_R` float32[R], no gradient; `sequence_R` int64[R], ascending.
+    """
+    rows_R = torch.arange(len(signal_R), device=signal_R.device)
+    end_R = torch.searchsorted(sequence_R, sequence_R, right=True)
+    before_R = torch.nn.functional.pad(signal_R.double().cumsum(0), (1, 0))  # entry i: the sum of the first i signals
+    return ((before_R[end_R] - before_R[rows_R + 1]) / (end_R - rows_R - 1).clamp(min=1)).float()
+
+
 Divergence = Callable[[Cells, LossConfig], Tensor]
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl_topk": forward_kl_topk,
     "reverse_kl_topk": reverse_kl_topk,
     "jsd_topk": jsd_topk,
+    "minillm_topk": minillm_topk,
 }
-NEEDS_TAIL = frozenset({"forward_kl_topk", "jsd_topk"})
+NEEDS_TAIL = frozenset({"forward_kl_topk", "jsd_topk", "minillm_topk"})

@@ -67,6 +67,8 @@ class PackedBatch:
     """float32[R]"""
     staleness_R: Tensor
     """int32[R], steps"""
+    sequence_R: Tensor
+    """int64[R], ascending: which sequence of the micro-batch a row belongs to."""
     topk_ids_RK: Tensor | None
     """int64[R, K]: the teacher's most likely ids, where the batch has them."""
     topk_logprobs_RK: Tensor | None
@@ -107,6 +109,7 @@ def lay_out(batch: MicroBatch, *, multiple: int, slack: float, device: torch.dev
         torch.tensor(batch.teacher_logprobs, device=device),
         torch.tensor(batch.advantages, device=device),
         torch.tensor(batch.staleness, device=device),
+        torch.from_numpy(np.searchsorted(batch.cu_seqlens, batch.rows, side="right") - 1).to(device),
         None if batch.topk is None else torch.from_numpy(batch.topk.ids.astype(np.int64)).to(device),
         None if batch.topk is None else torch.tensor(batch.topk.logprobs, device=device),
     )

@@ -1,7 +1,10 @@
 """From the rows of a micro-batch to its loss, as the configuration names it.
 
-sampled token:  reverse_kl, reverse_kl_behaviour          -> learner.losses
-teacher top-k:  forward_kl_topk, reverse_kl_topk, jsd_topk -> learner.divergences, beside the estimator's advantage
+    sampled token:  reverse_kl, reverse_kl_behaviour           -> learner.losses
+    teacher top-k:  forward_kl_topk, reverse_kl_topk, jsd_topk -> learner.divergences
+    both:           minillm_topk                               -> learner.divergences, and returns on the sampled token
+
+The estimator's advantage is a policy gradient of its own beside any of them.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from learner.config import LossConfig
-from learner.divergences import DIVERGENCES, NEEDS_TAIL, Cells
+from learner.divergences import DIVERGENCES, NEEDS_TAIL, Cells, long_returns
 from learner.errors import LearnerError
 from learner.layout import PackedBatch
 from learner.logprobs import RowLogprobs
@@ -40,19 +43,22 @@ def objective(packed: PackedBatch, logprobs: RowLogprobs, config: LossConfig) ->
         return SAMPLED[config.loss](*rows, config)
     assert logprobs.support_RK is not None
     teacher_RK = packed.topk_logprobs_RK if packed.topk_logprobs_RK is not None else logprobs.support_RK.detach()
-    return with_divergence(rows, Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK), config)
+    signal_R = torch.zeros_like(packed.teacher_R)
+    if config.loss == "minillm_topk":
+        signal_R = long_returns(packed.teacher_R - logprobs.sampled_R.detach(), packed.sequence_R)
+    return with_divergence(rows, signal_R, Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK), config)
 
 
 def with_divergence(
-    rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], cells: Cells, config: LossConfig
+    rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], signal_R: Tensor, cells: Cells, config: LossConfig
 ) -> LossOutput:
-    """kl_coef * divergence, plus the clipped policy gradient of the estimator's advantage alone.
+    """kl_coef * divergence, plus the clipped policy gradient of the estimator's advantage and kl_coef * `signal_R`.
 
     `rows` are logprobs, behaviour, teacher, advantages and staleness, as in `reverse_kl`. The importance ratio acts on
-    the advantage; the divergence depends on the prefix only. `signal_clamp` bounds sampled signals and has no
-    part here: clamping terms of a divergence can turn its sign.
+    advantage and signal; the divergence depends on the prefix only. `signal_clamp` bounds the signal alone: clamping
+    terms of a divergence can turn its sign.
     """
-    estimator = policy_gradient(*rows, torch.zeros_like(rows[1]), config)
+    estimator = policy_gradient(*rows, signal_R, config)
     loss = estimator.loss + config.kl_coef * DIVERGENCES[config.loss](cells, config).sum()
     sums = estimator.sums.clone()
     sums[SUMS.index("loss")] = loss.detach()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-LOSSES = ("reverse_kl", "reverse_kl_behaviour", "forward_kl_topk", "reverse_kl_topk", "jsd_topk")
+LOSSES = ("reverse_kl", "reverse_kl_behaviour", "forward_kl_topk", "reverse_kl_topk", "jsd_topk", "minillm_topk")
 
-TOPK_LOSSES = frozenset({"forward_kl_topk", "reverse_kl_topk", "jsd_topk"})
-"""Those that need the teacher's top-k on the wire and know no importance ratio."""
+TOPK_LOSSES = frozenset({"forward_kl_topk", "reverse_kl_topk", "jsd_topk", "minillm_topk"})
+"""Those that need the teacher's top-k on the wire."""
+RATIO_LOSSES = frozenset({"reverse_kl", "reverse_kl_behaviour", "minillm_topk"})
+"""Those with a signal on the sampled token, and so an importance ratio."""
+WHOLE_RESPONSE_LOSSES = frozenset({"minillm_topk"})
+"""Those whose signal on a token depends on what follows it."""
 
 REFUSED = {
     "k1": (

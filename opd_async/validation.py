@@ -11,7 +11,7 @@ from pathlib import Path
 
 from opd_async.errors import InputError
 from opd_async.host_checks import device_problems, network_problems
-from opd_async.loss_names import TOPK_LOSSES, loss_problem
+from opd_async.loss_names import RATIO_LOSSES, WHOLE_RESPONSE_LOSSES, loss_problem
 from opd_async.model_folder import ModelFacts, folder_problems, read_model
 from opd_async.sglang_server import version_problem
 from opd_async.tokenizer import Tokenizer
@@ -45,12 +45,12 @@ def warnings(topology: Topology) -> list[str]:
     """What a valid topology may do, but probably should not."""
     schedule, optimizer = topology.schedule, topology.learner.optimizer
     found = []
-    if topology.opd.loss in TOPK_LOSSES and topology.opd.signal_clamp is not None:
+    if topology.opd.loss not in RATIO_LOSSES and topology.opd.signal_clamp is not None:
         found.append(
             f"opd.signal_clamp: {topology.opd.signal_clamp:g} has no part in {topology.opd.loss}, which has no sampled "
             "signal to clamp; write null"
         )
-    if schedule.max_staleness >= 2 and topology.opd.clip_ratio is None and topology.opd.loss not in TOPK_LOSSES:
+    if schedule.max_staleness >= 2 and topology.opd.clip_ratio is None and topology.opd.loss in RATIO_LOSSES:
         found.append(
             f"opd.clip_ratio: off with schedule.max_staleness {schedule.max_staleness}; unclipped importance ratios "
             "can make the student collapse when tokens are two or more steps old; write 0.2"
@@ -263,11 +263,16 @@ def _learner_problems(topology: Topology) -> Iterator[str]:
 def _loss_problems(topology: Topology) -> Iterator[str]:
     if problem := loss_problem(topology.opd.loss):
         yield f"opd.loss: {problem}"
+    if topology.opd.loss in WHOLE_RESPONSE_LOSSES and topology.schedule.train_on is TrainOn.TOKENS:
+        yield (
+            f"schedule.train_on: tokens, but {topology.opd.loss} weighs a token by what follows it, so it needs whole "
+            "responses; write samples"
+        )
     facts = _facts(topology.models.student.path)
     if facts and topology.opd.wire_topk >= facts.vocab_size:
         yield (
-            f"opd.topk: {topology.opd.topk} of {facts.vocab_size} tokens leaves no tail, which {topology.opd.loss} "
-            f"needs; write at most {facts.vocab_size - 1}"
+            f"opd.topk: {topology.opd.topk}, but the vocabulary has {facts.vocab_size} tokens, and some must be left "
+            f"outside; write at most {facts.vocab_size - 1}"
         )
 
 

@@ -106,11 +106,13 @@ def test_losses_that_estimate_something_else_are_refused_with_the_reason(tmp_pat
 
 def test_losses_that_exist(tmp_path: Path) -> None:
     for name in LOSSES:
-        assert problems(tmp_path, f"opd.loss={name}", "opd.topk=8") == []
+        assert problems(tmp_path, f"opd.loss={name}", "opd.topk=8", "schedule.train_on=samples") == []
+    (found,) = problems(tmp_path, "opd.loss=minillm_topk", "opd.topk=8")
+    assert found.startswith("schedule.train_on: tokens, but minillm_topk weighs a token by what follows it")
     assert problems(tmp_path, "opd.loss=kl") == [f"opd.loss: unknown loss 'kl'; write one of {', '.join(LOSSES)}"]
     # without a loss on the top-k, the default of 64 is nothing to the vocabulary of 32
     (found,) = problems(tmp_path, "opd.loss=jsd_topk")
-    assert found == "opd.topk: 64 of 32 tokens leaves no tail, which jsd_topk needs; write at most 31"
+    assert found == "opd.topk: 64, but the vocabulary has 32 tokens, and some must be left outside; write at most 31"
     assert small_topology(tmp_path, "opd.loss=jsd_topk").opd.wire_topk == 64
     assert small_topology(tmp_path).opd.wire_topk == 0
 

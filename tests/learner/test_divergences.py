@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learner.config import LossConfig
-from learner.divergences import DIVERGENCES, Cells, forward_kl_topk, jsd_topk, reverse_kl_topk, tail_logprob
+from learner.divergences import (
+    DIVERGENCES,
+    Cells,
+    forward_kl_topk,
+    jsd_topk,
+    long_returns,
+    minillm_topk,
+    reverse_kl_topk,
+    tail_logprob,
+)
 from learner.losses import SUMS, reverse_kl
 from learner.objective import with_divergence
 
@@ -48,6 +57,8 @@ def enumerated(name: str, student: list[float], teacher: list[float], support: l
     for a, b in whole:
         if name == "forward_kl_topk":
             value = value + b * (b / a).log()
+        if name == "minillm_topk":
+            value = value + a * (a / b).log()
         if name == "jsd_topk":
             m = beta * b + (1.0 - beta) * a
             value = value + beta * b * (b / m).log() + (1.0 - beta) * a * (a / m).log()
@@ -57,6 +68,7 @@ def enumerated(name: str, student: list[float], teacher: list[float], support: l
 
 GOLDEN = {
     "forward_kl_topk": (0.167416, [0.235707, -0.251792, 0.010110, 0.003719, 0.002256]),
+    "minillm_topk": (0.152840, [0.213710, -0.198964, -0.009268, -0.003410, -0.002068]),
     "reverse_kl_topk": (0.152178, [0.223430, -0.195388, -0.017625, -0.006484, -0.003933]),
 }
 
@@ -128,7 +140,7 @@ def test_a_teacher_without_a_tail_gives_finite_losses() -> None:
     assert (tail_logprob(certain) >= math.log(0.99e-7)).all()
     student = torch.tensor([[-50.0, -1e-7], [-1e-9, -60.0]], requires_grad=True)
     tail = torch.tensor([-16.0, -70.0], requires_grad=True)
-    for divergence in (forward_kl_topk, reverse_kl_topk, jsd_topk):
+    for divergence in (forward_kl_topk, reverse_kl_topk, jsd_topk, minillm_topk):
         found = divergence(Cells(student, tail, certain), LossConfig())
         gradients = torch.autograd.grad(found.sum(), (student, tail), allow_unused=True)
         assert torch.isfinite(found).all()
@@ -144,7 +156,7 @@ def test_the_advantage_keeps_its_ratio_and_the_divergence_has_none() -> None:
     teacher_support = torch.tensor([[-0.8, -2.2], [-0.7, -1.4]])
     config = LossConfig(loss="reverse_kl_topk", kl_coef=0.5, signal_clamp=0.1)
     rows = (logprobs, behaviour, torch.tensor([-3.0, -4.0]), advantages, staleness)
-    found = with_divergence(rows, Cells(support, None, teacher_support), config)
+    found = with_divergence(rows, torch.zeros(2), Cells(support, None, teacher_support), config)
     from_advantage = reverse_kl(logprobs, behaviour, rows[2], advantages, staleness, LossConfig(kl_coef=0.0))
     divergence = reverse_kl_topk(Cells(support, None, teacher_support), config).sum()
     torch.testing.assert_close(found.loss, from_advantage.loss + 0.5 * divergence)
@@ -158,3 +170,38 @@ def test_the_advantage_keeps_its_ratio_and_the_divergence_has_none() -> None:
     assert sums["clamped"] == 0.0
     assert sums["student_support"] == pytest.approx(float(support.detach().exp().sum()))
     assert sums["teacher_support"] == pytest.approx(float(teacher_support.exp().sum()))
+
+
+def test_returns_are_means_of_what_follows_in_the_same_sequence() -> None:
+    signal = torch.tensor([0.2, -0.5, 0.1, -0.3, 5.0, 1.0, 2.0])
+    found = long_returns(signal, torch.tensor([0, 0, 0, 0, 2, 3, 3]))
+    torch.testing.assert_close(found, torch.tensor([-0.7 / 3, -0.1, -0.3, 0.0, 0.0, 2.0, 0.0]))
+    assert long_returns(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 1000))
+def test_minillm_is_the_gradient_of_the_whole_response(seed: int) -> None:
+    """Responses of two tokens, where the mean of the later signals is their sum: enumerated over all of them."""
+    size, generator = 4, torch.Generator().manual_seed(seed)
+    # row 0: the first token; row 1 + i: the second token after i
+    logits = torch.randn(1 + size, size, generator=generator, dtype=torch.float64).requires_grad_()
+    p, q = logits.log_softmax(-1), torch.randn(1 + size, size, generator=generator, dtype=torch.float64).log_softmax(-1)
+    first, second = p[0][:, None], p[1:]
+    kl = ((first + second).exp() * (first + second - q[0][:, None] - q[1:])).sum()
+    (expected,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    support = q.topk(size - 1).indices
+    tails = p.scatter(1, support, -torch.inf).logsumexp(-1)
+    config, total = LossConfig(loss="minillm_topk", clip_ratio=None), torch.zeros(())
+    for i in range(size):
+        for j in range(size):
+            places = torch.tensor([0, 1 + i])
+            tokens = torch.tensor([[i], [j]])
+            own, teacher = (values[places].gather(1, tokens)[:, 0].float() for values in (p, q))
+            cells = Cells(*(values[places].float() for values in (p.gather(1, support), tails, q.gather(1, support))))
+            rows = (own, own.detach(), teacher, torch.zeros(2), torch.zeros(2, dtype=torch.int32))
+            returns = long_returns(teacher - own.detach(), torch.tensor([0, 0]))
+            probability = (p[0, i] + p[1 + i, j]).exp().detach().float()
+            total = total + probability * with_divergence(rows, returns, cells, config).loss
+    (found,) = torch.autograd.grad(total, logits)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5)
