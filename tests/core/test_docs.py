@@ -26,8 +26,8 @@ PAGES = sorted(
 )
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 SECTIONS = keys_at(())
-OTHER_FLAGS = {"--plan", "--index"}
-"""Options of the roles, which the launcher starts."""
+OTHER_FLAGS = {"--plan", "--index", "--nproc-per-node"}
+"""Options of the roles, which the launcher starts, and of torchrun."""
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED_FENCE = re.compile(r"^ +```.*?^ +```$", re.MULTILINE | re.DOTALL)
@@ -133,7 +133,12 @@ def test_topology_keys_exist(page: Path) -> None:
 @cache
 def known_flags() -> frozenset[str]:
     """Options of the launcher and of the example's scripts."""
-    sources = [ROOT / "opd_async/launch.py", *ROOT.glob("examples/addition/*.py")]
+    sources = [
+        ROOT / "opd_async/launch.py",
+        ROOT / "learner/convert.py",
+        *ROOT.glob("bench/*.py"),
+        *ROOT.glob("examples/addition/*.py"),
+    ]
     found = {flag for file in sources for flag in re.findall(r'add_argument\("(--[a-z-]+)"', file.read_text())}
     return frozenset(found | OTHER_FLAGS)
 

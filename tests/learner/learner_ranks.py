@@ -22,6 +22,7 @@ from tiny_learner import EMPTY, learner_config, micro_batch, step_batch
 
 from learner import checkpoint, parallel
 from learner.config import LearnerConfig, LossConfig, ParallelConfig
+from learner.convert import hf_to_megatron, megatron_to_hf
 from learner.hf_io import hf_weights, save_hf
 from learner.trainer import Trainer
 from opd_async.batches import MicroBatch
@@ -61,16 +62,33 @@ def topk_losses(config: LearnerConfig, place: parallel.Place) -> dict[str, list[
     return {name: steps(Trainer(replace(config, loss=LossConfig(loss=name))), place, 2) for name in losses}
 
 
+def exports(trainer: Trainer, stored: dict[str, torch.Tensor]) -> bool:
+    """Does an export give these tensors, bit for bit? Ranks other than 0 are given nothing and say yes."""
+    found = dict(hf_weights(trainer.model))
+    return dist.get_rank() != 0 or (
+        found.keys() == stored.keys() and all(torch.equal(found[key], stored[key]) for key in stored)
+    )
+
+
+def conversions(trainer: Trainer, model: Path, results: Path, name: str) -> bool:
+    """Convert both ways in this layout; whether what any layout has converted, one rank alone included, is exact."""
+    hf_to_megatron(model, results / f"{model.name}-{name}-converted", LAYOUTS[name])
+    megatron_to_hf(results / f"{model.name}-{name}", model, results / f"{model.name}-{name}-back", LAYOUTS[name])
+    exact = True
+    for other in ("alone", *LAYOUTS):
+        if (folder := results / f"{model.name}-{other}-converted").exists():
+            checkpoint.load_weights(trainer, folder)
+            exact &= exports(trainer, load_file(model / "model.safetensors"))
+    return exact
+
+
 def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
     """Train, save at SAVED_AT, go on; then resume what another layout has saved."""
     place = parallel.start(LAYOUTS[name], seed=0)
     config = replace(learner_config(model), parallel=LAYOUTS[name])
     trainer = Trainer(config)
     stored = load_file(model / "model.safetensors")
-    exported = dict(hf_weights(trainer.model))
-    exact = place.rank != 0 or (
-        exported.keys() == stored.keys() and all(torch.equal(exported[key], stored[key]) for key in stored)
-    )
+    exact = exports(trainer, stored)
     logprobs = [tensor.tolist() for tensor in trainer.logprobs([data(0)[0]])]
     report = {"exact": exact, "logprobs": logprobs, "steps": steps(trainer, place, SAVED_AT)}
     checkpoint.save(trainer, results / f"{model.name}-{name}")
@@ -82,6 +100,7 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
             checkpoint.load(resumed, results / f"{model.name}-{other}")
             report[f"from {other}"] = steps(resumed, place, STEPS)
     report["losses"] = topk_losses(config, place)
+    report["converted"] = conversions(trainer, model, results, name)
     parallel_state.destroy_model_parallel()
     return report
 

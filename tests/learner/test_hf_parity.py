@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_learner import assert_close, hf_gradients, learner_config, micro_batch, per_expert, step_batch, write_model
 from transformers import AutoModelForCausalLM
 
-from learner import hf_io
+from learner import hf_files, hf_io
 from learner.config import LossConfig
 from learner.errors import ModelError
 from learner.hf_config import RopeShape, read_shape
@@ -67,17 +67,19 @@ def test_export_returns_every_tensor_bit_for_bit(alone: Place, path: Path) -> No
 def test_saved_folder_is_read_by_transformers(
     alone: Place, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf_io, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(hf_files, "SHARD_BYTES", 20_000)
     (model_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     trainer = Trainer(learner_config(model_path))
     trainer.step(step_batch(0, [micro_batch([9, 17])]))
     out = tmp_path / "export"
     out.mkdir()
     (out / "stale").touch()
+    (out / "step_00000010").mkdir()
     hf_io.save_hf(trainer.model, out, model_path)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     assert not (out / "stale").exists()
+    assert (out / "step_00000010").is_dir()
     assert (out / "tokenizer.json").read_text() == "{}"
     batch = micro_batch([12, 30], seed=3)
     expected = reference_logprobs(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), batch).detach()
