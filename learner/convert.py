@@ -36,8 +36,6 @@ from opd_async.process import report_failure
 
 log = logging.getLogger(__name__)
 
-SHARDS = "learner"
-"""Where a run's checkpoint has Megatron's files."""
 DTYPES = ("float32", "bfloat16")
 
 
@@ -64,19 +62,11 @@ def megatron_to_hf(folder: Path, source: Path, out: Path, parallel_config: Paral
     `folder` holds Megatron's files, or is a run's `step_...` folder, which is verified first. Nothing in it changes.
     All ranks call it. Raises `InputError` if it is cut short, `CheckpointError` if it is not of the model of `source`.
     """
-    shards = _shards(folder)
+    shards = checkpoints.shards(folder)
     stored = str(checkpoint.stored_dtype(shards)).removeprefix("torch.")
     model = _model(source, stored, parallel_config)
     checkpoint.load_model(model, shards)
     save_hf(model, out, source)
-
-
-def _shards(folder: Path) -> Path:
-    """The folder with Megatron's files."""
-    if (folder / SHARDS).is_dir():
-        checkpoints.verify(folder)
-        return folder / SHARDS
-    return folder
 
 
 def _model(path: Path, dtype: str, parallel_config: ParallelConfig) -> StudentModel:

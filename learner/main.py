@@ -32,7 +32,7 @@ from learner.proof import Proof, check_proof, make_proof
 from learner.trainer import Trainer
 from learner.weights import WeightSender
 from opd_async import messages as m
-from opd_async.checkpoints import latest
+from opd_async.checkpoints import SHARDS, latest, shards
 from opd_async.errors import DeadlineError, WireError
 from opd_async.metrics import RoleMetrics
 from opd_async.packing import from_message
@@ -45,8 +45,6 @@ from opd_async.wire import decode, encode
 log = logging.getLogger(__name__)
 
 LINGER_MS = 2000
-SHARDS = "learner"
-"""Sub-folder of a checkpoint for Megatron's files."""
 MIB = 1 << 20
 
 
@@ -236,6 +234,9 @@ def run(plan: Plan) -> None:
         if (folder := latest(plan.run_folder / "checkpoints")) is not None:
             checkpoint.load(trainer, folder / SHARDS)
             log.info("resumed from %s", folder)
+        elif (folder := plan.topology.learner.load) is not None:
+            checkpoint.load_weights(trainer, shards(folder))
+            log.info("began with the weights of %s", folder)
         metrics = RoleMetrics("learner")
         mine = plan.role(RoleKind.LEARNER, 0)
         port = mine.ports["metrics"] if place.rank == 0 else 0

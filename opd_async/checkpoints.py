@@ -18,6 +18,8 @@ from opd_async.errors import InputError
 from opd_async.files import write_atomically
 
 MARKER = "complete.json"
+SHARDS = "learner"
+"""Sub-folder of a checkpoint for Megatron's files."""
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -66,6 +68,22 @@ def verify(folder: Path) -> int:
     return step
 
 
+def shards(folder: Path) -> Path:
+    """The folder with Megatron's files: that of a sealed checkpoint, verified first, or `folder` itself.
+
+    Raises `InputError` if `folder` is neither, or was cut short; nothing but names and sizes is looked at.
+    """
+    if (folder / SHARDS).is_dir():
+        verify(folder)
+        folder /= SHARDS
+    if not (folder / ".metadata").is_file():
+        raise InputError(
+            f"{folder}: holds no Megatron checkpoint (torch_dist); give the step folder of a run, or what "
+            f"`python -m learner.convert hf-to-megatron` wrote"
+        )
+    return folder
+
+
 def latest(root: Path) -> Path | None:
     """The newest sealed checkpoint, verified; None if there is none.
 
@@ -96,6 +114,23 @@ def prune(root: Path, keep: int) -> list[Path]:
         _sync(folder)
         shutil.rmtree(folder)
     return removed
+
+
+def prune_exports(root: Path, keep: int) -> list[Path]:
+    """Remove all but the newest `keep` exports `step_0000N` under `root`, and what interrupted ones left.
+
+    Exports appear under their names once they are whole, and leave in the same way. Returns what was removed.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; at least one export must stay")
+    if not root.is_dir():
+        return []
+    whole = sorted((path for path in root.iterdir() if _STEP_NAME.fullmatch(path.name) and path.is_dir()), key=_step)
+    for folder in whole[:-keep]:
+        folder.rename(folder.with_name(f"{folder.name}.tmp"))
+    for leftover in root.glob("step_*.tmp"):
+        shutil.rmtree(leftover)
+    return whole[:-keep]
 
 
 def _sync(path: Path) -> None:

@@ -103,7 +103,7 @@ def finish(report: Report, conductor: Conductor, folder: Path) -> None:
         learning_curve(curve, ledger.evaluations, ledger.teacher, ledger.reverse_kl)
         files.append(("learning curve", curve))
     files += [("figures of every step", folder / "metrics.jsonl"), ("logs", folder / "logs")]
-    if (folder / "export").is_dir():
+    if (folder / "export" / "config.json").is_file():
         files.append(("trained student", folder / "export"))
     commands = [
         ("more steps", f"python -m opd_async.launch --topology {folder}/topology.yaml --resume --set schedule.steps=N")

@@ -1,6 +1,6 @@
 """The script of a run, one coroutine: start, prove the weights, evaluate, train, evaluate, export.
 
-    establish -> [evaluate] -> (step -> weight update -> checkpoint?)* -> checkpoint -> [evaluate] -> export
+    establish -> [evaluate] -> (step -> weight update -> checkpoint? -> export?)* -> checkpoint -> [evaluate] -> export
 
 When the learner or the intake dies, `opd_async.conductor` runs it again from `establish`. A student engine that was
 restarted asks for the weights (`RESYNC`) at any time; `_serving` answers such requests while something else is awaited.
@@ -25,6 +25,8 @@ from opd_async.wire import Int32, Int64
 
 T = TypeVar("T")
 
+EXPORT = "export"
+"""Folder in the run's: the trained student, and in sub-folders the student after some steps."""
 SYNC_TRIES = 5
 EVALUATION_DEADLINE_S = 1800.0
 RESET_DEADLINE_S = 60.0
@@ -80,7 +82,7 @@ class Lead:
             self._progress.say("evaluating the student after training")
             hub.ledger.student_after = await self._serving(self._evaluate_student(hub.version))
         if self._topology.checkpoint.export_hf:
-            await self._command(m.ExportModel(str(hub.plan.run_folder / "export")))
+            await self._command(m.ExportModel(str(hub.plan.run_folder / EXPORT)))
 
     async def establish(self) -> int:
         """Wait for every role, take over the frontier, and prove that every engine holds the student's weights.
@@ -146,6 +148,7 @@ class Lead:
         if step < self._steps:
             if step % self._topology.checkpoint.every_steps == 0:
                 await self.checkpoint(step)
+            await self._export(step)
             await hub.to_intake(m.Version(step, *self._owed_now()))
             self._begin_evaluation(step)
 
@@ -188,6 +191,15 @@ class Lead:
         await self._command(m.SaveCheckpoint(step, str(folder)))
         await asyncio.to_thread(checkpoints.seal, folder, step)
         await asyncio.to_thread(checkpoints.prune, self._root, self._topology.checkpoint.keep)
+
+    async def _export(self, step: int) -> None:
+        """Write the student as it is after `step`, where the topology asks for it."""
+        section = self._topology.checkpoint
+        if section.export_hf_every_steps is None or step % section.export_hf_every_steps:
+            return
+        root = self._hub.plan.run_folder / EXPORT
+        await self._command(m.ExportModel(str(checkpoints.step_folder(root, step))))
+        await asyncio.to_thread(checkpoints.prune_exports, root, section.keep)
 
     async def _send(self, command: m.SyncWeights | m.SaveCheckpoint | m.ExportModel) -> m.LearnerReply:
         name = type(command).__name__

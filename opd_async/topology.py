@@ -193,6 +193,8 @@ class OptimizerSection(Section):
 class LearnerSection(Section):
     """The Megatron-core learner: parallel sizes and numerics."""
 
+    load: Path | None = None
+    """A Megatron checkpoint whose weights the student begins with, instead of those in `models.student.path`."""
     devices: Devices = ("cpu",)
     """One per rank, or `cpu` for all."""
     tensor_parallel: Positive = 1
@@ -240,7 +242,9 @@ class CheckpointSection(Section):
     every_steps: Positive = 50
     keep: Positive = 2
     export_hf: bool = True
-    """Write the student in Hugging Face format at the end."""
+    """Write the student in Hugging Face format at the end, as `export`."""
+    export_hf_every_steps: Positive | None = None
+    """Also during training, as `export/step_0000N`; the newest `keep` of them stay. None: only at the end."""
 
 
 class EvaluationSection(Section):

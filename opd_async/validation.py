@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from opd_async.checkpoints import shards
 from opd_async.errors import InputError
 from opd_async.host_checks import device_problems, network_problems
 from opd_async.loss_names import RATIO_LOSSES, WHOLE_RESPONSE_LOSSES, loss_problem
@@ -243,6 +244,11 @@ def _learner_problems(topology: Topology) -> Iterator[str]:
     if facts is None:
         return
     tensor, pipeline = learner.tensor_parallel, learner.pipeline_parallel
+    if learner.load is not None:
+        try:
+            shards(learner.load)
+        except InputError as error:
+            yield f"learner.load: {error}"
     if facts.heads % tensor:
         yield (
             f"learner.tensor_parallel: {tensor} does not divide the student's {facts.heads} attention heads; "

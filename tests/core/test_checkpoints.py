@@ -79,6 +79,32 @@ def test_verify_refuses_an_unsealed_folder(tmp_path: Path) -> None:
         checkpoints.verify(make(tmp_path, 1, sealed=False))
 
 
+def test_shards_are_those_of_a_run_or_the_folder_itself(tmp_path: Path) -> None:
+    folder = checkpoints.step_folder(tmp_path, 3)
+    (folder / "learner").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"complete\.json: cannot be read"):
+        checkpoints.shards(folder)
+    (folder / "learner" / ".metadata").touch()
+    checkpoints.seal(folder, 3)
+    assert checkpoints.shards(folder) == checkpoints.shards(folder / "learner") == folder / "learner"
+    with pytest.raises(InputError, match=r"holds no Megatron checkpoint .*hf-to-megatron"):
+        checkpoints.shards(tmp_path)
+
+
+def test_prune_exports_keeps_the_newest_and_the_final_one(tmp_path: Path) -> None:
+    for name in ("step_00000010", "step_00000020", "step_00000030", "step_00000025.tmp", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    (tmp_path / "config.json").touch()
+    removed = checkpoints.prune_exports(tmp_path, 2)
+    assert [path.name for path in removed] == ["step_00000010"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["config.json", "notes", "step_00000020", "step_00000030"]
+    assert checkpoints.prune_exports(tmp_path / "nowhere", 1) == []
+    with pytest.raises(ValueError, match="keep is 0"):
+        checkpoints.prune_exports(tmp_path, 0)
+
+
 def test_prune_keeps_the_newest_and_what_may_be_in_the_making(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         make(tmp_path, step)

@@ -25,6 +25,7 @@ def test_quickstart_in_small(tmp_path: Path, max_staleness: int) -> None:
         "rollout.slots": 64,
         "learner.optimizer.warmup_steps": 1,
         "evaluation.every_steps": 2,
+        "checkpoint.export_hf_every_steps": 1,
         "evaluation.prompts": 100,
         "evaluation.during_prompts": 32,
     }
@@ -45,6 +46,9 @@ def test_quickstart_in_small(tmp_path: Path, max_staleness: int) -> None:
         assert report["stages"][stage]["tokens_per_s"] > 0 and 0 <= report["stages"][stage]["idle_share"] <= 1
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "export" / "model.safetensors").is_file() and (folder / "export" / "tokenizer.json").is_file()
+    steps = sorted(path.name for path in (folder / "export").iterdir() if path.is_dir())
+    assert steps == ["step_00000002", "step_00000003"]
+    assert all((folder / "export" / step / "model.safetensors").is_file() for step in steps)
     assert [row["step"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())].count(2) == 2
     check_trained(folder, max_staleness, 4)
 
@@ -58,10 +62,16 @@ def test_several_of_everything(inputs: Path, tmp_path: Path, train_on: str) -> N
         values["engines"][side]["replicas"] = 2
     values["rollout"] |= {"replicas": 2, "group_size": 2}
     values["teacher"] |= {"replicas": 2}
+    if train_on == "tokens":
+        values["learner"]["load"] = str(tmp_path / "megatron")
+        words = ["hf-to-megatron", "--hf", str(inputs / "student"), "--out", values["learner"]["load"]]
+        subprocess.run([sys.executable, "-m", "learner.convert", *words], cwd=ROOT, check=True, timeout=60)
     with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
         assert run.wait() == 0, run.text()
     ranges = check_trained(tmp_path / "run", 1, 4)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["restarts"] == {}
+    logs = "".join(path.read_text() for path in (tmp_path / "run" / "logs").glob("learner*"))
+    assert ("began with the weights of" in logs) == (train_on == "tokens")
     if train_on == "samples":
         assert sorted(ranges) == list(range(16)) and report["cuts"] == 0

@@ -112,7 +112,7 @@ def test_bfloat16_weights_stay_bfloat16(alone: Place, model_path: Path, tmp_path
 
 
 def test_what_is_not_a_checkpoint_of_the_model_is_refused(alone: Place, model_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a Megatron checkpoint"):
+    with pytest.raises(InputError, match="holds no Megatron checkpoint"):
         megatron_to_hf(model_path, model_path, tmp_path / "out", ONE)
     hf_to_megatron(model_path, tmp_path / "megatron", ONE)
     other = write_model(tmp_path / "other", "llama")
