@@ -9,16 +9,24 @@ SGLANG_VERSION ?= 0.5.23
 SGLANG := .venv-sglang
 SGLANG_STAMP := $(SGLANG)/.installed-$(SGLANG_VERSION)
 
+# What `make quickstart ENGINE=...` changes in the topology.
+QUICKSTART_embedded :=
+QUICKSTART_sglang := --set name=quickstart-sglang \
+	$(foreach side,student teacher,--set engines.$(side).kind=sglang --set engines.$(side).python=$(SGLANG)/bin/python)
+
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint format install sglang clean
+.PHONY: quickstart test test-sglang lint format install sglang clean
 
-quickstart: install
+quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
-	$(BIN)/python -m opd_async.launch --topology examples/quickstart.yaml --overwrite
+	$(BIN)/python -m opd_async.launch --topology examples/quickstart.yaml $(QUICKSTART_$(ENGINE)) --overwrite
 
 test: install
 	$(BIN)/python -m pytest
+
+test-sglang: install sglang
+	$(BIN)/python -m pytest tests/sglang
 
 lint: install
 	$(BIN)/ruff check .

@@ -23,6 +23,13 @@ from opd_async.errors import EngineError
 CONTROL_DEADLINE_S = 120.0
 IDLE_DEADLINE_S = 300.0
 """A stream or a scoring request that shows no sign of life for this long has failed."""
+KEEP_ALIVE_S = 2.0
+"""SGLang closes connections that were idle for 5 s: one that is used again at that moment is a failed request."""
+
+
+def new_connector() -> aiohttp.TCPConnector:
+    """Connections for the session of `EngineClient`s: as many as there are requests."""
+    return aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
 
 
 @dataclass(frozen=True, slots=True)

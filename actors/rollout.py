@@ -25,7 +25,7 @@ import aiohttp
 import numpy as np
 
 from actors.draining import drain
-from actors.engine_client import EngineClient
+from actors.engine_client import EngineClient, new_connector
 from actors.generation import AbortedError, Generation, Student
 from actors.replies import Delta
 from opd_async import messages as m
@@ -321,8 +321,10 @@ def _share(role: Role, urls: tuple[str, ...]) -> list[str]:
 async def main() -> None:
     """Run one rollout actor until the coordinator says stop."""
     plan, index = role_arguments("Rollout actor: generate and stream partial samples.")
-    connector = aiohttp.TCPConnector(limit=0)
-    async with Role.open(RoleKind.ROLLOUT, plan, index) as role, aiohttp.ClientSession(connector=connector) as session:
+    async with (
+        Role.open(RoleKind.ROLLOUT, plan, index) as role,
+        aiohttp.ClientSession(connector=new_connector()) as session,
+    ):
         actor = RolloutActor(role, session)
         role.spawn(actor.control(), "control")
         role.spawn(actor.resend(), "resend")

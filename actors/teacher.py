@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.canary import check_teacher
-from actors.engine_client import EngineClient
+from actors.engine_client import EngineClient, new_connector
 from actors.replies import Scores
 from opd_async import messages as m
 from opd_async.batching import ScoreItem, TokenBudgetBatcher
@@ -277,8 +277,10 @@ class TeacherActor:
 async def main() -> None:
     """Run one teacher actor until the coordinator says stop."""
     plan, index = role_arguments("Teacher actor: score partial samples.")
-    connector = aiohttp.TCPConnector(limit=0)
-    async with Role.open(RoleKind.TEACHER, plan, index) as role, aiohttp.ClientSession(connector=connector) as session:
+    async with (
+        Role.open(RoleKind.TEACHER, plan, index) as role,
+        aiohttp.ClientSession(connector=new_connector()) as session,
+    ):
         actor = TeacherActor(role, session)
         try:
             role.spawn(actor.control(), "control")

@@ -63,8 +63,8 @@ def check_proof(engine: EngineAddress, proof: Proof, dtypes: Sequence[str], time
     answer = call(engine, "POST", "/generate", body, timeout_s=timeout_s, admin=False) or {}
     try:
         entries = answer["meta_info"]["input_token_logprobs"][1:]
-        theirs = np.array([entry[0] for entry in entries], np.float64)
-        difference = float(np.abs(theirs - proof.logprobs).mean())
+        pairs = zip([float(entry[0]) for entry in entries], proof.logprobs.tolist(), strict=True)
+        difference = sum(abs(theirs - ours) for theirs, ours in pairs) / len(proof.logprobs)
     except (KeyError, TypeError, ValueError, IndexError):
         raise WeightSyncError(f"engine {engine.url} did not score the text that proves its weights") from None
     limit = max(TOLERANCE.get(dtype, HALF_TOLERANCE) for dtype in dtypes)

@@ -94,6 +94,8 @@ def server_environment(device: str) -> dict[str, str]:
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
         # Logits of long prompts are computed in pieces: the default only since 0.5.16.
         "SGLANG_ENABLE_LOGITS_PROCESSER_CHUNK": "1",
+        # Seconds; the default of 5 is shorter than many a pause between two requests.
+        "SGLANG_TIMEOUT_KEEP_ALIVE": "300",
     }
     if device == "cpu":
         return variables | {"SGLANG_USE_CPU_ENGINE": "1"}

@@ -1,0 +1,93 @@
+"""SGLang servers in a topology: which versions, which commands, which mistakes are named."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from small_runs import small_topology
+
+from opd_async.plan import RoleKind
+from opd_async.planning import make_plan
+from opd_async.sglang_server import SUPPORTED, version_problem
+from opd_async.validation import validate
+
+
+def environment(folder: Path, version: str | None) -> Path:
+    """A Python that finds an SGLang of that version, or none."""
+    packages = folder / "packages"
+    if version is not None:
+        metadata = packages / f"sglang-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n")
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{packages}" exec "{sys.executable}" -S "$@"\n')
+    os.chmod(python, 0o755)  # noqa: PTH101
+    return python
+
+
+@pytest.mark.parametrize("version", SUPPORTED)
+def test_supported_versions(tmp_path: Path, version: str) -> None:
+    assert version_problem(environment(tmp_path, version)) is None
+
+
+def test_unusable_environments(tmp_path: Path) -> None:
+    for name in ("old", "none"):
+        (tmp_path / name).mkdir()
+    assert version_problem(environment(tmp_path / "old", "0.5.9")) == (
+        f"{tmp_path}/old/python has sglang 0.5.9; supported are 0.5.15, 0.5.20, 0.5.23"
+    )
+    assert "has no sglang installed; make the environment with `make sglang`" in str(
+        version_problem(environment(tmp_path / "none", None))
+    )
+    assert "cannot be run (No such file or directory)" in str(version_problem(tmp_path / "nowhere"))
+
+
+def test_the_plan_starts_servers(tmp_path: Path) -> None:
+    python = environment(tmp_path, "0.5.23")
+    topology = small_topology(
+        tmp_path,
+        "engines.student.kind=sglang",
+        f"engines.student.python={python}",
+        "engines.student.args=[--page-size, '1']",
+        "engines.student.api_key=s3cret",
+        "engines.student.replicas=2",
+    )
+    assert validate(topology) == []
+    plan = make_plan(topology)
+    role = plan.role(RoleKind.STUDENT_ENGINE, 1)
+    assert role.command[:3] == (str(python), "-m", "sglang.launch_server")
+    assert role.command[-2:] == ("--page-size", "1")
+    options = dict(zip(role.command[3:-1:2], role.command[4::2], strict=False))
+    assert options["--port"] == str(role.ports["http"]) == plan.student_engines[1].rsplit(":", 1)[1]
+    assert options["--random-seed"] == str(topology.seed + 1)
+    assert options["--context-length"] == str(topology.engines.student.context_tokens + 8)
+    assert options["--api-key"] == "s3cret" and "--admin-api-key" not in options
+    assert "--device" in role.command and "--incremental-streaming-output" in role.command
+    assert role.env["SGLANG_USE_CPU_ENGINE"] == "1"
+    assert role.ports["metrics"] == role.ports["http"]
+    assert plan.role(RoleKind.TEACHER_ENGINE, 0).env == {}
+
+
+def test_on_a_gpu_sglang_chooses_for_itself(tmp_path: Path) -> None:
+    python = environment(tmp_path, "0.5.23")
+    settings = ["engines.student.kind=sglang", f"engines.student.python={python}", "engines.student.devices=[cuda:3]"]
+    role = make_plan(small_topology(tmp_path, *settings)).role(RoleKind.STUDENT_ENGINE, 0)
+    assert not {"--device", "--attention-backend", "--disable-cuda-graph"} & set(role.command)
+    assert role.env["CUDA_VISIBLE_DEVICES"] == "3" and "SGLANG_USE_CPU_ENGINE" not in role.env
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["engines.student.kind=sglang"], "engines.student.python: missing; write the Python that has SGLang"),
+        (["engines.student.python=x"], "only for kind sglang, this is embedded; remove them"),
+        (["engines.teacher.args=[--tp, '2']"], "only for kind sglang, this is embedded; remove them"),
+        (["engines.student.kind=sglang", "engines.student.python=/nowhere/python"], "make the environment with"),
+        (["engines.student.kind=sglang", "engines.student.urls=[http://127.0.0.1:1]"], "starts sglang engines itself"),
+    ],
+)
+def test_mistakes(tmp_path: Path, overrides: list[str], problem: str) -> None:
+    assert any(problem in found for found in validate(small_topology(tmp_path, *overrides)))
