@@ -28,6 +28,8 @@ class ModelFacts:
     max_tokens: int
     """`max_position_embeddings`."""
     eos_token_ids: tuple[int, ...]
+    has_experts: bool
+    """A mixture of experts in place of MLPs."""
 
 
 def read_model(folder: Path) -> ModelFacts:
@@ -48,6 +50,7 @@ def read_model(folder: Path) -> ModelFacts:
         kv_heads=kv_heads if _is_size(kv_heads) else config["num_attention_heads"],
         max_tokens=config["max_position_embeddings"],
         eos_token_ids=tuple(sorted(ids)),
+        has_experts=any(_is_size(config.get(name)) for name in ("num_experts", "num_local_experts")),
     )
 
 

@@ -149,6 +149,14 @@ def test_kv_heads_may_be_a_multiple_or_divisor_of_tensor_parallel(tmp_path: Path
     assert [line[:55] for line in validate(topology)] == ["learner.tensor_parallel: 4 is neither a divisor nor a m"]
 
 
+def test_the_embedded_engine_takes_no_updates_of_experts(tmp_path: Path) -> None:
+    topology = small_topology(tmp_path)
+    make_model(tmp_path / "teacher", num_experts=4)
+    assert validate(topology) == []
+    make_model(tmp_path / "student", num_experts=4)
+    assert [line[:44] for line in validate(topology)] == ["engines.student.kind: the embedded engine ta"]
+
+
 def test_missing_and_broken_model_files_are_named(tmp_path: Path) -> None:
     topology = small_topology(tmp_path)
     student, teacher = tmp_path / "student", tmp_path / "teacher"
