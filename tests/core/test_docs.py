@@ -132,7 +132,7 @@ def test_topology_keys_exist(page: Path) -> None:
 
 @cache
 def known_flags() -> frozenset[str]:
-    """Options of the launcher and of the example's scripts."""
+    """Options of the launcher, of the example's scripts, and of SGLang's server as far as a run uses them."""
     sources = [
         ROOT / "opd_async/launch.py",
         ROOT / "learner/convert.py",
@@ -140,7 +140,8 @@ def known_flags() -> frozenset[str]:
         *ROOT.glob("examples/addition/*.py"),
     ]
     found = {flag for file in sources for flag in re.findall(r'add_argument\("(--[a-z-]+)"', file.read_text())}
-    return frozenset(found | OTHER_FLAGS)
+    servers = (ROOT / "opd_async/sglang_server.py").read_text()
+    return frozenset(found | OTHER_FLAGS | set(re.findall(r'"(--[a-z-]+)"', servers)))
 
 
 def test_the_launcher_takes_the_options_that_the_readme_names() -> None:

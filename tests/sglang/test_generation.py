@@ -1,0 +1,92 @@
+"""Streams of a real server: every token once, logprobs as transformers computes them, and a drain that knows all."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+from sglang_harness import Server, prompt, reference_logprobs
+from streams import Crowd, Stream
+from transformers import PreTrainedModel
+
+from opd_async.messages import Finish
+
+EXACT = 1e-4
+
+
+def collect(server: Server, *requests: tuple[int, int, int, float]) -> list[Stream]:
+    """Run requests (prompt tokens, new tokens, stream interval, reader's pause in s) at once, to their ends."""
+
+    async def run() -> list[Stream]:
+        async with server.client() as client:
+            crowd = Crowd(client)
+            for seed, (length, new, interval, pause_s) in enumerate(requests):
+                crowd.start(Stream(client, prompt(length, seed), new, interval=interval, pause_s=pause_s))
+            await crowd.finish()
+            return crowd.streams
+
+    return asyncio.run(run())
+
+
+def check_logprobs(stream: Stream, model: PreTrainedModel, limit: float = EXACT) -> None:
+    """The behaviour logprobs are those of the model."""
+    expected = reference_logprobs(model, stream.ids, len(stream.prompt))
+    assert np.abs(stream.logprobs - expected).max() < limit
+
+
+def test_streams_have_every_token_once_and_the_models_logprobs(server: Server, first: PreTrainedModel) -> None:
+    shapes = [(5 + 7 * i, 20 + 11 * i, interval, 0.0) for i, interval in enumerate((1, 3, 8, 16, 16, 16, 64, 100))]
+    for stream in collect(server, *shapes):
+        assert len(stream.tokens) == stream.max_new_tokens
+        assert [delta.finish for delta in stream.deltas[:-1]] == [None] * (len(stream.deltas) - 1)
+        assert stream.deltas[-1].finish is Finish.LENGTH
+        check_logprobs(stream, first)
+
+
+def test_a_slow_reader_loses_nothing(server: Server, first: PreTrainedModel) -> None:
+    slow, *rest = collect(server, (10, 200, 1, 0.02), *[(10, 100, 4, 0.0)] * 7)
+    assert len(slow.tokens) == 200 and all(len(stream.tokens) == 100 for stream in rest)
+    check_logprobs(slow, first)
+
+
+def test_a_drained_server_has_sent_every_token(server: Server, first: PreTrainedModel) -> None:
+    async def run() -> tuple[list[Stream], list[int]]:
+        async with server.client() as client:
+            crowd = Crowd(client)
+            crowd.start(*(Stream(client, prompt(20, i), 400, key=f"drain {i}") for i in range(16)))
+            await crowd.until_each_has(20)
+            await crowd.drain()
+            await crowd.finish()
+            assert all(stream.deltas[-1].aborted for stream in crowd.streams)
+            # what the server computed is in its cache: one token is computed again
+            cached = []
+            for stream in crowd.streams:
+                body = {
+                    "input_ids": stream.ids.tolist(),
+                    "extra_key": stream.key,
+                    "sampling_params": {"max_new_tokens": 1},
+                }
+                reply = await asyncio.to_thread(server.post, "/generate", body, admin=False)
+                cached.append(len(stream.ids) - reply["meta_info"]["cached_tokens"])
+            return crowd.streams, cached
+
+    streams, computed = asyncio.run(run())
+    for stream in streams:
+        assert 20 <= len(stream.tokens) < 400
+        check_logprobs(stream, first)
+    assert max(computed) <= 2
+
+
+def test_a_request_that_comes_during_a_drain_is_drained_too(server: Server) -> None:
+    async def run() -> None:
+        async with server.client() as client:
+            crowd = Crowd(client)
+            crowd.start(*(Stream(client, prompt(20, i), 400) for i in range(4)))
+            await crowd.until_each_has(1)
+            drained = asyncio.create_task(crowd.drain())
+            crowd.start(*(Stream(client, prompt(300, i), 200) for i in range(4, 8)))
+            await drained
+            assert not any(stream.open for stream in crowd.streams)
+            await crowd.finish()
+
+    asyncio.run(run())

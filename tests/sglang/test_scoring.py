@@ -1,0 +1,52 @@
+"""A real server as the teacher: scores as transformers computes them, in one part or several, from the cache or not."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+from sglang_harness import CONTEXT, VOCAB, Server, prompt, reference_logprobs
+from transformers import PreTrainedModel
+
+from actors.canary import check_teacher
+from actors.replies import Scores
+
+EXACT = 1e-4
+
+
+def score(server: Server, *batches: list[tuple[np.ndarray, int]]) -> list[list[Scores]]:
+    """Score batches one after the other."""
+
+    async def run() -> list[list[Scores]]:
+        async with server.client() as client:
+            return [await client.score(batch) for batch in batches]
+
+    return asyncio.run(run())
+
+
+def test_scores_are_the_models(server: Server, first: PreTrainedModel) -> None:
+    requests = [(prompt(length, length), start) for length, start in ((2, 1), (40, 1), (200, 150), (CONTEXT, 1))]
+    # the vocabulary's last id, which the server reports as 0
+    requests.append((np.array([3, VOCAB - 1, 5, VOCAB - 1], np.int32), 1))
+    for (ids, start), scores in zip(requests, score(server, requests)[0], strict=True):
+        expected = reference_logprobs(first, ids, start)
+        assert scores.logprobs.shape == expected.shape
+        assert np.abs(scores.logprobs - expected).max() < EXACT
+
+
+def test_parts_equal_the_whole_and_are_computed_once(server: Server) -> None:
+    ids = prompt(300, 7)
+    ends = [60, 61, 128, 250, 300]
+    parts = score(server, *[[(ids[:end], start)] for start, end in zip([1, *ends], ends, strict=False)])
+    whole = score(server, [(ids, 1)])[0][0]
+    assert np.abs(np.concatenate([part[0].logprobs for part in parts]) - whole.logprobs).max() < EXACT
+    assert [part[0].cached_tokens for part in parts[1:]] == [end - 1 for end in ends[:-1]]
+    assert whole.cached_tokens == 0  # logprobs from the start: nothing may come from the cache
+
+
+def test_the_canary_is_content(server: Server) -> None:
+    async def run() -> None:
+        async with server.client() as client:
+            await check_teacher(client, VOCAB)
+
+    asyncio.run(run())

@@ -1,0 +1,127 @@
+"""New weights in the middle of responses: drained and continued as rollout actors do it, and by SGLang's own pause."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Trainer
+from sglang_harness import CONTEXT, Server, prompt, reference_logprobs
+from streams import Crowd, Stream
+from transformers import PreTrainedModel
+
+from learner.engine_http import call
+from learner.errors import WeightSyncError
+
+EXACT = 1e-3
+RESPONSE = 300
+
+
+def answered(server: Server, ids: np.ndarray) -> np.ndarray:
+    """The server's own logprobs of a text, nothing from its cache: float32[N - 1]."""
+    body = {
+        "input_ids": ids.tolist(),
+        "sampling_params": {"max_new_tokens": 0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    entries = server.post("/generate", body, admin=False)["meta_info"]["input_token_logprobs"]
+    return np.array([entry[0] for entry in entries[1:]])
+
+
+def test_an_update_arrives_whole(server: Server, trainer: Trainer, second: PreTrainedModel) -> None:
+    report = trainer.send(second)
+    # the server hashes fused tensors in its own way: a version is proven, the rest is the re-score's business
+    assert not trainer.sender.verify(trainer.engine, report)
+    ids = prompt(200, 3)
+    assert np.abs(answered(server, ids) - reference_logprobs(second, ids, 1)).max() < EXACT
+
+
+def test_another_version_is_noticed(server: Server, trainer: Trainer, second: PreTrainedModel) -> None:
+    report = trainer.send(second)
+    server.post("/update_weight_version", {"new_version": "17", "abort_all_requests": False})
+    with pytest.raises(WeightSyncError, match="weight version 17"):
+        trainer.sender.verify(trainer.engine, report)
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["in_place", "retract"])
+def test_drained_responses_go_on(
+    server: Server, trainer: Trainer, first: PreTrainedModel, second: PreTrainedModel, keep: bool
+) -> None:
+    """With the cache key of the first request (in_place) the old keys and values are used, with a new one none are."""
+    old = trainer.send(first).version
+
+    async def run() -> tuple[list[Stream], list[Stream], int]:
+        async with server.client() as client:
+            before, after = Crowd(client), Crowd(client)
+            before.start(*(Stream(client, prompt(30, i), RESPONSE, key=f"{keep} {old}") for i in range(8)))
+            await before.until_each_has(40)
+            await before.drain()
+            await before.finish()
+            new = (await asyncio.to_thread(trainer.send, second)).version
+            for stream in before.streams:
+                left = RESPONSE - len(stream.tokens)
+                after.start(Stream(client, stream.ids, left, key=stream.key if keep else f"{keep} {new}"))
+            await after.finish()
+            return before.streams, after.streams, new
+
+    before, after, new = asyncio.run(run())
+    worst = 0.0
+    for began, went_on in zip(before, after, strict=True):
+        assert {delta.weight_version for delta in began.deltas} == {str(old)}
+        assert {delta.weight_version for delta in went_on.deltas} == {str(new)}
+        expected = reference_logprobs(first, began.ids, len(began.prompt))
+        assert np.abs(began.logprobs - expected).max() < EXACT
+        again = reference_logprobs(second, went_on.ids, len(went_on.prompt))
+        worst = max(worst, float(np.abs(went_on.logprobs - again).max()))
+    assert worst > 0.1 if keep else worst < EXACT
+
+
+def test_the_servers_own_retract_is_exact_after_the_update(
+    server: Server, trainer: Trainer, first: PreTrainedModel, second: PreTrainedModel
+) -> None:
+    old = trainer.send(first).version
+    replies: list[dict[str, Any]] = []
+    bodies = [
+        {
+            "input_ids": prompt(30, i).tolist(),
+            "sampling_params": {"max_new_tokens": CONTEXT - 40, "temperature": 1.0},
+            "return_logprob": True,
+            "extra_key": "retract",
+        }
+        for i in range(6)
+    ]
+
+    def ask(body: dict[str, Any]) -> None:
+        replies.append(body | server.post("/generate", body, admin=False))
+
+    threads = [threading.Thread(target=ask, args=(body,)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    while sum(load["num_running_reqs"] for load in loads(trainer)) < len(bodies):
+        pass
+    server.post("/pause_generation", {"mode": "retract"})
+    new = trainer.send(second).version
+    server.post("/flush_cache", {})  # the retracted keys and values are in the prefix cache, and would be used again
+    server.post("/continue_generation", {})
+    for thread in threads:
+        thread.join()
+    for reply in replies:
+        meta, start = reply["meta_info"], len(reply["input_ids"])
+        spans = [(span["version"], span["end"]) for span in meta["weight_versions"]]
+        assert [version for version, _ in spans] == [str(old), str(new)]
+        ids = np.array(reply["input_ids"] + reply["output_ids"], np.int32)
+        logprobs = np.array([entry[0] for entry in meta["output_token_logprobs"]])
+        change = spans[0][1]
+        for model, part in ((first, slice(0, change)), (second, slice(change, None))):
+            assert np.abs(logprobs[part] - reference_logprobs(model, ids, start)[part]).max() < EXACT
+
+
+def loads(trainer: Trainer) -> list[dict[str, Any]]:
+    """What runs, by data-parallel rank."""
+    answer = call(trainer.engine, "GET", "/v1/loads", None, timeout_s=30.0, admin=False)
+    assert answer is not None
+    return list(answer["loads"])
