@@ -256,10 +256,10 @@ def _learner_problems(topology: Topology) -> Iterator[str]:
             f"learner.tensor_parallel: {tensor} does not divide the student's {facts.heads} attention heads; "
             f"write {_divisors(facts.heads)}"
         )
-    elif facts.kv_heads % tensor and tensor % facts.kv_heads:
+    elif facts.kv_heads % tensor:
         yield (
-            f"learner.tensor_parallel: {tensor} is neither a divisor nor a multiple of the student's {facts.kv_heads} "
-            f"key-value heads; write {_divisors(facts.kv_heads)}"
+            f"learner.tensor_parallel: {tensor} does not divide the student's {facts.kv_heads} key-value heads; "
+            f"write {_divisors(facts.kv_heads)}"
         )
     if facts.layers % pipeline:
         yield (

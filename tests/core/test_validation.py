@@ -141,12 +141,15 @@ def test_the_same_url_on_both_sides(tmp_path: Path) -> None:
     assert found == ["engines.teacher.urls: http://h:1 is a student engine too; write the teacher's own"]
 
 
-def test_kv_heads_may_be_a_multiple_or_divisor_of_tensor_parallel(tmp_path: Path) -> None:
+def test_kv_heads_must_divide_by_tensor_parallel(tmp_path: Path) -> None:
     topology = small_topology(tmp_path, "learner.tensor_parallel=4")
-    assert validate(topology) == []
-    for side in ("student", "teacher"):
-        make_model(tmp_path / side, num_attention_heads=12, num_key_value_heads=3)
-    assert [line[:55] for line in validate(topology)] == ["learner.tensor_parallel: 4 is neither a divisor nor a m"]
+    for kv_heads, found in (
+        (4, []),
+        (2, ["learner.tensor_parallel: 4 does not divide the student's 2 key-value heads"]),
+    ):
+        for side in ("student", "teacher"):
+            make_model(tmp_path / side, num_attention_heads=8, num_key_value_heads=kv_heads)
+        assert [line.split(";")[0] for line in validate(topology)] == found
 
 
 def test_the_embedded_engine_takes_no_updates_of_experts(tmp_path: Path) -> None:
