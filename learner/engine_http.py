@@ -38,19 +38,12 @@ def call(
     Raises `WeightSyncError`, which names the engine, if it does not answer within `timeout_s`, answers with another
     status than 200, or answers `"success": false`.
     """
-    parts = urlsplit(engine.url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
     key = (engine.admin_key or engine.api_key) if admin else engine.api_key
-    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-    try:
-        connection.request(method, path, None if body is None else json.dumps(body), headers)
-        response = connection.getresponse()
-        status, raw = response.status, response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise WeightSyncError(f"engine {engine.url} did not answer {method} {path}: {error!r}; is it alive?") from error
-    finally:
-        connection.close()
+    status, raw = _request(engine, method, path, body, key, timeout_s)
+    if status == 401 and key != engine.api_key:
+        # SGLang takes a route that it does not know for an ordinary one, which the admin key does not open
+        unknown = _request(engine, method, path, body, engine.api_key, timeout_s)[0] == 404
+        status = 404 if unknown else status
     if status == 404:
         return None
     answer = _decode(raw)
@@ -58,6 +51,24 @@ def call(
         reason = answer.get("message") or answer.get("error") or raw[:200].decode(errors="replace")
         raise WeightSyncError(f"engine {engine.url} refused {method} {path}: status {status}, {reason}")
     return answer
+
+
+def _request(
+    engine: EngineAddress, method: str, path: str, body: Mapping[str, Any] | None, key: str | None, timeout_s: float
+) -> tuple[int, bytes]:
+    """Status and body of the answer."""
+    parts = urlsplit(engine.url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise WeightSyncError(f"engine {engine.url} did not answer {method} {path}: {error!r}; is it alive?") from error
+    finally:
+        connection.close()
 
 
 def _decode(raw: bytes) -> dict[str, Any]:

@@ -21,11 +21,17 @@ ANSWERS = {
 }
 
 
+ADMIN_KEY_REFUSED = "/newer"
+"""A route of a later version, as older ones answer: the admin key opens control routes that they know."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.keys.append(self.headers.get("Authorization"))  # type: ignore[attr-defined]
         status, body = ANSWERS.get(self.path, (404, b"not found"))
+        if self.path == ADMIN_KEY_REFUSED and self.headers.get("Authorization") == "Bearer a":
+            status = 401
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -70,6 +76,17 @@ def test_each_route_gets_its_key(server: ThreadingHTTPServer) -> None:
     call(address(server, api_key="b"), "POST", "/ok", {}, timeout_s=5)
     call(address(server, admin_key="a"), "POST", "/ok", {}, timeout_s=5, admin=False)
     assert server.keys == ["Bearer a", "Bearer b", "Bearer b", None]  # type: ignore[attr-defined]
+
+
+def test_a_route_that_is_too_new_is_none_whatever_the_keys(server: ThreadingHTTPServer) -> None:
+    engine = address(server, admin_key="a", api_key="b")
+    assert call(engine, "POST", ADMIN_KEY_REFUSED, {}, timeout_s=5) is None
+    assert call(address(server, admin_key="a"), "POST", ADMIN_KEY_REFUSED, {}, timeout_s=5) is None
+
+
+def test_a_wrong_key_is_a_refusal(server: ThreadingHTTPServer) -> None:
+    with pytest.raises(WeightSyncError, match="status 401"):
+        call(address(server, admin_key="a", api_key="a"), "POST", ADMIN_KEY_REFUSED, {}, timeout_s=5)
 
 
 def test_silence_ends_at_the_deadline() -> None:
