@@ -22,8 +22,9 @@ quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
 	$(BIN)/python -m opd_async.launch --topology examples/quickstart.yaml $(QUICKSTART_$(ENGINE)) --overwrite
 
+# Two workers: whole runs spend much of their time waiting for processes to start.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-sglang: install sglang
 	$(BIN)/python -m pytest tests/sglang
