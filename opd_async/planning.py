@@ -126,8 +126,8 @@ def _role(topology: Topology, kind: RoleKind, index: int, ports: dict[PortKey, i
         case RoleKind.TEACHER_ENGINE | RoleKind.STUDENT_ENGINE:
             devices = (replica_devices(_section(topology, kind))[index],)
             if _section(topology, kind).kind is EngineKind.SGLANG:
+                env = server_environment(_section(topology, kind), devices[0], own["metrics"])
                 own["metrics"] = own["http"]  # SGLang serves them beside its API
-                env = server_environment(devices[0])
             command = _engine_command(topology, kind, index, own)
         case RoleKind.LEARNER:
             devices = rank_devices(topology)

@@ -87,8 +87,8 @@ def server_command(
     return (str(section.python), "-m", "sglang.launch_server", *given, *flags, *section.args)
 
 
-def server_environment(device: str) -> dict[str, str]:
-    """Environment variables of one server, beside those of the supervisor."""
+def server_environment(section: EngineSection, device: str, spare_port: int) -> dict[str, str]:
+    """Environment variables of one server, beside those of the supervisor. Raises as `installed_version`."""
     variables = {
         # `RESERVED_TOKENS` may pass what the model was trained for; no token is ever there.
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
@@ -97,6 +97,9 @@ def server_environment(device: str) -> dict[str, str]:
         # Seconds; the default of 5 is shorter than many a pause between two requests.
         "SGLANG_TIMEOUT_KEEP_ALIVE": "300",
     }
+    if section.python is not None and installed_version(section.python) == "0.5.15":
+        # Not listened on there, but its default, 10000 above the server's own, must be a port. Later ones would listen.
+        variables["SGLANG_GRPC_PORT"] = str(spare_port)
     if device == "cpu":
         return variables | {"SGLANG_USE_CPU_ENGINE": "1"}
     return variables | {"CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:")}

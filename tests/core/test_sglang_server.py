@@ -71,6 +71,15 @@ def test_the_plan_starts_servers(tmp_path: Path) -> None:
     assert plan.role(RoleKind.TEACHER_ENGINE, 0).env == {}
 
 
+def test_only_one_version_is_told_a_port_that_it_checks_but_does_not_use(tmp_path: Path) -> None:
+    for version in ("0.5.15", "0.5.20"):
+        (tmp_path / version).mkdir()
+        python = environment(tmp_path / version, version)
+        settings = ["engines.student.kind=sglang", f"engines.student.python={python}"]
+        role = make_plan(small_topology(tmp_path / version, *settings)).role(RoleKind.STUDENT_ENGINE, 0)
+        assert ("SGLANG_GRPC_PORT" in role.env) == (version == "0.5.15")
+
+
 def test_on_a_gpu_sglang_chooses_for_itself(tmp_path: Path) -> None:
     python = environment(tmp_path, "0.5.23")
     settings = ["engines.student.kind=sglang", f"engines.student.python={python}", "engines.student.devices=[cuda:3]"]

@@ -121,7 +121,7 @@ def running(model: Path, log: Path) -> Iterator[Server]:
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | server_environment("cpu"),
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | server_environment(SETTINGS, "cpu", spare_port=port),
             start_new_session=True,
         )
     try:
