@@ -113,7 +113,7 @@ class Lead:
                 f"the learner resumed at step {version}, the frontier at {frontier.version}: the checkpoint in "
                 f"{self._root} mixes two steps; remove it to resume from the one before"
             )
-        self._progress.say(f"weights {version} are in every student engine, proven by version and checksums")
+        self._progress.say(f"weights {version} are in every student engine, proven by version and content")
         return version
 
     # --- training ----------------------------------------------------------------------------------------------------

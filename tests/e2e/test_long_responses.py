@@ -9,12 +9,20 @@ import pytest
 from harness import Launch, check_trained, steps, topology, write_topology
 
 STEPS = 8
+BUDGET = 128
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
 def test_tokens_are_trained_once_and_in_time(inputs: Path, tmp_path: Path, max_staleness: int) -> None:
     file = write_topology(
-        topology(inputs, tmp_path, schedule__max_staleness=max_staleness, schedule__steps=STEPS), tmp_path / "run.yaml"
+        topology(
+            inputs,
+            tmp_path,
+            schedule__max_staleness=max_staleness,
+            schedule__steps=STEPS,
+            schedule__tokens_per_step=BUDGET,
+        ),
+        tmp_path / "run.yaml",
     )
     with Launch(file) as run:
         assert run.wait() == 0, run.text()
@@ -27,7 +35,7 @@ def test_tokens_are_trained_once_and_in_time(inputs: Path, tmp_path: Path, max_s
     assert report["cuts"] > 0
     assert any(len(parts) > 1 and parts[0][2] < parts[-1][3] for parts in ranges.values())
     assert report["trained_tokens"] == sum(end - start for parts in ranges.values() for start, end, *_ in parts)
-    assert all(row["tokens"] >= 256 for row in steps(folder))
+    assert all(row["tokens"] >= BUDGET for row in steps(folder))
 
 
 def test_the_teacher_computes_only_new_tokens(inputs: Path, tmp_path: Path) -> None:
