@@ -8,11 +8,10 @@
 from __future__ import annotations
 
 import shlex
-import socket
 import sys
-from contextlib import ExitStack
 
 from opd_async.errors import InputError
+from opd_async.free_ports import free_ports
 from opd_async.model_folder import read_model
 from opd_async.plan import Plan, RoleKind, RolePlan
 from opd_async.sglang_server import server_command, server_environment
@@ -104,17 +103,10 @@ def _assign_ports(topology: Topology) -> dict[PortKey, int]:
     base = topology.network.base_port
     if base:
         return {key: base + offset for offset, key in enumerate(keys)}
-    ports: dict[PortKey, int] = {}
-    with ExitStack() as stack:
-        # All sockets stay open until the last port is known, so that no port is given out twice.
-        for key in keys:
-            listener = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-            try:
-                listener.bind((topology.network.bind, 0))
-            except OSError as error:
-                raise InputError(f"network.bind: no free port on {topology.network.bind} ({error.strerror})") from None
-            ports[key] = listener.getsockname()[1]
-    return ports
+    try:
+        return dict(zip(keys, free_ports(topology.network.bind, len(keys)), strict=True))
+    except OSError as error:
+        raise InputError(f"network.bind: no free port on {topology.network.bind} ({error.strerror})") from None
 
 
 def _role(topology: Topology, kind: RoleKind, index: int, ports: dict[PortKey, int]) -> RolePlan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ import zmq.asyncio
 from opd_async import channels
 from opd_async.channels import ControlClient, ControlServer, Pull, Push
 from opd_async.errors import OpdError, RoleError
+from opd_async.free_ports import free_ports
 from opd_async.messages import Failure, Hello, Lease, Stop
 from opd_async.wire import encode
 
@@ -23,9 +23,7 @@ WAIT_S = 20.0
 
 
 def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    return f"tcp://127.0.0.1:{free_ports('127.0.0.1', 1)[0]}"
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 import zmq
 from harness import ROOT, Launch, check_trained, topology, write_topology
 
+from opd_async.free_ports import free_ports
 from opd_async.plan import Plan
 from opd_async.wire import SCHEMA_VERSION
 
@@ -21,9 +21,7 @@ STEPS = 8
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports("127.0.0.1", 1)[0]
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -19,6 +18,8 @@ from typing import Any
 import aiohttp
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from opd_async.free_ports import free_ports
 
 API_KEY, ADMIN_KEY = "key-for-generation", "key-for-control"
 START_SECONDS = 90.0
@@ -63,9 +64,7 @@ def reference_logprobs(model: PreTrainedModel, ids: list[int], temperature: floa
 
 def free_port() -> int:
     """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports("127.0.0.1", 1)[0]
 
 
 @dataclass(slots=True)

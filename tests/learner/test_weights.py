@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from learner.hf_io import hf_weights
 from learner.parallel import Place
 from learner.trainer import Trainer
 from learner.weights import SendReport, WeightSender
+from opd_async.free_ports import free_ports
 
 START_SECONDS = 90.0
 TIMEOUT_S = 20.0
@@ -34,9 +34,7 @@ class Engine:
     """One engine process."""
 
     def __init__(self, model: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        [port] = free_ports("127.0.0.1", 1)
         self.address = EngineAddress(f"http://127.0.0.1:{port}", 1, "admin", "user")
         options = {"model-path": model, "port": port, "api-key": "user", "admin-api-key": "admin", "weight-timeout": 20}
         flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]

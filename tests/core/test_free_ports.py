@@ -1,0 +1,27 @@
+"""Ports are different, free, and not among those that the kernel gives to outgoing connections."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from opd_async.free_ports import CANDIDATES, free_ports
+
+
+def test_ports_can_be_bound_and_differ() -> None:
+    ports = free_ports("127.0.0.1", 40)
+    assert len(set(ports)) == 40 and set(ports) <= set(CANDIDATES)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", ports[0]))
+
+
+def test_a_port_in_use_is_not_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    [taken, free] = free_ports("127.0.0.1", 2)
+    monkeypatch.setattr("opd_async.free_ports.CANDIDATES", [taken, free])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", taken))
+        listener.listen()
+        assert free_ports("127.0.0.1", 1) == [free]
+        with pytest.raises(OSError, match="in use"):
+            free_ports("127.0.0.1", 2)
