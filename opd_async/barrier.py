@@ -41,13 +41,14 @@ class Barrier:
         self.blocked_s = 0.0
         """Seconds for which generation has been stopped so far."""
 
-    async def close(self) -> tuple[Int64, Int32, Int32]:
+    async def close(self, drain: bool = False) -> tuple[Int64, Int32, Int32]:
         """Stop generation; returns (sample ids, attempts, ends) of the tokens that exist and may not be held yet.
 
-        Idempotent. Raises `DeadlineError` that names the actor that does not answer; an actor that dies meanwhile is
-        not waited for.
+        With `drain` only weights of a new version open it again. Idempotent. Raises `DeadlineError` that names the
+        actor that does not answer; an actor that dies meanwhile is not waited for.
         """
         async with self._lock:
+            self.drained = self.drained or drain
             if self._owed is None:
                 self.generating = False
                 self._closed_at = time.monotonic()
@@ -65,9 +66,15 @@ class Barrier:
                 self._owed = _merge([reply for reply in replies if reply is not None])
             return self._owed
 
-    async def open(self, version: int) -> None:
-        """Generate with weights `version`, which every student engine holds."""
+    async def open(self, version: int, new: bool = True) -> None:
+        """Generate with weights `version`, which every student engine holds.
+
+        When they are not `new` (an engine came back) and their tokens were drained, it stays closed: the list of the
+        drain says that no further token of this version will be made.
+        """
         async with self._lock:
+            if self.drained and not new:
+                return
             self._owed = None
             self.drained = False
             self.generating = True
@@ -92,8 +99,7 @@ class Barrier:
 
     async def _drain(self, version: int) -> None:
         await self._hub.evaluated.wait()
-        self.drained = True
-        await self._hub.to_intake(m.Drained(version, *await self.close()))
+        await self._hub.to_intake(m.Drained(version, *await self.close(drain=True)))
 
     def absent(self, actor: str) -> None:
         """`actor` has died: do not wait for its answer."""

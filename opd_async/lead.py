@@ -158,7 +158,7 @@ class Lead:
 
     async def _update_weights(self, verify: bool) -> int:
         """Stop generation, send the learner's weights to every student engine, go on; returns their version."""
-        hub, before, drained = self._hub, self._hub.version, self._hub.barrier.drained
+        hub, before = self._hub, self._hub.version
         owed = await hub.barrier.close()
         for attempt in range(1, SYNC_TRIES + 1):
             group = f"opd-{hub.engine_group}"
@@ -176,10 +176,7 @@ class Lead:
             self._owed = owed
         hub.version = reply.version
         hub.metrics["opd_coordinator_weight_version"].set(reply.version)
-        if reply.version == before and drained:
-            # an engine came back after the drain of a step that is still to be taken: stay closed until its update
-            return int(reply.version)
-        await hub.barrier.open(reply.version)
+        await hub.barrier.open(reply.version, new=reply.version != before)
         hub.leases_may_flow()
         return int(reply.version)
 
