@@ -1,0 +1,56 @@
+"""The gate between drain, weight update and an engine that comes back, without a single process."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from opd_async import messages as m
+from opd_async.barrier import Barrier
+
+
+def hub() -> Any:
+    """A hub without actors that keeps what is sent to the intake and broadcast."""
+    sent: list[Any] = []
+
+    async def send(*message: Any) -> list[str]:
+        sent.append(message[-1])
+        return []
+
+    evaluated = asyncio.Event()
+    evaluated.set()
+    return SimpleNamespace(up=lambda kind: [], broadcast=send, to_intake=send, evaluated=evaluated, sent=sent)
+
+
+@pytest.mark.parametrize("drain_first", [True, False])
+def test_a_returning_engine_does_not_open_what_was_drained(drain_first: bool) -> None:
+    async def run() -> None:
+        barrier = Barrier(hub())
+        await barrier.open(1)
+        if drain_first:
+            await barrier.close(drain=True)
+        await barrier.close()  # the update that the returning engine asked for
+        if not drain_first:
+            await barrier.close(drain=True)
+        await barrier.open(1, new=False)
+        assert not barrier.generating
+        await barrier.open(2)
+        assert barrier.generating and not barrier.drained
+
+    asyncio.run(run())
+
+
+def test_without_a_drain_a_returning_engine_opens() -> None:
+    async def run() -> None:
+        fake = hub()
+        barrier = Barrier(fake)
+        await barrier.open(1)
+        await barrier.close()
+        await barrier.open(1, new=False)
+        assert barrier.generating
+        assert [message.version for message in fake.sent if isinstance(message, m.Resume)] == [1, 1]
+
+    asyncio.run(run())
