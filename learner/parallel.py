@@ -29,11 +29,6 @@ class Place:
     data_rank: int
     data_size: int
 
-    @property
-    def leads_data_rank(self) -> bool:
-        """True on the one rank of each data-parallel group that receives the batches (first stage, first shard)."""
-        return self.tensor_rank == 0 and self.pipeline_rank == 0
-
 
 def start(config: ParallelConfig, seed: int) -> Place:
     """Join the other ranks. Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; alone without them.
