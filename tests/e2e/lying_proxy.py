@@ -77,6 +77,8 @@ class Proxy:
             session.request(request.method, self.upstream + request.path_qs, data=body, headers=request.headers) as up,
         ):
             if up.content_type != "text/event-stream":
+                if lie == "disconnect":
+                    self.abort(request)
                 return web.Response(
                     status=up.status, body=self.spoil(await up.read(), lie), content_type=up.content_type
                 )
@@ -87,14 +89,18 @@ class Proxy:
                 *events, buffer = (buffer + data).split(b"\n\n")
                 for event in events:
                     if lie == "disconnect":
-                        assert request.transport is not None
-                        request.transport.abort()
+                        self.abort(request)
                         return response
                     payload = event.removeprefix(b"data: ")
                     done = payload == b"[DONE]"
                     await response.write(b"data: " + (payload if done else self.spoil(payload, lie)) + b"\n\n")
                     lie = None if not done else lie
             return response
+
+    @staticmethod
+    def abort(request: web.Request) -> None:
+        assert request.transport is not None
+        request.transport.abort()
 
     @staticmethod
     def spoil(body: bytes, lie: str | None) -> bytes:

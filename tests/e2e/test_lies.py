@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import zmq
-from harness import ROOT, Launch, check_trained, topology, write_topology
+from harness import ROOT, SLOTS, Launch, check_trained, topology, write_topology
 
 from opd_async.free_ports import free_ports
 from opd_async.plan import Plan
@@ -81,7 +81,9 @@ def test_lies_and_garbage(inputs: Path, tmp_path: Path) -> None:
         lying_engine(inputs / "student", 6, student_lies) as student,
         lying_engine(inputs / "teacher", 4, teacher_lies) as teacher,
     ):
-        values = topology(inputs, tmp_path, schedule__steps=STEPS, rollout__resend_after_s=2.0)
+        values = topology(
+            inputs, tmp_path, schedule__steps=STEPS, rollout__resend_after_s=2.0, teacher__max_in_flight=2
+        )
         for side, url in (("student", student), ("teacher", teacher)):
             values["engines"][side] |= {"kind": "external", "urls": [url]}
         with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
@@ -92,8 +94,9 @@ def test_lies_and_garbage(inputs: Path, tmp_path: Path) -> None:
     check_trained(folder, 1, STEPS)
     report = json.loads((folder / "report.json").read_text())
     assert len(student_lies) >= 5 and len(teacher_lies) >= 5
-    assert report["counters"]["engine_errors"] >= len(student_lies) - 2
-    assert report["counters"]["teacher_retries"] >= len(teacher_lies) - 2
+    # all but those that were told while the run was ending: to streams and batches that it had given up
+    assert report["counters"]["engine_errors"] >= max(len(student_lies) - SLOTS, 3)
+    assert report["counters"]["teacher_retries"] >= len(teacher_lies) - values["teacher"]["max_in_flight"]
     assert report["counters"]["malformed_frames"] >= 2 * garbage
     # what a liar said did not get through: the distillation signal stays finite and small
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
