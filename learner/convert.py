@@ -23,13 +23,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from learner import checkpoint, parallel
+from learner import model_checkpoint, parallel
 from learner.config import LearnerConfig, ParallelConfig
 from learner.cpu import on_this_device, this_device
 from learner.hf_config import read_shape
 from learner.hf_files import put_in_place
 from learner.hf_io import load_hf, save_hf
-from learner.model import StudentModel, build_model
+from learner.model import DecoderModel, build_model
 from opd_async import checkpoints
 from opd_async.errors import InputError
 from opd_async.process import report_failure
@@ -50,7 +50,7 @@ def hf_to_megatron(hf: Path, out: Path, parallel_config: ParallelConfig) -> None
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
-    checkpoint.save_model(model, folder)
+    model_checkpoint.save_model(model, folder)
     if dist.get_rank() == 0:
         put_in_place(folder, out)
     dist.barrier()
@@ -59,23 +59,23 @@ def hf_to_megatron(hf: Path, out: Path, parallel_config: ParallelConfig) -> None
 def megatron_to_hf(folder: Path, source: Path, out: Path, parallel_config: ParallelConfig) -> None:
     """Write a checkpoint's weights as a Hugging Face folder, in the dtype and with the other files of `source`.
 
-    `folder` holds Megatron's files, or is a run's `step_...` folder, which is verified first. Nothing in it changes.
+    `folder` is any that `opd_async.checkpoints.shards` takes; it is verified first, and nothing in it changes.
     All ranks call it. Raises `InputError` if it is cut short, `CheckpointError` if it is not of the model of `source`.
     """
     shards = checkpoints.shards(folder)
-    stored = str(checkpoint.stored_dtype(shards)).removeprefix("torch.")
+    stored = str(model_checkpoint.stored_dtype(shards)).removeprefix("torch.")
     model = _model(source, stored, parallel_config)
-    checkpoint.load_model(model, shards)
+    model_checkpoint.load_model(model, shards)
     save_hf(model, out, source)
 
 
-def _model(path: Path, dtype: str, parallel_config: ParallelConfig) -> StudentModel:
+def _model(path: Path, dtype: str, parallel_config: ParallelConfig) -> DecoderModel:
     """This rank's part of the model in `path`, with weights still to be filled in."""
     if dtype not in DTYPES:
         raise InputError(f"weights in {dtype} cannot be converted (only {' and '.join(DTYPES)}); cast them first")
     config = LearnerConfig(path, dtype="bfloat16" if dtype == "bfloat16" else "float32", parallel=parallel_config)
     with on_this_device():
-        model: StudentModel = build_model(read_shape(path), config).to(this_device())
+        model: DecoderModel = build_model(read_shape(path), config).to(this_device())
     return model
 
 
@@ -85,7 +85,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     to_megatron = commands.add_parser("hf-to-megatron", help="safetensors to a checkpoint to start from")
     to_megatron.add_argument("--hf", type=Path, required=True, help="Hugging Face folder")
     to_hf = commands.add_parser("megatron-to-hf", help="a checkpoint's weights to safetensors")
-    to_hf.add_argument("--checkpoint", type=Path, required=True, help="step_... folder of a run, or Megatron's own")
+    to_hf.add_argument("--checkpoint", type=Path, required=True, help="of a run, of one step, or Megatron's own")
     to_hf.add_argument("--source", type=Path, required=True, help="Hugging Face folder with config and tokenizer")
     for command in (to_megatron, to_hf):
         command.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist")

@@ -18,11 +18,11 @@ from torch import Tensor
 from learner.errors import ModelError
 from learner.hf_files import Reader, write_folder
 from learner.mapping import Slot, slots
-from learner.model import StudentModel
+from learner.model import DecoderModel
 
 
 @torch.no_grad()
-def load_hf(model: StudentModel, folder: Path) -> None:
+def load_hf(model: DecoderModel, folder: Path) -> None:
     """Fill this rank's parameters from the safetensors of `folder`, cast to the model's dtype.
 
     Raises `ModelError` that names the tensor which is missing or has another shape than the config says.
@@ -46,7 +46,7 @@ def load_hf(model: StudentModel, folder: Path) -> None:
         parameters[name].tensor_model_parallel = slot.sharded
 
 
-def local_slots(model: StudentModel) -> list[tuple[str, Slot]]:
+def local_slots(model: DecoderModel) -> list[tuple[str, Slot]]:
     """(parameter name, slot) of this pipeline stage; the last stage of a tied model holds the embedding once more."""
     stage = parallel_state.get_pipeline_model_parallel_rank()
     size = parallel_state.get_pipeline_model_parallel_world_size()
@@ -58,7 +58,7 @@ def local_slots(model: StudentModel) -> list[tuple[str, Slot]]:
 
 
 @torch.no_grad()
-def hf_weights(model: StudentModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+def hf_weights(model: DecoderModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Full tensors under their Hugging Face names, in the order of the network, on global rank 0.
 
     Every rank must iterate to the end, since the tensors are gathered by collectives on the way; ranks other than 0
@@ -100,7 +100,7 @@ def _from_stage(slot: Slot, full: list[Tensor], device: torch.device, dtype: tor
     return full
 
 
-def save_hf(model: StudentModel, path: Path, source: Path) -> None:
+def save_hf(model: DecoderModel, path: Path, source: Path) -> None:
     """Write the model as a Hugging Face folder: weights in the dtype of `source`, whose other files are copied.
 
     All ranks call it; rank 0 writes to `<path>.tmp` and renames at the end, so that `path` is whole or absent. Files of

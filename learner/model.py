@@ -27,7 +27,7 @@ from learner.norm import RMSNorm
 from learner.rotary import angles, inverse_frequencies
 
 
-class StudentModel(GPTModel):
+class DecoderModel(GPTModel):
     """GPTModel without rotary module and LM head call: both need the layout of the packed batch."""
 
     def __init__(self, config: Any, shape: ModelShape, padded_vocab: int) -> None:
@@ -79,7 +79,7 @@ def padded_vocab(shape: ModelShape, tensor_size: int) -> int:
     return -(-shape.vocab // tensor_size) * tensor_size
 
 
-def build_model(shape: ModelShape, config: LearnerConfig) -> StudentModel:
+def build_model(shape: ModelShape, config: LearnerConfig) -> DecoderModel:
     """The part of the model that this rank holds, with uninitialised weights: `learner.hf_io` fills them.
 
     Raises `ModelError` if the sizes do not divide by the parallel sizes.
@@ -88,7 +88,7 @@ def build_model(shape: ModelShape, config: LearnerConfig) -> StudentModel:
     dtype = getattr(torch, config.dtype)
     with quiet():
         transformer_config = _transformer_config(shape, config, dtype)
-        return StudentModel(transformer_config, shape, padded_vocab(shape, config.parallel.tensor))
+        return DecoderModel(transformer_config, shape, padded_vocab(shape, config.parallel.tensor))
 
 
 def _check_divisible(shape: ModelShape, config: LearnerConfig) -> None:

@@ -10,7 +10,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from learner.config import OptimConfig
 from learner.cpu import on_this_device, quiet
-from learner.model import StudentModel
+from learner.model import DecoderModel
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
@@ -27,7 +27,7 @@ def learning_rate(step: int, config: OptimConfig) -> float:
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * share)
 
 
-def wrap(model: StudentModel) -> Any:
+def wrap(model: DecoderModel) -> Any:
     """The model in Megatron's DDP: contiguous buffers, float32 gradients, reduce-scatter to the optimizer's shards.
 
     Call it once the weights are loaded: it moves them into its own buffers.

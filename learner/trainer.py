@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from learner.attention import has_varlen
@@ -34,12 +33,10 @@ from learner.metrics import StepMetrics, Totals, empty_metrics, reduce_over_rank
 from learner.model import build_model
 from learner.objective import objective, support_of
 from learner.optimizer import learning_rate, make_optimizer, set_learning_rate, wrap
+from learner.pipeline import run_schedule
 from opd_async.batches import MicroBatch, StepBatch
 
 PADDING_SLACK = 0.125
-
-LastStage = Callable[[PackedBatch, RowLogprobs], tuple[Tensor, Any]]
-"""(batch, the student's logprobs on its rows) -> (loss to differentiate, what to report)."""
 
 
 class Trainer:
@@ -84,13 +81,14 @@ class Trainer:
     def gradients(self, batch: StepBatch) -> Totals:
         """The first half of a step: leave the step's gradient in the DDP buffers. Raises as `step` does."""
 
-        def loss(packed: PackedBatch, logprobs: RowLogprobs) -> tuple[Tensor, Any]:
-            output = objective(packed, logprobs, self.config.loss)
+        def loss(index: int, hidden: Tensor) -> tuple[Tensor, Any]:
+            output = objective(packs[index], self._logprobs(packs[index], hidden, train=True), self.config.loss)
             return output.loss / batch.loss_tokens, (output.sums, output.maxima)
 
+        packs = self._lay_out(batch.micro_batches)
         with on_this_device():
             self.ddp.zero_grad_buffer()
-            totals = reduce_over_ranks(self._schedule(batch.micro_batches, loss, train=True), self.device)
+            totals = reduce_over_ranks(run_schedule(self.ddp, packs, loss, train=True), self.device)
         if totals.sums["tokens"] != batch.loss_tokens:
             raise LearnerError(
                 f"the ranks hold {totals.sums['tokens']:.0f} rows for weight version {batch.version}, but the batch "
@@ -108,33 +106,18 @@ class Trainer:
 
         All ranks of a data-parallel rank call it; the list is empty but on the last pipeline stage.
         """
+
+        def logprobs(index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            found = self._logprobs(packs[index], hidden, train=False).sampled_R
+            return found.sum(), found
+
+        packs = self._lay_out(batches)
         with on_this_device(), torch.no_grad():
-            return self._schedule(batches, lambda _, found: (found.sampled_R.sum(), found.sampled_R), train=False)
+            return run_schedule(self.ddp, packs, logprobs, train=False)
 
-    def _schedule(self, batches: Sequence[MicroBatch], last_stage: LastStage, *, train: bool) -> list[Any]:
-        """Run Megatron's schedule; the list holds what `last_stage` reported for each micro-batch."""
-
-        def forward_step(source: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            multiple = self.config.parallel.tensor
-            packed = lay_out(next(source), multiple=multiple, slack=self._slack, device=self.device)
-
-            def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
-                loss, report = last_stage(packed, self._logprobs(packed, hidden, train=train))
-                # Megatron adds up a token count that nobody reads: the loss is normalised already
-                return loss, torch.zeros((), dtype=torch.int), report
-
-            return model(packed), finish
-
-        reports: list[Any] = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.ddp],
-            num_microbatches=len(batches),
-            seq_length=1,  # unused: micro-batches announce their length between pipeline stages
-            micro_batch_size=1,
-            forward_only=not train,
-        )
-        return reports
+    def _lay_out(self, batches: Sequence[MicroBatch]) -> list[PackedBatch]:
+        multiple = self.config.parallel.tensor
+        return [lay_out(batch, multiple=multiple, slack=self._slack, device=self.device) for batch in batches]
 
     def _logprobs(self, packed: PackedBatch, hidden: Tensor, *, train: bool) -> RowLogprobs:
         """From the last stage's hidden states [P, 1, hidden]; the support of the loss only to `train`."""

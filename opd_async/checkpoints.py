@@ -68,18 +68,27 @@ def verify(folder: Path) -> int:
     return step
 
 
-def shards(folder: Path) -> Path:
-    """The folder with Megatron's files: that of a sealed checkpoint, verified first, or `folder` itself.
+def shards(folder: Path, step: int | None = None) -> Path:
+    """The folder with Megatron's files in `folder`, which is one of three things.
 
-    Raises `InputError` if `folder` is neither, or was cut short; nothing but names and sizes is looked at.
+    A run's `checkpoints` (the checkpoint after `step`, or the newest one), one `step_...` folder of it, or Megatron's
+    own folder. Sealed ones are verified, by name and size only. Raises `InputError` if `folder` is neither, was cut
+    short, or does not have the step.
     """
+    if sealed := _by_step(folder, sealed=True):
+        found = {_step(path): path for path in sealed}
+        if step is not None and step not in found:
+            raise InputError(f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, found))}")
+        folder = sealed[-1] if step is None else found[step]
+    elif step is not None:
+        raise InputError(f"{folder}: holds no steps to choose {step} from; give the folder with the step_... folders")
     if (folder / SHARDS).is_dir():
         verify(folder)
         folder /= SHARDS
     if not (folder / ".metadata").is_file():
         raise InputError(
-            f"{folder}: holds no Megatron checkpoint (torch_dist); give the step folder of a run, or what "
-            f"`python -m learner.convert hf-to-megatron` wrote"
+            f"{folder}: holds no Megatron checkpoint (torch_dist); give the checkpoints of a run, one of their step "
+            f"folders, or what `python -m learner.convert hf-to-megatron` wrote"
         )
     return folder
 

@@ -88,7 +88,22 @@ def test_shards_are_those_of_a_run_or_the_folder_itself(tmp_path: Path) -> None:
     checkpoints.seal(folder, 3)
     assert checkpoints.shards(folder) == checkpoints.shards(folder / "learner") == folder / "learner"
     with pytest.raises(InputError, match=r"holds no Megatron checkpoint .*hf-to-megatron"):
-        checkpoints.shards(tmp_path)
+        checkpoints.shards(tmp_path / "nothing")
+
+
+def test_shards_of_a_step_or_of_the_newest(tmp_path: Path) -> None:
+    for step in (3, 7):
+        folder = checkpoints.step_folder(tmp_path, step)
+        (folder / "learner").mkdir(parents=True)
+        (folder / "learner" / ".metadata").touch()
+        checkpoints.seal(folder, step)
+    checkpoints.step_folder(tmp_path, 9).mkdir()  # in the making
+    assert checkpoints.shards(tmp_path) == tmp_path / "step_00000007" / "learner"
+    assert checkpoints.shards(tmp_path, 3) == tmp_path / "step_00000003" / "learner"
+    with pytest.raises(InputError, match="no checkpoint of step 9; there are 3, 7"):
+        checkpoints.shards(tmp_path, 9)
+    with pytest.raises(InputError, match="holds no steps to choose 3 from"):
+        checkpoints.shards(tmp_path / "step_00000003", 3)
 
 
 def test_prune_exports_keeps_the_newest_and_the_final_one(tmp_path: Path) -> None:

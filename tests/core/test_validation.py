@@ -85,7 +85,7 @@ def test_every_wrong_edit_is_reported(chosen: set[str], tmp_path_factory: pytest
             ["engines.student={kind: external, replicas: 2, context_tokens: 64, urls: ['http://h:1', 'http://h:1/']}"],
             "the same URL twice",
         ),
-        (["learner.load=nowhere"], "learner.load: nowhere: holds no Megatron checkpoint (torch_dist); give the step"),
+        (["learner.load=nowhere"], "learner.load: nowhere: holds no Megatron checkpoint (torch_dist); give the"),
         (["learner.devices=['cuda:0', 'cuda:1']"], "learner.devices: 2 devices for 1 ranks"),
         (
             ["engines.student.devices=[cpu, cpu, cpu]", "engines.student.replicas=2"],

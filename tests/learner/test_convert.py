@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_learner import learner_config, micro_batch, step_batch, write_model
 
-from learner import checkpoint, hf_io
+from learner import checkpoint, hf_io, model_checkpoint
 from learner.config import ParallelConfig
 from learner.convert import hf_to_megatron, main, megatron_to_hf
 from learner.errors import CheckpointError, ModelError
@@ -104,7 +104,7 @@ def test_bfloat16_weights_stay_bfloat16(alone: Place, model_path: Path, tmp_path
     (half / "config.json").write_text(json.dumps(raw))
     (half / "model.safetensors").write_bytes((model_path / "model.safetensors").read_bytes())
     hf_to_megatron(half, tmp_path / "megatron", ONE)
-    assert checkpoint.stored_dtype(tmp_path / "megatron") is torch.bfloat16
+    assert model_checkpoint.stored_dtype(tmp_path / "megatron") is torch.bfloat16
     megatron_to_hf(tmp_path / "megatron", half, tmp_path / "back", ONE)
     back = load_file(tmp_path / "back" / "model.safetensors")
     stored = load_file(model_path / "model.safetensors")
