@@ -93,6 +93,24 @@ def shards(folder: Path, step: int | None = None) -> Path:
     return folder
 
 
+def shards_at(root: Path, step: int | None) -> Path:
+    """The folder with Megatron's files of the checkpoint after `step` under `root`; None: of the newest one.
+
+    `root` is a run's folder or its checkpoints; without `step` also whatever `shards` takes. Raises `InputError` that
+    says what `root` lacks.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; give the folder of a Megatron checkpoint")
+    under = root / "checkpoints" if (root / "checkpoints").is_dir() else root
+    if step is None:
+        return shards(latest(under) or root)
+    folder = step_folder(under, step)
+    if (folder / MARKER).is_file():
+        return shards(folder)
+    there = ", ".join(str(_step(sealed)) for sealed in _by_step(under, sealed=True)) or "none"
+    raise InputError(f"{root}: has no complete checkpoint at step {step}; those that it has: {there}")
+
+
 def latest(root: Path) -> Path | None:
     """The newest sealed checkpoint, verified; None if there is none.
 

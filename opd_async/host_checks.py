@@ -14,7 +14,7 @@ from opd_async.topology import Topology
 def device_problems(topology: Topology) -> Iterator[str]:
     """Devices that do not fit replicas and ranks, and accelerators given out twice; the cpu may be shared."""
     users: dict[str, list[tuple[str, str]]] = {}
-    for side, section in (("student", topology.engines.student), ("teacher", topology.engines.teacher)):
+    for side, _, section in topology.engine_sides:
         if not section.started:
             continue
         devices = replica_devices(section)

@@ -1,6 +1,10 @@
 """Start a run: check everything, then supervise it to its report.
 
     python -m opd_async.launch --topology cluster.yaml [--set a.b=c ...] [--dry-run] [--resume | --overwrite]
+                               [--use-opd --opd-type sglang|megatron --opd-kl-coef 1.0
+                                --opd-teacher-load DIR --opd-teacher-ckpt-step N]
+
+The options of distillation have slime's names; they stand for keys under `opd` and win over the file.
 
 Exit codes: 0 the run did what was asked; 2 the input cannot be used and nothing was started; 1 the run failed;
 130 it was stopped by a signal and can be resumed.
@@ -25,6 +29,7 @@ from opd_async.process import configure_logging, leaves, report_failure
 from opd_async.prompts import load_prompts
 from opd_async.report import Report, render, write
 from opd_async.run_folder import prepare
+from opd_async.slime_flags import add_opd_arguments, opd_overrides
 from opd_async.tokenizer import Tokenizer
 from opd_async.topology import Topology
 from opd_async.topology_file import load_topology
@@ -39,6 +44,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier run of this name first")
+    add_opd_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -77,7 +83,7 @@ async def conduct(conductor: Conductor, signals: Signals) -> Report:
 
 def launch(arguments: argparse.Namespace) -> None:
     """Everything that the command line asks for; raises `OpdError`."""
-    topology = check(arguments.topology, arguments.set)
+    topology = check(arguments.topology, [*arguments.set, *opd_overrides(arguments)])
     inputs = read_inputs(topology)
     plan = make_plan(topology)
     if arguments.dry_run:

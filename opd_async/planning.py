@@ -50,6 +50,8 @@ def make_plan(topology: Topology) -> Plan:
 
     def engines(section: EngineSection, kind: RoleKind) -> tuple[str, ...]:
         external = tuple(url.rstrip("/") for url in section.urls)
+        if kind is RoleKind.TEACHER_ENGINE and not topology.opd.on_engines:
+            return ()
         return external if section.kind is EngineKind.EXTERNAL else endpoints(kind, "http", "http")
 
     return Plan(
@@ -78,12 +80,12 @@ def port_keys(topology: Topology) -> list[PortKey]:
 
 def _roles(topology: Topology) -> list[tuple[RoleKind, int]]:
     """Kind and index of every process, in start order."""
-    engines = topology.engines
+    engines, scored = topology.engines, topology.opd.on_engines
     counts = {
-        RoleKind.TEACHER_ENGINE: _started(engines.teacher),
+        RoleKind.TEACHER_ENGINE: _started(engines.teacher) if scored else 0,
         RoleKind.STUDENT_ENGINE: _started(engines.student),
         RoleKind.INTAKE: 1,
-        RoleKind.TEACHER: topology.teacher.replicas,
+        RoleKind.TEACHER: topology.teacher.replicas if scored else 0,
         RoleKind.ROLLOUT: topology.rollout.replicas,
         RoleKind.LEARNER: 1,
     }
@@ -153,7 +155,7 @@ def _section(topology: Topology, kind: RoleKind) -> EngineSection:
 def _engine_command(topology: Topology, kind: RoleKind, index: int, ports: dict[str, int]) -> tuple[str, ...]:
     section = _section(topology, kind)
     models = topology.models
-    model = models.teacher if kind is RoleKind.TEACHER_ENGINE else models.student
+    model = models.teacher if kind is RoleKind.TEACHER_ENGINE and models.teacher else models.student
     device, seed = replica_devices(section)[index], topology.seed + index
     if section.kind is EngineKind.SGLANG:
         return server_command(section, model.path, device, topology.network.bind, ports["http"], seed)

@@ -59,6 +59,15 @@ class PauseMode(StrEnum):
     """Their KV cache is computed again: exact under the new weights, at the price of a prefill."""
 
 
+class OpdType(StrEnum):
+    """Where the teacher runs."""
+
+    SGLANG = "sglang"
+    """On engines of its own, asked over SGLang's HTTP API (`engines.teacher`, of any kind)."""
+    MEGATRON = "megatron"
+    """In the learner, loaded from a Megatron checkpoint; no teacher engine and no teacher actor is started."""
+
+
 class ModelSection(Section):
     """A Hugging Face checkpoint folder."""
 
@@ -69,7 +78,8 @@ class ModelsSection(Section):
     """The two models. They must share one vocabulary."""
 
     student: ModelSection
-    teacher: ModelSection
+    teacher: ModelSection | None = None
+    """Needed where the teacher runs on engines."""
 
 
 class PromptsSection(Section):
@@ -215,8 +225,16 @@ class LearnerSection(Section):
 
 
 class OpdSection(Section):
-    """The distillation signal."""
+    """The distillation signal, and where the teacher runs. A topology that says nothing of it distils from a teacher
+    on engines; one that writes `use_opd: true` must write `type` too (`opd_async.teacher_checks`)."""
 
+    use_opd: bool = True
+    """False: no teacher at all; the student learns from the reward alone."""
+    type: OpdType = OpdType.SGLANG
+    teacher_load: Path | None = None
+    """`megatron`: the teacher's checkpoint: a run's folder, a step of it, or what `learner.convert` wrote."""
+    teacher_ckpt_step: NonNegative | None = None
+    """Which step's checkpoint in `teacher_load`; null takes the newest."""
     loss: str = Field(default="reverse_kl", examples=["reverse_kl", "forward_kl_topk"])
     """One of `opd_async.loss_names.LOSSES`."""
     topk: Positive = 64
@@ -231,9 +249,19 @@ class OpdSection(Section):
     mismatch: Literal["none", "tis", "icepop"] = "none"
 
     @property
+    def on_engines(self) -> bool:
+        """True if engines of the teacher score the student's tokens."""
+        return self.use_opd and self.type is OpdType.SGLANG
+
+    @property
+    def in_learner(self) -> bool:
+        """True if the learner holds the teacher."""
+        return self.use_opd and self.type is OpdType.MEGATRON
+
+    @property
     def wire_topk(self) -> int:
         """How many of the teacher's most likely tokens travel with each scored token."""
-        return self.topk if self.loss in TOPK_LOSSES else 0
+        return self.topk if self.on_engines and self.loss in TOPK_LOSSES else 0
 
 
 class CheckpointSection(Section):
@@ -306,6 +334,14 @@ class Topology(Section):
     def folder(self) -> Path:
         """Where the run leaves its files."""
         return self.run_dir / self.name
+
+    @property
+    def engine_sides(self) -> tuple[tuple[str, ModelSection, EngineSection], ...]:
+        """Name, model and engines of the student, and of the teacher where engines of its own score."""
+        student = ("student", self.models.student, self.engines.student)
+        if self.models.teacher is None or not self.opd.on_engines:
+            return (student,)
+        return (student, ("teacher", self.models.teacher, self.engines.teacher))
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -15,8 +15,9 @@ from opd_async.host_checks import device_problems, network_problems
 from opd_async.loss_names import RATIO_LOSSES, WHOLE_RESPONSE_LOSSES, loss_problem
 from opd_async.model_folder import ModelFacts, folder_problems, read_model
 from opd_async.sglang_server import version_problem
+from opd_async.teacher_checks import opd_problems
 from opd_async.tokenizer import Tokenizer
-from opd_async.topology import EngineKind, EngineSection, Topology, TrainOn
+from opd_async.topology import EngineKind, EngineSection, ModelSection, Topology, TrainOn
 
 PROMPT_SUFFIXES = (".jsonl", ".parquet")
 
@@ -28,6 +29,7 @@ def validate(topology: Topology) -> list[str]:
     for an instant. Loads no weight and starts nothing but the Python of SGLang engines, to ask for their version.
     """
     return [
+        *opd_problems(topology),
         *_model_problems(topology),
         *_data_problems(topology),
         *_schedule_problems(topology),
@@ -68,8 +70,12 @@ def warnings(topology: Topology) -> list[str]:
     return found
 
 
-def _engine_sides(topology: Topology) -> tuple[tuple[str, EngineSection], ...]:
-    return (("student", topology.engines.student), ("teacher", topology.engines.teacher))
+def _models(topology: Topology) -> tuple[tuple[str, ModelSection], ...]:
+    """The models that take part; a teacher inside the learner may go without a Hugging Face folder."""
+    models = topology.models
+    if models.teacher is None or not topology.opd.use_opd:
+        return (("student", models.student),)
+    return (("student", models.student), ("teacher", models.teacher))
 
 
 def _facts(folder: Path) -> ModelFacts | None:
@@ -81,10 +87,10 @@ def _facts(folder: Path) -> ModelFacts | None:
 
 
 def _model_problems(topology: Topology) -> Iterator[str]:
-    models = topology.models
-    for side, model in (("student", models.student), ("teacher", models.teacher)):
+    for side, model in _models(topology):
         yield from (f"models.{side}.path: {problem}" for problem in folder_problems(model.path))
-    student, teacher = _facts(models.student.path), _facts(models.teacher.path)
+    facts = {side: _facts(model.path) for side, model in _models(topology)}
+    student, teacher = facts["student"], facts.get("teacher")
     if student and teacher and student.vocab_size != teacher.vocab_size:
         yield (
             f"models.teacher.path: vocab_size {teacher.vocab_size} in its config.json, the student's is "
@@ -95,10 +101,10 @@ def _model_problems(topology: Topology) -> Iterator[str]:
 
 def _tokenizer_problems(topology: Topology, student_facts: ModelFacts | None) -> Iterator[str]:
     tokenizers: dict[str, Tokenizer] = {}
-    for side, path in (("student", topology.models.student.path), ("teacher", topology.models.teacher.path)):
-        if (path / "tokenizer.json").is_file():
+    for side, model in _models(topology):
+        if (model.path / "tokenizer.json").is_file():
             try:
-                tokenizers[side] = Tokenizer(path, topology.data.chat_template if side == "student" else None)
+                tokenizers[side] = Tokenizer(model.path, topology.data.chat_template if side == "student" else None)
             except InputError as error:
                 # A missing template file is reported under data.chat_template already.
                 if not str(error).startswith("data.chat_template"):
@@ -139,11 +145,9 @@ def _schedule_problems(topology: Topology) -> Iterator[str]:
 
 
 def _engine_problems(topology: Topology) -> Iterator[str]:
-    sides = _engine_sides(topology)
-    for side, section in sides:
+    for side, model, section in topology.engine_sides:
         yield from _url_problems(f"engines.{side}", section)
         yield from _sglang_problems(f"engines.{side}", section)
-        model = topology.models.student if side == "student" else topology.models.teacher
         facts = _facts(model.path)
         if facts and section.context_tokens > facts.max_tokens:
             yield (
@@ -157,6 +161,8 @@ def _engine_problems(topology: Topology) -> Iterator[str]:
                 f"engines.{side}.kv_tokens: {section.kv_tokens} cannot hold one full sample of "
                 f"engines.{side}.context_tokens {section.context_tokens}; write at least {section.context_tokens}"
             )
+    if not topology.opd.on_engines:
+        return
     student, teacher = topology.engines.student, topology.engines.teacher
     if teacher.context_tokens < student.context_tokens:
         yield (
@@ -226,11 +232,12 @@ def _rollout_problems(topology: Topology) -> Iterator[str]:
             f"rollout.slots: {topology.rollout.slots} cannot hold one group of rollout.group_size "
             f"{topology.rollout.group_size}; write at least {topology.rollout.group_size}"
         )
+    sections = {side: section.replicas for side, _, section in topology.engine_sides}
     for actor, side, actors in (
         ("rollout", "student", topology.rollout.replicas),
         ("teacher", "teacher", topology.teacher.replicas),
     ):
-        engines = dict(_engine_sides(topology))[side].replicas
+        engines = sections.get(side, actors)
         if actors > engines:
             yield f"{actor}.replicas: {actors} actors for {engines} {side} engines; write at most {engines}"
 

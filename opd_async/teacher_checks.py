@@ -1,0 +1,61 @@
+"""Whether the teacher is where `opd` says it is: checked before anything starts, each finding with what to write.
+
+use_opd  type      needs                                      is started
+true     sglang    models.teacher, engines.teacher            teacher engines and teacher actors
+true     megatron  opd.teacher_load                           neither: the learner holds the teacher
+false    -         a reward and an advantage estimator        neither
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from opd_async.checkpoints import shards_at
+from opd_async.errors import InputError
+from opd_async.topology import OpdType, Topology
+
+
+def opd_problems(topology: Topology) -> Iterator[str]:
+    """Every combination of the `opd` keys that cannot run; opens names and sizes of a checkpoint, no weights."""
+    opd = topology.opd
+    if not opd.use_opd:
+        if opd.teacher_load is not None:
+            yield "opd.teacher_load: given, but opd.use_opd is false; remove it, or write use_opd: true (--use-opd)"
+    elif "use_opd" in opd.model_fields_set and "type" not in opd.model_fields_set:
+        yield (
+            "opd.type: missing although opd.use_opd is written; write sglang for a teacher on engines of its own, or "
+            "megatron for one inside the learner (--opd-type)"
+        )
+    elif opd.type is OpdType.SGLANG:
+        yield from _sglang_problems(topology)
+    else:
+        yield from _megatron_problems(topology)
+    if opd.teacher_ckpt_step is not None and opd.teacher_load is None:
+        yield "opd.teacher_ckpt_step: a step of no checkpoint; remove it, or write opd.teacher_load"
+
+
+def _sglang_problems(topology: Topology) -> Iterator[str]:
+    if topology.opd.teacher_load is not None:
+        yield (
+            "opd.teacher_load: given, but opd.type is sglang, whose teacher is models.teacher.path on engines of its "
+            "own; remove it, or write type: megatron (--opd-type megatron)"
+        )
+    if topology.models.teacher is None:
+        yield (
+            "models.teacher: missing, but opd.type is sglang and somebody must score; write the teacher's path and "
+            "its engines (engines.teacher), or use_opd: false"
+        )
+
+
+def _megatron_problems(topology: Topology) -> Iterator[str]:
+    opd = topology.opd
+    if opd.teacher_load is None:
+        yield (
+            "opd.teacher_load: missing, but opd.type is megatron; write the folder of the teacher's Megatron "
+            "checkpoint (--opd-teacher-load), as `python -m learner.convert hf-to-megatron` makes one"
+        )
+        return
+    try:
+        shards_at(opd.teacher_load, opd.teacher_ckpt_step)
+    except InputError as error:
+        yield f"opd.teacher_load: {error}"
