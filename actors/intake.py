@@ -90,7 +90,8 @@ class Intake:
         folder = latest(self._role.plan.run_folder / "checkpoints")
         state = frontier.load(folder) if folder is not None else frontier.empty(0)
         floor = int(os.environ.get(ATTEMPT_FLOOR_ENV, "0"))
-        self._assembler = frontier.restore(state, floor, self._topology.opd.wire_topk)
+        opd = self._topology.opd
+        self._assembler = frontier.restore(state, floor, opd.wire_topk, opd.on_engines)
         self._planned = state.version
         self._cut_log(state.version)
         await self._role.control.send(state)

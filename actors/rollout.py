@@ -1,6 +1,6 @@
 """Generate with the student and stream partial samples to the teachers.
 
-    leases (control) -> engine /generate (stream) -> buffer -> chunks -> outbox -> PUSH to a teacher actor
+    leases (control) -> engine /generate (stream) -> buffer -> chunks -> outbox -> PUSH to a teacher actor (or intake)
                                                                           ^ acknowledgements (control)
 
     loop       waits for                                    unblocked by
@@ -24,18 +24,17 @@ from collections.abc import Iterable
 import aiohttp
 import numpy as np
 
+from actors.downstream import Downstream
 from actors.draining import drain
 from actors.engine_client import EngineClient, new_connector
 from actors.generation import AbortedError, Generation, Student
 from actors.replies import Delta
 from opd_async import messages as m
-from opd_async.channels import Push
 from opd_async.errors import DeadlineError, EngineError
 from opd_async.outbox import Outbox
 from opd_async.plan import RoleKind
 from opd_async.process import run_role
 from opd_async.role import IdleClock, Role, role_arguments
-from opd_async.routing import rendezvous
 from opd_async.topology import EngineKind, PauseMode
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class RolloutActor:
             Student(self._client(session, url, student=True)) for url in _share(role, role.plan.student_engines)
         ]
         self._teachers = [self._client(session, url, student=False) for url in role.plan.teacher_engines]
-        self._pushes = [Push(role.context, address) for address in role.plan.chunks]
+        self._downstream = Downstream(role.context, role.plan, role.name)
         self._outbox = Outbox()
         self._live: dict[int, Generation] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -107,8 +106,7 @@ class RolloutActor:
 
     def close(self) -> None:
         """Close the sockets; queued chunks may still leave."""
-        for push in self._pushes:
-            push.close()
+        self._downstream.close()
 
     # --- leases ------------------------------------------------------------------------------------------------------
 
@@ -116,8 +114,8 @@ class RolloutActor:
         student = self._students[lease.prompt_id % len(self._students)]
         generation = Generation(lease, f"{lease.sample_id:016x}-{uuid.uuid4().hex[:12]}", student)
         if lease.kind == m.LeaseKind.TRAIN:
-            teacher = rendezvous(lease.prompt_id, range(len(self._pushes)))
-            self._outbox.open(lease.sample_id, lease.attempt, teacher, lease.prompt, lease.prefix)
+            route = self._downstream.route(lease.prompt_id)
+            self._outbox.open(lease.sample_id, lease.attempt, route, lease.prompt, lease.prefix)
         self._live[lease.sample_id] = generation
         self._tasks[lease.sample_id] = self._role.spawn(self._run(generation), f"lease-{lease.sample_id}")
         self._account()
@@ -205,13 +203,13 @@ class RolloutActor:
     async def _send(self, chunk: m.Chunk) -> None:
         self._metrics["opd_rollout_chunks_total"].inc()
         outgoing = self._outbox.add(chunk, time.monotonic())
-        await self._pushes[self._outbox.teacher_of(chunk.sample_id)].send(outgoing)
+        await self._downstream.send(self._outbox.teacher_of(chunk.sample_id), outgoing)
 
     async def _send_again(self, pairs: Iterable[tuple[int, m.Chunk]]) -> None:
         for teacher, chunk in pairs:
             self._role.count("resent_chunks")
             self._metrics["opd_rollout_resent_chunks_total"].inc()
-            await self._pushes[teacher].send(chunk)
+            await self._downstream.send(teacher, chunk)
 
     def _acknowledge(self, acks: m.Acks) -> None:
         now = time.monotonic()

@@ -61,8 +61,8 @@ class PackedBatch:
     """int64[R]"""
     behaviour_R: Tensor
     """float32[R], nats"""
-    teacher_R: Tensor
-    """float32[R], nats"""
+    teacher_R: Tensor | None
+    """float32[R], nats; None where no teacher engine scores"""
     advantages_R: Tensor
     """float32[R]"""
     staleness_R: Tensor
@@ -93,6 +93,7 @@ def lay_out(batch: MicroBatch, *, multiple: int, slack: float, device: torch.dev
     token_ids_P[place_T] = batch.token_ids
     bounds = starts_N if total == used else np.append(starts_N, total)  # the tail is one more sequence, of padding
     positions_P = np.arange(total) - np.repeat(bounds[:-1], np.diff(bounds))
+    scored = len(batch.teacher_logprobs) == len(batch.rows)
     packing = Packing(
         qkv_format="sbhd",
         segments=_segments(np.diff(bounds)),
@@ -106,7 +107,7 @@ def lay_out(batch: MicroBatch, *, multiple: int, slack: float, device: torch.dev
         torch.from_numpy(place_T[batch.rows]).to(device),
         torch.from_numpy(batch.token_ids[batch.rows + 1].astype(np.int64)).to(device),
         torch.tensor(batch.behaviour_logprobs, device=device),
-        torch.tensor(batch.teacher_logprobs, device=device),
+        torch.tensor(batch.teacher_logprobs, device=device) if scored else None,
         torch.tensor(batch.advantages, device=device),
         torch.tensor(batch.staleness, device=device),
         torch.from_numpy(np.searchsorted(batch.cu_seqlens, batch.rows, side="right") - 1).to(device),

@@ -67,7 +67,14 @@ def learner_config(topology: Topology) -> LearnerConfig:
             optimizer.decay,
             optimizer.min_lr_ratio,
         ),
-        LossConfig(opd.loss, opd.jsd_beta, opd.kl_coef, opd.clip_ratio, opd.signal_clamp, opd.mismatch),
+        LossConfig(
+            opd.loss if opd.use_opd else "reverse_kl",  # which is nothing but the estimator's part without a teacher
+            opd.jsd_beta,
+            opd.kl_coef,
+            opd.clip_ratio,
+            opd.signal_clamp,
+            opd.mismatch,
+        ),
         section.logprob_chunk_rows,
         section.recompute,
         topology.seed,

@@ -38,14 +38,16 @@ def support_of(packed: PackedBatch, config: LossConfig) -> tuple[Tensor | None, 
 
 def objective(packed: PackedBatch, logprobs: RowLogprobs, config: LossConfig) -> LossOutput:
     """The configured loss of a micro-batch, summed over its rows. `logprobs` are those that `support_of` asks for."""
-    rows = (logprobs.sampled_R, packed.behaviour_R, packed.teacher_R, packed.advantages_R, packed.staleness_R)
+    # without a teacher the student stands in for it: no signal, and no divergence to report
+    teacher_R = logprobs.sampled_R.detach() if packed.teacher_R is None else packed.teacher_R
+    rows = (logprobs.sampled_R, packed.behaviour_R, teacher_R, packed.advantages_R, packed.staleness_R)
     if config.loss in SAMPLED:
         return SAMPLED[config.loss](*rows, config)
     assert logprobs.support_RK is not None
     teacher_RK = packed.topk_logprobs_RK if packed.topk_logprobs_RK is not None else logprobs.support_RK.detach()
-    signal_R = torch.zeros_like(packed.teacher_R)
+    signal_R = torch.zeros_like(teacher_R)
     if config.loss == "minillm_topk":
-        signal_R = long_returns(packed.teacher_R - logprobs.sampled_R.detach(), packed.sequence_R)
+        signal_R = long_returns(teacher_R - logprobs.sampled_R.detach(), packed.sequence_R)
     return with_divergence(rows, signal_R, Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK), config)
 
 

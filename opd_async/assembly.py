@@ -38,7 +38,10 @@ class Verdict(StrEnum):
 
 @dataclass(slots=True)
 class Piece:
-    """Scored tokens of one weight version. float32[n] each; `token_ids` int32[n]; `topk` n rows or None."""
+    """Scored tokens of one weight version. float32[n] each; `token_ids` int32[n]; `topk` n rows or None.
+
+    Where no teacher engine scores, `teacher_logprobs` is empty, here and in all that is made of it.
+    """
 
     version: int
     token_ids: NDArray[np.int32]
@@ -107,11 +110,15 @@ class Assembler:
     """All samples between their first scored chunk and their last trained token.
 
     `topk` is how many ids the teacher's top-k has on every token, 0 for none; chunks with another number are malformed.
+    `teacher` False: no teacher engine scores, and a chunk with a teacher's logprobs is malformed.
     """
 
-    def __init__(self, completed: IntervalSet | None = None, attempt_floor: int = 0, topk: int = 0) -> None:
+    def __init__(
+        self, completed: IntervalSet | None = None, attempt_floor: int = 0, topk: int = 0, teacher: bool = True
+    ) -> None:
         self._attempt_floor = attempt_floor
         self._topk = topk
+        self._teacher = teacher
         self.samples: dict[int, Sample] = {}
         self.completed = completed or IntervalSet()
         self._marks: list[tuple[int, dict[int, tuple[int, int]]]] = []
@@ -127,7 +134,7 @@ class Assembler:
 
     def add(self, chunk: ScoredChunk) -> Verdict:
         """Take one scored chunk; whatever the verdict, the state stays consistent."""
-        if not _well_formed(chunk, self._topk):
+        if not _well_formed(chunk, self._topk, self._teacher):
             return Verdict.MALFORMED
         if chunk.sample_id in self.completed:
             return Verdict.DUPLICATE
@@ -257,16 +264,16 @@ def _segment(sample: Sample, complete: bool) -> Segment:
     )
 
 
-def _well_formed(chunk: ScoredChunk, topk: int) -> bool:
+def _well_formed(chunk: ScoredChunk, topk: int, teacher: bool) -> bool:
     n = len(chunk.token_ids)
-    if len(chunk.behaviour_logprobs) != n or len(chunk.teacher_logprobs) != n or chunk.start < 0:
+    if len(chunk.behaviour_logprobs) != n or len(chunk.teacher_logprobs) != n * teacher or chunk.start < 0:
         return False
     if chunk.context is not None and len(chunk.context) != chunk.prompt_tokens + chunk.start:
         return False
     if n == 0:
         return chunk.finish is not None
     return _topk_fits(chunk, n, topk) and all(
-        bool(np.isfinite(values).all()) and float(values.max()) <= 1e-3
+        bool(np.isfinite(values).all()) and float(values.max(initial=-np.inf)) <= 1e-3
         for values in (chunk.behaviour_logprobs, chunk.teacher_logprobs)
     )
 

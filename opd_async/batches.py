@@ -22,7 +22,8 @@ class MicroBatch:
 
     `token_ids` int32[T]; `cu_seqlens` int32[N+1]; `rows` int32[R], ascending: the index into T of the position whose
     logits predict the target, so that the target is `token_ids[rows + 1]`; per row: `behaviour_logprobs` float32[R]
-    (nats, what the token was sampled with), `teacher_logprobs` float32[R] (nats), `advantages` float32[R] (the
+    (nats, what the token was sampled with), `teacher_logprobs` float32[R] (nats; float32[0] where no teacher engine
+    scores), `advantages` float32[R] (the
     estimator's, zero in pure distillation), `staleness` int32[R] (optimizer steps between the weights that made the
     token and those that train it), `topk` (R rows, None unless the loss needs it). T = 0 is an empty micro-batch: it
     adds nothing but takes part in collectives.

@@ -40,10 +40,10 @@ def snapshot(assembler: Assembler, version: int) -> Frontier:
     )
 
 
-def restore(frontier: Frontier, attempt_floor: int = 0, topk: int = 0) -> Assembler:
+def restore(frontier: Frontier, attempt_floor: int = 0, topk: int = 0, teacher: bool = True) -> Assembler:
     """An assembler that holds nothing but what was trained, refuses attempts below `attempt_floor`, and wants `topk`
-    ids of the teacher on every token."""
-    assembler = Assembler(IntervalSet.from_array(frontier.completed), attempt_floor, topk)
+    ids of the teacher on every token, or nothing of a `teacher` at all."""
+    assembler = Assembler(IntervalSet.from_array(frontier.completed), attempt_floor, topk, teacher)
     parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
     for sample_id, tokens in zip(frontier.partial_ids, parts, strict=False):
         assembler.restore(int(sample_id), tokens)

@@ -240,10 +240,11 @@ class Lead:
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     async def _evaluate_before(self, version: int) -> None:
-        self._progress.say("evaluating the teacher and the student before training")
+        teacher = self._topology.evaluation.teacher and bool(self._hub.plan.teacher_engines)
+        self._progress.say(f"evaluating {'the teacher and ' if teacher else ''}the student before training")
         async with asyncio.TaskGroup() as group:
             student = group.create_task(self._evaluate_student(version))
-            if self._topology.evaluation.teacher:
+            if teacher:
                 group.create_task(self._evaluate(m.LeaseKind.EVAL_TEACHER, self._topology.evaluation.prompts, 0))
         self._hub.ledger.student_before = student.result()
 

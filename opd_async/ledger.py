@@ -142,7 +142,8 @@ class Ledger:
         self.staleness = total
         for name in SUMMED:
             self.sums[name] += row.get(name) or 0.0
-        if (reverse_kl := row.get("learner_reverse_kl")) is not None:
+        reverse_kl = row.get("learner_reverse_kl")
+        if reverse_kl is not None and self.plan.topology.opd.use_opd:
             self.reverse_kl.append((row["step"], reverse_kl))
 
     def evaluation(self, evaluation: Evaluation, who: str) -> None:
@@ -239,7 +240,7 @@ class Ledger:
             teacher_recompute=computed / scored if scored else None,
             stages=Stages(
                 rollout=self._stage(RoleKind.ROLLOUT),
-                teacher=self._stage(RoleKind.TEACHER),
+                teacher=self._stage(RoleKind.TEACHER) if self.plan.of_kind(RoleKind.TEACHER) else None,
                 learner=self._learner_stage(),
             ),
             trained_tokens=int(tokens),

@@ -75,6 +75,7 @@ class Chunk:
 class ScoredChunk:
     """A chunk with the teacher's logprobs of the same tokens (temperature 1).
 
+    Where no teacher engine scores, rollout actors send it themselves, with `teacher_logprobs` float32[0].
     Where the loss needs them, `topk_ids` int32[n, k] and `topk_logprobs` float32[n, k] are the teacher's most likely
     tokens at the n positions; otherwise both are None and cost nothing.
     """

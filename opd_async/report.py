@@ -99,7 +99,8 @@ class Stages(Section):
     """The three stages of the pipeline."""
 
     rollout: Stage
-    teacher: Stage
+    teacher: Stage | None = None
+    """None where no teacher engine scores."""
     learner: Stage
 
 
@@ -183,7 +184,8 @@ def _evaluations(report: Report) -> Iterator[str]:
 def _stages(stages: Stages) -> Iterator[str]:
     yield f" {'stage':<24}{'tokens':>14}{'tokens/s':>14}{'idle':>12}"
     for name, stage in (("rollout", stages.rollout), ("teacher", stages.teacher), ("learner", stages.learner)):
-        yield f" {name:<24}{stage.tokens:>14,}{stage.tokens_per_s:>14,.0f}{_percent(stage.idle_share):>12}"
+        if stage is not None:
+            yield f" {name:<24}{stage.tokens:>14,}{stage.tokens_per_s:>14,.0f}{_percent(stage.idle_share):>12}"
 
 
 def _figures(report: Report) -> Iterator[str]:
@@ -204,7 +206,10 @@ def _figures(report: Report) -> Iterator[str]:
             f"engines paused {_seconds(sync.engines_blocked_s)}",
         ),
     )
+    unscored = report.stages.teacher is None
     for name, text in rows:
+        if unscored and name in ("score latency", "teacher prefix cache"):
+            continue
         yield f" {name:<24}{text}"
 
 

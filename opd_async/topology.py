@@ -287,7 +287,7 @@ class EvaluationSection(Section):
     answer_pattern: str = r"(?s)^(.*)$"
     """Regular expression over the response text; its first group must equal the label."""
     teacher: bool = True
-    """Evaluate the teacher too."""
+    """Evaluate the teacher too, where engines of its own score."""
 
 
 class NetworkSection(Section):

@@ -279,3 +279,14 @@ def test_the_order_of_ends_is_kept() -> None:
     held(box, 3, 3, finish="stop")
     ends: list[Sample] = sorted(box.samples.values(), key=lambda sample: sample.order)
     assert [sample.sample_id for sample in ends] == [4, 3]
+
+
+def test_without_a_teacher_chunks_have_no_scores_and_with_one_they_must() -> None:
+    box = Assembler(teacher=False)
+    assert box.add(scored(3, 0, 4, context=True)) is Verdict.MALFORMED
+    assert box.add(scored(3, 0, 4, context=True, teacher_logprobs=NONE)) is Verdict.ACCEPTED
+    assert box.add(scored(3, 4, 4, finish="stop", teacher_logprobs=NONE)) is Verdict.ACCEPTED
+    segment = box.take(box.samples[3])
+    assert segment is not None and segment.complete
+    assert len(segment.teacher_logprobs) == 0 and len(segment.behaviour_logprobs) == 4
+    assert Assembler().add(scored(3, 0, 4, context=True, teacher_logprobs=NONE)) is Verdict.MALFORMED

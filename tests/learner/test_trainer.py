@@ -181,3 +181,18 @@ def test_a_gradient_that_is_not_finite_is_refused(alone: Place, tmp_path: Path) 
     with pytest.raises(LearnerError, match="gradient at weight version 0 has norm inf"):
         trainer.step(batch)
     assert trainer.version == 0
+
+
+def test_without_a_teacher_only_the_advantages_count(trainer: Trainer) -> None:
+    """No scores at all give the gradient of scores that are the student's own."""
+    batch = micro_batch([9, 31, 14])
+    own = torch.cat(trainer.logprobs([batch])).numpy()
+    unscored = replace(batch, teacher_logprobs=np.zeros(0, np.float32))
+    found = hf_gradients(trainer, step_batch(0, [unscored, EMPTY]))
+    assert_close(found, hf_gradients(trainer, step_batch(0, [replace(batch, teacher_logprobs=own)])), 1e-6)
+    assert max(float(gradient.abs().max()) for gradient in found.values()) > 1e-3
+    totals = trainer.gradients(step_batch(0, [unscored]))
+    assert totals.sums["reverse_kl"] == totals.sums["k3"] == 0.0
+    silent = replace(unscored, advantages=np.zeros_like(batch.advantages))
+    nothing = hf_gradients(trainer, step_batch(0, [silent]))
+    assert max(float(gradient.abs().max()) for gradient in nothing.values()) == 0.0

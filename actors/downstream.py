@@ -1,0 +1,55 @@
+"""Where a rollout actor's chunks go: to the teacher actors, or, where none scores, straight to the intake."""
+
+from __future__ import annotations
+
+import numpy as np
+import zmq.asyncio
+
+from opd_async.channels import Push
+from opd_async.messages import Chunk, ScoredChunk
+from opd_async.plan import Plan
+from opd_async.routing import rendezvous
+
+
+class Downstream:
+    """The sockets of a rollout actor for chunks. A route is the index of a teacher actor, 0 where there is none."""
+
+    def __init__(self, context: zmq.asyncio.Context, plan: Plan, sender: str) -> None:
+        """`sender` is the rollout actor's name, which stands in for a teacher's in chunks that nobody scored."""
+        self._scored = plan.topology.opd.on_engines
+        self._sender = sender
+        self._pushes = [Push(context, address) for address in (plan.chunks if self._scored else (plan.scored,))]
+
+    def route(self, prompt_id: int) -> int:
+        """Where all chunks of this prompt's samples go, so that they meet one prefix cache."""
+        return rendezvous(prompt_id, range(len(self._pushes)))
+
+    async def send(self, route: int, chunk: Chunk) -> None:
+        """Hand a chunk over; waits at the receiver's high-water mark. On cancel: it may or may not have been sent."""
+        await self._pushes[route].send(chunk if self._scored else unscored(chunk, self._sender))
+
+    def close(self) -> None:
+        """Close the sockets; queued chunks may still leave."""
+        for push in self._pushes:
+            push.close()
+
+
+def unscored(chunk: Chunk, sender: str) -> ScoredChunk:
+    """The chunk as the intake takes it where no teacher engine scores: without a teacher's logprobs."""
+    return ScoredChunk(
+        chunk.sample_id,
+        chunk.attempt,
+        chunk.actor,
+        chunk.prompt_id,
+        chunk.prompt_tokens,
+        chunk.start,
+        chunk.weight_version,
+        chunk.finish,
+        chunk.label,
+        sender,
+        0.0,
+        chunk.token_ids,
+        chunk.behaviour_logprobs,
+        np.zeros(0, np.float32),
+        chunk.context,
+    )

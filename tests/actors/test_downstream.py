@@ -1,0 +1,87 @@
+"""Chunks of a run without teacher engines go to the intake as they are, with nothing of a teacher on them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import zmq.asyncio
+
+from actors.downstream import Downstream, unscored
+from opd_async.channels import Pull
+from opd_async.free_ports import free_ports
+from opd_async.messages import Chunk, ScoredChunk
+from opd_async.plan import Plan
+from opd_async.topology import Topology
+
+
+def chunk(prompt_id: int, **changes: object) -> Chunk:
+    ids = np.array([5, 6], np.int32)
+    made = Chunk(4, 1, 0, prompt_id, 3, 7, 2, "stop", "label", 0.0, ids, np.array([-1.0, -2.0], np.float32), None)
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def plan(scored: str, chunks: tuple[str, ...], use_opd: bool) -> Plan:
+    """As much of a plan as says where chunks go."""
+    topology = Topology.model_validate(
+        {
+            "name": "x",
+            "models": {"student": {"path": Path("s")}},
+            "data": {"train": {"path": Path("p")}},
+            "schedule": {"steps": 1},
+            "opd": {"use_opd": use_opd},
+        }
+    )
+    return Plan.model_construct(topology=topology, scored=scored, chunks=chunks)
+
+
+async def delivered(use_opd: bool) -> list[list[object]]:
+    """What arrives at the intake and at two teacher actors after one chunk of each of 20 prompts."""
+    addresses = [f"tcp://127.0.0.1:{port}" for port in free_ports("127.0.0.1", 3)]
+    context = zmq.asyncio.Context()
+    pulls = [Pull(context, address, lambda reason: None) for address in addresses]
+    downstream = Downstream(context, plan(addresses[0], tuple(addresses[1:]), use_opd), "rollout-0")
+    try:
+        arrived: list[list[object]] = [[], [], []]
+        complete = asyncio.Event()
+        for prompt_id in range(20):
+            await downstream.send(downstream.route(prompt_id), chunk(prompt_id))
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+
+            async def collect(index: int) -> None:
+                while True:
+                    arrived[index].append(await pulls[index].receive())
+                    if sum(map(len, arrived)) == 20:
+                        complete.set()
+
+            tasks = [group.create_task(collect(index)) for index in range(3)]
+            await complete.wait()
+            for task in tasks:
+                task.cancel()
+        return arrived
+    finally:
+        downstream.close()
+        for pull in pulls:
+            pull.close()
+        context.term()
+
+
+def test_chunks_go_to_teachers_by_prompt_or_straight_to_the_intake() -> None:
+    intake, first, second = asyncio.run(delivered(use_opd=True))
+    assert not intake and first and second and len(first) + len(second) == 20
+    assert all(isinstance(one, Chunk) for one in [*first, *second])
+    intake, first, second = asyncio.run(delivered(use_opd=False))
+    assert not first and not second and len(intake) == 20
+    assert all(isinstance(one, ScoredChunk) for one in intake)
+
+
+def test_an_unscored_chunk_keeps_everything_but_a_score() -> None:
+    context = np.arange(10, dtype=np.int32)
+    made = chunk(6, context=context)
+    found = unscored(made, "rollout-1")
+    for field in dataclasses.fields(Chunk):
+        if field.name != "made_at":
+            assert getattr(found, field.name) is getattr(made, field.name), field.name
+    assert found.teacher_id == "rollout-1" and len(found.teacher_logprobs) == 0 and found.topk_ids is None
