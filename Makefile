@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ENGINE ?= embedded
 SGLANG_VERSION ?= 0.5.23
+SGLANG_VERSIONS := 0.5.15 0.5.20 0.5.23
 SGLANG := .venv-sglang
 SGLANG_STAMP := $(SGLANG)/.installed-$(SGLANG_VERSION)
 
@@ -16,7 +17,7 @@ QUICKSTART_sglang := --set name=quickstart-sglang \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-sglang lint format install sglang clean
+.PHONY: quickstart test test-sglang test-sglang-all lint format install sglang clean
 
 quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
@@ -26,8 +27,15 @@ quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The conformance suite that `make test` runs against the embedded engine, and whole runs, on real SGLang servers.
 test-sglang: install sglang
-	$(BIN)/python -m pytest tests/sglang
+	SGLANG_PYTHON=$(SGLANG)/bin/python OPD_TEST_ENGINE=sglang $(BIN)/python -m pytest tests/conformance tests/sglang
+
+# Every supported version, each in an environment of its own (3 GB each).
+test-sglang-all:
+	set -e; for version in $(SGLANG_VERSIONS); do \
+		$(MAKE) test-sglang SGLANG_VERSION=$$version SGLANG=.venv-sglang-$$version; \
+	done
 
 lint: install
 	$(BIN)/ruff check .
@@ -54,4 +62,4 @@ $(STAMP): pyproject.toml requirements/cpu.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) $(SGLANG) runs
+	rm -rf $(VENV) .venv-sglang* runs

@@ -17,10 +17,6 @@ from opd_async.errors import EngineError
 from opd_async.topology import RolloutSection
 
 
-class AbortedError(EngineError):
-    """The engine ended the request before the response was complete; its tokens so far are good."""
-
-
 @dataclass(slots=True)
 class Student:
     """A student engine as a rollout actor sees it. The gate is open while it may generate with weights `version`."""
@@ -111,8 +107,6 @@ class Generation:
             self._pending.append(delta)
             self.received += len(delta.token_ids)
             self.failures = 0
-        if delta.aborted:
-            raise AbortedError("the engine aborted the request")
         self.finish = delta.finish
         if self.finish is m.Finish.LENGTH and self._ends_with(stop_token_ids):
             # engines say "length" when the last allowed token happens to be a stop token

@@ -27,7 +27,7 @@ import numpy as np
 from actors.downstream import Downstream
 from actors.draining import drain
 from actors.engine_client import EngineClient, new_connector
-from actors.generation import AbortedError, Generation, Student
+from actors.generation import Generation, Student
 from actors.replies import Delta
 from opd_async import messages as m
 from opd_async.errors import DeadlineError, EngineError
@@ -41,6 +41,10 @@ log = logging.getLogger(__name__)
 
 PAUSE_DEADLINE_S = 60.0
 RETRY_S = 0.2
+
+
+class AbortedError(EngineError):
+    """The engine ended the request before the response was complete; its tokens so far are good."""
 
 
 class RolloutActor:
@@ -179,6 +183,8 @@ class RolloutActor:
                 await self._send(chunk)
         async with self._arrived:
             self._arrived.notify_all()
+        if delta.aborted:
+            raise AbortedError("the engine aborted the request")
 
     async def _failed(self, generation: Generation, error: EngineError) -> None:
         log.warning("sample %d: %s", generation.lease.sample_id, error)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import shlex
 import sys
 
+from opd_async.engine_command import engine_command, engine_environment
 from opd_async.errors import InputError
 from opd_async.free_ports import free_ports
 from opd_async.model_folder import read_model
 from opd_async.plan import Plan, RoleKind, RolePlan
-from opd_async.sglang_server import server_command, server_environment
 from opd_async.topology import EngineKind, EngineSection, Topology
 
 COORDINATOR = "coordinator"
@@ -119,8 +119,8 @@ def _role(topology: Topology, kind: RoleKind, index: int, ports: dict[PortKey, i
     match kind:
         case RoleKind.TEACHER_ENGINE | RoleKind.STUDENT_ENGINE:
             devices = (replica_devices(_section(topology, kind))[index],)
+            env = engine_environment(_section(topology, kind), devices[0], own["metrics"])
             if _section(topology, kind).kind is EngineKind.SGLANG:
-                env = server_environment(_section(topology, kind), devices[0], own["metrics"])
                 own["metrics"] = own["http"]  # SGLang serves them beside its API
             command = _engine_command(topology, kind, index, own)
         case RoleKind.LEARNER:
@@ -156,27 +156,8 @@ def _engine_command(topology: Topology, kind: RoleKind, index: int, ports: dict[
     section = _section(topology, kind)
     models = topology.models
     model = models.teacher if kind is RoleKind.TEACHER_ENGINE and models.teacher else models.student
-    device, seed = replica_devices(section)[index], topology.seed + index
-    if section.kind is EngineKind.SGLANG:
-        return server_command(section, model.path, device, topology.network.bind, ports["http"], seed)
-    options: dict[str, object] = {
-        "--model-path": model.path,
-        "--host": topology.network.bind,
-        "--port": ports["http"],
-        "--device": device,
-        "--dtype": section.dtype,
-        "--max-total-tokens": section.kv_tokens,
-        "--max-running-requests": section.max_running,
-        "--context-length": section.context_tokens,
-        "--threads": section.threads,
-        # Replicas must not sample the same random numbers.
-        "--seed": seed,
-        "--api-key": section.api_key,
-        "--admin-api-key": section.admin_api_key,
-        "--metrics-port": ports["metrics"],
-    }
-    given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
-    return (sys.executable, "-m", "actors.engine.server", *given)
+    device = replica_devices(section)[index]
+    return engine_command(section, model.path, device, topology.network.bind, ports, topology.seed + index)
 
 
 def _learner_command(topology: Topology, master_port: int, plan_file: str) -> tuple[str, ...]:

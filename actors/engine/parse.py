@@ -110,7 +110,8 @@ def _request(
 
 
 def _check_length(prompt: int, new: int, limits: ModelLimits) -> None:
-    if prompt >= limits.context_length:
+    # With nothing to generate the prompt may fill the context: a response that ended there is scored like any other.
+    if prompt + min(new, 1) > limits.context_length:
         raise ApiError(
             f"The input ({prompt} tokens) is longer than the model's context length ({limits.context_length} tokens)."
         )

@@ -21,6 +21,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": [[1], [[2]]]}, "integer token ids"),
     ({"text": "x"}, "no tokenizer"),
     ({"input_ids": [1] * 2048}, "longer than the model's context"),
+    ({"input_ids": [1] * 2049, "sampling_params": {"max_new_tokens": 0}}, "longer than the model's context"),
     ({"input_ids": [1] * 1930}, "maximum context length"),
     ({"input_ids": [1], "sampling_params": {"max_new_tokens": 2048}}, "maximum context length"),
     ({"input_ids": [1], "sampling_params": {"max_new_tokens": -1}}, "max_new_tokens"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness import Launch, check_trained, left_running, make_inputs, topology, write_topology
-from sglang_harness import PYTHON
+from server_under_test import PYTHON
 
 STEPS = 5
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Trainer
-from sglang_harness import CONTEXT, PYTHON, Server, prompt, reference_logprobs
+from server_under_test import CONTEXT, KIND, VERSION, Server, prompt, reference_logprobs
 from streams import Crowd, Stream
 from transformers import PreTrainedModel
+from weight_trainer import Trainer
 
-from learner.engine_http import call
 from learner.errors import WeightSyncError
-from opd_async.sglang_server import installed_version
+from opd_async.topology import EngineKind
 
 EXACT = 1e-3
-VERSION = tuple(int(part) for part in installed_version(PYTHON).split("."))
 RESPONSE = 300
 
 
@@ -36,8 +36,8 @@ def answered(server: Server, ids: np.ndarray) -> np.ndarray:
 
 def test_an_update_arrives_whole(server: Server, trainer: Trainer, second: PreTrainedModel) -> None:
     report = trainer.send(second)
-    # the server hashes fused tensors in its own way: a version is proven, the rest is the re-score's business
-    assert not trainer.sender.verify(trainer.engine, report)
+    # SGLang hashes fused tensors in its own way: a version is proven, the rest is the re-score's business
+    assert trainer.sender.verify(trainer.engine, report) is (KIND is EngineKind.EMBEDDED)
     ids = prompt(200, 3)
     assert np.abs(answered(server, ids) - reference_logprobs(second, ids, 1)).max() < EXACT
 
@@ -47,6 +47,26 @@ def test_another_version_is_noticed(server: Server, trainer: Trainer, second: Pr
     server.post("/update_weight_version", {"new_version": "17", "abort_all_requests": False})
     with pytest.raises(WeightSyncError, match="weight version 17"):
         trainer.sender.verify(trainer.engine, report)
+
+
+def test_from_disk(server: Server, trainer: Trainer, folder: Path, second: PreTrainedModel) -> None:
+    body = {"model_path": str(folder / "second"), "weight_version": "7"}
+    server.post("/update_weights_from_disk", body)
+    ids = prompt(120, 4)
+    assert np.abs(answered(server, ids) - reference_logprobs(second, ids, 1)).max() < EXACT
+
+
+if VERSION is None or VERSION >= (0, 5, 21):  # older ones have no update sessions
+
+    def test_a_refused_begin_ends_the_update_at_once(server: Server, trainer: Trainer, second: PreTrainedModel) -> None:
+        server.post("/begin_weight_update", {"selector": "all"})  # somebody else's update is under way
+        with pytest.raises(WeightSyncError, match=rf"{server.url}.*begin"):
+            trainer.send(second)
+        # the failed update has cleaned up behind itself
+        trainer.connect()
+        trainer.sender.verify(trainer.engine, trainer.send(second))
+        ids = prompt(50, 5)
+        assert np.abs(answered(server, ids) - reference_logprobs(second, ids, 1)).max() < EXACT
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["in_place", "retract"])
@@ -82,7 +102,7 @@ def test_drained_responses_go_on(
     assert worst > 0.1 if keep else worst < EXACT
 
 
-if VERSION >= (0, 5, 22):  # older servers do not flush their cache while retracted requests wait
+if VERSION is None or VERSION >= (0, 5, 22):  # older ones do not flush their cache while retracted requests wait
 
     def test_the_servers_own_retract_is_exact_after_the_update(
         server: Server, trainer: Trainer, first: PreTrainedModel, second: PreTrainedModel
@@ -105,8 +125,10 @@ if VERSION >= (0, 5, 22):  # older servers do not flush their cache while retrac
         threads = [threading.Thread(target=ask, args=(body,)) for body in bodies]
         for thread in threads:
             thread.start()
-        while sum(load["num_running_reqs"] for load in loads(trainer)) < len(bodies):
-            pass
+        give_up = time.monotonic() + 60.0
+        while server.running() < len(bodies):
+            assert time.monotonic() < give_up, "the requests do not run"
+            time.sleep(0.01)
         server.post("/pause_generation", {"mode": "retract"})
         new = trainer.send(second).version
         server.post(
@@ -124,10 +146,3 @@ if VERSION >= (0, 5, 22):  # older servers do not flush their cache while retrac
             change = spans[0][1]
             for model, part in ((first, slice(0, change)), (second, slice(change, None))):
                 assert np.abs(logprobs[part] - reference_logprobs(model, ids, start)[part]).max() < EXACT
-
-
-def loads(trainer: Trainer) -> list[dict[str, Any]]:
-    """What runs, by data-parallel rank."""
-    answer = call(trainer.engine, "GET", "/v1/loads", None, timeout_s=30.0, admin=False)
-    assert answer is not None
-    return list(answer["loads"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from sglang_harness import sampling
+from server_under_test import sampling
 
 from actors.draining import drain
 from actors.engine_client import EngineClient
@@ -86,3 +86,9 @@ class Crowd:
         """Read all to their ends."""
         async with asyncio.timeout(120.0):
             await asyncio.gather(*self._tasks)
+
+    async def abandon(self) -> None:
+        """Stop reading: the connections are closed."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

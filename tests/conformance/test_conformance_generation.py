@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
+import aiohttp
 import numpy as np
-from sglang_harness import Server, prompt, reference_logprobs
+import pytest
+from server_under_test import ADMIN_KEY, API_KEY, CONTEXT, VOCAB, Server, prompt, reference_logprobs, sampling
 from streams import Crowd, Stream
 from transformers import PreTrainedModel
 
+from actors.engine_client import EngineClient
+from opd_async.errors import EngineError
 from opd_async.messages import Finish
 
 EXACT = 1e-4
@@ -90,3 +95,46 @@ def test_a_request_that_comes_during_a_drain_is_drained_too(server: Server) -> N
             await crowd.finish()
 
     asyncio.run(run())
+
+
+def test_both_keys_are_asked_for_and_neither_opens_the_others_doors(server: Server) -> None:
+    async def refused(api_key: str | None, admin_key: str | None, control: bool) -> bool:
+        async with aiohttp.ClientSession() as session:
+            client = EngineClient(session, server.url, VOCAB, api_key, admin_key)
+            try:
+                await (client.resume() if control else client.score([(prompt(4, 0), 1)]))
+            except EngineError as error:
+                assert "HTTP 401" in str(error)
+                return True
+            return False
+
+    async def run() -> list[bool]:
+        pairs = [(API_KEY, ADMIN_KEY), (ADMIN_KEY, API_KEY), (None, None)]
+        return [await refused(*pair, control) for pair in pairs for control in (False, True)]
+
+    assert asyncio.run(run()) == [False, False, True, True, True, True]
+
+
+def test_a_stream_that_cannot_be_is_an_error_with_the_reason(server: Server) -> None:
+    async def run() -> None:
+        async with server.client() as client:
+            async for _ in client.stream("0" * 32, prompt(CONTEXT, 0), sampling(100), "0"):
+                raise AssertionError("tokens beyond the context")
+
+    with pytest.raises(EngineError, match="context"):
+        asyncio.run(run())
+
+
+def test_a_stream_that_nobody_reads_any_more_ends(server: Server) -> None:
+    async def run() -> None:
+        async with server.client() as client:
+            crowd = Crowd(client)
+            crowd.start(*(Stream(client, prompt(20, i), 470) for i in range(4)))
+            await crowd.until_each_has(1)
+            await crowd.abandon()
+
+    asyncio.run(run())
+    give_up = time.monotonic() + 30.0
+    while server.running():
+        assert time.monotonic() < give_up, "the requests go on"
+        time.sleep(0.05)

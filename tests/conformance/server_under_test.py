@@ -1,11 +1,14 @@
-"""A real SGLang server for tests: a tiny model, the server as a run would start it, clients of it."""
+"""The server under test: a tiny model, the server as a run would start it, clients of it.
+
+One suite for two engines, so that the embedded one cannot drift from the one that users run: `make test` starts the
+embedded engine, `make test-sglang` a real SGLang server (`OPD_TEST_ENGINE=sglang`).
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -24,17 +27,23 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from actors.engine_client import EngineClient, Sampling
-from opd_async.sglang_server import server_command, server_environment
+from opd_async.engine_command import engine_command, engine_environment
+from opd_async.free_ports import free_ports
+from opd_async.sglang_server import installed_version
 from opd_async.topology import EngineKind, EngineSection
 
+KIND = EngineKind(os.environ.get("OPD_TEST_ENGINE", "embedded"))
 PYTHON = Path(os.environ.get("SGLANG_PYTHON", ".venv-sglang/bin/python"))
+ROOT = Path(__file__).parents[2]
 API_KEY, ADMIN_KEY = "key-for-generation", "key-for-control"
 VOCAB = 256
 CONTEXT = 512
 START_S = 240.0
+VERSION = tuple(int(part) for part in installed_version(PYTHON).split(".")) if KIND is EngineKind.SGLANG else None
+"""Of SGLang; None is the embedded engine, which follows the newest one."""
 SETTINGS = EngineSection(
-    kind=EngineKind.SGLANG,
-    python=PYTHON,
+    kind=KIND,
+    python=PYTHON if KIND is EngineKind.SGLANG else None,
     context_tokens=CONTEXT,
     kv_tokens=16384,
     max_running=64,
@@ -95,33 +104,39 @@ class Server:
 
     def post(self, path: str, body: dict[str, Any], *, admin: bool = True) -> Any:
         """The decoded answer of a call that must work; None where it is plain text."""
-        key = ADMIN_KEY if admin else API_KEY
+        return self._call(path, json.dumps(body).encode(), ADMIN_KEY if admin else API_KEY)
+
+    def running(self) -> int:
+        """Requests that run at this moment."""
+        answer = self._call("/v1/loads", None, API_KEY)
+        return sum(int(load["num_running_reqs"]) for load in answer["loads"])
+
+    def _call(self, path: str, data: bytes | None, key: str) -> Any:
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(self.url + path, data, headers)
         with urllib.request.urlopen(request, timeout=60.0) as reply:
             kind, text = reply.headers.get_content_type(), reply.read()
         return json.loads(text) if kind == "application/json" and text else None
 
     @asynccontextmanager
-    async def client(self) -> AsyncIterator[EngineClient]:
+    async def client(self, topk: int = 0) -> AsyncIterator[EngineClient]:
         """The actors' own client."""
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            yield EngineClient(session, self.url, VOCAB, API_KEY, ADMIN_KEY)
+            yield EngineClient(session, self.url, VOCAB, API_KEY, ADMIN_KEY, topk)
 
 
 @contextmanager
-def running(model: Path, log: Path) -> Iterator[Server]:
+def running(model: Path, log: Path, settings: EngineSection = SETTINGS, **environment: str) -> Iterator[Server]:
     """Start a server with the command of a run, wait until it answers, and end it with all its children."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    command = server_command(SETTINGS, model, "cpu", "127.0.0.1", port, seed=0)
+    port, spare = free_ports("127.0.0.1", 2)
+    command = engine_command(settings, model, "cpu", "127.0.0.1", {"http": port, "metrics": spare}, seed=0)
     with log.open("w") as out:
         process = subprocess.Popen(
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | server_environment(SETTINGS, "cpu", spare_port=port),
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | engine_environment(settings, "cpu", spare) | environment,
             start_new_session=True,
         )
     try:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
-from sglang_harness import CONTEXT, VOCAB, Server, prompt, reference_logprobs
+import pytest
+import torch
+from server_under_test import CONTEXT, VOCAB, Server, prompt, reference_logprobs
 from transformers import PreTrainedModel
 
 from actors.canary import check_teacher
 from actors.replies import Scores
+from opd_async.errors import EngineError
 
 EXACT = 1e-4
 
 
-def score(server: Server, *batches: list[tuple[np.ndarray, int]]) -> list[list[Scores]]:
+def score(server: Server, *batches: list[tuple[np.ndarray, int]], topk: int = 0) -> list[list[Scores]]:
     """Score batches one after the other."""
 
     async def run() -> list[list[Scores]]:
-        async with server.client() as client:
+        async with server.client(topk) as client:
             return [await client.score(batch) for batch in batches]
 
     return asyncio.run(run())
@@ -42,6 +45,23 @@ def test_parts_equal_the_whole_and_are_computed_once(server: Server) -> None:
     assert np.abs(np.concatenate([part[0].logprobs for part in parts]) - whole.logprobs).max() < EXACT
     assert [part[0].cached_tokens for part in parts[1:]] == [end - 1 for end in ends[:-1]]
     assert whole.cached_tokens == 0  # logprobs from the start: nothing may come from the cache
+
+
+def test_the_top_k_is_the_models(server: Server, first: PreTrainedModel) -> None:
+    ids, start, k = prompt(90, 11), 40, 8
+    (scores,) = score(server, [(ids, start)], topk=k)[0]
+    with torch.no_grad():
+        logits_NV = first(torch.tensor(ids[None].astype(np.int64))).logits[0].float()
+    expected = torch.log_softmax(logits_NV, dim=-1)[start - 1 : len(ids) - 1].topk(k)
+    assert scores.topk is not None and scores.topk.logprobs.shape == (len(ids) - start, k)
+    # the most likely first; ties within float32's precision may swap places
+    assert np.abs(scores.topk.logprobs - expected.values.numpy()).max() < EXACT
+    assert (scores.topk.ids == expected.indices.numpy()).mean() > 0.99
+
+
+def test_a_refused_request_is_an_error_with_the_reason(server: Server) -> None:
+    with pytest.raises(EngineError, match=r"HTTP 400.*context"):
+        score(server, [(prompt(CONTEXT + 20, 1), 1)])
 
 
 def test_the_canary_is_content(server: Server) -> None:

@@ -1,0 +1,42 @@
+"""How an engine is started: the command and the environment of one replica, whatever its kind."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from opd_async.sglang_server import server_command, server_environment
+from opd_async.topology import EngineKind, EngineSection
+
+
+def engine_command(
+    section: EngineSection, model: Path, device: str, host: str, ports: dict[str, int], seed: int
+) -> tuple[str, ...]:
+    """The command of one replica; `ports` has `http`, and `metrics` for the embedded engine.
+
+    Replicas need different seeds: they must not sample the same random numbers.
+    """
+    if section.kind is EngineKind.SGLANG:
+        return server_command(section, model, device, host, ports["http"], seed)
+    options: dict[str, object] = {
+        "--model-path": model,
+        "--host": host,
+        "--port": ports["http"],
+        "--device": device,
+        "--dtype": section.dtype,
+        "--max-total-tokens": section.kv_tokens,
+        "--max-running-requests": section.max_running,
+        "--context-length": section.context_tokens,
+        "--threads": section.threads,
+        "--seed": seed,
+        "--api-key": section.api_key,
+        "--admin-api-key": section.admin_api_key,
+        "--metrics-port": ports["metrics"],
+    }
+    given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+    return (sys.executable, "-m", "actors.engine.server", *given)
+
+
+def engine_environment(section: EngineSection, device: str, spare_port: int) -> dict[str, str]:
+    """Environment variables of one replica, beside those of the supervisor. Raises as `installed_version`."""
+    return server_environment(section, device, spare_port) if section.kind is EngineKind.SGLANG else {}

@@ -1,0 +1,33 @@
+"""Sends models to the server under test as the learner does."""
+
+from __future__ import annotations
+
+import itertools
+
+from server_under_test import ADMIN_KEY, API_KEY, Server
+from transformers import PreTrainedModel
+
+from learner.engine_http import EngineAddress
+from learner.weights import SendReport, WeightSender
+
+
+class Trainer:
+    """The learner's side of one weight group."""
+
+    def __init__(self, server: Server, ranks: int = 1) -> None:
+        self.engine = EngineAddress(server.url, ranks, ADMIN_KEY, API_KEY)
+        self._versions = itertools.count(1)
+        self._groups = itertools.count()
+        # small buckets, so that an update takes several broadcasts
+        options = {"backend": "gloo", "bind_host": "127.0.0.1", "bucket_bytes": 40_000, "timeout_s": 60.0}
+        self.sender = WeightSender([self.engine], **options)
+        self.connect()
+
+    def connect(self) -> None:
+        """Form a new group."""
+        self.sender.connect(f"tests-{next(self._groups)}")
+
+    def send(self, model: PreTrainedModel) -> SendReport:
+        """One update; the version is new each time."""
+        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+        return self.sender.send(tensors.items(), next(self._versions))
