@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from opd_async.topology import Section, Topology
+from opd_async.section import Section
+from opd_async.topology import Topology
 
 
 class RoleKind(StrEnum):

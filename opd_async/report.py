@@ -12,7 +12,7 @@ from typing import Self
 
 from pydantic import Field
 
-from opd_async.topology import Section
+from opd_async.section import Section
 
 WIDTH = 86
 _Z = 1.959963984540054

@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from opd_async.topology import OpdType
+from opd_async.learning import OpdType
 
 _KEYS = {
     "use_opd": "opd.use_opd",

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 from opd_async.checkpoints import shards_at
 from opd_async.errors import InputError
-from opd_async.topology import OpdType, Topology
+from opd_async.learning import OpdType
+from opd_async.topology import Topology
 
 
 def opd_problems(topology: Topology) -> Iterator[str]:

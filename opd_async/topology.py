@@ -8,26 +8,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from opd_async.loss_names import TOPK_LOSSES
-
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-Device = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$", examples=["cpu", "cuda:0"])]
-Devices = Annotated[tuple[Device, ...], Field(min_length=1)]
-Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+/?$", examples=["http://127.0.0.1:30000"])]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, unknown keys are errors, infinities and NaN are not numbers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from opd_async.learning import OpdSection
+from opd_async.section import Decay, Devices, NonNegative, Positive, Seconds, Section, Share, Url
 
 
 class TrainOn(StrEnum):
@@ -57,15 +43,6 @@ class PauseMode(StrEnum):
     """They keep their KV cache: no cost, behaviour logprobs stay those that were sampled from."""
     RETRACT = "retract"
     """Their KV cache is computed again: exact under the new weights, at the price of a prefill."""
-
-
-class OpdType(StrEnum):
-    """Where the teacher runs."""
-
-    SGLANG = "sglang"
-    """On engines of its own, asked over SGLang's HTTP API (`engines.teacher`, of any kind)."""
-    MEGATRON = "megatron"
-    """In the learner, loaded from a Megatron checkpoint; no teacher engine and no teacher actor is started."""
 
 
 class ModelSection(Section):
@@ -222,46 +199,6 @@ class LearnerSection(Section):
     def ranks(self) -> int:
         """World size of the learner."""
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
-
-
-class OpdSection(Section):
-    """The distillation signal, and where the teacher runs. A topology that says nothing of it distils from a teacher
-    on engines; one that writes `use_opd: true` must write `type` too (`opd_async.teacher_checks`)."""
-
-    use_opd: bool = True
-    """False: no teacher at all; the student learns from the reward alone."""
-    type: OpdType = OpdType.SGLANG
-    teacher_load: Path | None = None
-    """`megatron`: the teacher's checkpoint: a run's folder, a step of it, or what `learner.convert` wrote."""
-    teacher_ckpt_step: NonNegative | None = None
-    """Which step's checkpoint in `teacher_load`; null takes the newest."""
-    loss: str = Field(default="reverse_kl", examples=["reverse_kl", "forward_kl_topk"])
-    """One of `opd_async.loss_names.LOSSES`."""
-    topk: Positive = 64
-    """How many of the teacher's most likely tokens the losses on its top-k use; no others ask for them."""
-    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
-    """Weight of the teacher in the mixture of `jsd_topk`."""
-    kl_coef: float = Field(default=1.0, ge=0)
-    signal_clamp: float | None = Field(default=None, gt=0)
-    """|log q - log p| is clamped to this; null switches the clamp off."""
-    clip_ratio: float | None = Field(default=0.2, gt=0, lt=1)
-    """PPO-style clip of the importance ratio; null switches it off."""
-    mismatch: Literal["none", "tis", "icepop"] = "none"
-
-    @property
-    def on_engines(self) -> bool:
-        """True if engines of the teacher score the student's tokens."""
-        return self.use_opd and self.type is OpdType.SGLANG
-
-    @property
-    def in_learner(self) -> bool:
-        """True if the learner holds the teacher."""
-        return self.use_opd and self.type is OpdType.MEGATRON
-
-    @property
-    def wire_topk(self) -> int:
-        """How many of the teacher's most likely tokens travel with each scored token."""
-        return self.topk if self.on_engines and self.loss in TOPK_LOSSES else 0
 
 
 class CheckpointSection(Section):

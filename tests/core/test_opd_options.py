@@ -9,10 +9,11 @@ from small_runs import small_topology, topology_data, write_topology
 
 from opd_async.checkpoints import SHARDS, seal, step_folder
 from opd_async.launch import parse_arguments
+from opd_async.learning import OpdType
 from opd_async.plan import RoleKind
 from opd_async.planning import make_plan
 from opd_async.slime_flags import opd_overrides
-from opd_async.topology import OpdType, Topology
+from opd_async.topology import Topology
 from opd_async.topology_file import load_topology
 from opd_async.validation import validate
 

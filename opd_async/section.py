@@ -1,0 +1,22 @@
+"""What every section of a topology is made of: the base class, and numbers with bounds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Device = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$", examples=["cpu", "cuda:0"])]
+Devices = Annotated[tuple[Device, ...], Field(min_length=1)]
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+/?$", examples=["http://127.0.0.1:30000"])]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys are errors, infinities and NaN are not numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
