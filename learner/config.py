@@ -38,12 +38,12 @@ class OptimConfig:
 
 @dataclass(frozen=True, slots=True)
 class LossConfig:
-    """The distillation term. See `learner.losses` and `learner.divergences` for the formulas."""
+    """The distillation term. Formulas: `learner.losses`, `learner.divergences`, `learner.full_divergences`."""
 
     loss: str = "reverse_kl"
     """One of `opd_async.loss_names.LOSSES`."""
     jsd_beta: float = 0.5
-    """Weight of the teacher in the mixture of `jsd_topk`."""
+    """Weight of the teacher in the mixture of `jsd_topk` and `jsd_full`."""
     kl_coef: float = 1.0
     clip_ratio: float | None = 0.2
     """PPO-style two-sided clip of the importance ratio; None switches it off."""
@@ -53,6 +53,18 @@ class LossConfig:
     mismatch_low: float = 0.5
     mismatch_high: float = 5.0
     """Bounds on the ratio to the behaviour policy that the mismatch gate uses."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherConfig:
+    """A teacher in the learner's own ranks. See `learner.teacher`."""
+
+    model_path: Path
+    """Hugging Face folder whose `config.json` says the teacher's shape."""
+    load: Path
+    """Megatron's files of its weights, as `opd_async.checkpoints.shards` finds them."""
+    offload: bool = False
+    """Keep its weights in host memory while it is not computing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +81,5 @@ class LearnerConfig:
     recompute: bool = False
     """Recompute each layer's activations in the backward pass instead of keeping them."""
     seed: int = 0
+    teacher: TeacherConfig | None = None
+    """None: the rows come with the teacher's log-probabilities."""

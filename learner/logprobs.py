@@ -53,10 +53,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
             chunk = slice(start, start + chunk_rows)
             logits_CV = (hidden_RX[chunk] @ weight_VX.T).float()
             columns_CK = ids_RK[chunk] - first_id
-            logsumexp_R[chunk] = _logsumexp(logits_CV, group)
-            logprobs_RK[chunk] = _at_columns(logits_CV, columns_CK)
+            logsumexp_R[chunk] = logsumexp(logits_CV, group)
+            logprobs_RK[chunk] = at_columns(logits_CV, columns_CK)
             if tail_R is not None:
-                tail_R[chunk] = _logsumexp(_without(logits_CV, columns_CK[:, 1:]), group)
+                tail_R[chunk] = logsumexp(_without(logits_CV, columns_CK[:, 1:]), group)
         if group.size() > 1 and len(ids_RK):
             dist.all_reduce(logprobs_RK, group=group)  # an id's logit lives on one rank, the others hold zero
         ctx.save_for_backward(hidden_RX, weight_VX, ids_RK, logsumexp_R, tail_R)
@@ -79,7 +79,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if tail_R is not None:
                 shares_CV = _without(logits_CV, columns_CK[:, 1:]).sub_(tail_R[chunk, None]).exp_()
                 grad_CV += shares_CV.mul_(grad_tail_R[chunk, None])
-            _add_at_columns(grad_CV, columns_CK, grad_RK[chunk])
+            add_at_columns(grad_CV, columns_CK, grad_RK[chunk])
             grad_CV = grad_CV.to(hidden_RX.dtype)
             grad_hidden_RX[chunk] = grad_CV @ weight_VX
             grad_weight_VX += grad_CV.T @ hidden_RX[chunk]
@@ -88,7 +88,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return grad_hidden_RX, grad_weight_VX.to(weight_VX.dtype), None, None, None, None, None
 
 
-def _logsumexp(logits_CV: Tensor, group: dist.ProcessGroup) -> Tensor:
+def own_slice(head_weight: Tensor, vocab: int, group: dist.ProcessGroup) -> tuple[Tensor, int]:
+    """This rank's rows of an LM head [padded vocab / tp, X] without those at or past `vocab`, and the first id."""
+    first_id = group.rank() * head_weight.shape[0]
+    own_rows = min(head_weight.shape[0], vocab - first_id)
+    return (head_weight if own_rows == head_weight.shape[0] else head_weight[:own_rows]), first_id
+
+
+def logsumexp(logits_CV: Tensor, group: dist.ProcessGroup) -> Tensor:
     """float32[C] over the whole vocabulary."""
     if group.size() == 1:
         return logits_CV.logsumexp(-1)
@@ -104,7 +111,7 @@ def _here(columns_CK: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return (columns_CK >= 0) & (columns_CK < width), columns_CK.clamp(0, width - 1)
 
 
-def _at_columns(logits_CV: Tensor, columns_CK: Tensor) -> Tensor:
+def at_columns(logits_CV: Tensor, columns_CK: Tensor) -> Tensor:
     """float32[C, K]: the logits where this rank holds them, else 0."""
     here_CK, safe_CK = _here(columns_CK, logits_CV.shape[1])
     return logits_CV.gather(1, safe_CK).masked_fill_(~here_CK, 0.0)
@@ -118,7 +125,7 @@ def _without(logits_CV: Tensor, columns_CK: Tensor) -> Tensor:
     return logits_CV.scatter_reduce_(1, safe_CK, limit_CK, "amin")
 
 
-def _add_at_columns(grad_CV: Tensor, columns_CK: Tensor, grad_CK: Tensor) -> None:
+def add_at_columns(grad_CV: Tensor, columns_CK: Tensor, grad_CK: Tensor) -> None:
     """Add grad_CK at each row's columns, where this rank holds them."""
     here_CK, safe_CK = _here(columns_CK, grad_CV.shape[1])
     grad_CV.scatter_add_(1, safe_CK, grad_CK * here_CK)
@@ -142,9 +149,7 @@ def row_logprobs(
     int64[R, k] are global token ids, those of a row's support distinct and, for `tail`, fewer than `vocab`.
     The results are equal on every rank; gradients reach `hidden_RX` (whole, on every rank) and `head_weight`.
     """
-    first_id = group.rank() * head_weight.shape[0]
-    own_rows = min(head_weight.shape[0], vocab - first_id)
-    weight_VX = head_weight if own_rows == head_weight.shape[0] else head_weight[:own_rows]
+    weight_VX, first_id = own_slice(head_weight, vocab, group)
     ids_RK = targets_R[:, None] if support_RK is None else torch.cat([targets_R[:, None], support_RK], 1)
     logprobs_RK, tail_R = _ChunkedLogprobs.apply(hidden_RX, weight_VX, ids_RK, tail, chunk_rows, group, first_id)
     return RowLogprobs(logprobs_RK[:, 0], None if support_RK is None else logprobs_RK[:, 1:], tail_R)

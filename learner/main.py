@@ -23,7 +23,7 @@ import torch
 import zmq
 
 from learner import checkpoint, parallel
-from learner.config import LearnerConfig, LossConfig, OptimConfig, ParallelConfig
+from learner.config import LearnerConfig, LossConfig, OptimConfig, ParallelConfig, TeacherConfig
 from learner.cpu import this_device
 from learner.engine_http import EngineAddress
 from learner.errors import WeightSyncError
@@ -78,7 +78,17 @@ def learner_config(topology: Topology) -> LearnerConfig:
         section.logprob_chunk_rows,
         section.recompute,
         topology.seed,
+        teacher_config(topology),
     )
+
+
+def teacher_config(topology: Topology) -> TeacherConfig | None:
+    """The teacher inside the learner, where the topology has one. Without `models.teacher`, of the student's shape."""
+    opd, models = topology.opd, topology.models
+    if not opd.in_learner or opd.teacher_load is None:
+        return None
+    shape_of = models.teacher or models.student
+    return TeacherConfig(shape_of.path, shards(opd.teacher_load, opd.teacher_ckpt_step), opd.teacher_offload)
 
 
 class Link:

@@ -1,8 +1,9 @@
 """From the rows of a micro-batch to its loss, as the configuration names it.
 
-    sampled token:  reverse_kl, reverse_kl_behaviour           -> learner.losses
-    teacher top-k:  forward_kl_topk, reverse_kl_topk, jsd_topk -> learner.divergences
-    both:           minillm_topk                               -> learner.divergences, and returns on the sampled token
+    sampled token:   reverse_kl, reverse_kl_behaviour            -> learner.losses
+    teacher top-k:   forward_kl_topk, reverse_kl_topk, jsd_topk  -> learner.divergences
+    full vocabulary: forward_kl_full, reverse_kl_full, jsd_full -> learner.full_divergences
+    both:            minillm_topk, minillm_full                  -> a divergence, and returns on the sampled token
 
 The estimator's advantage is a policy gradient of its own beside any of them.
 """
@@ -15,9 +16,11 @@ from torch import Tensor
 from learner.config import LossConfig
 from learner.divergences import DIVERGENCES, NEEDS_TAIL, Cells, long_returns
 from learner.errors import LearnerError
+from learner.full_divergences import RowDivergences
 from learner.layout import PackedBatch
 from learner.logprobs import RowLogprobs
 from learner.losses import SUMS, LossOutput, policy_gradient, reverse_kl, reverse_kl_behaviour
+from opd_async.loss_names import WHOLE_RESPONSE_LOSSES
 
 SAMPLED = {"reverse_kl": reverse_kl, "reverse_kl_behaviour": reverse_kl_behaviour}
 
@@ -45,10 +48,22 @@ def objective(packed: PackedBatch, logprobs: RowLogprobs, config: LossConfig) ->
         return SAMPLED[config.loss](*rows, config)
     assert logprobs.support_RK is not None
     teacher_RK = packed.topk_logprobs_RK if packed.topk_logprobs_RK is not None else logprobs.support_RK.detach()
-    signal_R = torch.zeros_like(teacher_R)
-    if config.loss == "minillm_topk":
-        signal_R = long_returns(teacher_R - logprobs.sampled_R.detach(), packed.sequence_R)
+    signal_R = _later_signals(packed, teacher_R, logprobs.sampled_R, config)
     return with_divergence(rows, signal_R, Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK), config)
+
+
+def full_objective(packed: PackedBatch, found: RowDivergences, config: LossConfig) -> LossOutput:
+    """As `objective`, for the losses on the whole vocabulary; what `packed` says of the teacher is not looked at."""
+    rows = (found.sampled_R, packed.behaviour_R, found.teacher_R, packed.advantages_R, packed.staleness_R)
+    signal_R = _later_signals(packed, found.teacher_R, found.sampled_R, config)
+    return _plus_divergence(policy_gradient(*rows, signal_R, config), found.divergence_R, config)
+
+
+def _later_signals(packed: PackedBatch, teacher_R: Tensor, sampled_R: Tensor, config: LossConfig) -> Tensor:
+    """The signal on the sampled token beside a divergence, float32[R]: MiniLLM's returns, else nothing."""
+    if config.loss in WHOLE_RESPONSE_LOSSES:
+        return long_returns(teacher_R - sampled_R.detach(), packed.sequence_R)
+    return torch.zeros_like(teacher_R)
 
 
 def with_divergence(
@@ -61,9 +76,15 @@ def with_divergence(
     terms of a divergence can turn its sign.
     """
     estimator = policy_gradient(*rows, signal_R, config)
-    loss = estimator.loss + config.kl_coef * DIVERGENCES[config.loss](cells, config).sum()
+    output = _plus_divergence(estimator, DIVERGENCES[config.loss](cells, config), config)
+    output.sums[SUMS.index("student_support")] = cells.student_RK.detach().exp().sum()
+    output.sums[SUMS.index("teacher_support")] = cells.teacher_RK.exp().sum()
+    return output
+
+
+def _plus_divergence(estimator: LossOutput, divergence_R: Tensor, config: LossConfig) -> LossOutput:
+    """The estimator's loss plus kl_coef times the divergence, summed over rows."""
+    loss = estimator.loss + config.kl_coef * divergence_R.sum()
     sums = estimator.sums.clone()
     sums[SUMS.index("loss")] = loss.detach()
-    sums[SUMS.index("student_support")] = cells.student_RK.detach().exp().sum()
-    sums[SUMS.index("teacher_support")] = cells.teacher_RK.exp().sum()
     return LossOutput(loss, sums, estimator.maxima)

@@ -1,6 +1,6 @@
 """One optimizer step on packed micro-batches, on every rank alike.
 
-    StepBatch -> lay out -> forward -> rows -> LM head in chunks -> loss / global tokens -> backward
+    StepBatch -> lay out -> [teacher's forward] -> forward -> rows -> LM head in chunks -> loss / tokens -> backward
                      (Megatron's schedule drives the micro-batches through the pipeline stages)
               -> gradients summed over data-parallel ranks -> clip -> AdamW on shards -> weights gathered
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,15 +26,18 @@ from learner.attention import has_varlen
 from learner.config import LearnerConfig
 from learner.cpu import on_this_device, this_device
 from learner.errors import LearnerError
+from learner.full_divergences import row_divergences
 from learner.hf_config import read_shape
 from learner.hf_io import load_hf
 from learner.layout import PackedBatch, lay_out
 from learner.logprobs import RowLogprobs, row_logprobs
+from learner.losses import LossOutput
 from learner.metrics import StepMetrics, Totals, empty_metrics, reduce_over_ranks, step_metrics
 from learner.model import build_model
-from learner.objective import objective, support_of
+from learner.objective import full_objective, objective, support_of
 from learner.optimizer import learning_rate, make_optimizer, set_learning_rate, wrap
 from learner.pipeline import run_schedule
+from learner.teacher import Teacher, TeacherRows
 from opd_async.batches import MicroBatch, StepBatch
 
 PADDING_SLACK = 0.125
@@ -50,6 +54,7 @@ class Trainer:
         with on_this_device():
             self.model = build_model(self.shape, config).to(self.device)
         load_hf(self.model, config.model_path)
+        self.teacher = Teacher(config, config.teacher, self.shape.vocab) if config.teacher is not None else None
         self.ddp = wrap(self.model)
         self.optimizer = make_optimizer(self.ddp, config.optim, bf16=config.dtype == "bfloat16")
         self.version = 0
@@ -82,10 +87,11 @@ class Trainer:
         """The first half of a step: leave the step's gradient in the DDP buffers. Raises as `step` does."""
 
         def loss(index: int, hidden: Tensor) -> tuple[Tensor, Any]:
-            output = objective(packs[index], self._logprobs(packs[index], hidden, train=True), self.config.loss)
+            output = self._objective(packs[index], hidden, teacher[index] if teacher is not None else None)
             return output.loss / batch.loss_tokens, (output.sums, output.maxima)
 
         packs = self._lay_out(batch.micro_batches)
+        teacher = self.teacher.rows(packs, self.config.loss.loss) if self.teacher is not None else None
         with on_this_device():
             self.ddp.zero_grad_buffer()
             totals = reduce_over_ranks(run_schedule(self.ddp, packs, loss, train=True), self.device)
@@ -118,6 +124,28 @@ class Trainer:
     def _lay_out(self, batches: Sequence[MicroBatch]) -> list[PackedBatch]:
         multiple = self.config.parallel.tensor
         return [lay_out(batch, multiple=multiple, slack=self._slack, device=self.device) for batch in batches]
+
+    def _objective(self, packed: PackedBatch, hidden: Tensor, teacher: TeacherRows | None) -> LossOutput:
+        """The loss of a micro-batch from the last stage's hidden states [P, 1, hidden] and what the teacher said."""
+        if teacher is None:
+            return objective(packed, self._logprobs(packed, hidden, train=True), self.config.loss)
+        if teacher.logprobs_R is not None:
+            packed = replace(packed, teacher_R=teacher.logprobs_R)
+            return objective(packed, self._logprobs(packed, hidden, train=True), self.config.loss)
+        assert teacher.hidden_RY is not None and teacher.head_VY is not None
+        found = row_divergences(
+            hidden[packed.rows_R, 0],
+            self.model.head_weight(),
+            teacher.hidden_RY,
+            teacher.head_VY,
+            packed.targets_R,
+            self.config.loss.loss,
+            beta=self.config.loss.jsd_beta,
+            vocab=self.shape.vocab,
+            chunk_rows=self.config.logprob_chunk_rows,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        return full_objective(packed, found, self.config.loss)
 
     def _logprobs(self, packed: PackedBatch, hidden: Tensor, *, train: bool) -> RowLogprobs:
         """From the last stage's hidden states [P, 1, hidden]; the support of the loss only to `train`."""

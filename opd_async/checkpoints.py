@@ -69,46 +69,30 @@ def verify(folder: Path) -> int:
 
 
 def shards(folder: Path, step: int | None = None) -> Path:
-    """The folder with Megatron's files in `folder`, which is one of three things.
+    """The folder with Megatron's files in `folder`: a run's, its `checkpoints`, one step of them, or Megatron's own.
 
-    A run's `checkpoints` (the checkpoint after `step`, or the newest one), one `step_...` folder of it, or Megatron's
-    own folder. Sealed ones are verified, by name and size only. Raises `InputError` if `folder` is neither, was cut
-    short, or does not have the step.
+    Of several steps it is that of `step`, or the newest. Sealed ones are verified, by name and size only. Raises
+    `InputError` that says what `folder` lacks.
     """
-    if sealed := _by_step(folder, sealed=True):
-        found = {_step(path): path for path in sealed}
-        if step is not None and step not in found:
-            raise InputError(f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, found))}")
-        folder = sealed[-1] if step is None else found[step]
-    elif step is not None:
-        raise InputError(f"{folder}: holds no steps to choose {step} from; give the folder with the step_... folders")
-    if (folder / SHARDS).is_dir():
-        verify(folder)
-        folder /= SHARDS
-    if not (folder / ".metadata").is_file():
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the folder of a Megatron checkpoint")
+    under = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    if step is not None:
+        chosen = step_folder(under, step)
+        if not (chosen / MARKER).is_file():
+            there = ", ".join(str(_step(sealed)) for sealed in _by_step(under, sealed=True)) or "none"
+            raise InputError(f"{folder}: has no complete checkpoint at step {step}; those that it has: {there}")
+    else:
+        chosen = latest(under) or folder
+    if (chosen / SHARDS).is_dir():
+        verify(chosen)
+        chosen /= SHARDS
+    if not (chosen / ".metadata").is_file():
         raise InputError(
-            f"{folder}: holds no Megatron checkpoint (torch_dist); give the checkpoints of a run, one of their step "
-            f"folders, or what `python -m learner.convert hf-to-megatron` wrote"
+            f"{chosen}: holds no Megatron checkpoint (torch_dist); give a run's folder, its checkpoints, one step of "
+            f"them, or what `python -m learner.convert hf-to-megatron` wrote"
         )
-    return folder
-
-
-def shards_at(root: Path, step: int | None) -> Path:
-    """The folder with Megatron's files of the checkpoint after `step` under `root`; None: of the newest one.
-
-    `root` is a run's folder or its checkpoints; without `step` also whatever `shards` takes. Raises `InputError` that
-    says what `root` lacks.
-    """
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give the folder of a Megatron checkpoint")
-    under = root / "checkpoints" if (root / "checkpoints").is_dir() else root
-    if step is None:
-        return shards(latest(under) or root)
-    folder = step_folder(under, step)
-    if (folder / MARKER).is_file():
-        return shards(folder)
-    there = ", ".join(str(_step(sealed)) for sealed in _by_step(under, sealed=True)) or "none"
-    raise InputError(f"{root}: has no complete checkpoint at step {step}; those that it has: {there}")
+    return chosen
 
 
 def latest(root: Path) -> Path | None:

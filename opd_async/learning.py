@@ -32,12 +32,14 @@ class OpdSection(Section):
     """`megatron`: the teacher's checkpoint: a run's folder, a step of it, or what `learner.convert` wrote."""
     teacher_ckpt_step: NonNegative | None = None
     """Which step's checkpoint in `teacher_load`; null takes the newest."""
+    teacher_offload: bool = False
+    """`megatron`: keep the teacher's weights in host memory while it is not computing."""
     loss: str = Field(default="reverse_kl", examples=["reverse_kl", "forward_kl_topk"])
     """One of `opd_async.loss_names.LOSSES`."""
     topk: Positive = 64
     """How many of the teacher's most likely tokens the losses on its top-k use; no others ask for them."""
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
-    """Weight of the teacher in the mixture of `jsd_topk`."""
+    """Weight of the teacher in the mixture of `jsd_topk` and `jsd_full`."""
     kl_coef: float = Field(default=1.0, ge=0)
     signal_clamp: float | None = Field(default=None, gt=0)
     """|log q - log p| is clamped to this; null switches the clamp off."""

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-LOSSES = ("reverse_kl", "reverse_kl_behaviour", "forward_kl_topk", "reverse_kl_topk", "jsd_topk", "minillm_topk")
-
+SAMPLED_LOSSES = frozenset({"reverse_kl", "reverse_kl_behaviour"})
+"""Those on the sampled token alone: one number per token from the teacher."""
 TOPK_LOSSES = frozenset({"forward_kl_topk", "reverse_kl_topk", "jsd_topk", "minillm_topk"})
 """Those that need the teacher's top-k on the wire."""
-RATIO_LOSSES = frozenset({"reverse_kl", "reverse_kl_behaviour", "minillm_topk"})
+FULL_LOSSES = frozenset({"forward_kl_full", "reverse_kl_full", "jsd_full", "minillm_full"})
+"""Those on the whole vocabulary, exact: the teacher must be in the learner's ranks."""
+RATIO_LOSSES = frozenset({"reverse_kl", "reverse_kl_behaviour", "minillm_topk", "minillm_full"})
 """Those with a signal on the sampled token, and so an importance ratio."""
-WHOLE_RESPONSE_LOSSES = frozenset({"minillm_topk"})
+WHOLE_RESPONSE_LOSSES = frozenset({"minillm_topk", "minillm_full"})
 """Those whose signal on a token depends on what follows it."""
+
+LOSSES = (
+    "reverse_kl",
+    "reverse_kl_behaviour",
+    "forward_kl_topk",
+    "reverse_kl_topk",
+    "jsd_topk",
+    "minillm_topk",
+    "forward_kl_full",
+    "reverse_kl_full",
+    "jsd_full",
+    "minillm_full",
+)
 
 REFUSED = {
     "k1": (
@@ -51,3 +66,20 @@ def loss_problem(name: str) -> str | None:
         reason, instead = REFUSED[name]
         return f"{name} is refused: {reason}; write {instead}"
     return f"unknown loss {name!r}; write one of {', '.join(LOSSES)}"
+
+
+def teacher_problem(name: str, in_learner: bool) -> str | None:
+    """Why the loss `name` does not go with where the teacher is, and what to write; None if it does.
+
+    `in_learner`: the teacher is a model in the learner's ranks, not an engine.
+    """
+    if name in FULL_LOSSES and not in_learner:
+        instead = name.replace("_full", "_topk")
+        return (
+            f"{name} needs the teacher's whole distribution, and an engine gives its top-k at most; write {instead}, "
+            "or opd.type megatron"
+        )
+    if name in TOPK_LOSSES and in_learner:
+        instead = name.replace("_topk", "_full")
+        return f"{name} is for a teacher behind an engine; this one gives its whole distribution: write {instead}"
+    return None

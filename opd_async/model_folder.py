@@ -54,6 +54,14 @@ def read_model(folder: Path) -> ModelFacts:
     )
 
 
+def try_model(folder: Path) -> ModelFacts | None:
+    """As `read_model`; None where it raises, for checks that leave it to `folder_problems` to say why."""
+    try:
+        return read_model(folder)
+    except InputError:
+        return None
+
+
 def folder_problems(folder: Path) -> list[str]:
     """Everything that keeps `folder` from being a complete checkpoint: "found; what to do" each, empty if none."""
     if not folder.is_dir():

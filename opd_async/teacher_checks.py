@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from opd_async.checkpoints import shards_at
+from opd_async.checkpoints import shards
 from opd_async.errors import InputError
 from opd_async.learning import OpdType
 from opd_async.topology import Topology
@@ -57,6 +57,6 @@ def _megatron_problems(topology: Topology) -> Iterator[str]:
         )
         return
     try:
-        shards_at(opd.teacher_load, opd.teacher_ckpt_step)
+        shards(opd.teacher_load, opd.teacher_ckpt_step)
     except InputError as error:
         yield f"opd.teacher_load: {error}"

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
-from opd_async.checkpoints import shards
 from opd_async.errors import InputError
 from opd_async.host_checks import device_problems, network_problems
-from opd_async.loss_names import RATIO_LOSSES, WHOLE_RESPONSE_LOSSES, loss_problem
-from opd_async.model_folder import ModelFacts, folder_problems, read_model
+from opd_async.learner_checks import learner_problems
+from opd_async.loss_names import RATIO_LOSSES, WHOLE_RESPONSE_LOSSES, loss_problem, teacher_problem
+from opd_async.model_folder import ModelFacts, folder_problems, try_model
 from opd_async.sglang_server import version_problem
 from opd_async.teacher_checks import opd_problems
 from opd_async.tokenizer import Tokenizer
@@ -36,7 +35,7 @@ def validate(topology: Topology) -> list[str]:
         *_engine_problems(topology),
         *_sampling_problems(topology),
         *_rollout_problems(topology),
-        *_learner_problems(topology),
+        *learner_problems(topology),
         *_loss_problems(topology),
         *device_problems(topology),
         *_answer_problems(topology),
@@ -78,18 +77,10 @@ def _models(topology: Topology) -> tuple[tuple[str, ModelSection], ...]:
     return (("student", models.student), ("teacher", models.teacher))
 
 
-def _facts(folder: Path) -> ModelFacts | None:
-    """The facts of a model; None if the folder cannot be read, which `_model_problems` has said."""
-    try:
-        return read_model(folder)
-    except InputError:
-        return None
-
-
 def _model_problems(topology: Topology) -> Iterator[str]:
     for side, model in _models(topology):
         yield from (f"models.{side}.path: {problem}" for problem in folder_problems(model.path))
-    facts = {side: _facts(model.path) for side, model in _models(topology)}
+    facts = {side: try_model(model.path) for side, model in _models(topology)}
     student, teacher = facts["student"], facts.get("teacher")
     if student and teacher and student.vocab_size != teacher.vocab_size:
         yield (
@@ -148,7 +139,7 @@ def _engine_problems(topology: Topology) -> Iterator[str]:
     for side, model, section in topology.engine_sides:
         yield from _url_problems(f"engines.{side}", section)
         yield from _sglang_problems(f"engines.{side}", section)
-        facts = _facts(model.path)
+        facts = try_model(model.path)
         if facts and section.context_tokens > facts.max_tokens:
             yield (
                 f"engines.{side}.context_tokens: {section.context_tokens}, but the {side} has "
@@ -213,7 +204,7 @@ def _sampling_problems(topology: Topology) -> Iterator[str]:
             f"rollout.sampling.max_response_tokens: {sampling.max_response_tokens} leaves no room for a prompt in "
             f"engines.student.context_tokens {student.context_tokens}; write less than {student.context_tokens}"
         )
-    facts = _facts(topology.models.student.path)
+    facts = try_model(topology.models.student.path)
     outside = [token for token in sampling.stop_token_ids if facts and token >= facts.vocab_size]
     if facts and outside:
         yield f"rollout.sampling.stop_token_ids: {outside} not in the vocabulary; write ids below {facts.vocab_size}"
@@ -242,59 +233,21 @@ def _rollout_problems(topology: Topology) -> Iterator[str]:
             yield f"{actor}.replicas: {actors} actors for {engines} {side} engines; write at most {engines}"
 
 
-def _learner_problems(topology: Topology) -> Iterator[str]:
-    learner, context = topology.learner, topology.engines.student.context_tokens
-    if learner.micro_batch_tokens < context:
-        yield (
-            f"learner.micro_batch_tokens: {learner.micro_batch_tokens} cannot hold one sample of "
-            f"engines.student.context_tokens {context}; write at least {context}"
-        )
-    facts = _facts(topology.models.student.path)
-    if facts is None:
-        return
-    tensor, pipeline = learner.tensor_parallel, learner.pipeline_parallel
-    if learner.load is not None:
-        try:
-            shards(learner.load)
-        except InputError as error:
-            yield f"learner.load: {error}"
-    if facts.heads % tensor:
-        yield (
-            f"learner.tensor_parallel: {tensor} does not divide the student's {facts.heads} attention heads; "
-            f"write {_divisors(facts.heads)}"
-        )
-    elif facts.kv_heads % tensor:
-        yield (
-            f"learner.tensor_parallel: {tensor} does not divide the student's {facts.kv_heads} key-value heads; "
-            f"write {_divisors(facts.kv_heads)}"
-        )
-    if facts.layers % pipeline:
-        yield (
-            f"learner.pipeline_parallel: {pipeline} does not divide the student's {facts.layers} layers; "
-            f"write {_divisors(facts.layers)}"
-        )
-
-
 def _loss_problems(topology: Topology) -> Iterator[str]:
-    if problem := loss_problem(topology.opd.loss):
+    opd = topology.opd
+    if problem := loss_problem(opd.loss) or (teacher_problem(opd.loss, opd.in_learner) if opd.use_opd else None):
         yield f"opd.loss: {problem}"
     if topology.opd.loss in WHOLE_RESPONSE_LOSSES and topology.schedule.train_on is TrainOn.TOKENS:
         yield (
             f"schedule.train_on: tokens, but {topology.opd.loss} weighs a token by what follows it, so it needs whole "
             "responses; write samples"
         )
-    facts = _facts(topology.models.student.path)
+    facts = try_model(topology.models.student.path)
     if facts and topology.opd.wire_topk >= facts.vocab_size:
         yield (
             f"opd.topk: {topology.opd.topk}, but the vocabulary has {facts.vocab_size} tokens, and some must be left "
             f"outside; write at most {facts.vocab_size - 1}"
         )
-
-
-def _divisors(number: int) -> str:
-    """The first divisors, for a message: `1, 2, 4 or 8`."""
-    divisors = [str(size) for size in range(1, number + 1) if number % size == 0][:6]
-    return " or ".join([", ".join(divisors[:-1]), divisors[-1]]) if len(divisors) > 1 else divisors[0]
 
 
 def _answer_problems(topology: Topology) -> Iterator[str]:

@@ -87,8 +87,9 @@ def test_shards_are_those_of_a_run_or_the_folder_itself(tmp_path: Path) -> None:
     (folder / "learner" / ".metadata").touch()
     checkpoints.seal(folder, 3)
     assert checkpoints.shards(folder) == checkpoints.shards(folder / "learner") == folder / "learner"
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"holds no Megatron checkpoint .*hf-to-megatron"):
-        checkpoints.shards(tmp_path / "nothing")
+        checkpoints.shards(folder.parent / "empty")
 
 
 def test_shards_of_a_step_or_of_the_newest(tmp_path: Path) -> None:
@@ -100,9 +101,9 @@ def test_shards_of_a_step_or_of_the_newest(tmp_path: Path) -> None:
     checkpoints.step_folder(tmp_path, 9).mkdir()  # in the making
     assert checkpoints.shards(tmp_path) == tmp_path / "step_00000007" / "learner"
     assert checkpoints.shards(tmp_path, 3) == tmp_path / "step_00000003" / "learner"
-    with pytest.raises(InputError, match="no checkpoint of step 9; there are 3, 7"):
+    with pytest.raises(InputError, match="has no complete checkpoint at step 9; those that it has: 3, 7"):
         checkpoints.shards(tmp_path, 9)
-    with pytest.raises(InputError, match="holds no steps to choose 3 from"):
+    with pytest.raises(InputError, match="has no complete checkpoint at step 3; those that it has: none"):
         checkpoints.shards(tmp_path / "step_00000003", 3)
 
 

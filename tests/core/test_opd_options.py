@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_runs import small_topology, topology_data, write_topology
+from small_runs import make_model, small_topology, topology_data, write_topology
 
 from opd_async.checkpoints import SHARDS, seal, step_folder
 from opd_async.launch import parse_arguments
 from opd_async.learning import OpdType
+from opd_async.loss_names import FULL_LOSSES, LOSSES, TOPK_LOSSES
 from opd_async.plan import RoleKind
 from opd_async.planning import make_plan
 from opd_async.slime_flags import opd_overrides
@@ -97,6 +98,34 @@ def test_the_megatron_teacher_is_looked_up_at_its_step(tmp_path: Path) -> None:
     assert "holds no Megatron checkpoint (torch_dist)" in line
     (line,) = found("--opd-teacher-load", str(tmp_path / "empty"), "--opd-teacher-ckpt-step", "1")
     assert line.endswith("at step 1; those that it has: none")
+
+
+def test_losses_go_with_where_the_teacher_is(tmp_path: Path) -> None:
+    run = tmp_path / "teacher-run"
+    make_checkpoint(run, 50)
+
+    def found(loss: str, **keys: object) -> list[str]:
+        path = write_topology(tmp_path, topology_data(tmp_path) | {"opd": {"loss": loss, "topk": 8, **keys}})
+        return validate(load_topology(path, ["schedule.train_on=samples"]))
+
+    inside = {"type": "megatron", "teacher_load": str(run)}
+    for loss in LOSSES:
+        assert bool(found(loss)) is (loss in FULL_LOSSES)
+        assert bool(found(loss, **inside)) is (loss in TOPK_LOSSES)
+        assert not found(loss, use_opd=False)
+    (line,) = found("jsd_full")
+    assert line.startswith("opd.loss: jsd_full needs the teacher's whole distribution") and "write jsd_topk" in line
+    (line,) = found("minillm_topk", **inside)
+    assert line.endswith("write minillm_full")
+
+
+def test_a_teacher_in_the_learner_is_split_like_the_student(tmp_path: Path) -> None:
+    data = topology_data(tmp_path)
+    make_checkpoint(tmp_path / "teacher-run", 50)
+    data["models"]["teacher"] = {"path": str(make_model(tmp_path / "odd", num_hidden_layers=3))}
+    data["opd"] = {"type": "megatron", "teacher_load": str(tmp_path / "teacher-run")}
+    (line,) = validate(load_topology(write_topology(tmp_path, data), ["learner.pipeline_parallel=2"]))
+    assert line == "learner.pipeline_parallel: 2 does not divide the teacher's 3 layers; write 1 or 3"
 
 
 @pytest.mark.parametrize("options", [("--opd-type", "megatron"), ("--no-use-opd",)])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import WORDS, make_model, small_topology, topology_data, write_json, write_topology
 
-from opd_async.loss_names import LOSSES, REFUSED
+from opd_async.loss_names import FULL_LOSSES, LOSSES, REFUSED
 from opd_async.topology import Topology
 from opd_async.topology_file import load_topology
 from opd_async.validation import validate, warnings
@@ -85,7 +85,7 @@ def test_every_wrong_edit_is_reported(chosen: set[str], tmp_path_factory: pytest
             ["engines.student={kind: external, replicas: 2, context_tokens: 64, urls: ['http://h:1', 'http://h:1/']}"],
             "the same URL twice",
         ),
-        (["learner.load=nowhere"], "learner.load: nowhere: holds no Megatron checkpoint (torch_dist); give the"),
+        (["learner.load=nowhere"], "learner.load: nowhere: no such folder; give the folder of a Megatron checkpoint"),
         (["learner.devices=['cuda:0', 'cuda:1']"], "learner.devices: 2 devices for 1 ranks"),
         (
             ["engines.student.devices=[cpu, cpu, cpu]", "engines.student.replicas=2"],
@@ -107,7 +107,8 @@ def test_losses_that_estimate_something_else_are_refused_with_the_reason(tmp_pat
 
 def test_losses_that_exist(tmp_path: Path) -> None:
     for name in LOSSES:
-        assert problems(tmp_path, f"opd.loss={name}", "opd.topk=8", "schedule.train_on=samples") == []
+        found = problems(tmp_path, f"opd.loss={name}", "opd.topk=8", "schedule.train_on=samples")
+        assert [line.split(" ")[1] for line in found] == [name] * (name in FULL_LOSSES), found
     (found,) = problems(tmp_path, "opd.loss=minillm_topk", "opd.topk=8")
     assert found.startswith("schedule.train_on: tokens, but minillm_topk weighs a token by what follows it")
     assert problems(tmp_path, "opd.loss=kl") == [f"opd.loss: unknown loss 'kl'; write one of {', '.join(LOSSES)}"]

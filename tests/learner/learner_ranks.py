@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 learner_ranks.py <folder of models> <folder for results>
 
-Rank 0 writes `results.json`: for each model and layout what the steps reported, and whether exports were exact.
+`<results>/teacher` is a Hugging Face folder, `<results>/teacher-megatron` its checkpoint. Rank 0 writes `results.json`:
+for each model and layout what the steps reported, and whether exports were exact.
 """
 
 from __future__ import annotations
@@ -16,23 +17,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from full_fixtures import furthest
 from megatron.core import parallel_state
 from safetensors.torch import load_file
 from tiny_learner import EMPTY, learner_config, micro_batch, step_batch
 
 from learner import checkpoint, parallel
-from learner.config import LearnerConfig, LossConfig, ParallelConfig
+from learner.config import LearnerConfig, LossConfig, ParallelConfig, TeacherConfig
 from learner.convert import hf_to_megatron, megatron_to_hf
 from learner.hf_io import hf_weights, save_hf
 from learner.trainer import Trainer
 from opd_async.batches import MicroBatch
-from opd_async.loss_names import TOPK_LOSSES
+from opd_async.loss_names import FULL_LOSSES, TOPK_LOSSES
 
 LAYOUTS = {
     "tensor": ParallelConfig(tensor=2, timeout_s=60),
     "pipeline": ParallelConfig(pipeline=2, timeout_s=60),
     "data": ParallelConfig(timeout_s=60),
 }
+BRIEF = ("qwen2",)
+"""Models of which only steps and exports are looked at: what sets them apart is their weights."""
+WITH_LOSSES = "qwen3-tied"
+"""The one model on which all losses are tried: they see hidden states and a head."""
 SAVED_AT = 2
 STEPS = 5
 
@@ -56,10 +62,15 @@ def steps(trainer: Trainer, place: parallel.Place, until: int) -> list[tuple[flo
     return result
 
 
-def topk_losses(config: LearnerConfig, place: parallel.Place) -> dict[str, list[tuple[float, float]]]:
-    """Two steps of each loss on the teacher's top-k: the second one starts from the gradient of the first."""
-    losses = sorted(TOPK_LOSSES)
-    return {name: steps(Trainer(replace(config, loss=LossConfig(loss=name))), place, 2) for name in losses}
+def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[str, list[tuple[float, float]]]:
+    """Two steps of each loss, with a teacher inside or without: the second starts from the gradient of the first."""
+    teacher = TeacherConfig(results / "teacher", results / "teacher-megatron")
+    topk = {name: replace(config, loss=LossConfig(loss=name)) for name in TOPK_LOSSES}
+    inside = {
+        f"{name} of a teacher inside": replace(config, loss=LossConfig(loss=name), teacher=teacher)
+        for name in (*FULL_LOSSES, "reverse_kl")
+    }
+    return {name: steps(Trainer(changed), place, 2) for name, changed in sorted((topk | inside).items())}
 
 
 def exports(trainer: Trainer, stored: dict[str, torch.Tensor]) -> bool:
@@ -85,23 +96,32 @@ def conversions(trainer: Trainer, model: Path, results: Path, name: str) -> bool
 def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
     """Train, save at SAVED_AT, go on; then resume what another layout has saved."""
     place = parallel.start(LAYOUTS[name], seed=0)
-    config = replace(learner_config(model), parallel=LAYOUTS[name])
-    trainer = Trainer(config)
+    trainer = Trainer(replace(learner_config(model), parallel=LAYOUTS[name]))
     stored = load_file(model / "model.safetensors")
     exact = exports(trainer, stored)
     logprobs = [tensor.tolist() for tensor in trainer.logprobs([data(0)[0]])]
     report = {"exact": exact, "logprobs": logprobs, "steps": steps(trainer, place, SAVED_AT)}
-    checkpoint.save(trainer, results / f"{model.name}-{name}")
+    if model.name not in BRIEF:
+        checkpoint.save(trainer, results / f"{model.name}-{name}")
     report["steps"] += steps(trainer, place, STEPS)
     save_hf(trainer.model, results / f"{model.name}-{name}-hf", model)
-    resumed = Trainer(config)
-    for other in LAYOUTS:
-        if (results / f"{model.name}-{other}").exists():
-            checkpoint.load(resumed, results / f"{model.name}-{other}")
-            report[f"from {other}"] = steps(resumed, place, STEPS)
-    report["losses"] = topk_losses(config, place)
-    report["converted"] = conversions(trainer, model, results, name)
+    if model.name not in BRIEF:
+        report |= resumptions(trainer, place, results)
+        report["converted"] = conversions(trainer, model, results, name)
+    if model.name == WITH_LOSSES:
+        report["losses"] = losses(trainer.config, place, results)
+        report["furthest"] = furthest(parallel_state.get_tensor_model_parallel_group())
     parallel_state.destroy_model_parallel()
+    return report
+
+
+def resumptions(trainer: Trainer, place: parallel.Place, results: Path) -> dict[str, list[tuple[float, float]]]:
+    """The steps after what this and earlier layouts have saved."""
+    resumed, report = Trainer(trainer.config), {}
+    for other in LAYOUTS:
+        if (folder := results / f"{trainer.config.model_path.name}-{other}").exists():
+            checkpoint.load(resumed, folder)
+            report[f"from {other}"] = steps(resumed, place, STEPS)
     return report
 
 

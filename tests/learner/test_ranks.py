@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from learner_ranks import LAYOUTS, SAVED_AT, STEPS, data, steps, topk_losses
+from learner_ranks import BRIEF, LAYOUTS, SAVED_AT, STEPS, WITH_LOSSES, data, losses, steps
 from safetensors.torch import load_file
 from tiny_learner import learner_config, write_model
 
@@ -23,7 +23,8 @@ from learner.parallel import Place, start
 from learner.trainer import Trainer
 
 HERE = Path(__file__).parent
-KINDS = ("qwen3-tied", "qwen3-moe")
+THOROUGH = ("qwen3-tied", "qwen3-moe")
+KINDS = (*THOROUGH, *BRIEF)
 TIMEOUT_S = 150.0
 
 
@@ -32,7 +33,10 @@ def job(alone: Place, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     """One torchrun for all layouts: starting ranks is what takes time. (folder of models, folder of results)"""
     models, results = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("results")
     for kind in KINDS:
-        hf_to_megatron(write_model(models / kind, kind), results / f"{kind}-alone-converted", ParallelConfig())
+        write_model(models / kind, kind)
+        if kind not in BRIEF:
+            hf_to_megatron(models / kind, results / f"{kind}-alone-converted", ParallelConfig())
+    hf_to_megatron(write_model(results / "teacher", "teacher"), results / "teacher-megatron", ParallelConfig())
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
@@ -59,7 +63,7 @@ def runs(request: pytest.FixtureRequest, alone: Place, job: tuple[Path, Path]) -
     reports = {name: everything[f"{kind} {name}"] for name in LAYOUTS}
     trainer = Trainer(learner_config(models / kind))
     own = {"logprobs": [tensor.tolist() for tensor in trainer.logprobs([data(0)[0]])]}
-    reports["alone"] = own | {"steps": steps(trainer, alone, STEPS), "losses": topk_losses(trainer.config, alone)}
+    reports["alone"] = own | {"steps": steps(trainer, alone, STEPS)}
     return trainer, reports
 
 
@@ -74,14 +78,19 @@ def test_a_layout_reports_the_same_steps(runs: tuple[Trainer, dict[str, Any]], l
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_computes_the_same_losses_on_the_top_k(runs: tuple[Trainer, dict[str, Any]], layout: str) -> None:
-    _, reports = runs
-    found, expected = reports[layout]["losses"], reports["alone"]["losses"]
-    assert found.keys() == expected.keys() and len(found) >= 3
-    for name in expected:
-        left, right = torch.tensor(found[name]), torch.tensor(expected[name])
-        torch.testing.assert_close(left, right, rtol=0.0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+def test_every_layout_computes_the_same_losses(alone: Place, job: tuple[Path, Path]) -> None:
+    """Those on the top-k, and those of a teacher inside, which is split like the student."""
+    models, results = job
+    everything = json.loads((results / "results.json").read_text(encoding="utf-8"))
+    expected = losses(learner_config(models / WITH_LOSSES), alone, results)
+    assert len(expected) >= 9
+    for layout in LAYOUTS:
+        found = everything[f"{WITH_LOSSES} {layout}"]["losses"]
+        assert found.keys() == expected.keys()
+        for name in expected:
+            left, right, where = torch.tensor(found[name]), torch.tensor(expected[name]), f"{name}, {layout}"
+            torch.testing.assert_close(left, right, rtol=0.0, atol=1e-5, msg=lambda text, w=where: f"{w}: {text}")
+        assert max(everything[f"{WITH_LOSSES} {layout}"]["furthest"].values()) < 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -97,14 +106,15 @@ def test_a_layout_exports_every_weight(
         torch.testing.assert_close(ours[name], tensor, rtol=0.0, atol=2e-5)
 
 
+@pytest.mark.parametrize("runs", THOROUGH, indirect=True)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_conversion_in_a_layout_is_read_by_every_other(
     runs: tuple[Trainer, dict[str, Any]], job: tuple[Path, Path], tmp_path: Path, layout: str
 ) -> None:
     trainer, reports = runs
     models, results = job
-    assert reports[layout]["converted"]
     kind = trainer.config.model_path.name
+    assert reports[layout]["converted"]
     loaded = Trainer(trainer.config)
     with torch.no_grad():
         for parameter in loaded.model.parameters():
@@ -126,6 +136,7 @@ def _weights(trainer: Trainer) -> Any:
     return hf_weights(trainer.model)
 
 
+@pytest.mark.parametrize("runs", THOROUGH, indirect=True)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_checkpoint_of_any_layout_resumes_in_any_other(
     runs: tuple[Trainer, dict[str, Any]], job: tuple[Path, Path], alone: Place, layout: str

@@ -51,10 +51,12 @@ def write_model(folder: Path, kind: str) -> Path:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     }
+    wider = {"hidden_size": 48, "num_hidden_layers": 4, "initializer_range": 0.2}
     experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     config = {
         "qwen3-tied": lambda: transformers.Qwen3Config(**options, head_dim=16, tie_word_embeddings=True),
         "qwen3-untied": lambda: transformers.Qwen3Config(**options, head_dim=16, tie_word_embeddings=False),
+        "teacher": lambda: transformers.Qwen3Config(**options | wider, head_dim=16, tie_word_embeddings=False),
         "qwen2": lambda: transformers.Qwen2Config(**options, tie_word_embeddings=False),
         "llama": lambda: transformers.LlamaConfig(**options, rope_parameters=llama3, tie_word_embeddings=False),
         "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**options, head_dim=16, **experts, norm_topk_prob=True),

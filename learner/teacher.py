@@ -1,0 +1,138 @@
+"""A teacher in the learner's ranks: split like the student, forwarded on the learner's micro-batches, without gradient.
+
+    Megatron checkpoint -> decoder on all ranks (no DDP, no optimizer)
+    micro-batches of a step -> forward through the pipeline stages -> what the loss needs of each row, last stage only
+
+It may differ from the student in depth and width; the vocabulary must be the same. In a step, the teacher runs over
+all micro-batches before the student does: weights that are in host memory between steps (`offload`) travel to the
+device once per step and leave it before the student's activations come. Its weights are in no checkpoint, no export and
+no weight update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from learner.config import LearnerConfig, TeacherConfig
+from learner.cpu import on_this_device, this_device
+from learner.errors import CheckpointError, ModelError
+from learner.hf_config import read_shape
+from learner.layout import PackedBatch
+from learner.logprobs import row_logprobs
+from learner.model import DecoderModel, build_model
+from learner.model_checkpoint import load_model
+from learner.pipeline import run_schedule
+from opd_async.loss_names import FULL_LOSSES
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherRows:
+    """What the teacher says about the R rows of a micro-batch: one number each, or the whole distribution."""
+
+    logprobs_R: Tensor | None = None
+    """float32[R], nats: of the sampled tokens; None where the loss is on the whole vocabulary."""
+    hidden_RY: Tensor | None = None
+    """[R, Y]: hidden states, normed and ready for the head; None where the sampled tokens are enough."""
+    head_VY: Tensor | None = None
+    """[padded vocab / tensor size, Y]: this rank's rows of the teacher's LM head, shared by all micro-batches."""
+
+
+class Teacher:
+    """The teacher's part on this rank."""
+
+    def __init__(self, config: LearnerConfig, teacher: TeacherConfig, vocab: int) -> None:
+        """Load the weights; all ranks call it, after `learner.parallel.start`.
+
+        `vocab` is the student's. Raises `ModelError` if the teacher cannot be split like the student or has another
+        vocabulary, `CheckpointError` if its checkpoint is not one of `model_path`'s shape.
+        """
+        self.shape = read_shape(teacher.model_path)
+        if self.shape.vocab != vocab:
+            raise ModelError(
+                f"the teacher in {teacher.model_path} has a vocabulary of {self.shape.vocab}, the student one of "
+                f"{vocab}; choose a teacher with the student's vocabulary"
+            )
+        self._config = config
+        self._device = this_device()
+        try:
+            with on_this_device():
+                self.model: DecoderModel = build_model(self.shape, config).to(self._device)
+        except ModelError as error:
+            raise ModelError(f"the teacher {teacher.model_path} cannot be split like the student: {error}") from error
+        try:
+            load_model(self.model, teacher.load)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the teacher: {error}; its shape is read from {teacher.model_path}: models.teacher.path, or the "
+                "student's where there is none"
+            ) from error
+        self.model.requires_grad_(False)
+        self._host = HostWeights(self.model, self._device) if teacher.offload else None
+
+    def rows(self, packs: Sequence[PackedBatch], loss: str) -> list[TeacherRows]:
+        """What `loss` needs of each micro-batch's rows; empty but on the last pipeline stage. All ranks call it."""
+        with on_this_device(), torch.no_grad(), self._host.on_device() if self._host else nullcontext():
+            return run_schedule(
+                self.model,
+                packs,
+                lambda index, hidden: (hidden.new_zeros(()), self._report(packs[index], hidden, loss)),
+                train=False,
+            )
+
+    def _report(self, packed: PackedBatch, hidden: Tensor, loss: str) -> TeacherRows:
+        hidden_RY, head_VY = hidden[packed.rows_R, 0], self.model.head_weight().detach()
+        if loss in FULL_LOSSES:
+            return TeacherRows(hidden_RY=hidden_RY, head_VY=head_VY)
+        found = row_logprobs(
+            hidden_RY,
+            head_VY,
+            packed.targets_R,
+            vocab=self.shape.vocab,
+            chunk_rows=self._config.logprob_chunk_rows,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        return TeacherRows(logprobs_R=found.sampled_R)
+
+
+class HostWeights:
+    """A model whose weights live in host memory, but for the time of a block. They never change.
+
+    Nothing is copied back: the host keeps its copy, and what the device held is freed, except for what something else
+    still refers to, as `TeacherRows.head_VY` does until the step is over. Where the device is the CPU, both are one.
+    """
+
+    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Move the weights of `model` out of `device`."""
+        self._device = device
+        self._pairs = [(parameter, _pinned(parameter.data)) for parameter in model.parameters()]
+        self._leave()
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Copy the weights to the device; forget that copy at the end of the block."""
+        for parameter, host in self._pairs:
+            parameter.data = _on_device(host, self._device)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        for parameter, host in self._pairs:
+            parameter.data = host
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """The tensor in host memory: page-locked where it comes from a GPU, the tensor itself where it is there already."""
+    return tensor.cpu().pin_memory() if tensor.is_cuda else tensor
+
+
+def _on_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; where that is the CPU, the tensor itself."""
+    return host.to(device, non_blocking=True)

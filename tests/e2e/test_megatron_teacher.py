@@ -1,0 +1,38 @@
+"""A run whose teacher is inside the learner: converted, loaded, and known to no other process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from harness import ROOT, Launch, check_trained, steps, topology, write_topology
+
+
+def convert(inputs: Path, out: Path) -> Path:
+    """The teacher as a Megatron checkpoint."""
+    command = ["-m", "learner.convert", "hf-to-megatron", "--hf", str(inputs / "teacher"), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, timeout=120)
+    return out
+
+
+def test_the_learner_holds_the_teacher(inputs: Path, tmp_path: Path) -> None:
+    load = convert(inputs, tmp_path / "teacher-megatron")
+    values = topology(inputs, tmp_path, schedule__steps=4, opd__loss="forward_kl_full")
+    values["opd"] |= {"use_opd": True, "type": "megatron", "teacher_load": str(load)}
+    del values["engines"]["teacher"], values["teacher"]
+    with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
+        assert run.wait() == 0, run.text()
+    folder = tmp_path / "run"
+    check_trained(folder, 1, 4)
+    kinds = [role["kind"] for role in json.loads((folder / "plan.json").read_text())["roles"]]
+    assert sorted(kinds) == ["intake", "learner", "rollout", "student_engine"]
+    assert str(load) not in (folder / "logs" / "rollout-0.log").read_text()
+    rows = steps(folder)
+    assert len(rows) == 4
+    for row in rows:
+        assert row["learner_loss"] > 0.1  # two random models: the loss is a divergence, not a surrogate around zero
+        assert row["learner_reverse_kl"] > 0.1
