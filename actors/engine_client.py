@@ -1,13 +1,14 @@
 """HTTP client of one engine that speaks SGLang's API: streamed generation, scoring, pause and continue.
 
-Every call has a deadline; errors name the engine. A caller that is cancelled closes its connection, which makes the
-engine abort the request.
+Every call has a deadline; errors name the engine and say of what kind they are. A caller that is cancelled closes its
+connection, which makes the engine abort the request.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,16 @@ import aiohttp
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.replies import Delta, Scores, parse_delta, parse_scores
+from actors.replies import Delta, Scores, error_in, fault_of_status, parse_delta, parse_scores
 from actors.stream_cursor import StreamCursor
 from actors.topk_replies import request_fields
-from opd_async.errors import EngineError
+from opd_async.errors import EngineError, EngineFault
 
 CONTROL_DEADLINE_S = 120.0
-IDLE_DEADLINE_S = 300.0
-"""A stream or a scoring request that shows no sign of life for this long has failed."""
+CONNECT_DEADLINE_S = 10.0
+REQUEST_DEADLINE_S = 120.0
+"""Unless the topology says otherwise: see `EngineClient`."""
+MAX_ERROR_TEXT = 400
 KEEP_ALIVE_S = 2.0
 """SGLang closes connections that were idle for 5 s: one that is used again at that moment is a failed request."""
 
@@ -55,9 +58,12 @@ class EngineClient:
         api_key: str | None = None,
         admin_api_key: str | None = None,
         topk: int = 0,
+        request_deadline_s: float = REQUEST_DEADLINE_S,
     ) -> None:
-        """`topk`: how many of the most likely tokens every score brings along."""
+        """`topk`: how many of the most likely tokens every score brings along. `request_deadline_s`: a stream that is
+        silent for so long, or scores that take so long, have failed."""
         self.url = url
+        self._deadline_s = request_deadline_s
         self._topk = topk
         self._session = session
         self._vocab_size = vocab_size
@@ -88,17 +94,15 @@ class EngineClient:
             # the older of the two names for it: SGLang before 0.5.20 ignores `cache_salt`
             "extra_key": cache_salt or None,
         }
-        timeout = aiohttp.ClientTimeout(total=None, sock_read=IDLE_DEADLINE_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_DEADLINE_S, sock_read=self._deadline_s)
         cursor = StreamCursor()
-        try:
+        with self._faults("/generate", f"the stream was silent for {self._deadline_s:g} s"):
             async with self._session.post(
                 f"{self.url}/generate", json=body, headers=self._headers, timeout=timeout
             ) as response:
-                await self._check(response)
+                await _check(response)
                 async for event in _events(response):
                     yield parse_delta(cursor.new_part(event), self._vocab_size)
-        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            raise EngineError(f"{self.url}: the stream broke ({error or type(error).__name__})") from None
 
     async def score(self, requests: Sequence[tuple[NDArray[np.int32], int]]) -> list[Scores]:
         """Teacher logprobs of `ids[start:]` for each (ids int32[N], start >= 1): one prefill-only batch.
@@ -112,13 +116,16 @@ class EngineClient:
             "logprob_start_len": [start - 1 for _, start in requests],
             **request_fields(self._topk),
         }
-        replies = await self._post("/generate", body, self._headers, IDLE_DEADLINE_S)
-        if not isinstance(replies, list) or len(replies) != len(requests):
-            raise EngineError(f"{self.url}: not one reply per scoring request")
-        return [
-            parse_scores(reply, ids, start, self._vocab_size, self._topk)
-            for reply, (ids, start) in zip(replies, requests, strict=True)
-        ]
+        replies = await self._post("/generate", body, self._headers, self._deadline_s)
+        with self._faults("/generate", ""):
+            if error := error_in(replies):
+                raise error
+            if not isinstance(replies, list) or len(replies) != len(requests):
+                raise EngineError("not one reply per scoring request")
+            return [
+                parse_scores(reply, ids, start, self._vocab_size, self._topk)
+                for reply, (ids, start) in zip(replies, requests, strict=True)
+            ]
 
     async def pause(self, mode: str) -> dict[str, int]:
         """Stop generating. Returns how many tokens of each running stream have been written to it, where the engine
@@ -137,22 +144,44 @@ class EngineClient:
         await self._post("/continue_generation", {}, self._admin_headers, CONTROL_DEADLINE_S)
 
     async def _post(self, path: str, body: dict[str, Any], headers: dict[str, str], deadline_s: float) -> Any:
-        timeout = aiohttp.ClientTimeout(total=deadline_s)
-        try:
+        timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=CONNECT_DEADLINE_S)
+        with self._faults(path, f"no answer within {deadline_s:g} s"):
             async with self._session.post(self.url + path, json=body, headers=headers, timeout=timeout) as response:
-                await self._check(response)
+                await _check(response)
                 text = await response.text()
-        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            raise EngineError(f"{self.url}{path}: no answer ({error or type(error).__name__})") from None
-        try:
-            return json.loads(text) if text else {}
-        except ValueError:
-            raise EngineError(f"{self.url}{path}: the answer is not JSON") from None
+            try:
+                return json.loads(text) if text else {}
+            except ValueError:
+                raise EngineError("the answer is not JSON") from None
 
-    async def _check(self, response: aiohttp.ClientResponse) -> None:
-        if response.status != 200:
-            text = (await response.text())[:300]
-            raise EngineError(f"{response.url}: HTTP {response.status}: {text}")
+    @contextmanager
+    def _faults(self, path: str, silence: str) -> Iterator[None]:
+        """Turn every way in which a request can fail into an `EngineError` that names the engine."""
+        try:
+            yield
+        except EngineError as error:
+            raise EngineError(f"{self.url}{path}: {error}", error.fault) from None
+        except aiohttp.ConnectionTimeoutError:
+            text = f"no connection within {CONNECT_DEADLINE_S:g} s"
+            raise EngineError(f"{self.url}{path}: {text}", EngineFault.DISCONNECTED) from None
+        except TimeoutError:
+            raise EngineError(f"{self.url}{path}: {silence}", EngineFault.SILENT) from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            text = f"the connection failed ({error or type(error).__name__})"
+            raise EngineError(f"{self.url}{path}: {text}", EngineFault.DISCONNECTED) from None
+
+
+async def _check(response: aiohttp.ClientResponse) -> None:
+    if response.status == 200:
+        return
+    text = await response.text()
+    try:
+        error = error_in(json.loads(text))
+    except ValueError:
+        error = None
+    # the message of a refusal is what a user needs; nothing else of the page is shown
+    said = str(error) if error is not None else text[:MAX_ERROR_TEXT].strip()
+    raise EngineError(f"HTTP {response.status}: {said[:MAX_ERROR_TEXT]}", fault_of_status(response.status))
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
@@ -168,5 +197,5 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
             try:
                 yield json.loads(payload)
             except ValueError:
-                raise EngineError(f"{response.url}: an event is not JSON") from None
-    raise EngineError(f"{response.url}: the stream ended early")
+                raise EngineError("an event is not JSON") from None
+    raise EngineError("the stream ended early", EngineFault.DISCONNECTED)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.topk_replies import parse_topk
-from opd_async.errors import EngineError
+from opd_async.errors import EngineError, EngineFault
 from opd_async.messages import Finish
 from opd_async.topk import TopK
 
@@ -59,13 +59,43 @@ def _logprobs(entries: Sequence[Any], ids: Sequence[int], last_id: int, where: s
     return np.minimum(values, 0.0).astype(np.float32)
 
 
+def fault_of_status(status: int) -> EngineFault:
+    """What an HTTP status, or the code in an error that came with status 200, says about trying again."""
+    if status in (408, 429, 503):
+        return EngineFault.BUSY
+    return EngineFault.REFUSED if 400 <= status < 500 else EngineFault.FAILED
+
+
+def error_in(reply: Any) -> EngineError | None:
+    """The error that an engine reports as an answer (`{"error": {"message", "code"}}`, or a text), if it is one.
+
+    SGLang does so with HTTP status 200 in streams, and older versions without a code.
+    """
+    if not isinstance(reply, dict) or "error" not in reply:
+        return None
+    error = reply["error"]
+    code = error.get("code") if isinstance(error, dict) else None
+    message = error.get("message", error) if isinstance(error, dict) else error
+    fault = fault_of_status(code) if type(code) is int else EngineFault.FAILED
+    return EngineError(f"the engine reports an error: {message}", fault)
+
+
+def _aborted(meta: dict[str, Any]) -> EngineError | None:
+    """A scoring request that the engine gave up."""
+    reason = meta.get("finish_reason")
+    if not isinstance(reason, dict) or reason.get("type") != "abort":
+        return None
+    status = reason.get("status_code")
+    fault = fault_of_status(status) if type(status) is int else EngineFault.BUSY
+    return EngineError(f"the engine aborted the request: {reason.get('message')}", fault)
+
+
 def parse_delta(event: Any, vocab_size: int) -> Delta:
     """One streamed event of `/generate` (incremental streaming)."""
     if not isinstance(event, dict):
         raise EngineError("event: not a JSON object")
-    if "error" in event:
-        error = event["error"]
-        raise EngineError(f"event: {error.get('message', error) if isinstance(error, dict) else error}")
+    if error := error_in(event):
+        raise error
     meta = event.get("meta_info")
     ids = event.get("output_ids")
     if not isinstance(meta, dict) or not isinstance(ids, list) or not all(type(i) is int for i in ids):
@@ -93,9 +123,13 @@ def parse_scores(reply: Any, ids: NDArray[np.int32], start: int, vocab_size: int
 
     `ids` int32[N] is what was sent; the scores are those of `ids[start:]`, with the `topk` most likely tokens if any.
     """
+    if error := error_in(reply):
+        raise error
     meta = reply.get("meta_info") if isinstance(reply, dict) else None
     if not isinstance(meta, dict):
         raise EngineError("reply: meta_info is missing")
+    if error := _aborted(meta):
+        raise error
     entries = meta.get("input_token_logprobs")
     if not isinstance(entries, list) or len(entries) != len(ids) - start + 1:
         raise EngineError("input_token_logprobs: missing or of the wrong length")

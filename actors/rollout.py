@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 import uuid
 from collections.abc import Iterable
@@ -28,9 +29,11 @@ from actors.downstream import Downstream
 from actors.draining import drain
 from actors.engine_client import EngineClient, new_connector
 from actors.generation import Generation, Student
+from actors.guard import Guard
 from actors.replies import Delta
 from opd_async import messages as m
-from opd_async.errors import DeadlineError, EngineError
+from opd_async.breaker import PASSING, backoff_s, given_up
+from opd_async.errors import DeadlineError, EngineError, EngineFault
 from opd_async.outbox import Outbox
 from opd_async.plan import RoleKind
 from opd_async.process import run_role
@@ -40,7 +43,6 @@ from opd_async.topology import EngineKind, PauseMode
 log = logging.getLogger(__name__)
 
 PAUSE_DEADLINE_S = 60.0
-RETRY_S = 0.2
 
 
 class AbortedError(EngineError):
@@ -63,6 +65,10 @@ class RolloutActor:
         ]
         self._teachers = [self._client(session, url, student=False) for url in role.plan.teacher_engines]
         self._downstream = Downstream(role.context, role.plan, role.name)
+        gauge = self._metrics["opd_rollout_breaker_open"]
+        clients = [*(student.client for student in self._students), *self._teachers]
+        self._guards = {client.url: Guard(client.url, gauge.labels(client.url)) for client in clients}
+        self._outage_s = topology.supervisor.start_deadline_s
         self._outbox = Outbox()
         self._live: dict[int, Generation] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -74,7 +80,10 @@ class RolloutActor:
     def _client(self, session: aiohttp.ClientSession, url: str, student: bool) -> EngineClient:
         engines = self._role.plan.topology.engines
         section = engines.student if student else engines.teacher
-        return EngineClient(session, url, self._role.plan.vocab_size, section.api_key, section.admin_api_key)
+        vocab_size, deadline_s = self._role.plan.vocab_size, self._settings.request_deadline_s
+        return EngineClient(
+            session, url, vocab_size, section.api_key, section.admin_api_key, request_deadline_s=deadline_s
+        )
 
     async def control(self) -> None:
         """Handle the coordinator's messages in order."""
@@ -149,8 +158,7 @@ class RolloutActor:
             return
         on_teacher = lease.kind == m.LeaseKind.EVAL_TEACHER
         client = self._teachers[lease.sample_id % len(self._teachers)] if on_teacher else generation.student.client
-        if not on_teacher:
-            await generation.student.gate.wait()
+        await self._admitted(generation, client, on_teacher)
         generation.streaming = not on_teacher
         try:
             await self._stream(generation, client, on_teacher)
@@ -158,7 +166,16 @@ class RolloutActor:
             if isinstance(error, AbortedError) and self._drains and not generation.student.gate.is_set():
                 generation.new_request()
             else:
-                await self._failed(generation, error)
+                await self._failed(generation, client, error)
+
+    async def _admitted(self, generation: Generation, client: EngineClient, on_teacher: bool) -> None:
+        """Wait for an open gate and a breaker that lets the request through, both at once."""
+        while True:
+            if not on_teacher:
+                await generation.student.gate.wait()
+            await self._guards[client.url].admission()
+            if on_teacher or generation.student.gate.is_set():
+                return
 
     async def _stream(self, generation: Generation, client: EngineClient, on_teacher: bool) -> None:
         """One request, to the end of its stream."""
@@ -167,6 +184,7 @@ class RolloutActor:
         try:
             async for delta in client.stream(generation.rid, generation.input_ids(), request, key):
                 await self._take(generation, delta, on_teacher)
+                self._guards[client.url].succeeded()
             if generation.finish is None:
                 raise EngineError(f"{client.url}: the stream ended without a finish reason")
         finally:
@@ -186,18 +204,26 @@ class RolloutActor:
         if delta.aborted:
             raise AbortedError("the engine aborted the request")
 
-    async def _failed(self, generation: Generation, error: EngineError) -> None:
+    async def _failed(self, generation: Generation, client: EngineClient, error: EngineError) -> None:
+        guard = self._guards[client.url]
+        on_teacher = generation.lease.kind == m.LeaseKind.EVAL_TEACHER
+        gate_open = on_teacher or generation.student.gate.is_set()
+        if error.fault is EngineFault.SILENT and not gate_open:
+            generation.new_request()  # paused engines say nothing
+            return
         log.warning("sample %d: %s", generation.lease.sample_id, error)
         self._role.count("engine_errors")
-        self._metrics["opd_rollout_engine_errors_total"].labels("request").inc()
-        generation.failures += 1
+        self._metrics["opd_rollout_engine_errors_total"].labels(error.fault.value).inc()
+        guard.failed(error)
+        generation.failures += error.fault not in PASSING
         # an engine that is being restarted does not count against the request: its gate is closed
-        if generation.student.gate.is_set() and generation.failures > self._settings.request_retries:
-            text = f"sample {generation.lease.sample_id} failed {generation.failures} times, last: {error}"
+        hopeless = given_up(error.fault, generation.failures, self._settings.request_retries)
+        if gate_open and (hopeless or guard.failing_s > self._outage_s):
+            text = f"sample {generation.lease.sample_id}: {client.url} fails again and again, last: {error}"
             await self._role.control.send(m.Failure(self._role.name, text))
             await asyncio.Event().wait()  # the run ends now; this lease has nothing left to do
         generation.new_request()
-        await asyncio.sleep(RETRY_S * 2 ** min(generation.failures, 5))
+        await asyncio.sleep(backoff_s(max(generation.failures, 1), random.random))
 
     # --- chunks ------------------------------------------------------------------------------------------------------
 
@@ -282,6 +308,7 @@ class RolloutActor:
                 log.warning("continue: %s; waiting for its restart", error)
                 student.down = True
                 continue
+            self._guards[student.client.url].reset()
             student.gate.set()
         if self._paused_at is not None:
             blocked = time.monotonic() - self._paused_at

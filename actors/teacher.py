@@ -57,7 +57,15 @@ class TeacherActor:
         section = topology.engines.teacher
         urls = plan.teacher_engines[role.mine.index :: topology.teacher.replicas]
         self._clients = [
-            EngineClient(session, url, plan.vocab_size, section.api_key, section.admin_api_key, topology.opd.wire_topk)
+            EngineClient(
+                session,
+                url,
+                plan.vocab_size,
+                section.api_key,
+                section.admin_api_key,
+                topology.opd.wire_topk,
+                self._settings.request_deadline_s,
+            )
             for url in urls
         ]
         self._batcher = TokenBudgetBatcher(self._settings.batch_tokens, self._settings.max_wait_ms / 1000)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 
 class OpdError(Exception):
     """Base of all errors that opd_async raises on purpose; `exit_code` is what a process ends with."""
@@ -19,8 +21,29 @@ class WireError(OpdError):
     """A frame that does not decode to the schema. It is counted and dropped, never fatal by itself."""
 
 
+class EngineFault(StrEnum):
+    """What is wrong when a request to an engine fails: decides whether asking again can help."""
+
+    REFUSED = "refused"
+    """The engine does not want this request (HTTP 4xx): the same one will be refused again."""
+    BUSY = "busy"
+    """Not now (HTTP 408, 429, 503)."""
+    FAILED = "failed"
+    """The engine tried and could not (any other HTTP 5xx)."""
+    DISCONNECTED = "disconnected"
+    """No connection, or one that broke."""
+    SILENT = "silent"
+    """No sign of life within the deadline: a hang."""
+    MALFORMED = "malformed"
+    """An answer that breaks the contract."""
+
+
 class EngineError(OpdError):
-    """An engine answered with an error, or with a reply that breaks the contract."""
+    """An engine answered with an error, or with a reply that breaks the contract, or not at all."""
+
+    def __init__(self, text: str, fault: EngineFault = EngineFault.MALFORMED) -> None:
+        super().__init__(text)
+        self.fault = fault
 
 
 class DeadlineError(OpdError):

@@ -66,8 +66,8 @@ def _counter(name: str, text: str, *labels: str) -> Metric:
     return Metric(name, MetricKind.COUNTER, text, labels)
 
 
-def _gauge(name: str, text: str) -> Metric:
-    return Metric(name, MetricKind.GAUGE, text)
+def _gauge(name: str, text: str, *labels: str) -> Metric:
+    return Metric(name, MetricKind.GAUGE, text, labels)
 
 
 def _histogram(name: str, text: str, buckets: tuple[float, ...]) -> Metric:
@@ -93,6 +93,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _counter("opd_rollout_blocked_seconds_total", "Time in which engines were paused for a weight update."),
     _counter("opd_rollout_resent_chunks_total", "Chunks sent again, unacknowledged or after a teacher died."),
     _counter("opd_rollout_engine_errors_total", "Failed requests to student engines.", "kind"),
+    _gauge("opd_rollout_breaker_open", "1 while an engine is given no requests because it failed.", "engine"),
     _gauge("opd_rollout_unacknowledged_chunks", "Chunks kept until the learner acknowledges them."),
     _lag("rollout"),
     _gauge("opd_engine_running_requests", "Requests that hold keys and values."),

@@ -135,6 +135,8 @@ class RolloutSection(Section):
     """Tokens per streamed event of the engine."""
     sampling: SamplingSection = SamplingSection()
     request_retries: NonNegative = 5
+    request_deadline_s: Seconds = 120.0
+    """A stream that is silent for so long has failed; its response goes on with a new request."""
     resend_after_s: Seconds = 30.0
     """A chunk that the learner has not acknowledged by then is sent again."""
 
@@ -150,6 +152,8 @@ class TeacherSection(Section):
     max_in_flight: Positive = 2
     """Scoring batches at once against one engine."""
     request_retries: NonNegative = 5
+    request_deadline_s: Seconds = 120.0
+    """A batch without an answer for so long has failed; it is sent again."""
 
 
 class ScheduleSection(Section):

@@ -1,0 +1,107 @@
+"""A role without a launcher: the actor's sockets and HTTP are real, the coordinator is two queues."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import zmq.asyncio
+
+from actors import guard
+from opd_async import breaker
+from opd_async.breaker import Breaker
+from opd_async.channels import ControlClient
+from opd_async.free_ports import free_ports
+from opd_async.metrics import RoleMetrics
+from opd_async.plan import Plan, RoleKind, RolePlan
+from opd_async.role import Role
+from opd_async.topology import Topology
+
+POLL_S = 0.01
+
+
+class Coordinator:
+    """What the actor hears and says."""
+
+    def __init__(self) -> None:
+        self.to_role: asyncio.Queue[Any] = asyncio.Queue()
+        self.said: list[Any] = []
+
+    async def send(self, message: Any) -> None:
+        self.said.append(message)
+
+    async def receive(self) -> Any:
+        return await self.to_role.get()
+
+    def of(self, kind: type) -> list[Any]:
+        return [message for message in self.said if isinstance(message, kind)]
+
+
+def make_plan(vocab_size: int, student: tuple[str, ...], teacher: tuple[str, ...], **sections: Any) -> Plan:
+    """One actor of each kind and external engines; `sections` are those of the topology."""
+    control, scored, batches, chunks = (f"tcp://127.0.0.1:{port}" for port in free_ports("127.0.0.1", 4))
+    topology = {
+        "name": "test",
+        "models": {"student": {"path": "s"}, "teacher": {"path": "t"}},
+        "data": {"train": {"path": "p.jsonl"}},
+        "schedule": {"steps": 1},
+        "engines": {side: {"kind": "external"} for side in ("student", "teacher")},
+    }
+    roles = tuple(
+        RolePlan(kind=kind, index=0, host="127.0.0.1", devices=("cpu",), command=(), ports={"metrics": 0})
+        for kind in (RoleKind.TEACHER, RoleKind.ROLLOUT)
+    )
+    return Plan(
+        topology=Topology.model_validate(topology | sections),
+        run_folder=Path("nowhere"),
+        control=control,
+        coordinator_metrics_port=0,
+        scored=scored,
+        batches=batches,
+        chunks=(chunks,),
+        student_engines=student,
+        teacher_engines=teacher,
+        vocab_size=vocab_size,
+        stop_token_ids=(),
+        roles=roles,
+    )
+
+
+@asynccontextmanager
+async def fake_role(plan: Plan, kind: RoleKind) -> AsyncIterator[tuple[Role, Coordinator]]:
+    """A role whose loops are cancelled when the block ends."""
+    coordinator, context = Coordinator(), zmq.asyncio.Context()
+    control = cast(ControlClient, coordinator)
+    async with asyncio.TaskGroup() as group:
+        role = Role(plan, plan.role(kind, 0), context, control, RoleMetrics(kind.value), group, asyncio.Event())
+        try:
+            yield role, coordinator
+        finally:
+            role.cancel()
+    context.destroy(linger=0)
+
+
+async def until(true: Callable[[], bool], what: str, deadline_s: float = 20.0) -> None:
+    """Wait for something that a loop of the actor brings about."""
+    for _ in range(round(deadline_s / POLL_S)):
+        if true():
+            return
+        await asyncio.sleep(POLL_S)
+    raise AssertionError(f"{what}: not within {deadline_s:.0f} s")
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cool-downs and backoffs of a twentieth of a second and less."""
+    monkeypatch.setattr(guard, "Breaker", lambda random: Breaker(random, 5, 0.02, 0.05))
+    monkeypatch.setattr(breaker, "BACKOFF_S", 0.005)
+    monkeypatch.setattr(breaker, "MAX_BACKOFF_S", 0.05)
+
+
+def value(role: Role, name: str, **labels: str) -> float:
+    """A metric's value now."""
+    found = role.metrics.registry.get_sample_value(name, labels or None)
+    return 0.0 if found is None else found

@@ -1,0 +1,162 @@
+"""A rollout actor whose engine fails in every way still delivers each response, token for token."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+import numpy as np
+import pytest
+import zmq.asyncio
+from fake_role import Coordinator, fake_role, hurry, make_plan, until, value
+from faulty_engine import FAULTS, VOCAB, FaultyEngine, continuation
+
+from actors.engine_client import new_connector
+from actors.rollout import RolloutActor
+from opd_async import messages as m
+from opd_async.channels import Pull
+from opd_async.plan import Plan, RoleKind
+from opd_async.role import Role
+
+TOKENS = 12
+SAMPLES = 6
+
+
+def lease(sample_id: int) -> m.Lease:
+    prompt = np.array([sample_id, sample_id + 1, 7], np.int32)
+    return m.Lease(sample_id, 0, sample_id, m.LeaseKind.TRAIN.value, 1.0, "", prompt, np.zeros(0, np.int32))
+
+
+class Running:
+    """A rollout actor at work, and the teacher that its chunks go to."""
+
+    def __init__(self, role: Role, coordinator: Coordinator, plan: Plan, context: zmq.asyncio.Context) -> None:
+        self.role, self.coordinator = role, coordinator
+        self.responses: dict[int, list[int]] = {}
+        self._chunks = Pull(context, plan.chunks[0])
+
+    async def collect(self) -> None:
+        while True:
+            chunk = await self._chunks.receive()
+            response = self.responses.setdefault(chunk.sample_id, [])
+            assert chunk.start == len(response)
+            response += chunk.token_ids.tolist()
+
+    def complete(self) -> bool:
+        ended = len(self.coordinator.of(m.LeaseDone)) == SAMPLES
+        return ended and sum(map(len, self.responses.values())) == SAMPLES * TOKENS
+
+
+@asynccontextmanager
+async def rollout(engine: FaultyEngine, samples: int = SAMPLES, deadline_s: float = 60.0) -> AsyncIterator[Running]:
+    """`deadline_s`: how long an engine may be out."""
+    section = {"request_deadline_s": 0.3, "chunk_tokens": 4, "sampling": {"max_response_tokens": TOKENS}}
+    teacher, supervisor = "http://127.0.0.1:1", {"start_deadline_s": deadline_s}
+    plan = make_plan(VOCAB, (engine.url,), (teacher,), rollout=section, supervisor=supervisor)
+    async with (
+        aiohttp.ClientSession(connector=new_connector()) as session,
+        fake_role(plan, RoleKind.ROLLOUT) as (role, coordinator),
+    ):
+        actor = RolloutActor(role, session)
+        running = Running(role, coordinator, plan, role.context)
+        role.spawn(running.collect(), "collect")
+        role.spawn(actor.control(), "control")
+        await coordinator.to_role.put(m.Resume(0))
+        for sample_id in range(samples):
+            await coordinator.to_role.put(lease(sample_id))
+        yield running
+        actor.close()
+
+
+def check(running: Running, samples: int = SAMPLES) -> None:
+    expected = {n: continuation([n, n + 1, 7], TOKENS) for n in range(samples)}
+    assert running.responses == expected
+    assert running.coordinator.of(m.Failure) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_now_and_then(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+    async def run() -> None:
+        async with FaultyEngine() as engine:
+            engine.script.extend([fault, "disconnect", fault])
+            async with rollout(engine) as running:
+                await until(running.complete, "all responses")
+                check(running)
+                assert running.role.counters["engine_errors"] == 3
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("fault", ["429", "503", "hang"])
+def test_a_bad_time_passes(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request fails until the breaker has opened; then the engine recovers."""
+    hurry(monkeypatch)
+
+    async def run() -> None:
+        async with FaultyEngine() as engine:
+            engine.fault = fault
+            async with rollout(engine) as running:
+                gauge = "opd_rollout_breaker_open"
+                await until(lambda: value(running.role, gauge, engine=engine.url) == 1, "the breaker to open")
+                asked = len(engine.seen)
+                await asyncio.sleep(0.3)
+                assert len(engine.seen) - asked <= 30, "an open breaker lets single probes through"
+                engine.fault = None
+                await until(running.complete, "all responses")
+                check(running)
+                assert value(running.role, gauge, engine=engine.url) == 0
+
+    asyncio.run(run())
+
+
+def test_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections are refused for a while, longer than a request would be tried."""
+    hurry(monkeypatch)
+
+    async def run() -> None:
+        async with FaultyEngine() as engine:
+            engine.fault = "hang"
+            async with rollout(engine) as running:
+                await until(lambda: len(engine.seen) == SAMPLES, "requests")
+                await engine.stop()
+                engine.fault = None
+                await until(lambda: running.role.counters.get("engine_errors", 0) >= SAMPLES + 6, "refused connections")
+                await engine.start()
+                await until(running.complete, "all responses")
+                check(running)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("fault", "tries"), [("400", 3), ("500", 6)])
+def test_what_never_works_ends_the_run(fault: str, tries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+    async def run() -> None:
+        async with FaultyEngine() as engine:
+            engine.fault = fault
+            async with rollout(engine, samples=1) as running:
+                await until(lambda: bool(running.coordinator.of(m.Failure)), "the failure")
+                (failure,) = running.coordinator.of(m.Failure)
+                assert f"injected {fault}" in failure.text and engine.url in failure.text
+                assert len(engine.seen) == tries
+
+    asyncio.run(run())
+
+
+def test_an_outage_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+    async def run() -> None:
+        async with FaultyEngine() as engine:
+            engine.fault = "503"
+            async with rollout(engine, deadline_s=0.5) as running:
+                await until(lambda: bool(running.coordinator.of(m.Failure)), "the failure")
+                assert "fails again and again, last: " in running.coordinator.of(m.Failure)[0].text
+                assert running.role.counters["engine_errors"] > SAMPLES, "it was waited out for a while"
+
+    asyncio.run(run())
