@@ -14,10 +14,9 @@ from learner.errors import WeightSyncError
 
 @dataclass(frozen=True, slots=True)
 class EngineAddress:
-    """One engine: where it answers, how many ranks of it join the weight group, and the keys it asks for."""
+    """One engine: where it answers, and the keys it asks for."""
 
     url: str
-    ranks: int = 1
     admin_key: str | None = None
     """Opens control routes; the API key does where there is none."""
     api_key: str | None = None

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from learner.errors import ModelError
-from learner.hf_files import Reader, write_folder
+from learner.hf_files import Reader, Spec, write_folder
 from learner.mapping import Slot, slots
 from learner.model import DecoderModel
 
@@ -81,6 +81,12 @@ def hf_weights(model: DecoderModel, dtype: torch.dtype | None = None) -> Iterato
             yield from zip(slot.hf_names, full, strict=True)
 
 
+def hf_specs(model: DecoderModel) -> list[Spec]:
+    """Names and shapes of what `hf_weights` yields, in order."""
+    everything = slots(model.shape, parallel_state.get_pipeline_model_parallel_world_size())
+    return [spec for slot in everything for spec in zip(slot.hf_names, slot.hf_shapes, strict=True)]
+
+
 def _gather(part: Tensor, slot: Slot) -> list[Tensor]:
     """The slot's full tensors on every tensor-parallel rank of its stage."""
     group = parallel_state.get_tensor_model_parallel_group()
@@ -109,9 +115,7 @@ def save_hf(model: DecoderModel, path: Path, source: Path) -> None:
     dtype = getattr(torch, model.shape.dtype)
     weights = hf_weights(model, dtype)
     if dist.get_rank() == 0:
-        everything = slots(model.shape, parallel_state.get_pipeline_model_parallel_world_size())
-        specs = [spec for slot in everything for spec in zip(slot.hf_names, slot.hf_shapes, strict=True)]
-        write_folder(path, source, specs, dtype, weights)
+        write_folder(path, source, hf_specs(model), dtype, weights)
     for _ in weights:  # the other ranks take part in gathering and are given nothing
         raise AssertionError("a weight came that no file has room for")
     dist.barrier()

@@ -24,13 +24,12 @@ import zmq
 
 from learner import checkpoint, parallel
 from learner.config import LearnerConfig, LossConfig, OptimConfig, ParallelConfig, TeacherConfig
-from learner.cpu import this_device
-from learner.engine_http import EngineAddress
 from learner.errors import WeightSyncError
 from learner.hf_io import hf_weights, save_hf
 from learner.proof import Proof, check_proof, make_proof
 from learner.trainer import Trainer
-from learner.weights import WeightSender
+from learner.transport import WeightTransport
+from learner.transports import make_transport
 from opd_async import messages as m
 from opd_async.checkpoints import SHARDS, latest, shards
 from opd_async.errors import DeadlineError, WireError
@@ -45,7 +44,6 @@ from opd_async.wire import decode, encode
 log = logging.getLogger(__name__)
 
 LINGER_MS = 2000
-MIB = 1 << 20
 
 
 def learner_config(topology: Topology) -> LearnerConfig:
@@ -146,7 +144,7 @@ class Rank:
         self._link = link
         self._rank = rank
         self._metrics = metrics
-        self._sender: WeightSender | None = None
+        self._sender: WeightTransport | None = None
         self._group = ""
         self._waited_s = 0.0
 
@@ -208,28 +206,19 @@ class Rank:
         """Send; with a `proof` to check, every engine must show that it holds what was sent."""
         sender, topology = self._sender_for(command), self._plan.topology
         report = sender.send(weights, self._trainer.version, checksums=proof is not None)
-        for engine in sender.engines:
+        for engine in sender.addresses:
             if proof is not None and not sender.verify(engine, report):
                 dtypes = (topology.learner.dtype, topology.engines.student.dtype)
                 check_proof(engine, proof, dtypes, topology.supervisor.heartbeat_deadline_s)
         return {"seconds": report.seconds, "bytes": float(report.bytes)}
 
-    def _sender_for(self, command: m.SyncWeights) -> WeightSender:
+    def _sender_for(self, command: m.SyncWeights) -> WeightTransport:
         """The sender to these engines; a new group name makes a new process group."""
         if self._sender is not None and command.group == self._group and self._sender.connected:
             return self._sender
         if self._sender is not None:
             self._sender.close()
-        topology = self._plan.topology
-        device, keys = this_device(), topology.engines.student
-        self._sender = WeightSender(
-            [EngineAddress(url, 1, keys.admin_api_key or keys.api_key, keys.api_key) for url in command.engines],
-            backend="nccl" if device.type == "cuda" else "gloo",
-            bind_host=topology.network.bind,
-            bucket_bytes=topology.learner.bucket_mib * MIB,
-            timeout_s=topology.supervisor.heartbeat_deadline_s,
-            device=device,
-        )
+        self._sender = make_transport(self._plan, command.engines, self._trainer.model)
         self._group = command.group
         self._sender.connect(command.group)
         return self._sender

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from opd_async.sglang_server import server_command, server_environment
@@ -10,19 +11,19 @@ from opd_async.topology import EngineKind, EngineSection
 
 
 def engine_command(
-    section: EngineSection, model: Path, device: str, host: str, ports: dict[str, int], seed: int
+    section: EngineSection, model: Path, devices: Sequence[str], host: str, ports: dict[str, int], seed: int
 ) -> tuple[str, ...]:
-    """The command of one replica; `ports` has `http`, and `metrics` for the embedded engine.
+    """The command of one replica on its `devices`; `ports` has `http`, and `metrics` for the embedded engine.
 
     Replicas need different seeds: they must not sample the same random numbers.
     """
     if section.kind is EngineKind.SGLANG:
-        return server_command(section, model, device, host, ports["http"], seed)
+        return server_command(section, model, devices, host, ports["http"], seed)
     options: dict[str, object] = {
         "--model-path": model,
         "--host": host,
         "--port": ports["http"],
-        "--device": device,
+        "--device": devices[0],
         "--dtype": section.dtype,
         "--max-total-tokens": section.kv_tokens,
         "--max-running-requests": section.max_running,
@@ -37,6 +38,6 @@ def engine_command(
     return (sys.executable, "-m", "actors.engine.server", *given)
 
 
-def engine_environment(section: EngineSection, device: str, spare_port: int) -> dict[str, str]:
+def engine_environment(section: EngineSection, devices: Sequence[str], spare_port: int) -> dict[str, str]:
     """Environment variables of one replica, beside those of the supervisor. Raises as `installed_version`."""
-    return server_environment(section, device, spare_port) if section.kind is EngineKind.SGLANG else {}
+    return server_environment(section, devices, spare_port) if section.kind is EngineKind.SGLANG else {}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from opd_async.engine_info import engine_problem
 from opd_async.errors import RoleError
 from opd_async.plan import Plan, RoleKind, RolePlan
 from opd_async.probe import wait_until_ready
@@ -86,11 +87,13 @@ class Fleet:
         )
 
     async def wait_for_engine(self, kind: RoleKind, url: str) -> None:
-        """Return once the engine answers."""
+        """Return once the engine answers; `RoleError` if it is none that a run can use."""
         topology = self.plan.topology
         section = topology.engines.student if kind is RoleKind.STUDENT_ENGINE else topology.engines.teacher
         name = f"the {kind.value.replace('_', ' ')}"
         await wait_until_ready(url, name, topology.supervisor.start_deadline_s, section.api_key)
+        if problem := await engine_problem(url, section):
+            raise RoleError(f"{name} at {url} {problem}")
 
     async def stop_all(self, at_once: bool = False) -> None:
         """Stop every role in the written order."""

@@ -17,14 +17,16 @@ def device_problems(topology: Topology) -> Iterator[str]:
     for side, _, section in topology.engine_sides:
         if not section.started:
             continue
-        devices = replica_devices(section)
-        if len(devices) != section.replicas:
+        wanted = section.replicas * section.tensor_parallel
+        if len(section.devices) not in (1, wanted):
+            each = "one for each" if section.tensor_parallel == 1 else f"{section.tensor_parallel} for each"
             yield (
-                f"engines.{side}.devices: {len(devices)} devices for {section.replicas} replicas; write one for each, "
-                "or one for all"
+                f"engines.{side}.devices: {len(section.devices)} devices for {section.replicas} replicas; write "
+                f"{each}, or one for all"
             )
-        for index, device in enumerate(devices):
-            users.setdefault(device, []).append((f"engines.{side}.devices", f"{side}-engine-{index}"))
+        for index, devices in enumerate(replica_devices(section)):
+            for device in devices:
+                users.setdefault(device, []).append((f"engines.{side}.devices", f"{side}-engine-{index}"))
     ranks, devices = topology.learner.ranks, rank_devices(topology)
     if len(devices) != ranks:
         yield (
@@ -33,7 +35,11 @@ def device_problems(topology: Topology) -> Iterator[str]:
         )
     for rank, device in enumerate(devices):
         users.setdefault(device, []).append(("learner.devices", f"learner rank {rank}"))
+    # handles to the learner's memory need the learner's device
+    shared = topology.learner.devices[0] if topology.learner.weight_transport == "tensor" else "cpu"
     for device, owners in users.items():
+        if device == shared:
+            owners = [owner for owner in owners if owner[0] != "engines.student.devices"]
         if device != "cpu" and len(owners) > 1:
             names = ", ".join(name for _, name in owners)
             yield f"{owners[-1][0]}: {device} is given to {names}; write another device for all but one of them"

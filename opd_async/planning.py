@@ -118,8 +118,8 @@ def _role(topology: Topology, kind: RoleKind, index: int, ports: dict[PortKey, i
     env: dict[str, str] = {}
     match kind:
         case RoleKind.TEACHER_ENGINE | RoleKind.STUDENT_ENGINE:
-            devices = (replica_devices(_section(topology, kind))[index],)
-            env = engine_environment(_section(topology, kind), devices[0], own["metrics"])
+            devices = replica_devices(_section(topology, kind))[index]
+            env = engine_environment(_section(topology, kind), devices, own["metrics"])
             if _section(topology, kind).kind is EngineKind.SGLANG:
                 own["metrics"] = own["http"]  # SGLang serves them beside its API
             command = _engine_command(topology, kind, index, own)
@@ -137,9 +137,11 @@ def _role(topology: Topology, kind: RoleKind, index: int, ports: dict[PortKey, i
     return RolePlan(kind=kind, index=index, host=host, devices=devices, command=command, env=env, ports=own)
 
 
-def replica_devices(section: EngineSection) -> tuple[str, ...]:
-    """The device of each replica; one device in the topology stands for all."""
-    return section.devices * section.replicas if len(section.devices) == 1 else section.devices
+def replica_devices(section: EngineSection) -> tuple[tuple[str, ...], ...]:
+    """The devices of each replica; one device in the topology stands for all."""
+    size = section.tensor_parallel
+    devices = section.devices * (section.replicas * size) if len(section.devices) == 1 else section.devices
+    return tuple(devices[size * i : size * (i + 1)] for i in range(section.replicas))
 
 
 def rank_devices(topology: Topology) -> tuple[str, ...]:
@@ -156,8 +158,8 @@ def _engine_command(topology: Topology, kind: RoleKind, index: int, ports: dict[
     section = _section(topology, kind)
     models = topology.models
     model = models.teacher if kind is RoleKind.TEACHER_ENGINE and models.teacher else models.student
-    device = replica_devices(section)[index]
-    return engine_command(section, model.path, device, topology.network.bind, ports, topology.seed + index)
+    devices = replica_devices(section)[index]
+    return engine_command(section, model.path, devices, topology.network.bind, ports, topology.seed + index)
 
 
 def _learner_command(topology: Topology, master_port: int, plan_file: str) -> tuple[str, ...]:

@@ -5,7 +5,9 @@ SGLang lives in a Python environment of its own (`engines.<side>.python`); nothi
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -57,9 +59,10 @@ def version_problem(python: Path) -> str | None:
 
 
 def server_command(
-    section: EngineSection, model: Path, device: str, host: str, port: int, seed: int
+    section: EngineSection, model: Path, devices: Sequence[str], host: str, port: int, seed: int
 ) -> tuple[str, ...]:
     """The command of one server. On `cuda:N` SGLang chooses its own kernels; `section.args` come last and win."""
+    on_cpu = devices[0] == "cpu"
     options: dict[str, object] = {
         "--model-path": model,
         "--host": host,
@@ -70,6 +73,7 @@ def server_command(
         "--context-length": section.context_tokens + RESERVED_TOKENS,
         # Replicas must not sample the same random numbers.
         "--random-seed": seed,
+        "--tp-size": len(devices),
         # Not a number, so that it is never taken for a version of the learner's.
         "--weight-version": "start",
         "--api-key": section.api_key,
@@ -82,12 +86,12 @@ def server_command(
         "--skip-tokenizer-init",
         "--skip-server-warmup",
         "--enable-metrics",
-        *(_CPU_FLAGS if device == "cpu" else ()),
+        *(_CPU_FLAGS if on_cpu else ()),
     ]
     return (str(section.python), "-m", "sglang.launch_server", *given, *flags, *section.args)
 
 
-def server_environment(section: EngineSection, device: str, spare_port: int) -> dict[str, str]:
+def server_environment(section: EngineSection, devices: Sequence[str], spare_port: int) -> dict[str, str]:
     """Environment variables of one server, beside those of the supervisor. Raises as `installed_version`."""
     variables = {
         # `RESERVED_TOKENS` may pass what the model was trained for; no token is ever there.
@@ -100,6 +104,12 @@ def server_environment(section: EngineSection, device: str, spare_port: int) -> 
     if section.python is not None and installed_version(section.python) == "0.5.15":
         # Not listened on there, but its default, 10000 above the server's own, must be a port. Later ones would listen.
         variables["SGLANG_GRPC_PORT"] = str(spare_port)
-    if device == "cpu":
-        return variables | {"SGLANG_USE_CPU_ENGINE": "1"}
-    return variables | {"CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:")}
+    if devices[0] != "cpu":
+        return variables | {"CUDA_VISIBLE_DEVICES": ",".join(device.removeprefix("cuda:") for device in devices)}
+    variables["SGLANG_USE_CPU_ENGINE"] = "1"
+    if len(devices) > 1:
+        # One core for each rank: SGLang's own choice is a NUMA node, of which there may be too few.
+        cores = sorted(os.sched_getaffinity(0))
+        binding = [str(cores[rank % len(cores)]) for rank in range(len(devices))]
+        variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(binding)
+    return variables

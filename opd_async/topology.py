@@ -89,8 +89,10 @@ class EngineSection(Section):
     """SGLang: the Python of the environment that has it, such as `.venv-sglang/bin/python`."""
     args: tuple[str, ...] = ()
     """SGLang: further arguments of `sglang.launch_server`, one word each; they win over those of the run."""
+    tensor_parallel: Positive = 1
+    """Devices that share the weights of one replica; more than 1 needs SGLang."""
     devices: Devices = ("cpu",)
-    """One per replica, or one for all: `cpu`, `cuda:0`, ..."""
+    """`tensor_parallel` for each replica, one replica after the other, or one for all: `cpu`, `cuda:0`, ..."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     context_tokens: Positive = 4096
     kv_tokens: Positive = 65536
@@ -197,6 +199,9 @@ class LearnerSection(Section):
     recompute: bool = False
     threads: Positive = 1
     bucket_mib: Positive = 256
+    weight_transport: Literal["broadcast", "tensor", "disk"] = "broadcast"
+    """How student engines get their weights: `broadcast` over NCCL or gloo; `tensor`, handles to the learner's memory,
+    for SGLang on the learner's own GPU; `disk`, a folder in the run's that both sides can reach."""
     optimizer: OptimizerSection = OptimizerSection()
 
     @property

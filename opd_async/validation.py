@@ -17,6 +17,7 @@ from opd_async.sglang_server import version_problem
 from opd_async.teacher_checks import opd_problems
 from opd_async.tokenizer import Tokenizer
 from opd_async.topology import EngineKind, EngineSection, ModelSection, Topology, TrainOn
+from opd_async.weight_checks import weight_problems
 
 PROMPT_SUFFIXES = (".jsonl", ".parquet")
 
@@ -33,6 +34,7 @@ def validate(topology: Topology) -> list[str]:
         *_data_problems(topology),
         *_schedule_problems(topology),
         *_engine_problems(topology),
+        *weight_problems(topology),
         *_sampling_problems(topology),
         *_rollout_problems(topology),
         *learner_problems(topology),

@@ -129,14 +129,15 @@ class Server:
 def running(model: Path, log: Path, settings: EngineSection = SETTINGS, **environment: str) -> Iterator[Server]:
     """Start a server with the command of a run, wait until it answers, and end it with all its children."""
     port, spare = free_ports("127.0.0.1", 2)
-    command = engine_command(settings, model, "cpu", "127.0.0.1", {"http": port, "metrics": spare}, seed=0)
+    devices = ("cpu",) * settings.tensor_parallel
+    command = engine_command(settings, model, devices, "127.0.0.1", {"http": port, "metrics": spare}, seed=0)
     with log.open("w") as out:
         process = subprocess.Popen(
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | engine_environment(settings, "cpu", spare) | environment,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | engine_environment(settings, devices, spare) | environment,
             start_new_session=True,
         )
     try:

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from server_under_test import CONTEXT, KIND, VERSION, Server, prompt, reference_logprobs
 from streams import Crowd, Stream
 from transformers import PreTrainedModel
 from weight_trainer import Trainer
 
 from learner.errors import WeightSyncError
+from learner.transport import SendReport, WeightTransport
+from learner.weights_local import DiskSender, TensorSender
 from opd_async.topology import EngineKind
 
 EXACT = 1e-3
@@ -146,3 +149,42 @@ if VERSION is None or VERSION >= (0, 5, 22):  # older ones do not flush their ca
             change = spans[0][1]
             for model, part in ((first, slice(0, change)), (second, slice(change, None))):
                 assert np.abs(logprobs[part] - reference_logprobs(model, ids, start)[part]).max() < EXACT
+
+
+def sent_and_scored(
+    server: Server, sender: WeightTransport, model: PreTrainedModel, version: int
+) -> tuple[SendReport, float]:
+    """Send `model`; how far the server's logprobs of a text are from its."""
+    with sender:
+        sender.connect(f"local-{version}")
+        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+        report = sender.send(tensors.items(), version)
+        assert sender.connected
+        sender.verify(sender.addresses[0], report)
+    ids = prompt(120, version)
+    return report, float(np.abs(answered(server, ids) - reference_logprobs(model, ids, 1)).max())
+
+
+def test_weights_by_way_of_files(
+    server: Server, trainer: Trainer, folder: Path, second: PreTrainedModel, tmp_path: Path
+) -> None:
+    specs = [(name, tuple(tensor.shape)) for name, tensor in second.state_dict().items() if name != "lm_head.weight"]
+    for version in (101, 102):
+        sender = DiskSender(
+            [trainer.engine],
+            folder=tmp_path / "weights",
+            source=folder / "first",
+            specs=specs,
+            dtype=torch.float32,
+            timeout_s=60.0,
+        )
+        report, difference = sent_and_scored(server, sender, second, version)
+        assert difference < EXACT and report.bytes == sum(4 * np.prod(shape) for _, shape in specs)
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version_102"]
+
+
+if KIND is EngineKind.SGLANG:  # handles are pickled, which the embedded engine does not read
+
+    def test_weights_by_way_of_the_learners_memory(server: Server, trainer: Trainer, second: PreTrainedModel) -> None:
+        sender = TensorSender([trainer.engine], bucket_bytes=40_000, timeout_s=60.0)
+        assert sent_and_scored(server, sender, second, 103)[1] < EXACT

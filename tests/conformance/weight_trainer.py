@@ -8,14 +8,15 @@ from server_under_test import ADMIN_KEY, API_KEY, Server
 from transformers import PreTrainedModel
 
 from learner.engine_http import EngineAddress
-from learner.weights import SendReport, WeightSender
+from learner.transport import SendReport
+from learner.weights import WeightSender
 
 
 class Trainer:
     """The learner's side of one weight group."""
 
-    def __init__(self, server: Server, ranks: int = 1) -> None:
-        self.engine = EngineAddress(server.url, ranks, ADMIN_KEY, API_KEY)
+    def __init__(self, server: Server) -> None:
+        self.engine = EngineAddress(server.url, ADMIN_KEY, API_KEY)
         self._versions = itertools.count(1)
         self._groups = itertools.count()
         # small buckets, so that an update takes several broadcasts

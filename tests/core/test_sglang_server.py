@@ -88,6 +88,35 @@ def test_on_a_gpu_sglang_chooses_for_itself(tmp_path: Path) -> None:
     assert role.env["CUDA_VISIBLE_DEVICES"] == "3" and "SGLANG_USE_CPU_ENGINE" not in role.env
 
 
+def test_several_devices_for_a_replica(tmp_path: Path) -> None:
+    python = environment(tmp_path, "0.5.23")
+    settings = ["engines.student.kind=sglang", f"engines.student.python={python}", "engines.student.tensor_parallel=2"]
+    devices = "engines.student.devices=[cuda:3, cuda:4, cuda:5, cuda:6]"
+    topology = small_topology(tmp_path, *settings, "engines.student.replicas=2", devices)
+    assert validate(topology) == []
+    role = make_plan(topology).role(RoleKind.STUDENT_ENGINE, 1)
+    assert role.env["CUDA_VISIBLE_DEVICES"] == "5,6" and role.devices == ("cuda:5", "cuda:6")
+    assert role.command[role.command.index("--tp-size") + 1] == "2"
+    role = make_plan(small_topology(tmp_path, *settings)).role(RoleKind.STUDENT_ENGINE, 0)
+    assert len(role.env["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
+    problems = validate(small_topology(tmp_path, *settings, "engines.student.devices=[cuda:3, cuda:4, cuda:5]"))
+    assert problems == ["engines.student.devices: 3 devices for 1 replicas; write 2 for each, or one for all"]
+
+
+def test_the_learners_gpu_may_be_shared_with_engines_that_read_its_memory(tmp_path: Path) -> None:
+    python = environment(tmp_path, "0.5.23")
+    settings = [
+        *("engines.student.kind=sglang", f"engines.student.python={python}"),
+        *("learner.devices=[cuda:0]", "learner.weight_transport=tensor"),
+    ]
+    assert validate(small_topology(tmp_path, *settings, "engines.student.devices=[cuda:0]")) == []
+    assert [problem.split(",")[0] for problem in validate(small_topology(tmp_path, *settings))] == [
+        "learner.weight_transport: tensor"
+    ]
+    shared = ["engines.student.devices=[cuda:0]", "engines.teacher.devices=[cuda:0]"]
+    assert len(validate(small_topology(tmp_path, *settings, *shared))) == 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [

@@ -86,6 +86,26 @@ def test_every_wrong_edit_is_reported(chosen: set[str], tmp_path_factory: pytest
             "the same URL twice",
         ),
         (["learner.load=nowhere"], "learner.load: nowhere: no such folder; give the folder of a Megatron checkpoint"),
+        (
+            ["engines.student.tensor_parallel=2"],
+            "engines.student.tensor_parallel: 2, but the embedded engine runs on one device; write 1, or kind: sglang",
+        ),
+        (
+            [
+                "engines.teacher.kind=external",
+                "engines.teacher.urls=['http://h:1']",
+                "engines.teacher.tensor_parallel=2",
+            ],
+            "engines.teacher.tensor_parallel: 2, but the external engine says itself what it has; write 1",
+        ),
+        (["learner.weight_transport=tensor"], "learner.weight_transport: tensor, which the embedded engine has not"),
+        (
+            [
+                *("learner.weight_transport=tensor", "engines.student.kind=external"),
+                "engines.student.urls=['http://10.0.0.1:1']",
+            ],
+            "learner.weight_transport: tensor, but http://10.0.0.1:1 is another machine; write broadcast",
+        ),
         (["learner.devices=['cuda:0', 'cuda:1']"], "learner.devices: 2 devices for 1 ranks"),
         (
             ["engines.student.devices=[cpu, cpu, cpu]", "engines.student.replicas=2"],

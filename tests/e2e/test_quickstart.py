@@ -56,7 +56,12 @@ def test_quickstart_in_small(tmp_path: Path, max_staleness: int) -> None:
 @pytest.mark.parametrize("train_on", ["tokens", "samples"])
 def test_several_of_everything(inputs: Path, tmp_path: Path, train_on: str) -> None:
     values = topology(inputs, tmp_path, schedule__steps=4)
-    values["learner"] |= {"data_parallel": 2, "tensor_parallel": 2 if train_on == "tokens" else 1}
+    transport = "broadcast" if train_on == "tokens" else "disk"
+    values["learner"] |= {
+        "data_parallel": 2,
+        "tensor_parallel": 2 if train_on == "tokens" else 1,
+        "weight_transport": transport,
+    }
     values["schedule"] |= {"train_on": train_on, "samples_per_step": 4}
     for side in ("student", "teacher"):
         values["engines"][side]["replicas"] = 2

@@ -22,7 +22,8 @@ from learner.errors import WeightSyncError
 from learner.hf_io import hf_weights
 from learner.parallel import Place
 from learner.trainer import Trainer
-from learner.weights import SendReport, WeightSender
+from learner.transport import SendReport
+from learner.weights import WeightSender
 from opd_async.free_ports import free_ports
 
 START_SECONDS = 90.0
@@ -35,7 +36,7 @@ class Engine:
 
     def __init__(self, model: Path) -> None:
         [port] = free_ports("127.0.0.1", 1)
-        self.address = EngineAddress(f"http://127.0.0.1:{port}", 1, "admin", "user")
+        self.address = EngineAddress(f"http://127.0.0.1:{port}", "admin", "user")
         options = {"model-path": model, "port": port, "api-key": "user", "admin-api-key": "admin", "weight-timeout": 20}
         flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         self.process = subprocess.Popen(
@@ -130,7 +131,7 @@ def assert_recovers(sender: WeightSender, trainer: Trainer, version: int) -> Sen
     assert not sender.connected
     sender.connect(next(groups))
     report = sender.send(hf_weights(trainer.model), version)
-    for engine in sender.engines:
+    for engine in sender.addresses:
         sender.verify(engine, report)
     return report
 
@@ -175,7 +176,7 @@ def test_dead_engines_are_named_and_their_successors_join(trainer: Trainer) -> N
             with pytest.raises(WeightSyncError, match=f"{first.address.url} did not answer"):
                 sender.send(dies_midway(), 1)
             assert not sender.connected
-            with pytest.raises(WeightSyncError, match=f"{first.address.url} did not answer GET /model_info"):
+            with pytest.raises(WeightSyncError, match=f"{first.address.url} did not answer GET /server_info"):
                 sender.connect(next(groups))
         with sender_to([successor.address, second.address]) as sender:
             assert_recovers(sender, trainer, 2)
