@@ -52,4 +52,5 @@ def unscored(chunk: Chunk, sender: str) -> ScoredChunk:
         chunk.behaviour_logprobs,
         np.zeros(0, np.float32),
         chunk.context,
+        reward=chunk.reward,
     )

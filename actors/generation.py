@@ -38,6 +38,8 @@ class Generation:
     failures: int = 0
     received: int = 0
     """Tokens that the current request has delivered."""
+    awaits_reward: bool = False
+    """The response is to be judged when it has ended: its end is not announced before `rewarded`."""
     streaming: bool = False
     """A request to the student engine is under way."""
     first_version: int | None = None
@@ -47,6 +49,7 @@ class Generation:
     _sent_end: int = 0
     _made_at: float = 0.0
     _closed: bool = False
+    _reward: float | None = None
 
     def __post_init__(self) -> None:
         self._sent_end = len(self.lease.prefix)
@@ -72,6 +75,10 @@ class Generation:
         """int32[prompt + response so far]."""
         return np.concatenate([self.lease.prompt, self.lease.prefix, *self._tokens]).astype(np.int32)
 
+    def max_tokens(self, settings: RolloutSection) -> int:
+        """Longest response."""
+        return self.lease.max_tokens or settings.sampling.max_response_tokens
+
     def sampling(self, settings: RolloutSection, stop_token_ids: tuple[int, ...]) -> Sampling:
         """Parameters of the request for the rest of the response."""
         sampling = settings.sampling
@@ -79,7 +86,7 @@ class Generation:
             self.lease.temperature,
             sampling.top_p,
             sampling.top_k,
-            sampling.max_response_tokens - self.length,
+            self.max_tokens(settings) - self.length,
             stop_token_ids,
             settings.stream_interval,
         )
@@ -114,7 +121,11 @@ class Generation:
         return len(delta.token_ids)
 
     def due_chunks(self, chunk_tokens: int, actor: int) -> list[m.Chunk]:
-        """Chunks that must leave now: of an older weight version, at `chunk_tokens`, or at the end of the response."""
+        """Chunks that must leave now: of an older weight version, at `chunk_tokens`, or at the end of the response.
+
+        Tokens do not wait for a reward: an empty chunk behind them then says how the response ended and what it earned.
+        """
+        end = None if self.awaits_reward else self.finish
         chunks: list[m.Chunk] = []
         while self._pending:
             version = self._pending[0].weight_version
@@ -123,10 +134,14 @@ class Generation:
             if is_last_run and self.finish is None and sum(len(delta.token_ids) for delta in run) < chunk_tokens:
                 break
             del self._pending[: len(run)]
-            chunks.append(self._chunk(run, actor, self.finish if is_last_run else None))
-        if self.finish is not None and not self._closed:
-            chunks.append(self._chunk([], actor, self.finish))
+            chunks.append(self._chunk(run, actor, end if is_last_run else None))
+        if end is not None and not self._closed:
+            chunks.append(self._chunk([], actor, end))
         return chunks
+
+    def rewarded(self, reward: float | None) -> None:
+        """The response has been judged (None: it could not be): its end may be announced."""
+        self._reward, self.awaits_reward = reward, False
 
     def _chunk(self, deltas: list[Delta], actor: int, finish: m.Finish | None) -> m.Chunk:
         ids = [delta.token_ids for delta in deltas]
@@ -144,13 +159,14 @@ class Generation:
             self._made_at,
             np.concatenate(ids) if ids else np.zeros(0, np.int32),
             np.concatenate(logprobs) if logprobs else np.zeros(0, np.float32),
+            reward=self._reward if finish is not None else None,
         )
         self._sent_end = chunk.end
         self._closed = finish is not None
         return chunk
 
-    def evaluation(self) -> m.EvalDone:
-        """The complete response of an evaluation lease."""
+    def evaluation(self, reward: float | None) -> m.EvalDone:
+        """The complete response of an evaluation lease, and what it earned where that was asked for."""
         finish = self.finish.value if self.finish else ""
         version = max(self.student.version, 0)
-        return m.EvalDone(self.lease.sample_id, finish, version, self.input_ids()[len(self.lease.prompt) :])
+        return m.EvalDone(self.lease.sample_id, finish, version, self.input_ids()[len(self.lease.prompt) :], reward)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.intake_report import LatencyReservoir, describe_step
+from actors.intake_report import LatencyReservoir, describe_rewards, describe_step
 from opd_async import frontier, packing
 from opd_async import messages as m
 from opd_async.assembly import Assembler, Sample, Segment, Verdict
@@ -33,6 +33,7 @@ from opd_async.channels import ControlServer, Pull
 from opd_async.checkpoints import latest
 from opd_async.errors import DeadlineError
 from opd_async.jsonl import JsonlWriter, read_jsonl
+from opd_async.learning import RewardKind
 from opd_async.plan import RoleKind
 from opd_async.process import run_role
 from opd_async.role import ATTEMPT_FLOOR_ENV, Role, role_arguments
@@ -46,12 +47,13 @@ SETTLE_WARNING_S = 10.0
 
 
 class Taken(NamedTuple):
-    """What a step took of one sample; `segment` is None for an empty response."""
+    """What a step took of one sample; `segment` is None for an empty response, `reward` where there is none."""
 
     sample_id: int
     end: int
     complete: bool
     segment: Segment | None
+    reward: float | None
 
 
 def make_planner(schedule: ScheduleSection) -> Planner:
@@ -183,7 +185,7 @@ class Intake:
             # its last chunk may not have been acknowledged yet, and it is about to be forgotten
             self._finished_elsewhere[sample.sample_id] = (sample.attempt, sample.actor, sample.scored_end + 1)
             self._touched.add(sample.sample_id)
-        return Taken(sample.sample_id, end, complete, self._assembler.take(sample))
+        return Taken(sample.sample_id, end, complete, self._assembler.take(sample), sample.reward)
 
     async def _step(self, version: int, taken: list[Taken]) -> None:
         self._version = None
@@ -193,6 +195,9 @@ class Intake:
         segments = [one.segment for one in taken if one.segment is not None]
         batches = packing.pack(segments, version, learner.data_parallel, learner.micro_batch_tokens)
         stats, staleness = describe_step(segments, version)
+        if self._topology.reward.kind is not RewardKind.NONE:
+            stats |= describe_rewards([one.reward for one in taken if one.complete])
+            self._metrics["opd_intake_reward_mean"].set(stats.get("reward_mean", 0.0))
         self._record(version, segments, stats, staleness)
         await self._role.control.send(m.StepStarted(version, stats, staleness, *_columns(taken)))
         per_dp = learner.ranks // learner.data_parallel

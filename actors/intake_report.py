@@ -32,6 +32,15 @@ def describe_step(segments: Sequence[Segment], version: int) -> tuple[dict[str, 
     return stats, staleness.astype(np.int64)
 
 
+def describe_rewards(rewards: Sequence[float | None]) -> dict[str, float]:
+    """Mean and spread of the rewards of a step's complete responses, and how many responses have none."""
+    known = np.array([reward for reward in rewards if reward is not None], np.float64)
+    stats = {"rewarded": float(len(known)), "unrewarded": float(len(rewards) - len(known))}
+    if len(known):
+        stats |= {"reward_mean": float(known.mean()), "reward_std": float(known.std())}
+    return stats
+
+
 class LatencyReservoir:
     """A uniform sample of all score latencies (seconds), of bounded size."""
 

@@ -1,7 +1,8 @@
 """Generate with the student and stream partial samples to the teachers.
 
     leases (control) -> engine /generate (stream) -> buffer -> chunks -> outbox -> PUSH to a teacher actor (or intake)
-                                                                          ^ acknowledgements (control)
+                                                                 | end    ^ acknowledgements (control)
+                                                              reward workers
 
     loop       waits for                                    unblocked by
     control    a message of the coordinator                 the coordinator
@@ -26,14 +27,15 @@ import aiohttp
 import numpy as np
 
 from actors.downstream import Downstream
-from actors.draining import drain
 from actors.engine_client import EngineClient, new_connector
 from actors.generation import Generation, Student
 from actors.guard import Guard
+from actors.judging import Judging
 from actors.replies import Delta
+from actors.streams import PAUSE_DEADLINE_S, Streams
 from opd_async import messages as m
 from opd_async.breaker import PASSING, backoff_s, given_up
-from opd_async.errors import DeadlineError, EngineError, EngineFault
+from opd_async.errors import EngineError, EngineFault
 from opd_async.outbox import Outbox
 from opd_async.plan import RoleKind
 from opd_async.process import run_role
@@ -41,8 +43,6 @@ from opd_async.role import IdleClock, Role, role_arguments
 from opd_async.topology import EngineKind, PauseMode
 
 log = logging.getLogger(__name__)
-
-PAUSE_DEADLINE_S = 60.0
 
 
 class AbortedError(EngineError):
@@ -56,9 +56,9 @@ class RolloutActor:
         self._role = role
         topology = role.plan.topology
         self._settings = topology.rollout
-        self._pause_mode = topology.schedule.pause_mode
         # the embedded engine accounts for every token when it pauses; SGLang does so only when a request ends
         self._drains = topology.engines.student.kind is not EngineKind.EMBEDDED
+        self._keeps_cache = self._drains and topology.schedule.pause_mode is PauseMode.IN_PLACE
         self._metrics = role.metrics
         self._students = [
             Student(self._client(session, url, student=True)) for url in _share(role, role.plan.student_engines)
@@ -69,11 +69,12 @@ class RolloutActor:
         clients = [*(student.client for student in self._students), *self._teachers]
         self._guards = {client.url: Guard(client.url, gauge.labels(client.url)) for client in clients}
         self._outage_s = topology.supervisor.start_deadline_s
+        self._judging = Judging(role)
         self._outbox = Outbox()
-        self._live: dict[int, Generation] = {}
+        self._streams = Streams(topology.schedule.pause_mode, self._drains)
+        self._live = self._streams.live
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._idle = IdleClock()
-        self._arrived = asyncio.Condition()
         role.refresh = self._account
         self._paused_at: float | None = time.monotonic()
 
@@ -109,6 +110,12 @@ class RolloutActor:
                 case _:
                     log.warning("ignored a %s", type(message).__name__)
 
+    def start(self) -> None:
+        """Start the loops under the role's task group."""
+        self._judging.start()
+        self._role.spawn(self.control(), "control")
+        self._role.spawn(self.resend(), "resend")
+
     async def resend(self) -> None:
         """Send chunks again that nobody acknowledged in time."""
         after_s = self._settings.resend_after_s
@@ -125,7 +132,8 @@ class RolloutActor:
 
     def _start(self, lease: m.Lease) -> None:
         student = self._students[lease.prompt_id % len(self._students)]
-        generation = Generation(lease, f"{lease.sample_id:016x}-{uuid.uuid4().hex[:12]}", student)
+        rid = f"{lease.sample_id:016x}-{uuid.uuid4().hex[:12]}"
+        generation = Generation(lease, rid, student, awaits_reward=self._judging.wants(lease))
         if lease.kind == m.LeaseKind.TRAIN:
             route = self._downstream.route(lease.prompt_id)
             self._outbox.open(lease.sample_id, lease.attempt, route, lease.prompt, lease.prefix)
@@ -142,8 +150,12 @@ class RolloutActor:
             if lease.kind == m.LeaseKind.TRAIN:
                 done = m.LeaseDone(lease.sample_id, lease.attempt, generation.length, generation.finish.value)
                 await self._role.control.send(done)
-            else:
-                await self._role.control.send(generation.evaluation())
+            reward = await self._judging.judge(generation) if generation.awaits_reward else None
+            if lease.kind != m.LeaseKind.TRAIN:
+                await self._role.control.send(generation.evaluation(reward))
+            elif generation.awaits_reward:
+                generation.rewarded(reward)
+                await self._flush(generation)
         finally:
             self._live.pop(lease.sample_id, None)
             self._tasks.pop(lease.sample_id, None)
@@ -151,8 +163,8 @@ class RolloutActor:
 
     async def _attempt(self, generation: Generation) -> None:
         """Generate until the response ends or the request fails; failures are counted and bounded."""
-        lease, sampling = generation.lease, self._settings.sampling
-        generation.finish = generation.natural_finish(sampling.max_response_tokens, self._role.plan.stop_token_ids)
+        lease, longest = generation.lease, generation.max_tokens(self._settings)
+        generation.finish = generation.natural_finish(longest, self._role.plan.stop_token_ids)
         if generation.finish is not None:
             await self._flush(generation)
             return
@@ -180,7 +192,7 @@ class RolloutActor:
     async def _stream(self, generation: Generation, client: EngineClient, on_teacher: bool) -> None:
         """One request, to the end of its stream."""
         request = generation.sampling(self._settings, self._role.plan.stop_token_ids)
-        key = "" if on_teacher else generation.cache_key(self._drains and self._pause_mode is PauseMode.IN_PLACE)
+        key = "" if on_teacher else generation.cache_key(self._keeps_cache)
         try:
             async for delta in client.stream(generation.rid, generation.input_ids(), request, key):
                 await self._take(generation, delta, on_teacher)
@@ -188,9 +200,8 @@ class RolloutActor:
             if generation.finish is None:
                 raise EngineError(f"{client.url}: the stream ended without a finish reason")
         finally:
-            async with self._arrived:
-                generation.streaming = False
-                self._arrived.notify_all()
+            generation.streaming = False
+            await self._streams.progressed()
 
     async def _take(self, generation: Generation, delta: Delta, on_teacher: bool) -> None:
         new_tokens = generation.take(delta, on_teacher, self._role.plan.stop_token_ids)
@@ -199,8 +210,7 @@ class RolloutActor:
             self._metrics["opd_rollout_tokens_total"].inc(new_tokens)
             for chunk in generation.due_chunks(self._settings.chunk_tokens, self._role.mine.index):
                 await self._send(chunk)
-        async with self._arrived:
-            self._arrived.notify_all()
+        await self._streams.progressed()
         if delta.aborted:
             raise AbortedError("the engine aborted the request")
 
@@ -257,46 +267,15 @@ class RolloutActor:
         for student in self._students:
             student.gate.clear()
         up = [student for student in self._students if not student.down]
-        results = await asyncio.gather(*(self._pause_one(student) for student in up))
+        results = await asyncio.gather(*(self._streams.stop(student) for student in up))
         emitted = {rid: count for counts in results for rid, count in counts.items()}
-        await self._all_arrived(emitted)
+        await self._streams.all_arrived(emitted)
         for generation in list(self._live.values()):
             await self._flush(generation)
         ends = np.array(self._outbox.ends(), np.int64).reshape(-1, 3)
         paused = m.Paused(token, ends[:, 0], ends[:, 1].astype(np.int32), ends[:, 2].astype(np.int32))
         await self._role.control.send(paused)
         self._account()
-
-    async def _pause_one(self, student: Student) -> dict[str, int]:
-        """Tokens that the engine has sent to each stream; an engine that is gone has sent all that it ever will."""
-        if self._drains:
-
-            def open_streams() -> list[Generation]:
-                return [g for g in self._live.values() if g.streaming and g.student is student]
-
-            await drain(student.client, open_streams, self._arrived, PAUSE_DEADLINE_S)
-            return {}
-        try:
-            return await student.client.pause(self._pause_mode.value)
-        except EngineError as error:
-            log.warning("pause: %s; its responses go on when it is back", error)
-            return {}
-
-    async def _all_arrived(self, emitted: dict[str, int]) -> None:
-        """Wait until every live stream has received what its engine says it sent."""
-
-        def missing() -> list[Generation]:
-            live = self._live.values()
-            return [g for g in live if not g.student.down and g.received < emitted.get(g.rid, 0)]
-
-        try:
-            async with asyncio.timeout(PAUSE_DEADLINE_S), self._arrived:
-                await self._arrived.wait_for(lambda: not missing())
-        except TimeoutError:
-            late = ", ".join(f"{g.rid} ({g.received} of {emitted[g.rid]})" for g in missing()[:3])
-            raise DeadlineError(
-                f"pause: tokens that the engines sent did not arrive in {PAUSE_DEADLINE_S:.0f} s: {late}"
-            ) from None
 
     async def _resume(self, version: int) -> None:
         for student in self._students:
@@ -336,7 +315,7 @@ class RolloutActor:
 
     def _account(self) -> None:
         """Bring idle time and gauges up to date."""
-        running = sum(1 for g in self._live.values() if g.student.gate.is_set())
+        running = self._streams.running
         self._idle.set_busy(running > 0)
         previous = self._role.counters.get("idle_s", 0.0)
         self._role.counters["idle_s"] = self._idle.idle_s
@@ -357,8 +336,7 @@ async def main() -> None:
         aiohttp.ClientSession(connector=new_connector()) as session,
     ):
         actor = RolloutActor(role, session)
-        role.spawn(actor.control(), "control")
-        role.spawn(actor.resend(), "resend")
+        actor.start()
         await role.until_stopped()
         actor.close()
 

@@ -223,6 +223,7 @@ class TeacherActor:
                     chunk.context,
                     topk.ids if topk is not None else None,
                     topk.logprobs if topk is not None else None,
+                    chunk.reward,
                 )
             )
             if chunk.finish is not None:

@@ -8,6 +8,7 @@ Pure: no sockets, no clock. A response is trained in order and without gaps, so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -66,6 +67,8 @@ class Sample:
     trained_end: int = 0
     scored_end: int = 0
     finish: str | None = None
+    reward: float | None = None
+    """Known with `finish`, where the topology has a reward and the response could be judged."""
     early: dict[int, ScoredChunk] = field(default_factory=dict)
     order: int = 0
     """When the response finished, relative to others."""
@@ -181,7 +184,7 @@ class Assembler:
             sample.scored_end = chunk.end
         sample.actor = chunk.actor
         if chunk.finish is not None:
-            sample.finish = chunk.finish
+            sample.finish, sample.reward = chunk.finish, chunk.reward
             sample.order = self._finished
             self._finished += 1
 
@@ -269,6 +272,8 @@ def _well_formed(chunk: ScoredChunk, topk: int, teacher: bool) -> bool:
     if len(chunk.behaviour_logprobs) != n or len(chunk.teacher_logprobs) != n * teacher or chunk.start < 0:
         return False
     if chunk.context is not None and len(chunk.context) != chunk.prompt_tokens + chunk.start:
+        return False
+    if chunk.reward is not None and not math.isfinite(chunk.reward):
         return False
     if n == 0:
         return chunk.finish is not None

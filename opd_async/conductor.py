@@ -21,7 +21,6 @@ import zmq.asyncio
 
 from opd_async import checkpoints
 from opd_async import messages as m
-from opd_async.answers import AnswerChecker
 from opd_async.coordinator import Coordinator
 from opd_async.errors import OpdError
 from opd_async.evaluator import Evaluator
@@ -153,9 +152,8 @@ class Conductor:
         topology, held_out = self._plan.topology, self._inputs.held_out
         if held_out is None:
             return None
-        checker = AnswerChecker(topology.evaluation.answer_pattern)
-        slots = topology.rollout.slots
-        evaluator = Evaluator(held_out.prompts, self._inputs.tokenizer, checker, slots, hub.send_eval)
+        section, slots = topology.evaluation, topology.rollout.slots
+        evaluator = Evaluator(held_out.prompts, self._inputs.tokenizer, section, slots, hub.send_eval)
         hub.on_eval_done = evaluator.deliver
         return evaluator
 

@@ -268,6 +268,7 @@ class Coordinator:
                 prompt.label,
                 prompt.token_ids,
                 spec.prefix,
+                prompt.metadata_json,
             )
             await self.server.send(actor, lease)
 

@@ -66,7 +66,8 @@ def read_inputs(topology: Topology) -> Inputs:
     prompts = load_prompts(topology.data.train, tokenizer, limit)
     if prompts.skipped_too_long:
         echo(f"{topology.data.train.path}: skipped {prompts.skipped_too_long} prompts longer than {limit} tokens")
-    held_out = load_prompts(topology.data.held_out, tokenizer, limit) if topology.data.held_out else None
+    section, limit = topology.data.held_out, topology.max_held_out_tokens
+    held_out = load_prompts(section, tokenizer, limit) if section else None
     return Inputs(prompts, held_out, tokenizer)
 
 

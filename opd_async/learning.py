@@ -1,4 +1,4 @@
-"""What the student learns from: the section `opd` of a topology."""
+"""What the student learns from: the sections `opd` and `reward` of a topology."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from opd_async.loss_names import TOPK_LOSSES
-from opd_async.section import NonNegative, Positive, Section
+from opd_async.section import NonNegative, Positive, Seconds, Section
 
 
 class OpdType(StrEnum):
@@ -61,3 +61,29 @@ class OpdSection(Section):
     def wire_topk(self) -> int:
         """How many of the teacher's most likely tokens travel with each scored token."""
         return self.topk if self.on_engines and self.loss in TOPK_LOSSES else 0
+
+
+class RewardKind(StrEnum):
+    """How a response is judged."""
+
+    NONE = "none"
+    MATH = "math"
+    """1 where math-verify finds the label's value in the response, else 0."""
+    EXACT_MATCH = "exact_match"
+    """1 where the response ended and `evaluation.answer_pattern` finds the label, else 0."""
+    PYTHON = "python"
+    """A number that the user's own async function returns."""
+
+
+class RewardSection(Section):
+    """What a response earns once it has ended, judged in processes beside each rollout actor."""
+
+    kind: RewardKind = RewardKind.NONE
+    function: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$", examples=["my_rewards:judge"])
+    """`python`: awaited with prompt, response, label and metadata by name."""
+    workers: Positive = 1
+    """Processes per rollout actor."""
+    concurrency: Positive = 16
+    """`python`: calls at once in one process; the other kinds judge one response at a time."""
+    timeout_s: Seconds = 10.0
+    """A judgement that takes longer is given up: the response has no reward, and that is counted."""

@@ -27,6 +27,7 @@ from opd_async.report import (
 )
 
 SHOWN_COUNTERS = (
+    "reward_failures",
     "engine_errors",
     "resent_chunks",
     "teacher_retries",
@@ -171,7 +172,7 @@ class Ledger:
             if "evaluation" not in row:
                 self._add(row)
                 continue
-            fields = {name: row[name] for name in Evaluation.model_fields}
+            fields = {name: row[name] for name in Evaluation.model_fields if name in row}
             evaluation = Evaluation.model_validate(fields)
             if row["evaluation"] == "teacher":
                 self.teacher = evaluation

@@ -58,6 +58,8 @@ class Chunk:
     token_ids: Int32
     behaviour_logprobs: Float32
     context: Int32 | None = None
+    reward: float | None = None
+    """With `finish`, where the topology has a reward: what the response earned, None if it could not be judged."""
 
     @property
     def end(self) -> int:
@@ -98,6 +100,8 @@ class ScoredChunk:
     context: Int32 | None = None
     topk_ids: Int32Matrix | None = None
     topk_logprobs: Float32Matrix | None = None
+    reward: float | None = None
+    """As in `Chunk`."""
 
     @property
     def end(self) -> int:
@@ -167,7 +171,8 @@ class Failure:
 @dataclass(frozen=True, slots=True)
 class Lease:
     """Generate one response. `prefix` int32[k] holds response tokens that an earlier attempt already made and that
-    have been scored: generation goes on behind them."""
+    have been scored: generation goes on behind them. `metadata` is the prompt's, as JSON, for its reward;
+    `max_tokens` None stands for the topology's `rollout.sampling.max_response_tokens`."""
 
     sample_id: int
     attempt: int
@@ -177,12 +182,14 @@ class Lease:
     label: str
     prompt: Int32
     prefix: Int32
+    metadata: str = "{}"
+    max_tokens: int | None = None
 
 
 @message
 @dataclass(frozen=True, slots=True)
 class LeaseDone:
-    """A training response has ended and its last chunk has been sent."""
+    """A training response has ended and its last tokens have been sent; its reward may still be under way."""
 
     sample_id: int
     attempt: int
@@ -193,12 +200,13 @@ class LeaseDone:
 @message
 @dataclass(frozen=True, slots=True)
 class EvalDone:
-    """An evaluation response, complete."""
+    """An evaluation response, complete; `reward` where evaluations are judged by it."""
 
     sample_id: int
     finish: str
     weight_version: int
     token_ids: Int32
+    reward: float | None = None
 
 
 @message

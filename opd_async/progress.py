@@ -37,8 +37,9 @@ class Progress:
         rate = self._tokens / max(now - self._since, 1e-9)
         ages = started.staleness_counts
         mean_age = float(np.arange(len(ages)) @ ages / max(ages.sum(), 1))
+        reward = f"reward {started.stats['reward_mean']:.3f}  " if "reward_mean" in started.stats else ""
         self.say(
-            f"step {step:>4}/{self._steps}  reverse KL {learner.get('reverse_kl', float('nan')):.4f}  "
+            f"step {step:>4}/{self._steps}  {reward}reverse KL {learner.get('reverse_kl', float('nan')):.4f}  "
             f"ratio spread {learner.get('ratio_std', float('nan')):.3f}  "
             f"staleness {mean_age:.2f} (max {len(ages) - 1})  {rate:,.0f} tokens/s  cuts {started.stats['cuts']:.0f}"
         )
@@ -46,7 +47,9 @@ class Progress:
 
     def evaluation(self, who: str, result: Evaluation) -> None:
         """An evaluation is done."""
+        sampled = f"avg@{result.samples_per_prompt}" if result.samples_per_prompt > 1 else "pass@1"
+        unjudged = f", {result.unjudged} not judged" if result.unjudged else ""
         self.say(
-            f"{who} at step {result.step}: pass@1 {100 * result.pass_at_1:.1f} %, "
-            f"greedy {100 * result.pass_at_1_greedy:.1f} % of {result.prompts} held-out prompts"
+            f"{who} at step {result.step}: {sampled} {100 * result.pass_at_1:.1f} %, "
+            f"greedy {100 * result.pass_at_1_greedy:.1f} % of {result.prompts} held-out prompts{unjudged}"
         )

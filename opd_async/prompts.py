@@ -36,6 +36,11 @@ class Prompt:
     label: str
     metadata: dict[str, Any]
 
+    @property
+    def metadata_json(self) -> str:
+        """The metadata as it travels to a reward; values that JSON has no word for become text."""
+        return json.dumps(self.metadata, default=str) if self.metadata else "{}"
+
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:

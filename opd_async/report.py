@@ -21,7 +21,7 @@ _Z = 1.959963984540054
 Interval = tuple[float, float]
 
 
-def wilson_interval(passed: int, trials: int) -> Interval:
+def wilson_interval(passed: float, trials: int) -> Interval:
     """The 95 % score interval of a proportion (Wilson 1927), both ends within [0, 1]. `ValueError` without trials.
 
     It stays sensible at 0 % and 100 %, where the textbook interval has no width.
@@ -36,24 +36,42 @@ def wilson_interval(passed: int, trials: int) -> Interval:
 
 
 class Evaluation(Section):
-    """pass@1 of one model over `prompts` held-out prompts: one sample each at temperature 1, and one greedy."""
+    """pass@1 of one model over `prompts` held-out prompts: `samples_per_prompt` sampled responses, and a greedy one."""
 
     prompts: int
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    """Of the sampled responses."""
     pass_at_1: float
+    """Share of all sampled responses that are right: avg@k with k = `samples_per_prompt`."""
     pass_at_1_interval: Interval
-    """95 %."""
+    """95 %, with prompts for trials: samples of one prompt resemble one another, so it is never too narrow."""
     pass_at_1_greedy: float
     pass_at_1_greedy_interval: Interval
     step: int
     """Optimizer steps behind the evaluated weights; 0 for the teacher."""
+    unjudged: int = 0
+    """Responses for which no reward could be computed; they count as wrong."""
 
     @classmethod
-    def from_counts(cls, prompts: int, passed: int, passed_greedy: int, step: int) -> Self:
-        """From numbers of prompts answered correctly; `ValueError` unless 0 <= passed <= prompts, prompts > 0."""
+    def from_counts(
+        cls,
+        prompts: int,
+        passed: int,
+        passed_greedy: int,
+        step: int,
+        samples: int = 1,
+        temperature: float = 1.0,
+        unjudged: int = 0,
+    ) -> Self:
+        """From numbers of right responses, `passed` among prompts x samples; `ValueError` unless both are possible."""
         return cls(
             prompts=prompts,
-            pass_at_1=passed / prompts if prompts else 0.0,
-            pass_at_1_interval=wilson_interval(passed, prompts),
+            samples_per_prompt=samples,
+            temperature=temperature,
+            unjudged=unjudged,
+            pass_at_1=passed / (prompts * samples) if prompts else 0.0,
+            pass_at_1_interval=wilson_interval(passed / samples, prompts),
             pass_at_1_greedy=passed_greedy / prompts if prompts else 0.0,
             pass_at_1_greedy_interval=wilson_interval(passed_greedy, prompts),
             step=step,
@@ -171,7 +189,9 @@ def _evaluations(report: Report) -> Iterator[str]:
     rows = (("teacher", report.teacher), ("before", report.student_before), ("after", report.student_after))
     if all(evaluation is None for _, evaluation in rows):
         return
-    yield f" {'pass@1, 95 % interval':<24}{'sampled, T = 1':<32}greedy"
+    first = next(evaluation for _, evaluation in rows if evaluation is not None)
+    many = f", avg@{first.samples_per_prompt}" if first.samples_per_prompt > 1 else ""
+    yield f" {'pass@1, 95 % interval':<24}{f'sampled, T = {first.temperature:g}{many}':<32}greedy"
     for label, found in rows:
         if found is None:
             continue

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from opd_async.learning import OpdSection
+from opd_async.learning import OpdSection, RewardSection
 from opd_async.section import Decay, Devices, NonNegative, Positive, Seconds, Section, Share, Url
 
 
@@ -230,6 +230,14 @@ class EvaluationSection(Section):
     """Prompts for the evaluations before and after training."""
     during_prompts: Positive = 256
     """Prompts for the evaluations in between."""
+    samples_per_prompt: Positive = 1
+    """Sampled responses per prompt: their mean is avg@k. One more is greedy."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Of the sampled responses. Nothing is trained on them, so it need not be 1."""
+    max_response_tokens: Positive | None = None
+    """None: as in `rollout.sampling`."""
+    judge: Literal["answer", "reward"] = "answer"
+    """What makes a response right: the answer pattern, or a positive reward."""
     answer_pattern: str = r"(?s)^(.*)$"
     """Regular expression over the response text; its first group must equal the label."""
     teacher: bool = True
@@ -271,6 +279,7 @@ class Topology(Section):
     teacher: TeacherSection = TeacherSection()
     learner: LearnerSection = LearnerSection()
     opd: OpdSection = OpdSection()
+    reward: RewardSection = RewardSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection = EvaluationSection()
     network: NetworkSection = NetworkSection()
@@ -293,3 +302,9 @@ class Topology(Section):
     def max_prompt_tokens(self) -> int:
         """Longest prompt that leaves room for `max_response_tokens` in the student's context."""
         return self.engines.student.context_tokens - self.rollout.sampling.max_response_tokens
+
+    @property
+    def max_held_out_tokens(self) -> int:
+        """The same for held-out prompts and the responses of evaluations."""
+        longest = self.evaluation.max_response_tokens or self.rollout.sampling.max_response_tokens
+        return self.engines.student.context_tokens - longest

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from opd_async.errors import InputError
@@ -13,6 +12,7 @@ from opd_async.host_checks import device_problems, network_problems
 from opd_async.learner_checks import learner_problems
 from opd_async.loss_names import RATIO_LOSSES, WHOLE_RESPONSE_LOSSES, loss_problem, teacher_problem
 from opd_async.model_folder import ModelFacts, folder_problems, try_model
+from opd_async.reward_checks import reward_problems
 from opd_async.sglang_server import version_problem
 from opd_async.teacher_checks import opd_problems
 from opd_async.tokenizer import Tokenizer
@@ -26,7 +26,8 @@ def validate(topology: Topology) -> list[str]:
     """Every reason why this topology cannot run, in the order of the file; empty if it can.
 
     Opens the model folders' JSON files and weight headers and, with an explicit `network.base_port`, binds each port
-    for an instant. Loads no weight and starts nothing but the Python of SGLang engines, to ask for their version.
+    for an instant. Loads no weight, and starts nothing but the Python of SGLang engines, to ask for
+    their version, and the rule of the reward, to see that it loads.
     """
     return [
         *opd_problems(topology),
@@ -40,7 +41,7 @@ def validate(topology: Topology) -> list[str]:
         *learner_problems(topology),
         *_loss_problems(topology),
         *device_problems(topology),
-        *_answer_problems(topology),
+        *reward_problems(topology),
         *network_problems(topology),
     ]
 
@@ -250,14 +251,3 @@ def _loss_problems(topology: Topology) -> Iterator[str]:
             f"opd.topk: {topology.opd.topk}, but the vocabulary has {facts.vocab_size} tokens, and some must be left "
             f"outside; write at most {facts.vocab_size - 1}"
         )
-
-
-def _answer_problems(topology: Topology) -> Iterator[str]:
-    pattern = topology.evaluation.answer_pattern
-    try:
-        groups = re.compile(pattern).groups
-    except re.error as error:
-        yield f"evaluation.answer_pattern: {pattern!r} is not a regular expression ({error}); write one with a group"
-        return
-    if groups == 0:
-        yield f"evaluation.answer_pattern: {pattern!r} has no group; put the answer in parentheses, as in ^(.*)$"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import numpy as np
@@ -167,8 +168,41 @@ def test_a_request_asks_for_the_rest() -> None:
 def test_an_evaluation_is_the_whole_response() -> None:
     one = generation(kind=m.LeaseKind.EVAL_STUDENT)
     take(one, delta(10), delta(11, finish=m.Finish.STOP))
-    done = one.evaluation()
+    done = one.evaluation(0.5)
     assert (done.sample_id, done.finish, done.weight_version, done.token_ids.tolist()) == (9, "stop", 5, [10, 11])
+    assert done.reward == 0.5
+
+
+@pytest.mark.parametrize("reward", [1.5, None])
+def test_tokens_do_not_wait_for_the_reward_and_the_end_does(reward: float | None) -> None:
+    one = generation()
+    one.awaits_reward = True
+    take(one, delta(10), delta(11, finish=m.Finish.STOP))
+    assert shown(one.due_chunks(8, 0)) == [(0, [10, 11], 5, None)]
+    assert one.due_chunks(1, 0) == []  # a pause meanwhile announces nothing
+    one.rewarded(reward)
+    (end,) = one.due_chunks(1, 0)
+    assert shown([end]) == [(2, [], 5, "stop")] and end.reward == reward
+    assert one.due_chunks(1, 0) == []
+
+
+def test_a_reward_comes_behind_an_empty_response_and_a_resumed_one_too() -> None:
+    for prefix in ([], [20, STOP_ID]):
+        one = generation(prefix=prefix)
+        one.awaits_reward = True
+        one.finish = m.Finish.STOP
+        assert one.due_chunks(1, 0) == []
+        one.rewarded(0.0)
+        (end,) = one.due_chunks(1, 0)
+        assert shown([end]) == [(len(prefix), [], 5, "stop")] and end.reward == 0.0
+
+
+def test_an_evaluation_may_have_a_length_of_its_own() -> None:
+    section = RolloutSection.model_validate({"sampling": {"max_response_tokens": 10}})
+    one = generation()
+    assert one.max_tokens(section) == 10
+    one.lease = dataclasses.replace(one.lease, max_tokens=20)
+    assert one.max_tokens(section) == one.sampling(section, ()).max_new_tokens == 20
 
 
 EVENTS = st.lists(st.sampled_from(["tokens", "tokens", "tokens", "update", "pause", "break", "abort"]), max_size=30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -290,3 +291,13 @@ def test_without_a_teacher_chunks_have_no_scores_and_with_one_they_must() -> Non
     assert segment is not None and segment.complete
     assert len(segment.teacher_logprobs) == 0 and len(segment.behaviour_logprobs) == 4
     assert Assembler().add(scored(3, 0, 4, context=True, teacher_logprobs=NONE)) is Verdict.MALFORMED
+
+
+def test_the_reward_comes_with_the_end() -> None:
+    box = assembler()
+    held(box, 3, 2)
+    assert box.add(scored(3, 2, 2, finish="stop", reward=math.nan)) is Verdict.MALFORMED
+    assert box.add(scored(3, 2, 2, finish="stop", reward=0.5)) is Verdict.ACCEPTED
+    assert box.samples[3].reward == 0.5
+    held(box, 4, 2, finish="stop")
+    assert box.samples[4].reward is None

@@ -135,12 +135,14 @@ def known_flags() -> frozenset[str]:
     """Options of the launcher, of the example's scripts, and of SGLang's server as far as a run uses them."""
     sources = [
         ROOT / "opd_async/launch.py",
+        ROOT / "opd_async/slime_flags.py",
         ROOT / "learner/convert.py",
         *ROOT.glob("bench/*.py"),
         *ROOT.glob("examples/addition/*.py"),
     ]
-    found = {flag for file in sources for flag in re.findall(r'add_argument\("(--[a-z-]+)"', file.read_text())}
+    found = {flag for file in sources for flag in re.findall(r'add_argument\(\s*"(--[a-z-]+)"', file.read_text())}
     servers = (ROOT / "opd_async/sglang_server.py").read_text()
+    found |= {f"--no-{flag[2:]}" for flag in found if flag == "--use-opd"}
     return frozenset(found | OTHER_FLAGS | set(re.findall(r'"(--[a-z-]+)"', servers)))
 
 

@@ -111,6 +111,9 @@ def test_the_file_is_whole_and_reads_back(tmp_path: Path) -> None:
     assert keys["stages"]["teacher"] == {"tokens": 1_234_000, "tokens_per_s": 1640.4, "idle_share": 0.61}
     assert set(keys["student_after"]) == {
         "prompts",
+        "samples_per_prompt",
+        "temperature",
+        "unjudged",
         "pass_at_1",
         "pass_at_1_interval",
         "pass_at_1_greedy",

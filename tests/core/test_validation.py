@@ -42,6 +42,9 @@ WRONG = {
     "rollout.replicas=2": "rollout.replicas: 2 actors for 1 student engines; write at most 1",
     "teacher.replicas=3": "teacher.replicas: 3 actors for 1 teacher engines; write at most 1",
     "opd.loss=k3": "opd.loss: k3 is refused: as a loss, exp(d) - d - 1 of the student's own tokens has the expected",
+    "evaluation.max_response_tokens=64": "evaluation.max_response_tokens: 64 leaves no room for a prompt in",
+    "evaluation.judge=reward": "evaluation.judge: reward, but there is none; write reward.kind, or answer",
+    "reward.function=my:judge": "reward.function: only for kind python, this is none; remove it",
     "evaluation.answer_pattern='('": "evaluation.answer_pattern: '(' is not a regular expression",
     "network.bind=0.0.0.0": "network.bind: 0.0.0.0 is not an IPv4 loopback address",
     "data.train.path=nowhere.jsonl": "data.train.path: no file nowhere.jsonl",
@@ -287,3 +290,14 @@ def test_the_quickstart_is_valid_but_for_the_data_that_is_made_first() -> None:
     topology = load_topology(Path("examples/quickstart.yaml"))
     assert [line for line in validate(topology) if not line.startswith("data.")] == []
     assert warnings(topology) == []
+
+
+def test_rewards_are_loaded_before_the_start(tmp_path: Path) -> None:
+    for kind in ("math", "exact_match"):
+        assert problems(tmp_path, f"reward.kind={kind}", "evaluation.judge=reward") == []
+    (found,) = problems(tmp_path, "reward.kind=python")
+    assert found.startswith("reward.function: missing; write module:function")
+    (found,) = problems(tmp_path, "reward.kind=python", "reward.function=no_such_module:judge")
+    assert found.startswith("reward.function: no_such_module:judge cannot be loaded (ModuleNotFoundError")
+    (found,) = problems(tmp_path, "reward.kind=exact_match", "evaluation.answer_pattern=abc")
+    assert found.startswith("evaluation.answer_pattern: 'abc' has no group")

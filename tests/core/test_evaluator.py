@@ -1,0 +1,79 @@
+"""Evaluations: how many responses, with which settings, and what makes one right."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import make_model
+
+from opd_async.evaluator import Evaluator
+from opd_async.messages import EvalDone, Lease, LeaseKind
+from opd_async.prompts import Prompt
+from opd_async.report import Evaluation, wilson_interval
+from opd_async.tokenizer import Tokenizer
+from opd_async.topology import EvaluationSection
+
+PROMPTS = [Prompt(index, np.array([1, 3], np.int32), "b", {"row": index}) for index in range(5)]
+RIGHT = np.array([4, 2], np.int32)  # "b" and the stop token
+WRONG = np.array([5, 2], np.int32)
+Answer = Callable[[Lease], EvalDone]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return Tokenizer(make_model(tmp_path / "model"))
+
+
+def evaluate(tokenizer: Tokenizer, answer: Answer, **section: object) -> tuple[Evaluation, list[Lease]]:
+    """One evaluation of four prompts, every lease answered at once."""
+    leases: list[Lease] = []
+
+    async def send(lease: Lease) -> None:
+        leases.append(lease)
+        evaluator.deliver(answer(lease))
+
+    settings = EvaluationSection.model_validate(section)
+    evaluator = Evaluator(PROMPTS, tokenizer, settings, slots=3, send=send)
+    return asyncio.run(evaluator.evaluate(LeaseKind.EVAL_STUDENT, 4, 7, 10.0)), leases
+
+
+def done(lease: Lease, ids: np.ndarray[tuple[int], np.dtype[np.int32]], reward: float | None = None) -> EvalDone:
+    return EvalDone(lease.sample_id, "stop", 7, ids, reward)
+
+
+def test_avg_at_k_with_settings_of_its_own(tokenizer: Tokenizer) -> None:
+    """Of three samples per prompt, those of even prompts are right; greedy ones are all right."""
+
+    def answer(lease: Lease) -> EvalDone:
+        return done(lease, RIGHT if lease.prompt_id % 2 == 0 or lease.temperature == 0.0 else WRONG)
+
+    found, leases = evaluate(tokenizer, answer, samples_per_prompt=3, temperature=0.6, max_response_tokens=20)
+    assert (found.prompts, found.samples_per_prompt, found.temperature, found.step) == (4, 3, 0.6, 7)
+    assert (found.pass_at_1, found.pass_at_1_greedy) == (0.5, 1.0)
+    assert found.pass_at_1_interval == wilson_interval(2, 4)
+    assert [lease.temperature for lease in leases] == [0.6] * 12 + [0.0] * 4
+    assert {lease.max_tokens for lease in leases} == {20}
+    assert sorted(lease.prompt_id for lease in leases[:12]) == sorted([0, 1, 2, 3] * 3)
+    assert len({lease.sample_id for lease in leases}) == 16
+
+
+def test_an_evaluation_asks_for_answers_not_for_a_teachers_opinion(tokenizer: Tokenizer) -> None:
+    """A reward that comes along changes nothing, unless evaluations are judged by it; a teacher never does."""
+    wrong_but_praised, leases = evaluate(tokenizer, lambda lease: done(lease, WRONG, 1.0))
+    assert wrong_but_praised.pass_at_1 == 0.0 and wrong_but_praised.unjudged == 0
+    assert {lease.max_tokens for lease in leases} == {None}
+    praised, leases = evaluate(tokenizer, lambda lease: done(lease, WRONG, 1.0), judge="reward")
+    assert praised.pass_at_1 == praised.pass_at_1_greedy == 1.0
+    assert leases[1].metadata == '{"row": 1}'
+
+
+def test_responses_that_could_not_be_judged_are_counted(tokenizer: Tokenizer) -> None:
+    def answer(lease: Lease) -> EvalDone:
+        return done(lease, RIGHT, {0: 1.0, 1: -1.0, 2: 0.0}.get(lease.prompt_id))
+
+    found, _ = evaluate(tokenizer, answer, judge="reward")
+    assert (found.pass_at_1, found.unjudged) == (0.25, 2)
