@@ -13,8 +13,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from actors.engine_client import EngineClient
 from actors.generation import Generation
+from actors.routed_client import GenerationClient
 from opd_async.errors import DeadlineError, EngineError
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ ABORT_AGAIN_S = 0.25
 
 
 async def drain(
-    client: EngineClient,
+    client: GenerationClient,
     open_streams: Callable[[], Sequence[Generation]],
     changed: asyncio.Condition,
     deadline_s: float,
@@ -44,7 +44,7 @@ async def drain(
         raise DeadlineError(f"pause: {client.url} did not end its requests in {deadline_s:.0f} s: {late}") from None
 
 
-async def _abort(client: EngineClient) -> None:
+async def _abort(client: GenerationClient) -> None:
     try:
         await client.abort_all()
     except EngineError as error:

@@ -191,6 +191,8 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
         buffer += data
         *complete, buffer = buffer.split(b"\n\n")
         for event in complete:
+            if event.startswith(b":"):  # a comment, by which routers keep idle connections open
+                continue
             payload = event.removeprefix(b"data: ")
             if payload == b"[DONE]":
                 return

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.engine_client import EngineClient, Sampling
+from actors.engine_client import Sampling
 from actors.replies import Delta
+from actors.routed_client import GenerationClient, RoutedClient
 from opd_async import messages as m
 from opd_async.errors import EngineError
 from opd_async.topology import RolloutSection
@@ -21,10 +22,24 @@ from opd_async.topology import RolloutSection
 class Student:
     """A student engine as a rollout actor sees it. The gate is open while it may generate with weights `version`."""
 
-    client: EngineClient
+    client: GenerationClient
+    urls: tuple[str, ...]
+    """The engine itself; behind a router, all engines there."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     version: int = -1
     down: bool = False
+    """It cannot be paused, and has sent all that it ever will."""
+
+    @property
+    def routed(self) -> bool:
+        """Behind a router, where nobody knows which engine a request has met, and other actors' requests run too."""
+        return isinstance(self.client, RoutedClient)
+
+    def lost(self) -> None:
+        """An engine is gone: no new requests until the weights are in its successor. Those behind a router go on with
+        what they have, and must still be paused."""
+        self.gate.clear()
+        self.down = not self.routed
 
 
 @dataclass(slots=True)

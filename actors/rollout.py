@@ -32,6 +32,7 @@ from actors.generation import Generation, Student
 from actors.guard import Guard
 from actors.judging import Judging
 from actors.replies import Delta
+from actors.routed_client import GenerationClient, RoutedClient
 from actors.streams import PAUSE_DEADLINE_S, Streams
 from opd_async import messages as m
 from opd_async.breaker import PASSING, backoff_s, given_up
@@ -60,9 +61,7 @@ class RolloutActor:
         self._drains = topology.engines.student.kind is not EngineKind.EMBEDDED
         self._keeps_cache = self._drains and topology.schedule.pause_mode is PauseMode.IN_PLACE
         self._metrics = role.metrics
-        self._students = [
-            Student(self._client(session, url, student=True)) for url in _share(role, role.plan.student_engines)
-        ]
+        self._students = self._find_students(session)
         self._teachers = [self._client(session, url, student=False) for url in role.plan.teacher_engines]
         self._downstream = Downstream(role.context, role.plan, role.name)
         gauge = self._metrics["opd_rollout_breaker_open"]
@@ -77,6 +76,16 @@ class RolloutActor:
         self._idle = IdleClock()
         role.refresh = self._account
         self._paused_at: float | None = time.monotonic()
+
+    def _find_students(self, session: aiohttp.ClientSession) -> list[Student]:
+        """The engines that this actor drives: every `replicas`-th, so that all are driven by exactly one; all of them
+        as one where a router decides which of them a request meets."""
+        urls, router = self._role.plan.student_engines, self._role.plan.topology.engines.student.router
+        if router is None:
+            mine = urls[self._role.mine.index :: self._role.plan.topology.rollout.replicas]
+            return [Student(self._client(session, url, student=True), (url,)) for url in mine]
+        engines = [self._client(session, url, student=True) for url in urls]
+        return [Student(RoutedClient(self._client(session, router.rstrip("/"), student=True), engines), urls)]
 
     def _client(self, session: aiohttp.ClientSession, url: str, student: bool) -> EngineClient:
         engines = self._role.plan.topology.engines
@@ -169,18 +178,24 @@ class RolloutActor:
             await self._flush(generation)
             return
         on_teacher = lease.kind == m.LeaseKind.EVAL_TEACHER
-        client = self._teachers[lease.sample_id % len(self._teachers)] if on_teacher else generation.student.client
+        client: GenerationClient = generation.student.client
+        if on_teacher:
+            client = self._teachers[lease.sample_id % len(self._teachers)]
         await self._admitted(generation, client, on_teacher)
         generation.streaming = not on_teacher
         try:
             await self._stream(generation, client, on_teacher)
         except EngineError as error:
-            if isinstance(error, AbortedError) and self._drains and not generation.student.gate.is_set():
+            if isinstance(error, AbortedError) and self._expects_aborts(generation.student):
                 generation.new_request()
             else:
                 await self._failed(generation, client, error)
 
-    async def _admitted(self, generation: Generation, client: EngineClient, on_teacher: bool) -> None:
+    def _expects_aborts(self, student: Student) -> bool:
+        """A drain aborts requests: this actor's own, or, behind a router, that of another one."""
+        return self._drains and (student.routed or not student.gate.is_set())
+
+    async def _admitted(self, generation: Generation, client: GenerationClient, on_teacher: bool) -> None:
         """Wait for an open gate and a breaker that lets the request through, both at once."""
         while True:
             if not on_teacher:
@@ -189,7 +204,7 @@ class RolloutActor:
             if on_teacher or generation.student.gate.is_set():
                 return
 
-    async def _stream(self, generation: Generation, client: EngineClient, on_teacher: bool) -> None:
+    async def _stream(self, generation: Generation, client: GenerationClient, on_teacher: bool) -> None:
         """One request, to the end of its stream."""
         request = generation.sampling(self._settings, self._role.plan.stop_token_ids)
         key = "" if on_teacher else generation.cache_key(self._keeps_cache)
@@ -214,7 +229,7 @@ class RolloutActor:
         if delta.aborted:
             raise AbortedError("the engine aborted the request")
 
-    async def _failed(self, generation: Generation, client: EngineClient, error: EngineError) -> None:
+    async def _failed(self, generation: Generation, client: GenerationClient, error: EngineError) -> None:
         guard = self._guards[client.url]
         on_teacher = generation.lease.kind == m.LeaseKind.EVAL_TEACHER
         gate_open = on_teacher or generation.student.gate.is_set()
@@ -285,7 +300,7 @@ class RolloutActor:
                 await student.client.resume()
             except EngineError as error:
                 log.warning("continue: %s; waiting for its restart", error)
-                student.down = True
+                student.lost()
                 continue
             self._guards[student.client.url].reset()
             student.gate.set()
@@ -297,9 +312,8 @@ class RolloutActor:
 
     def _engine_down(self, url: str) -> None:
         for student in self._students:
-            if student.client.url == url:
-                student.gate.clear()
-                student.down = True
+            if url in student.urls:
+                student.lost()
 
     async def _reset(self, token: int) -> None:
         """Forget every sample: the run goes back to a checkpoint."""
@@ -321,11 +335,6 @@ class RolloutActor:
         self._role.counters["idle_s"] = self._idle.idle_s
         self._metrics["opd_rollout_idle_seconds_total"].inc(self._idle.idle_s - previous)
         self._metrics["opd_rollout_running_requests"].set(running)
-
-
-def _share(role: Role, urls: tuple[str, ...]) -> list[str]:
-    """The engines that this actor drives: every `replicas`-th, so that all are driven by exactly one."""
-    return list(urls[role.mine.index :: role.plan.topology.rollout.replicas])
 
 
 async def main() -> None:

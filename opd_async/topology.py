@@ -85,6 +85,8 @@ class EngineSection(Section):
     replicas: Positive = 1
     urls: tuple[Url, ...] = ()
     """External engines: one URL per replica."""
+    router: Url | None = None
+    """Student side: a router in front of the engines, such as smg. Requests go through it, all else to the engines."""
     python: Path | None = None
     """SGLang: the Python of the environment that has it, such as `.venv-sglang/bin/python`."""
     args: tuple[str, ...] = ()

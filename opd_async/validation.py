@@ -176,6 +176,13 @@ def _url_problems(path: str, section: EngineSection) -> Iterator[str]:
         )
     if not section.started and urls != section.replicas:
         yield f"{path}.urls: {urls} given for {section.replicas} replicas; write one URL for each external engine"
+    if section.router and path != "engines.student":
+        yield (
+            f"{path}.router: requests to a teacher are routed by their prompt, so that they find it in the prefix "
+            "cache; remove it"
+        )
+    if section.router and section.router.rstrip("/") in {url.rstrip("/") for url in section.urls}:
+        yield f"{path}.router: {section.router} is one of the engines; write the router's own address"
     if len({url.rstrip("/") for url in section.urls}) < urls:
         yield f"{path}.urls: the same URL twice; write one for each engine"
 

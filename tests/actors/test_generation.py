@@ -23,7 +23,7 @@ STOP_ID = 2
 
 def generation(prefix: list[int] | None = None, version: int = 5, kind: m.LeaseKind = m.LeaseKind.TRAIN) -> Generation:
     lease = m.Lease(9, 4, 6, kind.value, 0.7, "label", PROMPT, np.array(prefix or [], np.int32))
-    return Generation(lease, "rid", Student(cast(EngineClient, None), version=version))
+    return Generation(lease, "rid", Student(cast(EngineClient, None), ("http://e",), version=version))
 
 
 def delta(*ids: int, version: int = 5, finish: m.Finish | None = None, aborted: bool = False) -> Delta:

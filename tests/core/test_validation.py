@@ -101,6 +101,11 @@ def test_every_wrong_edit_is_reported(chosen: set[str], tmp_path_factory: pytest
             ],
             "engines.teacher.tensor_parallel: 2, but the external engine says itself what it has; write 1",
         ),
+        (["engines.teacher.router=http://h:1"], "engines.teacher.router: requests to a teacher are routed by their"),
+        (
+            ["engines.student={kind: external, urls: ['http://h:1/'], context_tokens: 64, router: 'http://h:1'}"],
+            "engines.student.router: http://h:1 is one of the engines; write the router's own address",
+        ),
         (["learner.weight_transport=tensor"], "learner.weight_transport: tensor, which the embedded engine has not"),
         (
             [
