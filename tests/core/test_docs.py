@@ -132,7 +132,7 @@ def test_topology_keys_exist(page: Path) -> None:
 
 @cache
 def known_flags() -> frozenset[str]:
-    """Options of the launcher, of the example's scripts, and of SGLang's server as far as a run uses them."""
+    """Options of the launcher and the example's scripts, and of SGLang's server and router as far as a run uses them."""
     sources = [
         ROOT / "opd_async/launch.py",
         ROOT / "opd_async/slime_flags.py",
@@ -141,7 +141,9 @@ def known_flags() -> frozenset[str]:
         *ROOT.glob("examples/addition/*.py"),
     ]
     found = {flag for file in sources for flag in re.findall(r'add_argument\(\s*"(--[a-z-]+)"', file.read_text())}
-    servers = (ROOT / "opd_async/sglang_server.py").read_text()
+    servers = "".join(
+        (ROOT / file).read_text() for file in ("opd_async/sglang_server.py", "tests/sglang/test_router.py")
+    )
     found |= {f"--no-{flag[2:]}" for flag in found if flag == "--use-opd"}
     return frozenset(found | OTHER_FLAGS | set(re.findall(r'"(--[a-z-]+)"', servers)))
 
