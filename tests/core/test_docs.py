@@ -132,7 +132,7 @@ def test_topology_keys_exist(page: Path) -> None:
 
 @cache
 def known_flags() -> frozenset[str]:
-    """Options of the launcher and the example's scripts, and of SGLang's server and router as far as a run uses them."""
+    """Options of the launcher and the example's scripts, and of SGLang's server and router where a run uses them."""
     sources = [
         ROOT / "opd_async/launch.py",
         ROOT / "opd_async/slime_flags.py",
