@@ -60,7 +60,7 @@ class Trainer:
         self.version = 0
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.model.config.finalize_model_grads_func = _finalize
-        self._slack = 0.0 if has_varlen(self.device, getattr(torch, config.dtype)) else PADDING_SLACK
+        self.padding_slack = 0.0 if has_varlen(self.device, getattr(torch, config.dtype)) else PADDING_SLACK
 
     def step(self, batch: StepBatch) -> StepMetrics:
         """Train on `batch` once; the weight version grows by one.
@@ -123,7 +123,7 @@ class Trainer:
 
     def _lay_out(self, batches: Sequence[MicroBatch]) -> list[PackedBatch]:
         multiple = self.config.parallel.tensor
-        return [lay_out(batch, multiple=multiple, slack=self._slack, device=self.device) for batch in batches]
+        return [lay_out(batch, multiple=multiple, slack=self.padding_slack, device=self.device) for batch in batches]
 
     def _objective(self, packed: PackedBatch, hidden: Tensor, teacher: TeacherRows | None) -> LossOutput:
         """The loss of a micro-batch from the last stage's hidden states [P, 1, hidden] and what the teacher said."""
