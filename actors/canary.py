@@ -1,36 +1,62 @@
-"""Is this engine a sane teacher? A few tokens scored whole and in two parts must agree, and must not all be alike."""
+"""Is this engine a sane teacher, and still the same one? A short text, scored whole and in two parts, says so.
+
+The parts must agree with the whole (an offset by one, a cache that cannot be trusted), the scores must not all be alike
+(no model behind them), the ids must come back (checked with every answer), and nothing may change while a run lasts.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actors.engine_client import EngineClient
-from opd_async.errors import EngineError, RoleError
+from opd_async.errors import RoleError
 
 TOKENS = 12
 TOLERANCE = 5e-2
 """Nats; wide enough for bfloat16 engines, far below what a wrong offset or a wrong model gives."""
 
 
-async def check_teacher(client: EngineClient, vocab_size: int) -> None:
-    """Score ids drawn from a fixed seed, whole and cut in the middle.
+class CanaryError(RoleError):
+    """The engine answers, and its scores must not be used; the message names the engine and what is wrong."""
 
-    Raises `RoleError` that names the engine: request refused, chunked scores unlike whole ones, or no variance (an
-    engine that answers with constants, or with the logprobs of another text).
-    """
-    ids = np.random.default_rng(0).integers(0, vocab_size, TOKENS).astype(np.int32)
-    middle = TOKENS // 2
-    try:
-        whole = (await client.score([(ids, 1)]))[0].logprobs
-        head = (await client.score([(ids[:middle], 1)]))[0].logprobs
-        tail = (await client.score([(ids, middle)]))[0].logprobs
-    except EngineError as error:
-        raise RoleError(f"{client.url}: cannot score a test text: {error}") from None
-    difference = float(np.abs(np.concatenate([head, tail]) - whole).max())
-    if difference > TOLERANCE:
-        raise RoleError(
-            f"{client.url}: scores of a text differ by {difference:.3g} nats when it is sent in two parts; "
-            "its prefix cache cannot be trusted: check the engine's version and flags"
-        )
-    if float(whole.std()) == 0.0:
-        raise RoleError(f"{client.url}: all scores of a test text are alike; is a model loaded?")
+
+class Canary:
+    """Checks one engine, any number of times."""
+
+    def __init__(self, client: EngineClient, vocab_size: int) -> None:
+        self._client = client
+        self._ids = np.random.default_rng(0).integers(0, vocab_size, TOKENS).astype(np.int32)
+        self._first: NDArray[np.float32] | None = None
+
+    async def check(self) -> None:
+        """Score the text. `CanaryError`: the engine cannot be trusted; `EngineError`: it could not be asked."""
+        middle = TOKENS // 2
+        whole = (await self._client.score([(self._ids, 1)]))[0].logprobs
+        head = (await self._client.score([(self._ids[:middle], 1)]))[0].logprobs
+        tail = (await self._client.score([(self._ids, middle)]))[0].logprobs
+        difference = float(np.abs(np.concatenate([head, tail]) - whole).max())
+        if difference > TOLERANCE:
+            raise CanaryError(
+                f"{self._client.url}: scores of a text differ by {difference:.3g} nats when it is sent in two parts; "
+                "its prefix cache cannot be trusted: check the engine's version and flags"
+            )
+        if float(whole.std()) == 0.0:
+            raise CanaryError(f"{self._client.url}: all scores of a test text are alike; is a model loaded?")
+        if self._first is None:
+            self._first = whole
+        elif (change := float(np.abs(whole - self._first).mean())) > TOLERANCE:
+            raise CanaryError(
+                f"{self._client.url}: scores of a test text have changed by {change:.3g} nats per token since the run "
+                "began; a teacher must stay the same: what replaced its weights?"
+            )
+
+    def compare(self, other: Canary) -> None:
+        """Replicas of one teacher must agree. Raises `CanaryError` that names both; only after `check` of both."""
+        assert self._first is not None and other._first is not None
+        difference = float(np.abs(self._first - other._first).mean())
+        if difference > TOLERANCE:
+            raise CanaryError(
+                f"{self._client.url} and {other._client.url}: scores of a test text differ by {difference:.3g} nats "
+                "per token; replicas of one teacher must hold the same model"
+            )

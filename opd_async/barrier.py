@@ -79,7 +79,8 @@ class Barrier:
             self.drained = False
             self.generating = True
             self.blocked_s += time.monotonic() - self._closed_at
-            await self._hub.broadcast(RoleKind.ROLLOUT, m.Resume(version))
+            for kind in (RoleKind.TEACHER, RoleKind.ROLLOUT):
+                await self._hub.broadcast(kind, m.Resume(version))
 
     def hold(self) -> None:
         """Close early, in the background: more is ready than the learner can take. The next update opens again.

@@ -6,6 +6,7 @@ of a sample travel together, and a sample is in one batch at a time: each reques
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from opd_async.messages import Chunk
 
 @dataclass(slots=True)
 class ScoreItem:
-    """Consecutive chunks of one sample that are scored by one request."""
+    """Chunks of one sample, in order, that are scored by one request. There may be gaps between them: chunks that come
+    back from a failed engine meet later ones."""
 
     sample_id: int
     arrived: float
@@ -38,11 +40,11 @@ class TokenBudgetBatcher:
         self._free_tokens = 0
 
     def add(self, chunk: Chunk, now: float) -> None:
-        """Queue one chunk."""
+        """Queue one chunk, in its place among those of its sample."""
         item = self._waiting.get(chunk.sample_id)
         if item is None:
             item = self._waiting[chunk.sample_id] = ScoreItem(chunk.sample_id, now)
-        item.chunks.append(chunk)
+        insort(item.chunks, chunk, key=lambda one: (one.start, one.end))
         if chunk.sample_id not in self._in_flight:
             self._free_tokens += len(chunk.token_ids)
 
@@ -84,6 +86,13 @@ class TokenBudgetBatcher:
         item = self._waiting.pop(sample_id, None)
         if item is not None and sample_id not in self._in_flight:
             self._free_tokens -= item.new_tokens
+
+    def take_all(self) -> list[Chunk]:
+        """Everything that waits, whether or not it may leave: it goes elsewhere."""
+        chunks = [chunk for item in self._waiting.values() for chunk in item.chunks]
+        self._waiting.clear()
+        self._free_tokens = 0
+        return chunks
 
     @property
     def waiting_tokens(self) -> int:

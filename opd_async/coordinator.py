@@ -205,7 +205,7 @@ class Coordinator:
         kind = self.fleet.role(role).kind
         if kind is RoleKind.TEACHER and restarted:
             await self.broadcast(RoleKind.ROLLOUT, m.TeacherRestarted(self.fleet.role(role).index))
-        if kind is RoleKind.ROLLOUT and self.barrier.generating:
+        if kind in (RoleKind.ROLLOUT, RoleKind.TEACHER) and self.barrier.generating:
             await self.server.send(role, m.Resume(self.version))
         self.mailbox.deliver(("Hello", role), hello)
         self._lease_news.set()

@@ -234,7 +234,7 @@ class Paused:
 @message
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Every student engine holds weights `version`: generate."""
+    """Every student engine holds weights `version`: generate. Teacher actors learn which scores the next step needs."""
 
     version: int
 

@@ -158,6 +158,10 @@ class TeacherSection(Section):
     request_retries: NonNegative = 5
     request_deadline_s: Seconds = 120.0
     """A batch without an answer for so long has failed; it is sent again."""
+    canary_every_s: Seconds = 300.0
+    """How often each engine is checked with a short text."""
+    min_cached_share: Share = 0.5
+    """Below this share of prefixes found in an engine's cache, chunks wait for cut points that double; 0: never."""
 
 
 class ScheduleSection(Section):

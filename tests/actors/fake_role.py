@@ -41,7 +41,7 @@ class Coordinator:
         return [message for message in self.said if isinstance(message, kind)]
 
 
-def make_plan(vocab_size: int, student: tuple[str, ...], teacher: tuple[str, ...], **sections: Any) -> Plan:
+def make_plan(vocab_size: int, student_urls: tuple[str, ...], teacher_urls: tuple[str, ...], **sections: Any) -> Plan:
     """One actor of each kind and external engines; `sections` are those of the topology."""
     control, scored, batches, chunks = (f"tcp://127.0.0.1:{port}" for port in free_ports("127.0.0.1", 4))
     topology = {
@@ -63,8 +63,8 @@ def make_plan(vocab_size: int, student: tuple[str, ...], teacher: tuple[str, ...
         scored=scored,
         batches=batches,
         chunks=(chunks,),
-        student_engines=student,
-        teacher_engines=teacher,
+        student_engines=student_urls,
+        teacher_engines=teacher_urls,
         vocab_size=vocab_size,
         stop_token_ids=(),
         roles=roles,
@@ -76,13 +76,15 @@ async def fake_role(plan: Plan, kind: RoleKind) -> AsyncIterator[tuple[Role, Coo
     """A role whose loops are cancelled when the block ends."""
     coordinator, context = Coordinator(), zmq.asyncio.Context()
     control = cast(ControlClient, coordinator)
-    async with asyncio.TaskGroup() as group:
-        role = Role(plan, plan.role(kind, 0), context, control, RoleMetrics(kind.value), group, asyncio.Event())
-        try:
-            yield role, coordinator
-        finally:
-            role.cancel()
-    context.destroy(linger=0)
+    try:
+        async with asyncio.TaskGroup() as group:
+            role = Role(plan, plan.role(kind, 0), context, control, RoleMetrics(kind.value), group, asyncio.Event())
+            try:
+                yield role, coordinator
+            finally:
+                role.cancel()
+    finally:
+        context.destroy(linger=0)
 
 
 async def until(true: Callable[[], bool], what: str, deadline_s: float = 20.0) -> None:

@@ -38,6 +38,9 @@ class FaultyEngine:
     def __init__(self, shift: float = 0.0, cached: bool = True) -> None:
         self.fault: str | None = None
         self.script: deque[str] = deque()
+        self.poison: list[int] | None = None
+        self.poison_fault = "500"
+        """What goes wrong with a batch that has a text beginning with `poison`."""
         self.shift = shift
         self.cached = cached
         self.seen: list[dict[str, Any]] = []
@@ -91,6 +94,8 @@ class FaultyEngine:
         self.seen.append(body)
         fault = self.script.popleft() if self.script else self.fault
         stream = bool(body.get("stream"))
+        if self.poison is not None and any(ids[: len(self.poison)] == self.poison for ids in body["input_ids"]):
+            fault = self.poison_fault
         if fault == "hang":
             await self._hung.wait()
             raise web.HTTPServiceUnavailable

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from actors.canary import check_teacher
+from actors.canary import Canary, CanaryError
 from actors.engine_client import EngineClient
 from actors.replies import Scores
-from opd_async.errors import EngineError, RoleError
+from opd_async.errors import EngineError
 
 Ids = NDArray[np.int32]
 
@@ -40,22 +40,42 @@ class FakeEngine:
     url = "http://127.0.0.1:1"
 
     def __init__(self, answer: Callable[[Ids, int], Ids]) -> None:
-        self._answer = answer
+        self.answer = answer
 
     async def score(self, requests: Sequence[tuple[Ids, int]]) -> list[Scores]:
-        return [Scores(self._answer(ids, start), len(ids), 0) for ids, start in requests]
+        return [Scores(self.answer(ids, start), len(ids), 0) for ids, start in requests]
 
 
-def check(answer: Callable[[Ids, int], Ids]) -> None:
-    asyncio.run(check_teacher(cast(EngineClient, FakeEngine(answer)), 50))
+def canary(answer: Callable[[Ids, int], Ids]) -> Canary:
+    return Canary(cast(EngineClient, FakeEngine(answer)), 50)
+
+
+def check(answer: Callable[[Ids, int], Ids]) -> Canary:
+    one = canary(answer)
+    asyncio.run(one.check())
+    return one
 
 
 def refuse(ids: Ids, start: int) -> Ids:
     raise EngineError("HTTP 401: no key")
 
 
-def test_a_sane_teacher_passes() -> None:
-    check(sane)
+def other(ids: Ids, start: int) -> Ids:
+    """Another model."""
+    return (sane(ids, start) - 0.1).astype(np.float32)
+
+
+def noisy(ids: Ids, start: int) -> Ids:
+    """The same model in a low precision."""
+    return (sane(ids, start) + 0.02 * np.cos(np.arange(len(ids) - start) + start)).astype(np.float32)
+
+
+def test_a_sane_teacher_passes_again_and_again() -> None:
+    engine = FakeEngine(sane)
+    one = Canary(cast(EngineClient, engine), 50)
+    for answer in (sane, sane, noisy, sane):
+        engine.answer = answer
+        asyncio.run(one.check())
 
 
 @pytest.mark.parametrize(
@@ -63,9 +83,31 @@ def test_a_sane_teacher_passes() -> None:
     [
         (blind_to_context, "nats when it is sent in two parts"),
         (constant, "all scores of a test text are alike"),
-        (refuse, "cannot score a test text: HTTP 401"),
     ],
 )
 def test_a_broken_teacher_is_named(answer: Callable[[Ids, int], Ids], text: str) -> None:
-    with pytest.raises(RoleError, match=rf"http://127\.0\.0\.1:1: .*{text}"):
+    with pytest.raises(CanaryError, match=rf"http://127\.0\.0\.1:1: .*{text}"):
         check(answer)
+
+
+def test_an_engine_that_does_not_answer_is_another_matter() -> None:
+    with pytest.raises(EngineError, match="HTTP 401"):
+        check(refuse)
+
+
+def test_a_teacher_that_changes_is_named() -> None:
+    engine = FakeEngine(sane)
+    one = Canary(cast(EngineClient, engine), 50)
+    asyncio.run(one.check())
+    engine.answer = other
+    for _ in range(2):
+        with pytest.raises(CanaryError, match=r"127\.0\.0\.1:1: .* changed by 0\.1 nats per token since the run"):
+            asyncio.run(one.check())
+    engine.answer = sane
+    asyncio.run(one.check())
+
+
+def test_replicas_must_agree() -> None:
+    check(noisy).compare(check(sane))
+    with pytest.raises(CanaryError, match=r"differ by 0\.1 nats per token; replicas"):
+        check(other).compare(check(sane))

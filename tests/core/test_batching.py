@@ -79,6 +79,28 @@ def test_a_dropped_sample_does_not_count(in_flight: bool) -> None:
     assert batcher.take(0.0) == []
 
 
+def test_chunks_that_come_back_take_their_place() -> None:
+    batcher = TokenBudgetBatcher(100, 1.0)
+    for start, end in ((8, 12), (0, 4), (12, 12), (4, 8), (0, 4)):
+        batcher.add(chunk(1, start, end), 0.0)
+    assert shown(batcher.take(1.0)) == [(1, [(0, 4), (0, 4), (4, 8), (8, 12), (12, 12)])]
+
+
+def test_what_waits_can_be_taken_away() -> None:
+    batcher = TokenBudgetBatcher(4, 1.0)
+    batcher.add(chunk(1, 0, 4), 0.0)
+    batcher.take(0.0)
+    for sample_id, start in ((1, 4), (2, 0), (1, 6)):
+        batcher.add(chunk(sample_id, start, start + 2), 0.0)
+    taken = batcher.take_all()
+    assert [(one.sample_id, one.start) for one in taken] == [(1, 4), (1, 6), (2, 0)]
+    assert batcher.waiting_tokens == 0 and batcher.due_at() is None
+    for one in taken:
+        batcher.add(one, 0.0)
+    batcher.done([1])
+    assert shown(batcher.take(0.0)) == [(1, [(4, 6), (6, 8)])], "the first to leave, as it was the first to come"
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(1, 8),

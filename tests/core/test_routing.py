@@ -31,3 +31,10 @@ def test_keys_spread_evenly() -> None:
     counts = Counter(rendezvous(key, range(4)) for key in range(4000))
     assert set(counts) == {0, 1, 2, 3}
     assert min(counts.values()) > 850
+
+
+def test_a_salt_makes_choices_independent() -> None:
+    """Of the prompts of one actor, each of its engines gets its share."""
+    mine = [key for key in range(4000) if rendezvous(key, range(2)) == 0]
+    engines = Counter(rendezvous(key, range(2), "engine") for key in mine)
+    assert min(engines.values()) > 0.45 * len(mine)
