@@ -5,6 +5,7 @@ python lying_proxy.py PORT UPSTREAM EVERY     every EVERY-th answer is spoiled; 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import sys
@@ -51,9 +52,16 @@ LIES: dict[str, Callable[[Reply], None] | None] = {
     "missing": remove,
     "wrong id": other_token,
     "not json": None,
-    "500": None,
     "disconnect": None,
+    "error": None,
+    "400": None,
+    "429": None,
+    "500": None,
+    "503": None,
+    "hang": None,
 }
+HANG_S = 60.0
+ERROR = {"error": {"message": "spoiled", "type": "internal_error", "code": 500}}
 
 
 class Proxy:
@@ -70,8 +78,16 @@ class Proxy:
         lie = next(self.lies) if request.path == "/generate" and next(self.count) % self.every == 0 else None
         if lie is not None:
             print(lie, flush=True)
-        if lie == "500":
-            return web.Response(status=500, text="spoiled")
+        if lie is not None and lie.isdigit():
+            return web.Response(status=int(lie), text="spoiled")
+        if lie == "hang":
+            await asyncio.sleep(HANG_S)
+            raise web.HTTPGatewayTimeout
+        if lie == "error":  # as SGLang reports errors of streams, and of requests that it has begun: with status 200
+            if not json.loads(body).get("stream"):
+                return web.json_response(ERROR)
+            text = f"data: {json.dumps(ERROR)}\n\ndata: [DONE]\n\n"
+            return web.Response(text=text, content_type="text/event-stream")
         async with (
             ClientSession(timeout=ClientTimeout(total=None)) as session,
             session.request(request.method, self.upstream + request.path_qs, data=body, headers=request.headers) as up,
@@ -104,7 +120,7 @@ class Proxy:
 
     @staticmethod
     def spoil(body: bytes, lie: str | None) -> bytes:
-        if lie in (None, "500", "disconnect"):
+        if lie in (None, "disconnect"):
             return body
         if lie == "not json":
             return body[: len(body) // 2]

@@ -3,55 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import zmq
-from harness import ROOT, SLOTS, Launch, check_trained, topology, write_topology
+from harness import SLOTS, Launch, check_trained, topology, write_topology
+from lies import embedded_engine, liar
 
-from opd_async.free_ports import free_ports
 from opd_async.plan import Plan
 from opd_async.wire import SCHEMA_VERSION
 
 STEPS = 8
-
-
-def free_port() -> int:
-    return free_ports("127.0.0.1", 1)[0]
-
-
-@contextmanager
-def process(*command: str) -> Iterator[subprocess.Popen[str]]:
-    """A helper process, ended with the block."""
-    with subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as running:
-        try:
-            yield running
-        finally:
-            running.terminate()
-
-
-@contextmanager
-def lying_engine(model: Path, every: int, lies: list[str]) -> Iterator[str]:
-    """An embedded engine behind the proxy; yields the proxy's URL."""
-    engine, proxy = free_port(), free_port()
-    arguments = ("--model-path", str(model), "--host", "127.0.0.1", "--port", str(engine), "--context-length", "256")
-    liar = str(Path(__file__).with_name("lying_proxy.py"))
-    with (
-        process("-m", "actors.engine.server", *arguments, "--max-total-tokens", "8192"),
-        process(liar, str(proxy), f"http://127.0.0.1:{engine}", str(every)) as running,
-    ):
-        assert running.stdout is not None
-        reader = threading.Thread(
-            target=lambda: lies.extend(line.strip() for line in running.stdout or ()), daemon=True
-        )
-        reader.start()
-        yield f"http://127.0.0.1:{proxy}"
 
 
 def send_garbage(plan: Plan) -> int:
@@ -78,11 +39,19 @@ def test_lies_and_garbage(inputs: Path, tmp_path: Path) -> None:
     student_lies: list[str] = []
     teacher_lies: list[str] = []
     with (
-        lying_engine(inputs / "student", 6, student_lies) as student,
-        lying_engine(inputs / "teacher", 4, teacher_lies) as teacher,
+        embedded_engine(inputs / "student") as student_engine,
+        embedded_engine(inputs / "teacher") as teacher_engine,
+        liar(student_engine, 6, student_lies) as student,
+        liar(teacher_engine, 4, teacher_lies) as teacher,
     ):
         values = topology(
-            inputs, tmp_path, schedule__steps=STEPS, rollout__resend_after_s=2.0, teacher__max_in_flight=2
+            inputs,
+            tmp_path,
+            schedule__steps=STEPS,
+            rollout__resend_after_s=2.0,
+            rollout__request_deadline_s=3.0,
+            teacher__max_in_flight=2,
+            teacher__request_deadline_s=3.0,
         )
         for side, url in (("student", student), ("teacher", teacher)):
             values["engines"][side] |= {"kind": "external", "urls": [url]}

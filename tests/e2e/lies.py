@@ -1,0 +1,49 @@
+"""Engines that lie: a proxy in front of an engine, and what it has told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from harness import ROOT
+
+from opd_async.free_ports import free_ports
+
+
+@contextmanager
+def process(*command: str) -> Iterator[subprocess.Popen[str]]:
+    """A helper process, ended with the block."""
+    with subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as running:
+        try:
+            yield running
+        finally:
+            running.terminate()
+
+
+@contextmanager
+def liar(url: str, every: int, lies: list[str]) -> Iterator[str]:
+    """A proxy to the engine at `url` that spoils every so many answers, and notes how in `lies`; yields its URL."""
+    (port,) = free_ports("127.0.0.1", 1)
+    script = str(Path(__file__).with_name("lying_proxy.py"))
+    with process(script, str(port), url, str(every)) as running:
+        assert running.stdout is not None
+        reader = threading.Thread(
+            target=lambda: lies.extend(line.strip() for line in running.stdout or ()), daemon=True
+        )
+        reader.start()
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def embedded_engine(model: Path) -> Iterator[str]:
+    """An embedded engine; yields its URL."""
+    (port,) = free_ports("127.0.0.1", 1)
+    arguments = ("--model-path", str(model), "--host", "127.0.0.1", "--port", str(port), "--context-length", "256")
+    with process("-m", "actors.engine.server", *arguments, "--max-total-tokens", "8192"):
+        yield f"http://127.0.0.1:{port}"
