@@ -21,8 +21,8 @@ def test_faults_in_front_of_real_servers(tmp_path: Path) -> None:
     with (
         running(inputs / "student", tmp_path / "student.log") as student_server,
         running(inputs / "teacher", tmp_path / "teacher.log") as teacher_server,
-        liar(student_server.url, 5, told["student"]) as student,
-        liar(teacher_server.url, 3, told["teacher"]) as teacher,
+        liar(student_server.url, 4, told["student"]) as student,
+        liar(teacher_server.url, 4, told["teacher"]) as teacher,
     ):
         values = topology(
             inputs,
