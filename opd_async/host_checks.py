@@ -40,9 +40,12 @@ def device_problems(topology: Topology) -> Iterator[str]:
     for device, owners in users.items():
         if device == shared:
             owners = [owner for owner in owners if owner[0] != "engines.student.devices"]
-        if device != "cpu" and len(owners) > 1:
+        if device not in ("cpu", *topology.shared_devices) and len(owners) > 1:
             names = ", ".join(name for _, name in owners)
-            yield f"{owners[-1][0]}: {device} is given to {names}; write another device for all but one of them"
+            yield (
+                f"{owners[-1][0]}: {device} is given to {names}; write another device for all but one of them, or list "
+                "it in shared_devices"
+            )
 
 
 def network_problems(topology: Topology) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from opd_async.learning import OpdSection, RewardSection
-from opd_async.section import Decay, Devices, NonNegative, Positive, Seconds, Section, Share, Url
+from opd_async.section import Decay, Device, Devices, NonNegative, Positive, Seconds, Section, Share, Url
 
 
 class TrainOn(StrEnum):
@@ -290,6 +290,8 @@ class Topology(Section):
     evaluation: EvaluationSection = EvaluationSection()
     network: NetworkSection = NetworkSection()
     supervisor: SupervisorSection = SupervisorSection()
+    shared_devices: tuple[Device, ...] = ()
+    """Devices that several roles may use; each must then be told to leave memory to the others."""
 
     @property
     def folder(self) -> Path:

@@ -28,6 +28,11 @@ IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 SECTIONS = keys_at(())
 OTHER_FLAGS = {"--plan", "--index", "--nproc-per-node"}
 """Options of the roles, which the launcher starts, and of torchrun."""
+SGLANG_FLAGS = {
+    *("--mem-fraction-static", "--cuda-graph-max-bs", "--disable-radix-cache", "--chunked-prefill-size"),
+    *("--dp-size", "--enable-deterministic-inference"),
+}
+"""Options of SGLang's servers that a page gives advice on."""
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED_FENCE = re.compile(r"^ +```.*?^ +```$", re.MULTILINE | re.DOTALL)
@@ -145,7 +150,7 @@ def known_flags() -> frozenset[str]:
         (ROOT / file).read_text() for file in ("opd_async/sglang_server.py", "tests/sglang/test_router.py")
     )
     found |= {f"--no-{flag[2:]}" for flag in found if flag == "--use-opd"}
-    return frozenset(found | OTHER_FLAGS | set(re.findall(r'"(--[a-z-]+)"', servers)))
+    return frozenset(found | OTHER_FLAGS | SGLANG_FLAGS | set(re.findall(r'"(--[a-z-]+)"', servers)))
 
 
 def test_the_launcher_takes_the_options_that_the_readme_names() -> None:

@@ -115,6 +115,7 @@ def test_the_learners_gpu_may_be_shared_with_engines_that_read_its_memory(tmp_pa
     ]
     shared = ["engines.student.devices=[cuda:0]", "engines.teacher.devices=[cuda:0]"]
     assert len(validate(small_topology(tmp_path, *settings, *shared))) == 1
+    assert validate(small_topology(tmp_path, *settings, *shared, "shared_devices=[cuda:0]")) == []
 
 
 @pytest.mark.parametrize(

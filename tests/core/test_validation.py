@@ -157,9 +157,9 @@ def test_accelerators_are_given_out_once(tmp_path: Path) -> None:
     )
     assert found == [
         "engines.student.devices: cuda:0 is given to student-engine-0, student-engine-1; write another device for all "
-        "but one of them",
+        "but one of them, or list it in shared_devices",
         "learner.devices: cuda:1 is given to teacher-engine-0, learner rank 0; write another device for all but one of "
-        "them",
+        "them, or list it in shared_devices",
     ]
     assert problems(tmp_path, "engines.student.devices=['cuda:0']", "learner.devices=['cuda:1']") == []
 
