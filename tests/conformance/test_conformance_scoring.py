@@ -10,7 +10,7 @@ import torch
 from server_under_test import CONTEXT, VOCAB, Server, prompt, reference_logprobs
 from transformers import PreTrainedModel
 
-from actors.canary import check_teacher
+from actors.canary import Canary
 from actors.replies import Scores
 from opd_async.errors import EngineError
 
@@ -67,6 +67,8 @@ def test_a_refused_request_is_an_error_with_the_reason(server: Server) -> None:
 def test_the_canary_is_content(server: Server) -> None:
     async def run() -> None:
         async with server.client() as client:
-            await check_teacher(client, VOCAB)
+            canary = Canary(client, VOCAB)
+            await canary.check()
+            await canary.check()
 
     asyncio.run(run())
