@@ -25,15 +25,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.intake_ranks import LearnerRanks
 from actors.intake_report import LatencyReservoir, describe_rewards, describe_step
 from opd_async import frontier, packing
 from opd_async import messages as m
+from opd_async.advantages import Outcome, estimate
 from opd_async.assembly import Assembler, Sample, Segment, Verdict
-from opd_async.channels import ControlServer, Pull
+from opd_async.channels import Pull
 from opd_async.checkpoints import latest
-from opd_async.errors import DeadlineError
 from opd_async.jsonl import JsonlWriter, read_jsonl
-from opd_async.learning import RewardKind
+from opd_async.learning import Estimator, RewardKind
 from opd_async.plan import RoleKind
 from opd_async.process import run_role
 from opd_async.role import ATTEMPT_FLOOR_ENV, Role, role_arguments
@@ -80,10 +81,8 @@ class Intake:
         self._touched: set[int] = set()
         self._finished_elsewhere: dict[int, tuple[int, int, int]] = {}
         self._latencies = LatencyReservoir()
-        self._ranks_up: set[str] = set()
-        self._all_ranks_up = asyncio.Event()
         self._pull = Pull(role.context, plan.scored, self._malformed_frame)
-        self._ranks = ControlServer(role.context, plan.batches, self._malformed_frame)
+        self.ranks = LearnerRanks(role.context, plan, self._malformed_frame)
         self._log_path = plan.run_folder / "trained.jsonl"
         self._log: JsonlWriter | None = None
 
@@ -193,21 +192,29 @@ class Intake:
         self._drain_asked = False
         learner = self._topology.learner
         segments = [one.segment for one in taken if one.segment is not None]
+        outcomes = self._weigh(taken)
         batches = packing.pack(segments, version, learner.data_parallel, learner.micro_batch_tokens)
         stats, staleness = describe_step(segments, version)
         if self._topology.reward.kind is not RewardKind.NONE:
-            stats |= describe_rewards([one.reward for one in taken if one.complete])
+            stats |= describe_rewards(outcomes)
             self._metrics["opd_intake_reward_mean"].set(stats.get("reward_mean", 0.0))
         self._record(version, segments, stats, staleness)
         await self._role.control.send(m.StepStarted(version, stats, staleness, *_columns(taken)))
-        per_dp = learner.ranks // learner.data_parallel
-        for rank in range(learner.ranks):
-            await self._to_rank(rank, packing.to_message(batches[self._dp_rank(rank, per_dp)]))
+        await self.ranks.send_step([packing.to_message(batch) for batch in batches])
 
-    def _dp_rank(self, rank: int, per_dp: int) -> int:
-        """Megatron orders ranks tensor first, then data, then pipeline."""
-        learner = self._topology.learner
-        return rank // learner.tensor_parallel % learner.data_parallel
+    def _weigh(self, taken: list[Taken]) -> list[Outcome]:
+        """Give every token of the step its advantage; returns the complete responses behind it."""
+        group_size, section = self._topology.rollout.group_size, self._topology.advantage
+        complete = [one for one in taken if one.complete]
+        outcomes = [
+            Outcome(one.sample_id // group_size, one.reward, one.segment.end - one.segment.start if one.segment else 0)
+            for one in complete
+        ]
+        if section.estimator is not Estimator.NONE:
+            for one, advantages in zip(complete, estimate(outcomes, section), strict=True):
+                if one.segment is not None:
+                    one.segment.advantages = advantages
+        return outcomes
 
     def _record(self, version: int, segments: list[Segment], stats: dict[str, float], staleness: Any) -> None:
         ranges = [[s.sample_id, s.start, s.end, int(s.versions.min()), int(s.versions.max())] for s in segments]
@@ -249,11 +256,11 @@ class Intake:
                     await self._reclaim(message)
                 case m.SaveCheckpoint():
                     frontier.save(frontier.snapshot(self._assembler, message.step), Path(message.folder))
-                    await self._to_ranks(message)
+                    await self.ranks.send_all(message)
                 case m.SyncWeights() | m.ExportModel():
-                    await self._to_ranks(message)
+                    await self.ranks.send_all(message)
                 case m.Stop():
-                    await self._to_ranks(message)
+                    await self.ranks.send_all(message)
                     self._role.stopped.set()
                 case _:
                     log.warning("ignored a %s", type(message).__name__)
@@ -273,33 +280,6 @@ class Intake:
         )
         self._news.set()
 
-    # --- learner ranks -----------------------------------------------------------------------------------------------
-
-    async def ranks(self) -> None:
-        """Collect the hellos of the learner's ranks."""
-        while True:
-            rank, _ = await self._ranks.receive()
-            self._ranks_up.add(rank)
-            if len(self._ranks_up) == self._topology.learner.ranks:
-                self._all_ranks_up.set()
-
-    async def _to_ranks(self, message: Any) -> None:
-        for rank in range(self._topology.learner.ranks):
-            await self._to_rank(rank, message)
-
-    async def _to_rank(self, rank: int, message: Any) -> None:
-        deadline_s = self._topology.supervisor.start_deadline_s
-        try:
-            async with asyncio.timeout(deadline_s):
-                await self._all_ranks_up.wait()
-        except TimeoutError:
-            missing = [r for r in range(self._topology.learner.ranks) if f"rank-{r}" not in self._ranks_up]
-            raise DeadlineError(
-                f"learner ranks {missing} did not connect in {deadline_s:.0f} s; see learner-0.log"
-            ) from None
-        if not await self._ranks.send(f"rank-{rank}", message):
-            log.warning("learner rank %d is gone; a %s was not delivered", rank, type(message).__name__)
-
     def _malformed_frame(self, reason: str) -> None:
         self._role.count("malformed_frames")
         self._metrics["opd_intake_malformed_total"].labels("frame").inc()
@@ -307,7 +287,7 @@ class Intake:
     def close(self) -> None:
         """Close sockets and the log."""
         self._pull.close()
-        self._ranks.close()
+        self.ranks.close()
         if self._log is not None:
             self._log.close()
 
@@ -333,7 +313,7 @@ async def main() -> None:
             await intake.restore()
             for loop, name in (
                 (intake.control(), "control"),
-                (intake.ranks(), "ranks"),
+                (intake.ranks.collect(), "ranks"),
                 (intake.receive(), "receive"),
                 (intake.acknowledge(), "acknowledge"),
                 (intake.plan(), "plan"),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from opd_async.advantages import Outcome, flat_groups
 from opd_async.assembly import Segment
 
 RESERVOIR = 20_000
@@ -32,12 +33,14 @@ def describe_step(segments: Sequence[Segment], version: int) -> tuple[dict[str, 
     return stats, staleness.astype(np.int64)
 
 
-def describe_rewards(rewards: Sequence[float | None]) -> dict[str, float]:
-    """Mean and spread of the rewards of a step's complete responses, and how many responses have none."""
-    known = np.array([reward for reward in rewards if reward is not None], np.float64)
-    stats = {"rewarded": float(len(known)), "unrewarded": float(len(rewards) - len(known))}
+def describe_rewards(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Mean and spread of the rewards of a step's complete responses, how many responses have none, and the share of
+    groups whose rewards are all equal."""
+    known = np.array([outcome.reward for outcome in outcomes if outcome.reward is not None], np.float64)
+    stats = {"rewarded": float(len(known)), "unrewarded": float(len(outcomes) - len(known))}
     if len(known):
-        stats |= {"reward_mean": float(known.mean()), "reward_std": float(known.std())}
+        spread = {"reward_mean": float(known.mean()), "reward_std": float(known.std())}
+        stats |= spread | {"flat_groups": flat_groups(outcomes)}
     return stats
 
 

@@ -46,13 +46,21 @@ class LossConfig:
     """Weight of the teacher in the mixture of `jsd_topk` and `jsd_full`."""
     kl_coef: float = 1.0
     clip_ratio: float | None = 0.2
-    """PPO-style two-sided clip of the importance ratio; None switches it off."""
+    """PPO-style clip of the importance ratio at 1 - clip_ratio and (but for `clip_high`) 1 + clip_ratio; None: none."""
     signal_clamp: float | None = None
     """|log q - log p| is clamped to this, nats; None switches the clamp off."""
     mismatch: Literal["none", "tis", "icepop"] = "none"
     mismatch_low: float = 0.5
     mismatch_high: float = 5.0
     """Bounds on the ratio to the behaviour policy that the mismatch gate uses."""
+    ratio: Literal["token", "sequence", "truncated"] = "token"
+    """The form of the ratio through which advantages act. See `learner.surrogate`."""
+    clip_high: float | None = None
+    """The clip's upper side; None: as `clip_ratio`."""
+    dual_clip: float | None = None
+    """A negative advantage counts at most so many times; None: however large the ratio."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; not for losses on the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)

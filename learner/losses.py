@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from learner.config import LossConfig
+from learner.surrogate import surrogate
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: large enough never to act on a sane ratio, small enough not to overflow
 
@@ -41,6 +42,7 @@ SUMS = (
     "staleness",
     "student_support",
     "teacher_support",
+    "entropy",
 )
 MAXIMA = ("ratio", "staleness")
 
@@ -52,6 +54,7 @@ def reverse_kl(
     advantages_R: Tensor,
     staleness_R: Tensor,
     config: LossConfig,
+    sequence_R: Tensor | None = None,
 ) -> LossOutput:
     """The policy-gradient form of the reverse KL from the student to the teacher, off-policy corrected.
 
@@ -62,7 +65,9 @@ def reverse_kl(
     Estimates: unclipped, E_{y ~ mu}[rho * A * d log p(y)] is exactly the negative gradient of KL(p || q) at each prefix
     (AsyncOPD's estimator; A under the current weights, not those that sampled). The two-sided clip (Schulman et al.,
     2017) stops pushing a token whose probability has already moved by `clip_ratio`, which keeps the update stable
-    when tokens are more than one step old. The estimator's advantage, if there is one, is added to A.
+    when tokens are more than one step old. The estimator's advantage, if there is one, is added to A, and may ask for
+    another form of the ratio (`learner.surrogate`): with one of a whole response, or a truncated one, the expectation
+    is exact on-policy only.
     Staleness: rho corrects the choice of the token; the distribution of prefixes stays that of older weights.
     On the wire: the teacher's logprob of the sampled token.
 
@@ -70,7 +75,7 @@ def reverse_kl(
     outside [low, high]. All inputs are float32[R], nats (staleness int32[R], steps); only `logprobs_R` has gradient.
     """
     signal_R = teacher_R - logprobs_R.detach()
-    return policy_gradient(logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R, signal_R, config)
+    return policy_gradient(logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R, signal_R, config, sequence_R)
 
 
 def reverse_kl_behaviour(
@@ -80,6 +85,7 @@ def reverse_kl_behaviour(
     advantages_R: Tensor,
     staleness_R: Tensor,
     config: LossConfig,
+    sequence_R: Tensor | None = None,
 ) -> LossOutput:
     """slime's form of the reverse KL: an advantage fixed when the token was sampled, under PPO's clip. To compare with.
 
@@ -92,7 +98,7 @@ def reverse_kl_behaviour(
     the advantage). Staleness, inputs and what is on the wire: as `reverse_kl`.
     """
     signal_R = teacher_R - behaviour_R
-    return policy_gradient(logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R, signal_R, config)
+    return policy_gradient(logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R, signal_R, config, sequence_R)
 
 
 def policy_gradient(
@@ -103,20 +109,18 @@ def policy_gradient(
     staleness_R: Tensor,
     signal_R: Tensor,
     config: LossConfig,
+    sequence_R: Tensor | None = None,
 ) -> LossOutput:
-    """The clipped surrogate of `reverse_kl` for any signal float32[R] without gradient; other inputs as there."""
+    """The surrogate that `config.ratio` names for any signal float32[R] without gradient; other inputs as in
+    `reverse_kl`. `sequence_R` int64[R], ascending: the response of each row, for the ratio of whole responses."""
     advantage_R = config.kl_coef * _clamped(signal_R, config.signal_clamp) + advantages_R
     ratio_R = (logprobs_R - behaviour_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     gate_R = _gate(ratio_R.detach(), config)
-    objective_R = ratio_R * advantage_R
-    clipped_R = torch.zeros_like(signal_R)
-    if config.clip_ratio is not None:
-        bounded_R = ratio_R.clamp(1.0 - config.clip_ratio, 1.0 + config.clip_ratio) * advantage_R
-        clipped_R = (bounded_R < objective_R).detach()
-        objective_R = torch.minimum(objective_R, bounded_R)
-    loss = -(gate_R * objective_R).sum()
+    acting = surrogate(logprobs_R, ratio_R, advantage_R, sequence_R, config)
+    loss = -(gate_R * acting.objective_R).sum()
     clamped_R = signal_R.abs() > (torch.inf if config.signal_clamp is None else config.signal_clamp)
-    sums = _sums(loss, teacher_R - logprobs_R.detach(), ratio_R, (clipped_R, gate_R != 1.0, clamped_R), staleness_R)
+    events = (acting.clipped_R, gate_R != 1.0, clamped_R)
+    sums = _sums(loss, teacher_R - logprobs_R.detach(), ratio_R, events, staleness_R)
     return LossOutput(loss, sums, _maxima(ratio_R, staleness_R))
 
 
@@ -137,9 +141,9 @@ def _gate(ratio_R: Tensor, config: LossConfig) -> Tensor:
 def _sums(
     loss: Tensor, difference_R: Tensor, ratio_R: Tensor, events: tuple[Tensor, Tensor, Tensor], staleness_R: Tensor
 ) -> Tensor:
-    """float64[len(SUMS)], in the order of SUMS; the support is not this module's. `events` are clipped, gated, clamped.
+    """float64[len(SUMS)], in the order of SUMS; support and entropy are not this module's.
 
-    `difference_R` = log q - log p = d; `k3` = exp(d) - d - 1 (Schulman, 2020).
+    `events` are clipped, gated, clamped; `difference_R` = log q - log p = d; `k3` = exp(d) - d - 1 (Schulman, 2020).
     """
     difference_R, ratio_R = difference_R.double(), ratio_R.double()
     bounded_R = difference_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -154,6 +158,7 @@ def _sums(
             (ratio_R - 1.0).square().sum(),
             *(event_R.double().sum() for event_R in events),
             staleness_R.double().sum(),
+            nothing,
             nothing,
             nothing,
         ]

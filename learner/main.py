@@ -48,7 +48,7 @@ LINGER_MS = 2000
 
 def learner_config(topology: Topology) -> LearnerConfig:
     """The learner's part of a topology."""
-    section, optimizer, opd = topology.learner, topology.learner.optimizer, topology.opd
+    section, optimizer = topology.learner, topology.learner.optimizer
     return LearnerConfig(
         topology.models.student.path,
         section.dtype,
@@ -65,18 +65,28 @@ def learner_config(topology: Topology) -> LearnerConfig:
             optimizer.decay,
             optimizer.min_lr_ratio,
         ),
-        LossConfig(
-            opd.loss if opd.use_opd else "reverse_kl",  # which is nothing but the estimator's part without a teacher
-            opd.jsd_beta,
-            opd.kl_coef,
-            opd.clip_ratio,
-            opd.signal_clamp,
-            opd.mismatch,
-        ),
+        loss_config(topology),
         section.logprob_chunk_rows,
         section.recompute,
         topology.seed,
         teacher_config(topology),
+    )
+
+
+def loss_config(topology: Topology) -> LossConfig:
+    """What the student learns from, and through which ratio."""
+    opd, advantage = topology.opd, topology.advantage
+    return LossConfig(
+        opd.loss if opd.use_opd else "reverse_kl",  # which is nothing but the estimator's part without a teacher
+        opd.jsd_beta,
+        opd.kl_coef,
+        advantage.clip_low if advantage.clip_low is not None else opd.clip_ratio,
+        opd.signal_clamp,
+        opd.mismatch,
+        ratio=advantage.estimator.ratio,
+        clip_high=advantage.clip_high,
+        dual_clip=advantage.dual_clip,
+        entropy_coef=advantage.entropy_coef,
     )
 
 

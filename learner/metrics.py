@@ -41,6 +41,8 @@ class StepMetrics:
     """Mean probability that the student gives to the teacher's top-k; 0 for losses on the sampled token."""
     teacher_support: float
     """The same for the teacher: what the top-k leaves out is 1 minus this."""
+    entropy: float
+    """Mean entropy of the student, nats; 0 unless there is a bonus for it."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float
@@ -91,6 +93,7 @@ def step_metrics(version: int, totals: Totals, grad_norm: float, learning_rate: 
         staleness_max=int(totals.maxima["staleness"]),
         student_support=mean["student_support"],
         teacher_support=mean["teacher_support"],
+        entropy=mean["entropy"],
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         seconds=seconds,

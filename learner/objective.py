@@ -45,18 +45,20 @@ def objective(packed: PackedBatch, logprobs: RowLogprobs, config: LossConfig) ->
     teacher_R = logprobs.sampled_R.detach() if packed.teacher_R is None else packed.teacher_R
     rows = (logprobs.sampled_R, packed.behaviour_R, teacher_R, packed.advantages_R, packed.staleness_R)
     if config.loss in SAMPLED:
-        return SAMPLED[config.loss](*rows, config)
+        return _plus_entropy(SAMPLED[config.loss](*rows, config, packed.sequence_R), logprobs.entropy_R, config)
     assert logprobs.support_RK is not None
     teacher_RK = packed.topk_logprobs_RK if packed.topk_logprobs_RK is not None else logprobs.support_RK.detach()
     signal_R = _later_signals(packed, teacher_R, logprobs.sampled_R, config)
-    return with_divergence(rows, signal_R, Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK), config)
+    cells = Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK)
+    output = with_divergence(rows, signal_R, cells, config, packed.sequence_R)
+    return _plus_entropy(output, logprobs.entropy_R, config)
 
 
 def full_objective(packed: PackedBatch, found: RowDivergences, config: LossConfig) -> LossOutput:
     """As `objective`, for the losses on the whole vocabulary; what `packed` says of the teacher is not looked at."""
     rows = (found.sampled_R, packed.behaviour_R, found.teacher_R, packed.advantages_R, packed.staleness_R)
     signal_R = _later_signals(packed, found.teacher_R, found.sampled_R, config)
-    return _plus_divergence(policy_gradient(*rows, signal_R, config), found.divergence_R, config)
+    return _plus_divergence(policy_gradient(*rows, signal_R, config, packed.sequence_R), found.divergence_R, config)
 
 
 def _later_signals(packed: PackedBatch, teacher_R: Tensor, sampled_R: Tensor, config: LossConfig) -> Tensor:
@@ -67,7 +69,11 @@ def _later_signals(packed: PackedBatch, teacher_R: Tensor, sampled_R: Tensor, co
 
 
 def with_divergence(
-    rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], signal_R: Tensor, cells: Cells, config: LossConfig
+    rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    signal_R: Tensor,
+    cells: Cells,
+    config: LossConfig,
+    sequence_R: Tensor | None = None,
 ) -> LossOutput:
     """kl_coef * divergence, plus the clipped policy gradient of the estimator's advantage and kl_coef * `signal_R`.
 
@@ -75,7 +81,7 @@ def with_divergence(
     advantage and signal; the divergence depends on the prefix only. `signal_clamp` bounds the signal alone: clamping
     terms of a divergence can turn its sign.
     """
-    estimator = policy_gradient(*rows, signal_R, config)
+    estimator = policy_gradient(*rows, signal_R, config, sequence_R)
     output = _plus_divergence(estimator, DIVERGENCES[config.loss](cells, config), config)
     output.sums[SUMS.index("student_support")] = cells.student_RK.detach().exp().sum()
     output.sums[SUMS.index("teacher_support")] = cells.teacher_RK.exp().sum()
@@ -88,3 +94,17 @@ def _plus_divergence(estimator: LossOutput, divergence_R: Tensor, config: LossCo
     sums = estimator.sums.clone()
     sums[SUMS.index("loss")] = loss.detach()
     return LossOutput(loss, sums, estimator.maxima)
+
+
+def _plus_entropy(output: LossOutput, entropy_R: Tensor | None, config: LossConfig) -> LossOutput:
+    """The loss minus entropy_coef times the student's entropy, summed over rows, where there is such a bonus.
+
+    Its gradient is exact at each prefix (a sum over the vocabulary); prefixes are those of the weights that sampled.
+    """
+    if entropy_R is None:
+        return output
+    loss = output.loss - config.entropy_coef * entropy_R.sum()
+    sums = output.sums.clone()
+    sums[SUMS.index("loss")] = loss.detach()
+    sums[SUMS.index("entropy")] = entropy_R.detach().sum()
+    return LossOutput(loss, sums, output.maxima)

@@ -156,6 +156,7 @@ class Trainer:
             packed.targets_R,
             support_RK,
             tail=tail,
+            entropy=train and self.config.loss.entropy_coef > 0.0,
             vocab=self.shape.vocab,
             chunk_rows=self.config.logprob_chunk_rows,
             group=parallel_state.get_tensor_model_parallel_group(),

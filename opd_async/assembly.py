@@ -94,7 +94,8 @@ class Segment:
     """What a step takes of one sample: response positions [start, end), with everything before as context.
 
     `token_ids` int32[prompt + end]; per trained token: `behaviour_logprobs`, `teacher_logprobs` float32[end - start],
-    `versions` int32[end - start] of the weights that made it, `topk` of end - start rows where the loss needs it.
+    `versions` int32[end - start] of the weights that made it, `topk` of end - start rows where the loss needs it,
+    `advantages` float32[end - start] where an estimator has set them.
     """
 
     sample_id: int
@@ -107,6 +108,7 @@ class Segment:
     teacher_logprobs: NDArray[np.float32]
     versions: NDArray[np.int32]
     topk: TopK | None = None
+    advantages: NDArray[np.float32] | None = None
 
 
 class Assembler:

@@ -1,4 +1,4 @@
-"""What the student learns from: the sections `opd` and `reward` of a topology."""
+"""What the student learns from: the sections `opd`, `reward` and `advantage` of a topology."""
 
 from __future__ import annotations
 
@@ -87,3 +87,45 @@ class RewardSection(Section):
     """`python`: calls at once in one process; the other kinds judge one response at a time."""
     timeout_s: Seconds = 10.0
     """A judgement that takes longer is given up: the response has no reward, and that is counted."""
+
+
+class Estimator(StrEnum):
+    """How rewards become advantages, and through which ratio they act. See `opd_async.advantages`."""
+
+    NONE = "none"
+    GRPO = "grpo"
+    GSPO = "gspo"
+    """GRPO's advantage; the ratio is that of the whole response."""
+    CISPO = "cispo"
+    """GRPO's advantage; the ratio is a truncated weight without gradient."""
+    REINFORCE_PLUS_PLUS = "reinforce_plus_plus"
+    REINFORCE_PLUS_PLUS_BASELINE = "reinforce_plus_plus_baseline"
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether several responses to one prompt are compared."""
+        return self not in (Estimator.NONE, Estimator.REINFORCE_PLUS_PLUS)
+
+    @property
+    def ratio(self) -> Literal["token", "sequence", "truncated"]:
+        """The form of the importance ratio in the loss (`learner.surrogate`)."""
+        return {Estimator.GSPO: "sequence", Estimator.CISPO: "truncated"}.get(self, "token")  # type: ignore[return-value]
+
+
+class AdvantageSection(Section):
+    """What is learnt from rewards, beside what is learnt from the teacher: the distillation signal is added to the
+    advantages after the estimator has scaled them."""
+
+    estimator: Estimator = Estimator.NONE
+    normalize_std: bool = True
+    """`grpo`, `gspo`, `cispo`: divide by the standard deviation of the group's rewards."""
+    gamma: float = Field(default=1.0, gt=0.0, le=1.0)
+    """`reinforce_plus_plus`: discount of the reward per token before the last."""
+    clip_low: float | None = Field(default=None, gt=0)
+    """The ratio is clipped at 1 - clip_low; null stands for `opd.clip_ratio`, 1 or more for no lower bound."""
+    clip_high: float | None = Field(default=None, gt=0)
+    """... and at 1 + clip_high; null stands for the lower side's."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """A negative advantage counts at most this many times, however large the ratio; null switches it off."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the student's entropy, mean over trained tokens, as a bonus."""

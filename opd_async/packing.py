@@ -52,17 +52,20 @@ def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:
         np.arange(segment.start, segment.end, dtype=np.int32) + (offset + segment.prompt_tokens - 1)
         for segment, offset in zip(segments, cu_seqlens, strict=False)
     ]
-    count = sum(len(r) for r in rows)
     return MicroBatch(
         _join([segment.token_ids for segment in segments], np.int32),
         cu_seqlens,
         _join(rows, np.int32),
         _join([segment.behaviour_logprobs for segment in segments], np.float32),
         _join([segment.teacher_logprobs for segment in segments], np.float32),
-        np.zeros(count, np.float32),
+        _join([_advantages(segment) for segment in segments], np.float32),
         _join([version - segment.versions for segment in segments], np.int32),
         join([segment.topk for segment in segments]),
     )
+
+
+def _advantages(segment: Segment) -> NDArray[np.float32]:
+    return segment.advantages if segment.advantages is not None else np.zeros(segment.end - segment.start, np.float32)
 
 
 def _join(parts: Sequence[NDArray[Any]], dtype: type[Number]) -> NDArray[Number]:

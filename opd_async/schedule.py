@@ -78,6 +78,7 @@ class DeadlineCuts:
 class WholeSamples:
     """`train_on: samples`. Step k trains samples k * B to (k + 1) * B - 1 once all of them are complete.
 
+    A multiple of `rollout.group_size` makes every step one of whole groups: samples are numbered group by group.
     With leases admitted only below (version + S + 1) * B (`opd_async.leases`), no token is older than S steps.
     """
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from opd_async.learning import OpdSection, RewardSection
+from opd_async.learning import AdvantageSection, OpdSection, RewardSection
 from opd_async.section import Decay, Device, Devices, NonNegative, Positive, Seconds, Section, Share, Url
 
 
@@ -286,6 +286,7 @@ class Topology(Section):
     learner: LearnerSection = LearnerSection()
     opd: OpdSection = OpdSection()
     reward: RewardSection = RewardSection()
+    advantage: AdvantageSection = AdvantageSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection = EvaluationSection()
     network: NetworkSection = NetworkSection()

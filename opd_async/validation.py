@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from opd_async.advantage_checks import advantage_problems, advantage_warnings
 from opd_async.errors import InputError
 from opd_async.host_checks import device_problems, network_problems
 from opd_async.learner_checks import learner_problems
@@ -42,6 +43,7 @@ def validate(topology: Topology) -> list[str]:
         *_loss_problems(topology),
         *device_problems(topology),
         *reward_problems(topology),
+        *advantage_problems(topology),
         *network_problems(topology),
     ]
 
@@ -69,7 +71,7 @@ def warnings(topology: Topology) -> list[str]:
             f"learner.optimizer.warmup_steps: {optimizer.warmup_steps} of {schedule.steps} steps, so the learning rate "
             f"never reaches lr; write less than {schedule.steps}"
         )
-    return found
+    return [*found, *advantage_warnings(topology)]
 
 
 def _models(topology: Topology) -> tuple[tuple[str, ModelSection], ...]:
@@ -200,9 +202,10 @@ def _sglang_problems(path: str, section: EngineSection) -> Iterator[str]:
 def _sampling_problems(topology: Topology) -> Iterator[str]:
     sampling, student = topology.rollout.sampling, topology.engines.student
     if sampling.temperature != 1.0:
+        scores = "teacher scores" if topology.opd.use_opd else "the learner's logprobs"
         yield (
-            f"rollout.sampling.temperature: {sampling.temperature:g}, but teacher scores are at temperature 1 and the "
-            "two would not compare; write 1"
+            f"rollout.sampling.temperature: {sampling.temperature:g}, but {scores} are at temperature 1 and the two "
+            "would not compare; write 1"
         )
     truncated = "the behaviour logprobs would not be those of the truncated distribution that was sampled from"
     if sampling.top_p != 1.0:

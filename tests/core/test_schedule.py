@@ -109,3 +109,17 @@ def test_whole_samples_take_batches_in_order() -> None:
     assert chosen(planner, box, 1) == []
     held(box, 3, 1, finish="stop")
     assert chosen(planner, box, 1) == [2, 3]
+
+
+def test_a_step_of_whole_samples_has_whole_groups() -> None:
+    """Samples n * group_size and on belong to one prompt; a batch of whole groups ends where a group ends."""
+    box, planner = assembler(), WholeSamples(4)  # groups of two
+    for sample_id in (0, 1, 2, 5, 7, 6):
+        held(box, sample_id, 2, finish="stop")
+    assert chosen(planner, box, 0) == []  # group 1 lacks sample 3, though four samples are there
+    held(box, 3, 0, finish="stop")  # an empty response completes it
+    assert chosen(planner, box, 0) == [0, 1, 2, 3]
+    for sample in planner.choose(box, 0):
+        box.take(sample)
+    held(box, 4, 1, finish="stop")
+    assert chosen(planner, box, 1) == [4, 5, 6, 7]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import WORDS, make_model, small_topology, topology_data, write_json, write_topology
 
+from opd_async.learning import Estimator
 from opd_async.loss_names import FULL_LOSSES, LOSSES, REFUSED
 from opd_async.topology import Topology
 from opd_async.topology_file import load_topology
@@ -282,6 +283,8 @@ def test_warnings(tmp_path: Path) -> None:
     assert of(*topk, "opd.signal_clamp=3") == ["opd.signal_clamp"]
     assert of("evaluation.every_steps=2") == ["evaluation.every_steps"]
     assert of("learner.optimizer.warmup_steps=10") == ["learner.optimizer.warmup_steps"]
+    assert of(*GRPO, "advantage.estimator=gspo") == ["advantage.clip_low"]
+    assert of("reward.kind=exact_match") == ["reward.kind"]
 
 
 def test_a_chat_template_that_does_not_parse_is_reported_before_the_start(tmp_path: Path) -> None:
@@ -306,3 +309,44 @@ def test_rewards_are_loaded_before_the_start(tmp_path: Path) -> None:
     assert found.startswith("reward.function: no_such_module:judge cannot be loaded (ModuleNotFoundError")
     (found,) = problems(tmp_path, "reward.kind=exact_match", "evaluation.answer_pattern=abc")
     assert found.startswith("evaluation.answer_pattern: 'abc' has no group")
+
+
+GRPO = ("advantage.estimator=grpo", "reward.kind=exact_match", "schedule.train_on=samples", "rollout.group_size=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["opd.use_opd=false"], "opd.use_opd: false, and advantage.estimator is none: there is nothing to learn from"),
+        (["reward.kind=none"], "advantage.estimator: grpo needs rewards, and there are none; write reward.kind"),
+        (
+            ["schedule.train_on=tokens"],
+            "schedule.train_on: tokens, but grpo weighs a token by the rewards of its whole",
+        ),
+        (["rollout.group_size=1"], "rollout.group_size: 1, but grpo compares the responses to one prompt with one"),
+        (["advantage.gamma=0.9"], "advantage.gamma: 0.9, but grpo does not discount; write 1"),
+        (["advantage.estimator=cispo", "advantage.dual_clip=3"], "advantage.dual_clip: cispo truncates the ratio on"),
+        (["advantage.estimator=gspo", "opd.mismatch=tis"], "opd.mismatch: tis truncates a token's ratio, and gspo"),
+        (
+            ["advantage.estimator=reinforce_plus_plus", "schedule.train_on=tokens"],
+            "schedule.train_on: tokens, but reinforce_plus_plus weighs a token by the reward of its response",
+        ),
+    ],
+)
+def test_estimators_get_what_they_need(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    grpo = () if overrides == ["opd.use_opd=false"] else GRPO
+    (found,) = problems(tmp_path, *grpo, *overrides)
+    assert found.startswith(expected)
+
+
+@pytest.mark.parametrize("use_opd", [True, False])
+@pytest.mark.parametrize("estimator", [name for name in Estimator if name is not Estimator.NONE])
+def test_estimators_that_exist_with_and_without_a_teacher(tmp_path: Path, estimator: str, use_opd: bool) -> None:
+    options = [*GRPO, f"advantage.estimator={estimator}", "advantage.clip_low=3e-4"]
+    topology = small_topology(tmp_path, *options, *([] if use_opd else ["opd.use_opd=false"]))
+    assert validate(topology) == [] and warnings(topology) == []
+
+
+def test_a_temperature_other_than_one_is_refused_without_a_teacher_too(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, *GRPO, "opd.use_opd=false", "rollout.sampling.temperature=0.7")
+    assert found.startswith("rollout.sampling.temperature: 0.7, but the learner's logprobs are at temperature 1")

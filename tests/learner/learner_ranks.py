@@ -70,7 +70,13 @@ def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[
         f"{name} of a teacher inside": replace(config, loss=LossConfig(loss=name), teacher=teacher)
         for name in (*FULL_LOSSES, "reverse_kl")
     }
-    return {name: steps(Trainer(changed), place, 2) for name, changed in sorted((topk | inside).items())}
+    forms = {
+        "gspo": LossConfig(ratio="sequence", clip_ratio=0.05, clip_high=0.1),
+        "cispo with entropy": LossConfig(ratio="truncated", clip_ratio=1.0, clip_high=0.3, entropy_coef=0.1),
+        "dual clip": LossConfig(dual_clip=1.5, clip_high=0.3),
+    }
+    ratios = {name: replace(config, loss=loss) for name, loss in forms.items()}
+    return {name: steps(Trainer(changed), place, 2) for name, changed in sorted((topk | inside | ratios).items())}
 
 
 def exports(trainer: Trainer, stored: dict[str, torch.Tensor]) -> bool:

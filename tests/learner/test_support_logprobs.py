@@ -21,12 +21,14 @@ def test_values_and_gradients(alone: Place, chunk_rows: int, padding: int, scale
     weight = torch.randn(VOCAB + padding, HIDDEN, generator=generator)
     targets = torch.randint(0, VOCAB, (ROWS,), generator=generator)
     support = (hidden @ weight[:VOCAB].T).topk(K).indices
-    mix = torch.randn(ROWS, K + 2, generator=generator)
+    mix = torch.randn(ROWS, K + 3, generator=generator)
 
     exact_hidden, exact_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     logprobs = (exact_hidden @ exact_weight[:VOCAB].T).log_softmax(-1)
     tail = logprobs.scatter(1, support, -torch.inf).logsumexp(-1)
-    expected = torch.cat([logprobs.gather(1, targets[:, None]), logprobs.gather(1, support), tail[:, None]], 1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    chosen = [logprobs.gather(1, targets[:, None]), logprobs.gather(1, support)]
+    expected = torch.cat([*chosen, tail[:, None], entropy[:, None]], 1)
     (expected * mix).sum().backward()
     if scale > 1.0:
         assert float(tail.detach().min()) < -20.0  # 1 - sum_S p would be 0 in float32
@@ -34,9 +36,10 @@ def test_values_and_gradients(alone: Place, chunk_rows: int, padding: int, scale
     hidden.requires_grad_()
     weight.requires_grad_()
     group = dist.group.WORLD or dist.new_group()
-    found = row_logprobs(hidden, weight, targets, support, tail=True, vocab=VOCAB, chunk_rows=chunk_rows, group=group)
-    assert found.support_RK is not None and found.tail_R is not None
-    values = torch.cat([found.sampled_R[:, None], found.support_RK, found.tail_R[:, None]], 1)
+    options = {"tail": True, "entropy": True, "vocab": VOCAB, "chunk_rows": chunk_rows}
+    found = row_logprobs(hidden, weight, targets, support, **options, group=group)  # type: ignore[arg-type]
+    assert found.support_RK is not None and found.tail_R is not None and found.entropy_R is not None
+    values = torch.cat([found.sampled_R[:, None], found.support_RK, found.tail_R[:, None], found.entropy_R[:, None]], 1)
     (values * mix).sum().backward()
     tolerance = 1e-5 * scale
     torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=tolerance)

@@ -196,3 +196,33 @@ def test_without_a_teacher_only_the_advantages_count(trainer: Trainer) -> None:
     silent = replace(unscored, advantages=np.zeros_like(batch.advantages))
     nothing = hf_gradients(trainer, step_batch(0, [silent]))
     assert max(float(gradient.abs().max()) for gradient in nothing.values()) == 0.0
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossConfig(ratio="sequence", clip_ratio=0.05, clip_high=0.1, entropy_coef=0.1),
+        LossConfig(ratio="truncated", clip_ratio=1.0, clip_high=0.3),
+        LossConfig(dual_clip=1.5),
+    ],
+    ids=["gspo", "cispo", "dual clip"],
+)
+def test_micro_batching_changes_nothing_for_any_form_of_the_ratio(
+    alone: Place, model_path: Path, loss: LossConfig
+) -> None:
+    packed = micro_batch([9, 31, 14, 22, 5])
+    config = learner_config(model_path, loss=loss, logprob_chunk_rows=1000)
+    whole = hf_gradients(Trainer(config), step_batch(0, [packed]))
+    token = hf_gradients(Trainer(replace(config, loss=LossConfig())), step_batch(0, [packed]))
+    assert max(float((whole[name] - token[name]).abs().max()) for name in whole) > 1e-4
+    trainer = Trainer(replace(config, logprob_chunk_rows=1))
+    assert_close(hf_gradients(trainer, step_batch(0, [*split(packed), EMPTY])), whole, 1e-6)
+
+
+def test_the_entropy_bonus_is_reported_and_pulls_towards_it(alone: Place, model_path: Path) -> None:
+    batch = micro_batch([9, 31])
+    silent = replace(batch, advantages=np.zeros_like(batch.advantages), teacher_logprobs=np.zeros(0, np.float32))
+    loss = LossConfig(entropy_coef=1.0)
+    trainer = Trainer(learner_config(model_path, loss=loss, optim=OptimConfig(lr=3e-3, total_steps=10)))
+    entropies = [trainer.step(step_batch(version, [silent])).entropy for version in range(4)]
+    assert entropies == sorted(entropies) and 0.0 < entropies[0] < entropies[-1] <= np.log(VOCAB)

@@ -1,0 +1,63 @@
+"""Whether an advantage estimator gets what it needs: rewards, whole responses, whole groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from opd_async.learning import Estimator, RewardKind
+from opd_async.loss_names import FULL_LOSSES
+from opd_async.topology import Topology, TrainOn
+
+WIDE_SEQUENCE_CLIP = 0.01
+"""A clip of GSPO's ratio that is wider hardly ever acts."""
+
+
+def advantage_problems(topology: Topology) -> Iterator[str]:
+    """Every reason why the student could not learn from its rewards as `advantage` says."""
+    section, estimator = topology.advantage, topology.advantage.estimator
+    if estimator is Estimator.NONE:
+        if not topology.opd.use_opd:
+            yield (
+                "opd.use_opd: false, and advantage.estimator is none: there is nothing to learn from; write an "
+                "estimator and a reward, or use_opd: true"
+            )
+        return
+    if topology.reward.kind is RewardKind.NONE:
+        yield f"advantage.estimator: {estimator} needs rewards, and there are none; write reward.kind"
+    if topology.schedule.train_on is TrainOn.TOKENS:
+        yield f"schedule.train_on: tokens, but {_why_samples(estimator)}; write samples"
+    if estimator.needs_groups and topology.rollout.group_size == 1:
+        yield (
+            f"rollout.group_size: 1, but {estimator} compares the responses to one prompt with one another: with one "
+            "sample per prompt every advantage is zero; write 2 or more, or the estimator reinforce_plus_plus"
+        )
+    if section.gamma != 1.0 and estimator is not Estimator.REINFORCE_PLUS_PLUS:
+        yield f"advantage.gamma: {section.gamma:g}, but {estimator} does not discount; write 1"
+    if section.dual_clip is not None and estimator is Estimator.CISPO:
+        yield "advantage.dual_clip: cispo truncates the ratio on both sides already; write null"
+    if topology.opd.mismatch == "tis" and estimator.ratio != "token":
+        yield f"opd.mismatch: tis truncates a token's ratio, and {estimator} does not use it; write none or icepop"
+    if section.entropy_coef and topology.opd.use_opd and topology.opd.loss in FULL_LOSSES:
+        yield f"advantage.entropy_coef: not with opd.loss {topology.opd.loss}; write 0, or another loss"
+
+
+def _why_samples(estimator: Estimator) -> str:
+    if estimator.needs_groups:
+        return (
+            f"{estimator} weighs a token by the rewards of its whole group, which are known when every response of the "
+            "group has ended"
+        )
+    return f"{estimator} weighs a token by the reward of its response, which is known when that has ended"
+
+
+def advantage_warnings(topology: Topology) -> Iterator[str]:
+    """What an estimator allows, but does not mean."""
+    section = topology.advantage
+    clip = section.clip_low if section.clip_low is not None else topology.opd.clip_ratio
+    if section.estimator is Estimator.GSPO and clip is not None and clip > WIDE_SEQUENCE_CLIP:
+        yield (
+            f"advantage.clip_low: {clip:g}, but gspo's ratio is a geometric mean over a response and hardly leaves 1; "
+            "write 3.0e-4, and clip_high: 4.0e-4"
+        )
+    if topology.reward.kind is not RewardKind.NONE and section.estimator is Estimator.NONE:
+        yield "reward.kind: rewards are computed and reported, and nothing learns from them; write advantage.estimator"

@@ -1,0 +1,56 @@
+"""GRPO on written addition in small, without any teacher: rewards from the response to the learner's step."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from harness import ROOT, Launch, check_trained, steps
+
+GROUP, SAMPLES, STEPS = 8, 64, 5
+
+
+def test_grpo_learns_from_rewards_alone(tmp_path: Path) -> None:
+    make_data = [sys.executable, "examples/addition/make_data.py", "--out", str(tmp_path), "--train", "2000"]
+    subprocess.run([*make_data, "--held-out", "50"], cwd=ROOT, check=True, timeout=60)
+    changes = {
+        "run_dir": tmp_path,
+        "data.train.path": tmp_path / "train.jsonl",
+        "data.held_out.path": tmp_path / "held_out.jsonl",
+        "schedule.steps": STEPS,
+        "schedule.train_on": "samples",
+        "schedule.samples_per_step": SAMPLES,
+        "rollout.slots": 64,
+        "rollout.group_size": GROUP,
+        "reward.kind": "exact_match",
+        "advantage.estimator": "grpo",
+        "learner.optimizer.warmup_steps": 1,
+        "learner.optimizer.lr": 3.0e-4,  # that of the quickstart is for a signal on every token
+        "evaluation.every_steps": "null",
+        "evaluation.prompts": 50,
+        "evaluation.samples_per_prompt": 2,
+        "evaluation.judge": "reward",
+    }
+    options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    file = tmp_path / "quickstart.yaml"
+    file.write_text((ROOT / "examples" / "quickstart.yaml").read_text())
+    with Launch(file, "--no-use-opd", *options) as run:
+        assert run.wait() == 0, run.text()
+    folder = tmp_path / "quickstart"
+    logs = {path.stem for path in (folder / "logs").iterdir()}
+    assert logs == {"student-engine-0", "intake-0", "rollout-0", "learner-0"}
+    trained = check_trained(folder, 1, STEPS)
+    assert sorted(trained) == list(range(SAMPLES * STEPS)), "every step takes whole groups, in order"
+    rows = steps(folder)
+    for row in rows:
+        assert (row["rewarded"], row["unrewarded"]) == (SAMPLES, 0)
+        assert 0.0 < row["reward_mean"] < 1.0 and 0.0 <= row["flat_groups"] < 1.0
+        assert row["learner_reverse_kl"] == row["learner_k3"] == 0.0
+    assert all(row["learner_grad_norm"] > 0.0 for row in rows)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["teacher"] is None and report["stages"]["teacher"] is None
+    for when in ("student_before", "student_after"):
+        assert (report[when]["samples_per_prompt"], report[when]["unjudged"]) == (2, 0)
+        assert 0.1 < report[when]["pass_at_1"] < 1.0

@@ -1,0 +1,53 @@
+"""From the topology to the loss: who learns from what, and through which clip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learner.config import LossConfig
+from learner.main import loss_config
+from opd_async.topology import Topology
+
+
+def config(**sections: dict[str, Any]) -> LossConfig:
+    least = {
+        "name": "x",
+        "models": {"student": {"path": Path("s")}},
+        "data": {"train": {"path": Path("p")}},
+        "schedule": {"steps": 1},
+    }
+    return loss_config(Topology.model_validate(least | sections))
+
+
+def test_distillation_alone_is_the_default() -> None:
+    assert config() == LossConfig()
+    assert config(opd={"loss": "jsd_topk", "kl_coef": 0.5, "clip_ratio": None}).loss == "jsd_topk"
+
+
+def test_without_a_teacher_no_loss_is_left_that_would_need_one() -> None:
+    assert config(opd={"use_opd": False, "loss": "forward_kl_topk"}).loss == "reverse_kl"
+
+
+@pytest.mark.parametrize(
+    ("estimator", "ratio"),
+    [
+        ("none", "token"),
+        ("grpo", "token"),
+        ("gspo", "sequence"),
+        ("cispo", "truncated"),
+        ("reinforce_plus_plus", "token"),
+    ],
+)
+def test_the_estimator_chooses_the_ratio(estimator: str, ratio: str) -> None:
+    assert config(advantage={"estimator": estimator}).ratio == ratio
+
+
+def test_the_clip_of_the_advantage_wins_over_that_of_the_distillation() -> None:
+    found = config(advantage={"clip_low": 3e-4, "clip_high": 4e-4, "dual_clip": 3.0, "entropy_coef": 0.01})
+    assert (found.clip_ratio, found.clip_high, found.dual_clip, found.entropy_coef) == (3e-4, 4e-4, 3.0, 0.01)
+    assert (config().clip_ratio, config().clip_high) == (0.2, None)
+    found = config(opd={"clip_ratio": None}, advantage={"clip_high": 0.28})
+    assert (found.clip_ratio, found.clip_high) == (None, 0.28)
