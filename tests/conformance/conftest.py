@@ -47,9 +47,9 @@ def server(folder: Path) -> Iterator[Server]:
         yield started
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def weight_group(server: Server) -> Iterator[Trainer]:
-    """One weight group for the session."""
+    """One weight group for a file: tests of other folders end all groups of their process."""
     torch.set_num_threads(1)
     trainer = Trainer(server)
     yield trainer
