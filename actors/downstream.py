@@ -7,7 +7,7 @@ import zmq.asyncio
 
 from opd_async.channels import Push
 from opd_async.messages import Chunk, ScoredChunk
-from opd_async.plan import Plan
+from opd_async.plan import Plan, RoleKind
 from opd_async.routing import rendezvous
 
 
@@ -19,10 +19,13 @@ class Downstream:
         self._scored = plan.topology.opd.on_engines
         self._sender = sender
         self._pushes = [Push(context, address) for address in (plan.chunks if self._scored else (plan.scored,))]
+        self._teachers = [role.teacher for role in plan.of_kind(RoleKind.TEACHER)]
 
-    def route(self, prompt_id: int) -> int:
-        """Where all chunks of this prompt's samples go, so that they meet one prefix cache."""
-        return rendezvous(prompt_id, range(len(self._pushes)))
+    def route(self, prompt_id: int, teacher: str) -> int:
+        """To which actor of `teacher` all chunks of this prompt's samples go, so that they meet one prefix cache."""
+        if not self._scored:
+            return 0
+        return rendezvous(prompt_id, [index for index, name in enumerate(self._teachers) if name == teacher])
 
     async def send(self, route: int, chunk: Chunk) -> None:
         """Hand a chunk over; waits at the receiver's high-water mark. On cancel: it may or may not have been sent."""
@@ -53,4 +56,5 @@ def unscored(chunk: Chunk, sender: str) -> ScoredChunk:
         np.zeros(0, np.float32),
         chunk.context,
         reward=chunk.reward,
+        teacher=chunk.teacher,
     )

@@ -175,6 +175,7 @@ class Generation:
             np.concatenate(ids) if ids else np.zeros(0, np.int32),
             np.concatenate(logprobs) if logprobs else np.zeros(0, np.float32),
             reward=self._reward if finish is not None else None,
+            teacher=self.lease.teacher,
         )
         self._sent_end = chunk.end
         self._closed = finish is not None

@@ -219,7 +219,8 @@ class Intake:
     def _record(self, version: int, segments: list[Segment], stats: dict[str, float], staleness: Any) -> None:
         ranges = [[s.sample_id, s.start, s.end, int(s.versions.min()), int(s.versions.max())] for s in segments]
         assert self._log is not None
-        self._log.write({"version": version, "ranges": ranges})
+        teachers = {"teachers": [s.teacher for s in segments]} if len(self._topology.teachers) > 1 else {}
+        self._log.write({"version": version, "ranges": ranges, **teachers})
         self._role.count("steps")
         self._metrics["opd_intake_steps_total"].inc()
         self._metrics["opd_intake_cuts_total"].inc(stats["cuts"])

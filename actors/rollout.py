@@ -62,10 +62,13 @@ class RolloutActor:
         self._keeps_cache = self._drains and topology.schedule.pause_mode is PauseMode.IN_PLACE
         self._metrics = role.metrics
         self._students = self._find_students(session)
-        self._teachers = [self._client(session, url, student=False) for url in role.plan.teacher_engines]
+        self._teachers = {
+            name: [self._client(session, url) for url in urls] for name, urls in role.plan.teacher_urls.items()
+        }
         self._downstream = Downstream(role.context, role.plan, role.name)
         gauge = self._metrics["opd_rollout_breaker_open"]
-        clients = [*(student.client for student in self._students), *self._teachers]
+        clients = [student.client for student in self._students]
+        clients += [client for teacher in self._teachers.values() for client in teacher]
         self._guards = {client.url: Guard(client.url, gauge.labels(client.url)) for client in clients}
         self._outage_s = topology.supervisor.start_deadline_s
         self._judging = Judging(role)
@@ -83,13 +86,12 @@ class RolloutActor:
         urls, router = self._role.plan.student_engines, self._role.plan.topology.engines.student.router
         if router is None:
             mine = urls[self._role.mine.index :: self._role.plan.topology.rollout.replicas]
-            return [Student(self._client(session, url, student=True), (url,)) for url in mine]
-        engines = [self._client(session, url, student=True) for url in urls]
-        return [Student(RoutedClient(self._client(session, router.rstrip("/"), student=True), engines), urls)]
+            return [Student(self._client(session, url), (url,)) for url in mine]
+        engines = [self._client(session, url) for url in urls]
+        return [Student(RoutedClient(self._client(session, router.rstrip("/")), engines), urls)]
 
-    def _client(self, session: aiohttp.ClientSession, url: str, student: bool) -> EngineClient:
-        engines = self._role.plan.topology.engines
-        section = engines.student if student else engines.teacher
+    def _client(self, session: aiohttp.ClientSession, url: str) -> EngineClient:
+        section = self._role.plan.section(url)
         vocab_size, deadline_s = self._role.plan.vocab_size, self._settings.request_deadline_s
         return EngineClient(
             session, url, vocab_size, section.api_key, section.admin_api_key, request_deadline_s=deadline_s
@@ -144,7 +146,7 @@ class RolloutActor:
         rid = f"{lease.sample_id:016x}-{uuid.uuid4().hex[:12]}"
         generation = Generation(lease, rid, student, awaits_reward=self._judging.wants(lease))
         if lease.kind == m.LeaseKind.TRAIN:
-            route = self._downstream.route(lease.prompt_id)
+            route = self._downstream.route(lease.prompt_id, lease.teacher)
             self._outbox.open(lease.sample_id, lease.attempt, route, lease.prompt, lease.prefix)
         self._live[lease.sample_id] = generation
         self._tasks[lease.sample_id] = self._role.spawn(self._run(generation), f"lease-{lease.sample_id}")
@@ -180,7 +182,8 @@ class RolloutActor:
         on_teacher = lease.kind == m.LeaseKind.EVAL_TEACHER
         client: GenerationClient = generation.student.client
         if on_teacher:
-            client = self._teachers[lease.sample_id % len(self._teachers)]
+            engines = self._teachers[lease.teacher]
+            client = engines[lease.sample_id % len(engines)]
         await self._admitted(generation, client, on_teacher)
         generation.streaming = not on_teacher
         try:

@@ -54,8 +54,7 @@ class TeacherActor:
         self._role = role
         self._topology, plan = role.plan.topology, role.plan
         self._metrics = role.metrics
-        urls = plan.teacher_engines[role.mine.index :: self._topology.teacher.replicas]
-        self._lanes = [Lane(role, self._client(session, url), self) for url in urls]
+        self._lanes = [Lane(role, self._client(session, url), self) for url in plan.engines_of(role.mine)]
         self._points = self._new_points()
         self._ids: dict[int, tuple[int, NDArray[np.int32]]] = {}
         self._tries: Counter[int] = Counter()
@@ -66,7 +65,7 @@ class TeacherActor:
         self._push = Push(role.context, plan.scored)
 
     def _client(self, session: aiohttp.ClientSession, url: str) -> EngineClient:
-        section, settings = self._topology.engines.teacher, self._topology.teacher
+        section, settings = self._role.plan.section(url), self._topology.teacher
         return EngineClient(
             session,
             url,
@@ -85,8 +84,8 @@ class TeacherActor:
     async def prepare(self) -> None:
         """Wait for the engines and check that each is a sane teacher, and all the same, before any chunk is scored."""
         for lane in self._lanes:
-            url, key = lane.client.url, self._topology.engines.teacher.api_key
-            await wait_until_ready(url, "the teacher engine", self._topology.supervisor.start_deadline_s, key)
+            url, deadline_s = lane.client.url, self._topology.supervisor.start_deadline_s
+            await wait_until_ready(url, "the teacher engine", deadline_s, self._role.plan.section(url).api_key)
             try:
                 await lane.canary.check()
             except EngineError as error:
@@ -107,8 +106,8 @@ class TeacherActor:
         limit = MAX_QUEUE_BATCHES * self._topology.teacher.batch_tokens * len(self._lanes)
         while True:
             chunk = await self._pull.receive()
-            if not isinstance(chunk, m.Chunk):
-                self._malformed(f"a {type(chunk).__name__}")
+            if not isinstance(chunk, m.Chunk) or chunk.teacher != self._role.mine.teacher:
+                self._malformed(f"a {type(chunk).__name__}, or of another teacher")
                 continue
             if self._known(chunk):
                 self._queue(self._points.offer(chunk, self._lane(chunk.prompt_id).cache.coarse))
@@ -272,6 +271,7 @@ def _scored(chunk: m.Chunk, scores: Scores | None, at: int, teacher_id: str, lat
         topk.ids if topk is not None else None,
         topk.logprobs if topk is not None else None,
         chunk.reward,
+        chunk.teacher,
     )
 
 

@@ -69,6 +69,8 @@ class Sample:
     finish: str | None = None
     reward: float | None = None
     """Known with `finish`, where the topology has a reward and the response could be judged."""
+    teacher: str = ""
+    """Who scored it."""
     early: dict[int, ScoredChunk] = field(default_factory=dict)
     order: int = 0
     """When the response finished, relative to others."""
@@ -109,6 +111,7 @@ class Segment:
     versions: NDArray[np.int32]
     topk: TopK | None = None
     advantages: NDArray[np.float32] | None = None
+    teacher: str = ""
 
 
 class Assembler:
@@ -184,7 +187,7 @@ class Assembler:
             piece = Piece(chunk.weight_version, chunk.token_ids, chunk.behaviour_logprobs, chunk.teacher_logprobs, topk)
             sample.untrained.append(piece)
             sample.scored_end = chunk.end
-        sample.actor = chunk.actor
+        sample.actor, sample.teacher = chunk.actor, chunk.teacher
         if chunk.finish is not None:
             sample.finish, sample.reward = chunk.finish, chunk.reward
             sample.order = self._finished
@@ -266,6 +269,7 @@ def _segment(sample: Sample, complete: bool) -> Segment:
         np.concatenate([piece.teacher_logprobs for piece in pieces]),
         np.concatenate([np.full(len(piece.token_ids), piece.version, np.int32) for piece in pieces]),
         join([piece.topk for piece in pieces]),
+        teacher=sample.teacher,
     )
 
 

@@ -118,7 +118,8 @@ class Conductor:
         host = self._plan.topology.network.bind
         targets = {role.name: f"{role.host}:{role.ports['metrics']}" for role in self._plan.roles}
         targets["coordinator"] = f"{host}:{self._plan.coordinator_metrics_port}"
-        write_targets(self._plan.run_folder / "targets.json", targets)
+        teachers = {role.name: role.teacher for role in self._plan.roles if role.teacher}
+        write_targets(self._plan.run_folder / "targets.json", targets, teachers)
 
     async def _conduct(self, hub: Coordinator, fleet: Fleet) -> None:
         async with asyncio.TaskGroup() as group:

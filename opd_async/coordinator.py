@@ -269,6 +269,7 @@ class Coordinator:
                 prompt.token_ids,
                 spec.prefix,
                 prompt.metadata_json,
+                teacher=prompt.teacher,
             )
             await self.server.send(actor, lease)
 

@@ -49,12 +49,20 @@ class Evaluator:
         if future is not None and not future.done():
             future.set_result(done)
 
-    async def evaluate(self, kind: LeaseKind, count: int, step: int, deadline_s: float) -> Evaluation:
-        """pass@1 of sampled responses and of greedy ones on the first `count` held-out prompts.
+    def prompts_of(self, teacher: str, count: int) -> list[Prompt]:
+        """Those of the first `count` held-out prompts that are this teacher's."""
+        return [prompt for prompt in self._prompts[:count] if prompt.teacher == teacher]
+
+    async def evaluate(
+        self, kind: LeaseKind, count: int, step: int, deadline_s: float, teacher: str | None = None
+    ) -> Evaluation:
+        """pass@1 of sampled responses and of greedy ones on the first `count` held-out prompts, or on those of them
+        that are `teacher`'s.
 
         Raises `DeadlineError` when the responses do not come. On cancel: responses under way are ignored.
         """
-        prompts, section = self._prompts[:count], self._section
+        section = self._section
+        prompts = self._prompts[:count] if teacher is None else self.prompts_of(teacher, count)
         samples = section.samples_per_prompt
         self._unjudged = 0
         try:
@@ -98,6 +106,7 @@ class Evaluator:
                     none,
                     prompt.metadata_json,
                     self._section.max_response_tokens,
+                    prompt.teacher,
                 )
             )
             return await future

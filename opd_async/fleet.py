@@ -52,17 +52,17 @@ class Fleet:
     async def start(self, name: str, env: dict[str, str] | None = None) -> None:
         """Start one role."""
         role = self._roles[name]
-        threads = self._threads(role.kind)
+        threads = self._threads(role)
         settings = {"OMP_NUM_THREADS": str(threads), **role.env, **(env or {})}
         await self.supervisor.start(ProcessSpec(name, role.command, settings, self._logs / f"{name}.log"))
 
-    def _threads(self, kind: RoleKind) -> int:
+    def _threads(self, role: RolePlan) -> int:
         topology = self.plan.topology
-        if kind is RoleKind.LEARNER:
+        if role.kind is RoleKind.LEARNER:
             return topology.learner.threads
-        if kind is RoleKind.STUDENT_ENGINE:
+        if role.kind is RoleKind.STUDENT_ENGINE:
             return topology.engines.student.threads
-        return topology.engines.teacher.threads if kind is RoleKind.TEACHER_ENGINE else 1
+        return topology.teachers[role.teacher][1].threads if role.kind is RoleKind.TEACHER_ENGINE else 1
 
     async def start_all(self) -> None:
         """Start every role; they wait for one another."""
@@ -88,10 +88,8 @@ class Fleet:
 
     async def wait_for_engine(self, kind: RoleKind, url: str) -> None:
         """Return once the engine answers; `RoleError` if it is none that a run can use."""
-        topology = self.plan.topology
-        section = topology.engines.student if kind is RoleKind.STUDENT_ENGINE else topology.engines.teacher
-        name = f"the {kind.value.replace('_', ' ')}"
-        await wait_until_ready(url, name, topology.supervisor.start_deadline_s, section.api_key)
+        section, name = self.plan.section(url), f"the {kind.value.replace('_', ' ')}"
+        await wait_until_ready(url, name, self.plan.topology.supervisor.start_deadline_s, section.api_key)
         if problem := await engine_problem(url, section):
             raise RoleError(f"{name} at {url} {problem}")
 

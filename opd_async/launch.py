@@ -26,7 +26,7 @@ from opd_async.errors import InputError, OpdError
 from opd_async.planning import describe_plan, make_plan
 from opd_async.plots import learning_curve
 from opd_async.process import configure_logging, leaves, report_failure
-from opd_async.prompts import load_prompts
+from opd_async.prompts import TeacherChoice, load_prompts
 from opd_async.report import Report, render, write
 from opd_async.run_folder import prepare
 from opd_async.slime_flags import add_opd_arguments, opd_overrides
@@ -63,11 +63,12 @@ def read_inputs(topology: Topology) -> Inputs:
     """Prompts and tokenizer, read before anything starts; `InputError` names the line that is broken."""
     tokenizer = Tokenizer(topology.models.student.path, topology.data.chat_template)
     limit = topology.max_prompt_tokens
-    prompts = load_prompts(topology.data.train, tokenizer, limit)
+    choice = TeacherChoice(tuple(topology.teachers) or ("",), topology.data.teacher_key)
+    prompts = load_prompts(topology.data.train, tokenizer, limit, choice)
     if prompts.skipped_too_long:
         echo(f"{topology.data.train.path}: skipped {prompts.skipped_too_long} prompts longer than {limit} tokens")
     section, limit = topology.data.held_out, topology.max_held_out_tokens
-    held_out = load_prompts(section, tokenizer, limit) if section else None
+    held_out = load_prompts(section, tokenizer, limit, choice) if section else None
     return Inputs(prompts, held_out, tokenizer)
 
 
@@ -107,7 +108,7 @@ def finish(report: Report, conductor: Conductor, folder: Path) -> None:
     files = [("report", write(report, folder))]
     if ledger.evaluations:
         curve = folder / "learning_curve.png"
-        learning_curve(curve, ledger.evaluations, ledger.teacher, ledger.reverse_kl)
+        learning_curve(curve, ledger.evaluations, ledger.teachers.get("teacher"), ledger.reverse_kl)
         files.append(("learning curve", curve))
     files += [("figures of every step", folder / "metrics.jsonl"), ("logs", folder / "logs")]
     if (folder / "export" / "config.json").is_file():

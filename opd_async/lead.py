@@ -240,21 +240,27 @@ class Lead:
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     async def _evaluate_before(self, version: int) -> None:
-        teacher = self._topology.evaluation.teacher and bool(self._hub.plan.teacher_engines)
-        self._progress.say(f"evaluating {'the teacher and ' if teacher else ''}the student before training")
+        assert self._evaluator is not None
+        count, names = self._topology.evaluation.prompts, self._hub.plan.teacher_urls
+        teachers = [name for name in names if self._evaluator.prompts_of(name, count)]
+        teachers = teachers if self._topology.evaluation.teacher else []
+        who = {0: "", 1: "the teacher and "}.get(len(teachers), "the teachers and ")
+        self._progress.say(f"evaluating {who}the student before training")
         async with asyncio.TaskGroup() as group:
             student = group.create_task(self._evaluate_student(version))
-            if teacher:
-                group.create_task(self._evaluate(m.LeaseKind.EVAL_TEACHER, self._topology.evaluation.prompts, 0))
+            for name in teachers:
+                group.create_task(self._evaluate(m.LeaseKind.EVAL_TEACHER, count, 0, name))
         self._hub.ledger.student_before = student.result()
 
     async def _evaluate_student(self, step: int) -> Evaluation:
         return await self._evaluate(m.LeaseKind.EVAL_STUDENT, self._topology.evaluation.prompts, step)
 
-    async def _evaluate(self, kind: m.LeaseKind, count: int, step: int) -> Evaluation:
+    async def _evaluate(self, kind: m.LeaseKind, count: int, step: int, teacher: str | None = None) -> Evaluation:
         assert self._evaluator is not None
-        evaluation = await self._evaluator.evaluate(kind, count, step, EVALUATION_DEADLINE_S)
-        who = "teacher" if kind is m.LeaseKind.EVAL_TEACHER else "student"
+        evaluation = await self._evaluator.evaluate(kind, count, step, EVALUATION_DEADLINE_S, teacher)
+        who = "student" if teacher is None else "teacher"
+        if teacher is not None and len(self._hub.plan.teacher_urls) > 1:
+            who = f"teacher {teacher}"
         self._hub.ledger.evaluation(evaluation, who)
         self._progress.evaluation(who, evaluation)
         return evaluation

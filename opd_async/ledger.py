@@ -77,7 +77,7 @@ class Ledger:
     plan: Plan
     roles: dict[str, RoleTotals] = field(default_factory=lambda: defaultdict(RoleTotals))
     evaluations: list[Evaluation] = field(default_factory=list)
-    teacher: Evaluation | None = None
+    teachers: dict[str, Evaluation] = field(default_factory=dict)
     student_before: Evaluation | None = None
     student_after: Evaluation | None = None
     reverse_kl: list[tuple[int, float]] = field(default_factory=list)
@@ -148,9 +148,9 @@ class Ledger:
             self.reverse_kl.append((row["step"], reverse_kl))
 
     def evaluation(self, evaluation: Evaluation, who: str) -> None:
-        """File one evaluation of the `student` or the `teacher`."""
-        if who == "teacher":
-            self.teacher = evaluation
+        """File one evaluation of the `student`, the `teacher`, or `teacher <name>` where there are several."""
+        if who != "student":
+            self.teachers[who] = evaluation
         else:
             self.evaluations.append(evaluation)
         self._write({"time": time.time(), "evaluation": who, **evaluation.model_dump(mode="json")})
@@ -163,7 +163,7 @@ class Ledger:
         path.unlink(missing_ok=True)
         self._writer = JsonlWriter(path)
         self.evaluations, self.reverse_kl = [], []
-        self.teacher = self.student_before = None
+        self.teachers, self.student_before = {}, None
         self.staleness, self.sums, self.steps = np.zeros(1, np.int64), defaultdict(float), 0
         for row in rows:
             if row.get("step", 0) > version:
@@ -174,8 +174,8 @@ class Ledger:
                 continue
             fields = {name: row[name] for name in Evaluation.model_fields if name in row}
             evaluation = Evaluation.model_validate(fields)
-            if row["evaluation"] == "teacher":
-                self.teacher = evaluation
+            if row["evaluation"] != "student":
+                self.teachers[row["evaluation"]] = evaluation
             else:
                 self.evaluations.append(evaluation)
                 self.student_before = self.student_before or evaluation
@@ -226,7 +226,8 @@ class Ledger:
             name=self.plan.topology.name,
             steps=self.steps,
             seconds=self.seconds(),
-            teacher=self.teacher,
+            teacher=self.teachers.get("teacher"),
+            teachers={name: of for name, of in self.teachers.items() if name != "teacher"},
             student_before=self.student_before,
             student_after=self.student_after,
             max_staleness=self.plan.topology.schedule.max_staleness,

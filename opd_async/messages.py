@@ -60,6 +60,8 @@ class Chunk:
     context: Int32 | None = None
     reward: float | None = None
     """With `finish`, where the topology has a reward: what the response earned, None if it could not be judged."""
+    teacher: str = ""
+    """The teacher that is to score it, as in `Lease`."""
 
     @property
     def end(self) -> int:
@@ -102,6 +104,8 @@ class ScoredChunk:
     topk_logprobs: Float32Matrix | None = None
     reward: float | None = None
     """As in `Chunk`."""
+    teacher: str = ""
+    """The teacher that scored it, by its own word."""
 
     @property
     def end(self) -> int:
@@ -172,7 +176,8 @@ class Failure:
 class Lease:
     """Generate one response. `prefix` int32[k] holds response tokens that an earlier attempt already made and that
     have been scored: generation goes on behind them. `metadata` is the prompt's, as JSON, for its reward;
-    `max_tokens` None stands for the topology's `rollout.sampling.max_response_tokens`."""
+    `max_tokens` None stands for the topology's `rollout.sampling.max_response_tokens`; `teacher` names the one that
+    scores, or, in an evaluation of teachers, generates."""
 
     sample_id: int
     attempt: int
@@ -184,6 +189,7 @@ class Lease:
     prefix: Int32
     metadata: str = "{}"
     max_tokens: int | None = None
+    teacher: str = ""
 
 
 @message

@@ -236,12 +236,17 @@ async def loop_lag(histogram: Histogram, interval_s: float = LAG_INTERVAL_S) -> 
         histogram.observe(max(0.0, time.perf_counter() - start - interval_s))
 
 
-def write_targets(path: Path, targets: Mapping[str, str]) -> None:
+def write_targets(path: Path, targets: Mapping[str, str], teachers: Mapping[str, str] | None = None) -> None:
     """Write a service-discovery file for Prometheus (`file_sd_configs`), whole or not at all.
 
-    `targets` maps process names to `host:port`; each becomes a target with the label `process`. Raises `OSError`.
+    `targets` maps process names to `host:port`; each becomes a target with the label `process`, and with the label
+    `teacher` if `teachers` has one for it. Raises `OSError`.
     """
-    entries = [{"targets": [address], "labels": {"process": name}} for name, address in targets.items()]
+    of = teachers or {}
+    entries = [
+        {"targets": [address], "labels": {"process": name} | ({"teacher": of[name]} if name in of else {})}
+        for name, address in targets.items()
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f"{path.name}.new")
     fresh.write_text(json.dumps(entries, indent=2) + "\n")
@@ -270,7 +275,8 @@ Made by `python -m opd_async.metrics` from the catalogue in `opd_async/metrics.p
 
 Every process answers Prometheus on a port of its own with its role's metrics and no others; none of them carries a
 prompt or a response. The run's folder holds `targets.json`, a file for Prometheus' `file_sd_configs` in which every
-target has a `process` label (`rollout-0`, `learner-0`, ...). `dashboards/` has a Grafana dashboard."""
+target has a `process` label (`rollout-0`, `learner-0`, ...), and the engines and actors of a teacher have a `teacher`
+label. `dashboards/` has a Grafana dashboard."""
 
 
 if __name__ == "__main__":

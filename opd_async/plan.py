@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import Field
 
 from opd_async.section import Section
-from opd_async.topology import Topology
+from opd_async.topology import EngineSection, Topology
 
 
 class RoleKind(StrEnum):
@@ -37,6 +37,8 @@ class RolePlan(Section):
     """Environment variables, beside those of the supervisor."""
     ports: dict[str, int]
     """Port by purpose: `http`, `chunks`, `scored`, `batches`, `metrics`."""
+    teacher: str = ""
+    """The teacher that a teacher engine or actor serves."""
 
     @property
     def name(self) -> str:
@@ -60,13 +62,30 @@ class Plan(Section):
     """Endpoint of each teacher actor for chunks (PULL)."""
     student_engines: tuple[str, ...]
     """Base URL of each student engine."""
-    teacher_engines: tuple[str, ...]
-    """Base URL of each teacher engine."""
+    teacher_urls: dict[str, tuple[str, ...]]
+    """Base URLs of the engines of each teacher."""
     vocab_size: int
     """Ids in [0, vocab_size) are valid for student and teacher."""
     stop_token_ids: tuple[int, ...]
     """Ids that end a response: those of the student's generation config and of the topology."""
     roles: tuple[RolePlan, ...]
+
+    @property
+    def teacher_engines(self) -> tuple[str, ...]:
+        """Base URL of each teacher engine, of all teachers."""
+        return tuple(url for urls in self.teacher_urls.values() for url in urls)
+
+    def section(self, url: str) -> EngineSection:
+        """What the topology says of the engine at `url`."""
+        for name, urls in self.teacher_urls.items():
+            if url in urls:
+                return self.topology.teachers[name][1]
+        return self.topology.engines.student
+
+    def engines_of(self, actor: RolePlan) -> tuple[str, ...]:
+        """The engines that a teacher actor drives: every n-th of its teacher's, who has n actors."""
+        actors = [role.index for role in self.of_kind(RoleKind.TEACHER) if role.teacher == actor.teacher]
+        return self.teacher_urls[actor.teacher][actors.index(actor.index) :: len(actors)]
 
     def role(self, kind: RoleKind, index: int) -> RolePlan:
         """The role of that kind and index; `KeyError` if the plan has none."""

@@ -15,7 +15,7 @@ from opd_async.errors import InputError
 from opd_async.free_ports import free_ports
 from opd_async.model_folder import read_model
 from opd_async.plan import Plan, RoleKind, RolePlan
-from opd_async.topology import EngineKind, EngineSection, Topology
+from opd_async.topology import EngineKind, EngineSection, ModelSection, Topology
 
 COORDINATOR = "coordinator"
 PLAN_FILE = "plan.json"
@@ -48,11 +48,11 @@ def make_plan(topology: Topology) -> Plan:
     def endpoints(kind: RoleKind, purpose: str, scheme: str) -> tuple[str, ...]:
         return tuple(f"{scheme}://{host}:{role.ports[purpose]}" for role in roles if role.kind is kind)
 
-    def engines(section: EngineSection, kind: RoleKind) -> tuple[str, ...]:
+    def engines(section: EngineSection, kind: RoleKind, teacher: str = "") -> tuple[str, ...]:
         external = tuple(url.rstrip("/") for url in section.urls)
-        if kind is RoleKind.TEACHER_ENGINE and not topology.opd.on_engines:
-            return ()
-        return external if section.kind is EngineKind.EXTERNAL else endpoints(kind, "http", "http")
+        started = (role for role in roles if role.kind is kind and role.teacher == teacher)
+        own = tuple(f"http://{host}:{role.ports['http']}" for role in started)
+        return external if section.kind is EngineKind.EXTERNAL else own
 
     return Plan(
         topology=topology,
@@ -63,7 +63,9 @@ def make_plan(topology: Topology) -> Plan:
         batches=endpoints(RoleKind.INTAKE, "batches", "tcp")[0],
         chunks=endpoints(RoleKind.TEACHER, "chunks", "tcp"),
         student_engines=engines(topology.engines.student, RoleKind.STUDENT_ENGINE),
-        teacher_engines=engines(topology.engines.teacher, RoleKind.TEACHER_ENGINE),
+        teacher_urls={
+            name: engines(section, RoleKind.TEACHER_ENGINE, name) for name, (_, section) in topology.teachers.items()
+        },
         vocab_size=student.vocab_size,
         stop_token_ids=tuple(sorted({*student.eos_token_ids, *topology.rollout.sampling.stop_token_ids})),
         roles=roles,
@@ -80,16 +82,24 @@ def port_keys(topology: Topology) -> list[PortKey]:
 
 def _roles(topology: Topology) -> list[tuple[RoleKind, int]]:
     """Kind and index of every process, in start order."""
-    engines, scored = topology.engines, topology.opd.on_engines
     counts = {
-        RoleKind.TEACHER_ENGINE: _started(engines.teacher) if scored else 0,
-        RoleKind.STUDENT_ENGINE: _started(engines.student),
+        RoleKind.TEACHER_ENGINE: len(_teachers_of(topology, RoleKind.TEACHER_ENGINE)),
+        RoleKind.STUDENT_ENGINE: _started(topology.engines.student),
         RoleKind.INTAKE: 1,
-        RoleKind.TEACHER: topology.teacher.replicas if scored else 0,
+        RoleKind.TEACHER: len(_teachers_of(topology, RoleKind.TEACHER)),
         RoleKind.ROLLOUT: topology.rollout.replicas,
         RoleKind.LEARNER: 1,
     }
     return [(kind, index) for kind in RoleKind for index in range(counts[kind])]
+
+
+def _teachers_of(topology: Topology, kind: RoleKind) -> list[str]:
+    """The teacher of each teacher engine that the run starts, or of each teacher actor, by index."""
+    counts = {
+        name: _started(section) if kind is RoleKind.TEACHER_ENGINE else topology.teacher.replicas
+        for name, (_, section) in topology.teachers.items()
+    }
+    return [name for name, count in counts.items() for _ in range(count)]
 
 
 def _started(section: EngineSection) -> int:
@@ -116,13 +126,16 @@ def _role(topology: Topology, kind: RoleKind, index: int, ports: dict[PortKey, i
     plan_file = str(topology.folder / PLAN_FILE)
     devices: tuple[str, ...] = ("cpu",)
     env: dict[str, str] = {}
+    teacher = _teachers_of(topology, kind)[index] if kind in (RoleKind.TEACHER_ENGINE, RoleKind.TEACHER) else ""
     match kind:
         case RoleKind.TEACHER_ENGINE | RoleKind.STUDENT_ENGINE:
-            devices = replica_devices(_section(topology, kind))[index]
-            env = engine_environment(_section(topology, kind), devices, own["metrics"])
-            if _section(topology, kind).kind is EngineKind.SGLANG:
+            model, section, replica = _engine(topology, kind, index)
+            devices = replica_devices(section)[replica]
+            env = engine_environment(section, devices, own["metrics"])
+            if section.kind is EngineKind.SGLANG:
                 own["metrics"] = own["http"]  # SGLang serves them beside its API
-            command = _engine_command(topology, kind, index, own)
+            seed = topology.seed + index
+            command = engine_command(section, model.path, devices, topology.network.bind, own, seed)
         case RoleKind.LEARNER:
             devices = rank_devices(topology)
             # each rank takes the CUDA device of its local rank among those that it can see
@@ -134,7 +147,9 @@ def _role(topology: Topology, kind: RoleKind, index: int, ports: dict[PortKey, i
         case RoleKind.TEACHER | RoleKind.ROLLOUT:
             command = (sys.executable, "-m", f"actors.{kind.value}", "--plan", plan_file, "--index", str(index))
     host = topology.network.bind
-    return RolePlan(kind=kind, index=index, host=host, devices=devices, command=command, env=env, ports=own)
+    return RolePlan(
+        kind=kind, index=index, host=host, devices=devices, command=command, env=env, ports=own, teacher=teacher
+    )
 
 
 def replica_devices(section: EngineSection) -> tuple[tuple[str, ...], ...]:
@@ -150,16 +165,12 @@ def rank_devices(topology: Topology) -> tuple[str, ...]:
     return learner.devices * learner.ranks if learner.devices == ("cpu",) else learner.devices
 
 
-def _section(topology: Topology, kind: RoleKind) -> EngineSection:
-    return topology.engines.teacher if kind is RoleKind.TEACHER_ENGINE else topology.engines.student
-
-
-def _engine_command(topology: Topology, kind: RoleKind, index: int, ports: dict[str, int]) -> tuple[str, ...]:
-    section = _section(topology, kind)
-    models = topology.models
-    model = models.teacher if kind is RoleKind.TEACHER_ENGINE and models.teacher else models.student
-    devices = replica_devices(section)[index]
-    return engine_command(section, model.path, devices, topology.network.bind, ports, topology.seed + index)
+def _engine(topology: Topology, kind: RoleKind, index: int) -> tuple[ModelSection, EngineSection, int]:
+    """Model and section of an engine, and which of the section's replicas it is."""
+    if kind is RoleKind.STUDENT_ENGINE:
+        return topology.models.student, topology.engines.student, index
+    names = _teachers_of(topology, kind)
+    return (*topology.teachers[names[index]], index - names.index(names[index]))
 
 
 def _learner_command(topology: Topology, master_port: int, plan_file: str) -> tuple[str, ...]:
@@ -175,15 +186,15 @@ def describe_plan(plan: Plan) -> str:
     host = plan.topology.network.bind
     control = f"control={plan.control.rsplit(':', 1)[1]} metrics={plan.coordinator_metrics_port}"
     rows = [("role", "host", "devices", "ports", "command"), (COORDINATOR, host, "cpu", control, "(this process)")]
-    for side, kind, urls in (
-        ("teacher", RoleKind.TEACHER_ENGINE, plan.teacher_engines),
-        ("student", RoleKind.STUDENT_ENGINE, plan.student_engines),
-    ):
-        if not plan.of_kind(kind):
-            rows += [(f"{side}-engine-{i}", url, "-", "-", "(already running)") for i, url in enumerate(urls)]
+    teachers = plan.topology.teachers
+    sides = [(f"{name}-engine", plan.teacher_urls[name], section) for name, (_, section) in teachers.items()]
+    for side, urls, section in [*sides, ("student-engine", plan.student_engines, plan.topology.engines.student)]:
+        if not section.started:
+            rows += [(f"{side}-{i}", url, "-", "-", "(already running)") for i, url in enumerate(urls)]
     for role in plan.roles:
         ports = " ".join(f"{purpose}={port}" for purpose, port in role.ports.items())
-        rows.append((role.name, role.host, _devices(role.devices), ports, _readable(role.command)))
+        name = f"{role.name} ({role.teacher})" if len(teachers) > 1 and role.teacher else role.name
+        rows.append((name, role.host, _devices(role.devices), ports, _readable(role.command)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows

@@ -35,6 +35,8 @@ class Prompt:
     token_ids: Int32Array
     label: str
     metadata: dict[str, Any]
+    teacher: str = ""
+    """Who scores its responses; "" where no teacher engine does."""
 
     @property
     def metadata_json(self) -> str:
@@ -56,6 +58,7 @@ class _Row:
     prompt: Any
     label: Any
     metadata: Any
+    teacher: str
     text: str = ""
     add_special_tokens: bool = True
 
@@ -64,7 +67,26 @@ class _RowError(ValueError):
     """Why one row cannot be used."""
 
 
-def load_prompts(section: PromptsSection, tokenizer: Tokenizer, max_prompt_tokens: int) -> PromptSet:
+@dataclass(frozen=True, slots=True)
+class TeacherChoice:
+    """Who scores a prompt: the teacher that its metadata name under `key`, or the only one there is."""
+
+    names: tuple[str, ...] = ("",)
+    key: str | None = None
+
+    def of(self, metadata: dict[str, Any]) -> str:
+        """The teacher's name; `_RowError` where the metadata name none that there is."""
+        if self.key is None:
+            return self.names[0]
+        if metadata.get(self.key) in self.names:
+            return str(metadata[self.key])
+        there = f"{metadata[self.key]!r}" if self.key in metadata else "missing"
+        raise _RowError(f"the teacher, {self.key!r} of its metadata, is {there}; write {' or '.join(self.names)}")
+
+
+def load_prompts(
+    section: PromptsSection, tokenizer: Tokenizer, max_prompt_tokens: int, teachers: TeacherChoice = TeacherChoice()
+) -> PromptSet:
     """Read, check and tokenize a prompts file; prompts of more than `max_prompt_tokens` tokens are skipped.
 
     Blank lines of a JSONL file are not rows. Raises `InputError` for a missing, empty or broken file (with the line of
@@ -74,7 +96,7 @@ def load_prompts(section: PromptsSection, tokenizer: Tokenizer, max_prompt_token
     broken: list[str] = []
     for where, value in _read(section.path):
         try:
-            row = _row(where, value, section)
+            row = _row(where, value, section, teachers)
             _prepare(row, tokenizer)
         except _RowError as error:
             broken.append(f"{where}: {error}")
@@ -128,7 +150,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}: not a parquet file: {error}") from None
 
 
-def _row(where: str, value: Any, section: PromptsSection) -> _Row:
+def _row(where: str, value: Any, section: PromptsSection, teachers: TeacherChoice) -> _Row:
     if isinstance(value, _RowError):
         raise value
     if not isinstance(value, dict):
@@ -136,8 +158,8 @@ def _row(where: str, value: Any, section: PromptsSection) -> _Row:
     if section.prompt_key not in value:
         keys = ", ".join(str(key) for key in value) or "none"
         raise _RowError(f"no key {section.prompt_key!r}; the keys there are {keys}; set prompt_key to one of them")
-    label, metadata = value.get(section.label_key), value.get(section.metadata_key)
-    return _Row(where, value[section.prompt_key], _label(label), _metadata(metadata))
+    label, metadata = value.get(section.label_key), _metadata(value.get(section.metadata_key))
+    return _Row(where, value[section.prompt_key], _label(label), metadata, teachers.of(metadata))
 
 
 def _label(value: Any) -> str:
@@ -202,7 +224,7 @@ def _tokenize(path: Path, rows: list[_Row], tokenizer: Tokenizer, limit: int) ->
     if empty := [f"{row.where}: the prompt has no tokens" for row, own in zip(rows, ids, strict=True) if not own]:
         raise InputError(_report(path, empty))
     prompts = tuple(
-        Prompt(index, np.asarray(own, np.int32), row.label, row.metadata)
+        Prompt(index, np.asarray(own, np.int32), row.label, row.metadata, row.teacher)
         for index, (row, own) in enumerate(zip(rows, ids, strict=True))
         if len(own) <= limit
     )

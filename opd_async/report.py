@@ -130,6 +130,8 @@ class Report(Section):
     seconds: float
     """From the first lease to the last optimizer step."""
     teacher: Evaluation | None = None
+    teachers: dict[str, Evaluation] = Field(default_factory=dict)
+    """Where there are several: each on its own prompts, by `teacher <name>`."""
     student_before: Evaluation | None = None
     student_after: Evaluation | None = None
     max_staleness: int
@@ -186,7 +188,12 @@ def render(report: Report, files: Sequence[tuple[str, Path]] = (), commands: Seq
 
 
 def _evaluations(report: Report) -> Iterator[str]:
-    rows = (("teacher", report.teacher), ("before", report.student_before), ("after", report.student_after))
+    rows = (
+        ("teacher", report.teacher),
+        *report.teachers.items(),
+        ("student before training", report.student_before),
+        ("student after training", report.student_after),
+    )
     if all(evaluation is None for _, evaluation in rows):
         return
     first = next(evaluation for _, evaluation in rows if evaluation is not None)
@@ -195,10 +202,9 @@ def _evaluations(report: Report) -> Iterator[str]:
     for label, found in rows:
         if found is None:
             continue
-        name = "teacher" if label == "teacher" else f"student {label} training"
         sampled = _passed(found.pass_at_1, found.pass_at_1_interval, found.prompts)
         greedy = _passed(found.pass_at_1_greedy, found.pass_at_1_greedy_interval, found.prompts)
-        yield f" {name:<24}{sampled:<32}{greedy}"
+        yield f" {label:<24}{sampled:<32}{greedy}"
 
 
 def _stages(stages: Stages) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -38,10 +39,17 @@ def schema_at(path: Location) -> Schema | None:
     schema: Schema | None = _root()
     for part in path:
         resolved = _resolve(schema or {})
-        schema = resolved.get("items") if isinstance(part, int) else resolved.get("properties", {}).get(part)
+        schema = resolved.get("items") if isinstance(part, int) else _value_at(resolved, part)
         if schema is None:
             return None
     return schema
+
+
+def _value_at(schema: Schema, key: str) -> Schema | None:
+    """The schema of a section's key; of a user's own name where the section is a mapping of names."""
+    named: Schema | None = schema.get("properties", {}).get(key)
+    fitting = (value for pattern, value in schema.get("patternProperties", {}).items() if re.search(pattern, key))
+    return named or next(fitting, None)
 
 
 def keys_at(path: Location) -> tuple[str, ...]:

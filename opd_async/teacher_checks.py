@@ -2,6 +2,7 @@
 
 use_opd  type      needs                                      is started
 true     sglang    models.teacher, engines.teacher            teacher engines and teacher actors
+                   or models.teachers, engines.teachers       the same for each
 true     megatron  opd.teacher_load                           neither: the learner holds the teacher
 false    -         a reward and an advantage estimator        neither
 """
@@ -41,15 +42,37 @@ def _sglang_problems(topology: Topology) -> Iterator[str]:
             "opd.teacher_load: given, but opd.type is sglang, whose teacher is models.teacher.path on engines of its "
             "own; remove it, or write type: megatron (--opd-type megatron)"
         )
-    if topology.models.teacher is None:
+    yield from _teachers_problems(topology)
+    if topology.models.teacher is None and not topology.models.teachers:
         yield (
             "models.teacher: missing, but opd.type is sglang and somebody must score; write the teacher's path and "
             "its engines (engines.teacher), or use_opd: false"
         )
 
 
+def _teachers_problems(topology: Topology) -> Iterator[str]:
+    """Several teachers: each has a model, engines, and prompts."""
+    names, key = topology.models.teachers, topology.data.teacher_key
+    if names and topology.models.teacher is not None:
+        yield "models.teachers: given beside models.teacher; write one of the two"
+    if names and "teacher" in topology.engines.model_fields_set:
+        yield "engines.teacher: the engines of models.teacher, which is not there; write engines.teachers, by name"
+    for name in topology.engines.teachers:
+        if name not in names:
+            yield f"engines.teachers.{name}: no such teacher; write models.teachers.{name}, or remove it"
+    if len(names) > 1 and key is None:
+        yield (
+            f"data.teacher_key: missing, but there are {len(names)} teachers; write the key in the metadata of each "
+            "prompt that names its teacher"
+        )
+    if key is not None and not names:
+        yield "data.teacher_key: given, but there is one teacher; remove it, or write models.teachers"
+
+
 def _megatron_problems(topology: Topology) -> Iterator[str]:
     opd = topology.opd
+    if topology.models.teachers:
+        yield "models.teachers: the learner holds one teacher; write models.teacher, or opd.type: sglang"
     if opd.teacher_load is None:
         yield (
             "opd.teacher_load: missing, but opd.type is megatron; write the folder of the teacher's Megatron "

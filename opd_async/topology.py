@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from opd_async.learning import AdvantageSection, OpdSection, RewardSection
-from opd_async.section import Decay, Device, Devices, NonNegative, Positive, Seconds, Section, Share, Url
+from opd_async.section import Decay, Device, Devices, NonNegative, Positive, Seconds, Section, Share, TeacherName, Url
 
 
 class TrainOn(StrEnum):
@@ -45,6 +45,10 @@ class PauseMode(StrEnum):
     """Their KV cache is computed again: exact under the new weights, at the price of a prefill."""
 
 
+ONE_TEACHER = "teacher"
+"""Name of the only teacher, in the simple form of a topology."""
+
+
 class ModelSection(Section):
     """A Hugging Face checkpoint folder."""
 
@@ -52,11 +56,13 @@ class ModelSection(Section):
 
 
 class ModelsSection(Section):
-    """The two models. They must share one vocabulary."""
+    """The student and its teachers. They must share one vocabulary."""
 
     student: ModelSection
     teacher: ModelSection | None = None
-    """Needed where the teacher runs on engines."""
+    """Needed where the teacher runs on engines, unless there are several."""
+    teachers: dict[TeacherName, ModelSection] = Field(default_factory=dict)
+    """Several teachers by name, instead of one; `data.teacher_key` says whose a prompt is."""
 
 
 class PromptsSection(Section):
@@ -76,6 +82,8 @@ class DataSection(Section):
     shuffle: bool = True
     chat_template: Path | None = None
     """A Jinja file used instead of the tokenizer's own chat template."""
+    teacher_key: str | None = None
+    """Several teachers: the key in a prompt's metadata that names its teacher."""
 
 
 class EngineSection(Section):
@@ -110,10 +118,12 @@ class EngineSection(Section):
 
 
 class EnginesSection(Section):
-    """Engines of both sides."""
+    """Engines of the student and of its teachers."""
 
     student: EngineSection = EngineSection()
     teacher: EngineSection = EngineSection()
+    teachers: dict[TeacherName, EngineSection] = Field(default_factory=dict)
+    """Those of the teachers in `models.teachers`."""
 
 
 class SamplingSection(Section):
@@ -146,7 +156,8 @@ class RolloutSection(Section):
 
 
 class TeacherSection(Section):
-    """Teacher actors; replica i drives the teacher engines whose index is i modulo the number of actors."""
+    """Teacher actors; replica i drives the teacher engines whose index is i modulo the number of actors. With several
+    teachers each has its own."""
 
     replicas: Positive = 1
     batch_tokens: Positive = 4096
@@ -300,12 +311,21 @@ class Topology(Section):
         return self.run_dir / self.name
 
     @property
+    def teachers(self) -> dict[str, tuple[ModelSection, EngineSection]]:
+        """Model and engines by name of each teacher that engines of its own score for."""
+        if not self.opd.on_engines:
+            return {}
+        if self.models.teacher is not None:
+            return {ONE_TEACHER: (self.models.teacher, self.engines.teacher)}
+        own = self.engines.teachers
+        return {name: (model, own.get(name, EngineSection())) for name, model in self.models.teachers.items()}
+
+    @property
     def engine_sides(self) -> tuple[tuple[str, ModelSection, EngineSection], ...]:
-        """Name, model and engines of the student, and of the teacher where engines of its own score."""
-        student = ("student", self.models.student, self.engines.student)
-        if self.models.teacher is None or not self.opd.on_engines:
-            return (student,)
-        return (student, ("teacher", self.models.teacher, self.engines.teacher))
+        """Key in the topology, model and engines of the student and of each teacher with engines of its own."""
+        prefix = "teachers." if self.models.teachers else ""
+        teachers = ((f"{prefix}{name}", model, section) for name, (model, section) in self.teachers.items())
+        return (("student", self.models.student, self.engines.student), *teachers)
 
     @property
     def max_prompt_tokens(self) -> int:

@@ -77,21 +77,23 @@ def warnings(topology: Topology) -> list[str]:
 def _models(topology: Topology) -> tuple[tuple[str, ModelSection], ...]:
     """The models that take part; a teacher inside the learner may go without a Hugging Face folder."""
     models = topology.models
-    if models.teacher is None or not topology.opd.use_opd:
-        return (("student", models.student),)
-    return (("student", models.student), ("teacher", models.teacher))
+    teachers = [(f"teachers.{name}", model) for name, model in models.teachers.items()]
+    if models.teacher is not None:
+        teachers.insert(0, ("teacher", models.teacher))
+    return (("student", models.student), *(teachers if topology.opd.use_opd else ()))
 
 
 def _model_problems(topology: Topology) -> Iterator[str]:
     for side, model in _models(topology):
         yield from (f"models.{side}.path: {problem}" for problem in folder_problems(model.path))
     facts = {side: try_model(model.path) for side, model in _models(topology)}
-    student, teacher = facts["student"], facts.get("teacher")
-    if student and teacher and student.vocab_size != teacher.vocab_size:
-        yield (
-            f"models.teacher.path: vocab_size {teacher.vocab_size} in its config.json, the student's is "
-            f"{student.vocab_size}; choose a teacher with the student's vocabulary"
-        )
+    student = facts.pop("student")
+    for side, teacher in facts.items():
+        if student and teacher and student.vocab_size != teacher.vocab_size:
+            yield (
+                f"models.{side}.path: vocab_size {teacher.vocab_size} in its config.json, the student's is "
+                f"{student.vocab_size}; choose a teacher with the student's vocabulary"
+            )
     yield from _tokenizer_problems(topology, student)
 
 
@@ -105,12 +107,14 @@ def _tokenizer_problems(topology: Topology, student_facts: ModelFacts | None) ->
                 # A missing template file is reported under data.chat_template already.
                 if not str(error).startswith("data.chat_template"):
                     yield f"models.{side}.path: {error}"
-    student, teacher = tokenizers.get("student"), tokenizers.get("teacher")
-    if student and teacher and student.vocab_hash != teacher.vocab_hash:
-        yield (
-            f"models.teacher.path: its tokenizer.json maps tokens to other ids than the student's (hash "
-            f"{teacher.vocab_hash[:8]}, not {student.vocab_hash[:8]}); choose a teacher with the student's vocabulary"
-        )
+    student = tokenizers.pop("student", None)
+    for side, teacher in tokenizers.items():
+        if student and student.vocab_hash != teacher.vocab_hash:
+            yield (
+                f"models.{side}.path: its tokenizer.json maps tokens to other ids than the student's (hash "
+                f"{teacher.vocab_hash[:8]}, not {student.vocab_hash[:8]}); choose a teacher with the student's "
+                "vocabulary"
+            )
     if student and student_facts and student.vocab_size > student_facts.vocab_size:
         yield (
             f"models.student.path: tokenizer.json has ids up to {student.vocab_size - 1}, config.json has vocab_size "
@@ -157,16 +161,20 @@ def _engine_problems(topology: Topology) -> Iterator[str]:
                 f"engines.{side}.kv_tokens: {section.kv_tokens} cannot hold one full sample of "
                 f"engines.{side}.context_tokens {section.context_tokens}; write at least {section.context_tokens}"
             )
-    if not topology.opd.on_engines:
-        return
-    student, teacher = topology.engines.student, topology.engines.teacher
-    if teacher.context_tokens < student.context_tokens:
-        yield (
-            f"engines.teacher.context_tokens: {teacher.context_tokens} is less than the student's "
-            f"{student.context_tokens}, so long samples could not be scored; write at least {student.context_tokens}"
-        )
-    if shared := {url.rstrip("/") for url in student.urls} & {url.rstrip("/") for url in teacher.urls}:
-        yield f"engines.teacher.urls: {', '.join(sorted(shared))} is a student engine too; write the teacher's own"
+    student = topology.engines.student
+    taken = {url.rstrip("/"): "a student engine" for url in student.urls}
+    for side, _, teacher in topology.engine_sides[1:]:
+        if teacher.context_tokens < student.context_tokens:
+            yield (
+                f"engines.{side}.context_tokens: {teacher.context_tokens} is less than the student's "
+                f"{student.context_tokens}, so long samples could not be scored; write at least "
+                f"{student.context_tokens}"
+            )
+        urls = [url.rstrip("/") for url in teacher.urls]
+        for url in urls:
+            if url in taken:
+                yield f"engines.{side}.urls: {url} is {taken[url]} too; write the teacher's own"
+        taken |= dict.fromkeys(urls, "another teacher's engine")
 
 
 def _url_problems(path: str, section: EngineSection) -> Iterator[str]:
@@ -236,14 +244,12 @@ def _rollout_problems(topology: Topology) -> Iterator[str]:
             f"rollout.slots: {topology.rollout.slots} cannot hold one group of rollout.group_size "
             f"{topology.rollout.group_size}; write at least {topology.rollout.group_size}"
         )
-    sections = {side: section.replicas for side, _, section in topology.engine_sides}
-    for actor, side, actors in (
-        ("rollout", "student", topology.rollout.replicas),
-        ("teacher", "teacher", topology.teacher.replicas),
-    ):
-        engines = sections.get(side, actors)
-        if actors > engines:
-            yield f"{actor}.replicas: {actors} actors for {engines} {side} engines; write at most {engines}"
+    for side, _, section in topology.engine_sides:
+        actor, actors = "rollout" if side == "student" else "teacher", topology.teacher.replicas
+        actors = topology.rollout.replicas if side == "student" else actors
+        if actors > section.replicas:
+            engines = f"{section.replicas} {side} engines"
+            yield f"{actor}.replicas: {actors} actors for {engines}; write at most {section.replicas}"
 
 
 def _loss_problems(topology: Topology) -> Iterator[str]:

@@ -19,7 +19,7 @@ from opd_async.free_ports import free_ports
 from opd_async.metrics import RoleMetrics
 from opd_async.plan import Plan, RoleKind, RolePlan
 from opd_async.role import Role
-from opd_async.topology import Topology
+from opd_async.topology import ONE_TEACHER, Topology
 
 POLL_S = 0.01
 
@@ -52,8 +52,10 @@ def make_plan(vocab_size: int, student_urls: tuple[str, ...], teacher_urls: tupl
         "engines": {side: {"kind": "external"} for side in ("student", "teacher")},
     }
     roles = tuple(
-        RolePlan(kind=kind, index=0, host="127.0.0.1", devices=("cpu",), command=(), ports={"metrics": 0})
-        for kind in (RoleKind.TEACHER, RoleKind.ROLLOUT)
+        RolePlan(
+            kind=kind, index=0, host="127.0.0.1", devices=("cpu",), command=(), ports={"metrics": 0}, teacher=teacher
+        )
+        for kind, teacher in ((RoleKind.TEACHER, ONE_TEACHER), (RoleKind.ROLLOUT, ""))
     )
     return Plan(
         topology=Topology.model_validate(topology | sections),
@@ -64,7 +66,7 @@ def make_plan(vocab_size: int, student_urls: tuple[str, ...], teacher_urls: tupl
         batches=batches,
         chunks=(chunks,),
         student_engines=student_urls,
-        teacher_engines=teacher_urls,
+        teacher_urls={ONE_TEACHER: teacher_urls},
         vocab_size=vocab_size,
         stop_token_ids=(),
         roles=roles,

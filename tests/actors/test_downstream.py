@@ -13,8 +13,11 @@ from actors.downstream import Downstream, unscored
 from opd_async.channels import Pull
 from opd_async.free_ports import free_ports
 from opd_async.messages import Chunk, ScoredChunk
-from opd_async.plan import Plan
+from opd_async.plan import Plan, RoleKind, RolePlan
 from opd_async.topology import Topology
+
+TEACHERS = ("math", "math", "code")
+"""Of each teacher actor."""
 
 
 def chunk(prompt_id: int, **changes: object) -> Chunk:
@@ -34,20 +37,25 @@ def plan(scored: str, chunks: tuple[str, ...], use_opd: bool) -> Plan:
             "opd": {"use_opd": use_opd},
         }
     )
-    return Plan.model_construct(topology=topology, scored=scored, chunks=chunks)
+    roles = tuple(
+        RolePlan.model_construct(kind=RoleKind.TEACHER, index=index, teacher=teacher)
+        for index, teacher in enumerate(TEACHERS[: len(chunks)])
+    )
+    return Plan.model_construct(topology=topology, scored=scored, chunks=chunks, roles=roles)
 
 
 async def delivered(use_opd: bool) -> list[list[object]]:
-    """What arrives at the intake and at two teacher actors after one chunk of each of 20 prompts."""
-    addresses = [f"tcp://127.0.0.1:{port}" for port in free_ports("127.0.0.1", 3)]
+    """What arrives at the intake and at three teacher actors after one chunk of each of 20 prompts, 5 of them code."""
+    addresses = [f"tcp://127.0.0.1:{port}" for port in free_ports("127.0.0.1", 4)]
     context = zmq.asyncio.Context()
     pulls = [Pull(context, address, lambda reason: None) for address in addresses]
     downstream = Downstream(context, plan(addresses[0], tuple(addresses[1:]), use_opd), "rollout-0")
     try:
-        arrived: list[list[object]] = [[], [], []]
+        arrived: list[list[object]] = [[], [], [], []]
         complete = asyncio.Event()
         for prompt_id in range(20):
-            await downstream.send(downstream.route(prompt_id), chunk(prompt_id))
+            teacher = "math" if prompt_id % 4 else "code"
+            await downstream.send(downstream.route(prompt_id, teacher), chunk(prompt_id, teacher=teacher))
         async with asyncio.timeout(20), asyncio.TaskGroup() as group:
 
             async def collect(index: int) -> None:
@@ -56,7 +64,7 @@ async def delivered(use_opd: bool) -> list[list[object]]:
                     if sum(map(len, arrived)) == 20:
                         complete.set()
 
-            tasks = [group.create_task(collect(index)) for index in range(3)]
+            tasks = [group.create_task(collect(index)) for index in range(4)]
             await complete.wait()
             for task in tasks:
                 task.cancel()
@@ -68,12 +76,13 @@ async def delivered(use_opd: bool) -> list[list[object]]:
         context.term()
 
 
-def test_chunks_go_to_teachers_by_prompt_or_straight_to_the_intake() -> None:
-    intake, first, second = asyncio.run(delivered(use_opd=True))
-    assert not intake and first and second and len(first) + len(second) == 20
-    assert all(isinstance(one, Chunk) for one in [*first, *second])
-    intake, first, second = asyncio.run(delivered(use_opd=False))
-    assert not first and not second and len(intake) == 20
+def test_chunks_go_to_their_teacher_by_prompt_or_straight_to_the_intake() -> None:
+    intake, first, second, third = asyncio.run(delivered(use_opd=True))
+    assert not intake and first and second and len(first) + len(second) == 15 and len(third) == 5
+    for chunks, teacher in ((first, "math"), (second, "math"), (third, "code")):
+        assert all(isinstance(one, Chunk) and one.teacher == teacher for one in chunks)
+    intake, *actors = asyncio.run(delivered(use_opd=False))
+    assert not any(actors) and len(intake) == 20
     assert all(isinstance(one, ScoredChunk) for one in intake)
 
 

@@ -26,7 +26,9 @@ SAMPLES = 6
 
 def lease(sample_id: int) -> m.Lease:
     prompt = np.array([sample_id, sample_id + 1, 7], np.int32)
-    return m.Lease(sample_id, 0, sample_id, m.LeaseKind.TRAIN.value, 1.0, "", prompt, np.zeros(0, np.int32))
+    return m.Lease(
+        sample_id, 0, sample_id, m.LeaseKind.TRAIN.value, 1.0, "", prompt, np.zeros(0, np.int32), teacher="teacher"
+    )
 
 
 class Running:

@@ -69,7 +69,7 @@ class Teacher:
                 behaviour,
                 context,
             )
-            await self._push.send(m.Chunk(*fields))
+            await self._push.send(m.Chunk(*fields, teacher="teacher"))
 
     async def all_scored(self) -> None:
         await until(lambda: len(self.scores) == len(self.sent), "all scores")

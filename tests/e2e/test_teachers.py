@@ -1,0 +1,55 @@
+"""A run with two teachers: the student itself, and another model. The reverse KL tells who has scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from harness import Launch, check_trained, rows, steps, topology, write_topology
+
+STEPS = 5
+SAME = 12
+"""The first so many prompts belong to the teacher that is the student."""
+
+
+def test_each_sample_is_scored_by_its_teacher(inputs: Path, tmp_path: Path) -> None:
+    owners = ["same" if n < SAME else "other" for n in range(400)]
+    prompts = [{"prompt": f"t{10 + n % 90} t{100 + n % 90}", "metadata": {"who": who}} for n, who in enumerate(owners)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts[SAME - 2 : SAME + 3]))
+    # the student must stay what it is
+    values = topology(inputs, tmp_path, schedule__steps=STEPS, learner__optimizer__lr=1e-12)
+    values["models"] = {
+        "student": {"path": str(inputs / "student")},
+        "teachers": {"same": {"path": str(inputs / "student")}, "other": {"path": str(inputs / "teacher")}},
+    }
+    engine = values["engines"].pop("teacher")
+    values["engines"]["teachers"] = {"same": engine | {"replicas": 2}, "other": engine}
+    values["data"] = {
+        "train": {"path": str(tmp_path / "prompts.jsonl")},
+        "held_out": {"path": str(tmp_path / "held_out.jsonl")},
+        "teacher_key": "who",
+        "shuffle": False,
+    }
+    values["rollout"]["sampling"]["max_response_tokens"] = 32
+    values["schedule"]["tokens_per_step"] = 128
+    with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
+        assert run.wait() == 0, run.text()
+    folder = tmp_path / "run"
+    check_trained(folder, 1, STEPS)
+    log = rows(folder / "trained.jsonl")
+    shares = []
+    for row in log:
+        tokens = {"same": 0, "other": 0}
+        for (sample, start, end, *_), teacher in zip(row["ranges"], row["teachers"], strict=True):
+            assert teacher == owners[sample]
+            tokens[teacher] += end - start
+        shares.append(tokens["other"] / sum(tokens.values()))
+    assert shares[0] == 0.0 and shares[-1] == 1.0
+    for share, row in zip(shares, steps(folder), strict=True):
+        assert share > 0.0 or abs(row["learner_reverse_kl"]) < 1e-4, "scored by the student itself"
+        assert share < 1.0 or row["learner_reverse_kl"] > 0.1, "scored by another model"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["teacher"] is None
+    assert {name: of["prompts"] for name, of in report["teachers"].items()} == {"teacher same": 2, "teacher other": 3}
+    assert "teacher other " in run.text()
