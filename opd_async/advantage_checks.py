@@ -59,5 +59,6 @@ def advantage_warnings(topology: Topology) -> Iterator[str]:
             f"advantage.clip_low: {clip:g}, but gspo's ratio is a geometric mean over a response and hardly leaves 1; "
             "write 3.0e-4, and clip_high: 4.0e-4"
         )
-    if topology.reward.kind is not RewardKind.NONE and section.estimator is Estimator.NONE:
+    unused = section.estimator is Estimator.NONE and topology.evaluation.judge != "reward"
+    if topology.reward.kind is not RewardKind.NONE and unused:
         yield "reward.kind: rewards are computed and reported, and nothing learns from them; write advantage.estimator"
