@@ -8,7 +8,7 @@ import time
 import aiohttp
 import numpy as np
 import pytest
-from server_under_test import ADMIN_KEY, API_KEY, CONTEXT, VOCAB, Server, prompt, reference_logprobs, sampling
+from server_under_test import ADMIN_KEY, API_KEY, CONTEXT, VERSION, VOCAB, Server, prompt, reference_logprobs, sampling
 from streams import Crowd, Stream
 from transformers import PreTrainedModel
 
@@ -125,16 +125,18 @@ def test_a_stream_that_cannot_be_is_an_error_with_the_reason(server: Server) -> 
         asyncio.run(run())
 
 
-def test_a_stream_that_nobody_reads_any_more_ends(server: Server) -> None:
-    async def run() -> None:
-        async with server.client() as client:
-            crowd = Crowd(client)
-            crowd.start(*(Stream(client, prompt(20, i), 470) for i in range(4)))
-            await crowd.until_each_has(1)
-            await crowd.abandon()
+if VERSION is None or VERSION >= (0, 5, 20):  # the older one cannot tell its load on a CPU
 
-    asyncio.run(run())
-    give_up = time.monotonic() + 30.0
-    while server.running():
-        assert time.monotonic() < give_up, "the requests go on"
-        time.sleep(0.05)
+    def test_a_stream_that_nobody_reads_any_more_ends(server: Server) -> None:
+        async def run() -> None:
+            async with server.client() as client:
+                crowd = Crowd(client)
+                crowd.start(*(Stream(client, prompt(20, i), 470) for i in range(4)))
+                await crowd.until_each_has(1)
+                await crowd.abandon()
+
+        asyncio.run(run())
+        give_up = time.monotonic() + 30.0
+        while server.running():
+            assert time.monotonic() < give_up, "the requests go on"
+            time.sleep(0.05)
