@@ -193,6 +193,8 @@ class Intake:
         learner = self._topology.learner
         segments = [one.segment for one in taken if one.segment is not None]
         outcomes = self._weigh(taken)
+        if learner.loss_mean == "responses":
+            packing.mean_over_responses(segments)
         batches = packing.pack(segments, version, learner.data_parallel, learner.micro_batch_tokens)
         stats, staleness = describe_step(segments, version)
         if self._topology.reward.kind is not RewardKind.NONE:

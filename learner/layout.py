@@ -73,6 +73,8 @@ class PackedBatch:
     """int64[R, K]: the teacher's most likely ids, where the batch has them."""
     topk_logprobs_RK: Tensor | None
     """float32[R, K], nats: the teacher's."""
+    weights_R: Tensor | None = None
+    """float32[R]: how often a row counts in the loss; None: once each."""
 
 
 def lay_out(batch: MicroBatch, *, multiple: int, slack: float, device: torch.device) -> PackedBatch:
@@ -113,6 +115,7 @@ def lay_out(batch: MicroBatch, *, multiple: int, slack: float, device: torch.dev
         torch.from_numpy(np.searchsorted(batch.cu_seqlens, batch.rows, side="right") - 1).to(device),
         None if batch.topk is None else torch.from_numpy(batch.topk.ids.astype(np.int64)).to(device),
         None if batch.topk is None else torch.tensor(batch.topk.logprobs, device=device),
+        None if batch.weights is None else torch.tensor(batch.weights, device=device),
     )
 
 

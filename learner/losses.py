@@ -55,6 +55,7 @@ def reverse_kl(
     staleness_R: Tensor,
     config: LossConfig,
     sequence_R: Tensor | None = None,
+    weights_R: Tensor | None = None,
 ) -> LossOutput:
     """The policy-gradient form of the reverse KL from the student to the teacher, off-policy corrected.
 
@@ -75,7 +76,8 @@ def reverse_kl(
     outside [low, high]. All inputs are float32[R], nats (staleness int32[R], steps); only `logprobs_R` has gradient.
     """
     signal_R = teacher_R - logprobs_R.detach()
-    return policy_gradient(logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R, signal_R, config, sequence_R)
+    rows = (logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R)
+    return policy_gradient(*rows, signal_R, config, sequence_R, weights_R)
 
 
 def reverse_kl_behaviour(
@@ -86,6 +88,7 @@ def reverse_kl_behaviour(
     staleness_R: Tensor,
     config: LossConfig,
     sequence_R: Tensor | None = None,
+    weights_R: Tensor | None = None,
 ) -> LossOutput:
     """slime's form of the reverse KL: an advantage fixed when the token was sampled, under PPO's clip. To compare with.
 
@@ -98,7 +101,8 @@ def reverse_kl_behaviour(
     the advantage). Staleness, inputs and what is on the wire: as `reverse_kl`.
     """
     signal_R = teacher_R - behaviour_R
-    return policy_gradient(logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R, signal_R, config, sequence_R)
+    rows = (logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R)
+    return policy_gradient(*rows, signal_R, config, sequence_R, weights_R)
 
 
 def policy_gradient(
@@ -110,18 +114,25 @@ def policy_gradient(
     signal_R: Tensor,
     config: LossConfig,
     sequence_R: Tensor | None = None,
+    weights_R: Tensor | None = None,
 ) -> LossOutput:
     """The surrogate that `config.ratio` names for any signal float32[R] without gradient; other inputs as in
-    `reverse_kl`. `sequence_R` int64[R], ascending: the response of each row, for the ratio of whole responses."""
+    `reverse_kl`. `sequence_R` int64[R], ascending: the response of each row, for the ratio of whole responses;
+    `weights_R` float32[R]: how often each row counts in the loss (None: once), not in what is reported of ratios."""
     advantage_R = config.kl_coef * _clamped(signal_R, config.signal_clamp) + advantages_R
     ratio_R = (logprobs_R - behaviour_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     gate_R = _gate(ratio_R.detach(), config)
     acting = surrogate(logprobs_R, ratio_R, advantage_R, sequence_R, config)
-    loss = -(gate_R * acting.objective_R).sum()
+    loss = -weighted(gate_R * acting.objective_R, weights_R).sum()
     clamped_R = signal_R.abs() > (torch.inf if config.signal_clamp is None else config.signal_clamp)
     events = (acting.clipped_R, gate_R != 1.0, clamped_R)
     sums = _sums(loss, teacher_R - logprobs_R.detach(), ratio_R, events, staleness_R)
     return LossOutput(loss, sums, _maxima(ratio_R, staleness_R))
+
+
+def weighted(loss_R: Tensor, weights_R: Tensor | None) -> Tensor:
+    """float32[R]: each row as often as it counts."""
+    return loss_R if weights_R is None else loss_R * weights_R
 
 
 def _clamped(signal_R: Tensor, bound: float | None) -> Tensor:

@@ -19,7 +19,7 @@ from learner.errors import LearnerError
 from learner.full_divergences import RowDivergences
 from learner.layout import PackedBatch
 from learner.logprobs import RowLogprobs
-from learner.losses import SUMS, LossOutput, policy_gradient, reverse_kl, reverse_kl_behaviour
+from learner.losses import SUMS, LossOutput, policy_gradient, reverse_kl, reverse_kl_behaviour, weighted
 from opd_async.loss_names import WHOLE_RESPONSE_LOSSES
 
 SAMPLED = {"reverse_kl": reverse_kl, "reverse_kl_behaviour": reverse_kl_behaviour}
@@ -45,20 +45,22 @@ def objective(packed: PackedBatch, logprobs: RowLogprobs, config: LossConfig) ->
     teacher_R = logprobs.sampled_R.detach() if packed.teacher_R is None else packed.teacher_R
     rows = (logprobs.sampled_R, packed.behaviour_R, teacher_R, packed.advantages_R, packed.staleness_R)
     if config.loss in SAMPLED:
-        return _plus_entropy(SAMPLED[config.loss](*rows, config, packed.sequence_R), logprobs.entropy_R, config)
+        output = SAMPLED[config.loss](*rows, config, packed.sequence_R, packed.weights_R)
+        return _plus_entropy(output, logprobs.entropy_R, packed.weights_R, config)
     assert logprobs.support_RK is not None
     teacher_RK = packed.topk_logprobs_RK if packed.topk_logprobs_RK is not None else logprobs.support_RK.detach()
     signal_R = _later_signals(packed, teacher_R, logprobs.sampled_R, config)
     cells = Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK)
-    output = with_divergence(rows, signal_R, cells, config, packed.sequence_R)
-    return _plus_entropy(output, logprobs.entropy_R, config)
+    output = with_divergence(rows, signal_R, cells, config, packed.sequence_R, packed.weights_R)
+    return _plus_entropy(output, logprobs.entropy_R, packed.weights_R, config)
 
 
 def full_objective(packed: PackedBatch, found: RowDivergences, config: LossConfig) -> LossOutput:
     """As `objective`, for the losses on the whole vocabulary; what `packed` says of the teacher is not looked at."""
     rows = (found.sampled_R, packed.behaviour_R, found.teacher_R, packed.advantages_R, packed.staleness_R)
     signal_R = _later_signals(packed, found.teacher_R, found.sampled_R, config)
-    return _plus_divergence(policy_gradient(*rows, signal_R, config, packed.sequence_R), found.divergence_R, config)
+    estimator = policy_gradient(*rows, signal_R, config, packed.sequence_R, packed.weights_R)
+    return _plus_divergence(estimator, found.divergence_R, packed.weights_R, config)
 
 
 def _later_signals(packed: PackedBatch, teacher_R: Tensor, sampled_R: Tensor, config: LossConfig) -> Tensor:
@@ -74,6 +76,7 @@ def with_divergence(
     cells: Cells,
     config: LossConfig,
     sequence_R: Tensor | None = None,
+    weights_R: Tensor | None = None,
 ) -> LossOutput:
     """kl_coef * divergence, plus the clipped policy gradient of the estimator's advantage and kl_coef * `signal_R`.
 
@@ -81,29 +84,33 @@ def with_divergence(
     advantage and signal; the divergence depends on the prefix only. `signal_clamp` bounds the signal alone: clamping
     terms of a divergence can turn its sign.
     """
-    estimator = policy_gradient(*rows, signal_R, config, sequence_R)
-    output = _plus_divergence(estimator, DIVERGENCES[config.loss](cells, config), config)
+    estimator = policy_gradient(*rows, signal_R, config, sequence_R, weights_R)
+    output = _plus_divergence(estimator, DIVERGENCES[config.loss](cells, config), weights_R, config)
     output.sums[SUMS.index("student_support")] = cells.student_RK.detach().exp().sum()
     output.sums[SUMS.index("teacher_support")] = cells.teacher_RK.exp().sum()
     return output
 
 
-def _plus_divergence(estimator: LossOutput, divergence_R: Tensor, config: LossConfig) -> LossOutput:
+def _plus_divergence(
+    estimator: LossOutput, divergence_R: Tensor, weights_R: Tensor | None, config: LossConfig
+) -> LossOutput:
     """The estimator's loss plus kl_coef times the divergence, summed over rows."""
-    loss = estimator.loss + config.kl_coef * divergence_R.sum()
+    loss = estimator.loss + config.kl_coef * weighted(divergence_R, weights_R).sum()
     sums = estimator.sums.clone()
     sums[SUMS.index("loss")] = loss.detach()
     return LossOutput(loss, sums, estimator.maxima)
 
 
-def _plus_entropy(output: LossOutput, entropy_R: Tensor | None, config: LossConfig) -> LossOutput:
+def _plus_entropy(
+    output: LossOutput, entropy_R: Tensor | None, weights_R: Tensor | None, config: LossConfig
+) -> LossOutput:
     """The loss minus entropy_coef times the student's entropy, summed over rows, where there is such a bonus.
 
     Its gradient is exact at each prefix (a sum over the vocabulary); prefixes are those of the weights that sampled.
     """
     if entropy_R is None:
         return output
-    loss = output.loss - config.entropy_coef * entropy_R.sum()
+    loss = output.loss - config.entropy_coef * weighted(entropy_R, weights_R).sum()
     sums = output.sums.clone()
     sums[SUMS.index("loss")] = loss.detach()
     sums[SUMS.index("entropy")] = entropy_R.detach().sum()

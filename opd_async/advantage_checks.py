@@ -15,6 +15,8 @@ WIDE_SEQUENCE_CLIP = 0.01
 def advantage_problems(topology: Topology) -> Iterator[str]:
     """Every reason why the student could not learn from its rewards as `advantage` says."""
     section, estimator = topology.advantage, topology.advantage.estimator
+    if topology.learner.loss_mean == "responses" and topology.schedule.train_on is TrainOn.TOKENS:
+        yield "learner.loss_mean: responses, but steps take parts of them (schedule.train_on: tokens); write tokens"
     if estimator is Estimator.NONE:
         if not topology.opd.use_opd:
             yield (

@@ -97,7 +97,8 @@ class Segment:
 
     `token_ids` int32[prompt + end]; per trained token: `behaviour_logprobs`, `teacher_logprobs` float32[end - start],
     `versions` int32[end - start] of the weights that made it, `topk` of end - start rows where the loss needs it,
-    `advantages` float32[end - start] where an estimator has set them.
+    `advantages` float32[end - start] where an estimator has set them. `weight` is how often
+    each of its tokens counts in the loss (None: once).
     """
 
     sample_id: int
@@ -112,6 +113,7 @@ class Segment:
     topk: TopK | None = None
     advantages: NDArray[np.float32] | None = None
     teacher: str = ""
+    weight: float | None = None
 
 
 class Assembler:

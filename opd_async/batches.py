@@ -23,10 +23,10 @@ class MicroBatch:
     `token_ids` int32[T]; `cu_seqlens` int32[N+1]; `rows` int32[R], ascending: the index into T of the position whose
     logits predict the target, so that the target is `token_ids[rows + 1]`; per row: `behaviour_logprobs` float32[R]
     (nats, what the token was sampled with), `teacher_logprobs` float32[R] (nats; float32[0] where no teacher engine
-    scores), `advantages` float32[R] (the
-    estimator's, zero in pure distillation), `staleness` int32[R] (optimizer steps between the weights that made the
-    token and those that train it), `topk` (R rows, None unless the loss needs it). T = 0 is an empty micro-batch: it
-    adds nothing but takes part in collectives.
+    scores), `advantages` float32[R] (the estimator's, zero in pure distillation), `staleness` int32[R] (optimizer steps
+    between the weights that made the token and those that train it), `topk` (R rows, None unless the loss needs it),
+    `weights` float32[R] (how often a row counts in the loss, 1 in the step's mean; None: once each). T = 0 is an empty
+    micro-batch: it adds nothing but takes part in collectives.
     """
 
     token_ids: Int32Array
@@ -37,6 +37,7 @@ class MicroBatch:
     advantages: Float32Array
     staleness: Int32Array
     topk: TopK | None = None
+    weights: Float32Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

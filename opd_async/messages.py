@@ -136,6 +136,7 @@ class Train:
     staleness: Int32
     topk_ids: Int32Matrix | None = None
     topk_logprobs: Float32Matrix | None = None
+    weights: Float32 | None = None
 
 
 # --- every role to the coordinator -----------------------------------------------------------------------------------

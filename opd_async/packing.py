@@ -61,7 +61,22 @@ def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:
         _join([_advantages(segment) for segment in segments], np.float32),
         _join([version - segment.versions for segment in segments], np.int32),
         join([segment.topk for segment in segments]),
+        _weights(segments),
     )
+
+
+def mean_over_responses(segments: Sequence[Segment]) -> None:
+    """Weigh the tokens of whole responses so that the mean over the step's tokens is one over its responses, each the
+    mean over its own tokens."""
+    tokens = sum(segment.end - segment.start for segment in segments)
+    for segment in segments:
+        segment.weight = tokens / (len(segments) * (segment.end - segment.start))
+
+
+def _weights(segments: Sequence[Segment]) -> NDArray[np.float32] | None:
+    if all(segment.weight is None for segment in segments):
+        return None
+    return _join([np.full(s.end - s.start, s.weight or 1.0, np.float32) for s in segments], np.float32)
 
 
 def _advantages(segment: Segment) -> NDArray[np.float32]:
@@ -91,6 +106,9 @@ def to_message(batch: StepBatch) -> Train:
         _join([mb.staleness for mb in mbs], np.int32),
         topk.ids if topk is not None else None,
         topk.logprobs if topk is not None else None,
+        _join([mb.weights for mb in mbs if mb.weights is not None], np.float32)
+        if any(mb.weights is not None for mb in mbs)
+        else None,
     )
 
 
@@ -102,10 +120,19 @@ def from_message(train: Train) -> StepBatch:
     rows, staleness = (np.split(values, cuts) for values in (train.rows, train.staleness))
     by_row = (train.behaviour_logprobs, train.teacher_logprobs, train.advantages)
     behaviour, teacher, advantages = (np.split(values, cuts) for values in by_row)
+    weights = [None] * len(rows) if train.weights is None else np.split(train.weights, cuts)
     topk = split(TopK.of(train.topk_ids, train.topk_logprobs), train.mb_rows.tolist())
     micro_batches = tuple(
         MicroBatch(
-            tokens[i], _offsets(lengths[i]), rows[i], behaviour[i], teacher[i], advantages[i], staleness[i], topk[i]
+            tokens[i],
+            _offsets(lengths[i]),
+            rows[i],
+            behaviour[i],
+            teacher[i],
+            advantages[i],
+            staleness[i],
+            topk[i],
+            weights[i],
         )
         for i in range(len(train.mb_tokens))
     )

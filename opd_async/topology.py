@@ -213,6 +213,8 @@ class LearnerSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     micro_batch_tokens: Positive = 16384
     logprob_chunk_rows: Positive = 1024
+    loss_mean: Literal["tokens", "responses"] = "tokens"
+    """What the loss is a mean over: all trained tokens alike, or responses, each the mean over its own tokens."""
     recompute: bool = False
     threads: Positive = 1
     bucket_mib: Positive = 256

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from opd_async.assembly import Segment
 from opd_async.batches import MicroBatch, StepBatch
-from opd_async.packing import from_message, micro_batch, pack, to_message
+from opd_async.packing import from_message, mean_over_responses, micro_batch, pack, to_message
 from opd_async.topk import TopK
 from opd_async.wire import decode, encode
 
@@ -87,7 +87,8 @@ def assert_same(left: StepBatch, right: StepBatch) -> None:
     for one, two in zip(left.micro_batches, right.micro_batches, strict=True):
         for a, b in zip(one.topk or (), two.topk or (), strict=bool(len(one.rows))):
             np.testing.assert_array_equal(a, b)
-        for field in dataclasses.fields(MicroBatch)[:-1]:
+        assert one.weights is two.weights is None
+        for field in dataclasses.fields(MicroBatch)[:-2]:
             a, b = getattr(one, field.name), getattr(two, field.name)
             assert a.dtype == b.dtype, field.name
             np.testing.assert_array_equal(a, b, field.name)
@@ -157,3 +158,20 @@ def test_ranks_share_the_load() -> None:
     segments = [segment(i, 2, 0, 30) for i in range(16)]
     loads = [sum(len(mb.token_ids) for mb in b.micro_batches) for b in pack(segments, VERSION, 4, 64)]
     assert loads == [128] * 4
+
+
+def test_a_mean_over_responses_weighs_their_tokens() -> None:
+    """Each response counts alike, whatever its length, and a token once in the mean; over the wire too."""
+    segments = [segment(1, 2, 0, 2), segment(2, 2, 0, 6), segment(3, 2, 0, 1)]
+    assert micro_batch(segments, VERSION).weights is None
+    mean_over_responses(segments)
+    (batch, *others) = pack(segments, VERSION, 2, 4)
+    received = [from_message(decode([bytes(frame) for frame in encode(to_message(one))])) for one in (batch, *others)]
+    everything = [w for one in received for mb in one.micro_batches for w in _weights_of(mb)]
+    assert len(everything) == 9 and sum(everything) == 9.0
+    assert [everything.count(w) for w in (0.5, 1.5, 3.0)] == [6, 2, 1]
+
+
+def _weights_of(mb: MicroBatch) -> list[float]:
+    assert mb.weights is not None
+    return [float(weight) for weight in mb.weights]

@@ -44,6 +44,7 @@ WRONG = {
     "teacher.replicas=3": "teacher.replicas: 3 actors for 1 teacher engines; write at most 1",
     "opd.loss=k3": "opd.loss: k3 is refused: as a loss, exp(d) - d - 1 of the student's own tokens has the expected",
     "evaluation.max_response_tokens=64": "evaluation.max_response_tokens: 64 leaves no room for a prompt in",
+    "learner.loss_mean=responses": "learner.loss_mean: responses, but steps take parts of them",
     "evaluation.judge=reward": "evaluation.judge: reward, but there is none; write reward.kind, or answer",
     "reward.function=my:judge": "reward.function: only for kind python, this is none; remove it",
     "evaluation.answer_pattern='('": "evaluation.answer_pattern: '(' is not a regular expression",

@@ -226,3 +226,17 @@ def test_the_entropy_bonus_is_reported_and_pulls_towards_it(alone: Place, model_
     trainer = Trainer(learner_config(model_path, loss=loss, optim=OptimConfig(lr=3e-3, total_steps=10)))
     entropies = [trainer.step(step_batch(version, [silent])).entropy for version in range(4)]
     assert entropies == sorted(entropies) and 0.0 < entropies[0] < entropies[-1] <= np.log(VOCAB)
+
+
+@pytest.mark.parametrize(
+    "loss", [LossConfig(entropy_coef=0.1), LossConfig(loss="jsd_topk"), LossConfig(ratio="sequence")]
+)
+def test_weights_make_a_mean_over_responses(alone: Place, model_path: Path, loss: LossConfig) -> None:
+    trainer = Trainer(learner_config(model_path, loss=loss))
+    batch = micro_batch([9, 31, 14], k=4)
+    parts = split(batch)
+    each = [hf_gradients(trainer, step_batch(0, [part])) for part in parts]  # every one a mean over its own tokens
+    rows, counts = len(batch.rows), [len(part.rows) for part in parts]
+    weights = np.concatenate([np.full(count, rows / (3 * count), np.float32) for count in counts])
+    found = hf_gradients(trainer, step_batch(0, [replace(batch, weights=weights), EMPTY]))
+    assert_close(found, {name: sum(one[name] for one in each) / 3 for name in found}, 1e-6)
