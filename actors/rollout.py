@@ -183,7 +183,8 @@ class RolloutActor:
         client: GenerationClient = generation.student.client
         if on_teacher:
             engines = self._teachers[lease.teacher]
-            client = engines[lease.sample_id % len(engines)]
+            usable = [engine for engine in engines if self._guards[engine.url].closed] or engines
+            client = usable[lease.sample_id % len(usable)]
         await self._admitted(generation, client, on_teacher)
         generation.streaming = not on_teacher
         try:

@@ -8,8 +8,9 @@ below L, which sum to less than 2 L, and once at its end: at most two tokens aga
     chunk -> CutPoints.offer(chunk, CacheShare.coarse) -> chunks that may leave -> batcher -> engine
                                        ^ observe(prefix, cached) of each answer <---------------+
 
-Tokens never wait beyond the staleness bound: those made by weights b leave when the engines hold weights b + S, because
-the next step cannot start without their scores (docs/staleness.md). With S = 0 nothing ever waits.
+Tokens never wait beyond the staleness bound: step b + S cannot start without the scores of what weights b have made
+(docs/staleness.md). They leave when the engines hold weights b + S - 1, so that the step need not wait for the teacher;
+with S = 1 that would be at once, so they leave when they are due. With S = 0 nothing ever waits.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class CutPoints:
     def __init__(self, first: int, max_staleness: int | None) -> None:
         """`max_staleness` None: steps take whole responses only, so no token is due before its response has ended."""
         self.first = first
-        self._max_staleness = max_staleness
+        self._patience = None if max_staleness is None else min(max_staleness, max(max_staleness - 1, 1))
         self._version = -1
         self._held: dict[int, list[Chunk]] = {}
 
@@ -80,7 +81,7 @@ class CutPoints:
         return self._held.pop(chunk.sample_id)
 
     def advance(self, version: int) -> list[Chunk]:
-        """Every engine holds weights `version`: the chunks whose scores the next step needs."""
+        """Every engine holds weights `version`: the chunks whose scores a step needs soon."""
         self._version = version
         due = [sample_id for sample_id, held in self._held.items() if self._due(held)]
         return [chunk for sample_id in due for chunk in self._held.pop(sample_id)]
@@ -90,10 +91,10 @@ class CutPoints:
         self._held.pop(sample_id, None)
 
     def _due(self, held: list[Chunk]) -> bool:
-        if self._max_staleness is None:
+        if self._patience is None:
             return False
         newest = max(self._version, held[-1].weight_version)
-        return held[0].weight_version + self._max_staleness <= newest
+        return held[0].weight_version + self._patience <= newest
 
 
 def _end(held: list[Chunk]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -22,6 +23,8 @@ from opd_async.role import Role
 
 TOKENS = 12
 SAMPLES = 6
+NOBODY = "http://127.0.0.1:1"
+"""An address where connections are refused."""
 
 
 def lease(sample_id: int) -> m.Lease:
@@ -52,11 +55,12 @@ class Running:
 
 
 @asynccontextmanager
-async def rollout(engine: FaultyEngine, samples: int = SAMPLES, deadline_s: float = 60.0) -> AsyncIterator[Running]:
+async def rollout(
+    engine: FaultyEngine, samples: int = SAMPLES, deadline_s: float = 60.0, teachers: tuple[str, ...] = (NOBODY,)
+) -> AsyncIterator[Running]:
     """`deadline_s`: how long an engine may be out."""
     section = {"request_deadline_s": 0.3, "chunk_tokens": 4, "sampling": {"max_response_tokens": TOKENS}}
-    teacher, supervisor = "http://127.0.0.1:1", {"start_deadline_s": deadline_s}
-    plan = make_plan(VOCAB, (engine.url,), (teacher,), rollout=section, supervisor=supervisor)
+    plan = make_plan(VOCAB, (engine.url,), teachers, rollout=section, supervisor={"start_deadline_s": deadline_s})
     async with (
         aiohttp.ClientSession(connector=new_connector()) as session,
         fake_role(plan, RoleKind.ROLLOUT) as (role, coordinator),
@@ -160,5 +164,26 @@ def test_an_outage_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
                 await until(lambda: bool(running.coordinator.of(m.Failure)), "the failure")
                 assert "fails again and again, last: " in running.coordinator.of(m.Failure)[0].text
                 assert running.role.counters["engine_errors"] > SAMPLES, "it was waited out for a while"
+
+    asyncio.run(run())
+
+
+def test_an_evaluation_leaves_out_a_teacher_engine_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+    async def run() -> None:
+        async with (
+            FaultyEngine() as student,
+            FaultyEngine() as teacher,
+            rollout(student, samples=0, teachers=(NOBODY, teacher.url)) as running,
+        ):
+            for sample_id in range(SAMPLES):
+                kind = m.LeaseKind.EVAL_TEACHER.value
+                await running.coordinator.to_role.put(dataclasses.replace(lease(sample_id), kind=kind))
+            await until(lambda: len(running.coordinator.of(m.EvalDone)) == SAMPLES, "all evaluation responses")
+            for done in running.coordinator.of(m.EvalDone):
+                n = done.sample_id
+                assert done.token_ids.tolist() == continuation([n, n + 1, 7], TOKENS)
+            assert student.seen == []
 
     asyncio.run(run())

@@ -44,14 +44,16 @@ def test_a_prefix_of_an_earlier_attempt_counts_as_scored() -> None:
     assert spans(points.offer(chunk(1, 7, 8), coarse=True)) == [(1, 5, 7), (1, 7, 8)]
 
 
-def test_tokens_leave_when_the_next_step_needs_them() -> None:
-    points = CutPoints(100, 2)
+@pytest.mark.parametrize(("max_staleness", "patience"), [(1, 1), (2, 1), (3, 2), (8, 7)])
+def test_tokens_leave_a_step_before_they_are_needed(max_staleness: int, patience: int) -> None:
+    points = CutPoints(100, max_staleness)
     points.offer(chunk(1, 0, 2, weight_version=3), coarse=True)
     points.offer(chunk(2, 0, 2, weight_version=4), coarse=True)
-    assert points.advance(4) == []
-    assert spans(points.advance(5)) == [(1, 0, 2)]
+    assert points.advance(3 + patience - 1) == []
+    assert spans(points.advance(3 + patience)) == [(1, 0, 2)]
     # chunks may overtake the news of a version
-    assert spans(points.offer(chunk(2, 2, 3, weight_version=6), coarse=True)) == [(2, 0, 2), (2, 2, 3)]
+    newer = chunk(2, 2, 3, weight_version=4 + patience)
+    assert spans(points.offer(newer, coarse=True)) == [(2, 0, 2), (2, 2, 3)]
 
 
 def test_strictly_on_policy_nothing_waits() -> None:
