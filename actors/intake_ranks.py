@@ -37,16 +37,12 @@ class LearnerRanks:
     async def send_step(self, shares: Sequence[Train]) -> None:
         """A step: `shares` has one message for each data-parallel rank."""
         for rank in range(self._learner.ranks):
-            await self._send(rank, shares[self._data_parallel_rank(rank)])
+            await self._send(rank, shares[self._learner.data_rank(rank)])
 
     async def send_all(self, message: Message) -> None:
         """A command, to every rank alike."""
         for rank in range(self._learner.ranks):
             await self._send(rank, message)
-
-    def _data_parallel_rank(self, rank: int) -> int:
-        """Megatron orders ranks tensor first, then data, then pipeline."""
-        return rank // self._learner.tensor_parallel % self._learner.data_parallel
 
     async def _send(self, rank: int, message: Message) -> None:
         try:

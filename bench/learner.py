@@ -96,7 +96,7 @@ class FullLogits(Trainer):
     def _logprobs(self, packed: PackedBatch, hidden: Tensor, *, train: bool) -> RowLogprobs:
         logits_PV = (hidden[:, 0] @ self.model.head_weight().T).float()
         table_PV = logits_PV[:, : self.shape.vocab].log_softmax(-1)
-        return RowLogprobs(table_PV[packed.rows_R, packed.targets_R])
+        return RowLogprobs(table_PV[packed.rows_O, packed.targets_R])
 
 
 def sequences(options: argparse.Namespace) -> MicroBatch:

@@ -41,6 +41,7 @@ def save(trainer: Trainer, folder: Path) -> None:
         state = {
             **_sharded(trainer, loading=False),
             "version": trainer.version,
+            "optimizer_step": checkpoint_fixes.optimizer_step(trainer.optimizer),
             "random_state": torch.get_rng_state(),
         }
         dist_checkpointing.save(state, str(folder), content_metadata={"distrib_optim_sharding_type": OPTIMIZER_FORMAT})
@@ -58,7 +59,9 @@ def load(trainer: Trainer, folder: Path) -> None:
         with quiet(), on_this_device():
             state = dist_checkpointing.load(_sharded(trainer, loading=True), str(folder))
             trainer.model.load_state_dict(state["model"])
-            trainer.optimizer.load_state_dict(state["optimizer"])
+            for index, part in enumerate(trainer.optimizer.chained_optimizers):
+                loaded = {"param_state": state["optimizers"][str(index)], "param_state_sharding_type": OPTIMIZER_FORMAT}
+                part.load_state_dict(checkpoint_fixes.at_step(part, state["optimizer_step"]) | loaded)
     except UNREADABLE as error:
         raise CheckpointError(
             f"{folder} cannot be loaded into the model {trainer.config.model_path}: {cause(error)}; resume with the "
@@ -76,12 +79,19 @@ def load_weights(trainer: Trainer, folder: Path) -> None:
 
 
 def _sharded(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
-    """Megatron's description of what this rank holds: model and optimizer shards."""
+    """Megatron's description of what this rank holds: model and optimizer shards.
+
+    Experts that are spread over ranks have an optimizer of their own. Its shards are named by their parameters, as all
+    others are, so that a checkpoint loads whether they are or not; Megatron's own way keeps the two apart.
+    """
     metadata = {
         "distrib_optim_sharding_type": OPTIMIZER_FORMAT,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     model = trainer.model.sharded_state_dict(metadata=metadata)
     with checkpoint_fixes.padded_buckets(trainer.optimizer):
-        optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
-    return {"model": model, "optimizer": optimizer}
+        parts = [
+            part.sharded_state_dict(model, is_loading=loading, metadata=metadata)["param_state"]
+            for part in trainer.optimizer.chained_optimizers
+        ]
+    return {"model": model, "optimizers": {str(index): part for index, part in enumerate(parts)}}

@@ -67,6 +67,19 @@ def prime_states(optimizer: Any) -> None:
             }
 
 
+def optimizer_step(optimizer: Any) -> float:
+    """How many steps Adam has taken: the same for every parameter."""
+    return next(float(inner.state[parameter]["step"]) for inner, _group, parameter in _parameters(optimizer))
+
+
+def at_step(distributed: Any, step: float) -> dict[str, Any]:
+    """The optimizer's own state without that of its parameters, as if it had taken `step` steps."""
+    state: dict[str, Any] = distributed.state_dict()
+    for group in state["optimizer"]["param_groups"]:
+        group["step"] = step
+    return state
+
+
 def separate_steps(optimizer: Any) -> None:
     """Give every parameter its own step counter after a load.
 

@@ -13,8 +13,20 @@ class ParallelConfig:
 
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
+    """Every sequence is spread over so many ranks."""
+    expert: int = 1
+    """The experts of a layer are spread over so many of a stage's ranks, each expert whole on one."""
     timeout_s: float = 600.0
     """No collective waits longer than this."""
+
+    @property
+    def expert_tensor(self) -> int:
+        """Over how many ranks an expert's own matrices are split: where experts are spread over ranks, not at all.
+
+        To do both, Megatron gathers tensors of different lengths, which gloo cannot.
+        """
+        return self.tensor if self.expert == 1 else 1
 
 
 @dataclass(frozen=True, slots=True)

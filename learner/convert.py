@@ -7,13 +7,15 @@
     megatron-to-hf   checkpoint -> sharded model -> one tensor at a time -> DIR.tmp -> DIR (safetensors)
 
 A checkpoint loads at any tensor- and pipeline-parallel size, whatever it was written at, so one process is enough.
-Where the model does not fit into one, start it with torchrun and give `--tp` and `--pp`: every rank holds its part.
+Where the model does not fit into one, start it with torchrun and give `--tp`, `--pp` or, for mixtures of experts,
+`--ep`: every rank holds its part.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import shutil
 import sys
@@ -91,17 +93,18 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist")
         command.add_argument("--tp", type=int, default=1, help="tensor-parallel size of this conversion")
         command.add_argument("--pp", type=int, default=1, help="pipeline-parallel size of this conversion")
+        command.add_argument("--ep", type=int, default=1, help="expert-parallel size of this conversion")
     return parser.parse_args(arguments)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raises `InputError` for what can be seen before anything is read."""
-    ranks, needed = int(os.environ.get("WORLD_SIZE", "1")), options.tp * options.pp
-    if min(options.tp, options.pp) < 1 or ranks % needed:
+    ranks, needed = int(os.environ.get("WORLD_SIZE", "1")), options.pp * math.lcm(options.tp, options.ep)
+    if min(options.tp, options.pp, options.ep) < 1 or ranks % needed:
         raise InputError(
-            f"--tp {options.tp} --pp {options.pp} share the work among {needed} processes, {ranks} run: start with "
-            f"`torchrun --nproc-per-node {needed} -m learner.convert`, or leave both out; either way, the checkpoint "
-            f"loads at any sizes"
+            f"--tp {options.tp} --pp {options.pp} --ep {options.ep} share the work among {needed} processes, {ranks} "
+            f"run: start with `torchrun --nproc-per-node {needed} -m learner.convert`, or leave them out; either way, "
+            "the checkpoint loads at any sizes"
         )
     if options.out.exists():
         raise InputError(f"{options.out} exists already; remove it, or give another --out")
@@ -113,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         _check(options)
-        sizes = ParallelConfig(options.tp, options.pp)
+        sizes = ParallelConfig(options.tp, options.pp, expert=options.ep)
         place = parallel.start(sizes, seed=0)
         try:
             if options.command == "hf-to-megatron":

@@ -1,7 +1,7 @@
 """Load a Hugging Face folder into the sharded model, stream full tensors out of it, and write a folder again.
 
 load_hf      safetensors -> split -> this rank's parameters
-hf_weights   this rank's parameters -> gather over tensor ranks -> send from its stage -> rank 0
+hf_weights   this rank's parameters -> gather over tensor ranks -> [from the expert's rank] -> from its stage -> rank 0
 save_hf      hf_weights -> files of <path>.tmp -> rename
 """
 
@@ -29,13 +29,13 @@ def load_hf(model: DecoderModel, folder: Path) -> None:
     """
     reader = Reader(folder)
     parameters = dict(model.named_parameters())
-    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     wanted = local_slots(model)
     missing = set(parameters) - {name for name, _ in wanted}
     if missing:
         raise ModelError(f"no Hugging Face weights are known for {', '.join(sorted(missing))}")
     for name, slot in wanted:
-        part = slot.split([reader.tensor(hf_name) for hf_name in slot.hf_names], rank, size)
+        group = _tensor_group(slot)
+        part = slot.split([reader.tensor(hf_name) for hf_name in slot.hf_names], group.rank(), group.size())
         if part.shape != parameters[name].shape:
             raise ModelError(
                 f"{folder}: {', '.join(slot.hf_names)} give {tuple(part.shape)} where config.json asks for "
@@ -49,12 +49,20 @@ def load_hf(model: DecoderModel, folder: Path) -> None:
 def local_slots(model: DecoderModel) -> list[tuple[str, Slot]]:
     """(parameter name, slot) of this pipeline stage; the last stage of a tied model holds the embedding once more."""
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    size = parallel_state.get_pipeline_model_parallel_world_size()
-    everything = slots(model.shape, size)
-    local = [(slot.name, slot) for slot in everything if slot.stage == stage]
-    if model.shape.tied and stage == size - 1 and stage > 0:
+    everything = _slots(model)
+    own = (None, parallel_state.get_expert_model_parallel_rank())
+    local = [(slot.name, slot) for slot in everything if slot.stage == stage and slot.holder in own]
+    if model.shape.tied and stage == parallel_state.get_pipeline_model_parallel_world_size() - 1 and stage > 0:
         local.append(("output_layer.weight", everything[0]))
     return local
+
+
+def _slots(model: DecoderModel) -> list[Slot]:
+    return slots(
+        model.shape,
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+    )
 
 
 @torch.no_grad()
@@ -65,36 +73,60 @@ def hf_weights(model: DecoderModel, dtype: torch.dtype | None = None) -> Iterato
     yield nothing. Tensors are on the model's device, contiguous, cast to `dtype` if it is given; a tied LM head is
     left out.
     """
-    if parallel_state.get_data_parallel_rank() != 0:
-        return
     stage = parallel_state.get_pipeline_model_parallel_rank()
+    first_copy = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    first_experts = parallel_state.get_expert_data_parallel_rank() == 0
     first_shard = parallel_state.get_tensor_model_parallel_rank() == 0
     parameters = dict(model.named_parameters())
     dtype = dtype or next(model.parameters()).dtype
-    for slot in slots(model.shape, parallel_state.get_pipeline_model_parallel_world_size()):
+    device = model.inverse_frequencies.device
+    for slot in _slots(model):
         full: list[Tensor] = []
-        if slot.stage == stage:
+        if slot.stage == stage and slot.holder is not None and first_experts:
+            full = _from_holder(slot, parameters, device, dtype)
+        elif slot.stage == stage and slot.holder is None and first_copy:
             full = _gather(parameters[slot.name].detach().to(dtype), slot)
-        if slot.stage > 0 and first_shard:
-            full = _from_stage(slot, full, model.inverse_frequencies.device, dtype)
+        if slot.stage > 0 and first_shard and first_copy:
+            full = _from_stage(slot, full, device, dtype)
         if dist.get_rank() == 0:
             yield from zip(slot.hf_names, full, strict=True)
 
 
 def hf_specs(model: DecoderModel) -> list[Spec]:
     """Names and shapes of what `hf_weights` yields, in order."""
-    everything = slots(model.shape, parallel_state.get_pipeline_model_parallel_world_size())
-    return [spec for slot in everything for spec in zip(slot.hf_names, slot.hf_shapes, strict=True)]
+    return [spec for slot in _slots(model) for spec in zip(slot.hf_names, slot.hf_shapes, strict=True)]
+
+
+def _tensor_group(slot: Slot) -> dist.ProcessGroup:
+    """The ranks between which the slot's tensors are split."""
+    if slot.holder is None:
+        return parallel_state.get_tensor_model_parallel_group()
+    return parallel_state.get_expert_tensor_parallel_group()
 
 
 def _gather(part: Tensor, slot: Slot) -> list[Tensor]:
-    """The slot's full tensors on every tensor-parallel rank of its stage."""
-    group = parallel_state.get_tensor_model_parallel_group()
+    """The slot's full tensors on every rank that holds a part of them."""
+    group = _tensor_group(slot)
     parts = [part.contiguous()]
     if group.size() > 1:
         parts = [torch.empty_like(part) for _ in range(group.size())]
         dist.all_gather(parts, part.contiguous(), group=group)
     return [tensor.contiguous() for tensor in slot.join(parts)]
+
+
+def _from_holder(
+    slot: Slot, parameters: dict[str, torch.nn.Parameter], device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
+    """An expert's full tensors on every rank of the expert-parallel group, from the one that holds it."""
+    group = parallel_state.get_expert_model_parallel_group()
+    full = [torch.empty(shape, device=device, dtype=dtype) for shape in slot.hf_shapes]
+    assert slot.holder is not None
+    if slot.holder == group.rank():
+        full = _gather(parameters[slot.name].detach().to(dtype), slot)
+    if group.size() > 1:
+        for tensor in full:
+            dist.broadcast(tensor, src=dist.get_global_rank(group, slot.holder), group=group)
+    return full
 
 
 def _from_stage(slot: Slot, full: list[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:

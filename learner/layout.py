@@ -1,35 +1,27 @@
 """Lay a packed micro-batch out for attention: sequences of similar length side by side, so that each group of them is
 one batched attention call instead of one call per sequence.
 
-    T  tokens of the micro-batch as it came     P  tokens as laid out (padding included)
+    T  tokens of the micro-batch as it came     P  tokens as laid out on this rank (padding included)
     N  sequences                                R  trained rows, with K ids of the teacher's top-k each
+                                                O  those of them that this rank holds
 
-Padding always stands to the right of a sequence, where causal attention never looks, so no mask is needed.
+Padding always stands to the right of a sequence, where causal attention never looks, so no mask is needed. With context
+parallelism each rank holds a part of every sequence (`learner.context`), else O = R.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from numpy.typing import NDArray
 from torch import Tensor
 
+from learner.context import Int64Array, Piece, whole, zigzag
 from opd_async.batches import MicroBatch
 
 PAD_ID = 0
-Int64Array = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """`count` sequences of `length` tokens each, contiguous from token `start` of the layout."""
-
-    start: int
-    count: int
-    length: int
 
 
 @dataclass
@@ -40,10 +32,7 @@ class Packing(PackedSeqParams):
     its "thd" branch would split and join the pack once per sequence, layer and projection.
     """
 
-    segments: tuple[Segment, ...] = ()
-    cu_seqlens: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
-    """int32[N+1] on the model's device: the same boundaries for variable-length kernels."""
-    max_length: int = 0
+    pieces: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +44,10 @@ class PackedBatch:
     positions_P: Tensor
     """int64[P]: position within its own sequence."""
     packing: Packing
-    rows_R: Tensor
-    """int64[R]: rows of the layout whose logits predict the targets."""
+    rows_O: Tensor
+    """int64[O]: tokens of the layout whose logits predict the targets."""
+    own_O: Tensor | None
+    """int64[O], ascending: which of the R rows these are; None where they are all."""
     targets_R: Tensor
     """int64[R]"""
     behaviour_R: Tensor
@@ -76,37 +67,46 @@ class PackedBatch:
     weights_R: Tensor | None = None
     """float32[R]: how often a row counts in the loss; None: once each."""
 
+    def own(self, values_R: Tensor) -> Tensor:
+        """Of values [R, ...], those of this rank's rows: [O, ...]."""
+        return values_R if self.own_O is None else values_R[self.own_O]
 
-def lay_out(batch: MicroBatch, *, multiple: int, slack: float, device: torch.device) -> PackedBatch:
+
+def lay_out(
+    batch: MicroBatch, *, multiple: int, slack: float, device: torch.device, context: tuple[int, int] = (0, 1)
+) -> PackedBatch:
     """Lay `batch` out and move it to `device`.
 
     `multiple` divides P (the tensor-parallel size under sequence parallelism). `slack` is the largest share of a
-    sequence's slot that may be padding: 0 groups only equal lengths. An empty micro-batch becomes padding only, so
-    that its rank still takes part in every collective.
+    sequence's slot that may be padding: 0 groups only equal lengths. `context` is this rank's place in its context
+    group and the group's size. An empty micro-batch becomes padding only, so that its rank still takes part in every
+    collective.
     """
     lengths_N = np.diff(batch.cu_seqlens).astype(np.int64)
     order_N = np.argsort(-lengths_N, kind="stable")
-    slots_N = _slots(lengths_N[order_N], slack)
-    starts_N = np.concatenate([[0], np.cumsum(slots_N)]).astype(np.int64)
-    used = int(starts_N[-1])
-    total = max(multiple, -(-used // multiple) * multiple)
+    chunks = 1 if context[1] == 1 else 2 * context[1]
+    slots_N = _slots(lengths_N[order_N], slack, chunks)
+    starts_N = np.cumsum(slots_N) - slots_N
     place_T = _places(batch.cu_seqlens.astype(np.int64), lengths_N, order_N, starts_N)
-    token_ids_P = np.full(total, PAD_ID, dtype=np.int64)
-    token_ids_P[place_T] = batch.token_ids
-    bounds = starts_N if total == used else np.append(starts_N, total)  # the tail is one more sequence, of padding
-    positions_P = np.arange(total) - np.repeat(bounds[:-1], np.diff(bounds))
+    used, step = int(slots_N.sum()), multiple * chunks
+    total = max(step, -(-used // step) * step)
+    if total > used:  # the tail is one more sequence, of padding
+        slots_N, starts_N = np.append(slots_N, total - used), np.append(starts_N, used)
+    token_ids = np.full(total, PAD_ID, dtype=np.int64)
+    token_ids[place_T] = batch.token_ids
+    positions = np.arange(total) - np.repeat(starts_N, slots_N)
+    held_P, pieces = zigzag(slots_N, *context, device) if chunks > 1 else (None, whole(slots_N, device))
+    rows_O, own_O = place_T[batch.rows], None
+    if held_P is not None:
+        token_ids, positions = token_ids[held_P], positions[held_P]
+        rows_O, own_O = _held_rows(rows_O, held_P, total)
     scored = len(batch.teacher_logprobs) == len(batch.rows)
-    packing = Packing(
-        qkv_format="sbhd",
-        segments=_segments(np.diff(bounds)),
-        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)).to(device),
-        max_length=int(np.diff(bounds).max()),
-    )
     return PackedBatch(
-        torch.from_numpy(token_ids_P)[None].to(device),
-        torch.from_numpy(positions_P).to(device),
-        packing,
-        torch.from_numpy(place_T[batch.rows]).to(device),
+        torch.from_numpy(token_ids)[None].to(device),
+        torch.from_numpy(positions).to(device),
+        Packing(qkv_format="sbhd", pieces=pieces),
+        torch.from_numpy(rows_O).to(device),
+        None if own_O is None else torch.from_numpy(own_O).to(device),
         torch.from_numpy(batch.token_ids[batch.rows + 1].astype(np.int64)).to(device),
         torch.tensor(batch.behaviour_logprobs, device=device),
         torch.tensor(batch.teacher_logprobs, device=device) if scored else None,
@@ -119,30 +119,31 @@ def lay_out(batch: MicroBatch, *, multiple: int, slack: float, device: torch.dev
     )
 
 
-def _slots(lengths_N: Int64Array, slack: float) -> Int64Array:
-    """int64[N]: each sequence's slot, the longest length that it may share a group with. Lengths are descending."""
+def _held_rows(rows_R: Int64Array, held_P: Int64Array, total: int) -> tuple[Int64Array, Int64Array]:
+    """int64[O] each: where this rank's rows stand among the tokens that it holds, and which of all rows they are."""
+    here = np.full(total, -1, np.int64)
+    here[held_P] = np.arange(len(held_P))
+    places_R = here[rows_R]
+    own_O = np.flatnonzero(places_R >= 0)
+    return places_R[own_O], own_O
+
+
+def _slots(lengths_N: Int64Array, slack: float, multiple: int) -> Int64Array:
+    """int64[N]: each sequence's slot, the longest length that it may share a group with, rounded up to a multiple.
+
+    Lengths are descending.
+    """
     slot_of: dict[int, int] = {}
     slot = 0
     for length in sorted(set(lengths_N.tolist()), reverse=True):
         if length < slot * (1.0 - slack) or not slot:
             slot = length
-        slot_of[length] = slot
+        slot_of[length] = -(-slot // multiple) * multiple
     return np.array([slot_of[length] for length in lengths_N.tolist()], dtype=np.int64)
 
 
 def _places(cu_seqlens: Int64Array, lengths_N: Int64Array, order_N: Int64Array, starts_N: Int64Array) -> Int64Array:
     """int64[T]: where each token of the micro-batch stands in the layout."""
     start_of_N = np.empty_like(lengths_N)
-    start_of_N[order_N] = starts_N[:-1]
+    start_of_N[order_N] = starts_N
     return np.arange(int(cu_seqlens[-1])) + np.repeat(start_of_N - cu_seqlens[:-1], lengths_N)
-
-
-def _segments(slots: Int64Array) -> tuple[Segment, ...]:
-    """Runs of equal slots."""
-    segments, start, first = [], 0, 0
-    for end in range(1, len(slots) + 1):
-        if end == len(slots) or slots[end] != slots[first]:
-            segments.append(Segment(start, end - first, int(slots[first])))
-            start += (end - first) * int(slots[first])
-            first = end
-    return tuple(segments)

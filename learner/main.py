@@ -52,7 +52,13 @@ def learner_config(topology: Topology) -> LearnerConfig:
     return LearnerConfig(
         topology.models.student.path,
         section.dtype,
-        ParallelConfig(section.tensor_parallel, section.pipeline_parallel, topology.supervisor.step_deadline_s),
+        ParallelConfig(
+            section.tensor_parallel,
+            section.pipeline_parallel,
+            section.context_parallel,
+            section.expert_parallel,
+            topology.supervisor.step_deadline_s,
+        ),
         OptimConfig(
             optimizer.lr,
             optimizer.beta1,

@@ -7,7 +7,7 @@ out of them (`split`) and put back together (`join`). Both directions are pure r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,23 +35,28 @@ class Slot:
     join: Join
     sharded: bool = True
     """False for a tensor that every tensor-parallel rank holds whole."""
+    holder: int | None = None
+    """Expert-parallel rank that holds it; None where all do."""
 
 
-def slots(shape: ModelShape, pipeline_size: int) -> list[Slot]:
-    """All parameters of the model, in the order of the network. A tied LM head has no slot of its own."""
+def slots(shape: ModelShape, pipeline_size: int, expert_size: int = 1) -> list[Slot]:
+    """All parameters of the model, in the order of the network. A tied LM head has no slot of its own.
+
+    Experts are dealt to expert-parallel ranks in runs, and each rank numbers its own from 0.
+    """
     per_stage = shape.layers // pipeline_size
     last = pipeline_size - 1
     result = [_vocab_rows(shape, 0, "embedding.word_embeddings.weight", "model.embed_tokens.weight")]
     for layer in range(shape.layers):
         stage, local = divmod(layer, per_stage)
-        result += _layer(shape, stage, f"decoder.layers.{local}.", f"model.layers.{layer}.")
+        result += _layer(shape, stage, f"decoder.layers.{local}.", f"model.layers.{layer}.", expert_size)
     result.append(_whole(last, "decoder.final_layernorm.weight", "model.norm.weight", shape.hidden))
     if not shape.tied:
         result.append(_vocab_rows(shape, last, "output_layer.weight", "lm_head.weight"))
     return result
 
 
-def _layer(shape: ModelShape, stage: int, ours: str, theirs: str) -> list[Slot]:
+def _layer(shape: ModelShape, stage: int, ours: str, theirs: str, expert_size: int) -> list[Slot]:
     attention, attn, hidden = f"{ours}self_attention.", f"{theirs}self_attn.", shape.hidden
     result = [
         _whole(stage, f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight", hidden),
@@ -60,7 +65,7 @@ def _layer(shape: ModelShape, stage: int, ours: str, theirs: str) -> list[Slot]:
             stage, f"{attention}linear_proj.weight", f"{attn}o_proj.weight", (hidden, shape.heads * shape.head_dim)
         ),
         _whole(stage, f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", hidden),
-        *_mlp(shape, stage, f"{ours}mlp.", f"{theirs}mlp."),
+        *_mlp(shape, stage, f"{ours}mlp.", f"{theirs}mlp.", expert_size),
     ]
     if shape.qkv_bias:
         result.insert(2, _qkv(shape, stage, f"{attention}linear_qkv.", attn, "bias"))
@@ -70,15 +75,17 @@ def _layer(shape: ModelShape, stage: int, ours: str, theirs: str) -> list[Slot]:
     return result
 
 
-def _mlp(shape: ModelShape, stage: int, ours: str, theirs: str) -> list[Slot]:
+def _mlp(shape: ModelShape, stage: int, ours: str, theirs: str, expert_size: int) -> list[Slot]:
     """A layer's MLP; with experts, its router and then one MLP per expert."""
     if shape.experts is None:
         return _gated(shape.hidden, shape.ffn, stage, ours, theirs)
     router = _whole(stage, f"{ours}router.weight", f"{theirs}gate.weight", shape.experts.count, shape.hidden)
     result = [router]
     for expert in range(shape.experts.count):
-        ours_here, theirs_here = f"{ours}experts.local_experts.{expert}.", f"{theirs}experts.{expert}."
-        result += _gated(shape.hidden, shape.experts.ffn, stage, ours_here, theirs_here)
+        holder, local = divmod(expert, shape.experts.count // expert_size)
+        ours_here, theirs_here = f"{ours}experts.local_experts.{local}.", f"{theirs}experts.{expert}."
+        own = _gated(shape.hidden, shape.experts.ffn, stage, ours_here, theirs_here)
+        result += [replace(slot, holder=holder) for slot in own]
     return result
 
 

@@ -93,12 +93,16 @@ def build_model(shape: ModelShape, config: LearnerConfig) -> DecoderModel:
 
 def _check_divisible(shape: ModelShape, config: LearnerConfig) -> None:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    mlp = shape.ffn if shape.experts is None else shape.experts.ffn
+    mlp = shape.ffn if shape.experts is None else shape.experts.ffn * tensor // config.parallel.expert_tensor
     for name, size in (("attention heads", shape.heads), ("KV heads", shape.kv_heads), ("MLP channels", mlp)):
         if size % tensor:
             raise ModelError(f"{size} {name} do not divide by learner.tensor_parallel {tensor}")
     if shape.vocab < tensor * tensor:
         raise ModelError(f"a vocabulary of {shape.vocab} is too small for learner.tensor_parallel {tensor}")
+    if shape.experts is not None and shape.experts.count % config.parallel.expert:
+        raise ModelError(
+            f"{shape.experts.count} experts do not divide by learner.expert_parallel {config.parallel.expert}"
+        )
     if shape.layers % pipeline:
         raise ModelError(f"{shape.layers} layers do not divide by learner.pipeline_parallel {pipeline}")
 
@@ -128,6 +132,9 @@ def _transformer_config(shape: ModelShape, config: LearnerConfig, dtype: torch.d
         perform_initialization=False,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert if shape.experts is not None else 1,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.tensor > 1,
         # Micro-batches differ in length; Megatron ties the option to this dispatcher even for dense models.
         variable_seq_lengths=parallel.pipeline > 1,

@@ -34,7 +34,7 @@ def support_of(packed: PackedBatch, config: LossConfig) -> tuple[Tensor | None, 
         return None, False
     if packed.topk_ids_RK is not None:
         return packed.topk_ids_RK, config.loss in NEEDS_TAIL
-    if len(packed.rows_R):
+    if len(packed.targets_R):
         raise LearnerError(f"the loss {config.loss} needs the teacher's top-k, and the batch has none")
     return packed.targets_R[:, None], config.loss in NEEDS_TAIL  # no row, hence no id
 

@@ -33,14 +33,21 @@ class Place:
 def start(config: ParallelConfig, seed: int) -> Place:
     """Join the other ranks. Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; alone without them.
 
-    Raises `LearnerError` if the world size is not a multiple of tensor x pipeline.
+    Raises `LearnerError` if the world size is not a multiple of tensor x context x pipeline, or if a stage's
+    ranks do not divide by the expert-parallel size.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    model_ranks = config.tensor * config.pipeline
+    model_ranks = config.tensor * config.context * config.pipeline
     if world_size % model_ranks:
         raise LearnerError(
-            f"{world_size} learner ranks cannot hold tensor_parallel {config.tensor} x pipeline_parallel "
-            f"{config.pipeline}; start a multiple of {model_ranks} ranks"
+            f"{world_size} learner ranks cannot hold tensor_parallel {config.tensor} x context_parallel "
+            f"{config.context} x pipeline_parallel {config.pipeline}; start a multiple of {model_ranks} ranks"
+        )
+    sharing = world_size // config.pipeline
+    if sharing % config.expert:
+        raise LearnerError(
+            f"expert_parallel {config.expert} does not divide the {sharing} ranks of a pipeline stage, which share the "
+            f"experts out; start more ranks, or write a divisor of {sharing}"
         )
     # One hardware queue keeps communication kernels from overtaking; Megatron asks for it with tensor parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -48,6 +55,9 @@ def start(config: ParallelConfig, seed: int) -> Place:
     parallel_state.initialize_model_parallel(
         config.tensor,
         config.pipeline,
+        context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor,
         distributed_timeout_minutes=max(1, round(config.timeout_s / 60)),
         create_gloo_process_groups=True,
     )

@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from learner.config import LearnerConfig, TeacherConfig
+from learner.context import all_rows
 from learner.cpu import on_this_device, this_device
 from learner.errors import CheckpointError, ModelError
 from learner.hf_config import read_shape
@@ -37,8 +38,9 @@ class TeacherRows:
 
     logprobs_R: Tensor | None = None
     """float32[R], nats: of the sampled tokens; None where the loss is on the whole vocabulary."""
-    hidden_RY: Tensor | None = None
-    """[R, Y]: hidden states, normed and ready for the head; None where the sampled tokens are enough."""
+    hidden_OY: Tensor | None = None
+    """[O, Y]: hidden states of the rows that this rank holds (all, without context parallelism), normed and ready for
+    the head; None where the sampled tokens are enough."""
     head_VY: Tensor | None = None
     """[padded vocab / tensor size, Y]: this rank's rows of the teacher's LM head, shared by all micro-batches."""
 
@@ -86,18 +88,18 @@ class Teacher:
             )
 
     def _report(self, packed: PackedBatch, hidden: Tensor, loss: str) -> TeacherRows:
-        hidden_RY, head_VY = hidden[packed.rows_R, 0], self.model.head_weight().detach()
+        hidden_OY, head_VY = hidden[packed.rows_O, 0], self.model.head_weight().detach()
         if loss in FULL_LOSSES:
-            return TeacherRows(hidden_RY=hidden_RY, head_VY=head_VY)
+            return TeacherRows(hidden_OY=hidden_OY, head_VY=head_VY)
         found = row_logprobs(
-            hidden_RY,
+            hidden_OY,
             head_VY,
-            packed.targets_R,
+            packed.own(packed.targets_R),
             vocab=self.shape.vocab,
             chunk_rows=self._config.logprob_chunk_rows,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
-        return TeacherRows(logprobs_R=found.sampled_R)
+        return TeacherRows(logprobs_R=all_rows(found.sampled_R, packed.own_O, len(packed.targets_R)))
 
 
 class HostWeights:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from learner.attention import has_varlen
 from learner.config import LearnerConfig
+from learner.context import everywhere
 from learner.cpu import on_this_device, this_device
 from learner.errors import LearnerError
 from learner.full_divergences import row_divergences
@@ -122,8 +123,13 @@ class Trainer:
             return run_schedule(self.ddp, packs, logprobs, train=False)
 
     def _lay_out(self, batches: Sequence[MicroBatch]) -> list[PackedBatch]:
-        multiple = self.config.parallel.tensor
-        return [lay_out(batch, multiple=multiple, slack=self.padding_slack, device=self.device) for batch in batches]
+        options: dict[str, Any] = {
+            "multiple": self.config.parallel.tensor,
+            "slack": self.padding_slack,
+            "device": self.device,
+            "context": (parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()),
+        }
+        return [lay_out(batch, **options) for batch in batches]
 
     def _objective(self, packed: PackedBatch, hidden: Tensor, teacher: TeacherRows | None) -> LossOutput:
         """The loss of a micro-batch from the last stage's hidden states [P, 1, hidden] and what the teacher said."""
@@ -132,35 +138,36 @@ class Trainer:
         if teacher.logprobs_R is not None:
             packed = replace(packed, teacher_R=teacher.logprobs_R)
             return objective(packed, self._logprobs(packed, hidden, train=True), self.config.loss)
-        assert teacher.hidden_RY is not None and teacher.head_VY is not None
+        assert teacher.hidden_OY is not None and teacher.head_VY is not None
         found = row_divergences(
-            hidden[packed.rows_R, 0],
+            hidden[packed.rows_O, 0],
             self.model.head_weight(),
-            teacher.hidden_RY,
+            teacher.hidden_OY,
             teacher.head_VY,
-            packed.targets_R,
+            packed.own(packed.targets_R),
             self.config.loss.loss,
             beta=self.config.loss.jsd_beta,
             vocab=self.shape.vocab,
             chunk_rows=self.config.logprob_chunk_rows,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
-        return full_objective(packed, found, self.config.loss)
+        return full_objective(packed, everywhere(found, packed.own_O, len(packed.targets_R)), self.config.loss)
 
     def _logprobs(self, packed: PackedBatch, hidden: Tensor, *, train: bool) -> RowLogprobs:
         """From the last stage's hidden states [P, 1, hidden]; the support of the loss only to `train`."""
         support_RK, tail = support_of(packed, self.config.loss) if train else (None, False)
-        return row_logprobs(
-            hidden[packed.rows_R, 0],
+        found = row_logprobs(
+            hidden[packed.rows_O, 0],
             self.model.head_weight(),
-            packed.targets_R,
-            support_RK,
+            packed.own(packed.targets_R),
+            None if support_RK is None else packed.own(support_RK),
             tail=tail,
             entropy=train and self.config.loss.entropy_coef > 0.0,
             vocab=self.shape.vocab,
             chunk_rows=self.config.logprob_chunk_rows,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
+        return everywhere(found, packed.own_O, len(packed.targets_R))
 
     def _update(self) -> float:
         """Clip and apply the gradient; returns its global L2 norm before clipping.
@@ -174,7 +181,8 @@ class Trainer:
                 f"the gradient at weight version {self.version} has norm {grad_norm}: lower learner.optimizer.lr, or "
                 f"set opd.signal_clamp"
             )
-        clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.config.optim.clip_grad, grad_norm)
+        for part in self.optimizer.chained_optimizers:  # experts that are spread over ranks have one of their own
+            clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.optim.clip_grad, grad_norm)
         self.optimizer.step_with_ready_grads()
         return grad_norm
 

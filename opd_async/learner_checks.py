@@ -26,9 +26,27 @@ def learner_problems(topology: Topology) -> Iterator[str]:
     models = [("student", topology.models.student)]
     if topology.opd.in_learner and topology.models.teacher is not None:
         models.append(("teacher", topology.models.teacher))
-    for side, model in models:
-        if facts := try_model(model.path):
-            yield from _split_problems(side, facts, learner)
+    known = [(side, facts) for side, model in models if (facts := try_model(model.path))]
+    for side, facts in known:
+        yield from _split_problems(side, facts, learner)
+    if learner.expert_parallel > 1 and known:
+        yield from _expert_problems([(side, facts.experts) for side, facts in known if facts.has_experts], learner)
+
+
+def _expert_problems(experts: list[tuple[str, int]], learner: LearnerSection) -> Iterator[str]:
+    """`experts` are the numbers of experts of those models that have some."""
+    size, sharing = learner.expert_parallel, learner.ranks // learner.pipeline_parallel
+    if not experts:
+        yield f"learner.expert_parallel: {size}, but no model in the learner is a mixture of experts; write 1"
+    for side, count in experts:
+        if count % size:
+            fitting = _divisors(count)
+            yield f"learner.expert_parallel: {size} does not divide the {side}'s {count} experts; write {fitting}"
+    if experts and sharing % size:
+        yield (
+            f"learner.expert_parallel: {size} does not divide the {sharing} ranks of a pipeline stage, which share the "
+            f"experts out; write {_divisors(sharing)}"
+        )
 
 
 def _split_problems(side: str, facts: ModelFacts, learner: LearnerSection) -> Iterator[str]:

@@ -28,8 +28,13 @@ class ModelFacts:
     max_tokens: int
     """`max_position_embeddings`."""
     eos_token_ids: tuple[int, ...]
-    has_experts: bool
-    """A mixture of experts in place of MLPs."""
+    experts: int
+    """Experts of a layer, in place of its MLP; 0 for a dense model."""
+
+    @property
+    def has_experts(self) -> bool:
+        """A mixture of experts in place of MLPs."""
+        return self.experts > 0
 
 
 def read_model(folder: Path) -> ModelFacts:
@@ -50,7 +55,7 @@ def read_model(folder: Path) -> ModelFacts:
         kv_heads=kv_heads if _is_size(kv_heads) else config["num_attention_heads"],
         max_tokens=config["max_position_embeddings"],
         eos_token_ids=tuple(sorted(ids)),
-        has_experts=any(_is_size(config.get(name)) for name in ("num_experts", "num_local_experts")),
+        experts=next((config[name] for name in ("num_experts", "num_local_experts") if _is_size(config.get(name))), 0),
     )
 
 

@@ -210,6 +210,10 @@ class LearnerSection(Section):
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
     data_parallel: Positive = 1
+    context_parallel: Positive = 1
+    """Every sequence is spread over so many ranks, each with an early and a late part of it."""
+    expert_parallel: Positive = 1
+    """Mixtures of experts: a layer's experts are spread over so many of a pipeline stage's ranks; it adds no ranks."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     micro_batch_tokens: Positive = 16384
     logprob_chunk_rows: Positive = 1024
@@ -226,7 +230,11 @@ class LearnerSection(Section):
     @property
     def ranks(self) -> int:
         """World size of the learner."""
-        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+        return self.tensor_parallel * self.context_parallel * self.pipeline_parallel * self.data_parallel
+
+    def data_rank(self, rank: int) -> int:
+        """Which share of a step a rank trains. Megatron orders ranks tensor first, then context, data and pipeline."""
+        return rank // (self.tensor_parallel * self.context_parallel) % self.data_parallel
 
 
 class CheckpointSection(Section):

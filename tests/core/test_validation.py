@@ -183,6 +183,27 @@ def test_kv_heads_must_divide_by_tensor_parallel(tmp_path: Path) -> None:
         assert [line.split(";")[0] for line in validate(topology)] == found
 
 
+@pytest.mark.parametrize(
+    ("experts", "overrides", "expected"),
+    [
+        (0, ["learner.expert_parallel=2"], "2, but no model in the learner is a mixture of experts; write 1"),
+        (6, ["learner.expert_parallel=4"], "4 does not divide the student's 6 experts; write 1, 2, 3 or 6"),
+        (6, ["learner.expert_parallel=2"], "2 does not divide the 1 ranks of a pipeline stage, which"),
+        (6, ["learner.expert_parallel=2", "learner.data_parallel=2"], None),
+        (6, ["learner.expert_parallel=2", "learner.context_parallel=2"], None),
+        (6, ["learner.expert_parallel=2", "learner.tensor_parallel=2"], None),
+    ],
+)
+def test_experts_are_shared_out_evenly(
+    tmp_path: Path, experts: int, overrides: list[str], expected: str | None
+) -> None:
+    topology = small_topology(tmp_path, *overrides)
+    make_model(tmp_path / "student", num_experts=experts)
+    found = [line for line in validate(topology) if line.startswith("learner.")]
+    assert bool(found) is bool(expected)
+    assert expected is None or found[0].startswith(f"learner.expert_parallel: {expected}")
+
+
 def test_the_embedded_engine_takes_no_updates_of_experts(tmp_path: Path) -> None:
     topology = small_topology(tmp_path)
     make_model(tmp_path / "teacher", num_experts=4)

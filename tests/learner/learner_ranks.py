@@ -20,7 +20,7 @@ import torch.distributed as dist
 from full_fixtures import furthest
 from megatron.core import parallel_state
 from safetensors.torch import load_file
-from tiny_learner import EMPTY, learner_config, micro_batch, step_batch
+from tiny_learner import EMPTY, learner_config, micro_batch, split, step_batch
 
 from learner import checkpoint, parallel
 from learner.config import LearnerConfig, LossConfig, ParallelConfig, TeacherConfig
@@ -34,6 +34,8 @@ LAYOUTS = {
     "tensor": ParallelConfig(tensor=2, timeout_s=60),
     "pipeline": ParallelConfig(pipeline=2, timeout_s=60),
     "data": ParallelConfig(timeout_s=60),
+    "context": ParallelConfig(context=2, timeout_s=60),
+    "expert": ParallelConfig(expert=2, timeout_s=60),
 }
 BRIEF = ("qwen2",)
 """Models of which only steps and exports are looked at: what sets them apart is their weights."""
@@ -41,6 +43,17 @@ WITH_LOSSES = "qwen3-tied"
 """The one model on which all losses are tried: they see hidden states and a head."""
 SAVED_AT = 2
 STEPS = 5
+
+
+def layouts(kind: str) -> list[str]:
+    """The layouts that a model is tried in: experts are shared out where there are some."""
+    return [name for name in LAYOUTS if name != "expert" or "moe" in kind]
+
+
+def read_by(kind: str, layout: str) -> list[str]:
+    """Whose checkpoints a layout reads: its own, and those of the one before it. One rank alone reads all of them."""
+    names = layouts(kind)
+    return names[max(0, names.index(layout) - 1) : names.index(layout) + 1]
 
 
 def data(version: int) -> list[MicroBatch]:
@@ -60,6 +73,21 @@ def steps(trainer: Trainer, place: parallel.Place, until: int) -> list[tuple[flo
         assert metrics.tokens == rows
         result.append((metrics.loss, metrics.grad_norm))
     return result
+
+
+def micro_batching(trainer: Trainer, place: parallel.Place) -> float:
+    """The largest difference in the gradient between eight sequences in one micro-batch and in eight."""
+    packed = micro_batch([9, 31, 14, 30, 22, 5, 13, 40], seed=place.data_rank)
+    rows = len(packed.rows) * place.data_size
+    found = []
+    for parts in ([packed], split(packed)):
+        trainer.gradients(step_batch(trainer.version, parts, rows))
+        buffers = [*trainer.ddp.buffers, *trainer.ddp.expert_parallel_buffers]
+        found.append(torch.cat([buffer.grad_data for buffer in buffers]))
+    worst = torch.stack([(found[0] - found[1]).abs().max(), -found[0].abs().max()])
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    assert worst[1] < 0.0
+    return float(worst[0])
 
 
 def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[str, list[tuple[float, float]]]:
@@ -88,14 +116,13 @@ def exports(trainer: Trainer, stored: dict[str, torch.Tensor]) -> bool:
 
 
 def conversions(trainer: Trainer, model: Path, results: Path, name: str) -> bool:
-    """Convert both ways in this layout; whether what any layout has converted, one rank alone included, is exact."""
+    """Convert both ways in this layout; is what one rank, this layout and the one before have converted exact?"""
     hf_to_megatron(model, results / f"{model.name}-{name}-converted", LAYOUTS[name])
     megatron_to_hf(results / f"{model.name}-{name}", model, results / f"{model.name}-{name}-back", LAYOUTS[name])
     exact = True
-    for other in ("alone", *LAYOUTS):
-        if (folder := results / f"{model.name}-{other}-converted").exists():
-            checkpoint.load_weights(trainer, folder)
-            exact &= exports(trainer, load_file(model / "model.safetensors"))
+    for other in ("alone", *read_by(model.name, name)):
+        checkpoint.load_weights(trainer, results / f"{model.name}-{other}-converted")
+        exact &= exports(trainer, load_file(model / "model.safetensors"))
     return exact
 
 
@@ -106,13 +133,14 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
     stored = load_file(model / "model.safetensors")
     exact = exports(trainer, stored)
     logprobs = [tensor.tolist() for tensor in trainer.logprobs([data(0)[0]])]
-    report = {"exact": exact, "logprobs": logprobs, "steps": steps(trainer, place, SAVED_AT)}
+    report: dict[str, Any] = {"exact": exact, "logprobs": logprobs, "micro_batching": micro_batching(trainer, place)}
+    report["steps"] = steps(trainer, place, SAVED_AT)
     if model.name not in BRIEF:
         checkpoint.save(trainer, results / f"{model.name}-{name}")
     report["steps"] += steps(trainer, place, STEPS)
     save_hf(trainer.model, results / f"{model.name}-{name}-hf", model)
     if model.name not in BRIEF:
-        report |= resumptions(trainer, place, results)
+        report |= resumptions(trainer, place, results, name)
         report["converted"] = conversions(trainer, model, results, name)
     if model.name == WITH_LOSSES:
         report["losses"] = losses(trainer.config, place, results)
@@ -121,13 +149,14 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
     return report
 
 
-def resumptions(trainer: Trainer, place: parallel.Place, results: Path) -> dict[str, list[tuple[float, float]]]:
-    """The steps after what this and earlier layouts have saved."""
-    resumed, report = Trainer(trainer.config), {}
-    for other in LAYOUTS:
-        if (folder := results / f"{trainer.config.model_path.name}-{other}").exists():
-            checkpoint.load(resumed, folder)
-            report[f"from {other}"] = steps(resumed, place, STEPS)
+def resumptions(
+    trainer: Trainer, place: parallel.Place, results: Path, name: str
+) -> dict[str, list[tuple[float, float]]]:
+    """The steps after what this layout and the one before it have saved."""
+    resumed, report, kind = Trainer(trainer.config), {}, trainer.config.model_path.name
+    for other in read_by(kind, name):
+        checkpoint.load(resumed, results / f"{kind}-{other}")
+        report[f"from {other}"] = steps(resumed, place, STEPS)
     return report
 
 
@@ -139,7 +168,7 @@ def main() -> None:
     reports = {
         f"{model.name} {name}": run_layout(name, model, results)
         for model in sorted(models.iterdir())
-        for name in LAYOUTS
+        for name in layouts(model.name)
     }
     # the last stage of a pipeline is not rank 0, and only that stage knows the log-probabilities
     everyone: list[Any] = [None, None]

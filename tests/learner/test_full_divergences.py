@@ -14,7 +14,7 @@ from torch import Tensor
 
 from learner.config import LossConfig
 from learner.full_divergences import RowDivergences, row_divergences
-from learner.layout import PackedBatch
+from learner.layout import PackedBatch, Packing
 from learner.objective import full_objective
 from learner.parallel import Place
 from opd_async.loss_names import FULL_LOSSES
@@ -98,15 +98,21 @@ def test_minillm_is_the_gradient_of_the_whole_response(alone: Place) -> None:
     for i, j in itertools.product(range(size), repeat=2):
         places, targets = torch.tensor([0, 1 + i]), torch.tensor([i, j])
         found = of_logits("minillm_full", logits[places].float(), teacher[places].float(), targets)
+        none, zeros = torch.zeros(0), torch.zeros(2)
         rows = PackedBatch(
-            *[torch.zeros(0)] * 2,
-            None,  # type: ignore[arg-type]
-            *[torch.zeros(0)] * 2,
-            found.sampled_R.detach(),
-            *[torch.zeros(2)] * 3,
-            torch.tensor([0, 0]),
-            None,
-            None,
+            token_ids_P=none,
+            positions_P=none,
+            packing=Packing(),
+            rows_O=none,
+            own_O=None,
+            targets_R=targets,
+            behaviour_R=found.sampled_R.detach(),
+            teacher_R=None,
+            advantages_R=zeros,
+            staleness_R=zeros,
+            sequence_R=torch.tensor([0, 0]),
+            topk_ids_RK=None,
+            topk_logprobs_RK=None,
         )
         probability = (p[0, i] + p[1 + i, j]).exp().detach().float()
         total = total + probability * full_objective(rows, found, config).loss

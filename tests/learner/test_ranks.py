@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from learner_ranks import BRIEF, LAYOUTS, SAVED_AT, STEPS, WITH_LOSSES, data, losses, steps
+from learner_ranks import BRIEF, LAYOUTS, SAVED_AT, STEPS, WITH_LOSSES, data, layouts, losses, steps
+from megatron.core.parallel_state import RankGenerator
 from safetensors.torch import load_file
 from tiny_learner import learner_config, write_model
 
@@ -21,11 +22,12 @@ from learner.convert import hf_to_megatron, megatron_to_hf
 from learner.errors import LearnerError
 from learner.parallel import Place, start
 from learner.trainer import Trainer
+from opd_async.topology import LearnerSection
 
 HERE = Path(__file__).parent
-THOROUGH = ("qwen3-tied", "qwen3-moe")
-KINDS = (*THOROUGH, *BRIEF)
-TIMEOUT_S = 150.0
+KINDS = ("qwen3-tied", "qwen3-moe", *BRIEF)
+PAIRS = [(kind, layout) for kind in KINDS for layout in layouts(kind)]
+TIMEOUT_S = 220.0
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +56,34 @@ def job(alone: Place, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     return models, results
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def runs(request: pytest.FixtureRequest, alone: Place, job: tuple[Path, Path]) -> tuple[Trainer, dict[str, Any]]:
-    """One rank's own run (after STEPS steps), and every report on the same model, `alone` among them."""
-    models, results = job
-    kind = request.param
-    everything = json.loads((results / "results.json").read_text(encoding="utf-8"))
-    reports = {name: everything[f"{kind} {name}"] for name in LAYOUTS}
-    trainer = Trainer(learner_config(models / kind))
-    own = {"logprobs": [tensor.tolist() for tensor in trainer.logprobs([data(0)[0]])]}
-    reports["alone"] = own | {"steps": steps(trainer, alone, STEPS)}
-    return trainer, reports
+class Runs:
+    """Per model: one rank's own run (after STEPS steps), and every report on the same model, `alone` among them."""
+
+    def __init__(self, alone: Place, job: tuple[Path, Path]) -> None:
+        self.models, self.results = job
+        self._alone = alone
+        self._everything = json.loads((self.results / "results.json").read_text(encoding="utf-8"))
+        self._known: dict[str, tuple[Trainer, dict[str, Any]]] = {}
+
+    def of(self, kind: str) -> tuple[Trainer, dict[str, Any]]:
+        if kind not in self._known:
+            reports = {name: self._everything[f"{kind} {name}"] for name in layouts(kind)}
+            trainer = Trainer(learner_config(self.models / kind))
+            own = {"logprobs": [tensor.tolist() for tensor in trainer.logprobs([data(0)[0]])]}
+            reports["alone"] = own | {"steps": steps(trainer, self._alone, STEPS)}
+            self._known[kind] = trainer, reports
+        return self._known[kind]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_reports_the_same_steps(runs: tuple[Trainer, dict[str, Any]], layout: str) -> None:
-    _, reports = runs
+@pytest.fixture(scope="module")
+def runs(alone: Place, job: tuple[Path, Path]) -> Runs:
+    return Runs(alone, job)
+
+
+@pytest.mark.parametrize(("kind", "layout"), PAIRS)
+def test_a_layout_reports_the_same_steps(runs: Runs, kind: str, layout: str) -> None:
+    _, reports = runs.of(kind)
+    assert reports[layout]["micro_batching"] < 1e-6
     torch.testing.assert_close(
         torch.tensor(reports[layout]["logprobs"]), torch.tensor(reports["alone"]["logprobs"]), rtol=0.0, atol=1e-5
     )
@@ -84,7 +98,7 @@ def test_every_layout_computes_the_same_losses(alone: Place, job: tuple[Path, Pa
     everything = json.loads((results / "results.json").read_text(encoding="utf-8"))
     expected = losses(learner_config(models / WITH_LOSSES), alone, results)
     assert len(expected) >= 9
-    for layout in LAYOUTS:
+    for layout in layouts(WITH_LOSSES):
         found = everything[f"{WITH_LOSSES} {layout}"]["losses"]
         assert found.keys() == expected.keys()
         for name in expected:
@@ -93,11 +107,9 @@ def test_every_layout_computes_the_same_losses(alone: Place, job: tuple[Path, Pa
         assert max(everything[f"{WITH_LOSSES} {layout}"]["furthest"].values()) < 1e-5
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_exports_every_weight(
-    runs: tuple[Trainer, dict[str, Any]], job: tuple[Path, Path], layout: str
-) -> None:
-    trainer, reports = runs
+@pytest.mark.parametrize(("kind", "layout"), PAIRS)
+def test_a_layout_exports_every_weight(runs: Runs, kind: str, job: tuple[Path, Path], layout: str) -> None:
+    trainer, reports = runs.of(kind)
     assert reports[layout]["exact"]
     ours = load_file(job[1] / f"{trainer.config.model_path.name}-{layout}-hf" / "model.safetensors")
     theirs = dict(_weights(trainer))
@@ -106,14 +118,12 @@ def test_a_layout_exports_every_weight(
         torch.testing.assert_close(ours[name], tensor, rtol=0.0, atol=2e-5)
 
 
-@pytest.mark.parametrize("runs", THOROUGH, indirect=True)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("kind", "layout"), [pair for pair in PAIRS if pair[0] not in BRIEF])
 def test_a_conversion_in_a_layout_is_read_by_every_other(
-    runs: tuple[Trainer, dict[str, Any]], job: tuple[Path, Path], tmp_path: Path, layout: str
+    runs: Runs, kind: str, job: tuple[Path, Path], tmp_path: Path, layout: str
 ) -> None:
-    trainer, reports = runs
+    trainer, reports = runs.of(kind)
     models, results = job
-    kind = trainer.config.model_path.name
     assert reports[layout]["converted"]
     loaded = Trainer(trainer.config)
     with torch.no_grad():
@@ -136,12 +146,11 @@ def _weights(trainer: Trainer) -> Any:
     return hf_weights(trainer.model)
 
 
-@pytest.mark.parametrize("runs", THOROUGH, indirect=True)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("kind", "layout"), [pair for pair in PAIRS if pair[0] not in BRIEF])
 def test_a_checkpoint_of_any_layout_resumes_in_any_other(
-    runs: tuple[Trainer, dict[str, Any]], job: tuple[Path, Path], alone: Place, layout: str
+    runs: Runs, kind: str, job: tuple[Path, Path], alone: Place, layout: str
 ) -> None:
-    trainer, reports = runs
+    trainer, reports = runs.of(kind)
     expected = torch.tensor(reports["alone"]["steps"][SAVED_AT:])
     assert len(expected) >= 3
     for name, found in reports[layout].items():
@@ -151,6 +160,23 @@ def test_a_checkpoint_of_any_layout_resumes_in_any_other(
     resumed = Trainer(trainer.config)
     checkpoint.load(resumed, job[1] / f"{trainer.config.model_path.name}-{layout}")
     torch.testing.assert_close(torch.tensor(steps(resumed, alone, STEPS)), expected, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (1, 2, 3, 2), (2, 1, 2, 2), (1, 1, 4, 1)])
+def test_the_intake_and_megatron_number_ranks_alike(sizes: tuple[int, int, int, int]) -> None:
+    tensor, context, data, pipeline = sizes
+    learner = LearnerSection(
+        tensor_parallel=tensor, context_parallel=context, data_parallel=data, pipeline_parallel=pipeline
+    )
+    groups = RankGenerator(tensor, 1, data, pipeline, context, "tp-cp-ep-dp-pp").get_ranks("dp")
+    assert sorted(rank for group in groups for rank in group) == list(range(learner.ranks))
+    assert all(learner.data_rank(rank) == index for group in groups for index, rank in enumerate(group))
+
+
+def test_experts_that_no_ranks_can_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(LearnerError, match="expert_parallel 2 does not divide the 3 ranks of a pipeline stage"):
+        start(LAYOUTS["expert"], seed=0)
 
 
 def test_a_world_size_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
