@@ -79,7 +79,8 @@ class Lane:
     def __init__(self, role: Role, client: EngineClient, owner: Owner) -> None:
         self._role = role
         self._settings = role.plan.topology.teacher
-        self._outage_s = role.plan.topology.supervisor.start_deadline_s
+        # an engine that is being restarted is out for longer than its start takes
+        self._outage_s = 2 * role.plan.topology.supervisor.start_deadline_s
         self._metrics = role.metrics
         self._owner = owner
         self.client = client
@@ -170,18 +171,18 @@ class Lane:
     async def _score(self, wanted: Sequence[tuple[ScoreItem, Request]]) -> list[Scores] | None:
         """Score one batch, through failures; None once the breaker is open: somebody else may do it."""
         failures = 0
-        while True:
+        while not failures or self.guard.closed:
             try:
                 scores = await self.client.score([request for _, request in wanted])
             except EngineError as error:
                 failures += 1
                 await self._failed([item for item, _ in wanted], error)
-                if not self.guard.closed:
-                    return None
-                await asyncio.sleep(backoff_s(failures, random.random))
+                if self.guard.closed:
+                    await asyncio.sleep(backoff_s(failures, random.random))
             else:
                 self.guard.succeeded()
                 return scores
+        return None
 
     async def _failed(self, items: Sequence[ScoreItem], error: EngineError) -> None:
         self._role.count("teacher_retries")

@@ -39,7 +39,6 @@ class Evaluator:
         self._checker = AnswerChecker(section.answer_pattern)
         self._slots = slots
         self._send = send
-        self._unjudged = 0
         self._ids = itertools.count(EVAL_IDS)
         self._waiting: dict[int, asyncio.Future[EvalDone]] = {}
 
@@ -64,29 +63,32 @@ class Evaluator:
         section = self._section
         prompts = self._prompts[:count] if teacher is None else self.prompts_of(teacher, count)
         samples = section.samples_per_prompt
-        self._unjudged = 0
         try:
             async with asyncio.timeout(deadline_s):
-                passed = await self._passed(kind, [*prompts] * samples, section.temperature)
-                greedy = await self._passed(kind, prompts, 0.0)
+                sampled = await self._responses(kind, [*prompts] * samples, section.temperature)
+                greedy = await self._responses(kind, prompts, 0.0)
         except TimeoutError:
             side = "teacher" if kind is LeaseKind.EVAL_TEACHER else "student"
             raise DeadlineError(
                 f"the evaluation of the {side} did not end within {deadline_s:.0f} s; see the rollout actors' and its "
                 "engines' logs"
             ) from None
-        return Evaluation.from_counts(len(prompts), passed, greedy, step, samples, section.temperature, self._unjudged)
+        passed, passed_greedy = (sum(self._correct(*one) for one in responses) for responses in (sampled, greedy))
+        unjudged = sum(done.reward is None for _, done in [*sampled, *greedy]) if section.judge == "reward" else 0
+        return Evaluation.from_counts(len(prompts), passed, passed_greedy, step, samples, section.temperature, unjudged)
 
-    async def _passed(self, kind: LeaseKind, prompts: Sequence[Prompt], temperature: float) -> int:
+    async def _responses(
+        self, kind: LeaseKind, prompts: Sequence[Prompt], temperature: float
+    ) -> list[tuple[Prompt, EvalDone]]:
         slots = asyncio.Semaphore(self._slots)
 
-        async def one(prompt: Prompt) -> bool:
+        async def one(prompt: Prompt) -> tuple[Prompt, EvalDone]:
             async with slots:
-                return self._correct(prompt, await self._generate(kind, prompt, temperature))
+                return prompt, await self._generate(kind, prompt, temperature)
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(prompt), name=f"evaluate-{prompt.prompt_id}") for prompt in prompts]
-        return sum(task.result() for task in tasks)
+        return [task.result() for task in tasks]
 
     async def _generate(self, kind: LeaseKind, prompt: Prompt, temperature: float) -> EvalDone:
         sample_id = next(self._ids)
@@ -115,7 +117,6 @@ class Evaluator:
 
     def _correct(self, prompt: Prompt, done: EvalDone) -> bool:
         if self._section.judge == "reward":
-            self._unjudged += done.reward is None
             return done.reward is not None and done.reward > 0.0
         text = self._tokenizer.decode(done.token_ids.tolist())
         return self._checker.correct(text, prompt.label, done.finish == Finish.STOP)
