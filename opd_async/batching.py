@@ -2,6 +2,9 @@
 
 A batch leaves when it holds `batch_tokens` new tokens, or `max_wait_s` after its first chunk came. All waiting chunks
 of a sample travel together, and a sample is in one batch at a time: each request extends the last one's prefix.
+
+Responses that have ended go first, then tokens of the oldest weights, which are what a step will wait for, then the
+sample that came first.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ class ScoreItem:
 
 
 class TokenBudgetBatcher:
-    """Collects chunks and lets them go in batches, oldest sample first."""
+    """Collects chunks and lets them go in batches, the most urgent first."""
 
     def __init__(self, batch_tokens: int, max_wait_s: float) -> None:
         self.batch_tokens = batch_tokens
@@ -62,9 +65,8 @@ class TokenBudgetBatcher:
             return []
         batch: list[ScoreItem] = []
         tokens = 0
-        for item in list(self._waiting.values()):
-            if item.sample_id in self._in_flight:
-                continue
+        free = [item for item in self._waiting.values() if item.sample_id not in self._in_flight]
+        for item in sorted(free, key=_urgency):
             if batch and tokens + item.new_tokens > self.batch_tokens:
                 break
             batch.append(item)
@@ -98,3 +100,7 @@ class TokenBudgetBatcher:
     def waiting_tokens(self) -> int:
         """New tokens that have not left yet."""
         return sum(item.new_tokens for item in self._waiting.values())
+
+
+def _urgency(item: ScoreItem) -> tuple[bool, int]:
+    return item.chunks[-1].finish is None, item.chunks[0].weight_version

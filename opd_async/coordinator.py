@@ -226,6 +226,9 @@ class Coordinator:
         in_step = acks.next_step == self.version + 1
         if in_step and acks.ready_tokens >= 2 * max(1, schedule.max_staleness) * schedule.tokens_per_step:
             self.barrier.hold()
+        if self.book is not None:
+            self.book.ready(acks.next_step, acks.ready_tokens)
+            self._lease_news.set()
 
     def _step_started(self, started: m.StepStarted) -> None:
         assert self.book is not None

@@ -16,6 +16,11 @@ from opd_async.intervals import IntervalSet
 from opd_async.messages import Frontier
 from opd_async.topology import ScheduleSection, TrainOn
 
+NEXT_STEP = 1.25
+NEXT_STEP_FORCED = 0.9
+"""Budgets that the next step may hold while a step is trained; no new response begins beyond them. At S = 1 the next
+step must take all that is held, so that a whole budget would soon make it too large (bench/LOG.md)."""
+
 
 @dataclass(frozen=True, slots=True)
 class LeaseSpec:
@@ -62,8 +67,9 @@ class LeaseBook:
     """All leases of a run.
 
     Admission: at most `slots` responses are generated at once. With `train_on: tokens` no new one begins while finished
-    responses hold max(1, S) steps of untrained tokens; with `train_on: samples` sample n begins only once the engines
-    hold weights >= n / samples_per_step - S - 1, which bounds the age of every token by S (docs/staleness.md).
+    responses hold max(1, S) steps of untrained tokens, nor while the step after the one under way is full already: what
+    is being generated then ends sooner, and less of it is cut. With `train_on: samples` sample n begins only once the
+    engines hold weights >= n / samples_per_step - S - 1, which bounds the age of every token by S (docs/staleness.md).
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class LeaseBook:
         self._active: dict[int, _Active] = {}
         self._generating: Counter[str] = Counter()
         self._waiting_tokens = 0
+        self._ready = (-1, 0)
         self._trained: dict[int, int] = {}
         parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
         for sample_id, tokens in zip(frontier.partial_ids.tolist(), parts, strict=False):
@@ -130,7 +137,15 @@ class LeaseBook:
         schedule = self._schedule
         if schedule.train_on is TrainOn.SAMPLES:
             return sample_id < (version + schedule.max_staleness + 1) * schedule.samples_per_step
+        # while no step is trained, a new response may be what the next one waits for
+        limit = NEXT_STEP_FORCED if schedule.max_staleness == 1 else NEXT_STEP
+        if self._ready[0] == version + 1 and self._ready[1] >= limit * schedule.tokens_per_step:
+            return False
         return self.waiting_tokens < max(1, schedule.max_staleness) * schedule.tokens_per_step
+
+    def ready(self, next_step: int, tokens: int) -> None:
+        """The step that starts from weights `next_step` could train `tokens` if it began now."""
+        self._ready = (next_step, tokens)
 
     def ended(self, sample_id: int, attempt: int, response_tokens: int) -> None:
         """The response is complete (it may not be scored yet)."""

@@ -4,7 +4,8 @@ A token made by weights b and trained at version v has staleness v - b. `Deadlin
 
 - *forced*: at version v, every token made by weights v - S or older is trained now, because at v + 1 it would be too
   old; a response still being generated is cut there. The step waits until all such tokens are here (`settled`).
-- *finished*: complete responses, oldest token first, until the step's budget is reached.
+- *finished*: complete responses, oldest token first, until the step has `LARGEST_STEP` budgets. A step starts with one
+  budget, so it is larger only when the learner is behind; then larger steps mean fewer of them, and fewer cuts.
 
 docs/staleness.md has the proof; `tests/core/test_staleness.py` drives both planners through random schedules.
 """
@@ -14,6 +15,9 @@ from __future__ import annotations
 from typing import Protocol
 
 from opd_async.assembly import Assembler, Sample
+
+LARGEST_STEP = 2
+"""Budgets that finished responses may fill; what the deadlines force has no limit."""
 
 
 class Planner(Protocol):
@@ -50,7 +54,7 @@ class DeadlineCuts:
         return self.max_staleness == 0 and self.ready_tokens(assembler, version) >= self.budget
 
     def choose(self, assembler: Assembler, version: int) -> list[Sample]:
-        """Forced samples, then finished ones from the oldest token on, until the budget is reached."""
+        """Forced samples, then finished ones from the oldest token on, until the step is as large as it may be."""
         if not assembler.settled(version - self.max_staleness):
             return []
         if self.ready_tokens(assembler, version) < self.budget:
@@ -68,7 +72,7 @@ class DeadlineCuts:
         # an empty remainder costs nothing and would otherwise wait for ever
         finished.sort(key=lambda s: (s.oldest_version if s.untrained else -1, s.order))
         for sample in finished:
-            if tokens >= self.budget and sample.untrained:
+            if tokens >= LARGEST_STEP * self.budget and sample.untrained:
                 break
             chosen.append(sample)
             tokens += sample.untrained_tokens

@@ -21,6 +21,7 @@ class SimIntake:
         self.checkpoint = state
         self.version: int | None = None
         """What may be planned now."""
+        self._planned = state.version
         self.inbox: deque[tuple[Any, ...]] = deque([("version", state.version, [])])
         self.outbox: deque[tuple[Any, ...]] = deque()
         self._planner = planner
@@ -42,7 +43,7 @@ class SimIntake:
         if chosen := self._planner.choose(self.assembler, version):
             rows = [self._take(sample) for sample in chosen]
             self._oracle.step(version, rows)
-            self.version, self._drain_asked = None, False
+            self.version, self._planned, self._drain_asked = None, version + 1, False
             self.outbox.append(("started", version, rows))
             return version
         if not self._drain_asked and self._planner.wants_drain(self.assembler, version):
@@ -61,9 +62,9 @@ class SimIntake:
         """Say what is held."""
         rows = [self._held(sample_id) for sample_id in sorted(self._touched)]
         self._touched.clear()
-        version = self.version
-        ready = self._planner.ready_tokens(self.assembler, version) if version is not None else 0
-        self.outbox.append(("acks", ready, [row for row in rows if row is not None]))
+        next_step = self._planned if self.version is None else self.version
+        ready = self._planner.ready_tokens(self.assembler, next_step)
+        self.outbox.append(("acks", next_step, ready, [row for row in rows if row is not None]))
 
     def _held(self, sample_id: int) -> tuple[int, int, int, int] | None:
         sample = self.assembler.samples.get(sample_id)

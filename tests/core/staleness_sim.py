@@ -222,9 +222,13 @@ class Simulation:
             done = self._done.popleft()
             self._book.ended(done.sample_id, done.attempt, done.response_tokens)
         match self._intake.outbox.popleft() if self._intake.outbox else None:
-            case ("acks", ready, rows):
+            case ("acks", next_step, ready, rows):
                 self._pass_on(rows)
-                if ready >= 2 * max(1, self.setup.max_staleness) * self.setup.tokens_per_step:
+                self._book.ready(next_step, ready)
+                if (
+                    next_step == self.version + 1
+                    and ready >= 2 * max(1, self.setup.max_staleness) * self.setup.tokens_per_step
+                ):
                     self._close()
             case ("drain", version):
                 self._intake.inbox.append(("drained", version, self._close()))

@@ -101,6 +101,14 @@ def test_what_waits_can_be_taken_away() -> None:
     assert shown(batcher.take(0.0)) == [(1, [(4, 6), (6, 8)])], "the first to leave, as it was the first to come"
 
 
+def test_what_ended_leaves_first_and_then_what_is_oldest() -> None:
+    batcher = TokenBudgetBatcher(4, 1.0)
+    batcher.add(chunk(1, 0, 4, weight_version=2), 0.0)
+    batcher.add(chunk(2, 0, 4, weight_version=1), 0.0)
+    batcher.add(chunk(3, 0, 4, weight_version=2, finish="stop"), 0.0)
+    assert [batcher.take(0.0)[0].sample_id for _ in range(3)] == [3, 2, 1]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(1, 8),

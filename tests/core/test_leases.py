@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored_chunks import frontier_of
@@ -88,6 +89,18 @@ def test_untrained_finished_tokens_hold_new_leases_back() -> None:
     leases.trained(0, 12, True)
     assert leases.waiting_tokens == 8
     assert leased(leases) == [5]
+
+
+@pytest.mark.parametrize(("max_staleness", "tokens"), [(1, 9), (2, 13)])
+def test_a_full_next_step_holds_new_leases_back_while_a_step_is_trained(max_staleness: int, tokens: int) -> None:
+    leases = book(slots=4, max_staleness=max_staleness)
+    lease(leases)
+    leases.ready(1, tokens - 1)
+    lease(leases)
+    leases.ready(1, tokens)
+    assert leased(leases) == []
+    leases.ready(0, tokens)  # no step is trained: a new response may be what the next one waits for
+    assert leased(leases) == [2, 3]
 
 
 def test_a_cut_counts_as_trained_before_and_after_the_end() -> None:

@@ -51,7 +51,7 @@ def test_deadlines_go_before_finished_responses_and_beyond_the_budget() -> None:
 
 
 def test_finished_responses_go_oldest_token_first() -> None:
-    box, planner = assembler(), DeadlineCuts(5, 4)
+    box, planner = assembler(), DeadlineCuts(3, 4)
     held(box, 1, 3, weight_version=2, finish="stop")
     held(box, 2, 3, weight_version=1, finish="stop")
     held(box, 3, 3, weight_version=1, finish="stop")
@@ -64,9 +64,17 @@ def test_empty_responses_leave_with_the_next_step() -> None:
     box, planner = assembler(), DeadlineCuts(3, 1)
     held(box, 1, 0, finish="stop")
     assert chosen(planner, box, 0) == []
-    held(box, 2, 3, finish="stop")
+    held(box, 2, 6, finish="stop")
     held(box, 3, 3, finish="stop")
     assert chosen(planner, box, 0) == [1, 2]
+
+
+def test_what_has_ended_fills_two_budgets() -> None:
+    box, planner = assembler(), DeadlineCuts(4, 3)
+    for sample_id in range(4):
+        held(box, sample_id, 3, finish="stop")
+    held(box, 4, 9)
+    assert chosen(planner, box, 0) == [0, 1, 2]
 
 
 def test_no_step_while_old_tokens_are_under_way() -> None:

@@ -1,0 +1,119 @@
+"""Schedules side by side: the same engines and prompts, one virtual clock each.
+
+    python -m bench.schedules [--preset heavy-tail] [--lengths 2000,16000,16384] [--json FILE] [--plot FILE]
+
+    preset -> Workload -> (schedule x scoring) -> Simulation -> Row -> table, JSON, picture
+
+Nothing is timed: figures depend on preset and seed alone. docs/performance.md explains the columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.presets import PRESETS
+from bench.schedule_plots import draw_schedules
+from bench.sim.figures import Row
+from bench.sim.rules import Rule, Scoring, deadline_cuts, one_step_off, sample_stream, sync, two_step_off, whole_samples
+from bench.sim.simulation import Simulation
+from opd_async.files import write_atomically
+from opd_async.lengths import parse_lengths
+from opd_async.workload import Workload
+
+WARMUP = 10
+STEPS = 30
+
+
+def rules() -> list[Rule]:
+    """Every schedule, each peer's with the settings that suit it best."""
+    return [
+        sync(),
+        one_step_off(),
+        two_step_off(),
+        sample_stream(1),
+        sample_stream(2),
+        whole_samples(1),
+        whole_samples(4),
+        *(deadline_cuts(staleness) for staleness in (0, 1, 2, 4)),
+    ]
+
+
+def measure(workload: Workload, seed: int, warmup: int = WARMUP, steps: int = STEPS) -> Iterator[Row]:
+    """A row for every schedule and way of scoring."""
+    for rule in rules():
+        for scoring in Scoring:
+            yield Simulation(workload, rule, scoring, seed).run(warmup, steps)
+
+
+def describe(workload: Workload) -> str:
+    """What binds this workload."""
+    rates = workload.rates()
+    return (
+        f"{workload.slots} slots on {workload.engines} engines, steps of {workload.tokens_per_step:,} tokens "
+        f"({workload.samples_per_step} responses of {workload.mean_tokens:,.0f} on average); tokens/s: "
+        f"rollout {rates.rollout:,.0f}, teacher {rates.teacher:,.0f}, learner {rates.learner:,.0f}"
+    )
+
+
+HEADER = (
+    f"{'schedule':<14} {'scoring':<9}{'S':>2} {'share':>6} {'tokens/s':>9} {'age mean':>9}{'p99':>4}{'max':>4} "
+    f"{'score p50':>10}{'p99 s':>8} {'recompute t':>12}{'l':>6} {'idle r':>7}{'t':>6}{'l':>6} {'bubble':>7} {'step':>5}"
+)
+
+
+def line(row: Row) -> str:
+    """One line of the table."""
+    idle = row.idle
+    cells = (
+        f"{row.schedule:<14} {row.scoring:<9}{row.max_staleness:>2} {row.share_of_bound:>6.2f}",
+        f"{row.tokens_per_s:>9,.0f} {row.age_mean:>9.2f}{row.age_p99:>4}{row.age_max:>4}",
+        f"{row.score_p50_s:>10.2f}{row.score_p99_s:>8.2f} {row.teacher_recompute:>12.2f}{row.learner_recompute:>6.2f}",
+        f"{idle.rollout:>7.2f}{idle.teacher:>6.2f}{idle.learner:>6.2f} {row.bubble:>7.2f} {row.step_tokens:>5.2f}",
+    )
+    return " ".join(cells)
+
+
+def report(preset: str, workload: Workload, rows: Sequence[Row], settings: dict[str, Any]) -> bytes:
+    """The figures as JSON."""
+    content = {
+        "preset": preset,
+        **settings,
+        "rates": dataclasses.asdict(workload.rates()),
+        "tokens_per_step": workload.tokens_per_step,
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    return json.dumps(content, indent=2).encode()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Simulate, print the table as it grows, write the figures where asked."""
+    parser = argparse.ArgumentParser(description="Schedules side by side on a virtual clock.")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="heavy-tail")
+    parser.add_argument("--lengths", help="MEDIAN,P99,CAP, zipf:SHORTEST,EXPONENT,CAP, or a file with a length a line")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps that count, after {WARMUP}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--plot", type=Path, help="write a picture (PNG) to this file")
+    options = parser.parse_args(arguments)
+    workload = PRESETS[options.preset]
+    if options.lengths is not None:
+        workload = dataclasses.replace(workload, lengths=parse_lengths(options.lengths))
+    print(f"{options.preset}: {describe(workload)}\n{HEADER}", flush=True)
+    rows = []
+    for row in measure(workload, options.seed, WARMUP, options.steps):
+        print(line(row), flush=True)
+        rows.append(row)
+    if options.json is not None:
+        settings = {"lengths": options.lengths, "seed": options.seed, "warmup": WARMUP}
+        write_atomically(options.json, report(options.preset, workload, rows, settings))
+    if options.plot is not None:
+        draw_schedules(options.plot, rows, options.preset)
+
+
+if __name__ == "__main__":
+    main()

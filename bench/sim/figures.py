@@ -1,0 +1,121 @@
+"""What a simulated run came to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from opd_async.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Share of the time in which a role had nothing to compute."""
+
+    rollout: float
+    teacher: float
+    learner: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One schedule under one workload. Ages in steps; `max_staleness` is the setting, `age_max` what occurred.
+
+    `bubble` is the share of all devices' time that full speed would not have needed; recompute is tokens computed for
+    each token that had to be; `step_tokens` is trained tokens of a step relative to the wanted number.
+    """
+
+    schedule: str
+    scoring: str
+    max_staleness: int
+    share_of_bound: float
+    tokens_per_s: float
+    age_mean: float
+    age_p99: int
+    age_max: int
+    score_p50_s: float
+    score_p99_s: float
+    teacher_recompute: float
+    learner_recompute: float
+    idle: Idle
+    bubble: float
+    sync_blocked_s: float
+    step_tokens: float
+    steps: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class Marks:
+    """Running totals; the difference of two of them is what happened in between."""
+
+    now: float = 0.0
+    trained: int = 0
+    forwarded: int = 0
+    rollout_s: float = 0.0
+    teacher_s: float = 0.0
+    learner_s: float = 0.0
+    scored: int = 0
+    computed: int = 0
+    blocked_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Account:
+    """Collects while the simulation runs; `begin` ends the warm-up."""
+
+    workload: Workload
+    trained: int = 0
+    forwarded: int = 0
+    learner_s: float = 0.0
+    blocked_s: float = 0.0
+    ages: Counter[int] = field(default_factory=Counter)
+    latencies: list[float] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """What came before does not count in distributions."""
+        self.ages.clear()
+        self.latencies.clear()
+
+    def row(self, name: tuple[str, str, int], first: Marks, last: Marks, steps: int) -> Row:
+        """The figures between two marks."""
+        work, seconds = self.workload, last.now - first.now
+        rates = work.rates()
+        per_s = (last.trained - first.trained) / seconds
+        ages = np.array(sorted(self.ages))
+        counts = np.cumsum([self.ages[age] for age in ages])
+        latency = np.quantile(self.latencies or [0.0], [0.5, 0.99])
+        needed = (last.trained - first.trained) * (work.mean_tokens + work.prompt_tokens) / work.mean_tokens
+        gpus = work.devices
+        useful = sum(
+            count * per_s / rate
+            for count, rate in (
+                (gpus.rollout, rates.rollout),
+                (gpus.teacher, rates.teacher),
+                (gpus.learner, rates.learner),
+            )
+        )
+        return Row(
+            *name,
+            share_of_bound=per_s / rates.bound,
+            tokens_per_s=per_s,
+            age_mean=sum(age * count for age, count in self.ages.items()) / counts[-1],
+            age_p99=int(ages[np.searchsorted(counts, 0.99 * counts[-1])]),
+            age_max=int(ages[-1]),
+            score_p50_s=float(latency[0]),
+            score_p99_s=float(latency[1]),
+            teacher_recompute=(last.computed - first.computed) / (last.scored - first.scored),
+            learner_recompute=(last.forwarded - first.forwarded) / needed,
+            idle=Idle(
+                1 - (last.rollout_s - first.rollout_s) / seconds / work.engines,
+                1 - (last.teacher_s - first.teacher_s) / seconds / work.teachers,
+                1 - (last.learner_s - first.learner_s) / seconds,
+            ),
+            bubble=1 - useful / gpus.total,
+            sync_blocked_s=last.blocked_s - first.blocked_s,
+            step_tokens=(last.trained - first.trained) / steps / work.tokens_per_step,
+            steps=steps,
+            seconds=seconds,
+        )

@@ -1,0 +1,267 @@
+"""One schedule under one workload: the project's state machines on a virtual clock.
+
+    LeaseBook -> student engines -> Chunk -> rendezvous -> teacher engines -> ScoredChunk -> Assembler, Planner
+         ^                                                                                        |
+         +------------ weight update (pause, flush, load, mark, resume) <--- learner <------------+
+
+Admission, routing, batching, assembly, marks and planning are the real ones; engines and learner are their costs. What
+is left out: the network between actors (a millisecond a hop), failures, and the order of events within a millisecond.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+
+from bench.sim.clock import Clock
+from bench.sim.figures import Account, Marks, Row
+from bench.sim.rules import Rule, Scoring
+from bench.sim.student import Generation, StudentEngine
+from bench.sim.teacher import PrefixCache, TeacherEngine
+from opd_async import frontier
+from opd_async.assembly import Assembler
+from opd_async.batching import TokenBudgetBatcher
+from opd_async.growth import CutPoints
+from opd_async.leases import LeaseBook, PromptOrder
+from opd_async.lengths import LengthStream
+from opd_async.messages import Chunk, ScoredChunk
+from opd_async.routing import rendezvous
+from opd_async.schedule import DeadlineCuts
+from opd_async.topology import TrainOn
+from opd_async.workload import Workload
+
+TURN_S = 0.05
+"""How often the intake gives an account; it plans and asks for a hold then."""
+ACTOR = "rollout-0"
+LONGEST = 1 << 18
+IDS = np.zeros(LONGEST, np.int32)
+LOGPROBS = np.full(LONGEST, -1.0, np.float32)
+SHARED_FIELDS = tuple({f.name for f in fields(Chunk)} & {f.name for f in fields(ScoredChunk)})
+
+
+class Simulation:
+    """A run from its first lease on. `run` returns its figures."""
+
+    def __init__(self, workload: Workload, rule: Rule, scoring: Scoring, seed: int = 0) -> None:
+        self._work, self._rule, self._scoring = workload, rule, scoring
+        self._clock = Clock()
+        self._account = Account(workload)
+        self._lengths = LengthStream(workload.lengths, seed, workload.group_size, workload.correlation)
+        samples, tokens = workload.samples_per_step, workload.tokens_per_step
+        order = PromptOrder(1 << 20, workload.group_size, seed, shuffle=False)
+        self._schedule = rule.section(samples, tokens)
+        self._book = LeaseBook(frontier.empty(0), order, self._schedule, workload.slots)
+        self._planner = rule.planner(samples, tokens)
+        self._assembler = Assembler()
+        self._assembler.start_at(0)
+        self._engines = [self._engine() for _ in range(workload.engines)]
+        self._teachers = [self._teacher() for _ in range(workload.teachers)]
+        self._kept: dict[int, list[Chunk]] = {}
+        self._unscored: dict[int, int] = {}
+        self._version = 0
+        self._leased = 0
+        self._ended = 0
+        self._may_plan = True
+        self._training: int | None = None
+        self._update_due = False
+        self._drained = False
+        self._turn_due = False
+        self._ended_at: dict[int, float] = {}
+
+    def _engine(self) -> StudentEngine:
+        work = self._work
+        chunk = work.chunk_tokens if self._scoring is Scoring.STREAMED else LONGEST
+        engine = StudentEngine(self._clock, work.decode, work.prefill, work.prompt_tokens, chunk)
+        engine.emit = self._emit
+        return engine
+
+    def _teacher(self) -> TeacherEngine:
+        work = self._work
+        deadline = self._rule.staleness if self._schedule.train_on is TrainOn.TOKENS else None
+        batcher = TokenBudgetBatcher(work.batch_tokens, work.max_wait_s)
+        points = CutPoints(work.chunk_tokens, deadline)
+        return TeacherEngine(self._clock, batcher, points, work.score, PrefixCache(work.cache_tokens), self._scored)
+
+    def run(self, warmup: int, steps: int) -> Row:
+        """Figures of `steps` optimizer steps after the first `warmup`."""
+        self._lease()
+        self._clock.run(lambda: self._version >= warmup)
+        first = self._marks()
+        self._account.begin()
+        self._clock.run(lambda: self._version >= warmup + steps)
+        name = (self._rule.name, self._scoring.value, self._rule.staleness)
+        return self._account.row(name, first, self._marks(), steps)
+
+    def _marks(self) -> Marks:
+        account, teachers = self._account, self._teachers
+        return Marks(
+            self._clock.now,
+            account.trained,
+            account.forwarded,
+            sum(engine.busy_s for engine in self._engines),
+            sum(teacher.busy_s for teacher in teachers),
+            account.learner_s,
+            sum(teacher.new for teacher in teachers),
+            sum(teacher.computed for teacher in teachers),
+            account.blocked_s,
+        )
+
+    # --- rollout -----------------------------------------------------------------------------------------------------
+
+    def _lease(self) -> None:
+        """Start whatever admission lets; on the engine with the fewest responses."""
+        if self._engines[0].paused:
+            return
+        while self._batch_may_begin() and (spec := self._book.lease(ACTOR, self._version)) is not None:
+            engine = min(self._engines, key=lambda one: one.load)
+            self._leased += 1
+            engine.start(Generation(spec.sample_id, spec.prompt_index, self._lengths[spec.sample_id]))
+
+    def _batch_may_begin(self) -> bool:
+        """Behind a barrier, a batch is leased as a whole or not at all."""
+        if not self._rule.barrier or self._book.generating == 0:
+            return not (self._rule.barrier and self._update_due)
+        return bool(self._leased % self._work.samples_per_step)
+
+    def _emit(self, generation: Generation, end: int, ended: bool) -> None:
+        """A chunk leaves its engine."""
+        start, sample_id = generation.flushed, generation.sample_id
+        chunk = Chunk(
+            sample_id,
+            0,
+            0,
+            generation.prompt_id,
+            self._work.prompt_tokens,
+            start,
+            self._version,
+            "stop" if ended else None,
+            "",
+            self._clock.now,
+            IDS[: end - start],
+            LOGPROBS[: end - start],
+            IDS[: self._work.prompt_tokens] if start == 0 else None,
+        )
+        self._kept.setdefault(sample_id, []).append(chunk)
+        if ended:
+            self._ended += 1
+            self._ended_at[sample_id] = self._clock.now
+            self._book.ended(sample_id, 0, end)
+        if ended or self._scoring is Scoring.STREAMED or self._schedule.train_on is TrainOn.TOKENS:
+            self._send(sample_id, generation.prompt_id)
+        if ended:
+            if self._update_due and self._may_update():
+                self._update()
+            self._lease()
+            self._news()
+
+    def _send(self, sample_id: int, prompt_id: int) -> None:
+        teacher = self._teachers[rendezvous(prompt_id, range(len(self._teachers)))]
+        chunks = self._kept.pop(sample_id)
+        self._unscored[sample_id] = chunks[-1].end
+        teacher.receive(chunks)
+
+    # --- intake ------------------------------------------------------------------------------------------------------
+
+    def _scored(self, chunk: Chunk) -> None:
+        """A scored chunk reaches the intake."""
+        values = {field: getattr(chunk, field) for field in SHARED_FIELDS}
+        logprobs = LOGPROBS[: len(chunk.token_ids)]
+        scored = ScoredChunk(**values, teacher_id="", latency_s=0.0, teacher_logprobs=logprobs)
+        self._assembler.add(scored)
+        if self._unscored.get(chunk.sample_id) == chunk.end:
+            del self._unscored[chunk.sample_id]
+        if chunk.finish is not None:
+            self._account.latencies.append(self._clock.now - self._ended_at.pop(chunk.sample_id))
+        self._news()
+
+    def _news(self) -> None:
+        if not self._turn_due:
+            self._turn_due = True
+            self._clock.after(TURN_S, self._turn)
+
+    def _turn(self) -> None:
+        """Plan, or see whether generation must stop."""
+        self._turn_due = False
+        if self._may_plan:
+            self._plan()
+        if self._training is not None and isinstance(self._planner, DeadlineCuts):
+            ready = self._planner.ready_tokens(self._assembler, self._training + 1)
+            self._book.ready(self._training + 1, ready)
+            if ready >= 2 * max(1, self._rule.staleness) * self._planner.budget:
+                self._pause()
+            self._lease()
+
+    def _plan(self) -> None:
+        if self._ended < (self._version + self._rule.lag + 1) * self._work.samples_per_step * self._rule.barrier:
+            return
+        chosen = self._planner.choose(self._assembler, self._version)
+        if not chosen:
+            if not self._drained and self._planner.wants_drain(self._assembler, self._version):
+                self._drained = True
+                self._pause()
+                self._assembler.mark(self._version, self._owed())
+                self._news()
+            return
+        account, train = self._account, self._work.train
+        self._may_plan = False
+        self._training = self._version
+        seconds, trained, forwarded = train.floor_s, 0, 0
+        for sample in chosen:
+            end, complete = sample.scored_end, sample.finish is not None
+            segment = self._assembler.take(sample)
+            self._book.trained(sample.sample_id, end, complete)
+            if segment is None:
+                continue
+            rows, tokens = segment.end - segment.start, len(segment.token_ids)
+            seconds += train.segment_s(tokens, rows)
+            trained += rows
+            forwarded += tokens
+            ages, counts = np.unique(self._version - segment.versions, return_counts=True)
+            account.ages.update(dict(zip(ages.tolist(), counts.tolist(), strict=True)))
+        self._clock.after(seconds, lambda: self._trained(trained, forwarded, seconds))
+        self._lease()
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    def _trained(self, trained: int, forwarded: int, seconds: float) -> None:
+        """The learner has ended its step."""
+        self._account.trained += trained
+        self._account.forwarded += forwarded
+        self._account.learner_s += seconds
+        self._update_due = True
+        if self._may_update():
+            self._update()
+
+    def _may_update(self) -> bool:
+        return not self._rule.barrier or self._book.generating == 0
+
+    def _pause(self) -> None:
+        for engine in self._engines:
+            if not engine.paused:
+                engine.pause()
+
+    def _update(self) -> None:
+        """Stop generation, load the weights, go on."""
+        self._update_due = False
+        self._pause()
+        owed = self._owed()
+        self._account.blocked_s += self._work.sync_s
+        self._clock.after(self._work.sync_s, lambda: self._updated(owed))
+
+    def _owed(self) -> list[tuple[int, int, int]]:
+        return [(sample_id, 0, end) for sample_id, end in self._unscored.items()]
+
+    def _updated(self, owed: list[tuple[int, int, int]]) -> None:
+        assert self._training is not None
+        self._version, self._training = self._training + 1, None
+        self._drained = False
+        self._assembler.mark(self._version - 1, owed)
+        self._may_plan = True
+        for engine in self._engines:
+            engine.resume()
+        for teacher in self._teachers:
+            teacher.advance(self._version)
+        self._lease()
+        self._plan()
+        self._news()

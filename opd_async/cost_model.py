@@ -1,0 +1,232 @@
+"""What a step of a model takes on a device: arithmetic over shapes, shared by the planner and the simulator.
+
+    Decoder (config.json) + Device + Link -> DecodeCost, PrefillCost, TrainCost, seconds of a weight update
+
+Times are rooflines with one efficiency each (`Device`); nothing here was fitted to a run. Sources: 2 N and 6 N
+operations a token for forward and for forward and backward of N weights (Kaplan et al., 2020), 4 layers * heads *
+head_dim operations for each pair of positions that attend (Q K^T and P V).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd_async.errors import InputError
+
+BF16 = 2
+GIGA = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Sizes of a decoder with gated MLPs; with `experts`, each token takes `experts_per_token` MLPs of `ffn`."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+
+    def _body(self, mlps: int) -> int:
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.ffn * mlps + self.experts * self.hidden)
+
+    @property
+    def head(self) -> int:
+        """Weights of the LM head."""
+        return self.vocab * self.hidden
+
+    @property
+    def body(self) -> int:
+        """Weights that a token passes on its way to the LM head."""
+        return self._body(self.experts_per_token or 1)
+
+    @property
+    def weights(self) -> int:
+        """All weights."""
+        return self._body(self.experts or 1) + self.head * (1 if self.tied else 2)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values that one token leaves in a cache, bfloat16."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * BF16
+
+    @property
+    def pair_flops(self) -> int:
+        """Operations of a forward pass for one pair of positions."""
+        return 4 * self.layers * self.heads * self.head_dim
+
+
+QWEN3_8B = Decoder(36, 4096, 32, 8, 128, 12288, 151936)
+QWEN3_32B = Decoder(64, 5120, 64, 8, 128, 25600, 151936)
+QWEN3_30B_A3B = Decoder(48, 2048, 32, 4, 128, 768, 151936, experts=128, experts_per_token=8)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """An accelerator: peak dense bfloat16 operations and bytes per second, memory in bytes, and the shares of the peaks
+    that well-kept software reaches in decoding (memory), prefill and training (operations)."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+    decode_share: float = 0.75
+    prefill_share: float = 0.5
+    train_share: float = 0.4
+
+
+H100 = Device("H100", 989e12, 3.35e12, 80 * GIGA)
+H200 = Device("H200", 989e12, 4.8e12, 141 * GIGA)
+DEVICES = {device.name: device for device in (H100, H200)}
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A way for weights from learner to engines: bytes per second and the share that a broadcast reaches."""
+
+    name: str
+    bandwidth: float
+    share: float = 0.8
+
+
+NVLINK = Link("NVLink", 450e9)
+NETWORK_400G = Link("400 Gb/s", 50e9)
+
+DECODE_FLOOR_S = 2e-3
+"""Of a decode step: kernel launches, sampling, scheduling."""
+DECODE_REQUEST_S = 20e-6
+"""Of a decode step, for each running request: detokenisation and book-keeping."""
+PREFILL_FLOOR_S = 10e-3
+"""Of a prefill batch."""
+TRAIN_FLOOR_S = 1.0
+"""Of an optimizer step: packing, gradient reduction, the optimizer itself."""
+SYNC_FLOOR_S = 0.1
+"""Of a weight update: stopping the engines, gathering, bucketing, going on."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCost:
+    """A decode step of one engine takes `floor_s` + `request_s` * requests + `kv_s` * tokens in their caches."""
+
+    floor_s: float
+    request_s: float
+    kv_s: float = 0.0
+
+    def seconds(self, steps: float, active: int, kv_tokens: float) -> float:
+        """Of `steps` decode steps that begin with `kv_tokens`, each adding one for each of the `active` requests."""
+        first = self.floor_s + self.request_s * active + self.kv_s * kv_tokens
+        return steps * first + self.kv_s * active * steps * steps / 2
+
+    def steps(self, seconds: float, active: int, kv_tokens: float) -> float:
+        """Inverse of `seconds`, in the number of steps."""
+        first = self.floor_s + self.request_s * active + self.kv_s * kv_tokens
+        growth = self.kv_s * active
+        if growth == 0.0:
+            return seconds / first
+        return (math.sqrt(first * first + 2 * growth * seconds) - first) / growth
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCost:
+    """A prefill batch takes `floor_s` + `token_s` * computed tokens + `pair_s` * pairs of positions."""
+
+    floor_s: float
+    token_s: float
+    pair_s: float = 0.0
+
+    def tokens_s(self, cached: int, total: int) -> float:
+        """Seconds for the tokens of one request behind `cached` ones, without the batch's floor."""
+        new = total - cached
+        return new * (self.token_s + self.pair_s * (cached + new / 2))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainCost:
+    """A step takes `floor_s` + `token_s` * forwarded tokens + `row_s` * trained tokens + `pair_s` * pairs, for the
+    learner as a whole; the LM head runs on trained rows only."""
+
+    floor_s: float
+    token_s: float
+    row_s: float = 0.0
+    pair_s: float = 0.0
+
+    def segment_s(self, tokens: int, rows: int) -> float:
+        """Seconds for one sequence of `tokens` of which `rows` are trained."""
+        return tokens * (self.token_s + self.pair_s * tokens / 2) + rows * self.row_s
+
+
+def decode_cost(model: Decoder, device: Device, tensor_parallel: int = 1) -> DecodeCost:
+    """Weights are read once a step (all experts: a batch meets them all), keys and values once; operations of one
+    request beside them."""
+    bandwidth = device.bandwidth * device.decode_share * tensor_parallel
+    weights = model.weights - (0 if model.tied else model.head)
+    flops_s = 2 * (model.body + model.head) / (device.flops * device.prefill_share * tensor_parallel)
+    return DecodeCost(
+        DECODE_FLOOR_S + weights * BF16 / bandwidth, DECODE_REQUEST_S + flops_s, model.kv_bytes / bandwidth
+    )
+
+
+def prefill_cost(model: Decoder, device: Device, tensor_parallel: int = 1, with_head: bool = True) -> PrefillCost:
+    """A forward pass; `with_head` counts the LM head on every token, as scoring needs it."""
+    flops = device.flops * device.prefill_share * tensor_parallel
+    head = model.head if with_head else 0
+    return PrefillCost(PREFILL_FLOOR_S, 2 * (model.body + head) / flops, model.pair_flops / flops)
+
+
+def train_cost(model: Decoder, device: Device, devices: int, recompute: bool) -> TrainCost:
+    """Forward and backward on `devices` together; `recompute` runs the forward of the body twice."""
+    flops = device.flops * device.train_share * devices
+    passes = 4 if recompute else 3
+    return TrainCost(
+        TRAIN_FLOOR_S, passes * 2 * model.body / flops, 6 * model.head / flops, passes * model.pair_flops / flops
+    )
+
+
+def sync_seconds(model: Decoder, link: Link) -> float:
+    """A broadcast of all weights in bfloat16, for which generation stands still."""
+    return SYNC_FLOOR_S + model.weights * BF16 / (link.bandwidth * link.share)
+
+
+def read_decoder(folder: Path) -> Decoder:
+    """The sizes in a Hugging Face `config.json`. Raises `InputError` that names what is missing."""
+    file = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_bytes())
+        heads = config["num_attention_heads"]
+        experts = config.get("num_experts") or config.get("num_local_experts") or 0
+        return Decoder(
+            config["num_hidden_layers"],
+            config["hidden_size"],
+            heads,
+            config.get("num_key_value_heads") or heads,
+            config.get("head_dim") or config["hidden_size"] // heads,
+            config["moe_intermediate_size"] if experts else config["intermediate_size"],
+            config["vocab_size"],
+            bool(config.get("tie_word_embeddings", False)),
+            experts,
+            config["num_experts_per_tok"] if experts else 0,
+        )
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{file}: does not describe a decoder ({error!r}); give a complete config") from None
+
+
+RESERVED_SHARE = 0.1
+"""Of a device's memory: activations, CUDA context, fragments."""
+
+
+def engine_cache_tokens(model: Decoder, device: Device, tensor_parallel: int = 1) -> int:
+    """Tokens whose keys and values fit beside the weights; 0 when the weights do not fit."""
+    free = device.memory * (1 - RESERVED_SHARE) * tensor_parallel - model.weights * BF16
+    return max(0, int(free / model.kv_bytes))

@@ -1,0 +1,42 @@
+"""The planner's forecast agrees with the simulation of the real state machines."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from bench.presets import balanced, real
+from bench.sim.rules import Scoring, deadline_cuts
+from bench.sim.simulation import Simulation
+from opd_async.cost_model import H200, NETWORK_400G, QWEN3_8B, QWEN3_30B_A3B
+from opd_async.forecast import forecast
+from opd_async.workload import Devices
+
+WITHIN = 0.10
+
+
+WORKLOADS = {
+    "balanced": balanced(slots=64),
+    "fast learner": balanced(slots=64, learner=2.0),
+    "8B on H200": dataclasses.replace(
+        real(QWEN3_8B, QWEN3_30B_A3B, H200, NETWORK_400G, Devices(2, 1, 1), 1), cache_tokens=1 << 20
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "staleness"),
+    [("balanced", 1), ("balanced", 2), ("balanced", 4), ("fast learner", 1), ("8B on H200", 1), ("8B on H200", 2)],
+)
+def test_a_step_takes_as_long_as_in_the_simulation(name: str, staleness: int) -> None:
+    workload = WORKLOADS[name]
+    row = Simulation(workload, deadline_cuts(staleness), Scoring.STREAMED).run(warmup=6, steps=14)
+    predicted = forecast(workload, staleness)
+    assert predicted.seconds == pytest.approx(workload.tokens_per_step / row.tokens_per_s, rel=WITHIN)
+    assert predicted.learner_recompute == pytest.approx(row.learner_recompute, rel=0.25)
+
+
+def test_a_forecast_needs_a_bound_above_zero() -> None:
+    with pytest.raises(ValueError, match="max_staleness >= 1"):
+        forecast(WORKLOADS["balanced"], 0)

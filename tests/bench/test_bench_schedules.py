@@ -1,0 +1,61 @@
+"""The simulation keeps what it promises, and the script writes what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import schedules
+from bench.presets import balanced
+from bench.sim.rules import Rule, Scoring, deadline_cuts, one_step_off, sync, two_step_off, whole_samples
+from bench.sim.simulation import Simulation
+from opd_async.lengths import LogNormal
+
+SMALL = dataclasses.replace(
+    balanced(LogNormal(200, 1500, 2000)),
+    slots=16,
+    samples_per_step=16,
+    prompt_tokens=20,
+    chunk_tokens=64,
+    batch_tokens=256,
+)
+
+
+@pytest.mark.parametrize("scoring", Scoring)
+@pytest.mark.parametrize(
+    "rule",
+    [sync(), one_step_off(), two_step_off(), whole_samples(1), *(deadline_cuts(s) for s in (0, 1, 2))],
+    ids=lambda rule: f"{rule.name}-{rule.staleness}",
+)
+def test_no_token_is_older_than_the_schedule_allows(rule: Rule, scoring: Scoring) -> None:
+    row = Simulation(SMALL, rule, scoring, seed=1).run(warmup=3, steps=12)
+    assert row.age_max <= rule.staleness
+    assert 0 < row.share_of_bound < 1.1
+    assert row.teacher_recompute == pytest.approx(1.0)
+    assert row.learner_recompute == pytest.approx(1.0, abs=0.1) or rule.name == "deadline_cuts"
+
+
+def test_a_teacher_that_forgets_computes_a_bounded_number_of_times() -> None:
+    whole = Simulation(SMALL, whole_samples(4), Scoring.STREAMED).run(warmup=3, steps=12)
+    forgetful = dataclasses.replace(SMALL, cache_tokens=1)
+    row = Simulation(forgetful, whole_samples(4), Scoring.STREAMED).run(warmup=3, steps=12)
+    assert whole.teacher_recompute == pytest.approx(1.0)
+    assert 1.2 < row.teacher_recompute < 2.5
+
+
+def test_a_table_a_file_and_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(schedules.PRESETS, "heavy-tail", SMALL)
+    monkeypatch.setattr(schedules, "WARMUP", 2)
+    figures, picture = tmp_path / "figures.json", tmp_path / "picture.png"
+    schedules.main(["--steps", "3", "--lengths", "100,500,600", "--json", str(figures), "--plot", str(picture)])
+    shown = capsys.readouterr().out
+    written = json.loads(figures.read_text())
+    assert len(written["rows"]) == 2 * len(schedules.rules())
+    assert {"schedule", "scoring", "share_of_bound", "idle", "score_p99_s"} <= written["rows"][0].keys()
+    assert all(row["schedule"] in shown for row in written["rows"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
