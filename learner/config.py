@@ -71,6 +71,8 @@ class LossConfig:
     """The clip's upper side; None: as `clip_ratio`."""
     dual_clip: float | None = None
     """A negative advantage counts at most so many times; None: however large the ratio."""
+    reference_kl_coef: float = 0.0
+    """Weight of the reverse KL to the reference model."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; not for losses on the whole vocabulary."""
 
@@ -81,8 +83,8 @@ class TeacherConfig:
 
     model_path: Path
     """Hugging Face folder whose `config.json` says the teacher's shape."""
-    load: Path
-    """Megatron's files of its weights, as `opd_async.checkpoints.shards` finds them."""
+    load: Path | None
+    """Megatron's files of its weights, as `opd_async.checkpoints.shards` finds them; None: those in `model_path`."""
     offload: bool = False
     """Keep its weights in host memory while it is not computing."""
 
@@ -103,3 +105,5 @@ class LearnerConfig:
     seed: int = 0
     teacher: TeacherConfig | None = None
     """None: the rows come with the teacher's log-probabilities."""
+    reference: TeacherConfig | None = None
+    """A frozen model towards which `loss.reference_kl_coef` pulls; None: there is none."""

@@ -66,6 +66,8 @@ class PackedBatch:
     """float32[R, K], nats: the teacher's."""
     weights_R: Tensor | None = None
     """float32[R]: how often a row counts in the loss; None: once each."""
+    reference_R: Tensor | None = None
+    """float32[R], nats: the reference model's, where there is one."""
 
     def own(self, values_R: Tensor) -> Tensor:
         """Of values [R, ...], those of this rank's rows: [O, ...]."""

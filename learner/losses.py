@@ -43,6 +43,7 @@ SUMS = (
     "student_support",
     "teacher_support",
     "entropy",
+    "reference_kl",
 )
 MAXIMA = ("ratio", "staleness")
 
@@ -152,7 +153,7 @@ def _gate(ratio_R: Tensor, config: LossConfig) -> Tensor:
 def _sums(
     loss: Tensor, difference_R: Tensor, ratio_R: Tensor, events: tuple[Tensor, Tensor, Tensor], staleness_R: Tensor
 ) -> Tensor:
-    """float64[len(SUMS)], in the order of SUMS; support and entropy are not this module's.
+    """float64[len(SUMS)], in the order of SUMS; support, entropy and reference are not this module's.
 
     `events` are clipped, gated, clamped; `difference_R` = log q - log p = d; `k3` = exp(d) - d - 1 (Schulman, 2020).
     """
@@ -169,9 +170,7 @@ def _sums(
             (ratio_R - 1.0).square().sum(),
             *(event_R.double().sum() for event_R in events),
             staleness_R.double().sum(),
-            nothing,
-            nothing,
-            nothing,
+            *[nothing] * 4,
         ]
     )
 

@@ -76,6 +76,7 @@ def learner_config(topology: Topology) -> LearnerConfig:
         section.recompute,
         topology.seed,
         teacher_config(topology),
+        reference_config(topology),
     )
 
 
@@ -92,6 +93,7 @@ def loss_config(topology: Topology) -> LossConfig:
         ratio=advantage.estimator.ratio,
         clip_high=advantage.clip_high,
         dual_clip=advantage.dual_clip,
+        reference_kl_coef=advantage.reference_kl_coef,
         entropy_coef=advantage.entropy_coef,
     )
 
@@ -103,6 +105,16 @@ def teacher_config(topology: Topology) -> TeacherConfig | None:
         return None
     shape_of = models.teacher or models.student
     return TeacherConfig(shape_of.path, shards(opd.teacher_load, opd.teacher_ckpt_step), opd.teacher_offload)
+
+
+def reference_config(topology: Topology) -> TeacherConfig | None:
+    """The reference model, where the topology has one: a checkpoint, or what the student begins with."""
+    advantage = topology.advantage
+    if not advantage.reference_kl_coef:
+        return None
+    load = advantage.reference_load or topology.learner.load
+    # it is needed once in a step: between steps its weights make room
+    return TeacherConfig(topology.models.student.path, None if load is None else shards(load), offload=True)
 
 
 class Link:

@@ -43,6 +43,8 @@ class StepMetrics:
     """The same for the teacher: what the top-k leaves out is 1 minus this."""
     entropy: float
     """Mean entropy of the student, nats; 0 unless there is a bonus for it."""
+    reference_kl: float
+    """Mean of log p minus the reference's on the sampled tokens; 0 without one."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float
@@ -94,6 +96,7 @@ def step_metrics(version: int, totals: Totals, grad_norm: float, learning_rate: 
         student_support=mean["student_support"],
         teacher_support=mean["teacher_support"],
         entropy=mean["entropy"],
+        reference_kl=mean["reference_kl"],
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         seconds=seconds,

@@ -5,7 +5,7 @@
     full vocabulary: forward_kl_full, reverse_kl_full, jsd_full -> learner.full_divergences
     both:            minillm_topk, minillm_full                  -> a divergence, and returns on the sampled token
 
-The estimator's advantage is a policy gradient of its own beside any of them.
+The estimator's advantage, and the pull towards a reference model, are a policy gradient beside any of them.
 """
 
 from __future__ import annotations
@@ -43,24 +43,27 @@ def objective(packed: PackedBatch, logprobs: RowLogprobs, config: LossConfig) ->
     """The configured loss of a micro-batch, summed over its rows. `logprobs` are those that `support_of` asks for."""
     # without a teacher the student stands in for it: no signal, and no divergence to report
     teacher_R = logprobs.sampled_R.detach() if packed.teacher_R is None else packed.teacher_R
-    rows = (logprobs.sampled_R, packed.behaviour_R, teacher_R, packed.advantages_R, packed.staleness_R)
+    advantages_R = _advantages(packed, logprobs.sampled_R, config)
+    rows = (logprobs.sampled_R, packed.behaviour_R, teacher_R, advantages_R, packed.staleness_R)
     if config.loss in SAMPLED:
         output = SAMPLED[config.loss](*rows, config, packed.sequence_R, packed.weights_R)
-        return _plus_entropy(output, logprobs.entropy_R, packed.weights_R, config)
+        return _with_reference(_plus_entropy(output, logprobs.entropy_R, packed.weights_R, config), packed, logprobs)
     assert logprobs.support_RK is not None
     teacher_RK = packed.topk_logprobs_RK if packed.topk_logprobs_RK is not None else logprobs.support_RK.detach()
     signal_R = _later_signals(packed, teacher_R, logprobs.sampled_R, config)
     cells = Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK)
     output = with_divergence(rows, signal_R, cells, config, packed.sequence_R, packed.weights_R)
-    return _plus_entropy(output, logprobs.entropy_R, packed.weights_R, config)
+    return _with_reference(_plus_entropy(output, logprobs.entropy_R, packed.weights_R, config), packed, logprobs)
 
 
 def full_objective(packed: PackedBatch, found: RowDivergences, config: LossConfig) -> LossOutput:
     """As `objective`, for the losses on the whole vocabulary; what `packed` says of the teacher is not looked at."""
-    rows = (found.sampled_R, packed.behaviour_R, found.teacher_R, packed.advantages_R, packed.staleness_R)
+    advantages_R = _advantages(packed, found.sampled_R, config)
+    rows = (found.sampled_R, packed.behaviour_R, found.teacher_R, advantages_R, packed.staleness_R)
     signal_R = _later_signals(packed, found.teacher_R, found.sampled_R, config)
     estimator = policy_gradient(*rows, signal_R, config, packed.sequence_R, packed.weights_R)
-    return _plus_divergence(estimator, found.divergence_R, packed.weights_R, config)
+    output = _plus_divergence(estimator, found.divergence_R, packed.weights_R, config)
+    return _with_reference(output, packed, found)
 
 
 def _later_signals(packed: PackedBatch, teacher_R: Tensor, sampled_R: Tensor, config: LossConfig) -> Tensor:
@@ -115,3 +118,23 @@ def _plus_entropy(
     sums[SUMS.index("loss")] = loss.detach()
     sums[SUMS.index("entropy")] = entropy_R.detach().sum()
     return LossOutput(loss, sums, output.maxima)
+
+
+def _advantages(packed: PackedBatch, sampled_R: Tensor, config: LossConfig) -> Tensor:
+    """The estimator's advantages plus reference_kl_coef * (log p_ref - sg(log p)), float32[R].
+
+    The latter is the reverse KL to the reference as a policy gradient, which the ratio corrects off-policy like the
+    teacher's: unclipped, exactly the gradient of KL(p || p_ref) at each prefix. exp(d) - d - 1 as a loss, as GRPO has
+    it, has the gradient of the forward KL.
+    """
+    if packed.reference_R is None:
+        return packed.advantages_R
+    return packed.advantages_R + config.reference_kl_coef * (packed.reference_R - sampled_R.detach())
+
+
+def _with_reference(output: LossOutput, packed: PackedBatch, found: RowLogprobs | RowDivergences) -> LossOutput:
+    """The same output with the KL to the reference among what is reported, where there is one."""
+    if packed.reference_R is not None:
+        difference_R = found.sampled_R.detach() - packed.reference_R
+        output.sums[SUMS.index("reference_kl")] = difference_R.double().sum()
+    return output

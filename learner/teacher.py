@@ -3,6 +3,7 @@
     Megatron checkpoint -> decoder on all ranks (no DDP, no optimizer)
     micro-batches of a step -> forward through the pipeline stages -> what the loss needs of each row, last stage only
 
+A reference model is one too: the same forward pass, and `learner.objective` makes another signal of it.
 It may differ from the student in depth and width; the vocabulary must be the same. In a step, the teacher runs over
 all micro-batches before the student does: weights that are in host memory between steps (`offload`) travel to the
 device once per step and leave it before the student's activations come. Its weights are in no checkpoint, no export and
@@ -24,6 +25,7 @@ from learner.context import all_rows
 from learner.cpu import on_this_device, this_device
 from learner.errors import CheckpointError, ModelError
 from learner.hf_config import read_shape
+from learner.hf_io import load_hf
 from learner.layout import PackedBatch
 from learner.logprobs import row_logprobs
 from learner.model import DecoderModel, build_model
@@ -68,7 +70,10 @@ class Teacher:
         except ModelError as error:
             raise ModelError(f"the teacher {teacher.model_path} cannot be split like the student: {error}") from error
         try:
-            load_model(self.model, teacher.load)
+            if teacher.load is None:
+                load_hf(self.model, teacher.model_path)
+            else:
+                load_model(self.model, teacher.load)
         except CheckpointError as error:
             raise CheckpointError(
                 f"the teacher: {error}; its shape is read from {teacher.model_path}: models.teacher.path, or the "

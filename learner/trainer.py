@@ -56,6 +56,7 @@ class Trainer:
             self.model = build_model(self.shape, config).to(self.device)
         load_hf(self.model, config.model_path)
         self.teacher = Teacher(config, config.teacher, self.shape.vocab) if config.teacher is not None else None
+        self.reference = Teacher(config, config.reference, self.shape.vocab) if config.reference is not None else None
         self.ddp = wrap(self.model)
         self.optimizer = make_optimizer(self.ddp, config.optim, bf16=config.dtype == "bfloat16")
         self.version = 0
@@ -93,6 +94,9 @@ class Trainer:
 
         packs = self._lay_out(batch.micro_batches)
         teacher = self.teacher.rows(packs, self.config.loss.loss) if self.teacher is not None else None
+        if self.reference is not None:
+            rows = self.reference.rows(packs, "reverse_kl")  # empty but on the last stage, which alone needs them
+            packs = [replace(pack, reference_R=row.logprobs_R) for pack, row in zip(packs, rows, strict=False)] or packs
         with on_this_device():
             self.ddp.zero_grad_buffer()
             totals = reduce_over_ranks(run_schedule(self.ddp, packs, loss, train=True), self.device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from opd_async.checkpoints import shards
+from opd_async.errors import InputError
 from opd_async.learning import Estimator, RewardKind
 from opd_async.loss_names import FULL_LOSSES
 from opd_async.topology import Topology, TrainOn
@@ -15,6 +17,7 @@ WIDE_SEQUENCE_CLIP = 0.01
 def advantage_problems(topology: Topology) -> Iterator[str]:
     """Every reason why the student could not learn from its rewards as `advantage` says."""
     section, estimator = topology.advantage, topology.advantage.estimator
+    yield from _reference_problems(topology)
     if topology.learner.loss_mean == "responses" and topology.schedule.train_on is TrainOn.TOKENS:
         yield "learner.loss_mean: responses, but steps take parts of them (schedule.train_on: tokens); write tokens"
     if estimator is Estimator.NONE:
@@ -41,6 +44,18 @@ def advantage_problems(topology: Topology) -> Iterator[str]:
         yield f"opd.mismatch: tis truncates a token's ratio, and {estimator} does not use it; write none or icepop"
     if section.entropy_coef and topology.opd.use_opd and topology.opd.loss in FULL_LOSSES:
         yield f"advantage.entropy_coef: not with opd.loss {topology.opd.loss}; write 0, or another loss"
+
+
+def _reference_problems(topology: Topology) -> Iterator[str]:
+    section = topology.advantage
+    if section.reference_load is None:
+        return
+    if not section.reference_kl_coef:
+        yield "advantage.reference_load: given, but advantage.reference_kl_coef is 0; remove it, or write a coefficient"
+    try:
+        shards(section.reference_load)
+    except InputError as error:
+        yield f"advantage.reference_load: {error}"
 
 
 def _why_samples(estimator: Estimator) -> str:

@@ -127,5 +127,9 @@ class AdvantageSection(Section):
     """... and at 1 + clip_high; null stands for the lower side's."""
     dual_clip: float | None = Field(default=None, gt=1)
     """A negative advantage counts at most this many times, however large the ratio; null switches it off."""
+    reference_kl_coef: float = Field(default=0.0, ge=0)
+    """Weight of the reverse KL to a reference model, which the learner then holds; 0 switches it off."""
+    reference_load: Path | None = None
+    """The reference's Megatron checkpoint, of the student's shape; null: what the student begins with."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the student's entropy, mean over trained tokens, as a bonus."""

@@ -346,6 +346,10 @@ GRPO = ("advantage.estimator=grpo", "reward.kind=exact_match", "schedule.train_o
             "schedule.train_on: tokens, but grpo weighs a token by the rewards of its whole",
         ),
         (["rollout.group_size=1"], "rollout.group_size: 1, but grpo compares the responses to one prompt with one"),
+        (
+            ["advantage.reference_kl_coef=0.1", "advantage.reference_load=nowhere"],
+            "advantage.reference_load: nowhere: no such folder; give",
+        ),
         (["advantage.gamma=0.9"], "advantage.gamma: 0.9, but grpo does not discount; write 1"),
         (["advantage.estimator=cispo", "advantage.dual_clip=3"], "advantage.dual_clip: cispo truncates the ratio on"),
         (["advantage.estimator=gspo", "opd.mismatch=tis"], "opd.mismatch: tis truncates a token's ratio, and gspo"),

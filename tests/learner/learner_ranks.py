@@ -103,6 +103,8 @@ def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[
         "cispo with entropy": LossConfig(ratio="truncated", clip_ratio=1.0, clip_high=0.3, entropy_coef=0.1),
         "dual clip": LossConfig(dual_clip=1.5, clip_high=0.3),
     }
+    reference = LossConfig(reference_kl_coef=0.5)
+    inside["a reference"] = replace(config, loss=reference, reference=teacher)
     ratios = {name: replace(config, loss=loss) for name, loss in forms.items()}
     return {name: steps(Trainer(changed), place, 2) for name, changed in sorted((topk | inside | ratios).items())}
 

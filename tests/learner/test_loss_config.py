@@ -8,18 +8,22 @@ from typing import Any
 import pytest
 
 from learner.config import LossConfig
-from learner.main import loss_config
+from learner.main import loss_config, reference_config
 from opd_async.topology import Topology
 
 
-def config(**sections: dict[str, Any]) -> LossConfig:
+def topology(**sections: dict[str, Any]) -> Topology:
     least = {
         "name": "x",
         "models": {"student": {"path": Path("s")}},
         "data": {"train": {"path": Path("p")}},
         "schedule": {"steps": 1},
     }
-    return loss_config(Topology.model_validate(least | sections))
+    return Topology.model_validate(least | sections)
+
+
+def config(**sections: dict[str, Any]) -> LossConfig:
+    return loss_config(topology(**sections))
 
 
 def test_distillation_alone_is_the_default() -> None:
@@ -51,3 +55,10 @@ def test_the_clip_of_the_advantage_wins_over_that_of_the_distillation() -> None:
     assert (config().clip_ratio, config().clip_high) == (0.2, None)
     found = config(opd={"clip_ratio": None}, advantage={"clip_high": 0.28})
     assert (found.clip_ratio, found.clip_high) == (None, 0.28)
+
+
+def test_the_reference_is_what_the_student_begins_with() -> None:
+    assert reference_config(topology()) is None
+    found = reference_config(topology(advantage={"reference_kl_coef": 0.1}))
+    assert found is not None and (found.model_path, found.load) == (Path("s"), None)
+    assert config(advantage={"reference_kl_coef": 0.1}).reference_kl_coef == 0.1

@@ -170,6 +170,7 @@ def test_what_is_reported() -> None:
         "student_support": 0.0,
         "teacher_support": 0.0,
         "entropy": 0.0,
+        "reference_kl": 0.0,
     }
     assert dict(zip(MAXIMA, output.maxima.tolist(), strict=True)) == {"ratio": pytest.approx(half), "staleness": 2.0}
 

@@ -21,7 +21,7 @@ from tiny_learner import (
     write_model,
 )
 
-from learner.config import LossConfig, OptimConfig, ParallelConfig
+from learner.config import LossConfig, OptimConfig, ParallelConfig, TeacherConfig
 from learner.errors import LearnerError, ModelError
 from learner.hf_config import read_shape
 from learner.model import build_model
@@ -240,3 +240,24 @@ def test_weights_make_a_mean_over_responses(alone: Place, model_path: Path, loss
     weights = np.concatenate([np.full(count, rows / (3 * count), np.float32) for count in counts])
     found = hf_gradients(trainer, step_batch(0, [replace(batch, weights=weights), EMPTY]))
     assert_close(found, {name: sum(one[name] for one in each) / 3 for name in found}, 1e-6)
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "jsd_topk"])
+def test_a_reference_pulls_the_student_back(alone: Place, model_path: Path, loss: str) -> None:
+    """What the student began as says nothing at first; once the student has moved, it is where it is drawn to."""
+    optim = OptimConfig(lr=3e-3, total_steps=10)
+    config = learner_config(model_path, optim=optim, loss=LossConfig(loss=loss, reference_kl_coef=2.0, clip_ratio=None))
+    trainer = Trainer(replace(config, reference=TeacherConfig(model_path, None, offload=True)))
+    batch = micro_batch([9, 31, 14], k=4)
+    alone_ = hf_gradients(Trainer(replace(config, loss=LossConfig(loss=loss, clip_ratio=None))), step_batch(0, [batch]))
+    assert_close(hf_gradients(trainer, step_batch(0, [batch])), alone_, 1e-6)
+    assert abs(trainer.step(step_batch(0, [batch])).reference_kl) < 1e-6
+    own = torch.cat(trainer.logprobs([batch]))
+    reference = torch.cat(Trainer(config).logprobs([batch]))
+    pulled = replace(batch, advantages=(batch.advantages + 2.0 * (reference - own).numpy()).astype(np.float32))
+    held, trainer.reference = trainer.reference, None
+    by_hand = hf_gradients(trainer, step_batch(1, [pulled]))
+    trainer.reference = held
+    assert_close(hf_gradients(trainer, step_batch(1, [batch])), by_hand, 1e-6)
+    found = trainer.step(step_batch(1, [batch])).reference_kl
+    assert found == pytest.approx(float((own - reference).mean()), abs=1e-5) and abs(found) > 1e-3
