@@ -188,7 +188,9 @@ class Lane:
         self._role.count("teacher_retries")
         self._metrics["opd_teacher_retries_total"].labels(error.fault.value).inc()
         log.warning("scoring failed: %s", error)
-        if error.fault is not EngineFault.REFUSED:  # an engine that refuses is well
+        if error.fault is EngineFault.SILENT:  # five deadlines in a row would be too long a wait; a canary asks again
+            self.guard.trip(error)
+        elif error.fault is not EngineFault.REFUSED:  # an engine that refuses is well
             self.guard.failed(error)
         if error.fault not in PASSING:
             tries = self._owner.blame(items)
