@@ -42,6 +42,7 @@ from opd_async.plan import RoleKind
 from opd_async.process import run_role
 from opd_async.role import IdleClock, Role, role_arguments
 from opd_async.topology import EngineKind, PauseMode
+from opd_async.wire import Int32
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +180,9 @@ class RolloutActor:
         if generation.finish is not None:
             await self._flush(generation)
             return
+        if lease.given is not None:
+            await self._give(generation, lease.given)
+            return
         on_teacher = lease.kind == m.LeaseKind.EVAL_TEACHER
         client: GenerationClient = generation.student.client
         if on_teacher:
@@ -194,6 +198,18 @@ class RolloutActor:
                 generation.new_request()
             else:
                 await self._failed(generation, client, error)
+
+    async def _give(self, generation: Generation, response: Int32) -> None:
+        """A response that a data set gives, in chunks: as if the present weights had been certain of every token."""
+        student, size = generation.student, self._settings.chunk_tokens
+        while generation.finish is None:
+            while not student.gate.is_set():
+                await student.gate.wait()
+            ids = response[generation.length : generation.length + size]
+            ends = generation.length + len(ids) == len(response)
+            finish, certain = m.Finish.STOP if ends else None, np.zeros(len(ids), np.float32)
+            generation.take(Delta(ids, certain, str(student.version), finish, aborted=False), False, ())
+            await self._flush(generation)  # into the outbox before anybody else runs, so that a pause counts it
 
     def _expects_aborts(self, student: Student) -> bool:
         """A drain aborts requests: this actor's own, or, behind a router, that of another one."""

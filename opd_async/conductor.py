@@ -21,6 +21,7 @@ import zmq.asyncio
 
 from opd_async import checkpoints
 from opd_async import messages as m
+from opd_async.completions import CompletionSet, Mix
 from opd_async.coordinator import Coordinator
 from opd_async.errors import OpdError
 from opd_async.evaluator import Evaluator
@@ -57,6 +58,7 @@ class Inputs:
     prompts: PromptSet
     held_out: PromptSet | None
     tokenizer: Tokenizer
+    completions: CompletionSet
 
 
 @dataclass(slots=True)
@@ -103,7 +105,10 @@ class Conductor:
         ):
             async with Supervisor(self._echo, stop_deadline_s) as supervisor:
                 fleet = Fleet(plan, supervisor, self._progress.say)
-                hub = Coordinator(plan, fleet, ledger, metrics, context, self._inputs.prompts.prompts)
+                prompts, topology = self._inputs.prompts.prompts, plan.topology
+                given = self._inputs.completions.completions
+                mix = Mix(given, topology.opd.gkd_lambda, topology.seed, topology.data.shuffle)
+                hub = Coordinator(plan, fleet, ledger, metrics, context, prompts, mix)
                 try:
                     await self._conduct(hub, fleet)
                 finally:

@@ -28,6 +28,7 @@ import zmq.asyncio
 from opd_async import messages as m
 from opd_async.barrier import Barrier
 from opd_async.channels import ControlServer
+from opd_async.completions import Mix
 from opd_async.errors import OpdError, RoleError
 from opd_async.evaluator import EVAL_IDS
 from opd_async.fleet import Fleet
@@ -59,6 +60,7 @@ class Coordinator:
         metrics: RoleMetrics,
         context: zmq.asyncio.Context,
         prompts: Sequence[Prompt],
+        mix: Mix,
     ) -> None:
         self.plan = plan
         self.fleet = fleet
@@ -73,6 +75,7 @@ class Coordinator:
         self.failed: asyncio.Future[OpdError] = asyncio.get_running_loop().create_future()
         self.on_eval_done: Callable[[m.EvalDone], None] = lambda done: None
         self._prompts = prompts
+        self._mix = mix
         self._pids: dict[str, int] = {}
         self._heard: dict[str, float] = {}
         self._up: set[str] = set()
@@ -261,7 +264,8 @@ class Coordinator:
             if spec is None:
                 return
             load[actor] += 1
-            prompt = self._prompts[spec.prompt_index]
+            given = self._mix.of(spec.sample_id)
+            prompt = self._prompts[spec.prompt_index] if given is None else given.prompt
             lease = m.Lease(
                 spec.sample_id,
                 spec.attempt,
@@ -273,6 +277,7 @@ class Coordinator:
                 spec.prefix,
                 prompt.metadata_json,
                 teacher=prompt.teacher,
+                given=None if given is None else given.response,
             )
             await self.server.send(actor, lease)
 

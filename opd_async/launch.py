@@ -21,8 +21,10 @@ from pathlib import Path
 import uvloop
 
 from opd_async import checkpoints
+from opd_async.completions import CompletionSet, load_completions
 from opd_async.conductor import Conductor, Inputs, InterruptedRun, Signals
 from opd_async.errors import InputError, OpdError
+from opd_async.model_folder import read_model
 from opd_async.planning import describe_plan, make_plan
 from opd_async.plots import learning_curve
 from opd_async.process import configure_logging, leaves, report_failure
@@ -69,7 +71,20 @@ def read_inputs(topology: Topology) -> Inputs:
         echo(f"{topology.data.train.path}: skipped {prompts.skipped_too_long} prompts longer than {limit} tokens")
     section, limit = topology.data.held_out, topology.max_held_out_tokens
     held_out = load_prompts(section, tokenizer, limit, choice) if section else None
-    return Inputs(prompts, held_out, tokenizer)
+    return Inputs(prompts, held_out, tokenizer, read_completions(topology, tokenizer, choice))
+
+
+def read_completions(topology: Topology, tokenizer: Tokenizer, choice: TeacherChoice) -> CompletionSet:
+    """The responses that a data set gives; none where the topology names no such file."""
+    section = topology.data.completions
+    if section is None:
+        return CompletionSet()
+    limits = topology.max_prompt_tokens, topology.rollout.sampling.max_response_tokens
+    ends = read_model(topology.models.student.path).eos_token_ids
+    found = load_completions(section, tokenizer, limits, ends, choice)
+    if found.skipped_too_long:
+        echo(f"{section.path}: skipped {found.skipped_too_long} rows longer than {limits[0]} + {limits[1]} tokens")
+    return found
 
 
 def echo(line: str) -> None:

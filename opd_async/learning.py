@@ -40,6 +40,8 @@ class OpdSection(Section):
     """How many of the teacher's most likely tokens the losses on its top-k use; no others ask for them."""
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of `jsd_topk` and `jsd_full`."""
+    gkd_lambda: float = Field(default=1.0, ge=0, le=1)
+    """Share of the samples that the student generates; the others come from `data.completions`."""
     kl_coef: float = Field(default=1.0, ge=0)
     signal_clamp: float | None = Field(default=None, gt=0)
     """|log q - log p| is clamped to this; null switches the clamp off."""

@@ -178,7 +178,8 @@ class Lease:
     """Generate one response. `prefix` int32[k] holds response tokens that an earlier attempt already made and that
     have been scored: generation goes on behind them. `metadata` is the prompt's, as JSON, for its reward;
     `max_tokens` None stands for the topology's `rollout.sampling.max_response_tokens`; `teacher` names the one that
-    scores, or, in an evaluation of teachers, generates."""
+    scores, or, in an evaluation of teachers, generates; `given` int32[n] is the whole response where a data set gives
+    it, and nothing is to be generated."""
 
     sample_id: int
     attempt: int
@@ -191,6 +192,7 @@ class Lease:
     metadata: str = "{}"
     max_tokens: int | None = None
     teacher: str = ""
+    given: Int32 | None = None
 
 
 @message

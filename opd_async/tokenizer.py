@@ -83,6 +83,11 @@ class Tokenizer:
         return self.encode_batch([self.apply_chat_template(messages)], add_special_tokens=False)[0]
 
     @property
+    def end_id(self) -> int | None:
+        """Id of the token that ends a text, if the folder names one."""
+        return self._vocab.get(self._special.get("eos_token", ""))
+
+    @property
     def vocab_size(self) -> int:
         """One more than the highest token id; a model's table may be padded beyond it."""
         return max(self._vocab.values(), default=-1) + 1

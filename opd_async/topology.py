@@ -74,11 +74,22 @@ class PromptsSection(Section):
     metadata_key: str = "metadata"
 
 
+class CompletionsSection(Section):
+    """A file (JSONL or parquet) of prompts with a response each, and the names of its keys."""
+
+    path: Path
+    prompt_key: str = "prompt"
+    completion_key: str = "completion"
+    metadata_key: str = "metadata"
+
+
 class DataSection(Section):
     """Prompts to train on, and prompts held out for evaluation."""
 
     train: PromptsSection
     held_out: PromptsSection | None = None
+    completions: CompletionsSection | None = None
+    """Responses to distil on beside the student's own; `opd.gkd_lambda` is the student's share."""
     shuffle: bool = True
     chat_template: Path | None = None
     """A Jinja file used instead of the tokenizer's own chat template."""

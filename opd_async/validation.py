@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opd_async.advantage_checks import advantage_problems, advantage_warnings
+from opd_async.completion_checks import completion_problems
 from opd_async.errors import InputError
 from opd_async.host_checks import device_problems, network_problems
 from opd_async.learner_checks import learner_problems
@@ -41,6 +42,7 @@ def validate(topology: Topology) -> list[str]:
         *_rollout_problems(topology),
         *learner_problems(topology),
         *_loss_problems(topology),
+        *completion_problems(topology),
         *device_problems(topology),
         *reward_problems(topology),
         *advantage_problems(topology),

@@ -40,6 +40,8 @@ class Running:
     def __init__(self, role: Role, coordinator: Coordinator, plan: Plan, context: zmq.asyncio.Context) -> None:
         self.role, self.coordinator = role, coordinator
         self.responses: dict[int, list[int]] = {}
+        self.certain = True
+        """Every token had probability 1, in chunks of at most four."""
         self._chunks = Pull(context, plan.chunks[0])
 
     async def collect(self) -> None:
@@ -48,6 +50,7 @@ class Running:
             response = self.responses.setdefault(chunk.sample_id, [])
             assert chunk.start == len(response)
             response += chunk.token_ids.tolist()
+            self.certain &= not chunk.behaviour_logprobs.any() and len(chunk.token_ids) <= 4
 
     def complete(self) -> bool:
         ended = len(self.coordinator.of(m.LeaseDone)) == SAMPLES
@@ -80,6 +83,27 @@ def check(running: Running, samples: int = SAMPLES) -> None:
     expected = {n: continuation([n, n + 1, 7], TOKENS) for n in range(samples)}
     assert running.responses == expected
     assert running.coordinator.of(m.Failure) == []
+
+
+def test_a_given_response_is_delivered_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks, from behind the prefix of an earlier attempt, each token certain; nothing is asked of the engine."""
+    response = np.arange(10, 20, dtype=np.int32)
+
+    async def run() -> None:
+        async with FaultyEngine() as engine, rollout(engine, samples=0) as running:
+            for sample_id, done in ((0, 0), (1, 3)):
+                prefix = response[:done]
+                given = dataclasses.replace(lease(sample_id), given=response, prefix=prefix, attempt=int(done > 0))
+                running.responses[sample_id] = prefix.tolist()
+                await running.coordinator.to_role.put(given)
+            await until(lambda: len(running.coordinator.of(m.LeaseDone)) == 2, "both leases")
+            await until(lambda: running.responses == {0: response.tolist(), 1: response.tolist()}, "both responses")
+            assert {done.response_tokens for done in running.coordinator.of(m.LeaseDone)} == {10}
+            assert running.certain and not [body for body in engine.seen if body.get("stream")]
+            assert "tokens" not in running.role.counters  # nothing was generated
+
+    hurry(monkeypatch)
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("fault", FAULTS)
