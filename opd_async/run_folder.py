@@ -37,7 +37,10 @@ MADE_BY_RUNS = (
     "logs",
 )
 """Files and folders that a run writes into its folder: the only ones that `--overwrite` removes."""
-MAY_CHANGE = ("schedule.steps", "checkpoint.*", "evaluation.*", "supervisor.*", "network.*", "run_dir")
+MAY_CHANGE = (
+    *("schedule.steps", "checkpoint.*", "evaluation.*", "supervisor.*", "network.*", "run_dir"),
+    *("reward.workers", "reward.concurrency", "reward.timeout_s"),
+)
 """Keys of the topology that may differ when a run is resumed."""
 
 
