@@ -56,6 +56,7 @@ def make_model(folder: Path, layers: int, hidden: int, vocab: int) -> int:
     source.mkdir(parents=True)
     config = {
         "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": 3 * hidden,

@@ -1,0 +1,194 @@
+"""What the weight path costs: the student's weights into running engines, against a plain broadcast of as many bytes.
+
+    python -m bench.weights [--layers 8] [--hidden 1024] [--vocab 32000] [--engines 1] [--bucket-mib 64] [--json FILE]
+
+    path       Megatron model -> Hugging Face tensors -> buckets -> HTTP + broadcast -> loaded by the engines
+    broadcast  buffers of the same bytes and sizes -> broadcast -> received, and nothing else
+
+Both run over the same kind of process group (gloo here) with as many receivers, in turns; the median of each counts.
+`share` is what is left of the plain broadcast's rate when everything else is done too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
+
+from bench.convert import make_model
+from learner import parallel
+from learner.config import LearnerConfig, ParallelConfig
+from learner.engine_http import EngineAddress
+from learner.hf_io import hf_weights
+from learner.trainer import Trainer
+from learner.weight_group import join, leave, open_store
+from learner.weights import WeightSender
+from opd_async.engine_command import engine_command
+from opd_async.files import write_atomically
+from opd_async.free_ports import free_ports
+from opd_async.topology import EngineSection
+
+HOST = "127.0.0.1"
+DEADLINE_S = 180.0
+MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Figures:
+    """Bytes of one update, median seconds of each way, bytes per second, and the share of the plain rate."""
+
+    bytes: int
+    engines: int
+    path_s: float
+    broadcast_s: float
+    path_bytes_per_s: float
+    broadcast_bytes_per_s: float
+    share: float
+
+
+@contextmanager
+def engines(model: Path, count: int) -> Iterator[list[EngineAddress]]:
+    """Embedded engines that hold `model`, as a run starts them."""
+    settings = EngineSection(context_tokens=512, kv_tokens=1024, max_running=4)
+    with ExitStack() as stack:
+        urls, processes = [], []
+        for _ in range(count):
+            http, metrics = free_ports(HOST, 2)
+            command = engine_command(settings, model, ("cpu",), HOST, {"http": http, "metrics": metrics}, 0)
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=one_thread()))
+            stack.callback(process.kill)
+            processes.append(process)
+            urls.append(f"http://{HOST}:{http}")
+        for url, process in zip(urls, processes, strict=True):
+            wait_for(url, process)
+        yield [EngineAddress(url) for url in urls]
+
+
+def one_thread() -> dict[str, str]:
+    """The environment of a child: arithmetic on one thread, as in a run on small machines."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Return once the engine answers; `TimeoutError` names one that does not, or has ended."""
+    give_up = time.monotonic() + DEADLINE_S
+    while time.monotonic() < give_up and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/model_info", timeout=5.0):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError(f"the engine at {url} did not start in {DEADLINE_S:.0f} s")
+
+
+@contextmanager
+def receivers(count: int, rounds: int, sizes: Sequence[int]) -> Iterator[dist.ProcessGroup]:
+    """A group of this process and `count` others that receive `rounds` times buffers of `sizes` bytes."""
+    store, port = open_store(HOST, count + 1, DEADLINE_S)
+    with ExitStack() as stack:
+        for rank in range(1, count + 1):
+            words = [str(port), str(rank), str(count + 1), str(rounds), *map(str, sizes)]
+            command = [sys.executable, "-m", "bench.weights", "--receive", *words]
+            process = stack.enter_context(subprocess.Popen(command, env=one_thread()))
+            stack.callback(process.kill)
+        group = join(store, "plain", 0, count + 1, "gloo", DEADLINE_S)
+        yield group
+        leave(group)
+
+
+def receive(port: int, rank: int, world_size: int, rounds: int, sizes: Sequence[int]) -> None:
+    """What a receiver does."""
+    store = TCPStore(HOST, port, world_size, is_master=False)
+    group = join(store, "plain", rank, world_size, "gloo", DEADLINE_S)
+    buffers = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    for _ in range(rounds):
+        broadcast(buffers, group)
+    leave(group)
+
+
+def broadcast(buffers: Sequence[Tensor], group: dist.ProcessGroup) -> float:
+    """Seconds for all of `buffers` from rank 0 to every other."""
+    began = time.perf_counter()
+    for buffer in buffers:
+        dist.broadcast(buffer, src=0, group=group)
+    dist.all_reduce(torch.zeros(1), group=group)  # the last one has arrived everywhere
+    return time.perf_counter() - began
+
+
+def bucket_sizes(total: int, bucket_bytes: int) -> list[int]:
+    """Bytes of each buffer."""
+    return [min(bucket_bytes, total - start) for start in range(0, total, bucket_bytes)]
+
+
+def measure(layers: int, hidden: int, vocab: int, count: int, bucket_mib: int, rounds: int) -> Figures:
+    """Both ways in turns, after one round that does not count."""
+    bucket_bytes = bucket_mib * MIB
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name) / "model"
+        make_model(folder, layers, hidden, vocab)
+        addresses = stack.enter_context(engines(folder, count))
+        parallel.start(ParallelConfig(), seed=0)
+        stack.callback(parallel.stop)
+        model = Trainer(LearnerConfig(folder)).model
+        total = sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize
+        sizes = bucket_sizes(total, bucket_bytes)
+        sender = WeightSender(
+            addresses, backend="gloo", bind_host=HOST, bucket_bytes=bucket_bytes, timeout_s=DEADLINE_S
+        )
+        stack.callback(sender.close)
+        sender.connect("bench")
+        group = stack.enter_context(receivers(count, rounds + 1, sizes))
+        buffers = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+        path, plain = [], []
+        for version in range(rounds + 1):
+            path.append(sender.send(hf_weights(model, torch.float32), version, checksums=False).seconds)
+            plain.append(broadcast(buffers, group))
+    path_s, plain_s = statistics.median(path[1:]), statistics.median(plain[1:])
+    return Figures(total, count, path_s, plain_s, total / path_s, total / plain_s, plain_s / path_s)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the figures, and write them where `--json` says."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["--receive"]:
+        port, rank, world_size, rounds, *sizes = map(int, given[1:])
+        receive(port, rank, world_size, rounds, sizes)
+        return
+    parser = argparse.ArgumentParser(description="The weight path against a plain broadcast.")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=32_000)
+    parser.add_argument("--engines", type=int, default=1)
+    parser.add_argument("--bucket-mib", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args(given)
+    torch.set_num_threads(1)
+    figures = measure(
+        options.layers, options.hidden, options.vocab, options.engines, options.bucket_mib, options.rounds
+    )
+    print(f"{figures.bytes / MIB:,.0f} MiB to {figures.engines} engines, median of {options.rounds}")
+    print(f"path       {figures.path_s:7.3f} s  {figures.path_bytes_per_s / MIB:8,.0f} MiB/s")
+    print(f"broadcast  {figures.broadcast_s:7.3f} s  {figures.broadcast_bytes_per_s / MIB:8,.0f} MiB/s")
+    print(f"share      {figures.share:7.2f}")
+    if options.json is not None:
+        write_atomically(options.json, json.dumps(dataclasses.asdict(figures), indent=2).encode())
+
+
+if __name__ == "__main__":
+    main()

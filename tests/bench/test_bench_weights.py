@@ -1,0 +1,37 @@
+"""The weight path's benchmark on a tiny model: both ways run, and the figures add up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import weights
+
+
+def test_both_ways_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--layers",
+        "2",
+        "--hidden",
+        "128",
+        "--vocab",
+        "64",
+        "--engines",
+        "2",
+        "--bucket-mib",
+        "1",
+        "--rounds",
+        "1",
+    ]
+    weights.main([*words, "--json", str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["engines"] == 2 and figures["bytes"] > 1 << 20
+    assert figures["share"] == pytest.approx(figures["path_bytes_per_s"] / figures["broadcast_bytes_per_s"])
+    assert "MiB to 2 engines" in capsys.readouterr().out
+
+
+def test_buffers_hold_all_bytes() -> None:
+    assert weights.bucket_sizes(10, 4) == [4, 4, 2]
+    assert weights.bucket_sizes(8, 4) == [4, 4]
