@@ -37,16 +37,22 @@ class Bucket:
         """Shape of each tensor."""
         return [list(tensor.shape) for tensor in self.tensors]
 
-    def flatten(self) -> Tensor:
-        """uint8[...]: all tensors back to back, each starting at a multiple of its element size."""
-        parts, size = [], 0
+    def flatten(self, room: Tensor) -> Tensor:
+        """uint8[...]: all tensors back to back, each starting at a multiple of its element size, written into `room`.
+
+        The result is a view of `room`, or of new memory where that is too small. Memory that is touched for the first
+        time costs several times the copy: hand the same room in again.
+        """
+        offsets, size = [], 0
         for tensor in self.tensors:
-            padding = -size % tensor.element_size()
-            if padding:
-                parts.append(torch.zeros(padding, dtype=torch.uint8, device=tensor.device))
-            parts.append(as_bytes(tensor))
-            size += padding + tensor.nbytes
-        return torch.cat(parts)
+            size += -size % tensor.element_size()
+            offsets.append(size)
+            size += tensor.nbytes
+        if len(room) < size or room.device != self.tensors[0].device:
+            room = torch.empty(size, dtype=torch.uint8, device=self.tensors[0].device)
+        for offset, tensor in zip(offsets, self.tensors, strict=True):
+            room[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return room[:size]
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

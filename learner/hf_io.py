@@ -70,8 +70,8 @@ def hf_weights(model: DecoderModel, dtype: torch.dtype | None = None) -> Iterato
     """Full tensors under their Hugging Face names, in the order of the network, on global rank 0.
 
     Every rank must iterate to the end, since the tensors are gathered by collectives on the way; ranks other than 0
-    yield nothing. Tensors are on the model's device, contiguous, cast to `dtype` if it is given; a tied LM head is
-    left out.
+    yield nothing. Tensors are on the model's device, cast to `dtype` if it is given; they may be views of its
+    parameters. A tied LM head is left out.
     """
     stage = parallel_state.get_pipeline_model_parallel_rank()
     first_copy = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
@@ -111,7 +111,7 @@ def _gather(part: Tensor, slot: Slot) -> list[Tensor]:
     if group.size() > 1:
         parts = [torch.empty_like(part) for _ in range(group.size())]
         dist.all_gather(parts, part.contiguous(), group=group)
-    return [tensor.contiguous() for tensor in slot.join(parts)]
+    return list(slot.join(parts))
 
 
 def _from_holder(
@@ -133,6 +133,7 @@ def _from_stage(slot: Slot, full: list[Tensor], device: torch.device, dtype: tor
     """Broadcast `full` from the slot's stage to the stages before it (first tensor-parallel ranks only)."""
     group = parallel_state.get_pipeline_model_parallel_group()
     full = full or [torch.empty(shape, device=device, dtype=dtype) for shape in slot.hf_shapes]
+    full = [tensor.contiguous() for tensor in full]
     for tensor in full:
         dist.broadcast(tensor, src=dist.get_global_rank(group, slot.stage), group=group)
     return full

@@ -96,6 +96,11 @@ def _gated(hidden: int, ffn: int, stage: int, ours: str, theirs: str) -> list[Sl
     ]
 
 
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The ranks' parts as one tensor; that of a single rank is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+
+
 def _whole(stage: int, name: str, hf_name: str, *size: int) -> Slot:
     """The same tensor on every tensor-parallel rank."""
     return Slot(stage, name, (hf_name,), (size,), lambda full, *_: full[0], lambda parts: (parts[0],), sharded=False)
@@ -109,7 +114,7 @@ def _columns(stage: int, name: str, hf_name: str, hf_shape: tuple[int, int]) -> 
         (hf_name,),
         (hf_shape,),
         lambda full, rank, size: full[0].chunk(size, dim=1)[rank],
-        lambda parts: (torch.cat(list(parts), dim=1),),
+        lambda parts: (_joined(parts, dim=1),),
     )
 
 
@@ -121,7 +126,7 @@ def _vocab_rows(shape: ModelShape, stage: int, name: str, hf_name: str) -> Slot:
         return functional.pad(full[0], (0, 0, 0, padding)).chunk(size)[rank]
 
     def join(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.cat(list(parts))[: shape.vocab],)
+        return (_joined(parts)[: shape.vocab],)
 
     return Slot(stage, name, (hf_name,), ((shape.vocab, shape.hidden),), split, join)
 
@@ -134,7 +139,7 @@ def _gate_up(hidden: int, ffn: int, stage: int, name: str, theirs: str) -> Slot:
 
     def join(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         halves = [part.chunk(2) for part in parts]
-        return tuple(torch.cat([half[index] for half in halves]) for index in range(2))
+        return tuple(_joined([half[index] for half in halves]) for index in range(2))
 
     hf_names = (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight")
     return Slot(stage, name, hf_names, ((ffn, hidden),) * 2, split, join)
@@ -153,7 +158,7 @@ def _qkv(shape: ModelShape, stage: int, ours: str, theirs: str, kind: str) -> Sl
         return torch.cat(per_kv_head, dim=1).flatten(0, 1)
 
     def join(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        per_kv_head = torch.cat([part.unflatten(0, (-1, sum(rows))) for part in parts])
+        per_kv_head = _joined([part.unflatten(0, (-1, sum(rows))) for part in parts])
         return tuple(tensor.flatten(0, 1) for tensor in per_kv_head.split(rows, dim=1))
 
     hf_names = tuple(f"{theirs}{name}_proj.{kind}" for name in "qkv")

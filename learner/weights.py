@@ -49,6 +49,8 @@ class WeightSender(WeightTransport):
         self._device = device or torch.device("cpu")
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
+        # one bucket is on its way while the next is filled
+        self._rooms = [torch.empty(0, dtype=torch.uint8)] * 2
 
     @property
     def connected(self) -> bool:
@@ -96,9 +98,10 @@ class WeightSender(WeightTransport):
                 raise WeightSyncError("the weight group is not connected; call connect() with a new group name")
             sessions = self._engines.begin()
             for bucket in buckets(source, self._bucket_bytes):
+                payload = self._fill(bucket)
                 if shipping is not None:
                     shipping.result()
-                shipping = self._engines.submit(self._ship, bucket, version)
+                shipping = self._engines.submit(self._ship, bucket, payload, version)
                 tally.add_bucket(bucket)
             if shipping is not None:
                 shipping.result()
@@ -115,7 +118,15 @@ class WeightSender(WeightTransport):
         self._dissolve()
         super().close()
 
-    def _ship(self, bucket: Bucket, version: int) -> None:
+    def _fill(self, bucket: Bucket) -> Tensor:
+        """The bucket's bytes, in the room that was not used last."""
+        self._rooms.reverse()
+        payload = bucket.flatten(self._rooms[0])
+        if len(payload) > len(self._rooms[0]):
+            self._rooms[0] = payload
+        return payload
+
+    def _ship(self, bucket: Bucket, payload: Tensor, version: int) -> None:
         """One bucket to all engines. The version goes with the last one, so that no engine claims half an update."""
         body: dict[str, Any] = {
             "names": bucket.names,
@@ -128,7 +139,7 @@ class WeightSender(WeightTransport):
         }
         if bucket.last:
             body["weight_version"] = str(version)
-        broadcasting = self._engines.submit(self._broadcast, bucket.flatten())
+        broadcasting = self._engines.submit(self._broadcast, payload)
         self._engines.together("/update_weights_from_distributed", [body] * len(self.addresses), broadcasting)
 
     def _broadcast(self, payload: Tensor) -> None:

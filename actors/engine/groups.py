@@ -53,6 +53,8 @@ class WeightGroups:
         self._timeout = timeout
         self._device = device
         self._groups: dict[str, tuple[Any, str]] = {}
+        # kept from one bucket to the next: memory that is touched for the first time costs several times the copy
+        self._room = torch.empty(0, dtype=torch.uint8)
 
     def join(self, spec: GroupSpec) -> None:
         """Rendezvous with the trainer; blocks until all ranks are there or the deadline passes (WeightError)."""
@@ -105,7 +107,7 @@ class WeightGroups:
         # gloo moves host memory only; writing into the model copies to its device.
         device = self._device if backend == "nccl" else torch.device("cpu")
         if flattened:
-            buffers = [torch.empty(bucket_layout(tensors)[1], dtype=torch.uint8, device=device)]
+            buffers = [self._room_for(bucket_layout(tensors)[1], device)]
         else:
             buffers = [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in tensors]
         # One deadline for the whole update, however many broadcasts it is made of.
@@ -123,6 +125,12 @@ class WeightGroups:
                 500,
             ) from error
         return split_bucket(buffers[0], tensors) if flattened else buffers
+
+    def _room_for(self, size: int, device: torch.device) -> torch.Tensor:
+        """uint8[size] whose content goes with the next call; updates run one at a time."""
+        if len(self._room) < size or self._room.device != device:
+            self._room = torch.empty(size, dtype=torch.uint8, device=device)
+        return self._room[:size]
 
     def _find(self, name: str) -> tuple[Any, str]:
         if name not in self._groups:

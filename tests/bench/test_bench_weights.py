@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench import weights
 
+ROOT = Path(__file__).parents[2]
 
-def test_both_ways_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "--layers",
-        "2",
-        "--hidden",
-        "128",
-        "--vocab",
-        "64",
-        "--engines",
-        "2",
-        "--bucket-mib",
-        "1",
-        "--rounds",
-        "1",
-    ]
-    weights.main([*words, "--json", str(tmp_path / "figures.json")])
+
+def test_both_ways_are_measured(tmp_path: Path) -> None:
+    sizes = [*("--layers", "2", "--hidden", "128", "--vocab", "64"), *("--engines", "2", "--bucket-mib", "1")]
+    command = [sys.executable, "-m", "bench.weights", *sizes, "--rounds", "1", "--json", str(tmp_path / "figures.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["engines"] == 2 and figures["bytes"] > 1 << 20
     assert figures["share"] == pytest.approx(figures["path_bytes_per_s"] / figures["broadcast_bytes_per_s"])
-    assert "MiB to 2 engines" in capsys.readouterr().out
+    assert "MiB to 2 engines" in done.stdout
 
 
 def test_buffers_hold_all_bytes() -> None:

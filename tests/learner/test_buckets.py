@@ -24,7 +24,7 @@ def test_a_reader_that_knows_names_dtypes_and_shapes_gets_the_tensors_back(
     filled = list(buckets(sent.items(), bucket_bytes))
     for bucket in filled:
         assert bucket.nbytes <= bucket_bytes or len(bucket.tensors) == 1
-        payload, at = bucket.flatten(), 0
+        payload, at = bucket.flatten(torch.empty(0, dtype=torch.uint8)), 0
         for name, dtype_name, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
             dtype = getattr(torch, dtype_name)
             at = -(-at // dtype.itemsize) * dtype.itemsize
