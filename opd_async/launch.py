@@ -30,6 +30,7 @@ from opd_async.plots import learning_curve
 from opd_async.process import configure_logging, leaves, report_failure
 from opd_async.prompts import TeacherChoice, load_prompts
 from opd_async.report import Report, render, write
+from opd_async.reward_checks import require_labels
 from opd_async.run_folder import prepare
 from opd_async.slime_flags import add_opd_arguments, opd_overrides
 from opd_async.tokenizer import Tokenizer
@@ -67,10 +68,13 @@ def read_inputs(topology: Topology) -> Inputs:
     limit = topology.max_prompt_tokens
     choice = TeacherChoice(tuple(topology.teachers) or ("",), topology.data.teacher_key)
     prompts = load_prompts(topology.data.train, tokenizer, limit, choice)
+    require_labels(prompts, topology.data.train, topology.reward.kind)
     if prompts.skipped_too_long:
         echo(f"{topology.data.train.path}: skipped {prompts.skipped_too_long} prompts longer than {limit} tokens")
     section, limit = topology.data.held_out, topology.max_held_out_tokens
     held_out = load_prompts(section, tokenizer, limit, choice) if section else None
+    if section and held_out and topology.evaluation.judge == "reward":
+        require_labels(held_out, section, topology.reward.kind)
     return Inputs(prompts, held_out, tokenizer, read_completions(topology, tokenizer, choice))
 
 

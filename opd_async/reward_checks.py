@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+from opd_async.errors import InputError
 from opd_async.learning import RewardKind
-from opd_async.topology import Topology
+from opd_async.prompts import PromptSet
+from opd_async.topology import PromptsSection, Topology
 
 LOAD_DEADLINE_S = 60.0
 
@@ -25,6 +27,17 @@ def reward_problems(topology: Topology) -> Iterator[str]:
         yield "reward.function: missing; write module:function, the path of an `async def` that returns a number"
     elif reward.kind is not RewardKind.NONE and not answers and (problem := _unloadable(topology)):
         yield problem
+
+
+def require_labels(prompts: PromptSet, section: PromptsSection, kind: RewardKind) -> None:
+    """Raise `InputError` if the rule compares with labels and some prompts have none: it would only ever say wrong."""
+    if kind not in (RewardKind.MATH, RewardKind.EXACT_MATCH):
+        return
+    if missing := sum(not prompt.label for prompt in prompts.prompts):
+        raise InputError(
+            f"{section.path}: {missing} of {len(prompts.prompts)} prompts have no label under {section.label_key!r}, "
+            f"which reward.kind {kind} compares responses with; set label_key, or remove these prompts"
+        )
 
 
 def _unloadable(topology: Topology) -> str | None:

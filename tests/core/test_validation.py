@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_runs import WORDS, make_model, small_topology, topology_data, write_json, write_topology
+from small_runs import WORDS, make_model, small_topology, topology_data, write_json, write_lines, write_topology
 
+from opd_async.errors import InputError
+from opd_async.launch import read_inputs
 from opd_async.learning import Estimator
 from opd_async.loss_names import FULL_LOSSES, LOSSES, REFUSED
 from opd_async.topology import Topology
@@ -376,3 +378,20 @@ def test_estimators_that_exist_with_and_without_a_teacher(tmp_path: Path, estima
 def test_a_temperature_other_than_one_is_refused_without_a_teacher_too(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, *GRPO, "opd.use_opd=false", "rollout.sampling.temperature=0.7")
     assert found.startswith("rollout.sampling.temperature: 0.7, but the learner's logprobs are at temperature 1")
+
+
+@pytest.mark.parametrize("kind", ["math", "exact_match"])
+def test_rules_that_compare_with_labels_need_labels(tmp_path: Path, kind: str) -> None:
+    topology = small_topology(tmp_path, f"reward.kind={kind}")
+    assert len(read_inputs(topology).prompts.prompts) == 2
+    write_lines(tmp_path / "train.jsonl", {"prompt": "abc", "label": "1"}, {"prompt": "ab"})
+    with pytest.raises(InputError, match=r"1 of 2 prompts have no label under 'label', which reward.kind .* compares"):
+        read_inputs(topology)
+    assert read_inputs(small_topology(tmp_path, "data.train.label_key=answer")).prompts.prompts[0].label == ""
+    held_out = tmp_path / "held_out.jsonl"
+    write_lines(held_out, {"prompt": "abc"})
+    topology = small_topology(
+        tmp_path, f"reward.kind={kind}", f"data.held_out.path={held_out}", "evaluation.judge=reward"
+    )
+    with pytest.raises(InputError, match=r"held_out.jsonl: 1 of 1 prompts have no label"):
+        read_inputs(topology)
