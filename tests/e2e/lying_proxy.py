@@ -135,4 +135,4 @@ class Proxy:
 if __name__ == "__main__":
     app = web.Application(client_max_size=1 << 30)
     app.router.add_route("*", "/{path:.*}", Proxy(sys.argv[2], int(sys.argv[3])).handle)
-    web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), print=None)
+    web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), print=None, handler_cancellation=True)
