@@ -47,7 +47,7 @@ Judge = Callable[[str], Awaitable[Reward]]
 def with_pool(root: Path, work: Callable[[Judge], Awaitable[None]], *overrides: str) -> None:
     """Run `work` with a function that judges the response "abc" under a label."""
     (root / "user_rewards.py").write_text(USER_MODULE)
-    chosen = overrides or ("reward.kind=python", "reward.function=user_rewards:judge", "reward.timeout_s=0.5")
+    chosen = overrides or ("reward.kind=python", "reward.function=user_rewards:judge", "reward.timeout_s=2")
     plan = make_plan(small_topology(root, *chosen))
     file = root / "plan.json"
     file.write_text(plan.model_dump_json())
@@ -84,7 +84,7 @@ def test_a_users_function_judges_and_its_failures_have_names(tmp_path: Path) -> 
 def test_a_worker_that_blocks_or_dies_is_replaced_and_its_other_requests_are_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reward_pool, "GRACE_S", 0.1)
+    monkeypatch.setattr(reward_pool, "GRACE_S", 0.5)
 
     async def work(judge: Judge) -> None:
         first = asyncio.create_task(judge("waits"))
