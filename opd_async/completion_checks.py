@@ -33,6 +33,11 @@ def completion_problems(topology: Topology) -> Iterator[str]:
             f"opd.loss: {opd.loss}, but given responses were not sampled by the student and have no importance ratio; "
             f"write {', '.join(PREFIX_LOSSES)}, or remove data.completions"
         )
+    if pull := topology.advantage.reference_kl_coef:
+        yield (
+            f"advantage.reference_kl_coef: {pull:g}, but the pull towards a reference is on sampled tokens, and given "
+            "ones are none; write 0, or remove data.completions"
+        )
     if topology.advantage.estimator is not Estimator.NONE:
         yield (
             f"advantage.estimator: {topology.advantage.estimator.value}, but given responses are no samples of the "

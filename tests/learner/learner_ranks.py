@@ -109,6 +109,12 @@ def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[
     return {name: steps(Trainer(changed), place, 2) for name, changed in sorted((topk | inside | ratios).items())}
 
 
+def with_experts(config: LearnerConfig, place: parallel.Place, results: Path) -> list[tuple[float, float]]:
+    """Two steps with a mixture of experts for a teacher: what the student began with."""
+    teacher = TeacherConfig(config.model_path, results / f"{config.model_path.name}-alone-converted", offload=True)
+    return steps(Trainer(replace(config, loss=LossConfig(loss="reverse_kl_full"), teacher=teacher)), place, 2)
+
+
 def exports(trainer: Trainer, stored: dict[str, torch.Tensor]) -> bool:
     """Does an export give these tensors, bit for bit? Ranks other than 0 are given nothing and say yes."""
     found = dict(hf_weights(trainer.model))
@@ -144,6 +150,8 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
     if model.name not in BRIEF:
         report |= resumptions(trainer, place, results, name)
         report["converted"] = conversions(trainer, model, results, name)
+    if "moe" in model.name:
+        report["teacher with experts"] = with_experts(trainer.config, place, results)
     if model.name == WITH_LOSSES:
         report["losses"] = losses(trainer.config, place, results)
         report["furthest"] = furthest(parallel_state.get_tensor_model_parallel_group())

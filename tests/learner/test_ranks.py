@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from learner_ranks import BRIEF, LAYOUTS, SAVED_AT, STEPS, WITH_LOSSES, data, layouts, losses, steps
+from learner_ranks import BRIEF, LAYOUTS, SAVED_AT, STEPS, WITH_LOSSES, data, layouts, losses, steps, with_experts
 from megatron.core.parallel_state import RankGenerator
 from safetensors.torch import load_file
 from tiny_learner import learner_config, write_model
@@ -90,6 +90,14 @@ def test_a_layout_reports_the_same_steps(runs: Runs, kind: str, layout: str) -> 
     torch.testing.assert_close(
         torch.tensor(reports[layout]["steps"]), torch.tensor(reports["alone"]["steps"]), rtol=0.0, atol=1e-5
     )
+
+
+def test_a_teacher_with_experts_is_spread_as_the_student(alone: Place, runs: Runs) -> None:
+    trainer, reports = runs.of("qwen3-moe")
+    expected = torch.tensor(with_experts(trainer.config, alone, runs.results))
+    for layout in layouts("qwen3-moe"):
+        found = torch.tensor(reports[layout]["teacher with experts"])
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5, msg=lambda text, n=layout: f"{n}: {text}")
 
 
 def test_every_layout_computes_the_same_losses(alone: Place, job: tuple[Path, Path]) -> None:
