@@ -100,7 +100,8 @@ class Link:
 
 
 NVLINK = Link("NVLink", 450e9)
-NETWORK_400G = Link("400 Gb/s", 50e9)
+NETWORK_400G = Link("400G", 50e9)
+LINKS = {link.name: link for link in (NVLINK, NETWORK_400G)}
 
 DECODE_FLOOR_S = 2e-3
 """Of a decode step: kernel launches, sampling, scheduling."""

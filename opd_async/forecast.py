@@ -127,9 +127,7 @@ def expected_teacher_recompute(work: Workload) -> float:
     """Tokens that the teacher computes for each that is new: 1 where its caches hold all responses under way, and up
     to 1 + 1 / ln 2 where they hold none: cut points double then (`opd_async.growth`)."""
     rates = work.rates()
-    lengths = [work.lengths.of(np.array([z]))[0] for z in np.linspace(-2, 2, 41)]
-    position = float(np.dot(lengths, lengths)) / float(np.sum(lengths)) / 2
-    under_way = work.slots * (position + work.prompt_tokens)
+    under_way = work.slots * work.mean_context
     # what has ended stays until it is the least recently used: as long as a running response goes without a chunk
     ended = rates.bound * work.chunk_tokens * work.slots / rates.rollout
     missing = max(0.0, 1 - work.cache_tokens * work.teachers / (under_way + ended))

@@ -1,6 +1,7 @@
 """Start a run: check everything, then supervise it to its report.
 
     python -m opd_async.launch --topology cluster.yaml [--set a.b=c ...] [--dry-run] [--resume | --overwrite]
+                               [--plan --device H100 --link NVLink --lengths 2000,8000,16384]
                                [--use-opd --opd-type sglang|megatron --opd-kl-coef 1.0
                                 --opd-teacher-load DIR --opd-teacher-ckpt-step N]
 
@@ -21,10 +22,12 @@ from pathlib import Path
 import uvloop
 
 from opd_async import checkpoints
+from opd_async.advice import Planner, describe
 from opd_async.completions import CompletionSet, load_completions
 from opd_async.conductor import Conductor, Inputs, InterruptedRun, Signals
 from opd_async.errors import InputError, OpdError
 from opd_async.model_folder import read_model
+from opd_async.plan_flags import add_plan_arguments, site
 from opd_async.planning import describe_plan, make_plan
 from opd_async.plots import learning_curve
 from opd_async.process import configure_logging, leaves, report_failure
@@ -48,6 +51,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier run of this name first")
     add_opd_arguments(parser)
+    add_plan_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -104,7 +108,11 @@ async def conduct(conductor: Conductor, signals: Signals) -> Report:
 
 def launch(arguments: argparse.Namespace) -> None:
     """Everything that the command line asks for; raises `OpdError`."""
-    topology = check(arguments.topology, [*arguments.set, *opd_overrides(arguments)])
+    overrides = [*arguments.set, *opd_overrides(arguments)]
+    if arguments.plan:
+        echo(describe(Planner(load_topology(arguments.topology, overrides), site(arguments))))
+        return
+    topology = check(arguments.topology, overrides)
     inputs = read_inputs(topology)
     plan = make_plan(topology)
     if arguments.dry_run:

@@ -74,10 +74,8 @@ class Workload:
     def rates(self) -> Rates:
         """See `Rates`. Rollout has every slot taken and responses at all stages of their growth."""
         length = typical(self.lengths).astype(np.float64)
-        mean, square = float(length.mean()), float((length * length).mean())
-        per_engine = self.slots / self.engines
-        # a slot is found in a response with a probability that grows with its length
-        kv_tokens = per_engine * (self.prompt_tokens + square / mean / 2)
+        mean, per_engine = float(length.mean()), self.slots / self.engines
+        kv_tokens = per_engine * self.mean_context
         step_s = self.decode.seconds(1, round(per_engine), kv_tokens)
         prompt_s = self.prefill.tokens_s(0, self.prompt_tokens)
         rollout = 1 / (step_s / per_engine + prompt_s / mean) * self.engines
@@ -88,6 +86,13 @@ class Workload:
         trained = whole.mean() * self.train.token_s + pairs * self.train.pair_s + mean * self.train.row_s
         trained += self.train.floor_s / self.samples_per_step
         return Rates(rollout, mean / float(scored) * self.teachers, mean / float(trained))
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens of prompt and response that a slot holds on average."""
+        length = typical(self.lengths).astype(np.float64)
+        # a slot is found in a response with a probability that grows with its length
+        return self.prompt_tokens + float((length * length).mean() / length.mean()) / 2
 
     @property
     def mean_tokens(self) -> float:

@@ -141,6 +141,7 @@ def known_flags() -> frozenset[str]:
     sources = [
         ROOT / "opd_async/launch.py",
         ROOT / "opd_async/slime_flags.py",
+        ROOT / "opd_async/plan_flags.py",
         ROOT / "learner/convert.py",
         *ROOT.glob("bench/*.py"),
         *ROOT.glob("examples/addition/*.py"),

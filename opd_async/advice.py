@@ -1,0 +1,214 @@
+"""`--plan`: what a topology will do on given devices, before anything is bought or started.
+
+    topology + config.json of both models + device, link, lengths -> Workload -> forecast, memory, best split -> text
+
+Nothing is loaded or started, and no device need be there. Costs are those of `opd_async.cost_model`: data sheets and
+stated efficiencies, not measurements.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from opd_async.cost_model import (
+    Decoder,
+    Device,
+    Link,
+    decode_cost,
+    engine_cache_tokens,
+    prefill_cost,
+    read_decoder,
+    sync_seconds,
+    train_cost,
+)
+from opd_async.errors import InputError
+from opd_async.forecast import Forecast, forecast
+from opd_async.lengths import Lengths, typical
+from opd_async.sizing import Memory, engine_memory, learner_memory
+from opd_async.topology import Topology, TrainOn
+from opd_async.workload import Devices, Workload
+
+GIB = 1 << 30
+TRIED = 3
+"""Splits that look best by their rates and are then forecast."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What a topology is planned for."""
+
+    device: Device
+    link: Link
+    lengths: Lengths
+    prompt_tokens: int
+
+
+class Planner:
+    """The figures of one topology on one site. Raises `InputError` for topologies that it does not cover."""
+
+    def __init__(self, topology: Topology, site: Site) -> None:
+        schedule = topology.schedule
+        if schedule.train_on is not TrainOn.TOKENS or schedule.max_staleness < 1:
+            raise InputError("--plan: covers schedule.train_on tokens with schedule.max_staleness of at least 1")
+        if len(topology.teachers) != 1:
+            raise InputError("--plan: covers one teacher on engines of its own, in models.teacher")
+        ((model, section),) = topology.teachers.values()
+        self.topology, self.site, self._section = topology, site, section
+        self.student: Decoder = read_decoder(topology.models.student.path)
+        self.teacher: Decoder = read_decoder(model.path)
+
+    @property
+    def devices(self) -> Devices:
+        """Devices of each role as the topology has them."""
+        engines = self.topology.engines.student
+        return Devices(
+            engines.replicas * engines.tensor_parallel,
+            self._section.replicas * self._section.tensor_parallel,
+            self.topology.learner.ranks,
+        )
+
+    def workload(self, devices: Devices) -> Workload:
+        """The topology's workload with the roles on `devices`."""
+        topology, site = self.topology, self.site
+        tp_student, tp_teacher = topology.engines.student.tensor_parallel, self._section.tensor_parallel
+        mean = float(typical(site.lengths).mean())
+        return Workload(
+            site.lengths,
+            decode_cost(self.student, site.device, tp_student),
+            prefill_cost(self.student, site.device, tp_student, with_head=False),
+            prefill_cost(self.teacher, site.device, tp_teacher),
+            train_cost(self.student, site.device, devices.learner, topology.learner.recompute),
+            sync_seconds(self.student, site.link),
+            engines=devices.rollout // tp_student,
+            teachers=devices.teacher // tp_teacher,
+            slots=topology.rollout.slots,
+            samples_per_step=max(1, round(topology.schedule.tokens_per_step / mean)),
+            prompt_tokens=site.prompt_tokens,
+            chunk_tokens=topology.rollout.chunk_tokens,
+            batch_tokens=topology.teacher.batch_tokens,
+            max_wait_s=topology.teacher.max_wait_ms / 1000,
+            cache_tokens=engine_cache_tokens(self.teacher, site.device, tp_teacher),
+            group_size=topology.rollout.group_size,
+            devices=devices,
+        )
+
+    def forecast(self, devices: Devices) -> Forecast:
+        """What the topology's schedule makes of `devices`."""
+        return forecast(self.workload(devices), self.topology.schedule.max_staleness)
+
+    def memory(self, devices: Devices) -> list[Memory]:
+        """What a device of each role has to hold."""
+        topology, device, work = self.topology, self.site.device, self.workload(devices)
+        student, section = topology.engines.student, topology.learner
+        under_way = work.slots / work.engines * work.mean_context
+        ranks = section.tensor_parallel * section.pipeline_parallel * section.context_parallel
+        learner = section.model_copy(update={"data_parallel": max(1, devices.learner // ranks)})
+        longest = int(typical(self.site.lengths).max()) + work.prompt_tokens
+        return [
+            engine_memory("student engine", self.student, device, student.tensor_parallel, under_way),
+            engine_memory("teacher engine", self.teacher, device, self._section.tensor_parallel, work.cache_tokens),
+            learner_memory(self.student, device, learner, longest),
+        ]
+
+    def fits(self, devices: Devices) -> bool:
+        """Whether every role has the memory that it needs."""
+        return all(memory.fits for memory in self.memory(devices))
+
+    def splits(self) -> Iterator[Devices]:
+        """Every way to deal the topology's devices out in whole replicas that fit into memory."""
+        total, section = self.devices.total, self.topology.learner
+        ranks = section.tensor_parallel * section.pipeline_parallel * section.context_parallel
+        for learner in range(ranks, total, ranks):
+            for teacher in range(self._section.tensor_parallel, total - learner, self._section.tensor_parallel):
+                rollout = total - learner - teacher
+                devices = Devices(rollout, teacher, learner)
+                whole = rollout % self.topology.engines.student.tensor_parallel == 0
+                if whole and self.fits(devices):
+                    yield devices
+
+    def best_split(self) -> tuple[Devices, Forecast] | None:
+        """The fastest split, None if none fits."""
+
+        def guess(devices: Devices) -> float:
+            rates = self.workload(devices).rates()
+            return min(rates.rollout, rates.teacher / here.teacher_recompute, rates.learner / here.learner_recompute)
+
+        here = self.forecast(self.devices)
+        likely = sorted(self.splits(), key=guess, reverse=True)[:TRIED]
+        tried = [(devices, self.forecast(devices)) for devices in likely]
+        return max(tried, key=lambda one: one[1].tokens_per_s, default=None)
+
+
+def describe(planner: Planner) -> str:
+    """The plan as text: stages, memory, warnings, and the best split."""
+    devices, site = planner.devices, planner.site
+    here, work = planner.forecast(devices), planner.workload(devices)
+    rates = work.rates()
+    lines = [
+        f"planned for {devices.total} x {site.device.name}, weights over {site.link.name}; computed, not measured",
+        f"responses: mean {work.mean_tokens:,.0f}, longest {int(typical(site.lengths).max()):,} tokens; "
+        f"prompts {site.prompt_tokens:,}; step: {planner.topology.schedule.tokens_per_step:,} tokens",
+        "",
+        f"{'stage':<10}{'devices':>8}{'tokens/s alone':>16}{'s per step':>12}{'recompute':>11}",
+    ]
+    for stage, recompute in (
+        ("rollout", 1.0),
+        ("teacher", here.teacher_recompute),
+        ("learner", here.learner_recompute),
+    ):
+        seconds, rate = getattr(here, f"{stage}_s"), getattr(rates, stage)
+        mark = "  <- bottleneck" if stage == here.bottleneck else ""
+        count = getattr(devices, stage)
+        lines.append(f"{stage:<10}{count:>8}{rate:>16,.0f}{seconds:>12.1f}{recompute:>11.2f}{mark}")
+    lines += [
+        "",
+        f"step {here.seconds:.1f} s ({here.tokens_per_s:,.0f} tokens/s, {here.tokens_per_s / rates.bound:.0%} of the "
+        f"slowest stage alone), bubble {here.bubble:.0%} of the devices, weight update {work.sync_s:.2f} s",
+        "",
+        *_memory_lines(planner.memory(devices)),
+        *_cache_lines(work),
+        "",
+        _split_line(planner, here),
+    ]
+    return "\n".join(lines)
+
+
+def _memory_lines(memories: list[Memory]) -> Iterator[str]:
+    titles = ("weights", "optimizer", "KV", "activations", "with reserve", "has")
+    yield f"{'GiB per device':<16}" + "".join(f"{title:>14}" for title in titles)
+    for one in memories:
+        parts = (one.weights, one.optimizer, one.kv, one.activations, one.total, one.device.memory)
+        yield f"{one.role:<16}" + "".join(f"{part / GIB:>14.1f}" for part in parts)
+    for one in memories:
+        if not one.fits:
+            needs, has = one.total / GIB, one.device.memory / GIB
+            yield f"WARNING: a {one.role} does not fit: needs {needs:.0f} GiB of {has:.0f}; {_remedy(one.role)}"
+
+
+def _remedy(role: str) -> str:
+    if role == "learner":
+        return "raise learner.tensor_parallel, pipeline_parallel or data_parallel, or set learner.recompute"
+    side = role.split(maxsplit=1)[0]
+    return f"raise engines.{side}.tensor_parallel" + (" or replicas, or lower rollout.slots" * (side == "student"))
+
+
+def _cache_lines(work: Workload) -> Iterator[str]:
+    held, under_way = work.cache_tokens * work.teachers, work.slots * work.mean_context
+    if held < under_way:
+        yield f"warning: the teacher's caches hold {held:,} of {under_way:,.0f} tokens under way"
+
+
+def _split_line(planner: Planner, here: Forecast) -> str:
+    found = planner.best_split()
+    if found is None:
+        return f"no split of these {planner.devices.total} devices fits into memory"
+    devices, best = found
+    if planner.fits(planner.devices) and best.tokens_per_s <= 1.01 * here.tokens_per_s:
+        return f"no split of these {devices.total} devices is faster"
+    parts = ", ".join(f"{count} {role}" for role, count in dataclasses.asdict(devices).items())
+    return (
+        f"best split of these {devices.total} devices: {parts}: step {best.seconds:.1f} s "
+        f"({best.tokens_per_s / here.tokens_per_s:.2f} x), bubble {best.bubble:.0%}"
+    )

@@ -1,0 +1,119 @@
+"""`--plan`: figures that can be checked by hand, warnings, splits, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_async.advice import Planner, Site, describe
+from opd_async.cost_model import H100, H200, NVLINK, QWEN3_8B
+from opd_async.errors import InputError
+from opd_async.launch import launch, parse_arguments
+from opd_async.lengths import LogNormal
+from opd_async.sizing import engine_memory, learner_memory
+from opd_async.topology import LearnerSection, Topology
+from opd_async.workload import Devices
+
+GIGA = 1e9
+SHAPE_8B = {
+    "num_hidden_layers": 36,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "vocab_size": 151936,
+}
+SITE = Site(H200, NVLINK, LogNormal(500, 2000, 4096), 200)
+
+
+@pytest.fixture
+def topology_text(tmp_path: Path) -> dict[str, Any]:
+    """A student of 8 billion weights that is its own teacher's size, on eight devices."""
+    for name in ("student", "teacher"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(SHAPE_8B))
+    return {
+        "name": "plan",
+        "models": {name: {"path": str(tmp_path / name)} for name in ("student", "teacher")},
+        "data": {"train": {"path": "none.jsonl"}},
+        "engines": {"student": {"replicas": 2}, "teacher": {"replicas": 2}},
+        "rollout": {"slots": 64},
+        "schedule": {"steps": 1, "tokens_per_step": 40_000, "max_staleness": 1},
+        "learner": {"data_parallel": 4, "recompute": True},
+    }
+
+
+def planner(text: dict[str, Any], site: Site = SITE) -> Planner:
+    return Planner(Topology.model_validate(text), site)
+
+
+def test_memory_by_hand() -> None:
+    engine = engine_memory("student engine", QWEN3_8B, H100, 2, 100_000)
+    assert engine.weights == pytest.approx(8.19 * GIGA, rel=0.01)  # two bytes a weight on two devices
+    assert engine.kv == pytest.approx(100_000 * 147_456 / 2)
+    section = LearnerSection(tensor_parallel=2, data_parallel=4, recompute=True, micro_batch_tokens=8192)
+    learner = learner_memory(QWEN3_8B, H100, section, 4096)
+    assert learner.optimizer == pytest.approx(8.19 * GIGA / 2 * (4 + 12 / 4), rel=0.01)
+    kept = learner_memory(QWEN3_8B, H100, section.model_copy(update={"recompute": False}), 4096)
+    assert kept.activations > 5 * learner.activations
+    assert learner_memory(QWEN3_8B, H100, section, 16384).activations > learner.activations
+
+
+def test_more_devices_make_their_stage_faster(topology_text: dict[str, Any]) -> None:
+    plan = planner(topology_text)
+    few, many = plan.workload(Devices(2, 2, 4)).rates(), plan.workload(Devices(4, 4, 8)).rates()
+    assert many.learner > 1.5 * few.learner
+    assert many.teacher == pytest.approx(2 * few.teacher, rel=0.01)
+    assert few.rollout < many.rollout < 2 * few.rollout  # the same slots on twice the engines
+
+
+def test_the_best_split_is_no_worse_and_uses_the_same_devices(topology_text: dict[str, Any]) -> None:
+    plan = planner(topology_text)
+    found = plan.best_split()
+    assert found is not None
+    devices, best = found
+    assert devices.total == plan.devices.total == 8
+    assert best.tokens_per_s >= 0.999 * plan.forecast(plan.devices).tokens_per_s
+    assert all(plan.fits(devices) for devices in plan.splits())
+
+
+def test_what_does_not_fit_is_said(topology_text: dict[str, Any]) -> None:
+    topology_text["learner"] = {"data_parallel": 1}
+    text = describe(planner(topology_text, Site(H100, NVLINK, LogNormal(500, 2000, 4096), 200)))
+    assert "WARNING: a learner does not fit: needs" in text
+    assert "learner.data_parallel" in text or "data_parallel" in text
+
+
+def test_the_command_prints_the_plan(
+    topology_text: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(json.dumps(topology_text))
+    launch(parse_arguments(["--topology", str(file), "--plan", "--device", "H200", "--lengths", "500,2000,4096"]))
+    shown = capsys.readouterr().out
+    for text in ("planned for 8 x H200", "<- bottleneck", "bubble", "GiB per device", "these 8 devices"):
+        assert text in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": {"steps": 1, "max_staleness": 0}}, "max_staleness of at least 1"),
+        ({"schedule": {"steps": 1, "train_on": "samples"}}, "train_on tokens"),
+    ],
+)
+def test_what_the_planner_does_not_cover_is_refused(
+    topology_text: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        planner(topology_text | change)
+
+
+def test_a_model_without_sizes_is_refused(topology_text: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "teacher" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"teacher/config\.json: does not describe a decoder"):
+        planner(topology_text)
