@@ -22,7 +22,7 @@ MAX_RESPONSE = 200
 SLOTS = 8
 
 
-def make_inputs(folder: Path) -> Path:
+def make_inputs(folder: Path, student_layers: int = 2) -> Path:
     """Random Qwen3 models that stop with probability near 1/256 per token, and 40 prompts."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -32,13 +32,13 @@ def make_inputs(folder: Path) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"t{STOP}", pad_token="t0")
-    for name, hidden, seed in (("student", 32, 1), ("teacher", 48, 2)):
+    for name, hidden, layers, seed in (("student", 32, student_layers, 1), ("teacher", 48, 2, 2)):
         torch.manual_seed(seed)
         config = Qwen3Config(
             vocab_size=VOCAB,
             hidden_size=hidden,
             intermediate_size=2 * hidden,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             num_key_value_heads=2,
             head_dim=16,
