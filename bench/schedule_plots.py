@@ -47,18 +47,20 @@ def draw_schedules(file: Path, rows: Sequence[Row], title: str) -> None:
 
 
 def draw_sweep(file: Path, sweeps: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str) -> None:
-    """One panel a sweep; each line is a schedule: (setting, share of the bound)."""
+    """One panel a sweep, which is named "figure against setting"; each line is a schedule: (setting, figure)."""
     columns = min(3, len(sweeps))
     lines = -(-len(sweeps) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.4 * lines), layout="constrained")
+    figure = Figure(figsize=(4.4 * columns, 3.4 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, (name, curves) in zip(panels, sweeps.items(), strict=False):
         for schedule, points in curves.items():
             x, y = zip(*points, strict=True)
             axes.plot(x, y, "o-", markersize=4, label=schedule)
-        axes.set(title=name, ylim=(0, None))
-        if len(x) > 1 and max(x) / max(min(x), 1e-9) > 20:
-            axes.set_xscale("log", base=2)
+            if max(x) > 7 * min(x):
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(x, [f"{value:g}" for value in x])
+        ylabel, _, xlabel = name.partition(" against ")
+        axes.set(xlabel=xlabel, ylabel=ylabel.replace("_", " "), ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     for axes in panels[len(sweeps) :]:

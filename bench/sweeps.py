@@ -97,7 +97,7 @@ SWEEPS: Mapping[str, Sweep] = {
     "split": Sweep(f"learner devices of {DEVICES}", (14, 16, 17, 18, 19, 20), _split, CUTS, "tokens_per_s"),
     "cache": Sweep(
         "teacher cache, tokens for each slot",
-        (1000, 2000, 4000, 6000, 8000, 16000),
+        (1000, 2000, 4000, 8000, 16000),
         lambda tokens: dataclasses.replace(balanced(slots=SLOTS, teacher=2.0), cache_tokens=int(tokens * SLOTS)),
         (deadline_cuts(1), deadline_cuts(4), whole_samples(4)),
         "teacher_recompute",

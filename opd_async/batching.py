@@ -3,8 +3,8 @@
 A batch leaves when it holds `batch_tokens` new tokens, or `max_wait_s` after its first chunk came. All waiting chunks
 of a sample travel together, and a sample is in one batch at a time: each request extends the last one's prefix.
 
-Responses that have ended go first, then tokens of the oldest weights, which are what a step will wait for, then the
-sample that came first.
+Responses that have ended go first, in the order in which they came; then tokens of the oldest weights, which are what a
+step will wait for.
 """
 
 from __future__ import annotations
@@ -103,4 +103,5 @@ class TokenBudgetBatcher:
 
 
 def _urgency(item: ScoreItem) -> tuple[bool, int]:
-    return item.chunks[-1].finish is None, item.chunks[0].weight_version
+    is_running = item.chunks[-1].finish is None
+    return is_running, item.chunks[0].weight_version if is_running else 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import schedules
+from bench import schedules, sweeps
 from bench.presets import balanced
 from bench.sim.rules import Rule, Scoring, deadline_cuts, one_step_off, sync, two_step_off, whole_samples
 from bench.sim.simulation import Simulation
@@ -59,3 +59,23 @@ def test_a_table_a_file_and_a_picture(
     assert {"schedule", "scoring", "share_of_bound", "idle", "score_p99_s"} <= written["rows"][0].keys()
     assert all(row["schedule"] in shown for row in written["rows"])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_is_measured_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = sweeps.Sweep("chunk", (32, 256), lambda n: dataclasses.replace(SMALL, chunk_tokens=int(n)), (sync(),))
+    monkeypatch.setattr(sweeps, "SWEEPS", {"chunk": chunks})
+    monkeypatch.setattr(sweeps, "STEPS", 2)
+    figures, picture = tmp_path / "figures.json", tmp_path / "picture.png"
+    sweeps.main(["--only", "chunk", "--json", str(figures), "--plot", str(picture)])
+    (curves,) = json.loads(figures.read_text()).values()
+    assert [value for value, _ in curves["sync, S = 0"]] == [32, 256]
+    assert "sync, S = 0" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", sorted(sweeps.SWEEPS))
+def test_every_value_of_a_sweep_is_a_workload(name: str) -> None:
+    sweep = sweeps.SWEEPS[name]
+    assert all(sweep.workload(value).rates().bound > 0 for value in sweep.values)
