@@ -27,15 +27,12 @@ from learner.hf_files import Spec, write_folder
 from learner.transport import SendReport, Tally, WeightTransport
 
 
-class TensorSender(WeightTransport):
-    """Sends handles. They are pickled, because that is SGLang's own format of this route; engines never read ours."""
+class LocalTransport(WeightTransport):
+    """Connected once the engines have said how many ranks they have; nothing else holds the two sides together."""
 
-    def __init__(self, engines: Sequence[EngineAddress], *, bucket_bytes: int, timeout_s: float) -> None:
+    def __init__(self, engines: Sequence[EngineAddress], timeout_s: float) -> None:
         super().__init__(engines, timeout_s)
-        self._bucket_bytes = bucket_bytes
         self._found = False
-        # the default passes file descriptors through a socket that the engine has no key to
-        torch.multiprocessing.set_sharing_strategy("file_system")
 
     @property
     def connected(self) -> bool:
@@ -43,9 +40,19 @@ class TensorSender(WeightTransport):
         return self._found
 
     def connect(self, name: str) -> None:
-        """See `WeightTransport.connect`: the engines' ranks are asked for."""
+        """See `WeightTransport.connect`."""
         self._engines.find()
         self._found = True
+
+
+class TensorSender(LocalTransport):
+    """Sends handles. They are pickled, because that is SGLang's own format of this route; engines never read ours."""
+
+    def __init__(self, engines: Sequence[EngineAddress], *, bucket_bytes: int, timeout_s: float) -> None:
+        super().__init__(engines, timeout_s)
+        self._bucket_bytes = bucket_bytes
+        # the default passes file descriptors through a socket that the engine has no key to
+        torch.multiprocessing.set_sharing_strategy("file_system")
 
     def send(self, named_tensors: Iterable[tuple[str, Tensor]], version: int, *, checksums: bool = True) -> SendReport:
         """See `WeightTransport.send`."""
@@ -84,7 +91,7 @@ def _handles(tensors: list[tuple[str, Tensor]]) -> str:
     return base64.b64encode(ForkingPickler.dumps(tensors)).decode()
 
 
-class DiskSender(WeightTransport):
+class DiskSender(LocalTransport):
     """Writes one folder per update below `folder`, and removes the one before."""
 
     def __init__(
@@ -100,17 +107,6 @@ class DiskSender(WeightTransport):
         """`source` is the Hugging Face folder of the model's configuration; weights come as `specs` say, in `dtype`."""
         super().__init__(engines, timeout_s)
         self._folder, self._source, self._specs, self._dtype = folder, source, specs, dtype
-        self._found = False
-
-    @property
-    def connected(self) -> bool:
-        """True between a `connect` and the next failure or `close`."""
-        return self._found
-
-    def connect(self, name: str) -> None:
-        """See `WeightTransport.connect`."""
-        self._engines.find()
-        self._found = True
 
     def send(self, named_tensors: Iterable[tuple[str, Tensor]], version: int, *, checksums: bool = True) -> SendReport:
         """See `WeightTransport.send`; a folder that cannot be written is a `WeightSyncError` too."""
