@@ -31,6 +31,7 @@ SHOWN_COUNTERS = (
     "engine_errors",
     "resent_chunks",
     "teacher_retries",
+    "canaries_failed",
     "orphan_chunks",
     "malformed_frames",
     "malformed_chunks",

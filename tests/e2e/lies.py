@@ -27,11 +27,12 @@ def process(*command: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def liar(url: str, every: int, lies: list[str]) -> Iterator[str]:
-    """A proxy to the engine at `url` that spoils every so many answers, and notes how in `lies`; yields its URL."""
+def liar(url: str, every: int, lies: list[str], first: int = 0) -> Iterator[str]:
+    """A proxy to the engine at `url` that spoils every so many answers, and notes how in `lies`; yields its URL.
+    It begins with kind number `first`."""
     (port,) = free_ports("127.0.0.1", 1)
     script = str(Path(__file__).with_name("lying_proxy.py"))
-    with process(script, str(port), url, str(every)) as running:
+    with process(script, str(port), url, str(every), str(first)) as running:
         assert running.stdout is not None
         reader = threading.Thread(
             target=lambda: lies.extend(line.strip() for line in running.stdout or ()), daemon=True

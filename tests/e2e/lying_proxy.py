@@ -1,6 +1,8 @@
 """A reverse proxy that spoils some of an engine's answers to `/generate`, each in another way.
 
-python lying_proxy.py PORT UPSTREAM EVERY     every EVERY-th answer is spoiled; the lies are counted on stdout
+python lying_proxy.py PORT UPSTREAM EVERY FIRST     every EVERY-th answer is spoiled, from the FIRST kind of lie on
+
+The lies are named on stdout.
 """
 
 from __future__ import annotations
@@ -67,11 +69,11 @@ ERROR = {"error": {"message": "spoiled", "type": "internal_error", "code": 500}}
 class Proxy:
     """Forwards everything; spoils every n-th answer to `/generate`."""
 
-    def __init__(self, upstream: str, every: int) -> None:
+    def __init__(self, upstream: str, every: int, first: int) -> None:
         self.upstream = upstream
         self.every = every
         self.count = itertools.count(1)
-        self.lies = itertools.cycle(LIES)
+        self.lies = itertools.islice(itertools.cycle(LIES), first, None)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
@@ -134,5 +136,5 @@ class Proxy:
 
 if __name__ == "__main__":
     app = web.Application(client_max_size=1 << 30)
-    app.router.add_route("*", "/{path:.*}", Proxy(sys.argv[2], int(sys.argv[3])).handle)
+    app.router.add_route("*", "/{path:.*}", Proxy(sys.argv[2], int(sys.argv[3]), int(sys.argv[4])).handle)
     web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), print=None, handler_cancellation=True)

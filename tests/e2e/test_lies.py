@@ -63,9 +63,10 @@ def test_lies_and_garbage(inputs: Path, tmp_path: Path) -> None:
     check_trained(folder, 1, STEPS)
     report = json.loads((folder / "report.json").read_text())
     assert len(student_lies) >= 5 and len(teacher_lies) >= 5
-    # all but those that were told to canaries, and, while the run was ending, to streams and batches it had given up
+    # all but those that were told while the run was ending: to streams, batches and a canary that it had given up
     assert report["counters"]["engine_errors"] >= max(len(student_lies) - SLOTS, 3)
-    assert report["counters"]["teacher_retries"] >= max(len(teacher_lies) // 2, 3)
+    told_to_teacher = report["counters"]["teacher_retries"] + report["counters"].get("canaries_failed", 0)
+    assert told_to_teacher >= len(teacher_lies) - values["teacher"]["max_in_flight"] - 1  # one canary
     assert report["counters"]["malformed_frames"] >= 2 * garbage
     # what a liar said did not get through: the distillation signal stays finite and small
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
