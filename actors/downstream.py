@@ -39,22 +39,4 @@ class Downstream:
 
 def unscored(chunk: Chunk, sender: str) -> ScoredChunk:
     """The chunk as the intake takes it where no teacher engine scores: without a teacher's logprobs."""
-    return ScoredChunk(
-        chunk.sample_id,
-        chunk.attempt,
-        chunk.actor,
-        chunk.prompt_id,
-        chunk.prompt_tokens,
-        chunk.start,
-        chunk.weight_version,
-        chunk.finish,
-        chunk.label,
-        sender,
-        0.0,
-        chunk.token_ids,
-        chunk.behaviour_logprobs,
-        np.zeros(0, np.float32),
-        chunk.context,
-        reward=chunk.reward,
-        teacher=chunk.teacher,
-    )
+    return chunk.scored(sender, 0.0, np.zeros(0, np.float32))

@@ -20,6 +20,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import aiohttp
 import numpy as np
@@ -251,28 +252,13 @@ class TeacherActor:
 def _scored(chunk: m.Chunk, scores: Scores | None, at: int, teacher_id: str, latency_s: float) -> m.ScoredChunk:
     """The chunk with its scores, which begin at row `at`; `scores` None: the chunk has no tokens."""
     end = at + len(chunk.token_ids)
-    topk = scores.topk.rows(at, end) if scores is not None and scores.topk is not None else None
-    return m.ScoredChunk(
-        chunk.sample_id,
-        chunk.attempt,
-        chunk.actor,
-        chunk.prompt_id,
-        chunk.prompt_tokens,
-        chunk.start,
-        chunk.weight_version,
-        chunk.finish,
-        chunk.label,
-        teacher_id,
-        latency_s,
-        chunk.token_ids,
-        chunk.behaviour_logprobs,
-        scores.logprobs[at:end] if scores is not None else np.zeros(0, np.float32),
-        chunk.context,
-        topk.ids if topk is not None else None,
-        topk.logprobs if topk is not None else None,
-        chunk.reward,
-        chunk.teacher,
-    )
+    if scores is None:
+        return chunk.scored(teacher_id, latency_s, np.zeros(0, np.float32))
+    scored = chunk.scored(teacher_id, latency_s, scores.logprobs[at:end])
+    if scores.topk is None:
+        return scored
+    topk = scores.topk.rows(at, end)
+    return replace(scored, topk_ids=topk.ids, topk_logprobs=topk.logprobs)
 
 
 async def main() -> None:

@@ -73,6 +73,28 @@ class Chunk:
         """The value of `Acks.ends` from which on this chunk is held by the intake."""
         return self.end + (self.finish is not None)
 
+    def scored(self, teacher_id: str, latency_s: float, teacher_logprobs: Float32) -> ScoredChunk:
+        """The same tokens with the teacher's logprobs float32[n] (float32[0] where no teacher engine scores)."""
+        return ScoredChunk(
+            self.sample_id,
+            self.attempt,
+            self.actor,
+            self.prompt_id,
+            self.prompt_tokens,
+            self.start,
+            self.weight_version,
+            self.finish,
+            self.label,
+            teacher_id,
+            latency_s,
+            self.token_ids,
+            self.behaviour_logprobs,
+            teacher_logprobs,
+            self.context,
+            reward=self.reward,
+            teacher=self.teacher,
+        )
+
 
 @message
 @dataclass(frozen=True, slots=True)

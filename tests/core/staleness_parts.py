@@ -138,20 +138,4 @@ class SimTeacher:
     def _score(self, chunk: m.Chunk, ids: NDArray[np.int32]) -> m.ScoredChunk:
         first = chunk.prompt_tokens + chunk.start
         logprobs = teacher_of(ids[first - 1 : first - 1 + len(chunk.token_ids)], chunk.token_ids)
-        return m.ScoredChunk(
-            chunk.sample_id,
-            chunk.attempt,
-            chunk.actor,
-            chunk.prompt_id,
-            chunk.prompt_tokens,
-            chunk.start,
-            chunk.weight_version,
-            chunk.finish,
-            chunk.label,
-            f"teacher-{self.index}",
-            0.0,
-            chunk.token_ids,
-            chunk.behaviour_logprobs,
-            logprobs,
-            chunk.context,
-        )
+        return chunk.scored(f"teacher-{self.index}", 0.0, logprobs)
