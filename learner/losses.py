@@ -1,4 +1,4 @@
-"""Losses on the sampled token: the reverse KL as a policy gradient, with a clipped importance ratio.
+"""Losses on the sampled token: the reverse KL as a policy gradient, with a clipped importance ratio; and `sft`.
 
 R trained rows; p the student (current weights), mu the behaviour policy that sampled, q the teacher; sg = no gradient.
 `learner.objective` picks the loss that the configuration names; `learner.divergences` has those on the teacher's top-k.
@@ -104,6 +104,32 @@ def reverse_kl_behaviour(
     signal_R = teacher_R - behaviour_R
     rows = (logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R)
     return policy_gradient(*rows, signal_R, config, sequence_R, weights_R)
+
+
+def sft(
+    logprobs_R: Tensor,
+    behaviour_R: Tensor,
+    teacher_R: Tensor,
+    advantages_R: Tensor,
+    staleness_R: Tensor,
+    config: LossConfig,
+    sequence_R: Tensor | None = None,
+    weights_R: Tensor | None = None,
+) -> LossOutput:
+    """Supervised fine-tuning on given responses: loss = -kl_coef * log p.
+
+    Estimates: E_{y ~ q}[-log p(y)] = KL(q || p) + H(q), so on responses that the teacher wrote its gradient is that
+    of the forward KL at prefixes of the teacher, with the variance of one sample. On the student's own samples the
+    gradient is zero in expectation, so validation refuses it without given responses alone.
+    Source: sequence-level distillation (Kim and Rush, 2016), the off-policy baseline of GKD (2306.13649). Staleness: a
+    given token has none, whatever weights it waited for. On the wire: the token; the teacher's logprob is reported.
+    Inputs as `reverse_kl`; there is no importance ratio, so neither clip, clamp nor gate act.
+    """
+    rows = (logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R)
+    output = policy_gradient(*rows, torch.zeros_like(teacher_R), config, sequence_R, weights_R)
+    loss = output.loss - config.kl_coef * weighted(logprobs_R, weights_R).sum()
+    output.sums[SUMS.index("loss")] = loss.detach()
+    return LossOutput(loss, output.sums, output.maxima)
 
 
 def policy_gradient(

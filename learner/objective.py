@@ -1,6 +1,6 @@
 """From the rows of a micro-batch to its loss, as the configuration names it.
 
-    sampled token:   reverse_kl, reverse_kl_behaviour            -> learner.losses
+    sampled token:   reverse_kl, reverse_kl_behaviour, sft       -> learner.losses
     teacher top-k:   forward_kl_topk, reverse_kl_topk, jsd_topk  -> learner.divergences
     full vocabulary: forward_kl_full, reverse_kl_full, jsd_full -> learner.full_divergences
     both:            minillm_topk, minillm_full                  -> a divergence, and returns on the sampled token
@@ -19,10 +19,10 @@ from learner.errors import LearnerError
 from learner.full_divergences import RowDivergences
 from learner.layout import PackedBatch
 from learner.logprobs import RowLogprobs
-from learner.losses import SUMS, LossOutput, policy_gradient, reverse_kl, reverse_kl_behaviour, weighted
+from learner.losses import SUMS, LossOutput, policy_gradient, reverse_kl, reverse_kl_behaviour, sft, weighted
 from opd_async.loss_names import WHOLE_RESPONSE_LOSSES
 
-SAMPLED = {"reverse_kl": reverse_kl, "reverse_kl_behaviour": reverse_kl_behaviour}
+SAMPLED = {"reverse_kl": reverse_kl, "reverse_kl_behaviour": reverse_kl_behaviour, "sft": sft}
 
 
 def support_of(packed: PackedBatch, config: LossConfig) -> tuple[Tensor | None, bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opd_async.learning import Estimator
-from opd_async.loss_names import LOSSES, RATIO_LOSSES
+from opd_async.loss_names import GIVEN_LOSSES, LOSSES, RATIO_LOSSES
 from opd_async.topology import Topology
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -16,6 +16,11 @@ PREFIX_LOSSES = tuple(loss for loss in LOSSES if loss not in RATIO_LOSSES)
 def completion_problems(topology: Topology) -> Iterator[str]:
     """Everything about `data.completions` and `opd.gkd_lambda` that cannot be; looks at names, reads no row."""
     section, opd = topology.data.completions, topology.opd
+    if opd.use_opd and opd.loss in GIVEN_LOSSES and opd.gkd_lambda > 0.0:
+        yield (
+            f"opd.loss: {opd.loss}, but a share of {opd.gkd_lambda:g} of the samples is the student's own, on which its "
+            "expected gradient is zero; write opd.gkd_lambda 0 and data.completions, or another loss"
+        )
     if section is None:
         if opd.gkd_lambda < 1.0:
             yield f"opd.gkd_lambda: {opd.gkd_lambda:g}, but nothing is given to mix in; write data.completions, or 1"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 SAMPLED_LOSSES = frozenset({"reverse_kl", "reverse_kl_behaviour"})
 """Those on the sampled token alone: one number per token from the teacher."""
+GIVEN_LOSSES = frozenset({"sft"})
+"""Those on tokens that somebody else wrote; on the student's own they would teach nothing."""
 TOPK_LOSSES = frozenset({"forward_kl_topk", "reverse_kl_topk", "jsd_topk", "minillm_topk"})
 """Those that need the teacher's top-k on the wire."""
 FULL_LOSSES = frozenset({"forward_kl_full", "reverse_kl_full", "jsd_full", "minillm_full"})
@@ -24,6 +26,7 @@ LOSSES = (
     "reverse_kl_full",
     "jsd_full",
     "minillm_full",
+    "sft",
 )
 
 REFUSED = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learner.config import LossConfig
-from learner.losses import MAXIMA, SUMS, LossOutput, reverse_kl, reverse_kl_behaviour
+from learner.losses import MAXIMA, SUMS, LossOutput, reverse_kl, reverse_kl_behaviour, sft
 
 STUDENT = [2.0, 1.0, 0.5, -0.5, -1.0]
 TEACHER = [1.5, 1.8, -0.2, 0.3, -1.2]
@@ -84,6 +84,14 @@ def test_the_unclipped_estimator_is_exact_off_policy(
 ) -> None:
     found = expected_gradient(student, teacher, behaviour, UNCLIPPED)
     torch.testing.assert_close(found, reverse_kl_gradient(student, teacher), rtol=0.0, atol=1e-6)
+
+
+def test_sft_is_the_forward_kl_on_what_the_teacher_writes() -> None:
+    golden = torch.tensor(STUDENT, dtype=torch.float64).softmax(-1) - torch.tensor(TEACHER).double().softmax(-1)
+    found = expected_gradient(STUDENT, TEACHER, TEACHER, LossConfig(), sft)  # clipping has no part in it
+    torch.testing.assert_close(found, golden, rtol=0.0, atol=1e-6)
+    own = expected_gradient(STUDENT, TEACHER, STUDENT, LossConfig(), sft)
+    torch.testing.assert_close(own, torch.zeros_like(own), rtol=0.0, atol=1e-6)  # hence refused there
 
 
 def test_clipping_does_nothing_on_policy() -> None:
