@@ -18,8 +18,8 @@ def completion_problems(topology: Topology) -> Iterator[str]:
     section, opd = topology.data.completions, topology.opd
     if opd.use_opd and opd.loss in GIVEN_LOSSES and opd.gkd_lambda > 0.0:
         yield (
-            f"opd.loss: {opd.loss}, but a share of {opd.gkd_lambda:g} of the samples is the student's own, on which its "
-            "expected gradient is zero; write opd.gkd_lambda 0 and data.completions, or another loss"
+            f"opd.loss: {opd.loss}, but a share of {opd.gkd_lambda:g} of the samples is the student's own, on which "
+            "its expected gradient is zero; write opd.gkd_lambda 0 and data.completions, or another loss"
         )
     if section is None:
         if opd.gkd_lambda < 1.0:

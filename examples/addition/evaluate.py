@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from task import RESPONSE_TOKENS, Problem, held_out_problems, is_correct
+from task import DIGITS, Problem, held_out_problems, is_correct, response_tokens
 from tokenizer import EOS_ID, PAD_ID
 from tokenizers import Tokenizer
 from transformers import Qwen3ForCausalLM
@@ -28,8 +28,8 @@ BATCH = 512
 
 
 @torch.no_grad()
-def respond(model: Qwen3ForCausalLM, prompts_BP: Tensor, *, greedy: bool) -> Tensor:
-    """Generate int64[B, <=32] response ids, padded after <eos>.
+def respond(model: Qwen3ForCausalLM, prompts_BP: Tensor, *, greedy: bool, digits: int = DIGITS) -> Tensor:
+    """Generate int64[B, T] response ids, padded after <eos>; T is at most `response_tokens(digits)`.
 
     Sampling is at T=1 from the whole distribution and draws from torch's global generator.
     """
@@ -37,7 +37,7 @@ def respond(model: Qwen3ForCausalLM, prompts_BP: Tensor, *, greedy: bool) -> Ten
     full_BT: Tensor = model.generate(
         prompts_BP,
         attention_mask=torch.ones_like(prompts_BP),
-        max_new_tokens=RESPONSE_TOKENS,
+        max_new_tokens=response_tokens(digits),
         eos_token_id=EOS_ID,
         pad_token_id=PAD_ID,
         **how,
@@ -56,7 +56,8 @@ def pass_at_1(
         batch = problems[start : start + BATCH]
         # every prompt has the same length, so there is nothing to pad
         prompts_BP = torch.tensor([code.ids for code in tokenizer.encode_batch([p.prompt for p in batch])])
-        for problem, ids in zip(batch, respond(model, prompts_BP, greedy=greedy).tolist(), strict=True):
+        found_BT = respond(model, prompts_BP, greedy=greedy, digits=batch[0].digits)
+        for problem, ids in zip(batch, found_BT.tolist(), strict=True):
             if EOS_ID in ids:
                 text = tokenizer.decode(ids[: ids.index(EOS_ID)], skip_special_tokens=False)
                 right += is_correct(text, problem.label)
@@ -74,10 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and print one line a model."""
     parser = argparse.ArgumentParser(description="Measure pass@1 of models on the held-out additions.")
     parser.add_argument("models", type=Path, nargs="+", help="Hugging Face model directories")
+    parser.add_argument("--digits", type=int, default=DIGITS, help="digits of each number")
     parser.add_argument("--problems", type=int, default=1000, help="held-out problems")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="sampling seeds")
     args = parser.parse_args(argv)
-    problems = held_out_problems(args.problems)
+    problems = held_out_problems(args.problems, args.digits)
     for path in args.models:
         model = Qwen3ForCausalLM.from_pretrained(path)
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from task import Problem, draw, held_out_problems
+from task import DIGITS, Problem, draw, held_out_problems
 
 
 def write_jsonl(path: Path, problems: Sequence[Problem]) -> None:
@@ -36,11 +36,11 @@ def write_parquet(path: Path, problems: Sequence[Problem]) -> None:
     partial.replace(path)
 
 
-def write_data(out: Path, *, seed: int, train: int, held_out: int, parquet: bool) -> list[Path]:
+def write_data(out: Path, *, seed: int, train: int, held_out: int, parquet: bool, digits: int = DIGITS) -> list[Path]:
     """Write both splits under `out` and return the files; ValueError when a split is asked for too many problems."""
     splits = {
-        "train": draw(train, seed=seed, held_out=False),
-        "held_out": held_out_problems(held_out),
+        "train": draw(train, seed=seed, held_out=False, digits=digits),
+        "held_out": held_out_problems(held_out, digits),
     }
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -60,10 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws the training prompts; the held-out ones are fixed")
     parser.add_argument("--train", type=int, default=60_000, help="training prompts, all different")
     parser.add_argument("--held-out", type=int, default=1000, help="held-out prompts, all different")
+    parser.add_argument("--digits", type=int, default=DIGITS, help="digits of each number")
     parser.add_argument("--parquet", action="store_true", help="write .parquet files too")
     args = parser.parse_args(argv)
+    sizes = {"train": args.train, "held_out": args.held_out, "digits": args.digits}
     try:
-        files = write_data(args.out, seed=args.seed, train=args.train, held_out=args.held_out, parquet=args.parquet)
+        files = write_data(args.out, seed=args.seed, parquet=args.parquet, **sizes)
     except ValueError as error:
         print(f"make_data: {error}", file=sys.stderr)
         return 2

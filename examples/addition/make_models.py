@@ -1,4 +1,4 @@
-"""Train the quickstart's teacher and student: `python examples/addition/make_models.py [--out DIR] [--seed 1]`.
+"""Train the quickstart's teacher and student, or variants: `python examples/addition/make_models.py [--out DIR]`.
 
     problems (task.py) -> supervised training from scratch -> DIR/teacher, DIR/student (Hugging Face directories)
 
@@ -13,6 +13,7 @@ Shape suffixes: B batch, T tokens of prompt and response, V vocabulary.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 from evaluate import pass_at_1
-from task import Problem, draw, held_out_problems
+from task import DIGITS, Problem, draw, held_out_problems
 from tokenizer import BOS_ID, EOS, EOS_ID, PAD_ID, VOCAB_SIZE, build_tokenizer, save_tokenizer
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
@@ -79,10 +80,11 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - 0.9 * step / steps)
 
 
-def train(model: Qwen3ForCausalLM, tokenizer: Tokenizer, recipe: Recipe, seed: int) -> None:
+def train(model: Qwen3ForCausalLM, tokenizer: Tokenizer, recipe: Recipe, seed: int, digits: int = DIGITS) -> None:
     """Supervised training in place on the reference answers; only response tokens count in the loss."""
     source = random.Random(seed)
-    problems = draw(recipe.pool or BATCH * recipe.steps, seed=f"{recipe.name}-{seed}", held_out=False)
+    count = recipe.pool or BATCH * recipe.steps
+    problems = draw(count, seed=f"{recipe.name}-{seed}", held_out=False, digits=digits)
     prompt_tokens = len(tokenizer.encode(problems[0].prompt).ids)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
@@ -115,16 +117,16 @@ def save(model: Qwen3ForCausalLM, directory: Path) -> None:
     path.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
 
 
-def make_model(recipe: Recipe, out: Path, seed: int) -> bool:
+def make_model(recipe: Recipe, out: Path, seed: int, digits: int = DIGITS) -> bool:
     """Train, measure and save one model; whether its pass@1 at T=1 lies in its band."""
     began = time.monotonic()
     tokenizer = build_tokenizer()
     model = build_model(recipe, seed)
-    train(model, tokenizer, recipe, seed)
+    train(model, tokenizer, recipe, seed, digits)
     seconds = time.monotonic() - began
     directory = out / recipe.name
     save(model, directory)
-    problems = held_out_problems()
+    problems = held_out_problems(digits=digits)
     sampled, greedy = pass_at_1(model, tokenizer, problems), pass_at_1(model, tokenizer, problems, greedy=True)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(
@@ -137,15 +139,35 @@ def make_model(recipe: Recipe, out: Path, seed: int) -> bool:
     return False
 
 
+def variant(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    """The recipe as the command line changes it; a changed one has no band to reach."""
+    changes: dict[str, object] = {}
+    if args.steps is not None:
+        changes["steps"] = args.steps
+    if args.hidden is not None:
+        changes["hidden"] = args.hidden
+    if args.fresh:
+        changes["pool"] = None
+    if changes or args.digits != DIGITS:
+        changes["band"] = (0.0, 1.0)
+    return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]  # keys are the fields' names
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and train both models; 1 when one misses its band."""
     parser = argparse.ArgumentParser(description="Train the addition task's teacher and student.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "models", help="directory to write to")
     parser.add_argument("--seed", type=int, default=1, help="initial weights and training problems")
+    parser.add_argument("--only", choices=[STUDENT.name, TEACHER.name], help="train one of the two")
+    parser.add_argument("--digits", type=int, default=DIGITS, help="digits of each number")
+    parser.add_argument("--hidden", type=int, help="another width, a multiple of 8")
+    parser.add_argument("--steps", type=int, help="another number of steps")
+    parser.add_argument("--fresh", action="store_true", help="new problems at every step, also for the student")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     disable_progress_bar()
-    good = [make_model(recipe, args.out, args.seed) for recipe in (STUDENT, TEACHER)]
+    chosen = [recipe for recipe in (STUDENT, TEACHER) if args.only in (None, recipe.name)]
+    good = [make_model(variant(recipe, args), args.out, args.seed, args.digits) for recipe in chosen]
     return 0 if all(good) else 1
 
 

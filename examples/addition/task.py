@@ -1,4 +1,4 @@
-"""The quickstart's task: add two 3-digit numbers with the columns written out, lowest digit first.
+"""The quickstart's task: add two numbers of 3 digits (or more) with the columns written out, lowest digit first.
 
     347+589=            prompt: both numbers zero-padded to three digits
     7+9+0=16,4+8+1=13,3+5+1=09:0936
@@ -20,44 +20,51 @@ from pathlib import Path
 from typing import Any
 
 DIGITS = 3
-NUMBERS = 10**DIGITS
+"""Digits of a number in the quickstart; everything here takes another number of them as well."""
 #: Characters that a prompt or a response may hold, in the order of their token ids.
 ALPHABET = "0123456789+=,:"
-#: Response budget in tokens: three columns of 8 characters, 2 commas, ':', the sum, end of sequence.
-RESPONSE_TOKENS = 32
 #: The held-out prompts are drawn with their own seed: `--seed` of the training data must not move the test set.
 HELD_OUT_SEED = 12345
 
-_PROMPT = re.compile(rf"([0-9]{{{DIGITS}}})\+([0-9]{{{DIGITS}}})=")
+_PROMPT = re.compile(r"([0-9]+)\+([0-9]+)=")
+
+
+def response_tokens(digits: int = DIGITS) -> int:
+    """The longest right response: columns of 8 characters, commas between them, ':', the sum, end of sequence."""
+    return 8 * digits + (digits - 1) + 1 + (digits + 1) + 1
+
+
+RESPONSE_TOKENS = response_tokens()
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One addition, 0 <= a, b < 1000."""
+    """One addition, 0 <= a, b < 10**digits."""
 
     a: int
     b: int
+    digits: int = DIGITS
 
     def __post_init__(self) -> None:
         """Raise ValueError for a number outside the task's range."""
-        if not (0 <= self.a < NUMBERS and 0 <= self.b < NUMBERS):
-            raise ValueError(f"addition takes numbers from 0 to {NUMBERS - 1}, got {self.a} and {self.b}")
+        if not (0 <= self.a < 10**self.digits and 0 <= self.b < 10**self.digits):
+            raise ValueError(f"addition takes numbers from 0 to {10**self.digits - 1}, got {self.a} and {self.b}")
 
     @property
     def prompt(self) -> str:
         """What the student is given, for instance `347+589=`."""
-        return f"{self.a:0{DIGITS}d}+{self.b:0{DIGITS}d}="
+        return f"{self.a:0{self.digits}d}+{self.b:0{self.digits}d}="
 
     @property
     def label(self) -> str:
         """The sum as a response must state it, for instance `0936`."""
-        return f"{self.a + self.b:0{DIGITS + 1}d}"
+        return f"{self.a + self.b:0{self.digits + 1}d}"
 
     @property
     def answer(self) -> str:
         """The reference response: the columns from the lowest digit up, then ':' and the label."""
         carry, columns = 0, []
-        digits_a, digits_b = f"{self.a:0{DIGITS}d}", f"{self.b:0{DIGITS}d}"
+        digits_a, digits_b = f"{self.a:0{self.digits}d}", f"{self.b:0{self.digits}d}"
         for x, y in zip(reversed(digits_a), reversed(digits_b), strict=True):
             total = int(x) + int(y) + carry
             columns.append(f"{x}+{y}+{carry}={total:02d}")
@@ -77,9 +84,9 @@ class Problem:
 def parse_prompt(prompt: str) -> Problem:
     """Read a prompt back; ValueError when it is not of the form `347+589=`."""
     match = _PROMPT.fullmatch(prompt)
-    if match is None:
-        raise ValueError(f"not an addition prompt: {prompt!r}; expected two {DIGITS}-digit numbers like '347+589='")
-    return Problem(int(match[1]), int(match[2]))
+    if match is None or len(match[1]) != len(match[2]):
+        raise ValueError(f"not an addition prompt: {prompt!r}; expected two numbers of one length like '347+589='")
+    return Problem(int(match[1]), int(match[2]), len(match[1]))
 
 
 def is_correct(response: str, label: str) -> bool:
@@ -92,7 +99,7 @@ def is_correct(response: str, label: str) -> bool:
     return bool(before and colon) and stated == label
 
 
-def draw(count: int, *, seed: int | str, held_out: bool) -> list[Problem]:
+def draw(count: int, *, seed: int | str, held_out: bool, digits: int = DIGITS) -> list[Problem]:
     """Draw `count` different problems of one split, in a random order that `seed` alone decides.
 
     A longer draw with the same seed begins with the shorter one. ValueError when the split has fewer problems.
@@ -100,21 +107,22 @@ def draw(count: int, *, seed: int | str, held_out: bool) -> list[Problem]:
     if count < 1:
         raise ValueError(f"cannot draw {count} problems; ask for at least 1")
     # 5 of 97 classes, up to rounding: refusing 1 % early keeps the loop below from hunting for the last few
-    limit = int(NUMBERS**2 * (5 if held_out else 92) / 97 * 0.99)
+    numbers = 10**digits
+    limit = int(numbers**2 * (5 if held_out else 92) / 97 * 0.99)
     if count > limit:
         split = "held-out" if held_out else "training"
         raise ValueError(f"cannot draw {count} different {split} problems; the split has room for {limit}")
     source, chosen = random.Random(seed), dict[Problem, None]()
     while len(chosen) < count:
-        problem = Problem(*divmod(source.randrange(NUMBERS**2), NUMBERS))
+        problem = Problem(*divmod(source.randrange(numbers**2), numbers), digits)
         if problem.held_out == held_out:
             chosen[problem] = None
     return list(chosen)
 
 
-def held_out_problems(count: int = 1000) -> list[Problem]:
+def held_out_problems(count: int = 1000, digits: int = DIGITS) -> list[Problem]:
     """The test set: the same problems in the same order everywhere."""
-    return draw(count, seed=HELD_OUT_SEED, held_out=True)
+    return draw(count, seed=HELD_OUT_SEED, held_out=True, digits=digits)
 
 
 def read_rows(path: Path) -> Iterator[Problem]:

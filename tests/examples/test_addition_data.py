@@ -12,7 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_data import main, write_data
-from task import ALPHABET, RESPONSE_TOKENS, Problem, draw, held_out_problems, is_correct, parse_prompt, read_rows
+from task import (
+    ALPHABET,
+    RESPONSE_TOKENS,
+    Problem,
+    draw,
+    held_out_problems,
+    is_correct,
+    parse_prompt,
+    read_rows,
+    response_tokens,
+)
 
 numbers = st.integers(min_value=0, max_value=999)
 
@@ -36,6 +46,14 @@ def test_answer_is_right_and_fits(a: int, b: int) -> None:
     # the columns, read back from the highest digit down, spell the sum
     columns = [column.split("=")[1] for column in problem.answer.partition(":")[0].split(",")]
     assert columns[-1][0] + "".join(column[1] for column in reversed(columns)) == problem.label
+
+
+def test_longer_numbers() -> None:
+    problem = Problem(123456, 987654, 6)
+    assert problem.prompt == "123456+987654=" and problem.label == "1111110"
+    assert is_correct(problem.answer, problem.label) and parse_prompt(problem.prompt) == problem
+    assert len(problem.answer) + 1 == response_tokens(6) == 62
+    assert {len(found.prompt) for found in draw(30, seed=0, held_out=True, digits=6)} == {14}
 
 
 @pytest.mark.parametrize(

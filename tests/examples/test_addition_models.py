@@ -6,7 +6,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+import make_models
 import pytest
+import sample
 import torch
 from evaluate import pass_at_1
 from make_models import STUDENT, TEACHER, Recipe, build_model, save, train
@@ -90,6 +92,31 @@ def test_teacher_adds_and_student_has_something_to_learn(addition: Path) -> None
     student = greedy_share(addition / "models" / "student", problems)
     assert teacher >= 0.97
     assert 0.4 <= student <= teacher - 0.1
+
+
+def test_responses_of_the_teacher_are_written_for_supervised_training(addition: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "given" / "out.jsonl"
+    problems = held_out_problems(6)
+    prompts.write_text("".join(json.dumps(problem.row()) + "\n" for problem in problems))
+    options = ["--prompts", str(prompts), "--count", "4", "--per-prompt", "3", "--out", str(out)]
+    assert sample.main([str(addition / "models" / "teacher"), *options]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [problem.prompt for problem in problems[:4] for _ in range(3)]
+    right = [
+        row["completion"] == problem.answer
+        for problem in problems[:4]
+        for row in rows
+        if row["prompt"] == problem.prompt
+    ]
+    assert sum(right) >= 10  # the teacher is right in 99 of 100
+    assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_variants_of_the_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--only", "student", "--hidden", "16", "--steps", "2", "--digits", "4", "--fresh"]
+    assert make_models.main(["--out", str(tmp_path), *options]) == 0
+    assert "5,216 parameters" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
 @pytest.mark.parametrize("recipe", [STUDENT, TEACHER], ids=lambda recipe: recipe.name)

@@ -1,0 +1,142 @@
+"""The runs to compare: a part is a list of cells, and a cell is a regime, a method, a bound on staleness and a seed.
+
+All methods take the same number of optimizer steps, of prompts and of responses per prompt in each step, with one
+learner, one schedule of learning rates and one evaluation; each has the learning rate that served it better of two
+(part `rates`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+GROUP = 8
+SAMPLES_PER_STEP = 128
+TOPK = 8
+RATES = (5e-4, 2e-3)
+CURVE_STEPS = 20
+"""An evaluation every so many steps."""
+
+ON_POLICY_TEACHER = ("opd.signal_clamp=3.0", "opd.clip_ratio=0.2")
+JSD = ("opd.loss=jsd_topk", f"opd.topk={TOPK}", "opd.signal_clamp=null")
+REWARD = ("reward.kind=exact_match", "advantage.estimator=grpo")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to learn, as settings of a topology."""
+
+    title: str
+    settings: tuple[str, ...]
+    lr: float
+    given: bool = False
+    """Trains on responses that the teacher wrote beforehand, and on none of the student's."""
+    options: tuple[str, ...] = ()
+    """Flags of the launcher."""
+    teacher_inside: bool = False
+    """The learner holds the teacher."""
+
+
+METHODS = {
+    "sft": Method("SFT on teacher samples", ("opd.loss=sft", "opd.signal_clamp=null"), lr=2e-3, given=True),
+    "kd": Method("JSD on teacher samples", JSD, lr=2e-3, given=True),
+    "grpo": Method("GRPO on the task's reward", REWARD, lr=1e-3, options=("--no-use-opd",)),
+    "opd": Method("OPD: reverse KL, sampled token", ON_POLICY_TEACHER, lr=2e-3),
+    "opd_jsd": Method("OPD: JSD, top-k", JSD, lr=2e-3),
+    "opd_grpo": Method("OPD (sampled token) + GRPO", (*ON_POLICY_TEACHER, *REWARD), lr=1e-3),
+}
+
+FULL = ("opd.type=megatron", "opd.loss=reverse_kl_full", "opd.signal_clamp=null")
+SIGNALS = {
+    "sampled_clip": METHODS["opd"],
+    "sampled": Method("sampled token, no clip", ("opd.signal_clamp=3.0", "opd.clip_ratio=null"), lr=2e-3),
+    "topk": Method("top-k (JSD)", JSD, lr=2e-3),
+    "full": Method("full vocabulary (reverse KL)", FULL, lr=2e-3, teacher_inside=True),
+}
+STALENESS = (0, 1, 2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """Which problems, and which student and teacher."""
+
+    title: str
+    digits: int = 3
+    prompts: int = 60_000
+    student: str = "student"
+    """A recipe of `bench.learning.inputs`, or the example's own model."""
+    teacher: str = "teacher"
+    steps: int = 100
+
+
+REGIMES = {
+    "short": Regime("3 digits, 60,000 prompts"),
+    "few": Regime("3 digits, 64 prompts", prompts=64),
+    "long": Regime("6 digits, 60,000 prompts", digits=6, student="student_6", teacher="teacher_6"),
+    "small": Regime("3 digits, a student of 9 thousand weights", student="student_small"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run."""
+
+    part: str
+    regime: str
+    method: str
+    seed: int
+    lr: float
+    staleness: int = 1
+    train_on: str = "samples"
+    slots: int = SAMPLES_PER_STEP
+    extra: tuple[str, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """The run's name, and its folder's; parts that ask for the same run share it."""
+        return f"{self.regime}-{self.method}-{self.train_on}-S{self.staleness}-lr{self.lr:g}-seed{self.seed}"
+
+    @property
+    def how(self) -> Method:
+        """The method or signal."""
+        return (SIGNALS if self.part == "staleness" else METHODS)[self.method]
+
+
+def rates(seeds: int) -> list[Cell]:
+    """Every method at every learning rate, one seed."""
+    return [Cell("rates", "short", method, 0, lr) for lr in RATES for method in METHODS]
+
+
+def methods(seeds: int) -> list[Cell]:
+    """Every method at its own learning rate."""
+    return [Cell("methods", "short", name, seed, how.lr) for seed in range(seeds) for name, how in METHODS.items()]
+
+
+def regimes(seeds: int) -> list[Cell]:
+    """Where it may matter whose prefixes are trained: the two signals, each on- and off-policy."""
+    names = ("sft", "opd", "kd", "opd_jsd")
+    return [
+        Cell("regimes", regime, name, seed, METHODS[name].lr)
+        for seed in range(seeds)
+        for regime in REGIMES
+        if regime != "short"
+        for name in names
+    ]
+
+
+def staleness(seeds: int) -> list[Cell]:
+    """Every signal at every bound; slots for S + 1 steps, so that tokens do get that old."""
+    return [
+        Cell("staleness", "short", name, seed, how.lr, bound, "tokens", SAMPLES_PER_STEP * (bound + 1))
+        for seed in range(seeds)
+        for bound in STALENESS
+        for name, how in SIGNALS.items()
+    ]
+
+
+PARTS: dict[str, Callable[[int], list[Cell]]] = {
+    "rates": rates,
+    "methods": methods,
+    "regimes": regimes,
+    "staleness": staleness,
+}

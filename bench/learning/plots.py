@@ -1,0 +1,76 @@
+"""Learning curves and staleness, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+
+from bench.learning.cells import METHODS, REGIMES, SIGNALS
+from bench.learning.runs import Outcome
+from bench.learning.tables import grouped
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = dict(
+    zip([*METHODS, *SIGNALS], 2 * ["#d62728", "#ff7f0e", "#7f7f7f", "#1f77b4", "#2ca02c", "#9467bd"], strict=False)
+)
+
+
+def draw(file: Path, part: str, outcomes: Sequence[Outcome]) -> None:
+    """The picture of a part, as PNG."""
+    (draw_staleness if part == "staleness" else draw_curves)(file, outcomes)
+
+
+def draw_curves(file: Path, outcomes: Sequence[Outcome]) -> None:
+    """pass@1 against steps, one column a regime: means over seeds, with a band from the lowest to the highest."""
+    regimes = list(dict.fromkeys(outcome.cell.regime for outcome in outcomes))
+    figure = Figure(figsize=(1.5 + 4.5 * len(regimes), 7.2), layout="constrained")
+    panels = figure.subplots(2, len(regimes), squeeze=False, sharex=True)
+    for column, regime in enumerate(regimes):
+        for (name, method, _, lr), runs in grouped(outcomes).items():
+            if name == regime:
+                label = runs[0].cell.how.title + (f", lr {lr:g}" if runs[0].cell.part == "rates" else "")
+                band(panels[0, column], method, label, runs[0].steps, [each.sampled for each in runs])
+                band(panels[1, column], method, label, runs[0].steps, [each.greedy for each in runs])
+        panels[0, column].set(title=REGIMES[regime].title, ylabel="pass@1, sampled at T = 1 (%)")
+        panels[1, column].set(xlabel="optimizer step", ylabel="pass@1, greedy (%)")
+        panels[1, column].legend(fontsize=8, loc="lower right")
+    for axes in panels.flatten():
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
+def band(axes: Axes, method: str, label: str, steps: Sequence[int], curves: Sequence[Sequence[float]]) -> None:
+    """One method's curve over all its seeds, in percent."""
+    columns = [[100 * value for value in column] for column in zip(*curves, strict=True)]
+    axes.plot(steps, [fmean(column) for column in columns], "o-", color=COLOURS[method], markersize=3.5, label=label)
+    if len(curves) > 1:
+        low, high = [min(column) for column in columns], [max(column) for column in columns]
+        axes.fill_between(steps, low, high, color=COLOURS[method], alpha=0.15, linewidth=0)
+
+
+def draw_staleness(file: Path, outcomes: Sequence[Outcome]) -> None:
+    """pass@1 at the end against the bound, and against the measured drift."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for name, signal in SIGNALS.items():
+        mine = [runs for (_, method, _, _), runs in grouped(outcomes).items() if method == name]
+        style = {"color": COLOURS[name], "markersize": 5, "label": signal.title}
+        left.plot([runs[0].cell.staleness for runs in mine], [ends(runs) for runs in mine], "o-", **style)
+        right.plot([max(each.ratio_std for each in runs) for runs in mine], [ends(runs) for runs in mine], "o", **style)
+    left.set(xlabel="schedule.max_staleness (steps)", ylabel="pass@1 after training, sampled at T = 1 (%)")
+    right.set(xlabel="drift: largest standard deviation of p / mu in a step", xscale="symlog")
+    left.legend(fontsize=8, loc="lower left")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
+def ends(runs: Sequence[Outcome]) -> float:
+    """Mean pass@1 after the last step, percent."""
+    return 100 * fmean(each.sampled[-1] for each in runs)

@@ -1,0 +1,119 @@
+"""The learning bench: every cell is a topology that can be run, and what runs leave behind is read and drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from bench.learning.__main__ import main
+from bench.learning.cells import METHODS, PARTS, REGIMES, STALENESS, Cell
+from bench.learning.inputs import ADDITION, Inputs
+from bench.learning.plots import draw
+from bench.learning.runs import Outcome, outcome, settings
+from bench.learning.tables import grouped, table
+from opd_async.topology import Topology
+from opd_async.topology_file import load_topology
+from opd_async.validation import validate
+
+ROOT = ADDITION.parents[1]
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Inputs:
+    """Files that are there, and have nothing in them."""
+    for name in ("train.jsonl", "held_out.jsonl", "given.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "1", "label": "2", "completion": "3"}\n')
+    step = tmp_path / "teacher" / "step-1"
+    step.mkdir(parents=True)
+    files = [tmp_path / f"{name}.jsonl" for name in ("train", "held_out", "given")]
+    models = [ADDITION / "models" / name for name in ("student", "teacher")]
+    return Inputs(files[0], files[1], *models, files[2], tmp_path / "teacher")
+
+
+def topology_of(cell: Cell, inputs: Inputs, out: Path) -> Topology:
+    arguments = settings(cell, inputs, out)
+    overrides = [value for flag, value in pairwise(arguments) if flag == "--set"]
+    if "--no-use-opd" in arguments:
+        overrides.append("opd.use_opd=false")
+    return load_topology(ROOT / "examples" / "quickstart.yaml", overrides)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_cell_can_be_run(part: str, inputs: Inputs, tmp_path: Path) -> None:
+    cells = PARTS[part](1)
+    assert len({cell.name for cell in cells}) == len(cells)
+    for cell in cells:
+        found = validate(topology_of(cell, inputs, tmp_path))
+        # the teacher's checkpoint is made by the command itself
+        assert [line for line in found if not line.startswith("opd.teacher_load")] == [], cell.name
+
+
+def test_all_methods_are_given_the_same_steps_prompts_and_responses(inputs: Inputs, tmp_path: Path) -> None:
+    found = [topology_of(cell, inputs, tmp_path) for cell in PARTS["methods"](2)]
+    sizes = {(t.schedule.steps, t.schedule.samples_per_step, t.rollout.group_size, t.schedule.train_on) for t in found}
+    assert len(sizes) == 1
+    assert Counter(topology.seed for topology in found) == {0: len(METHODS), 1: len(METHODS)}
+    assert {topology.schedule.max_staleness for topology in found} == {1}
+
+
+def a_run(out: Path, cell: Cell, sampled: float) -> Outcome:
+    """What the launcher leaves behind, as far as it is read."""
+    folder = out / cell.name
+    folder.mkdir(parents=True)
+    report = {"staleness": {"mean": 0.5, "max": 1}, "trained_tokens": 4096, "seconds": 60.0}
+    rows: list[dict[str, object]] = [
+        {"evaluation": "student", "step": step, "pass_at_1": share, "pass_at_1_greedy": share + 0.1}
+        for step, share in ((0, 0.5), (20, 0.4), (40, sampled))
+    ]
+    rows += [{"evaluation": "teacher", "step": 0, "pass_at_1": 1.0, "pass_at_1_greedy": 1.0}]
+    rows += [{"step": step, "learner_ratio_std": value} for step, value in ((1, 0.1), (2, 0.3), (3, float("nan")))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "report.json").write_text(json.dumps(report))
+    found = outcome(cell, out)
+    assert found is not None
+    return found
+
+
+def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
+    cell = Cell("methods", "short", "opd", 0, 2e-3)
+    assert outcome(cell, tmp_path) is None
+    found = a_run(tmp_path, cell, 0.9)
+    assert found.steps == [0, 20, 40] and found.sampled == [0.5, 0.4, 0.9]
+    assert found.ratio_std == 0.3 and found.staleness_max == 1
+    assert found.lowest == pytest.approx(0.5)  # greedy at step 20
+
+
+def test_seeds_are_averaged_and_their_range_is_shown(tmp_path: Path) -> None:
+    cell = Cell("methods", "short", "opd", 0, 2e-3)
+    runs = [
+        a_run(tmp_path, dataclasses.replace(cell, seed=seed), sampled) for seed, sampled in enumerate((0.8, 0.9, 0.85))
+    ]
+    other = a_run(tmp_path, dataclasses.replace(cell, method="sft"), 0.7)
+    assert [len(group) for group in grouped([*runs, other]).values()] == [3, 1]
+    lines = table("methods", [*runs, other]).splitlines()
+    assert len(lines) == 4 and REGIMES["short"].title in lines[0]
+    assert " 85.0 (80.0 to 90.0)" in lines[2] and " 70.0 " in lines[3]
+
+
+@pytest.mark.parametrize("part", ["methods", "staleness"])
+def test_pictures(part: str, tmp_path: Path) -> None:
+    cells = [cell for cell in PARTS[part](2) if part == "methods" or cell.staleness in STALENESS[:2]]
+    draw(tmp_path / "out.png", part, [a_run(tmp_path, cell, 0.9) for cell in cells])
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_there_is_printed_and_written_without_running_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for cell in PARTS["rates"](1)[:2]:
+        a_run(tmp_path, cell, 0.9)
+    file = tmp_path / "rates.json"
+    assert main(["--part", "rates", "--limit", "0", "--out", str(tmp_path), "--json", str(file)]) == 0
+    missing = len(PARTS["rates"](1)) - 2
+    assert f"{missing} of {missing + 2} runs are missing" in capsys.readouterr().out
+    assert [run["cell"]["method"] for run in json.loads(file.read_text())["runs"]] == ["sft", "kd"]
