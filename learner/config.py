@@ -90,6 +90,25 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class CriticConfig:
+    """The model that learns what a prefix is worth, and what is made of its values. See `learner.critic`."""
+
+    model_path: Path
+    """Hugging Face folder whose `config.json` says the critic's shape."""
+    load: Path | None = None
+    """Megatron's files of a critic, or of a model to make one of; None: the weights in `model_path`."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    value_clip: float | None = 0.2
+    """A value that has moved further than this in a step pulls no further; None: no bound."""
+    updates: int = 1
+    """Optimizer steps of the critic per step of the run."""
+    only_steps: int = 0
+    """So many steps at first train the critic alone."""
+    gamma: float = 1.0
+    lam: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class LearnerConfig:
     """Everything a learner rank needs besides its data."""
 
@@ -107,3 +126,5 @@ class LearnerConfig:
     """None: the rows come with the teacher's log-probabilities."""
     reference: TeacherConfig | None = None
     """A frozen model towards which `loss.reference_kl_coef` pulls; None: there is none."""
+    critic: CriticConfig | None = None
+    """None: advantages come with the rows, or there are none."""

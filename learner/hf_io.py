@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ def load_hf(model: DecoderModel, folder: Path) -> None:
     reader = Reader(folder)
     parameters = dict(model.named_parameters())
     wanted = local_slots(model)
-    missing = set(parameters) - {name for name, _ in wanted}
+    missing = set(parameters) - {name for name, _ in wanted} - model.own_parameters
     if missing:
         raise ModelError(f"no Hugging Face weights are known for {', '.join(sorted(missing))}")
     for name, slot in wanted:
@@ -42,19 +43,30 @@ def load_hf(model: DecoderModel, folder: Path) -> None:
                 f"{tuple(parameters[name].shape)}"
             )
         parameters[name].copy_(part)
-        # Megatron marks shards where it initialises them; the gradient norm counts unmarked ones on one rank only.
+    mark_shards(model)
+
+
+def mark_shards(model: DecoderModel) -> None:
+    """Say which parameters are split between tensor-parallel ranks: the gradient norm counts others on one rank only.
+
+    Megatron does it where it initialises them.
+    """
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    for name, slot in local_slots(model):
         parameters[name].tensor_model_parallel = slot.sharded
 
 
 def local_slots(model: DecoderModel) -> list[tuple[str, Slot]]:
-    """(parameter name, slot) of this pipeline stage; the last stage of a tied model holds the embedding once more."""
+    """(parameter name, slot) of this pipeline stage; the last stage of a tied model holds the embedding once more.
+
+    Parameters that are the model's own have no slot."""
     stage = parallel_state.get_pipeline_model_parallel_rank()
     everything = _slots(model)
     own = (None, parallel_state.get_expert_model_parallel_rank())
     local = [(slot.name, slot) for slot in everything if slot.stage == stage and slot.holder in own]
     if model.shape.tied and stage == parallel_state.get_pipeline_model_parallel_world_size() - 1 and stage > 0:
         local.append(("output_layer.weight", everything[0]))
-    return local
+    return [(name, slot) for name, slot in local if name not in model.own_parameters]
 
 
 def _slots(model: DecoderModel) -> list[Slot]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from numpy.typing import NDArray
 from torch import Tensor
 
 from learner.context import Int64Array, Piece, whole, zigzag
@@ -68,6 +69,8 @@ class PackedBatch:
     """float32[R]: how often a row counts in the loss; None: once each."""
     reference_R: Tensor | None = None
     """float32[R], nats: the reference model's, where there is one."""
+    rewards_N: NDArray[np.float32] | None = None
+    """float32[N], on the host: of each response, NaN where it has none; None unless the learner needs them."""
 
     def own(self, values_R: Tensor) -> Tensor:
         """Of values [R, ...], those of this rank's rows: [O, ...]."""
@@ -118,6 +121,7 @@ def lay_out(
         None if batch.topk is None else torch.from_numpy(batch.topk.ids.astype(np.int64)).to(device),
         None if batch.topk is None else torch.tensor(batch.topk.logprobs, device=device),
         None if batch.weights is None else torch.tensor(batch.weights, device=device),
+        rewards_N=batch.rewards,
     )
 
 

@@ -46,9 +46,19 @@ class StepMetrics:
     reference_kl: float
     """Mean of log p minus the reference's on the sampled tokens; 0 without one."""
     grad_norm: float
-    """Before clipping."""
+    """Before clipping; 0 in a step that trains the critic alone, as is the learning rate."""
     learning_rate: float
     seconds: float
+    value_loss: float = 0.0
+    """This and the following are 0 without a critic. Means over tokens whose response has a reward, at the beginning of
+    the step: half the squared difference between value and return."""
+    value_mean: float = 0.0
+    explained_variance: float = 0.0
+    """Of the returns, by the values."""
+    value_clipped_share: float = 0.0
+    """In the step's last update of the critic."""
+    critic_grad_norm: float = 0.0
+    """Before clipping, of that update."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +71,30 @@ class Totals:
 
 def reduce_over_ranks(reports: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Totals:
     """Add up the (sums, maxima) that the last pipeline stage reported per micro-batch; a collective of all ranks."""
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+    sums = reduce_sums([micro_sums for micro_sums, _ in reports], len(SUMS), device)
     maxima = torch.zeros(len(MAXIMA), dtype=torch.float64, device=device)
-    for micro_sums, micro_maxima in reports:
-        sums += micro_sums
+    for _, micro_maxima in reports:
         maxima = torch.maximum(maxima, micro_maxima)
-    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    _from_last_stage(maxima)
+    return Totals(dict(zip(SUMS, sums, strict=True)), dict(zip(MAXIMA, maxima.tolist(), strict=True)))
+
+
+def reduce_sums(reports: Sequence[Tensor], size: int, device: torch.device) -> list[float]:
+    """The sum of what the last pipeline stage reported per micro-batch, float64[size] each; a collective of all
+    ranks, which all get the same."""
+    sums = torch.zeros(size, dtype=torch.float64, device=device)
+    for report in reports:
+        sums += report
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    _from_last_stage(sums)
+    return list(sums.tolist())
+
+
+def _from_last_stage(tensor: Tensor) -> None:
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     if pipeline.size() > 1:
-        for tensor in (sums, maxima):
-            dist.broadcast(tensor, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
-    return Totals(dict(zip(SUMS, sums.tolist(), strict=True)), dict(zip(MAXIMA, maxima.tolist(), strict=True)))
+        dist.broadcast(tensor, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
 
 
 def step_metrics(version: int, totals: Totals, grad_norm: float, learning_rate: float, seconds: float) -> StepMetrics:

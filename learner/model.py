@@ -5,7 +5,7 @@ The LM head is not run here: `learner.logprobs` runs it on the trained rows only
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -26,9 +26,14 @@ from learner.layout import PackedBatch
 from learner.norm import RMSNorm
 from learner.rotary import angles, inverse_frequencies
 
+Model = TypeVar("Model", bound="DecoderModel")
+
 
 class DecoderModel(GPTModel):
     """GPTModel without rotary module and LM head call: both need the layout of the packed batch."""
+
+    own_parameters: frozenset[str] = frozenset()
+    """Names of parameters that no Hugging Face folder has."""
 
     def __init__(self, config: Any, shape: ModelShape, padded_vocab: int) -> None:
         super().__init__(
@@ -84,11 +89,16 @@ def build_model(shape: ModelShape, config: LearnerConfig) -> DecoderModel:
 
     Raises `ModelError` if the sizes do not divide by the parallel sizes.
     """
+    return build(DecoderModel, shape, config)
+
+
+def build(kind: type[Model], shape: ModelShape, config: LearnerConfig) -> Model:
+    """As `build_model`, for a kind of decoder."""
     _check_divisible(shape, config)
     dtype = getattr(torch, config.dtype)
     with quiet():
         transformer_config = _transformer_config(shape, config, dtype)
-        return DecoderModel(transformer_config, shape, padded_vocab(shape, config.parallel.tensor))
+        return kind(transformer_config, shape, padded_vocab(shape, config.parallel.tensor))
 
 
 def _check_divisible(shape: ModelShape, config: LearnerConfig) -> None:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,18 @@ def save_model(model: DecoderModel, folder: Path) -> None:
     dist.barrier()
 
 
-def load_model(model: DecoderModel, folder: Path) -> None:
+def load_model(model: DecoderModel, folder: Path, prefix: str = "", without: Collection[str] = ()) -> None:
     """Fill `model` with the weights that `save` or `save_model` wrote, cast to its dtype. All ranks call it.
 
-    Raises `CheckpointError` if the folder is not a checkpoint, is unreadable, or is of another model.
+    `prefix` is before their names in the checkpoint; the parameters `without` stay as they are. Raises
+    `CheckpointError` if the folder is not a checkpoint, is unreadable, or is of another model.
     """
     try:
         with quiet(), on_this_device():
-            dist_checkpointing.load({"model": _weights(model)}, str(folder))  # into the parameters themselves
+            state = _weights(model, prefix)
+            for name in without:
+                state.pop(prefix + name, None)
+            dist_checkpointing.load({"model": state}, str(folder))  # into the parameters themselves
     except UNREADABLE as error:
         raise CheckpointError(
             f"{folder} cannot be loaded into a {model.shape.architecture} of {model.shape.layers} layers: "
@@ -57,22 +62,36 @@ def load_model(model: DecoderModel, folder: Path) -> None:
         ) from error
 
 
+def holds(folder: Path, prefix: str) -> bool:
+    """Whether a checkpoint has parameters whose names begin with `prefix`. `CheckpointError` if it is none."""
+    return any(name.startswith(prefix) for name in _stored(folder))
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of the weights in a checkpoint. `CheckpointError` if there is none."""
-    try:
-        with quiet():
-            dtype: torch.dtype = dist_checkpointing.load_tensors_metadata(str(folder))[EMBEDDING].dtype
-    except UNREADABLE as error:
-        raise CheckpointError(f"{folder} is not a Megatron checkpoint (torch_dist) of a model: {error}") from error
+    stored = _stored(folder)
+    if EMBEDDING not in stored:
+        raise CheckpointError(f"{folder} is not a checkpoint of a model: it has no {EMBEDDING}")
+    dtype: torch.dtype = stored[EMBEDDING].dtype
     return dtype
 
 
-def _weights(model: DecoderModel) -> dict[str, Any]:
+def _stored(folder: Path) -> dict[str, Any]:
+    """Descriptions of the tensors in a checkpoint, by name."""
+    try:
+        with quiet():
+            stored: dict[str, Any] = dist_checkpointing.load_tensors_metadata(str(folder))
+    except UNREADABLE as error:
+        raise CheckpointError(f"{folder} is not a Megatron checkpoint (torch_dist) of a model: {error}") from error
+    return stored
+
+
+def _weights(model: DecoderModel, prefix: str = "") -> dict[str, Any]:
     """Megatron's description of this rank's weights, where gate and up projections are views of one parameter."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state: dict[str, Any] = {
         name: value
-        for name, value in model.sharded_state_dict(metadata=metadata).items()
+        for name, value in model.sharded_state_dict(prefix=prefix, metadata=metadata).items()
         if not name.endswith("_extra_state")
     }
     apply_factories(state)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
 
 from learner.config import OptimConfig
 from learner.cpu import on_this_device, quiet
@@ -37,6 +39,11 @@ def wrap(model: DecoderModel) -> Any:
         return DistributedDataParallel(model.config, ddp_config, model)
 
 
+def finalize(model: list[Any], _num_tokens: Tensor | None, **options: Any) -> None:
+    """Sum gradients over ranks. Megatron's default would divide by a token count, which the loss has done already."""
+    finalize_model_grads(model, None, **options)
+
+
 def make_optimizer(ddp: Any, config: OptimConfig, *, bf16: bool) -> Any:
     """AdamW over data-parallel shards; with `bf16` weights it keeps float32 master weights."""
     optimizer_config = OptimizerConfig(
@@ -56,7 +63,20 @@ def make_optimizer(ddp: Any, config: OptimConfig, *, bf16: bool) -> Any:
         return get_megatron_optimizer(optimizer_config, [ddp])
 
 
-def set_learning_rate(optimizer: Any, value: float) -> None:
-    """Use `value` for the next step, for every parameter group."""
+def apply_gradient(optimizer: Any, rate: float, clip: float) -> float:
+    """Clip the gradient to the global L2 norm `clip` and step with learning rate `rate`; returns the norm before.
+
+    Megatron's own `optimizer.step()` in three parts, so that a gradient that is not finite is caught in between: then
+    no weight changes, and the caller, who knows whose it is, refuses the norm.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = rate
+    with on_this_device():
+        optimizer.prepare_grads()
+        norm = float(optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            return norm
+        for part in optimizer.chained_optimizers:  # experts that are spread over ranks have one of their own
+            clip_grad_by_total_norm_fp32(part.get_parameters(), clip, norm)
+        optimizer.step_with_ready_grads()
+    return norm

@@ -1,6 +1,7 @@
 """One optimizer step on packed micro-batches, on every rank alike.
 
-    StepBatch -> lay out -> [teacher's forward] -> forward -> rows -> LM head in chunks -> loss / tokens -> backward
+    StepBatch -> lay out -> [teacher's forward] -> [critic's values, advantages, and its gradient]
+              -> forward -> rows -> LM head in chunks -> loss / tokens -> backward
                      (Megatron's schedule drives the micro-batches through the pipeline stages)
               -> gradients summed over data-parallel ranks -> clip -> AdamW on shards -> weights gathered
 
@@ -13,19 +14,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from learner.attention import has_varlen
 from learner.config import LearnerConfig
 from learner.context import everywhere
 from learner.cpu import on_this_device, this_device
+from learner.critic import Critic
 from learner.errors import LearnerError
 from learner.full_divergences import row_divergences
 from learner.hf_config import read_shape
@@ -36,7 +37,7 @@ from learner.losses import LossOutput
 from learner.metrics import StepMetrics, Totals, empty_metrics, reduce_over_ranks, step_metrics
 from learner.model import build_model
 from learner.objective import full_objective, objective, support_of
-from learner.optimizer import learning_rate, make_optimizer, set_learning_rate, wrap
+from learner.optimizer import apply_gradient, finalize, learning_rate, make_optimizer, wrap
 from learner.pipeline import run_schedule
 from learner.teacher import Teacher, TeacherRows
 from opd_async.batches import MicroBatch, StepBatch
@@ -59,9 +60,10 @@ class Trainer:
         self.reference = Teacher(config, config.reference, self.shape.vocab) if config.reference is not None else None
         self.ddp = wrap(self.model)
         self.optimizer = make_optimizer(self.ddp, config.optim, bf16=config.dtype == "bfloat16")
+        self.critic = Critic(config, config.critic, self.shape.vocab) if config.critic is not None else None
         self.version = 0
         self.model.config.grad_scale_func = self.optimizer.scale_loss
-        self.model.config.finalize_model_grads_func = _finalize
+        self.model.config.finalize_model_grads_func = finalize
         self.padding_slack = 0.0 if has_varlen(self.device, getattr(torch, config.dtype)) else PADDING_SLACK
 
     def step(self, batch: StepBatch) -> StepMetrics:
@@ -77,16 +79,19 @@ class Trainer:
         if batch.loss_tokens == 0:  # only empty responses: nothing to learn, but the step counts
             self.version += 1
             return empty_metrics(self.version)
-        rate = learning_rate(self.version, self.config.optim)
-        set_learning_rate(self.optimizer, rate)
-        totals = self.gradients(batch)
-        with on_this_device():
-            grad_norm = self._update()
+        own_step = self.version - (self.config.critic.only_steps if self.config.critic is not None else 0)
+        totals = self.gradients(batch, train=own_step >= 0)
+        rate = learning_rate(own_step, self.config.optim) if own_step >= 0 else 0.0
+        grad_norm = self._update(rate) if own_step >= 0 else 0.0
+        values = self.critic.update(self.version) if self.critic is not None else {}
         self.version += 1
-        return step_metrics(self.version, totals, grad_norm, rate, time.perf_counter() - started)
+        metrics = step_metrics(self.version, totals, grad_norm, rate, time.perf_counter() - started)
+        return replace(metrics, **values)
 
-    def gradients(self, batch: StepBatch) -> Totals:
-        """The first half of a step: leave the step's gradient in the DDP buffers. Raises as `step` does."""
+    def gradients(self, batch: StepBatch, *, train: bool = True) -> Totals:
+        """The first half of a step: leave the step's gradient in the DDP buffers, the critic's in its own.
+
+        Raises as `step` does. Without `train` the student is only looked at."""
 
         def loss(index: int, hidden: Tensor) -> tuple[Tensor, Any]:
             output = self._objective(packs[index], hidden, teacher[index] if teacher is not None else None)
@@ -97,9 +102,11 @@ class Trainer:
         if self.reference is not None:
             rows = self.reference.rows(packs, "reverse_kl")  # empty but on the last stage, which alone needs them
             packs = [replace(pack, reference_R=row.logprobs_R) for pack, row in zip(packs, rows, strict=False)] or packs
-        with on_this_device():
+        if self.critic is not None:
+            packs = self.critic.advise(packs, batch.loss_tokens)
+        with on_this_device(), nullcontext() if train else torch.no_grad():
             self.ddp.zero_grad_buffer()
-            totals = reduce_over_ranks(run_schedule(self.ddp, packs, loss, train=True), self.device)
+            totals = reduce_over_ranks(run_schedule(self.ddp, packs, loss, train=train), self.device)
         if totals.sums["tokens"] != batch.loss_tokens:
             raise LearnerError(
                 f"the ranks hold {totals.sums['tokens']:.0f} rows for weight version {batch.version}, but the batch "
@@ -173,24 +180,12 @@ class Trainer:
         )
         return everywhere(found, packed.own_O, len(packed.targets_R))
 
-    def _update(self) -> float:
-        """Clip and apply the gradient; returns its global L2 norm before clipping.
-
-        Megatron's own `optimizer.step()` in three parts, so that a gradient that is not finite is caught in between.
-        """
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+    def _update(self, rate: float) -> float:
+        """Clip and apply the gradient; returns its global L2 norm before clipping."""
+        grad_norm = apply_gradient(self.optimizer, rate, self.config.optim.clip_grad)
         if not math.isfinite(grad_norm):
             raise LearnerError(
                 f"the gradient at weight version {self.version} has norm {grad_norm}: lower learner.optimizer.lr, or "
                 f"set opd.signal_clamp"
             )
-        for part in self.optimizer.chained_optimizers:  # experts that are spread over ranks have one of their own
-            clip_grad_by_total_norm_fp32(part.get_parameters(), self.config.optim.clip_grad, grad_norm)
-        self.optimizer.step_with_ready_grads()
         return grad_norm
-
-
-def _finalize(model: list[Any], _num_tokens: Tensor | None, **options: Any) -> None:
-    """Sum gradients over ranks. Megatron's default would divide by a token count, which the loss has done already."""
-    finalize_model_grads(model, None, **options)

@@ -25,8 +25,10 @@ class MicroBatch:
     (nats, what the token was sampled with), `teacher_logprobs` float32[R] (nats; float32[0] where no teacher engine
     scores), `advantages` float32[R] (the estimator's, zero in pure distillation), `staleness` int32[R] (optimizer steps
     between the weights that made the token and those that train it), `topk` (R rows, None unless the loss needs it),
-    `weights` float32[R] (how often a row counts in the loss, 1 in the step's mean; None: once each). T = 0 is an empty
-    micro-batch: it adds nothing but takes part in collectives.
+    `weights` float32[R] (how often a row counts in the loss, 1 in the step's mean; None: once each). `rewards`
+    float32[N]: of each sequence's response, NaN where it has none (None unless the learner makes advantages of them;
+    then all tokens of a response are rows). T = 0 is an empty micro-batch: it adds nothing but takes part in
+    collectives.
     """
 
     token_ids: Int32Array
@@ -38,6 +40,7 @@ class MicroBatch:
     staleness: Int32Array
     topk: TopK | None = None
     weights: Float32Array | None = None
+    rewards: Float32Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

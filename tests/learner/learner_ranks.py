@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tiny_learner import EMPTY, learner_config, micro_batch, split, step_batch
 
 from learner import checkpoint, parallel
-from learner.config import LearnerConfig, LossConfig, ParallelConfig, TeacherConfig
+from learner.config import CriticConfig, LearnerConfig, LossConfig, ParallelConfig, TeacherConfig
 from learner.convert import hf_to_megatron, megatron_to_hf
 from learner.hf_io import hf_weights, save_hf
 from learner.trainer import Trainer
@@ -50,6 +50,11 @@ def layouts(kind: str) -> list[str]:
     return [name for name in LAYOUTS if name != "expert" or "moe" in kind]
 
 
+def critics(kind: str) -> list[str]:
+    """The layouts that a critic of this model's shape is tried in: experts where they are shared out."""
+    return layouts(kind) if kind == WITH_LOSSES else [name for name in layouts(kind) if name == "expert"]
+
+
 def read_by(kind: str, layout: str) -> list[str]:
     """Whose checkpoints a layout reads: its own, and those of the one before it. One rank alone reads all of them."""
     names = layouts(kind)
@@ -61,9 +66,9 @@ def data(version: int) -> list[MicroBatch]:
     return [micro_batch([9, 13, 21, 13], seed=10 * version + index, k=4) for index in range(3)]
 
 
-def steps(trainer: Trainer, place: parallel.Place, until: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step up to version `until`."""
-    result = []
+def steps(trainer: Trainer, place: parallel.Place, until: int) -> list[tuple[float, ...]]:
+    """Loss and gradient norm of every step up to version `until`, and what the critic says where there is one."""
+    result: list[tuple[float, ...]] = []
     while trainer.version < until:
         batches = data(trainer.version)
         own = batches[place.data_rank :: place.data_size]
@@ -71,7 +76,8 @@ def steps(trainer: Trainer, place: parallel.Place, until: int) -> list[tuple[flo
         rows = sum(len(batch.rows) for batch in batches)
         metrics = trainer.step(step_batch(trainer.version, own, rows))
         assert metrics.tokens == rows
-        result.append((metrics.loss, metrics.grad_norm))
+        critic = (metrics.value_loss, metrics.value_mean, metrics.explained_variance, metrics.critic_grad_norm)
+        result.append((metrics.loss, metrics.grad_norm, *(critic if trainer.critic is not None else ())))
     return result
 
 
@@ -90,7 +96,7 @@ def micro_batching(trainer: Trainer, place: parallel.Place) -> float:
     return float(worst[0])
 
 
-def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[str, list[tuple[float, float]]]:
+def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[str, list[tuple[float, ...]]]:
     """Two steps of each loss, with a teacher inside or without: the second starts from the gradient of the first."""
     teacher = TeacherConfig(results / "teacher", results / "teacher-megatron")
     topk = {name: replace(config, loss=LossConfig(loss=name)) for name in TOPK_LOSSES}
@@ -109,10 +115,16 @@ def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[
     return {name: steps(Trainer(changed), place, 2) for name, changed in sorted((topk | inside | ratios).items())}
 
 
-def with_experts(config: LearnerConfig, place: parallel.Place, results: Path) -> list[tuple[float, float]]:
+def with_experts(config: LearnerConfig, place: parallel.Place, results: Path) -> list[tuple[float, ...]]:
     """Two steps with a mixture of experts for a teacher: what the student began with."""
     teacher = TeacherConfig(config.model_path, results / f"{config.model_path.name}-alone-converted", offload=True)
     return steps(Trainer(replace(config, loss=LossConfig(loss="reverse_kl_full"), teacher=teacher)), place, 2)
+
+
+def with_critic(config: LearnerConfig) -> Trainer:
+    """A trainer whose critic is of the student's shape, and takes two updates in each step."""
+    critic = CriticConfig(config.model_path, optim=config.optim, value_clip=0.05, updates=2, only_steps=1, lam=0.9)
+    return Trainer(replace(config, critic=critic))
 
 
 def exports(trainer: Trainer, stored: dict[str, torch.Tensor]) -> bool:
@@ -150,6 +162,11 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
     if model.name not in BRIEF:
         report |= resumptions(trainer, place, results, name)
         report["converted"] = conversions(trainer, model, results, name)
+    if name in critics(model.name):
+        critic = with_critic(trainer.config)
+        report["critic"] = steps(critic, place, SAVED_AT)
+        checkpoint.save(critic, results / f"{model.name}-{name}-critic")
+        report["critic"] += steps(critic, place, STEPS)
     if "moe" in model.name:
         report["teacher with experts"] = with_experts(trainer.config, place, results)
     if model.name == WITH_LOSSES:
@@ -161,7 +178,7 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
 
 def resumptions(
     trainer: Trainer, place: parallel.Place, results: Path, name: str
-) -> dict[str, list[tuple[float, float]]]:
+) -> dict[str, list[tuple[float, ...]]]:
     """The steps after what this layout and the one before it have saved."""
     resumed, report, kind = Trainer(trainer.config), {}, trainer.config.model_path.name
     for other in read_by(kind, name):

@@ -11,7 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from learner_ranks import BRIEF, LAYOUTS, SAVED_AT, STEPS, WITH_LOSSES, data, layouts, losses, steps, with_experts
+from learner_ranks import (
+    BRIEF,
+    LAYOUTS,
+    SAVED_AT,
+    STEPS,
+    WITH_LOSSES,
+    critics,
+    data,
+    layouts,
+    losses,
+    steps,
+    with_critic,
+    with_experts,
+)
 from megatron.core.parallel_state import RankGenerator
 from safetensors.torch import load_file
 from tiny_learner import learner_config, write_model
@@ -98,6 +111,20 @@ def test_a_teacher_with_experts_is_spread_as_the_student(alone: Place, runs: Run
     for layout in layouts("qwen3-moe"):
         found = torch.tensor(reports[layout]["teacher with experts"])
         torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5, msg=lambda text, n=layout: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in BRIEF])
+def test_a_critic_is_split_as_the_student_and_resumes_anywhere(alone: Place, runs: Runs, kind: str) -> None:
+    trainer, reports = runs.of(kind)
+    expected = torch.tensor(steps(with_critic(trainer.config), alone, STEPS))
+    assert bool((expected[1:, -1] > 0.0).all())
+    for layout in critics(kind):
+        found = torch.tensor(reports[layout]["critic"])
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5, msg=lambda text, n=layout: f"{n}: {text}")
+        resumed = with_critic(trainer.config)
+        checkpoint.load(resumed, runs.results / f"{kind}-{layout}-critic")
+        after = torch.tensor(steps(resumed, alone, STEPS))
+        torch.testing.assert_close(after, expected[SAVED_AT:], rtol=0.0, atol=1e-5, msg=layout)
 
 
 def test_every_layout_computes_the_same_losses(alone: Place, job: tuple[Path, Path]) -> None:

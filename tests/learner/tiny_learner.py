@@ -90,7 +90,8 @@ def per_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def micro_batch(lengths: list[int], *, seed: int = 0, prompt: int = 2, k: int = 0) -> MicroBatch:
-    """Random sequences of `lengths` tokens, all but the first `prompt` of each trained, with the teacher's top `k`."""
+    """Random sequences of `lengths` tokens, all but the first `prompt` of each trained, with the teacher's top `k`
+    and a reward each."""
     generator = np.random.default_rng(seed)
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     spans = [np.arange(a + prompt - 1, b - 1) for a, b in pairwise(bounds)]
@@ -109,6 +110,7 @@ def micro_batch(lengths: list[int], *, seed: int = 0, prompt: int = 2, k: int = 
         generator.normal(size=len(rows)).astype(np.float32),
         generator.integers(0, 3, len(rows)).astype(np.int32),
         random_topk(len(rows), k, seed) if k else None,
+        rewards=generator.normal(size=len(lengths)).astype(np.float32),
     )
 
 
@@ -129,9 +131,10 @@ def step_batch(version: int, micro_batches: list[MicroBatch], loss_tokens: int |
 def split(batch: MicroBatch) -> list[MicroBatch]:
     """One micro-batch per sequence."""
     parts = []
-    for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+    for index, (start, end) in enumerate(pairwise(batch.cu_seqlens)):
         inside = (batch.rows >= start) & (batch.rows < end)
-        parts.append(take(replace(batch, rows=batch.rows - start), inside, int(start), int(end)))
+        part = take(replace(batch, rows=batch.rows - start), inside, int(start), int(end))
+        parts.append(replace(part, rewards=None if batch.rewards is None else batch.rewards[index : index + 1]))
     return parts
 
 

@@ -1,0 +1,73 @@
+"""Generalised advantage estimation: values by hand, the definition as a double sum, and the cases that break others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd_async.gae import gae, whitened
+
+
+def test_by_hand() -> None:
+    """deltas 0.5 * 0.2 - 0.4 = -0.3, 0.5 * 0.6 - 0.2 = 0.1, 1 - 0.6 = 0.4; each carries half of the next."""
+    values, sequence = np.array([0.4, 0.2, 0.6]), np.zeros(3, np.int64)
+    found = gae(values, sequence, np.array([1.0]), gamma=0.5, lam=1.0)
+    np.testing.assert_allclose(found.advantages_R, [-0.15, 0.3, 0.4], atol=1e-12)
+    np.testing.assert_allclose(found.returns_R, [0.25, 0.5, 1.0], atol=1e-12)
+    found = gae(values, sequence, np.array([1.0]), gamma=1.0, lam=0.5)
+    # deltas -0.2, 0.4, 0.4
+    np.testing.assert_allclose(found.advantages_R, [0.1, 0.6, 0.4], atol=1e-12)
+    np.testing.assert_allclose(found.returns_R, [0.5, 0.8, 1.0], atol=1e-12)
+    assert found.known_R.all()
+
+
+def test_the_ends_of_lambda() -> None:
+    """1 is reward minus value, 0 is what the next value says."""
+    values, rewards = np.array([0.5, 0.25, 1.0, -1.0]), np.array([2.0, -1.0])
+    sequence = np.array([0, 0, 0, 1])
+    np.testing.assert_allclose(
+        gae(values, sequence, rewards, gamma=1.0, lam=1.0).advantages_R, [1.5, 1.75, 1.0, 0.0], atol=1e-12
+    )
+    np.testing.assert_allclose(
+        gae(values, sequence, rewards, gamma=1.0, lam=0.0).advantages_R, [-0.25, 0.75, 1.0, 0.0], atol=1e-12
+    )
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[list[list[float]], list[float | None]]:
+    value = st.floats(-3.0, 3.0)
+    responses = draw(st.lists(st.lists(value, max_size=6), max_size=5))
+    rewards = st.one_of(st.none(), value)
+    return responses, draw(st.lists(rewards, min_size=len(responses), max_size=len(responses)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps(), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_against_the_definition(step: tuple[list[list[float]], list[float | None]], gamma: float, lam: float) -> None:
+    """A_t = sum_k (gamma lam)^k delta_{t+k}, each response on its own."""
+    responses, rewards = step
+    expected: list[float] = []
+    for values, reward in zip(responses, rewards, strict=True):
+        end = len(values)
+        ahead = [*values, 0.0]
+        deltas = [(reward or 0.0) * (t == end - 1) + gamma * ahead[t + 1] - ahead[t] for t in range(end)]
+        sums = [sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, end)) for t in range(end)]
+        expected += sums if reward is not None else [0.0] * end
+    values_R = np.array([value for values in responses for value in values])
+    sequence_R = np.repeat(np.arange(len(responses)), [len(values) for values in responses])
+    rewards_N = np.array([np.nan if reward is None else reward for reward in rewards])
+    found = gae(values_R, sequence_R, rewards_N, gamma=gamma, lam=lam)
+    np.testing.assert_allclose(found.advantages_R, expected, atol=1e-10)
+    np.testing.assert_allclose(found.returns_R, np.array(expected) + values_R, atol=1e-10)
+    assert found.known_R.tolist() == [rewards[n] is not None for n in sequence_R.tolist()]
+
+
+def test_whitening_leaves_out_what_has_no_reward() -> None:
+    found = gae(np.array([0.0, 1.0, 7.0]), np.array([0, 1, 2]), np.array([2.0, 5.0, np.nan]), gamma=1.0, lam=1.0)
+    assert found.advantages_R.tolist() == [2.0, 4.0, 0.0]
+    assert whitened(found, 3.0, 1.0).tolist() == pytest.approx([-1.0, 1.0, 0.0])
+    assert whitened(found, 3.0, 0.0)[2] == 0.0
+    nothing = gae(np.zeros(0), np.zeros(0, np.int64), np.zeros(0), gamma=1.0, lam=1.0)
+    assert len(nothing.advantages_R) == len(whitened(nothing, 0.0, 0.0)) == 0
