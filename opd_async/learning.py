@@ -42,6 +42,8 @@ class OpdSection(Section):
     """Weight of the teacher in the mixture of `jsd_topk` and `jsd_full`."""
     gkd_lambda: float = Field(default=1.0, ge=0, le=1)
     """Share of the samples that the student generates; the others come from `data.completions`."""
+    teacher_mix: float = Field(default=0.0, ge=0, lt=1)
+    """MiniLLM's share of the teacher in the distribution that is sampled from; no engine here can do it but with 0."""
     kl_coef: float = Field(default=1.0, ge=0)
     signal_clamp: float | None = Field(default=None, gt=0)
     """|log q - log p| is clamped to this; null switches the clamp off."""

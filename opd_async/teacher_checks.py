@@ -20,6 +20,12 @@ from opd_async.topology import Topology
 def opd_problems(topology: Topology) -> Iterator[str]:
     """Every combination of the `opd` keys that cannot run; opens names and sizes of a checkpoint, no weights."""
     opd = topology.opd
+    if opd.teacher_mix:
+        yield (
+            f"opd.teacher_mix: {opd.teacher_mix:g}, but to sample from a mixture of student and teacher an engine must "
+            "run both models for each token, and neither SGLang nor the embedded engine does; write 0, and to train "
+            "prefixes of the teacher write its responses into data.completions"
+        )
     if not opd.use_opd:
         if opd.teacher_load is not None:
             yield "opd.teacher_load: given, but opd.use_opd is false; remove it, or write use_opd: true (--use-opd)"

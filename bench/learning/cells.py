@@ -73,7 +73,7 @@ REGIMES = {
     "short": Regime("3 digits, 60,000 prompts"),
     "few": Regime("3 digits, 64 prompts", prompts=64),
     "long": Regime("6 digits, 60,000 prompts", digits=6, student="student_6", teacher="teacher_6"),
-    "small": Regime("3 digits, a student of 9 thousand weights", student="student_small"),
+    "small": Regime("3 digits, a student of 5 thousand weights", student="student_small"),
 }
 
 
@@ -131,6 +131,7 @@ def staleness(seeds: int) -> list[Cell]:
         for seed in range(seeds)
         for bound in STALENESS
         for name, how in SIGNALS.items()
+        if bound or name != "sampled"  # at age 0 every ratio is 1, and there is nothing to clip
     ]
 
 

@@ -24,7 +24,7 @@ DEADLINE_S = 1200.0
 RECIPES = {
     "teacher_6": ("teacher", ("--digits", "6", "--steps", "600")),
     "student_6": ("student", ("--digits", "6")),
-    "student_small": ("student", ("--hidden", "24", "--fresh", "--steps", "300")),
+    "student_small": ("student", ("--hidden", "16", "--fresh", "--steps", "2000")),
 }
 """Name: the model of the example that it is a variant of, and how."""
 

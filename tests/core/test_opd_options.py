@@ -71,6 +71,12 @@ def test_wrong_combinations_are_named_before_anything_starts(tmp_path: Path, opt
     assert len(found) == 1 and found[0].startswith(expected), found
 
 
+def test_sampling_from_a_mixture_is_refused_with_the_reason(tmp_path: Path) -> None:
+    path = write_topology(tmp_path, topology_data(tmp_path) | {"opd": {"teacher_mix": 0.2}})
+    (line,) = validate(load_topology(path, []))
+    assert line.startswith("opd.teacher_mix: 0.2, but to sample from a mixture") and "write 0" in line
+
+
 def test_a_teacher_on_engines_must_be_in_the_topology(tmp_path: Path) -> None:
     data = topology_data(tmp_path)
     del data["models"]["teacher"]
