@@ -9,6 +9,9 @@ SGLANG_VERSION ?= 0.5.23
 SGLANG_VERSIONS := 0.5.15 0.5.20 0.5.23
 SGLANG := .venv-sglang
 SGLANG_STAMP := $(SGLANG)/.installed-$(SGLANG_VERSION)
+TRL_VERSION := 1.16.0
+TRL := .venv-trl
+TRL_STAMP := $(TRL)/.installed-$(TRL_VERSION)
 
 # What `make quickstart ENGINE=...` changes in the topology.
 QUICKSTART_embedded :=
@@ -17,7 +20,7 @@ QUICKSTART_sglang := --set name=quickstart-sglang \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-sglang test-sglang-all lint format install sglang clean
+.PHONY: quickstart test test-sglang test-sglang-all lint format install sglang peers clean
 
 quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
@@ -55,6 +58,14 @@ $(SGLANG_STAMP): engines/sglang/install.sh requirements/sglang-$(SGLANG_VERSION)
 	rm -f $(SGLANG)/.installed-*
 	touch $@
 
+# What `python -m bench.peers` compares with.
+peers: install $(TRL_STAMP)
+
+$(TRL_STAMP): requirements/trl-$(TRL_VERSION).txt
+	test -x $(TRL)/bin/python || $(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 $(STAMP): pyproject.toml requirements/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
@@ -62,4 +73,4 @@ $(STAMP): pyproject.toml requirements/cpu.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venv-sglang* runs
+	rm -rf $(VENV) .venv-sglang* $(TRL) runs

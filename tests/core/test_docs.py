@@ -20,7 +20,7 @@ from opd_async.schema_text import keys_at, schema_at
 from opd_async.topology_file import load_topology
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("opd_async", "actors", "actors/engine", "learner", "bench", "bench/sim")
+PACKAGES = ("opd_async", "actors", "actors/engine", "learner", "bench", "bench/peers", "bench/sim")
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("dashboards/*.md"), *ROOT.glob("examples/**/*.md")]
 )
@@ -177,7 +177,8 @@ def test_commands_exist(page: Path) -> None:
         for module in re.findall(r"python -m ([\w.]+)", text):
             name = module.replace(".", "/")
             is_ours = name.split("/")[0] in PACKAGES
-            assert not is_ours or (ROOT / f"{name}.py").is_file(), f"python -m {module}"
+            files = (ROOT / f"{name}.py", ROOT / name / "__main__.py")
+            assert not is_ours or any(file.is_file() for file in files), f"python -m {module}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

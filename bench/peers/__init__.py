@@ -1,0 +1,1 @@
+"""This project against other trainers of on-policy distillation."""
