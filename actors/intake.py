@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -216,6 +217,8 @@ class Intake:
             for one, advantages in zip(complete, estimate(outcomes, section), strict=True):
                 if one.segment is not None:
                     one.segment.advantages = advantages
+                    if section.estimator is Estimator.PPO:
+                        one.segment.reward = math.nan if one.reward is None else one.reward
         return outcomes
 
     def _record(self, version: int, segments: list[Segment], stats: dict[str, float], staleness: Any) -> None:

@@ -23,8 +23,8 @@ import torch
 import zmq
 
 from learner import checkpoint, parallel
-from learner.config import LearnerConfig, LossConfig, OptimConfig, ParallelConfig, TeacherConfig
 from learner.errors import WeightSyncError
+from learner.from_topology import learner_config
 from learner.hf_io import hf_weights, save_hf
 from learner.proof import Proof, check_proof, make_proof
 from learner.trainer import Trainer
@@ -38,83 +38,11 @@ from opd_async.packing import from_message
 from opd_async.plan import Plan, RoleKind
 from opd_async.process import configure_logging, die_with_parent, report_failure
 from opd_async.role import role_arguments
-from opd_async.topology import Topology
 from opd_async.wire import decode, encode
 
 log = logging.getLogger(__name__)
 
 LINGER_MS = 2000
-
-
-def learner_config(topology: Topology) -> LearnerConfig:
-    """The learner's part of a topology."""
-    section, optimizer = topology.learner, topology.learner.optimizer
-    return LearnerConfig(
-        topology.models.student.path,
-        section.dtype,
-        ParallelConfig(
-            section.tensor_parallel,
-            section.pipeline_parallel,
-            section.context_parallel,
-            section.expert_parallel,
-            topology.supervisor.step_deadline_s,
-        ),
-        OptimConfig(
-            optimizer.lr,
-            optimizer.beta1,
-            optimizer.beta2,
-            optimizer.eps,
-            optimizer.weight_decay,
-            optimizer.clip_grad,
-            optimizer.warmup_steps,
-            topology.schedule.steps,
-            optimizer.decay,
-            optimizer.min_lr_ratio,
-        ),
-        loss_config(topology),
-        section.logprob_chunk_rows,
-        section.recompute,
-        topology.seed,
-        teacher_config(topology),
-        reference_config(topology),
-    )
-
-
-def loss_config(topology: Topology) -> LossConfig:
-    """What the student learns from, and through which ratio."""
-    opd, advantage = topology.opd, topology.advantage
-    return LossConfig(
-        opd.loss if opd.use_opd else "reverse_kl",  # which is nothing but the estimator's part without a teacher
-        opd.jsd_beta,
-        opd.kl_coef,
-        advantage.clip_low if advantage.clip_low is not None else opd.clip_ratio,
-        opd.signal_clamp,
-        opd.mismatch,
-        ratio=advantage.estimator.ratio,
-        clip_high=advantage.clip_high,
-        dual_clip=advantage.dual_clip,
-        reference_kl_coef=advantage.reference_kl_coef,
-        entropy_coef=advantage.entropy_coef,
-    )
-
-
-def teacher_config(topology: Topology) -> TeacherConfig | None:
-    """The teacher inside the learner, where the topology has one. Without `models.teacher`, of the student's shape."""
-    opd, models = topology.opd, topology.models
-    if not opd.in_learner or opd.teacher_load is None:
-        return None
-    shape_of = models.teacher or models.student
-    return TeacherConfig(shape_of.path, shards(opd.teacher_load, opd.teacher_ckpt_step), opd.teacher_offload)
-
-
-def reference_config(topology: Topology) -> TeacherConfig | None:
-    """The reference model, where the topology has one: a checkpoint, or what the student begins with."""
-    advantage = topology.advantage
-    if not advantage.reference_kl_coef:
-        return None
-    load = advantage.reference_load or topology.learner.load
-    # it is needed once in a step: between steps its weights make room
-    return TeacherConfig(topology.models.student.path, None if load is None else shards(load), offload=True)
 
 
 class Link:

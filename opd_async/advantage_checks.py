@@ -8,6 +8,7 @@ from opd_async.checkpoints import shards
 from opd_async.errors import InputError
 from opd_async.learning import Estimator, RewardKind
 from opd_async.loss_names import FULL_LOSSES
+from opd_async.model_folder import folder_problems, try_model
 from opd_async.topology import Topology, TrainOn
 
 WIDE_SEQUENCE_CLIP = 0.01
@@ -18,6 +19,7 @@ def advantage_problems(topology: Topology) -> Iterator[str]:
     """Every reason why the student could not learn from its rewards as `advantage` says."""
     section, estimator = topology.advantage, topology.advantage.estimator
     yield from _reference_problems(topology)
+    yield from _critic_problems(topology)
     if topology.learner.loss_mean == "responses" and topology.schedule.train_on is TrainOn.TOKENS:
         yield "learner.loss_mean: responses, but steps take parts of them (schedule.train_on: tokens); write tokens"
     if estimator is Estimator.NONE:
@@ -34,9 +36,9 @@ def advantage_problems(topology: Topology) -> Iterator[str]:
     if estimator.needs_groups and topology.rollout.group_size == 1:
         yield (
             f"rollout.group_size: 1, but {estimator} compares the responses to one prompt with one another: with one "
-            "sample per prompt every advantage is zero; write 2 or more, or the estimator reinforce_plus_plus"
+            "sample per prompt every advantage is zero; write 2 or more, or the estimator reinforce_plus_plus or ppo"
         )
-    if section.gamma != 1.0 and estimator is not Estimator.REINFORCE_PLUS_PLUS:
+    if section.gamma != 1.0 and not estimator.discounts:
         yield f"advantage.gamma: {section.gamma:g}, but {estimator} does not discount; write 1"
     if section.dual_clip is not None and estimator is Estimator.CISPO:
         yield "advantage.dual_clip: cispo truncates the ratio on both sides already; write null"
@@ -58,7 +60,35 @@ def _reference_problems(topology: Topology) -> Iterator[str]:
         yield f"advantage.reference_load: {error}"
 
 
+def _critic_problems(topology: Topology) -> Iterator[str]:
+    section, critic = topology.advantage, topology.advantage.critic
+    if section.estimator is not Estimator.PPO:
+        if "critic" in section.model_fields_set:
+            yield f"advantage.critic: given, but {section.estimator} has no critic; remove it, or write estimator: ppo"
+        if section.lam != 1.0:
+            yield f"advantage.lam: {section.lam:g}, but {section.estimator} has no critic; write 1, or estimator: ppo"
+        return
+    if critic.load is not None:
+        try:
+            shards(critic.load)
+        except InputError as error:
+            yield f"advantage.critic.load: {error}"
+    if critic.path is None:
+        return
+    yield from (f"advantage.critic.path: {problem}" for problem in folder_problems(critic.path))
+    own, student = try_model(critic.path), try_model(topology.models.student.path)
+    if own and student and own.vocab_size != student.vocab_size:
+        yield (
+            f"advantage.critic.path: vocab_size {own.vocab_size} in its config.json, the student's is "
+            f"{student.vocab_size}; choose a model with the student's vocabulary"
+        )
+
+
 def _why_samples(estimator: Estimator) -> str:
+    if estimator is Estimator.PPO:
+        return (
+            f"{estimator} weighs a token by what followed it until the reward, which is known when its response ended"
+        )
     if estimator.needs_groups:
         return (
             f"{estimator} weighs a token by the rewards of its whole group, which are known when every response of the "
@@ -75,6 +105,17 @@ def advantage_warnings(topology: Topology) -> Iterator[str]:
         yield (
             f"advantage.clip_low: {clip:g}, but gspo's ratio is a geometric mean over a response and hardly leaves 1; "
             "write 3.0e-4, and clip_high: 4.0e-4"
+        )
+    critic = section.critic
+    if section.estimator is Estimator.PPO and critic.only_steps >= topology.schedule.steps:
+        yield (
+            f"advantage.critic.only_steps: {critic.only_steps} of {topology.schedule.steps} steps, so the student is "
+            f"never trained; write less than {topology.schedule.steps}"
+        )
+    if "value_clip" in critic.model_fields_set and critic.value_clip is not None and critic.updates == 1:
+        yield (
+            f"advantage.critic.value_clip: {critic.value_clip:g}, but with one update per step no value has moved "
+            "since the step began; write advantage.critic.updates: 2 or more, or null"
         )
     unused = section.estimator is Estimator.NONE and topology.evaluation.judge != "reward"
     if topology.reward.kind is not RewardKind.NONE and unused:

@@ -2,7 +2,8 @@
 
 r_i reward of response i, T_i its tokens (t counts from 0), g its group: all responses to one prompt. A response without
 a reward (it could not be judged) has advantage 0 and takes no part in any mean. Whatever distils is added later, by
-the learner, to what comes out here: it neither scales the advantages nor is scaled with them.
+the learner, to what comes out here: it neither scales the advantages nor is scaled with them. PPO is not here: its
+advantages are `opd_async.gae`'s, made in the learner, where the critic's values are.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class Outcome:
 def estimate(outcomes: Sequence[Outcome], section: AdvantageSection) -> list[Float32]:
     """float32[tokens] per response, in order: the advantage of each of its tokens.
 
-    `outcomes` are those of a whole step, with whole groups in it. All zero for the estimator `none`.
+    `outcomes` are those of a whole step, with whole groups in it. All zero for the estimator `none`, and for `ppo`,
+    whose advantages are made where the values are (`opd_async.gae`).
     """
-    if section.estimator is Estimator.NONE:
+    if section.estimator in (Estimator.NONE, Estimator.PPO):
         return [np.zeros(outcome.tokens, np.float32) for outcome in outcomes]
     return [values.astype(np.float32) for values in ESTIMATORS[section.estimator](outcomes, section)]
 

@@ -97,8 +97,9 @@ class Segment:
 
     `token_ids` int32[prompt + end]; per trained token: `behaviour_logprobs`, `teacher_logprobs` float32[end - start],
     `versions` int32[end - start] of the weights that made it, `topk` of end - start rows where the loss needs it,
-    `advantages` float32[end - start] where an estimator has set them. `weight` is how often
-    each of its tokens counts in the loss (None: once).
+    `advantages` float32[end - start] where an estimator has set them. `weight` is how often each of its tokens
+    counts in the loss (None: once). `reward` is set where the learner makes advantages of it, NaN where there
+    is none.
     """
 
     sample_id: int
@@ -114,6 +115,7 @@ class Segment:
     advantages: NDArray[np.float32] | None = None
     teacher: str = ""
     weight: float | None = None
+    reward: float | None = None
 
 
 class Assembler:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from opd_async.checkpoints import shards
 from opd_async.errors import InputError
+from opd_async.learning import Estimator
 from opd_async.model_folder import ModelFacts, try_model
-from opd_async.topology import LearnerSection, Topology
+from opd_async.topology import LearnerSection, ModelSection, Topology
 
 
 def learner_problems(topology: Topology) -> Iterator[str]:
@@ -26,6 +27,8 @@ def learner_problems(topology: Topology) -> Iterator[str]:
     models = [("student", topology.models.student)]
     if topology.opd.in_learner and topology.models.teacher is not None:
         models.append(("teacher", topology.models.teacher))
+    if topology.advantage.estimator is Estimator.PPO and (critic := topology.advantage.critic.path) is not None:
+        models.append(("critic", ModelSection(path=critic)))
     known = [(side, facts) for side, model in models if (facts := try_model(model.path))]
     for side, facts in known:
         yield from _split_problems(side, facts, learner)

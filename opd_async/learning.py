@@ -104,16 +104,40 @@ class Estimator(StrEnum):
     """GRPO's advantage; the ratio is a truncated weight without gradient."""
     REINFORCE_PLUS_PLUS = "reinforce_plus_plus"
     REINFORCE_PLUS_PLUS_BASELINE = "reinforce_plus_plus_baseline"
+    PPO = "ppo"
+    """Generalised advantage estimation with the values of a critic, which the learner holds (`learner.critic`)."""
 
     @property
     def needs_groups(self) -> bool:
         """Whether several responses to one prompt are compared."""
-        return self not in (Estimator.NONE, Estimator.REINFORCE_PLUS_PLUS)
+        return self not in (Estimator.NONE, Estimator.REINFORCE_PLUS_PLUS, Estimator.PPO)
+
+    @property
+    def discounts(self) -> bool:
+        """Whether a token's distance from the reward matters."""
+        return self in (Estimator.REINFORCE_PLUS_PLUS, Estimator.PPO)
 
     @property
     def ratio(self) -> Literal["token", "sequence", "truncated"]:
         """The form of the importance ratio in the loss (`learner.surrogate`)."""
         return {Estimator.GSPO: "sequence", Estimator.CISPO: "truncated"}.get(self, "token")  # type: ignore[return-value]
+
+
+class CriticSection(Section):
+    """`ppo`: the model that learns what a prefix is worth, in the learner's ranks and split like the student."""
+
+    path: Path | None = None
+    """Hugging Face folder whose `config.json` is the critic's shape; null: the student begins the critic too."""
+    load: Path | None = None
+    """A Megatron checkpoint: its critic, or, where it has none, its model with a new head; null: weights in `path`."""
+    lr: float | None = Field(default=None, gt=0)
+    """Null stands for `learner.optimizer.lr`; everything else is as for the student."""
+    value_clip: float | None = Field(default=0.2, gt=0)
+    """A value that has moved by more than this since the step began is pulled no further; null switches it off."""
+    updates: Positive = 1
+    """Optimizer steps of the critic per step of the run, on the same responses."""
+    only_steps: NonNegative = 0
+    """So many steps at first train the critic alone."""
 
 
 class AdvantageSection(Section):
@@ -124,7 +148,10 @@ class AdvantageSection(Section):
     normalize_std: bool = True
     """`grpo`, `gspo`, `cispo`: divide by the standard deviation of the group's rewards."""
     gamma: float = Field(default=1.0, gt=0.0, le=1.0)
-    """`reinforce_plus_plus`: discount of the reward per token before the last."""
+    """`reinforce_plus_plus`, `ppo`: discount of the reward per token before the last."""
+    lam: float = Field(default=1.0, ge=0.0, le=1.0)
+    """`ppo`: how far ahead rewards count for more than the critic's word, from 0 (the next token) to 1 (the end)."""
+    critic: CriticSection = CriticSection()
     clip_low: float | None = Field(default=None, gt=0)
     """The ratio is clipped at 1 - clip_low; null stands for `opd.clip_ratio`, 1 or more for no lower bound."""
     clip_high: float | None = Field(default=None, gt=0)

@@ -141,7 +141,7 @@ class Train:
     """One step for one learner rank: its `StepBatch` as flat arrays, micro-batches back to back.
 
     `mb_tokens`, `mb_sequences`, `mb_rows` int32[M] say where each micro-batch ends; `sequence_lengths` int32[N];
-    `topk_ids` int32[R, k] and `topk_logprobs` float32[R, k] as in `ScoredChunk`.
+    `topk_ids` int32[R, k] and `topk_logprobs` float32[R, k] as in `ScoredChunk`; `rewards` float32[N], NaN for none.
     """
 
     version: int
@@ -159,6 +159,7 @@ class Train:
     topk_ids: Int32Matrix | None = None
     topk_logprobs: Float32Matrix | None = None
     weights: Float32 | None = None
+    rewards: Float32 | None = None
 
 
 # --- every role to the coordinator -----------------------------------------------------------------------------------

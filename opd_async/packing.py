@@ -62,6 +62,7 @@ def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:
         _join([version - segment.versions for segment in segments], np.int32),
         join([segment.topk for segment in segments]),
         _weights(segments),
+        _rewards(segments),
     )
 
 
@@ -77,6 +78,11 @@ def _weights(segments: Sequence[Segment]) -> NDArray[np.float32] | None:
     if all(segment.weight is None for segment in segments):
         return None
     return _join([np.full(s.end - s.start, s.weight or 1.0, np.float32) for s in segments], np.float32)
+
+
+def _rewards(segments: Sequence[Segment]) -> NDArray[np.float32] | None:
+    rewards = [segment.reward for segment in segments if segment.reward is not None]
+    return np.array(rewards, np.float32) if rewards else None
 
 
 def _advantages(segment: Segment) -> NDArray[np.float32]:
@@ -109,18 +115,23 @@ def to_message(batch: StepBatch) -> Train:
         _join([mb.weights for mb in mbs if mb.weights is not None], np.float32)
         if any(mb.weights is not None for mb in mbs)
         else None,
+        _join([mb.rewards for mb in mbs if mb.rewards is not None], np.float32)
+        if any(mb.rewards is not None for mb in mbs)
+        else None,
     )
 
 
 def from_message(train: Train) -> StepBatch:
     """Inverse of `to_message`; the arrays are views of the message."""
     tokens = np.split(train.token_ids, np.cumsum(train.mb_tokens)[:-1])
-    lengths = np.split(train.sequence_lengths, np.cumsum(train.mb_sequences)[:-1])
+    sequence_cuts = np.cumsum(train.mb_sequences)[:-1]
+    lengths = np.split(train.sequence_lengths, sequence_cuts)
     cuts = np.cumsum(train.mb_rows)[:-1]
     rows, staleness = (np.split(values, cuts) for values in (train.rows, train.staleness))
     by_row = (train.behaviour_logprobs, train.teacher_logprobs, train.advantages)
     behaviour, teacher, advantages = (np.split(values, cuts) for values in by_row)
     weights = [None] * len(rows) if train.weights is None else np.split(train.weights, cuts)
+    rewards = [None] * len(rows) if train.rewards is None else np.split(train.rewards, sequence_cuts)
     topk = split(TopK.of(train.topk_ids, train.topk_logprobs), train.mb_rows.tolist())
     micro_batches = tuple(
         MicroBatch(
@@ -133,6 +144,7 @@ def from_message(train: Train) -> StepBatch:
             staleness[i],
             topk[i],
             weights[i],
+            rewards[i],
         )
         for i in range(len(train.mb_tokens))
     )

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_async.advantages import Outcome, estimate, flat_groups
+from opd_async.advantages import ESTIMATORS, Outcome, estimate, flat_groups
 from opd_async.learning import AdvantageSection, Estimator
 
 GROUPED = [estimator for estimator in Estimator if estimator.needs_groups]
-LEARNING = [estimator for estimator in Estimator if estimator is not Estimator.NONE]
+LEARNING = list(ESTIMATORS)
 
 
 def advantages(outcomes: list[Outcome], estimator: Estimator, **options: object) -> list[list[float]]:
@@ -91,8 +91,10 @@ def test_a_response_without_a_reward_is_not_one_with_a_reward_of_zero(estimator:
     assert advantages([Outcome(0, None, 1), Outcome(0, None, 2)], estimator) == [[0.0], [0.0, 0.0]]
 
 
-def test_none_is_zero() -> None:
-    assert advantages(TWO_GROUPS, Estimator.NONE) == [[0.0] * outcome.tokens for outcome in TWO_GROUPS]
+@pytest.mark.parametrize("estimator", [Estimator.NONE, Estimator.PPO])
+def test_what_is_not_made_here_is_zero(estimator: Estimator) -> None:
+    assert advantages(TWO_GROUPS, estimator) == [[0.0] * outcome.tokens for outcome in TWO_GROUPS]
+    assert set(ESTIMATORS) == set(Estimator) - {Estimator.NONE, Estimator.PPO}
 
 
 @st.composite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +20,7 @@ from opd_async.wire import decode, encode
 VERSION = 7
 
 
-def segment(sample_id: int, prompt: int, start: int, count: int, k: int = 0) -> Segment:
+def segment(sample_id: int, prompt: int, start: int, count: int, k: int = 0, rewarded: bool = False) -> Segment:
     """Every token, logprob, version and top-k tells which sample and position it belongs to."""
     end = start + count
     rng = np.random.default_rng(sample_id)
@@ -34,7 +35,13 @@ def segment(sample_id: int, prompt: int, start: int, count: int, k: int = 0) -> 
         rng.uniform(-5, 0, count).astype(np.float32),
         np.sort(rng.integers(3, VERSION + 1, count)).astype(np.int32),
         topk_of(1000 * sample_id + prompt + np.arange(start, end), k) if k else None,
+        reward=_reward(sample_id) if rewarded else None,
     )
+
+
+def _reward(sample_id: int) -> float:
+    """Every third response has none."""
+    return sample_id / 10 if sample_id % 3 else math.nan
 
 
 def topk_of(targets: NDArray[np.int64], k: int) -> TopK:
@@ -48,7 +55,8 @@ def steps(draw: st.DrawFn) -> tuple[list[Segment], int, int]:
     """(segments, ranks, micro_batch_tokens)"""
     sizes = draw(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 20), st.integers(1, 20)), max_size=12))
     k = draw(st.sampled_from([0, 3]))
-    segments = [segment(index, *size, k) for index, size in enumerate(sizes)]
+    rewarded = draw(st.booleans())
+    segments = [segment(index, *size, k, rewarded) for index, size in enumerate(sizes)]
     return segments, draw(st.integers(1, 4)), draw(st.integers(1, 60))
 
 
@@ -89,7 +97,8 @@ def assert_same(left: StepBatch, right: StepBatch) -> None:
             np.testing.assert_array_equal(a, b)
         for field in dataclasses.fields(MicroBatch):
             a, b = getattr(one, field.name), getattr(two, field.name)
-            if field.name != "topk" and (a is not None or b is not None):
+            optional = field.name in ("weights", "rewards") and not len(one.rows)
+            if field.name != "topk" and not optional and (a is not None or b is not None):
                 assert a.dtype == b.dtype, field.name
                 np.testing.assert_array_equal(a, b, field.name)
 
@@ -111,8 +120,11 @@ def test_every_row_once_and_ranks_in_step(step: tuple[list[Segment], int, int]) 
             np.testing.assert_array_equal(mb.topk.ids[:, 0], mb.token_ids[mb.rows + 1])
         assert (mb.topk is None) == (not len(mb.rows) or segments[0].topk is None)
         assert not mb.advantages.any()
-        for piece in sequences(mb):
+        assert (mb.rewards is None) == (not len(mb.rows) or segments[0].reward is None)
+        for index, piece in enumerate(sequences(mb)):
             sample_id = int(mb.token_ids[piece.start]) // 1000
+            if mb.rewards is not None:
+                np.testing.assert_equal(mb.rewards[index], np.float32(_reward(sample_id)))
             np.testing.assert_array_equal(mb.token_ids[piece], segments[sample_id].token_ids)
 
 

@@ -59,7 +59,7 @@ def test_unknown_keys_get_a_suggestion_and_a_line(tmp_path: Path) -> None:
     data["network"] = {"zzz": 1}
     text = message(write_topology(tmp_path, data))
     assert "schedule.max_stalenes: unknown key; did you mean max_staleness?" in text
-    assert "lr: unknown key here; did you mean learner.optimizer.lr?" in text
+    assert "lr: unknown key here; did you mean learner.optimizer.lr or advantage.critic.lr?" in text
     assert "network.zzz: unknown key; the keys here are bind, base_port" in text
     line = (tmp_path / "topology.yaml").read_text().splitlines().index("  max_stalenes: 1") + 1
     assert f"line {line}: schedule.max_stalenes" in text

@@ -359,6 +359,16 @@ GRPO = ("advantage.estimator=grpo", "reward.kind=exact_match", "schedule.train_o
             ["advantage.estimator=reinforce_plus_plus", "schedule.train_on=tokens"],
             "schedule.train_on: tokens, but reinforce_plus_plus weighs a token by the reward of its response",
         ),
+        (
+            ["advantage.estimator=ppo", "schedule.train_on=tokens"],
+            "schedule.train_on: tokens, but ppo weighs a token by what followed it until the reward",
+        ),
+        (["advantage.lam=0.9"], "advantage.lam: 0.9, but grpo has no critic; write 1, or estimator: ppo"),
+        (["advantage.critic.lr=1e-3"], "advantage.critic: given, but grpo has no critic; remove it, or"),
+        (
+            ["advantage.estimator=ppo", "advantage.critic.load=nowhere"],
+            "advantage.critic.load: nowhere: no such folder; give",
+        ),
     ],
 )
 def test_estimators_get_what_they_need(tmp_path: Path, overrides: list[str], expected: str) -> None:
@@ -373,6 +383,32 @@ def test_estimators_that_exist_with_and_without_a_teacher(tmp_path: Path, estima
     options = [*GRPO, f"advantage.estimator={estimator}", "advantage.clip_low=3e-4"]
     topology = small_topology(tmp_path, *options, *([] if use_opd else ["opd.use_opd=false"]))
     assert validate(topology) == [] and warnings(topology) == []
+
+
+PPO = ("advantage.estimator=ppo", "reward.kind=exact_match", "schedule.train_on=samples", "opd.use_opd=false")
+
+
+def test_a_critic_of_its_own_shape_fits_student_and_ranks(tmp_path: Path) -> None:
+    options = ["advantage.gamma=0.99", "advantage.lam=0.95", "rollout.group_size=1"]
+    assert problems(tmp_path, *PPO, *options) == []
+    critic = make_model(tmp_path / "critic", num_hidden_layers=3)
+    assert problems(tmp_path, *PPO, f"advantage.critic.path={critic}") == []
+    found = problems(tmp_path, *PPO, f"advantage.critic.path={critic}", "learner.pipeline_parallel=2")
+    assert any("learner.pipeline_parallel: 2 does not divide the critic's 3 layers" in line for line in found)
+    make_model(tmp_path / "critic", vocab_size=40)
+    (line,) = problems(tmp_path, *PPO, f"advantage.critic.path={critic}")
+    assert line.startswith("advantage.critic.path: vocab_size 40 in its config.json, the student's is 32")
+    (line,) = problems(tmp_path, *PPO, "advantage.critic.path=nowhere")
+    assert line.startswith("advantage.critic.path: no folder nowhere")
+
+
+def test_options_of_a_critic_that_do_nothing_are_said(tmp_path: Path) -> None:
+    def said(*overrides: str) -> list[str]:
+        return [line.split(":")[0] for line in warnings(small_topology(tmp_path, *PPO, *overrides))]
+
+    assert said() == said("advantage.critic.value_clip=0.1", "advantage.critic.updates=2") == []
+    assert said("advantage.critic.value_clip=0.1") == ["advantage.critic.value_clip"]
+    assert said("advantage.critic.only_steps=1000") == ["advantage.critic.only_steps"]
 
 
 def test_a_temperature_other_than_one_is_refused_without_a_teacher_too(tmp_path: Path) -> None:

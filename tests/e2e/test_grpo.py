@@ -1,4 +1,4 @@
-"""GRPO on written addition in small, without any teacher: rewards from the response to the learner's step."""
+"""GRPO and PPO on written addition in small, without any teacher: rewards from the response to the learner's step."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from harness import ROOT, Launch, check_trained, steps
 
-GROUP, SAMPLES, STEPS = 8, 64, 5
+SAMPLES, STEPS, CRITIC_ONLY = 64, 5, 2
+WAYS = {
+    "grpo": {"rollout.group_size": 8},
+    "ppo": {"rollout.group_size": 1, "advantage.lam": 0.95, "advantage.critic.only_steps": CRITIC_ONLY},
+}
 
 
-def test_grpo_learns_from_rewards_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("estimator", WAYS)
+def test_rewards_alone_are_learnt_from(tmp_path: Path, estimator: str) -> None:
     make_data = [sys.executable, "examples/addition/make_data.py", "--out", str(tmp_path), "--train", "2000"]
     subprocess.run([*make_data, "--held-out", "50"], cwd=ROOT, check=True, timeout=60)
     changes = {
@@ -23,16 +29,15 @@ def test_grpo_learns_from_rewards_alone(tmp_path: Path) -> None:
         "schedule.train_on": "samples",
         "schedule.samples_per_step": SAMPLES,
         "rollout.slots": 64,
-        "rollout.group_size": GROUP,
         "reward.kind": "exact_match",
-        "advantage.estimator": "grpo",
+        "advantage.estimator": estimator,
         "learner.optimizer.warmup_steps": 1,
         "learner.optimizer.lr": 3.0e-4,  # that of the quickstart is for a signal on every token
         "evaluation.every_steps": "null",
         "evaluation.prompts": 50,
         "evaluation.samples_per_prompt": 2,
         "evaluation.judge": "reward",
-    }
+    } | WAYS[estimator]
     options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     file = tmp_path / "quickstart.yaml"
     file.write_text((ROOT / "examples" / "quickstart.yaml").read_text())
@@ -46,9 +51,14 @@ def test_grpo_learns_from_rewards_alone(tmp_path: Path) -> None:
     rows = steps(folder)
     for row in rows:
         assert (row["rewarded"], row["unrewarded"]) == (SAMPLES, 0)
-        assert 0.0 < row["reward_mean"] < 1.0 and 0.0 <= row["flat_groups"] < 1.0
+        assert 0.0 < row["reward_mean"] < 1.0 and 0.0 <= row["flat_groups"] <= 1.0
         assert row["learner_reverse_kl"] == row["learner_k3"] == 0.0
-    assert all(row["learner_grad_norm"] > 0.0 for row in rows)
+    only = CRITIC_ONLY if estimator == "ppo" else 0
+    assert [row["learner_grad_norm"] > 0.0 for row in rows] == [False] * only + [True] * (STEPS - only)
+    assert all((row["learner_critic_grad_norm"] > 0.0) == (estimator == "ppo") for row in rows)
+    if estimator == "ppo":
+        assert rows[0]["learner_value_mean"] == 0.0 < rows[-1]["learner_value_mean"]
+        assert rows[-1]["learner_value_loss"] < rows[0]["learner_value_loss"]
     report = json.loads((folder / "report.json").read_text())
     assert report["teacher"] is None and report["stages"]["teacher"] is None
     for when in ("student_before", "student_after"):

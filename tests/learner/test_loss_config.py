@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from learner.config import LossConfig
-from learner.main import loss_config, reference_config
+from learner.from_topology import critic_config, learner_config, loss_config, reference_config
 from opd_async.topology import Topology
 
 
@@ -43,6 +43,7 @@ def test_without_a_teacher_no_loss_is_left_that_would_need_one() -> None:
         ("gspo", "sequence"),
         ("cispo", "truncated"),
         ("reinforce_plus_plus", "token"),
+        ("ppo", "token"),
     ],
 )
 def test_the_estimator_chooses_the_ratio(estimator: str, ratio: str) -> None:
@@ -62,3 +63,17 @@ def test_the_reference_is_what_the_student_begins_with() -> None:
     found = reference_config(topology(advantage={"reference_kl_coef": 0.1}))
     assert found is not None and (found.model_path, found.load) == (Path("s"), None)
     assert config(advantage={"reference_kl_coef": 0.1}).reference_kl_coef == 0.1
+
+
+def test_the_critic_is_what_the_student_begins_with_and_has_the_same_optimizer() -> None:
+    assert critic_config(topology(advantage={"estimator": "grpo"})) is None
+    schedule, optimizer = {"steps": 100}, {"optimizer": {"lr": 1e-4, "warmup_steps": 3}}
+    ppo = {"estimator": "ppo", "gamma": 0.9, "lam": 0.8, "critic": {"only_steps": 10}}
+    whole = learner_config(topology(advantage=ppo, schedule=schedule, learner=optimizer))
+    found = whole.critic
+    assert found is not None and (found.model_path, found.load) == (Path("s"), None)
+    assert (found.gamma, found.lam, found.value_clip, found.updates, found.only_steps) == (0.9, 0.8, 0.2, 1, 10)
+    assert (found.optim.lr, found.optim.warmup_steps, found.optim.total_steps) == (1e-4, 3, 100)
+    assert whole.optim.total_steps == 90  # the student's schedule begins when it does
+    other = critic_config(topology(advantage=ppo | {"critic": {"lr": 1e-3, "path": "c"}}, learner=optimizer))
+    assert other is not None and (other.optim.lr, other.optim.warmup_steps, other.model_path) == (1e-3, 3, Path("c"))
