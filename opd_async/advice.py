@@ -25,7 +25,7 @@ from opd_async.cost_model import (
 )
 from opd_async.errors import InputError
 from opd_async.forecast import Forecast, forecast
-from opd_async.lengths import Lengths, typical
+from opd_async.lengths import Capped, Lengths, typical
 from opd_async.sizing import Memory, engine_memory, learner_memory
 from opd_async.topology import Topology, TrainOn
 from opd_async.workload import Devices, Workload
@@ -56,6 +56,8 @@ class Planner:
             raise InputError("--plan: covers one teacher on engines of its own, in models.teacher")
         ((model, section),) = topology.teachers.values()
         self.topology, self.site, self._section = topology, site, section
+        self.lengths = Capped(site.lengths, topology.rollout.sampling.max_response_tokens)
+        self.prompt_tokens = min(site.prompt_tokens, topology.max_prompt_tokens)
         self.student: Decoder = read_decoder(topology.models.student.path)
         self.teacher: Decoder = read_decoder(model.path)
 
@@ -73,9 +75,9 @@ class Planner:
         """The topology's workload with the roles on `devices`."""
         topology, site = self.topology, self.site
         tp_student, tp_teacher = topology.engines.student.tensor_parallel, self._section.tensor_parallel
-        mean = float(typical(site.lengths).mean())
+        mean = float(typical(self.lengths).mean())
         return Workload(
-            site.lengths,
+            self.lengths,
             decode_cost(self.student, site.device, tp_student),
             prefill_cost(self.student, site.device, tp_student, with_head=False),
             prefill_cost(self.teacher, site.device, tp_teacher),
@@ -85,14 +87,19 @@ class Planner:
             teachers=devices.teacher // tp_teacher,
             slots=topology.rollout.slots,
             samples_per_step=max(1, round(topology.schedule.tokens_per_step / mean)),
-            prompt_tokens=site.prompt_tokens,
+            prompt_tokens=self.prompt_tokens,
             chunk_tokens=topology.rollout.chunk_tokens,
             batch_tokens=topology.teacher.batch_tokens,
             max_wait_s=topology.teacher.max_wait_ms / 1000,
-            cache_tokens=engine_cache_tokens(self.teacher, site.device, tp_teacher),
+            cache_tokens=self._cache_tokens(),
             group_size=topology.rollout.group_size,
             devices=devices,
         )
+
+    def _cache_tokens(self) -> int:
+        """Of one teacher engine: what fits, and no more than an engine is told to keep that the run starts."""
+        fits = engine_cache_tokens(self.teacher, self.site.device, self._section.tensor_parallel)
+        return min(fits, self._section.kv_tokens) if self._section.started else fits
 
     def forecast(self, devices: Devices) -> Forecast:
         """What the topology's schedule makes of `devices`."""
@@ -105,7 +112,7 @@ class Planner:
         under_way = work.slots / work.engines * work.mean_context
         ranks = section.tensor_parallel * section.pipeline_parallel * section.context_parallel
         learner = section.model_copy(update={"data_parallel": max(1, devices.learner // ranks)})
-        longest = int(typical(self.site.lengths).max()) + work.prompt_tokens
+        longest = int(typical(self.lengths).max()) + work.prompt_tokens
         return [
             engine_memory("student engine", self.student, device, student.tensor_parallel, under_way),
             engine_memory("teacher engine", self.teacher, device, self._section.tensor_parallel, work.cache_tokens),
@@ -145,34 +152,44 @@ def describe(planner: Planner) -> str:
     """The plan as text: stages, memory, warnings, and the best split."""
     devices, site = planner.devices, planner.site
     here, work = planner.forecast(devices), planner.workload(devices)
-    rates = work.rates()
+    longest, asked = int(typical(planner.lengths).max()), int(typical(site.lengths).max())
+    cut = f" (rollout.sampling.max_response_tokens; --lengths has up to {asked:,})" if asked > longest else ""
     lines = [
         f"planned for {devices.total} x {site.device.name}, weights over {site.link.name}; computed, not measured",
-        f"responses: mean {work.mean_tokens:,.0f}, longest {int(typical(site.lengths).max()):,} tokens; "
-        f"prompts {site.prompt_tokens:,}; step: {planner.topology.schedule.tokens_per_step:,} tokens",
+        f"responses: mean {work.mean_tokens:,.0f}, longest {longest:,} tokens{cut}; prompts: {work.prompt_tokens:,}",
         "",
-        f"{'stage':<10}{'devices':>8}{'tokens/s alone':>16}{'s per step':>12}{'recompute':>11}",
+        *_stage_lines(devices, work, here),
+        "",
+        *_memory_lines(planner.memory(devices)),
+        *_cache_lines(planner, work),
+        "",
+        _split_line(planner, here),
     ]
+    return "\n".join(lines)
+
+
+def _stage_lines(devices: Devices, work: Workload, here: Forecast) -> Iterator[str]:
+    """Times of one optimizer step, which may be larger than `tokens_per_step`."""
+    budgets = here.step_budgets
+    rates = work.rates(budgets)
+    yield f"{'stage':<10}{'devices':>8}{'tokens/s alone':>16}{'busy s a step':>15}{'recompute':>11}"
     for stage, recompute in (
         ("rollout", 1.0),
         ("teacher", here.teacher_recompute),
         ("learner", here.learner_recompute),
     ):
-        seconds, rate = getattr(here, f"{stage}_s"), getattr(rates, stage)
+        seconds, rate = getattr(here, f"{stage}_s") * budgets, getattr(rates, stage)
         mark = "  <- bottleneck" if stage == here.bottleneck else ""
-        count = getattr(devices, stage)
-        lines.append(f"{stage:<10}{count:>8}{rate:>16,.0f}{seconds:>12.1f}{recompute:>11.2f}{mark}")
-    lines += [
-        "",
-        f"step {here.seconds:.1f} s ({here.tokens_per_s:,.0f} tokens/s, {here.tokens_per_s / rates.bound:.0%} of the "
-        f"slowest stage alone), bubble {here.bubble:.0%} of the devices, weight update {work.sync_s:.2f} s",
-        "",
-        *_memory_lines(planner.memory(devices)),
-        *_cache_lines(work),
-        "",
-        _split_line(planner, here),
-    ]
-    return "\n".join(lines)
+        yield f"{stage:<10}{getattr(devices, stage):>8}{rate:>16,.0f}{seconds:>15.3g}{recompute:>11.2f}{mark}"
+    yield ""
+    yield (
+        f"an optimizer step every {here.seconds * budgets:.3g} s, of {budgets * work.tokens_per_step:,.0f} tokens "
+        f"({budgets:.1f} x schedule.tokens_per_step); weight update {work.sync_s:.2g} s"
+    )
+    yield (
+        f"{here.tokens_per_s:,.0f} tokens/s: {here.tokens_per_s / rates.bound:.0%} of the slowest stage alone; "
+        f"bubble {here.bubble:.0%} of the devices"
+    )
 
 
 def _memory_lines(memories: list[Memory]) -> Iterator[str]:
@@ -180,7 +197,7 @@ def _memory_lines(memories: list[Memory]) -> Iterator[str]:
     yield f"{'GiB per device':<16}" + "".join(f"{title:>14}" for title in titles)
     for one in memories:
         parts = (one.weights, one.optimizer, one.kv, one.activations, one.total, one.device.memory)
-        yield f"{one.role:<16}" + "".join(f"{part / GIB:>14.1f}" for part in parts)
+        yield f"{one.role:<16}" + "".join(f"{part / GIB:>14.{1 if part >= GIB else 3}f}" for part in parts)
     for one in memories:
         if not one.fits:
             needs, has = one.total / GIB, one.device.memory / GIB
@@ -194,10 +211,19 @@ def _remedy(role: str) -> str:
     return f"raise engines.{side}.tensor_parallel" + (" or replicas, or lower rollout.slots" * (side == "student"))
 
 
-def _cache_lines(work: Workload) -> Iterator[str]:
-    held, under_way = work.cache_tokens * work.teachers, work.slots * work.mean_context
+def _cache_lines(planner: Planner, work: Workload) -> Iterator[str]:
+    student, under_way = planner.topology.engines.student, work.slots * work.mean_context
+    if student.started and student.kv_tokens * work.engines < under_way:
+        yield (
+            f"warning: the student engines keep {student.kv_tokens * work.engines:,} of {under_way:,.0f} tokens under "
+            "way; raise engines.student.kv_tokens, or lower rollout.slots"
+        )
+    held = work.cache_tokens * work.teachers
     if held < under_way:
-        yield f"warning: the teacher's caches hold {held:,} of {under_way:,.0f} tokens under way"
+        yield (
+            f"warning: the teacher's caches hold {held:,} of {under_way:,.0f} tokens under way: chunks will wait for "
+            "the end of their responses; raise engines.teacher.kv_tokens or its replicas where memory allows"
+        )
 
 
 def _split_line(planner: Planner, here: Forecast) -> str:
@@ -209,6 +235,6 @@ def _split_line(planner: Planner, here: Forecast) -> str:
         return f"no split of these {devices.total} devices is faster"
     parts = ", ".join(f"{count} {role}" for role, count in dataclasses.asdict(devices).items())
     return (
-        f"best split of these {devices.total} devices: {parts}: step {best.seconds:.1f} s "
+        f"best split of these {devices.total} devices: {parts}: {best.tokens_per_s:,.0f} tokens/s "
         f"({best.tokens_per_s / here.tokens_per_s:.2f} x), bubble {best.bubble:.0%}"
     )

@@ -32,7 +32,7 @@ from opd_async.completions import Mix
 from opd_async.errors import OpdError, RoleError
 from opd_async.evaluator import EVAL_IDS
 from opd_async.fleet import Fleet
-from opd_async.leases import LeaseBook
+from opd_async.leases import LeaseBook, hold_tokens
 from opd_async.ledger import Ledger
 from opd_async.mailbox import Mailbox
 from opd_async.metrics import RoleMetrics
@@ -227,7 +227,7 @@ class Coordinator:
         schedule = self.plan.topology.schedule
         # while a step is trained with the engines' weights; an older account would stop generation for nothing
         in_step = acks.next_step == self.version + 1
-        if in_step and acks.ready_tokens >= 2 * max(1, schedule.max_staleness) * schedule.tokens_per_step:
+        if in_step and acks.ready_tokens >= hold_tokens(schedule.tokens_per_step, schedule.max_staleness):
             self.barrier.hold()
         if self.book is not None:
             self.book.ready(acks.next_step, acks.ready_tokens)

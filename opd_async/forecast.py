@@ -3,8 +3,9 @@
     Workload, staleness -> slots as one array, a hundred ticks a step -> Forecast
 
 Generation, scoring and training are flows here: no chunks, no messages, one engine that stands for all, a queue at the
-teacher that is a number. Rules of admission, hold, deadline and step size are those of `opd_async.leases` and
-`opd_async.schedule`. `python -m bench.schedules` runs these themselves; a test keeps the two within 10 %.
+teacher that is a number, a cache that holds everything or nothing. Rules of admission, hold, deadline and step size are
+those of `opd_async.leases`, `opd_async.schedule` and `opd_async.growth`. `python -m bench.schedules` runs these
+themselves; a test keeps the two within 10 %.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_async.leases import NEXT_STEP, NEXT_STEP_FORCED
+from opd_async.growth import PROBE_EVERY
+from opd_async.leases import NEXT_STEP, NEXT_STEP_FORCED, hold_tokens
 from opd_async.lengths import LengthStream
 from opd_async.schedule import LARGEST_STEP
 from opd_async.workload import Workload
@@ -23,6 +25,8 @@ from opd_async.workload import Workload
 TICKS = 100
 WARMUP, STEPS = 8, 16
 NEVER = 1 << 30
+PROBES = 1 / math.log(2) / PROBE_EVERY
+"""Tokens that probes compute again for each new one, where the teacher's cache does not hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +67,32 @@ class _Flow:
 
     work: Workload
     staleness: int
+    coarse: bool
+    """The teacher's caches do not hold: tokens wait for the end of their response, or until they are due."""
     lengths: LengthStream
     position: NDArray[np.float64]
     length: NDArray[np.int64]
     trained: NDArray[np.float64]
     oldest: NDArray[np.int64]
+    """Version of the oldest token that is not trained."""
+    sent: NDArray[np.float64]
+    """Tokens that have left for the teacher."""
+    unsent: NDArray[np.int64]
+    """Version of the oldest token that has not left."""
+    sent_at: NDArray[np.float64]
+    """`queued` when tokens last left: what the teacher has computed since then may have taken their place."""
     now: float = 0.0
     version: int = 0
     leased: int = 0
     ended: list[_Ended] = field(default_factory=list)
-    made: float = 0.0
+    new: float = 0.0
+    """Tokens that have left, each once."""
+    queued: float = 0.0
+    """Tokens for the teacher to compute, prefixes included."""
     scored: float = 0.0
+    """Those that it has computed."""
     settle_at: float = 0.0
-    """Scored tokens from which on the next step may begin."""
+    """Computed tokens from which on the next step may begin."""
     step_end: float = math.inf
     resume_at: float = 0.0
     step_tokens: float = 0.0
@@ -92,80 +109,101 @@ def forecast(work: Workload, staleness: int) -> Forecast:
     flow = _Flow(
         work,
         staleness,
+        not cache_holds(work),
         LengthStream(work.lengths, 0, work.group_size, work.correlation),
         np.zeros(slots),
         np.zeros(slots, np.int64),
         np.zeros(slots),
         np.full(slots, NEVER),
+        np.zeros(slots),
+        np.full(slots, NEVER),
+        np.zeros(slots),
     )
-    teacher_recompute = expected_teacher_recompute(work)
     rates = work.rates()
     tick = work.tokens_per_step / rates.bound / TICKS
-    first: tuple[float, ...] = ()
+    first: NDArray[np.float64] | None = None
     while flow.version < WARMUP + STEPS:
-        if flow.version >= WARMUP and not first:
-            first = (flow.now, flow.step_tokens, flow.forwarded, flow.train_s, flow.rollout_s)
-        _tick(flow, tick, rates.teacher / teacher_recompute, (teacher_recompute - 1) * math.log(2))
-    last = (flow.now, flow.step_tokens, flow.forwarded, flow.train_s, flow.rollout_s)
-    seconds, tokens, forwarded, train_s, rollout_s = (b - a for a, b in zip(first, last, strict=True))
+        if flow.version >= WARMUP and first is None:
+            first = _totals(flow)
+        _tick(flow, tick, rates.teacher)
+    assert first is not None
+    seconds, tokens, forwarded, train_s, rollout_s, new, computed = (_totals(flow) - first).tolist()
     devices, budgets = work.devices, tokens / work.tokens_per_step
+    rates = work.rates(budgets / STEPS)
     device_s = devices.rollout / rates.rollout + devices.teacher / rates.teacher + devices.learner / rates.learner
     return Forecast(
         seconds / budgets,
         rollout_s / budgets,
-        work.tokens_per_step / rates.teacher * teacher_recompute,
+        work.tokens_per_step / rates.teacher * computed / new,
         train_s / budgets,
         tokens / seconds,
         forwarded / (tokens * (work.mean_tokens + work.prompt_tokens) / work.mean_tokens),
-        teacher_recompute,
+        computed / new,
         budgets / STEPS,
         1 - tokens / seconds * device_s / devices.total,
     )
 
 
-def expected_teacher_recompute(work: Workload) -> float:
-    """Tokens that the teacher computes for each that is new: 1 where its caches hold all responses under way, and up
-    to 1 + 1 / ln 2 where they hold none: cut points double then (`opd_async.growth`)."""
+def _totals(flow: _Flow) -> NDArray[np.float64]:
+    sums = (flow.now, flow.step_tokens, flow.forwarded, flow.train_s, flow.rollout_s, flow.new, flow.queued)
+    return np.array(sums, np.float64)
+
+
+def cache_holds(work: Workload) -> bool:
+    """Whether the teacher's caches keep every response under way until its end."""
     rates = work.rates()
     under_way = work.slots * work.mean_context
     # what has ended stays until it is the least recently used: as long as a running response goes without a chunk
     ended = rates.bound * work.chunk_tokens * work.slots / rates.rollout
-    missing = max(0.0, 1 - work.cache_tokens * work.teachers / (under_way + ended))
-    return 1 + missing / math.log(2)
+    return work.cache_tokens * work.teachers >= under_way + ended
 
 
-def _tick(flow: _Flow, seconds: float, score_rate: float, missing: float) -> None:
+def _tick(flow: _Flow, seconds: float, score_rate: float) -> None:
     flow.now += seconds
     if flow.now >= flow.resume_at:
         _generate(flow, seconds)
-    flow.scored = min(flow.made, flow.scored + score_rate * seconds)
+    flow.scored = min(flow.queued, flow.scored + score_rate * seconds)
     budget = flow.work.tokens_per_step
     if flow.now >= flow.step_end:
         flow.version += 1
         flow.step_end = math.inf
         flow.resume_at = flow.now + flow.work.sync_s
+        _send(flow, flow.unsent + max(flow.staleness - 1, 1) <= flow.version)
         if flow.staleness == 1:
-            flow.settle_at = flow.made
-            # every chunk that the update flushed is scored at once, whatever has been forgotten of its prefix
-            flow.scored -= missing * float(flow.position.sum())
+            flow.settle_at = flow.queued
     elif flow.step_end == math.inf and flow.now >= flow.resume_at and flow.scored >= flow.settle_at:
         due = flow.version - flow.staleness
         if _ready(flow, due) >= budget:
             _step(flow, due)
 
 
+def _send(flow: _Flow, which: NDArray[np.bool_]) -> None:
+    """All tokens of these slots leave for the teacher."""
+    new = float((flow.position - flow.sent)[which].sum())
+    flow.new += new
+    flow.queued += new
+    if flow.coarse:
+        held = flow.work.cache_tokens * flow.work.teachers
+        lost = which & (flow.sent > 0) & (flow.queued - flow.sent_at > held)
+        flow.queued += PROBES * new + float((flow.sent + flow.work.prompt_tokens)[lost].sum())
+    flow.sent = np.where(which, flow.position, flow.sent)
+    flow.unsent = np.where(which, NEVER, flow.unsent)
+    flow.sent_at = np.where(which, flow.queued, flow.sent_at)
+
+
 def _ready(flow: _Flow, due: int, chunk: int = 1) -> float:
     """What a step could take; of running responses only whole chunks have left the engine."""
     running = flow.oldest <= due
+    chunk = 1 if flow.coarse else chunk
     ended = sum(one.end - one.start for one in flow.ended if one.scored_at <= flow.scored)
-    return ended + float(((flow.position - flow.trained)[running] // chunk).sum() * chunk)
+    return ended + float(((flow.sent - flow.trained)[running] // chunk).sum() * chunk)
 
 
 def _generate(flow: _Flow, seconds: float) -> None:
     work = flow.work
     next_step = flow.version + (flow.step_end < math.inf)
     ready = _ready(flow, next_step - flow.staleness, work.chunk_tokens)
-    if flow.step_end < math.inf and ready >= 2 * flow.staleness * work.tokens_per_step:
+    if flow.step_end < math.inf and ready >= hold_tokens(work.tokens_per_step, flow.staleness):
         return
     begun = _admit(flow, ready)
     running = flow.length > 0
@@ -178,12 +216,15 @@ def _generate(flow: _Flow, seconds: float) -> None:
     steps = work.decode.steps(seconds, max(1, round(active / work.engines)), cached / work.engines)
     gained = np.minimum(flow.length - flow.position, steps) * running
     flow.oldest = np.where((flow.position <= flow.trained) & running, flow.version, flow.oldest)
+    flow.unsent = np.where((flow.position <= flow.sent) & running, flow.version, flow.unsent)
     flow.position += gained
-    flow.made += float(gained.sum())
-    for slot in np.nonzero(running & (flow.position >= flow.length))[0]:
+    over = running & (flow.position >= flow.length)
+    _send(flow, over if flow.coarse else running)
+    for slot in np.nonzero(over)[0]:
         start, end = int(flow.trained[slot]), int(flow.length[slot])
-        flow.ended.append(_Ended(start, end, int(flow.oldest[slot]), flow.made))
-        flow.length[slot], flow.position[slot], flow.trained[slot], flow.oldest[slot] = 0, 0, 0, NEVER
+        flow.ended.append(_Ended(start, end, int(flow.oldest[slot]), flow.queued))
+        flow.length[slot], flow.oldest[slot] = 0, NEVER
+        flow.position[slot], flow.trained[slot], flow.sent[slot] = 0, 0, 0
 
 
 def _admit(flow: _Flow, ready: float) -> int:
@@ -206,9 +247,9 @@ def _step(flow: _Flow, due: int) -> None:
     train, prompt = flow.work.train, flow.work.prompt_tokens
     segments: list[tuple[int, int]] = []
     for slot in np.nonzero(flow.oldest <= due)[0]:
-        segments.append((int(flow.trained[slot]), int(flow.position[slot])))
-        flow.trained[slot] = int(flow.position[slot])
-        flow.oldest[slot] = NEVER
+        segments.append((int(flow.trained[slot]), int(flow.sent[slot])))
+        flow.trained[slot] = int(flow.sent[slot])
+        flow.oldest[slot] = flow.unsent[slot]
     flow.ended.sort(key=lambda one: one.oldest)
     tokens, later = sum(end - start for start, end in segments), []
     for one in flow.ended:

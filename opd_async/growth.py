@@ -1,12 +1,15 @@
 """Coarser scoring when a teacher engine's prefix cache does not hold: pure, without a clock.
 
 Each scoring request carries a whole prefix. While the cache holds it, only new tokens are computed and every chunk may
-leave at once. When it does not, small chunks cost the prefix again and again; then the tokens of a response wait for
-cut points that double: `first`, 2 * `first`, 4 * `first`, ... A response of L tokens is then computed at the cut points
-below L, which sum to less than 2 L, and once at its end: at most two tokens again for each of its own.
+leave at once. When it does not, each request computes the prefix again, whatever was scored before; then the tokens of
+a response wait for its end, or for the step that needs them. They are computed once, and the prefix once more for each
+step that cuts the response.
 
     chunk -> CutPoints.offer(chunk, CacheShare.coarse) -> chunks that may leave -> batcher -> engine
                                        ^ observe(prefix, cached) of each answer <---------------+
+
+One sample in `PROBE_EVERY` is a probe: it leaves at cut points that double (`first`, 2 * `first`, 4 * `first`, ...), so
+that somebody finds out when the cache holds again. A probe of L tokens computes less than 2 L of them again.
 
 Tokens never wait beyond the staleness bound: step b + S cannot start without the scores of what weights b have made
 (docs/staleness.md). They leave when the engines hold weights b + S - 1, so that the step need not wait for the teacher;
@@ -17,6 +20,11 @@ from __future__ import annotations
 
 from opd_async.messages import Chunk
 
+PROBE_EVERY = 16
+"""Of so many samples one shows whether the cache holds: few enough to cost little, enough to be there at any time."""
+HOLDS_AGAIN = 0.95
+"""Share of the prefixes that an engine must find before all chunks leave at once again: while most samples wait, the
+few that do not have more room than they will have then."""
 _BELIEF = 8192.0
 """Prefix tokens that a cache is believed to have held before the first answer: a cold start is no verdict."""
 _DECAY = 0.9
@@ -27,10 +35,10 @@ class CacheShare:
     """How much of the prefixes that one engine has seen before it still finds in its cache."""
 
     def __init__(self, min_share: float) -> None:
-        """Coarse below `min_share`, until the share is half-way from there to 1; 0 never."""
+        """Coarse below `min_share`, until the share is `HOLDS_AGAIN`; 0 never."""
         self.min_share = min_share
         self.coarse = False
-        """Whether chunks for this engine should wait for their cut points."""
+        """Whether chunks for this engine should wait."""
         self._prefix = self._cached = _BELIEF
 
     @property
@@ -44,7 +52,7 @@ class CacheShare:
             return
         self._prefix = _DECAY * self._prefix + prefix_tokens
         self._cached = _DECAY * self._cached + min(cached_tokens, prefix_tokens)
-        limit = (1.0 + self.min_share) / 2 if self.coarse else self.min_share
+        limit = HOLDS_AGAIN if self.coarse else self.min_share
         self.coarse = self.share < limit
 
 
@@ -57,10 +65,11 @@ def next_cut(position: int, first: int) -> int:
 
 
 class CutPoints:
-    """Chunks that wait for the next cut point of their response, by sample and in order."""
+    """Chunks that wait for the end of their response, by sample and in order."""
 
     def __init__(self, first: int, max_staleness: int | None) -> None:
-        """`max_staleness` None: steps take whole responses only, so no token is due before its response has ended."""
+        """`first` is the first cut point of a probe. `max_staleness` None: steps take whole responses only, so no token
+        is due before its response has ended."""
         self.first = first
         self._patience = None if max_staleness is None else min(max_staleness, max(max_staleness - 1, 1))
         self._version = -1
@@ -75,8 +84,8 @@ class CutPoints:
         """The chunks of this sample that may leave now: all of them, or none yet."""
         held = self._held.setdefault(chunk.sample_id, [])
         held.append(chunk)
-        reached = _end(held) >= next_cut(held[0].start, self.first)
-        if coarse and not reached and chunk.finish is None and not self._due(held):
+        probed = chunk.sample_id % PROBE_EVERY == 0 and _end(held) >= next_cut(held[0].start, self.first)
+        if coarse and not probed and chunk.finish is None and not self._due(held):
             return []
         return self._held.pop(chunk.sample_id)
 

@@ -17,9 +17,18 @@ from opd_async.messages import Frontier
 from opd_async.topology import ScheduleSection, TrainOn
 
 NEXT_STEP = 1.25
-NEXT_STEP_FORCED = 0.9
+NEXT_STEP_FORCED = 1.1
 """Budgets that the next step may hold while a step is trained; no new response begins beyond them. At S = 1 the next
-step must take all that is held, so that a whole budget would soon make it too large (bench/LOG.md)."""
+step must take all that is held, what is still being generated included, so that it ends up at twice as much."""
+
+
+def hold_tokens(tokens_per_step: int, max_staleness: int) -> int:
+    """How many tokens the next step may hold before generation stands still until the next update.
+
+    A bound for the worst case, above what admission lets come together: engines that stand still lose time, and what
+    they were generating is cut all the same (bench/LOG.md).
+    """
+    return (2 * max(1, max_staleness) + 1) * tokens_per_step
 
 
 @dataclass(frozen=True, slots=True)

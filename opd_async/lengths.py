@@ -90,6 +90,18 @@ class Replay:
         return measured[np.minimum((1 - _survival(z)) * len(measured), len(measured) - 1).astype(np.int64)]
 
 
+@dataclass(frozen=True, slots=True)
+class Capped:
+    """Another distribution, cut at `cap` tokens."""
+
+    lengths: Lengths
+    cap: int
+
+    def of(self, z: Float64) -> Int64:
+        """int64[n] lengths."""
+        return np.minimum(self.lengths.of(z), self.cap)
+
+
 def _survival(z: Float64) -> Float64:
     return np.array([0.5 * math.erfc(value / math.sqrt(2)) for value in z])
 

@@ -119,7 +119,10 @@ CATALOGUE: tuple[Metric, ...] = (
     _counter("opd_teacher_idle_seconds_total", "Time without any scoring batch in flight."),
     _histogram("opd_teacher_score_latency_seconds", "From the last token of a sample to its score.", _SECONDS),
     _counter("opd_teacher_malformed_total", "Frames dropped because they do not decode to the schema.", "kind"),
-    _gauge("opd_teacher_held_tokens", "New tokens that wait for a cut point because the prefix cache does not hold."),
+    _gauge(
+        "opd_teacher_held_tokens",
+        "New tokens that wait for the end of their response because the prefix cache does not hold.",
+    ),
     _gauge("opd_teacher_prefix_share", "Share of known prefixes that the engine still had in its cache.", "engine"),
     _gauge("opd_teacher_breaker_open", "1 while an engine is given no work because it failed.", "engine"),
     _counter("opd_teacher_retries_total", "Scoring batches that failed, to be sent again.", "kind"),

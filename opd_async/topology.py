@@ -183,7 +183,8 @@ class TeacherSection(Section):
     canary_every_s: Seconds = 300.0
     """How often each engine is checked with a short text."""
     min_cached_share: Share = 0.5
-    """Below this share of prefixes found in an engine's cache, chunks wait for cut points that double; 0: never."""
+    """Below this share of prefixes found in an engine's cache, chunks wait for the end of their response, or for the
+    step that needs them; 0: never."""
 
 
 class ScheduleSection(Section):

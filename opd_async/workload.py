@@ -71,8 +71,9 @@ class Workload:
     correlation: float = 0.0
     devices: Devices = field(default_factory=Devices)
 
-    def rates(self) -> Rates:
-        """See `Rates`. Rollout has every slot taken and responses at all stages of their growth."""
+    def rates(self, budgets: float = 1.0) -> Rates:
+        """See `Rates`. Rollout has every slot taken and responses at all stages of their growth; a step of the learner
+        has `budgets` * `samples_per_step` responses, over which its fixed cost is spread."""
         length = typical(self.lengths).astype(np.float64)
         mean, per_engine = float(length.mean()), self.slots / self.engines
         kv_tokens = per_engine * self.mean_context
@@ -84,7 +85,7 @@ class Workload:
         scored = whole.mean() * self.score.token_s + pairs * self.score.pair_s
         scored += self.score.floor_s * mean / self.batch_tokens
         trained = whole.mean() * self.train.token_s + pairs * self.train.pair_s + mean * self.train.row_s
-        trained += self.train.floor_s / self.samples_per_step
+        trained += self.train.floor_s / (self.samples_per_step * budgets)
         return Rates(rollout, mean / float(scored) * self.teachers, mean / float(trained))
 
     @property

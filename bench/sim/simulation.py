@@ -23,7 +23,7 @@ from opd_async import frontier
 from opd_async.assembly import Assembler
 from opd_async.batching import TokenBudgetBatcher
 from opd_async.growth import CutPoints
-from opd_async.leases import LeaseBook, PromptOrder
+from opd_async.leases import LeaseBook, PromptOrder, hold_tokens
 from opd_async.lengths import LengthStream
 from opd_async.messages import Chunk, ScoredChunk
 from opd_async.routing import rendezvous
@@ -188,7 +188,7 @@ class Simulation:
         if self._training is not None and isinstance(self._planner, DeadlineCuts):
             ready = self._planner.ready_tokens(self._assembler, self._training + 1)
             self._book.ready(self._training + 1, ready)
-            if ready >= 2 * max(1, self._rule.staleness) * self._planner.budget:
+            if ready >= hold_tokens(self._planner.budget, self._rule.staleness):
                 self._pause()
             self._lease()
 

@@ -17,6 +17,7 @@ from actors.teacher import TeacherActor
 from opd_async import messages as m
 from opd_async.channels import Pull, Push
 from opd_async.errors import RoleError
+from opd_async.growth import PROBE_EVERY
 from opd_async.plan import RoleKind
 from opd_async.role import Role
 
@@ -245,7 +246,7 @@ def test_replicas_that_differ_are_refused_at_start() -> None:
     assert caught.group_contains(RoleError, match="replicas of one teacher must hold the same model")
 
 
-def test_without_a_cache_tokens_wait_for_cut_points_and_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_tokens_wait_for_ends_and_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opd_async.growth._BELIEF", 1.0)
 
     async def run() -> None:
@@ -256,12 +257,12 @@ def test_without_a_cache_tokens_wait_for_cut_points_and_deadlines(monkeypatch: p
             engine.seen.clear()
             share = "opd_teacher_prefix_share"
             await until(lambda: value(running.role, share, engine=engine.url) < 0.5, "a verdict on the cache")
-            await running.send(2, 8, end=False)
-            await until(lambda: len(running.scores) == 2 + 8, "the cut points at 4, 8, 16 and 32")
-            assert len(engine.scored) <= 4
+            await running.send(2, 8)
+            await until(lambda: len(running.scores) == 2 + 8, "the end of a response")
+            assert len(engine.scored) == 1
+            await running.send(PROBE_EVERY, 3, end=False)
+            await until(lambda: len(running.scores) == 2 + 8 + 2, "the cut points of a probe at 4 and 8")
             await running.send(3, 3, end=False)
-            await until(lambda: len(running.scores) == 2 + 8 + 2, "the cut points at 4 and 8")
-            assert (3, 2 * CHUNK) not in running.scores
             await running.coordinator.to_role.put(m.Resume(1))
             await running.all_scored()
 

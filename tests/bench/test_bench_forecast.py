@@ -22,18 +22,29 @@ WORKLOADS = {
     "8B on H200": dataclasses.replace(
         real(QWEN3_8B, QWEN3_30B_A3B, H200, NETWORK_400G, Devices(2, 1, 1), 1), cache_tokens=1 << 20
     ),
+    "forgetful": dataclasses.replace(balanced(slots=64, teacher=1.5), cache_tokens=150_000),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "staleness"),
-    [("balanced", 1), ("balanced", 2), ("balanced", 4), ("fast learner", 1), ("8B on H200", 1), ("8B on H200", 2)],
+    [
+        ("balanced", 1),
+        ("balanced", 2),
+        ("balanced", 4),
+        ("fast learner", 1),
+        ("8B on H200", 1),
+        ("8B on H200", 2),
+        ("forgetful", 1),
+        ("forgetful", 2),
+    ],
 )
 def test_a_step_takes_as_long_as_in_the_simulation(name: str, staleness: int) -> None:
     workload = WORKLOADS[name]
     row = Simulation(workload, deadline_cuts(staleness), Scoring.STREAMED).run(warmup=6, steps=14)
     predicted = forecast(workload, staleness)
     assert predicted.seconds == pytest.approx(workload.tokens_per_step / row.tokens_per_s, rel=WITHIN)
+    assert predicted.teacher_recompute == pytest.approx(row.teacher_recompute, rel=0.15)
     assert predicted.learner_recompute == pytest.approx(row.learner_recompute, rel=0.25)
 
 

@@ -21,7 +21,7 @@ from staleness_parts import SimActor, SimTeacher
 
 from opd_async import frontier
 from opd_async import messages as m
-from opd_async.leases import LeaseBook, PromptOrder
+from opd_async.leases import LeaseBook, PromptOrder, hold_tokens
 from opd_async.schedule import DeadlineCuts, Planner, WholeSamples
 from opd_async.topology import ScheduleSection, TrainOn
 
@@ -225,10 +225,8 @@ class Simulation:
             case ("acks", next_step, ready, rows):
                 self._pass_on(rows)
                 self._book.ready(next_step, ready)
-                if (
-                    next_step == self.version + 1
-                    and ready >= 2 * max(1, self.setup.max_staleness) * self.setup.tokens_per_step
-                ):
+                held = hold_tokens(self.setup.tokens_per_step, self.setup.max_staleness)
+                if next_step == self.version + 1 and ready >= held:
                     self._close()
             case ("drain", version):
                 self._intake.inbox.append(("drained", version, self._close()))

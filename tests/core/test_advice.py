@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from opd_async.advice import Planner, Site, describe
@@ -79,6 +81,37 @@ def test_the_best_split_is_no_worse_and_uses_the_same_devices(topology_text: dic
     assert devices.total == plan.devices.total == 8
     assert best.tokens_per_s >= 0.999 * plan.forecast(plan.devices).tokens_per_s
     assert all(plan.fits(devices) for devices in plan.splits())
+
+
+def test_no_plan_is_faster_than_its_slowest_stage(topology_text: dict[str, Any]) -> None:
+    # a fixed cost of a second a step is most of a small step
+    topology_text["schedule"]["tokens_per_step"] = 2000
+    shown = re.search(r"([\d,]+) tokens/s: (\d+)% of the slowest stage alone", describe(planner(topology_text)))
+    assert shown is not None
+    assert 50 <= int(shown[2]) <= 101
+    topology_text["schedule"]["tokens_per_step"] = 200_000
+    assert int(shown[1].replace(",", "")) < planner(topology_text).forecast(Devices(2, 2, 4)).tokens_per_s
+
+
+def test_responses_are_no_longer_than_the_topology_lets_them_be(topology_text: dict[str, Any]) -> None:
+    assert planner(topology_text).workload(Devices(2, 2, 4)).lengths.of(np.array([9.0])).tolist() == [1024]
+    topology_text["rollout"]["sampling"] = {"max_response_tokens": 100}
+    topology_text["engines"]["student"]["context_tokens"] = 150
+    assert "longest 100 tokens (rollout.sampling.max_response_tokens; --lengths has up to 4,096); prompts: 50" in (
+        describe(planner(topology_text))
+    )
+
+
+def test_engines_keep_what_the_topology_says(topology_text: dict[str, Any]) -> None:
+    assert planner(topology_text).workload(Devices(2, 2, 4)).cache_tokens == 65536
+    topology_text["engines"] = {
+        "student": {"replicas": 2, "kv_tokens": 5000},
+        "teacher": {"replicas": 2, "kv_tokens": 6000},
+    }
+    text = describe(planner(topology_text))
+    assert "the student engines keep 10,000 of" in text and "the teacher's caches hold 12,000 of" in text
+    topology_text["engines"]["teacher"] = {"kind": "external", "replicas": 2, "urls": ["http://a:1", "http://a:2"]}
+    assert planner(topology_text).workload(Devices(2, 2, 4)).cache_tokens > 65536
 
 
 def test_what_does_not_fit_is_said(topology_text: dict[str, Any]) -> None:

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored_chunks import chunk
 
-from opd_async.growth import CacheShare, CutPoints, next_cut
+from opd_async.growth import PROBE_EVERY, CacheShare, CutPoints, next_cut
 from opd_async.messages import Chunk
+
+PROBE = 3 * PROBE_EVERY
 
 
 def spans(chunks: list[Chunk]) -> list[tuple[int, int, int]]:
@@ -26,22 +28,29 @@ def test_nothing_waits_while_the_cache_holds() -> None:
     assert points.held_tokens == 0
 
 
-def test_chunks_wait_for_their_cut_point_or_the_end() -> None:
+def test_chunks_wait_for_the_end_of_their_response() -> None:
     points = CutPoints(4, 1)
-    assert points.offer(chunk(1, 0, 3), coarse=True) == []
+    assert points.offer(chunk(1, 0, 30), coarse=True) == []
     assert points.offer(chunk(2, 0, 2), coarse=True) == []
-    assert points.held_tokens == 5
-    assert spans(points.offer(chunk(1, 3, 5), coarse=True)) == [(1, 0, 3), (1, 3, 5)]
-    assert points.offer(chunk(1, 5, 7), coarse=True) == []
-    assert spans(points.offer(chunk(1, 7, 7, finish="stop"), coarse=True)) == [(1, 5, 7), (1, 7, 7)]
+    assert points.held_tokens == 32
+    assert spans(points.offer(chunk(1, 30, 30, finish="stop"), coarse=True)) == [(1, 0, 30), (1, 30, 30)]
     assert spans(points.offer(chunk(2, 2, 3), coarse=False)) == [(2, 0, 2), (2, 2, 3)]
     assert points.held_tokens == 0
 
 
-def test_a_prefix_of_an_earlier_attempt_counts_as_scored() -> None:
+def test_a_probe_leaves_at_its_cut_points() -> None:
     points = CutPoints(4, 1)
-    assert points.offer(chunk(1, 5, 7), coarse=True) == []
-    assert spans(points.offer(chunk(1, 7, 8), coarse=True)) == [(1, 5, 7), (1, 7, 8)]
+    assert points.offer(chunk(PROBE, 0, 3), coarse=True) == []
+    assert spans(points.offer(chunk(PROBE, 3, 5), coarse=True)) == [(PROBE, 0, 3), (PROBE, 3, 5)]
+    assert points.offer(chunk(PROBE, 5, 7), coarse=True) == []
+    assert spans(points.offer(chunk(PROBE, 7, 8), coarse=True)) == [(PROBE, 5, 7), (PROBE, 7, 8)]
+
+
+def test_some_of_any_few_samples_in_a_row_are_probes() -> None:
+    for first in range(3 * PROBE_EVERY):
+        points = CutPoints(4, None)
+        left = [points.offer(chunk(first + index, 0, 4), coarse=True) for index in range(PROBE_EVERY)]
+        assert sum(map(bool, left)) == 1
 
 
 @pytest.mark.parametrize(("max_staleness", "patience"), [(1, 1), (2, 1), (3, 2), (8, 7)])
@@ -69,14 +78,14 @@ def test_whole_responses_wait_for_their_end_alone() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 8), st.lists(st.integers(1, 9), min_size=1, max_size=60))
-def test_each_token_leaves_once_and_recompute_is_bounded(first: int, sizes: list[int]) -> None:
+@given(st.sampled_from([1, PROBE]), st.integers(1, 8), st.lists(st.integers(1, 9), min_size=1, max_size=60))
+def test_each_token_leaves_once_and_recompute_is_bounded(sample_id: int, first: int, sizes: list[int]) -> None:
     points = CutPoints(first, None)
     end = computed = 0
     left: list[tuple[int, int, int]] = []
     for index, size in enumerate(sizes):
         finish = "stop" if index == len(sizes) - 1 else None
-        leaving = points.offer(chunk(1, end, end + size, finish=finish), coarse=True)
+        leaving = points.offer(chunk(sample_id, end, end + size, finish=finish), coarse=True)
         end += size
         if leaving:
             # without any cache a request computes everything up to its last token
@@ -84,18 +93,18 @@ def test_each_token_leaves_once_and_recompute_is_bounded(first: int, sizes: list
             left += spans(leaving)
     assert [start for _, start, _ in left] == [0, *(stop for _, _, stop in left[:-1])]
     assert left[-1][2] == end
-    # a request leaves with the chunk that reaches the cut point, so up to one chunk later
-    assert computed <= 3 * end + len(sizes) * max(sizes)
+    # a probe leaves with the chunk that reaches its cut point, so up to one chunk later
+    assert computed <= (3 * end + len(sizes) * max(sizes) if sample_id == PROBE else end)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 64), st.integers(1, 2000))
-def test_single_tokens_are_computed_at_most_three_times(first: int, length: int) -> None:
+def test_single_tokens_of_a_probe_are_computed_at_most_three_times(first: int, length: int) -> None:
     points = CutPoints(first, None)
     computed = 0
     for position in range(length):
         finish = "stop" if position == length - 1 else None
-        if leaving := points.offer(chunk(1, position, position + 1, finish=finish), coarse=True):
+        if leaving := points.offer(chunk(PROBE, position, position + 1, finish=finish), coarse=True):
             computed += leaving[-1].end
     assert computed < 3 * length
 

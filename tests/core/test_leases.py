@@ -91,7 +91,7 @@ def test_untrained_finished_tokens_hold_new_leases_back() -> None:
     assert leased(leases) == [5]
 
 
-@pytest.mark.parametrize(("max_staleness", "tokens"), [(1, 9), (2, 13)])
+@pytest.mark.parametrize(("max_staleness", "tokens"), [(1, 11), (2, 13)])
 def test_a_full_next_step_holds_new_leases_back_while_a_step_is_trained(max_staleness: int, tokens: int) -> None:
     leases = book(slots=4, max_staleness=max_staleness)
     lease(leases)
