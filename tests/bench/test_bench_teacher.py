@@ -1,0 +1,52 @@
+"""The teacher's benchmark: where responses are cut, what rounds add up to, and both modes on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.scoring import Round, cuts
+from bench.teacher import row_of, table
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_where_a_response_is_cut() -> None:
+    assert cuts(10, 4, "streamed") == [4, 8, 10]
+    assert cuts(8, 4, "streamed") == [4, 8]
+    assert cuts(10, 4, "whole") == [10]
+
+
+def test_rounds_add_up() -> None:
+    counted = {"scored_tokens": 100.0, "cached_tokens": 50.0, "computed_tokens": 120.0, "batches": 3.0}
+    rounds = [
+        Round("whole", 10.0, [0.1, 0.3], counted | {"idle_seconds": 6.0}, 1.0),
+        Round("whole", 30.0, [0.2], counted | {"idle_seconds": 26.0}, 1.0),
+    ]
+    row = row_of(rounds)
+    assert (row.responses, row.requests) == (3, 6)
+    assert (row.score_p50_s, row.computed_per_scored, row.scored_tokens_per_s) == pytest.approx((0.2, 1.2, 5.0))
+    assert row.busy_share == pytest.approx(0.25)
+    assert "| whole | 3 | 0.200 | 0.298 | 1.20 | 5 | 6 | 25% |" in table([row])
+
+
+def test_both_modes_score_every_token(tmp_path: Path) -> None:
+    model = ("--layers", "2", "--hidden", "128", "--vocab", "64", "--context", "128", "--kv-tokens", "2048")
+    work = ("--lengths", "20,40,60", "--prompt", "8", "--chunk", "8", "--slots", "4", "--rate", "200")
+    command = [sys.executable, "-m", "bench.teacher", *model, *work, "--responses", "6", "--rounds", "1"]
+    file = tmp_path / "figures.json"
+    done = subprocess.run(
+        [*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    streamed, whole = json.loads(file.read_text())["rows"]
+    assert (streamed["mode"], whole["mode"]) == ("streamed", "whole")
+    assert streamed["responses"] == whole["responses"] == 6
+    assert streamed["computed_per_scored"] >= 1 and whole["computed_per_scored"] >= 1
+    assert 0 < streamed["score_p50_s"] <= streamed["score_p99_s"]
+    assert whole["requests"] <= 6
+    assert "| streamed | 6 |" in done.stdout
