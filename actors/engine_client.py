@@ -6,7 +6,7 @@ connection, which makes the engine abort the request.
 
 from __future__ import annotations
 
-import json
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from actors.replies import Delta, Scores, error_in, fault_of_status, parse_delta, parse_scores
@@ -26,6 +27,9 @@ CONNECT_DEADLINE_S = 10.0
 REQUEST_DEADLINE_S = 120.0
 """Unless the topology says otherwise: see `EngineClient`."""
 MAX_ERROR_TEXT = 400
+JSON = {"Content-Type": "application/json"}
+PORTION_BYTES = 1 << 14
+"""Of a stream, parsed before others have their turn: under load every stream holds a lot ready."""
 KEEP_ALIVE_S = 2.0
 """SGLang closes connections that were idle for 5 s: one that is used again at that moment is a failed request."""
 
@@ -80,7 +84,7 @@ class EngineClient:
         """
         body = {
             "rid": rid,
-            "input_ids": input_ids.tolist(),
+            "input_ids": input_ids,
             "sampling_params": {
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
@@ -98,11 +102,15 @@ class EngineClient:
         cursor = StreamCursor()
         with self._faults("/generate", f"the stream was silent for {self._deadline_s:g} s"):
             async with self._session.post(
-                f"{self.url}/generate", json=body, headers=self._headers, timeout=timeout
+                f"{self.url}/generate",
+                data=_json(body),
+                headers=self._headers | JSON,
+                timeout=timeout,
             ) as response:
                 await _check(response)
-                async for event in _events(response):
-                    yield parse_delta(cursor.new_part(event), self._vocab_size)
+                async for events in _events(response):
+                    for part in cursor.parts(events):
+                        yield parse_delta(part, self._vocab_size)
 
     async def score(self, requests: Sequence[tuple[NDArray[np.int32], int]]) -> list[Scores]:
         """Teacher logprobs of `ids[start:]` for each (ids int32[N], start >= 1): one prefill-only batch.
@@ -110,7 +118,7 @@ class EngineClient:
         The prefix before `start - 1` may come from the engine's cache; everything behind it is computed.
         """
         body = {
-            "input_ids": [ids.tolist() for ids, _ in requests],
+            "input_ids": [ids for ids, _ in requests],
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
             "return_logprob": True,
             "logprob_start_len": [start - 1 for _, start in requests],
@@ -146,11 +154,13 @@ class EngineClient:
     async def _post(self, path: str, body: dict[str, Any], headers: dict[str, str], deadline_s: float) -> Any:
         timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=CONNECT_DEADLINE_S)
         with self._faults(path, f"no answer within {deadline_s:g} s"):
-            async with self._session.post(self.url + path, json=body, headers=headers, timeout=timeout) as response:
+            async with self._session.post(
+                self.url + path, data=_json(body), headers=headers | JSON, timeout=timeout
+            ) as response:
                 await _check(response)
-                text = await response.text()
+                text = await response.read()
             try:
-                return json.loads(text) if text else {}
+                return orjson.loads(text) if text else {}
             except ValueError:
                 raise EngineError("the answer is not JSON") from None
 
@@ -171,12 +181,17 @@ class EngineClient:
             raise EngineError(f"{self.url}{path}: {text}", EngineFault.DISCONNECTED) from None
 
 
+def _json(body: dict[str, Any]) -> bytes:
+    """A request's body; arrays, which must be contiguous, are written without becoming lists first."""
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
 async def _check(response: aiohttp.ClientResponse) -> None:
     if response.status == 200:
         return
     text = await response.text()
     try:
-        error = error_in(json.loads(text))
+        error = error_in(orjson.loads(text))
     except ValueError:
         error = None
     # the message of a refusal is what a user needs; nothing else of the page is shown
@@ -184,20 +199,31 @@ async def _check(response: aiohttp.ClientResponse) -> None:
     raise EngineError(f"HTTP {response.status}: {said[:MAX_ERROR_TEXT]}", fault_of_status(response.status))
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
-    """The JSON payloads of a server-sent event stream; `EngineError` if it ends without `[DONE]`."""
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[list[Any]]:
+    """The JSON payloads of a server-sent event stream, those that arrived together in one list, or a few; `EngineError`
+    if it ends without `[DONE]`."""
     buffer = b""
     async for data in response.content.iter_any():
         buffer += data
         *complete, buffer = buffer.split(b"\n\n")
+        payloads: list[Any] = []
+        size = 0
         for event in complete:
+            if size > PORTION_BYTES:
+                yield payloads
+                await asyncio.sleep(0)
+                payloads, size = [], 0
+            size += len(event)
             if event.startswith(b":"):  # a comment, by which routers keep idle connections open
                 continue
             payload = event.removeprefix(b"data: ")
             if payload == b"[DONE]":
+                yield payloads
                 return
             try:
-                yield json.loads(payload)
+                payloads.append(orjson.loads(payload))
             except ValueError:
+                yield payloads  # what came before is good
                 raise EngineError("an event is not JSON") from None
+        yield payloads
     raise EngineError("the stream ended early", EngineFault.DISCONNECTED)

@@ -61,6 +61,7 @@ class Generation:
     """Weight version of the first request: what a prefix cache holds of this response was begun under it."""
     _tokens: list[NDArray[np.int32]] = field(default_factory=list)
     _pending: list[Delta] = field(default_factory=list)
+    _pending_tokens: int = 0
     _sent_end: int = 0
     _made_at: float = 0.0
     _closed: bool = False
@@ -127,6 +128,7 @@ class Generation:
             self._made_at = time.time()
             self._tokens.append(delta.token_ids)
             self._pending.append(delta)
+            self._pending_tokens += len(delta.token_ids)
             self.received += len(delta.token_ids)
             self.failures = 0
         self.finish = delta.finish
@@ -140,6 +142,8 @@ class Generation:
 
         Tokens do not wait for a reward: an empty chunk behind them then says how the response ended and what it earned.
         """
+        if self.finish is None and self._pending_tokens < chunk_tokens and self._is_one_run():
+            return []
         end = None if self.awaits_reward else self.finish
         chunks: list[m.Chunk] = []
         while self._pending:
@@ -153,6 +157,10 @@ class Generation:
         if end is not None and not self._closed:
             chunks.append(self._chunk([], actor, end))
         return chunks
+
+    def _is_one_run(self) -> bool:
+        """Whether all that waits was made by the same weights; versions never go back."""
+        return not self._pending or self._pending[0].weight_version == self._pending[-1].weight_version
 
     def rewarded(self, reward: float | None) -> None:
         """The response has been judged (None: it could not be): its end may be announced."""
@@ -178,6 +186,7 @@ class Generation:
             teacher=self.lease.teacher,
         )
         self._sent_end = chunk.end
+        self._pending_tokens -= len(chunk.token_ids)
         self._closed = finish is not None
         return chunk
 

@@ -191,19 +191,24 @@ class Intake:
         self._version = None
         self._planned = version + 1
         self._drain_asked = False
-        learner = self._topology.learner
         segments = [one.segment for one in taken if one.segment is not None]
         outcomes = self._weigh(taken)
-        if learner.loss_mean == "responses":
+        if self._topology.learner.loss_mean == "responses":
             packing.mean_over_responses(segments)
-        batches = packing.pack(segments, version, learner.data_parallel, learner.micro_batch_tokens)
         stats, staleness = describe_step(segments, version)
         if self._topology.reward.kind is not RewardKind.NONE:
             stats |= describe_rewards(outcomes)
             self._metrics["opd_intake_reward_mean"].set(stats.get("reward_mean", 0.0))
         self._record(version, segments, stats, staleness)
         await self._role.control.send(m.StepStarted(version, stats, staleness, *_columns(taken)))
-        await self.ranks.send_step([packing.to_message(batch) for batch in batches])
+        # in a thread: a step of a million tokens would hold up everything that arrives meanwhile
+        await self.ranks.send_step(await asyncio.to_thread(self._pack, segments, version))
+
+    def _pack(self, segments: list[Segment], version: int) -> list[m.Train]:
+        """A message for each data-parallel rank."""
+        learner = self._topology.learner
+        batches = packing.pack(segments, version, learner.data_parallel, learner.micro_batch_tokens)
+        return [packing.to_message(batch) for batch in batches]
 
     def _weigh(self, taken: list[Taken]) -> list[Outcome]:
         """Give every token of the step its advantage; returns the complete responses behind it."""

@@ -46,17 +46,36 @@ class Scores:
 
 def _logprobs(entries: Sequence[Any], ids: Sequence[int], last_id: int, where: str) -> NDArray[np.float32]:
     """float32[n] of [logprob, id, text] entries. SGLang reports `last_id` (vocabulary size - 1) as 0 in prompts."""
+    values = _plain(entries, ids)
+    if values is None:
+        values = _checked(entries, ids, last_id, where)
+    # the lower limit keeps it finite as float32, and NaN fails both comparisons
+    if not ((values >= -MAX_FLOAT32) & (values <= MAX_LOGPROB)).all():
+        raise EngineError(f"{where}: a logprob is not a finite number <= 0")
+    return np.minimum(values, 0.0).astype(np.float32)
+
+
+def _plain(entries: Sequence[Any], ids: Sequence[int]) -> NDArray[np.float64] | None:
+    """The logprobs where every entry is what it should be, without a loop in Python; None: look at them one by one."""
+    try:
+        if [entry[1] for entry in entries] != ids:
+            return None
+        values = np.array([entry[0] for entry in entries], np.float64)
+    except (TypeError, ValueError, LookupError, OverflowError):
+        return None
+    # null becomes NaN here
+    return None if values.ndim != 1 or np.isnan(values).any() else values
+
+
+def _checked(entries: Sequence[Any], ids: Sequence[int], last_id: int, where: str) -> NDArray[np.float64]:
+    """The same for entries that are not plain; says what is wrong with the first that cannot be used."""
     try:
         pairs = [(float(entry[0]), int(entry[1])) for entry in entries]
     except (TypeError, ValueError, LookupError, OverflowError):
         raise EngineError(f"{where}: an entry is not [logprob, id, text]: null or wrong type") from None
     if any(got != want and not (want == last_id and got == 0) for (_, got), want in zip(pairs, ids, strict=True)):
         raise EngineError(f"{where}: token ids differ from those of the request")
-    values = np.array([logprob for logprob, _ in pairs], np.float64)
-    # the lower limit keeps it finite as float32, and NaN fails both comparisons
-    if not ((values >= -MAX_FLOAT32) & (values <= MAX_LOGPROB)).all():
-        raise EngineError(f"{where}: a logprob is not a finite number <= 0")
-    return np.minimum(values, 0.0).astype(np.float32)
+    return np.array([logprob for logprob, _ in pairs], np.float64)
 
 
 def fault_of_status(status: int) -> EngineFault:
@@ -98,9 +117,9 @@ def parse_delta(event: Any, vocab_size: int) -> Delta:
         raise error
     meta = event.get("meta_info")
     ids = event.get("output_ids")
-    if not isinstance(meta, dict) or not isinstance(ids, list) or not all(type(i) is int for i in ids):
+    if not isinstance(meta, dict) or not isinstance(ids, list) or set(map(type, ids)) - {int}:
         raise EngineError("event: meta_info or output_ids is missing")
-    if any(not 0 <= i < vocab_size for i in ids):
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         raise EngineError("output_ids: an id outside the vocabulary")
     entries = meta.get("output_token_logprobs")
     if not isinstance(entries, list) or len(entries) != len(ids):

@@ -361,8 +361,9 @@ async def main() -> None:
     """Run one rollout actor until the coordinator says stop."""
     plan, index = role_arguments("Rollout actor: generate and stream partial samples.")
     async with (
-        Role.open(RoleKind.ROLLOUT, plan, index) as role,
+        # the session ends last: what still runs is cancelled first, and finds its connections open
         aiohttp.ClientSession(connector=new_connector()) as session,
+        Role.open(RoleKind.ROLLOUT, plan, index) as role,
     ):
         actor = RolloutActor(role, session)
         actor.start()

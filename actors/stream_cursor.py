@@ -8,6 +8,7 @@ them apart, so that no token is lost or counted twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opd_async.errors import EngineError
@@ -21,6 +22,28 @@ class StreamCursor:
         """Tokens so far."""
         self._spans: list[list[Any]] = []
         """[version, end]: the weight versions of the tokens so far."""
+
+    def parts(self, events: Sequence[Any]) -> Iterator[Any]:
+        """The new tokens of events that arrived together; successive events of one version are joined into one.
+
+        Raises as `new_part` does, after what came before.
+        """
+        joined: Any = None
+        for event in events:
+            try:
+                part = self.new_part(event)
+            except EngineError:
+                if joined is not None:
+                    yield joined
+                raise
+            if joined is not None and _follows(joined, part):
+                _append(joined, part)
+                continue
+            if joined is not None:
+                yield joined
+            joined = part
+        if joined is not None:
+            yield joined
 
     def new_part(self, event: Any) -> Any:
         """The event with its new tokens only. What it cannot read is passed on: `parse_delta` says what is wrong.
@@ -64,3 +87,31 @@ class StreamCursor:
                 raise EngineError("weight_versions: not a list of spans") from None
             if theirs != self._spans:
                 raise EngineError(f"weight_versions: {theirs}, but the events said {self._spans}")
+
+
+def _follows(joined: Any, part: Any) -> bool:
+    """Whether both are events with tokens of one version, and the stream had not ended with the first."""
+    return (
+        _is_plain(joined)
+        and _is_plain(part)
+        and (
+            joined["meta_info"].get("finish_reason") is None
+            and joined["meta_info"].get("weight_version") == part["meta_info"].get("weight_version")
+        )
+    )
+
+
+def _is_plain(part: Any) -> bool:
+    if not isinstance(part, dict) or "error" in part:
+        return False
+    ids, meta = part.get("output_ids"), part.get("meta_info")
+    entries = meta.get("output_token_logprobs") if isinstance(meta, dict) else None
+    return isinstance(ids, list) and isinstance(entries, list) and len(ids) == len(entries) > 0
+
+
+def _append(joined: dict[str, Any], part: dict[str, Any]) -> None:
+    """Add the tokens of `part`, and what it says of the stream so far."""
+    ids, entries = joined["output_ids"], joined["meta_info"]["output_token_logprobs"]
+    ids += part["output_ids"]
+    entries += part["meta_info"]["output_token_logprobs"]
+    joined |= part | {"output_ids": ids, "meta_info": part["meta_info"] | {"output_token_logprobs": entries}}

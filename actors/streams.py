@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from actors.draining import drain
 from actors.generation import Generation, Student
@@ -24,6 +26,7 @@ class Streams:
         self._pause_mode = pause_mode
         self._drains = drains
         self._arrived = asyncio.Condition()
+        self._listeners = 0
 
     @property
     def running(self) -> int:
@@ -32,6 +35,8 @@ class Streams:
 
     async def progressed(self) -> None:
         """Tokens have arrived, or a stream has ended."""
+        if not self._listeners:  # as nearly always: this is called for every event of every stream
+            return
         async with self._arrived:
             self._arrived.notify_all()
 
@@ -43,13 +48,23 @@ class Streams:
             def open_streams() -> list[Generation]:
                 return [g for g in self.live.values() if g.streaming and g.student is student]
 
-            await drain(student.client, open_streams, self._arrived, PAUSE_DEADLINE_S)
+            with self._listening():
+                await drain(student.client, open_streams, self._arrived, PAUSE_DEADLINE_S)
             return {}
         try:
             return await student.client.pause(self._pause_mode.value)
         except EngineError as error:
             log.warning("pause: %s; its responses go on when it is back", error)
             return {}
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Have `progressed` wake those who wait; to be entered before they look at what they wait for."""
+        self._listeners += 1
+        try:
+            yield
+        finally:
+            self._listeners -= 1
 
     async def all_arrived(self, emitted: dict[str, int]) -> None:
         """Wait until every live stream has received what its engine says it sent; `DeadlineError` names those that have
@@ -60,8 +75,9 @@ class Streams:
             return [g for g in live if not g.student.down and g.received < emitted.get(g.rid, 0)]
 
         try:
-            async with asyncio.timeout(PAUSE_DEADLINE_S), self._arrived:
-                await self._arrived.wait_for(lambda: not missing())
+            with self._listening():
+                async with asyncio.timeout(PAUSE_DEADLINE_S), self._arrived:
+                    await self._arrived.wait_for(lambda: not missing())
         except TimeoutError:
             late = ", ".join(f"{g.rid} ({g.received} of {emitted[g.rid]})" for g in missing()[:3])
             raise DeadlineError(

@@ -265,8 +265,9 @@ async def main() -> None:
     """Run one teacher actor until the coordinator says stop."""
     plan, index = role_arguments("Teacher actor: score partial samples.")
     async with (
-        Role.open(RoleKind.TEACHER, plan, index) as role,
+        # the session ends last: what still runs is cancelled first, and finds its connections open
         aiohttp.ClientSession(connector=new_connector()) as session,
+        Role.open(RoleKind.TEACHER, plan, index) as role,
     ):
         actor = TeacherActor(role, session)
         try:

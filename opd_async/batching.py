@@ -25,11 +25,13 @@ class ScoreItem:
     sample_id: int
     arrived: float
     chunks: list[Chunk] = field(default_factory=list)
+    new_tokens: int = 0
+    """Tokens to score."""
 
-    @property
-    def new_tokens(self) -> int:
-        """Tokens to score."""
-        return sum(len(chunk.token_ids) for chunk in self.chunks)
+    def add(self, chunk: Chunk) -> None:
+        """Put one chunk in its place."""
+        insort(self.chunks, chunk, key=lambda one: (one.start, one.end))
+        self.new_tokens += len(chunk.token_ids)
 
 
 class TokenBudgetBatcher:
@@ -41,13 +43,16 @@ class TokenBudgetBatcher:
         self._waiting: OrderedDict[int, ScoreItem] = OrderedDict()
         self._in_flight: set[int] = set()
         self._free_tokens = 0
+        self.waiting_tokens = 0
+        """New tokens that have not left yet."""
 
     def add(self, chunk: Chunk, now: float) -> None:
         """Queue one chunk, in its place among those of its sample."""
         item = self._waiting.get(chunk.sample_id)
         if item is None:
             item = self._waiting[chunk.sample_id] = ScoreItem(chunk.sample_id, now)
-        insort(item.chunks, chunk, key=lambda one: (one.start, one.end))
+        item.add(chunk)
+        self.waiting_tokens += len(chunk.token_ids)
         if chunk.sample_id not in self._in_flight:
             self._free_tokens += len(chunk.token_ids)
 
@@ -73,6 +78,7 @@ class TokenBudgetBatcher:
             tokens += item.new_tokens
             del self._waiting[item.sample_id]
         self._free_tokens -= tokens
+        self.waiting_tokens -= tokens
         self._in_flight.update(item.sample_id for item in batch)
         return batch
 
@@ -86,20 +92,18 @@ class TokenBudgetBatcher:
     def drop(self, sample_id: int) -> None:
         """Forget what waits of one sample."""
         item = self._waiting.pop(sample_id, None)
-        if item is not None and sample_id not in self._in_flight:
+        if item is None:
+            return
+        self.waiting_tokens -= item.new_tokens
+        if sample_id not in self._in_flight:
             self._free_tokens -= item.new_tokens
 
     def take_all(self) -> list[Chunk]:
         """Everything that waits, whether or not it may leave: it goes elsewhere."""
         chunks = [chunk for item in self._waiting.values() for chunk in item.chunks]
         self._waiting.clear()
-        self._free_tokens = 0
+        self._free_tokens = self.waiting_tokens = 0
         return chunks
-
-    @property
-    def waiting_tokens(self) -> int:
-        """New tokens that have not left yet."""
-        return sum(item.new_tokens for item in self._waiting.values())
 
 
 def _urgency(item: ScoreItem) -> tuple[bool, int]:

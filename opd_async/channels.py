@@ -11,6 +11,7 @@ A frame that does not decode is counted by its error, logged with its peer and d
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from types import TracebackType
@@ -25,6 +26,8 @@ from opd_async.wire import decode, encode
 log = logging.getLogger(__name__)
 
 HIGH_WATER_MARK = 4096
+RECEIVED_IN_A_ROW = 16
+"""Messages that wait already are received without a turn of the event loop; after so many the others have theirs."""
 LINGER_MS = 2000
 """How long a closing socket may still deliver what it holds."""
 
@@ -42,6 +45,7 @@ class Channel:
         self._socket = socket
         self.address = address
         self._on_malformed = on_malformed
+        self._received = 0
 
     def __enter__(self) -> Self:
         return self
@@ -62,6 +66,9 @@ class Channel:
             return None
 
     async def _receive(self) -> list[zmq.Frame]:
+        self._received += 1
+        if self._received % RECEIVED_IN_A_ROW == 0:
+            await asyncio.sleep(0)
         return await self._socket.recv_multipart(copy=False)
 
 

@@ -93,13 +93,13 @@ class Conductor:
     async def run(self) -> Report:
         """The whole run. Raises `OpdError`, alone or in groups, for what ends it early; no process survives it."""
         plan = self._plan
-        context = zmq.asyncio.Context()
         metrics = RoleMetrics("coordinator")
         self._write_targets()
         stop_deadline_s = plan.topology.supervisor.stop_deadline_s
         self.ledger = ledger = Ledger(plan, skipped_prompts=self._inputs.prompts.skipped_too_long)
         ledger.rewind(self._checkpointed_version())
         with (
+            zmq.asyncio.Context() as context,
             contextlib.closing(ledger),
             metrics.serve(plan.topology.network.bind, plan.coordinator_metrics_port),
         ):

@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector
 
 from opd_async.errors import OpdError
 
-LAG_INTERVAL_S = 0.25
+LAG_INTERVAL_S = 0.05
 
 
 class MetricKind(StrEnum):

@@ -78,3 +78,40 @@ def test_the_servers_own_account_of_the_versions_agrees() -> None:
 @pytest.mark.parametrize("garbage", [None, 3, [], {}, {"error": {"message": "x"}}, {"output_ids": 3, "meta_info": {}}])
 def test_what_it_cannot_read_is_left_to_the_parser(garbage: Any) -> None:
     assert StreamCursor().new_part(garbage) is garbage
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1)), min_size=1, max_size=12), st.integers(1, 12))
+def test_events_that_arrive_together_are_joined(steps: list[tuple[int, int]], at_once: int) -> None:
+    """In whatever portions events arrive: every token once, in order, and under its own version."""
+    events, expected, total, version = [], [], 0, 3
+    for new, bump in steps:
+        version += bump
+        events.append(event(IDS[:1] * new, total + new, str(version)))
+        expected += [str(version)] * new
+        total += new
+    cursor, found = StreamCursor(), []
+    for first in range(0, len(events), at_once):
+        for part in cursor.parts(events[first : first + at_once]):
+            assert len(part["output_ids"]) == len(part["meta_info"]["output_token_logprobs"])
+            found += [part["meta_info"]["weight_version"]] * len(part["output_ids"])
+    assert found == expected
+
+
+def test_joined_events_say_how_the_stream_ended() -> None:
+    last = event(IDS[2:4], 4)
+    last["meta_info"]["finish_reason"] = {"type": "length"}
+    (part,) = StreamCursor().parts([event(IDS[:2], 2), last])
+    assert (part["output_ids"], part["meta_info"]["finish_reason"]) == (IDS[:4], {"type": "length"})
+
+
+def test_what_came_before_a_broken_event_is_kept() -> None:
+    parts = StreamCursor().parts([event(IDS[:1], 1), event(IDS[1:2], 2), event(IDS[5:6], 6)])
+    assert next(parts)["output_ids"] == IDS[:2]
+    with pytest.raises(EngineError, match="some are lost"):
+        next(parts)
+
+
+def test_errors_are_not_joined() -> None:
+    error = {"error": {"message": "x"}}
+    assert [part.get("output_ids") for part in StreamCursor().parts([event(IDS[:1], 1), error])] == [IDS[:1], None]
