@@ -1,10 +1,18 @@
-"""What a scored sample costs on the wire: this project's frames against JSON and against pickled lists.
+"""What a token costs on its way: the whole data plane with null engines, and the wire format alone.
 
-    python -m bench.wire [--tokens 16384] [--runs 9] [--samples 20] [--json FILE]
+    python -m bench.wire [--only plane | codec] [--seconds 8] [--core 0] [--json FILE]
+                         [--tokens 16384] [--runs 9] [--samples 20]
 
-    arrays -> encode -> PUSH -> loopback TCP -> PULL -> decode -> arrays
+    data plane   null engine -> rollout actor -> teacher actor (null engine) -> intake -> null learner, coordinator
+    codec        arrays -> encode -> PUSH -> loopback TCP -> PULL -> decode -> arrays
 
-Every codec starts from the same int32 and float32 arrays (token ids, behaviour and teacher logprobs) and must end with
+Data plane: a run as the launcher starts it, every role a process, but for engines and learner, which answer at once
+and are counted apart. `tokens/s/core` is tokens through the intake by the CPU seconds of rollout actor, teacher actor,
+intake and coordinator together; with `--core` all four share that one core. Null engines are servers of their own, so
+that HTTP and JSON count, or sit in the actors, so that they don't. The learner checks every token. 16,384-token
+responses, 32 at a time, a step and a weight update for every 524,288 tokens (131,072 where chunks are below 256).
+
+Codec: all start from the same int32 and float32 arrays (token ids, behaviour and teacher logprobs) and must end with
 equal ones, since that is what a learner packs. A sample travels whole, or as chunks of 512 tokens. The codecs take
 turns within each run, so that a slow moment of the machine hits all of them; figures are microseconds per sample, the
 median of the runs and their extremes. Pickle is used here alone, as the alternative that is not taken.
@@ -15,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +35,14 @@ from typing import Any
 import numpy as np
 import zmq
 
+from bench.dataplane import cases, roles
+from bench.dataplane.run import Figures
+from bench.dataplane.run import measure as measure_plane
 from opd_async.files import write_atomically
 from opd_async.messages import ScoredChunk
 from opd_async.wire import Frame, decode, encode
 
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = cases.CHUNK
 DEADLINE_MS = 30_000
 ARRAYS = {"token_ids": np.int32, "behaviour_logprobs": np.float32, "teacher_logprobs": np.float32, "context": np.int32}
 
@@ -166,19 +178,35 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def plane(seconds: float, core: int | None) -> list[Figures]:
+    """Measure every case; with `core` the data plane has that core and no other."""
+    if core is not None:
+        os.environ[roles.CORE_ENV] = str(core)  # read by the null roles, which go elsewhere
+        os.sched_setaffinity(0, {core})
+    return [measure_plane(dataclasses.replace(case, seconds=seconds)) for case in cases.CASES]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table, and write the figures where `--json` says."""
-    parser = argparse.ArgumentParser(description="Cost of a scored sample on the wire.")
-    parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--samples", type=int, default=20, help="samples per run and codec")
+    """Measure, print the tables, and write the figures where `--json` says."""
+    parser = argparse.ArgumentParser(description="Cost of a token on its way from the student's engine to the learner.")
+    parser.add_argument("--only", choices=("plane", "codec"))
+    parser.add_argument("--seconds", type=float, default=8.0, help="data plane: of each case, in whole steps")
+    parser.add_argument("--core", type=int, help="data plane: run all of it on this core")
+    parser.add_argument("--tokens", type=int, default=16_384, help="codec: of a sample")
+    parser.add_argument("--runs", type=int, default=9, help="codec")
+    parser.add_argument("--samples", type=int, default=20, help="codec: per run and codec")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)
-    rows = measure(options.tokens, options.runs, options.samples)
-    print(table(rows))
+    report: dict[str, Any] = {"tokens": options.tokens, "runs": options.runs, "samples": options.samples}
+    if options.only != "plane":
+        rows = measure(options.tokens, options.runs, options.samples)
+        print(table(rows))
+        report["rows"] = [dataclasses.asdict(row) for row in rows]
+    if options.only != "codec":
+        figures = plane(options.seconds, options.core)
+        print(cases.table(figures))
+        report["plane"] = [dataclasses.asdict(row) for row in figures]
     if options.json is not None:
-        settings = {"tokens": options.tokens, "runs": options.runs, "samples": options.samples}
-        report = {**settings, "rows": [dataclasses.asdict(row) for row in rows]}
         write_atomically(options.json, json.dumps(report, indent=2).encode())
 
 
