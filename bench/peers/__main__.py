@@ -10,7 +10,8 @@
 Both sides train in turns on the same cores, from the same folders, on the same prompts, with as many responses a step
 and the same optimizer. The clock runs from the first step to the one whose student is evaluated. Loading is outside,
 and so is evaluation, which happens when everything is trained. Writing students counts for this project, not for TRL.
-`--own` and `--trl` may be given several times, each for a row; `make peers` creates TRL's environment.
+`--own` and `--trl` may be given several times, each for a row, with a name for it in front: `--own "top-k: A.B=C"`.
+`make peers` creates TRL's environment.
 """
 
 from __future__ import annotations
@@ -43,10 +44,19 @@ OWN, TRL = "opd_async", "TRL"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Setup:
-    """One system with one set of settings."""
+    """One system with one set of settings; `name` is what table and picture call them."""
 
     system: str
+    name: str
     settings: str
+
+    @classmethod
+    def read(cls, system: str, text: str) -> Setup:
+        """From `A.B=C,D=E` or `NAME: A.B=C,D=E`."""
+        head, colon, rest = text.partition(":")
+        if colon and "=" not in head:
+            return cls(system, head.strip(), rest.strip())
+        return cls(system, text, text)
 
 
 def task_of(topology: Topology) -> Task:
@@ -64,12 +74,13 @@ def task_of(topology: Topology) -> Task:
 
 def run(options: argparse.Namespace, folder: Path) -> list[Curve]:
     """Train every setup with every seed, one after the other, then evaluate all students."""
-    setups = [*(Setup(OWN, one) for one in options.own), *(Setup(TRL, one) for one in options.trl)]
+    setups = [*(Setup.read(OWN, one) for one in options.own), *(Setup.read(TRL, one) for one in options.trl)]
     outcomes = []
     for seed in options.seeds:
         for number, setup in enumerate(setups):
-            say(f"seed {seed}: {setup.system} {setup.settings}")
+            say(f"seed {seed}: {setup.system} {setup.name}")
             outcomes.append((setup, seed, _train(setup, seed, folder / f"seed{seed}-{number}", options)))
+    say("everything is trained; evaluating")
     topology = load_topology(options.topology, options.set)
     task = task_of(topology)
     before = measure(topology.models.student.path, task, options.samples)
@@ -80,8 +91,8 @@ def run(options: argparse.Namespace, folder: Path) -> list[Curve]:
             if tick.step in outcome.students:
                 passed = measure(outcome.students[tick.step], task, options.samples)
                 points.append(Point(tick.step, tick.seconds, tick.tokens, passed.sampled, passed.greedy))
-        curves.append(Curve(setup.system, setup.settings, seed, tuple(points)))
-        say(f"evaluated {setup.system} {setup.settings}, seed {seed}: {points[-1].sampled:.1%}")
+        curves.append(Curve(setup.system, setup.name, seed, tuple(points)))
+        say(f"evaluated {setup.system} {setup.name}, seed {seed}: {points[-1].sampled:.1%}")
     return curves
 
 
@@ -102,7 +113,7 @@ def say(line: str) -> None:
 
 def report(options: argparse.Namespace, curves: Sequence[Curve]) -> dict[str, Any]:
     """What `--json` writes: options, every curve with all its points, and the summaries."""
-    kept = ("steps", "every_steps", "samples", "seeds", "set")
+    kept = ("steps", "every_steps", "samples", "seeds", "set", "own", "trl")
     return {
         "options": {name: getattr(options, name) for name in kept} | {"topology": str(options.topology)},
         "summaries": [dataclasses.asdict(one) for one in summarize(curves, TARGETS)],

@@ -63,7 +63,10 @@ class TrlJob:
     clip_grad: float
     beta: float = 0.5
     """The divergence: 0 forward KL, 0.5 Jensen-Shannon, 1 reverse KL."""
+    processes: int = 1
+    """Data-parallel ranks, which share the batch."""
     threads: int = 1
+    """Of torch, in each process."""
     bf16: bool = False
     attention: str = "sdpa"
     limit_s: float = 600.0
@@ -108,7 +111,9 @@ def run_trl(python: Path, job: TrlJob) -> Outcome:
     folder.mkdir(parents=True)
     file = folder / "job.json"
     file.write_text(json.dumps(dataclasses.asdict(job)))
-    _run([str(python), str(TRL_SCRIPT), str(file)], folder / "log.txt", job.threads)
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.processes))
+    command = [str(python), *(ranks if job.processes > 1 else ()), str(TRL_SCRIPT), str(file)]
+    _run(command, folder / "log.txt", job.threads)
     ticks = [Tick(int(row["step"]), row["seconds"], row["tokens"]) for row in read_jsonl(folder / "clock.jsonl")]
     return Outcome(ticks, students(folder))
 

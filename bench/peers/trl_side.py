@@ -2,9 +2,9 @@
 
     job (JSON) -> models, prompts -> DistillationTrainer.train() -> FOLDER/clock.jsonl, FOLDER/step_00000010/, ...
 
-`bench.peers` starts it as `.venv-trl/bin/python bench/peers/trl_side.py JOB.json`; the keys of a job are the fields of
-`bench.peers.sides.TrlJob`. The clock begins with the first step, after everything is loaded, and stands still while the
-student is written for evaluation.
+`bench.peers` starts it as `.venv-trl/bin/python bench/peers/trl_side.py JOB.json`, or under `torch.distributed.run` for
+several processes; the keys of a job are the fields of `bench.peers.sides.TrlJob`. The clock begins with the first step,
+after everything is loaded, and stands still while the student is written for evaluation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> Any:
         """The step's optimizer has stepped."""
         self._now_s = time.perf_counter() - self._began - self._paused_s
-        if state.global_step % self._every == 0:
+        if state.global_step % self._every == 0 and state.is_world_process_zero:
             model.save_pretrained(self._folder / f"step_{state.global_step:08d}")
             self._paused_s = time.perf_counter() - self._began - self._now_s
         control.should_training_stop = control.should_training_stop or self._now_s > self._limit_s
@@ -54,6 +54,8 @@ class Clock(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All rows at once: nothing is written while the clock runs."""
+        if not state.is_world_process_zero:
+            return
         lines = "".join(json.dumps(row) + "\n" for row in self._rows)
         (self._folder / "clock.jsonl").write_text(lines)
 
@@ -65,7 +67,8 @@ def configuration(job: dict[str, Any]) -> DistillationConfig:
         beta=job["beta"],
         temperature=1.0,
         max_completion_length=job["max_response_tokens"],
-        per_device_train_batch_size=job["batch"],
+        per_device_train_batch_size=job["batch"] // job["processes"],
+        ddp_find_unused_parameters=False,
         max_steps=job["steps"],
         learning_rate=job["lr"],
         lr_scheduler_type=job["scheduler"],

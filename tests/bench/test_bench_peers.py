@@ -111,10 +111,20 @@ def test_everything_but_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sides, "run_trl", trained)
     monkeypatch.setattr(peers, "measure", lambda folder, task, samples: Passed(0.5, len(task.prompts)))
     monkeypatch.chdir(ROOT)
-    words = ["--own", "opd.loss=jsd_topk,opd.topk=8", "--trl", "beta=1", "--trl", "beta=0", "--seeds", "0", "1"]
+    words = [
+        "--own",
+        "opd.loss=jsd_topk,opd.topk=8",
+        "--trl",
+        "beta=1",
+        "--trl",
+        "forward: beta=0",
+        "--seeds",
+        "0",
+        "1",
+    ]
     peers.main([*words, "--set", f"data.held_out.path={held_out}", "--json", str(tmp_path / "figures.json")])
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert [one["settings"] for one in figures["curves"]] == ["opd.loss=jsd_topk,opd.topk=8", "beta=1", "beta=0"] * 2
+    assert [one["settings"] for one in figures["curves"]] == ["opd.loss=jsd_topk,opd.topk=8", "beta=1", "forward"] * 2
     assert [point["step"] for point in figures["curves"][0]["points"]] == [0, 2]
     assert figures["curves"][0]["points"][1]["greedy"] == 1
 
