@@ -25,10 +25,11 @@ from opd_async.cost_model import (
 )
 from opd_async.errors import InputError
 from opd_async.forecast import Forecast, forecast
+from opd_async.learning import Estimator
 from opd_async.lengths import Capped, Lengths, typical
 from opd_async.sizing import Memory, engine_memory, learner_memory
-from opd_async.topology import Topology, TrainOn
-from opd_async.workload import Devices, Workload
+from opd_async.topology import EngineSection, Topology, TrainOn
+from opd_async.workload import Devices, Workload, mean_context
 
 GIB = 1 << 30
 TRIED = 3
@@ -45,31 +46,70 @@ class Site:
     prompt_tokens: int
 
 
-class Planner:
-    """The figures of one topology on one site. Raises `InputError` for topologies that it does not cover."""
+class Models:
+    """Shapes of a topology's models, and what a device of each role has to hold of them."""
 
     def __init__(self, topology: Topology, site: Site) -> None:
-        schedule = topology.schedule
-        if schedule.train_on is not TrainOn.TOKENS or schedule.max_staleness < 1:
-            raise InputError("--plan: covers schedule.train_on tokens with schedule.max_staleness of at least 1")
-        if len(topology.teachers) != 1:
-            raise InputError("--plan: covers one teacher on engines of its own, in models.teacher")
-        ((model, section),) = topology.teachers.values()
-        self.topology, self.site, self._section = topology, site, section
+        critic = topology.advantage.critic.path
+        self.topology, self.site = topology, site
         self.lengths = Capped(site.lengths, topology.rollout.sampling.max_response_tokens)
         self.prompt_tokens = min(site.prompt_tokens, topology.max_prompt_tokens)
         self.student: Decoder = read_decoder(topology.models.student.path)
-        self.teacher: Decoder = read_decoder(model.path)
+        self.teachers = [read_decoder(model.path) for _, model, _ in topology.engine_sides[1:]]
+        self.critic: Decoder | None = None
+        if topology.advantage.estimator is Estimator.PPO:
+            self.critic = read_decoder(critic) if critic is not None else self.student
 
     @property
     def devices(self) -> Devices:
         """Devices of each role as the topology has them."""
-        engines = self.topology.engines.student
+        engines, teachers = self.topology.engines.student, self.topology.teachers.values()
         return Devices(
             engines.replicas * engines.tensor_parallel,
-            self._section.replicas * self._section.tensor_parallel,
+            sum(section.replicas * section.tensor_parallel for _, section in teachers),
             self.topology.learner.ranks,
         )
+
+    def memory(self, devices: Devices) -> list[Memory]:
+        """What a device of each role has to hold."""
+        topology, device = self.topology, self.site.device
+        student, section = topology.engines.student, topology.learner
+        per_engine = topology.rollout.slots / (devices.rollout // student.tensor_parallel)
+        under_way = per_engine * mean_context(self.lengths, self.prompt_tokens)
+        ranks = section.tensor_parallel * section.pipeline_parallel * section.context_parallel
+        learner = section.model_copy(update={"data_parallel": max(1, devices.learner // ranks)})
+        longest = int(typical(self.lengths).max()) + self.prompt_tokens
+        engines = [engine_memory("student engine", self.student, device, student.tensor_parallel, under_way)]
+        for (side, _, own), model in zip(topology.engine_sides[1:], self.teachers, strict=True):
+            cached = self.cache_tokens(model, own)
+            engines.append(engine_memory(f"{side} engine", model, device, own.tensor_parallel, cached))
+        return [*engines, learner_memory(self.student, device, learner, longest, self.critic)]
+
+    def cache_tokens(self, model: Decoder, section: EngineSection) -> int:
+        """Of one engine: what fits, and no more than an engine is told to keep that the run starts."""
+        fits = engine_cache_tokens(model, self.site.device, section.tensor_parallel)
+        return min(fits, section.kv_tokens) if section.started else fits
+
+
+def uncovered(topology: Topology) -> str | None:
+    """Why the steps of a topology cannot be forecast; None if they can."""
+    schedule = topology.schedule
+    if schedule.train_on is not TrainOn.TOKENS or schedule.max_staleness < 1:
+        return "covers schedule.train_on tokens with schedule.max_staleness of at least 1"
+    if len(topology.teachers) != 1:
+        return "covers one teacher on engines of its own, in models.teacher"
+    return None
+
+
+class Planner(Models):
+    """The figures of one topology on one site. Raises `InputError` for topologies that it does not cover."""
+
+    def __init__(self, topology: Topology, site: Site) -> None:
+        if reason := uncovered(topology):
+            raise InputError(f"--plan: {reason}")
+        super().__init__(topology, site)
+        ((_, self._section),) = topology.teachers.values()
+        (self.teacher,) = self.teachers
 
     def workload(self, devices: Devices) -> Workload:
         """The topology's workload with the roles on `devices`."""
@@ -91,33 +131,14 @@ class Planner:
             chunk_tokens=topology.rollout.chunk_tokens,
             batch_tokens=topology.teacher.batch_tokens,
             max_wait_s=topology.teacher.max_wait_ms / 1000,
-            cache_tokens=self._cache_tokens(),
+            cache_tokens=self.cache_tokens(self.teacher, self._section),
             group_size=topology.rollout.group_size,
             devices=devices,
         )
 
-    def _cache_tokens(self) -> int:
-        """Of one teacher engine: what fits, and no more than an engine is told to keep that the run starts."""
-        fits = engine_cache_tokens(self.teacher, self.site.device, self._section.tensor_parallel)
-        return min(fits, self._section.kv_tokens) if self._section.started else fits
-
     def forecast(self, devices: Devices) -> Forecast:
         """What the topology's schedule makes of `devices`."""
         return forecast(self.workload(devices), self.topology.schedule.max_staleness)
-
-    def memory(self, devices: Devices) -> list[Memory]:
-        """What a device of each role has to hold."""
-        topology, device, work = self.topology, self.site.device, self.workload(devices)
-        student, section = topology.engines.student, topology.learner
-        under_way = work.slots / work.engines * work.mean_context
-        ranks = section.tensor_parallel * section.pipeline_parallel * section.context_parallel
-        learner = section.model_copy(update={"data_parallel": max(1, devices.learner // ranks)})
-        longest = int(typical(self.lengths).max()) + work.prompt_tokens
-        return [
-            engine_memory("student engine", self.student, device, student.tensor_parallel, under_way),
-            engine_memory("teacher engine", self.teacher, device, self._section.tensor_parallel, work.cache_tokens),
-            learner_memory(self.student, device, learner, longest),
-        ]
 
     def fits(self, devices: Devices) -> bool:
         """Whether every role has the memory that it needs."""
@@ -146,6 +167,16 @@ class Planner:
         likely = sorted(self.splits(), key=guess, reverse=True)[:TRIED]
         tried = [(devices, self.forecast(devices)) for devices in likely]
         return max(tried, key=lambda one: one[1].tokens_per_s, default=None)
+
+
+def plan_text(topology: Topology, site: Site) -> str:
+    """What `--plan` prints: a forecast where the schedule has one, else what the devices have to hold."""
+    reason = uncovered(topology)
+    if reason is None:
+        return describe(Planner(topology, site))
+    models = Models(topology, site)
+    head = f"memory on {models.devices.total} x {site.device.name}, computed, not measured; no forecast, which {reason}"
+    return "\n".join([head, "", *_memory_lines(models.memory(models.devices))])
 
 
 def describe(planner: Planner) -> str:

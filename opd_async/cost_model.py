@@ -56,6 +56,11 @@ class Decoder:
         return self._body(self.experts or 1) + self.head * (1 if self.tied else 2)
 
     @property
+    def headless(self) -> int:
+        """All weights but those of an LM head of its own."""
+        return self._body(self.experts or 1) + self.head
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that one token leaves in a cache, bfloat16."""
         return 2 * self.layers * self.kv_heads * self.head_dim * BF16

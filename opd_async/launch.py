@@ -22,7 +22,7 @@ from pathlib import Path
 import uvloop
 
 from opd_async import checkpoints
-from opd_async.advice import Planner, describe
+from opd_async.advice import plan_text
 from opd_async.completions import CompletionSet, load_completions
 from opd_async.conductor import Conductor, Inputs, InterruptedRun, Signals
 from opd_async.errors import InputError, OpdError
@@ -110,7 +110,7 @@ def launch(arguments: argparse.Namespace) -> None:
     """Everything that the command line asks for; raises `OpdError`."""
     overrides = [*arguments.set, *opd_overrides(arguments)]
     if arguments.plan:
-        echo(describe(Planner(load_topology(arguments.topology, overrides), site(arguments))))
+        echo(plan_text(load_topology(arguments.topology, overrides), site(arguments)))
         return
     topology = check(arguments.topology, overrides)
     inputs = read_inputs(topology)

@@ -48,14 +48,27 @@ def engine_memory(role: str, model: Decoder, device: Device, tensor_parallel: in
     return Memory(role, device, model.weights * BF16 / tensor_parallel, kv=model.kv_bytes * kv_tokens / tensor_parallel)
 
 
-def learner_memory(model: Decoder, device: Device, section: LearnerSection, longest: int) -> Memory:
-    """One device of the learner; `longest` is the longest sequence, prompt included, which no micro-batch splits."""
+def learner_memory(
+    model: Decoder, device: Device, section: LearnerSection, longest: int, critic: Decoder | None = None
+) -> Memory:
+    """One device of the learner; `longest` is the longest sequence, prompt included, which no micro-batch splits.
+
+    A `critic` is trained beside the student: weights and optimizer of its own, without an LM head, and activations at
+    another time than the student's.
+    """
     shard = section.tensor_parallel * section.pipeline_parallel
-    weights = model.weights / shard
+    weights = (model.weights + (critic.headless if critic is not None else 0)) / shard
+    logits = LOGIT_COPIES * 4 * section.logprob_chunk_rows * model.vocab / section.tensor_parallel
+    states = GRADIENT_BYTES + OPTIMIZER_BYTES / (section.data_parallel * section.context_parallel)
+    activations = _activations(model, section, longest) + logits
+    if critic is not None:
+        activations = max(activations, _activations(critic, section, longest))
+    return Memory("learner", device, weights * BF16, weights * states, activations=activations)
+
+
+def _activations(model: Decoder, section: LearnerSection, longest: int) -> float:
+    """What the layers keep for the backward pass."""
     tokens = max(section.micro_batch_tokens, longest) / section.context_parallel
     per_layer = LAYER_BYTES * model.hidden * tokens / section.tensor_parallel
     layers = model.layers / section.pipeline_parallel
-    kept = BF16 * model.hidden * tokens * layers + per_layer if section.recompute else per_layer * layers
-    logits = LOGIT_COPIES * 4 * section.logprob_chunk_rows * model.vocab / section.tensor_parallel
-    states = GRADIENT_BYTES + OPTIMIZER_BYTES / (section.data_parallel * section.context_parallel)
-    return Memory("learner", device, weights * BF16, weights * states, activations=kept + logits)
+    return BF16 * model.hidden * tokens * layers + per_layer if section.recompute else per_layer * layers

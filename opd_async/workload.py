@@ -46,6 +46,13 @@ class Devices:
         return self.rollout + self.teacher + self.learner
 
 
+def mean_context(lengths: Lengths, prompt_tokens: int) -> float:
+    """Tokens of prompt and response that a slot holds on average."""
+    length = typical(lengths).astype(np.float64)
+    # a slot is found in a response with a probability that grows with its length
+    return prompt_tokens + float((length * length).mean() / length.mean()) / 2
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """Sizes and costs of a run. Costs are those of one engine, except `train`, which is the whole learner's."""
@@ -91,9 +98,7 @@ class Workload:
     @property
     def mean_context(self) -> float:
         """Tokens of prompt and response that a slot holds on average."""
-        length = typical(self.lengths).astype(np.float64)
-        # a slot is found in a response with a probability that grows with its length
-        return self.prompt_tokens + float((length * length).mean() / length.mean()) / 2
+        return mean_context(self.lengths, self.prompt_tokens)
 
     @property
     def mean_tokens(self) -> float:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opd_async.advice import Planner, Site, describe
-from opd_async.cost_model import H100, H200, NVLINK, QWEN3_8B
+from opd_async.advice import Planner, Site, describe, plan_text
+from opd_async.cost_model import H100, H200, NVLINK, QWEN3_8B, QWEN3_32B
 from opd_async.errors import InputError
 from opd_async.launch import launch, parse_arguments
 from opd_async.lengths import LogNormal
@@ -63,6 +63,31 @@ def test_memory_by_hand() -> None:
     kept = learner_memory(QWEN3_8B, H100, section.model_copy(update={"recompute": False}), 4096)
     assert kept.activations > 5 * learner.activations
     assert learner_memory(QWEN3_8B, H100, section, 16384).activations > learner.activations
+
+
+def test_a_critic_has_weights_and_optimizer_of_its_own() -> None:
+    section = LearnerSection(tensor_parallel=2, data_parallel=4, recompute=True, micro_batch_tokens=8192)
+    alone = learner_memory(QWEN3_8B, H100, section, 4096)
+    beside = learner_memory(QWEN3_8B, H100, section, 4096, QWEN3_8B)
+    critic = QWEN3_8B.weights - QWEN3_8B.vocab * QWEN3_8B.hidden  # no LM head
+    assert beside.weights - alone.weights == pytest.approx(critic / 2 * 2)
+    assert beside.optimizer - alone.optimizer == pytest.approx(critic / 2 * (4 + 12 / 4))
+    assert beside.activations == alone.activations  # one after the other
+    assert learner_memory(QWEN3_8B, H100, section, 4096, QWEN3_32B).activations > alone.activations
+
+
+def test_memory_is_planned_where_steps_are_not(topology_text: dict[str, Any], tmp_path: Path) -> None:
+    def learner(**advantage: Any) -> list[str]:
+        text = plan_text(Topology.model_validate(samples | {"advantage": advantage}), SITE)
+        assert "no forecast, which covers schedule.train_on tokens" in text and "bubble" not in text
+        return next(line.split() for line in text.splitlines() if line.startswith("learner"))
+
+    samples = topology_text | {"schedule": {"steps": 1, "train_on": "samples"}, "opd": {"use_opd": False}}
+    alone, beside = learner(estimator="grpo"), learner(estimator="ppo")
+    assert float(beside[1]) > 1.5 * float(alone[1]) and float(beside[2]) > 1.5 * float(alone[2])
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(SHAPE_8B | {"num_hidden_layers": 12}))
+    smaller = learner(estimator="ppo", critic={"path": str(tmp_path / "teacher")})
+    assert float(alone[1]) < float(smaller[1]) < float(beside[1])
 
 
 def test_more_devices_make_their_stage_faster(topology_text: dict[str, Any]) -> None:
