@@ -1,7 +1,7 @@
 """The runs to compare: a part is a list of cells, and a cell is a regime, a method, a bound on staleness and a seed.
 
 All methods take the same number of optimizer steps, of prompts and of responses per prompt in each step, with one
-learner, one schedule of learning rates and one evaluation; each has the learning rate that served it better of two
+learner, one schedule of learning rates and one evaluation; each has the learning rate that served it best of three
 (part `rates`).
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 GROUP = 8
 SAMPLES_PER_STEP = 128
 TOPK = 8
-RATES = (5e-4, 2e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 CURVE_STEPS = 20
 """An evaluation every so many steps."""
 
