@@ -18,8 +18,9 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from typing import NoReturn
 
 import torch
 import uvloop
@@ -105,9 +106,9 @@ def build_app(engine: Engine) -> web.Application:
     return app
 
 
-async def serve(config: EngineConfig) -> None:
+async def serve(config: EngineConfig, build: Callable[[EngineConfig], Engine]) -> None:
     """Run until SIGTERM or SIGINT, or until the core fails."""
-    engine = build_engine(config)
+    engine = build(config)
     stop = stop_event(asyncio.get_running_loop())
     # If the core fails, the group cancels the wait below and the process ends with the core's error.
     async with asyncio.TaskGroup() as tasks:
@@ -144,8 +145,8 @@ def _announce(engine: Engine) -> None:
     sys.stdout.flush()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run an engine; exits with 0 after a signal, else with a code and a message that say what went wrong.
+def run(argv: Sequence[str] | None, build: Callable[[EngineConfig], Engine]) -> NoReturn:
+    """Run what `build` makes; exits with 0 after a signal, else with a code and a message that say what went wrong.
 
     The process is tied to its parent's life unless OPD_DETACHED=1.
     """
@@ -158,13 +159,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("OPD_DETACHED") != "1":
             die_with_parent()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(config))
+            runner.run(serve(config, build))
     except (Exception, KeyboardInterrupt) as error:  # the edge of the process: every error becomes an exit code
         code = report_failure(error)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: a thread inside a broadcast or a rendezvous would crash in torch's global destructors.
     os._exit(code)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run an engine with a model."""
+    run(argv, build_engine)
 
 
 if __name__ == "__main__":

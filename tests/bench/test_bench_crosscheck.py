@@ -1,0 +1,73 @@
+"""Simulated devices take the time that they should, and real roles run on them as on the virtual clock."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.engine.batch import Batch
+from actors.engine.request import LogprobSpec, Request
+from actors.engine.sampling import SamplingParams
+from actors.engine.scheduler import Work
+from bench.scaled.engine import SimulatedRunner
+from bench.scaled.learner import step_seconds
+from bench.scaled.scenario import PROMPT_TOKENS, Scenario
+from opd_async import messages as m
+
+SMALL = Scenario("20,150,200", slots=4, scale=4.0)
+EMPTY = np.zeros(0, np.int32)
+NOTHING = np.zeros(0, np.float32)
+
+
+def batch(*works: Work) -> Batch:
+    ids = np.zeros(0, np.int64)
+    return Batch(list(works), ids, ids, ids, [], None, None)
+
+
+def request(tokens: int, prompt_done: bool) -> Request:
+    made = Request("0000000000000007-x", [3] * tokens, SamplingParams(), LogprobSpec())
+    made.prompt_done = prompt_done
+    return made
+
+
+def test_a_step_of_an_engine_takes_what_the_virtual_one_does() -> None:
+    work = SMALL.workload()
+    student, teacher = SimulatedRunner(SMALL, True, 1), SimulatedRunner(SMALL, False, 1)
+    running = [Work(request(100, True), 99, 1), Work(request(60, True), 59, 1)]
+    assert student.seconds(batch(*running)) == pytest.approx(work.decode.seconds(1, 2, 158))
+    scored = [Work(request(300, False), 200, 100), Work(request(50, False), 0, 50)]
+    expected = work.score.floor_s + work.score.tokens_s(200, 300) + work.score.tokens_s(0, 50)
+    assert teacher.seconds(batch(*scored)) == pytest.approx(expected)
+
+
+def test_a_response_ends_where_the_lengths_say() -> None:
+    runner, length = SimulatedRunner(SMALL, True, 1), SMALL.response_tokens()[7]
+    ids = [runner._next(request(PROMPT_TOKENS + made, True)) for made in range(length)]
+    assert ids[-1] == 1 and 1 not in ids[:-1]
+
+
+def test_a_step_of_the_learner_takes_what_the_virtual_one_does() -> None:
+    cost = SMALL.workload().train
+    lengths, rows = np.array([100, 40], np.int32), np.arange(90, dtype=np.int32)
+    step = m.Train(0, 90, EMPTY, EMPTY, EMPTY, EMPTY, lengths, rows, NOTHING, NOTHING, NOTHING, EMPTY)
+    assert step_seconds(cost, step) == pytest.approx(cost.floor_s + cost.segment_s(100, 60) + cost.segment_s(40, 30))
+
+
+def test_real_roles_run_on_simulated_devices(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    options = ["--slots", str(SMALL.slots), "--lengths", SMALL.lengths, "--scale", str(SMALL.scale), "--steps", "7"]
+    command = [sys.executable, "-m", "bench.crosscheck", *options, "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(file.read_text())
+    for clock in ("virtual", "real"):
+        found = written[clock]
+        assert found["age_max"] <= 1
+        assert found["step_tokens"] >= 1 and found["tokens_per_s"] > 0
+        assert 1.0 <= found["learner_recompute"] < 5 and 0.9 < found["teacher_recompute"] < 1.5
+    assert "real roles" in done.stdout
