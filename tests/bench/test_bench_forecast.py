@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
+from bench import forecasts
 from bench.presets import balanced, real
 from bench.sim.rules import Scoring, deadline_cuts
 from bench.sim.simulation import Simulation
@@ -46,6 +49,18 @@ def test_a_step_takes_as_long_as_in_the_simulation(name: str, staleness: int) ->
     assert predicted.seconds == pytest.approx(workload.tokens_per_step / row.tokens_per_s, rel=WITHIN)
     assert predicted.teacher_recompute == pytest.approx(row.teacher_recompute, rel=0.15)
     assert predicted.learner_recompute == pytest.approx(row.learner_recompute, rel=0.25)
+
+
+def test_the_presets_are_compared_and_the_largest_deviation_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(forecasts.PRESETS, "heavy-tail", balanced(slots=16))
+    monkeypatch.setattr(forecasts, "STALENESS", (4,))
+    file = tmp_path / "figures.json"
+    forecasts.main(["--presets", "heavy-tail", "--json", str(file)])
+    (row,) = json.loads(file.read_text())
+    assert row["deviation"] == pytest.approx(row["forecast_s"] / row["simulated_s"] - 1)
+    assert f"largest deviation: {abs(row['deviation']):.1%}" in capsys.readouterr().out
 
 
 def test_a_forecast_needs_a_bound_above_zero() -> None:

@@ -144,7 +144,7 @@ def known_flags() -> frozenset[str]:
         ROOT / "opd_async/slime_flags.py",
         ROOT / "opd_async/plan_flags.py",
         ROOT / "learner/convert.py",
-        *ROOT.glob("bench/*.py"),
+        *ROOT.glob("bench/**/*.py"),
         *ROOT.glob("examples/addition/*.py"),
     ]
     found = {flag for file in sources for flag in re.findall(r'add_argument\(\s*"(--[a-z-]+)"', file.read_text())}
