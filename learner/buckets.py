@@ -1,4 +1,4 @@
-"""Weights on the wire: tensors flattened into byte buckets, and their checksums."""
+"""Weights on the wire: tensors in buckets, each sent for itself or flattened into bytes, and their checksums."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+DIRECT_BYTES = 1 << 20
+"""From this size on a tensor is worth a broadcast of its own: it then needs no copy on either side."""
 CHECKSUM_HEX = 32
 """Length of a checksum."""
 
 
 @dataclass(slots=True)
 class Bucket:
-    """Some named tensors that travel in one broadcast."""
+    """Some named tensors that are announced together."""
 
     names: list[str] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
+    direct: bool = False
+    """Each tensor has a broadcast of its own, from where it is; else all travel in one, flattened."""
     last: bool = False
     """True on the final bucket of an update."""
 
@@ -65,15 +69,23 @@ def checksum(tensor: Tensor) -> str:
     return hashlib.blake2b(as_bytes(tensor).cpu().numpy().data, digest_size=16).hexdigest()
 
 
-def buckets(named_tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
-    """Fill buckets up to `bucket_bytes` (a larger tensor gets its own); the final one is marked `last`."""
-    bucket = Bucket()
+def buckets(
+    named_tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, direct_bytes: int | None = None
+) -> Iterator[Bucket]:
+    """Fill buckets up to `bucket_bytes` (a larger tensor gets its own); the final one is marked `last`.
+
+    Tensors of `direct_bytes` and more go into `direct` buckets; None: no tensor does.
+    """
+    filling = {direct: Bucket(direct=direct) for direct in (True, False)}
     for name, tensor in named_tensors:
+        direct = direct_bytes is not None and tensor.nbytes >= direct_bytes
+        bucket = filling[direct]
         if bucket.tensors and bucket.nbytes + tensor.nbytes > bucket_bytes:
             yield bucket
-            bucket = Bucket()
+            bucket = filling[direct] = Bucket(direct=direct)
         bucket.names.append(name)
         bucket.tensors.append(tensor)
-    if bucket.tensors:
-        bucket.last = True
+    left = [bucket for bucket in filling.values() if bucket.tensors]
+    for bucket in left:
+        bucket.last = bucket is left[-1]
         yield bucket

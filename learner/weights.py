@@ -1,7 +1,11 @@
 """Send the student's weights from learner rank 0 to every engine by broadcast.
 
-    named tensors -> buckets -> POST /update_weights_from_distributed to all engines, concurrently with one broadcast
-                                of the bucket's bytes -> /end_weight_update -> verify by version and checksum
+    named tensors -> buckets -> POST /update_weights_from_distributed to all engines, concurrently with the broadcast
+                                of the bucket -> /end_weight_update -> verify by version and checksum
+
+    bucket of    broadcasts                            copies
+    large ones   one for each tensor, from its place   none here; none in an engine that receives into its parameters
+    small ones   one, of all tensors flattened         one on each side
 
     wait                      unblocked by                              deadline
     an engine's HTTP answer   the engine                                timeout_s, names the engine
@@ -22,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learner.buckets import Bucket, buckets
+from learner.buckets import DIRECT_BYTES, Bucket, buckets
 from learner.engine_http import EngineAddress
 from learner.errors import WeightSyncError
 from learner.transport import SendReport, Tally, WeightTransport
@@ -41,11 +45,13 @@ class WeightSender(WeightTransport):
         bucket_bytes: int,
         timeout_s: float,
         device: torch.device | None = None,
+        direct_bytes: int = DIRECT_BYTES,
     ) -> None:
-        """`backend` is `gloo` or `nccl`; engines reach this process at `bind_host`; tensors live on `device` (CPU)."""
+        """`backend` is `gloo` or `nccl`; engines reach this process at `bind_host`; tensors live on `device` (CPU).
+        Tensors of `direct_bytes` and more are broadcast from where they are."""
         super().__init__(engines, timeout_s)
         self._backend, self._host = backend, bind_host
-        self._bucket_bytes = bucket_bytes
+        self._bucket_bytes, self._direct_bytes = bucket_bytes, direct_bytes
         self._device = device or torch.device("cpu")
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
@@ -97,8 +103,8 @@ class WeightSender(WeightTransport):
             if self._group is None:
                 raise WeightSyncError("the weight group is not connected; call connect() with a new group name")
             sessions = self._engines.begin()
-            for bucket in buckets(source, self._bucket_bytes):
-                payload = self._fill(bucket)
+            for bucket in buckets(source, self._bucket_bytes, self._direct_bytes):
+                payload = [tensor.contiguous() for tensor in bucket.tensors] if bucket.direct else [self._fill(bucket)]
                 if shipping is not None:
                     shipping.result()
                 shipping = self._engines.submit(self._ship, bucket, payload, version)
@@ -126,14 +132,14 @@ class WeightSender(WeightTransport):
             self._rooms[0] = payload
         return payload
 
-    def _ship(self, bucket: Bucket, payload: Tensor, version: int) -> None:
+    def _ship(self, bucket: Bucket, payload: Sequence[Tensor], version: int) -> None:
         """One bucket to all engines. The version goes with the last one, so that no engine claims half an update."""
         body: dict[str, Any] = {
             "names": bucket.names,
             "dtypes": bucket.dtypes,
             "shapes": bucket.shapes,
             "group_name": self._group_name,
-            "load_format": "flattened_bucket",
+            "load_format": None if bucket.direct else "flattened_bucket",
             "flush_cache": False,
             "abort_all_requests": False,
         }
@@ -142,7 +148,7 @@ class WeightSender(WeightTransport):
         broadcasting = self._engines.submit(self._broadcast, payload)
         self._engines.together("/update_weights_from_distributed", [body] * len(self.addresses), broadcasting)
 
-    def _broadcast(self, payload: Tensor) -> None:
+    def _broadcast(self, payload: Sequence[Tensor]) -> None:
         failure = _broadcast_failure(self._group, payload, self._device)
         if failure:
             raise WeightSyncError(f"the broadcast failed: {failure}")
@@ -162,8 +168,8 @@ class WeightSender(WeightTransport):
         )
 
 
-def _broadcast_failure(group: dist.ProcessGroup | None, payload: Tensor, device: torch.device) -> str:
-    """Broadcast from rank 0; what went wrong, or nothing.
+def _broadcast_failure(group: dist.ProcessGroup | None, payload: Sequence[Tensor], device: torch.device) -> str:
+    """Broadcast each tensor from rank 0; what went wrong, or nothing.
 
     It does not raise: a traceback would keep the group alive, and with it the connections whose end tells the other
     engines that nothing more will come.
@@ -171,10 +177,14 @@ def _broadcast_failure(group: dist.ProcessGroup | None, payload: Tensor, device:
     if group is None:
         return "the group was given up"
     try:
-        if payload.is_cuda:
+        on_gpu = payload[0].is_cuda
+        if on_gpu:
             torch.cuda.set_device(device)
-        dist.broadcast(payload, src=0, group=group)
-        if payload.is_cuda:
+        works = [dist.broadcast(tensor, src=0, group=group, async_op=True) for tensor in payload]
+        for work in works:
+            if work is not None:
+                work.wait()
+        if on_gpu:
             torch.cuda.current_stream().synchronize()
     except (RuntimeError, ValueError) as error:
         return str(error)

@@ -98,10 +98,14 @@ class WeightGroups:
         """Raise WeightError unless this engine is in group `name`."""
         self._find(name)
 
-    def receive(self, name: str, tensors: Sequence[TensorSpec], flattened: bool) -> list[torch.Tensor]:
+    def receive(
+        self, name: str, tensors: Sequence[TensorSpec], flattened: bool, places: Sequence[torch.Tensor | None] = ()
+    ) -> list[torch.Tensor]:
         """Receive tensors from rank 0, one broadcast each, or all in one uint8 bucket.
 
-        On failure the group is left, since its ranks no longer agree on what comes next, and WeightError is raised.
+        One broadcast each: a tensor is received into its place, where `places` has one that the backend can write to,
+        and is then that place. On failure the group is left, since its ranks no longer agree on what comes next, and
+        WeightError is raised.
         """
         group, backend = self._find(name)
         # gloo moves host memory only; writing into the model copies to its device.
@@ -109,7 +113,12 @@ class WeightGroups:
         if flattened:
             buffers = [self._room_for(bucket_layout(tensors)[1], device)]
         else:
-            buffers = [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in tensors]
+            buffers = [
+                place
+                if place is not None and place.device.type == device.type and place.is_contiguous()
+                else torch.empty(spec.shape, dtype=spec.dtype, device=device)
+                for spec, place in zip(tensors, places or [None] * len(tensors), strict=True)
+            ]
         # One deadline for the whole update, however many broadcasts it is made of.
         deadline = time.monotonic() + self._timeout
         try:
@@ -119,8 +128,9 @@ class WeightGroups:
                     work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
         except (RuntimeError, ValueError) as error:
             self._abandon(name)
+            changed = "No weight was changed" if flattened else "Some weights may be new, or broken"
             raise WeightError(
-                f"broadcast in weight group {name} failed: {_reason(error)}. No weight was changed; the group was "
+                f"broadcast in weight group {name} failed: {_reason(error)}. {changed}; the group was "
                 f"left: join again with /init_weights_update_group",
                 500,
             ) from error

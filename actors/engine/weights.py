@@ -1,7 +1,8 @@
 """Changing the model's weights in place: from a trainer's broadcasts or from disk, and proving what is loaded.
 
-Everything is checked and received before the first parameter is written, so a refused or failed update leaves the old
-weights whole. Runs on the model thread, between steps.
+Everything is checked before the first parameter is written, so a refused update leaves the old weights whole. Tensors
+that are broadcast one by one are received into the parameters themselves: if that fails, the update must be sent again
+before anything is generated. Runs on the model thread, between steps.
 """
 
 from __future__ import annotations
@@ -49,8 +50,10 @@ class ModelWeights:
 
     def load_broadcast(self, group: str, specs: Sequence[TensorSpec], flattened: bool) -> None:
         """Receive the announced tensors and write them into the model."""
-        received = self._groups.receive(group, specs, flattened)
-        self._write({spec.name: tensor for spec, tensor in zip(specs, received, strict=True)})
+        places = [self._params[spec.name].detach() if spec.name in self._params else None for spec in specs]
+        received = self._groups.receive(group, specs, flattened, places)
+        pairs = zip(specs, places, received, strict=True)
+        self._write({spec.name: tensor for spec, place, tensor in pairs if tensor is not place})
 
     def load_folder(self, path: Path) -> int:
         """Load all safetensors of a folder; every parameter must be there. Returns how many tensors were loaded."""

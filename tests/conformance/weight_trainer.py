@@ -19,9 +19,9 @@ class Trainer:
         self.engine = EngineAddress(server.url, ADMIN_KEY, API_KEY)
         self._versions = itertools.count(1)
         self._groups = itertools.count()
-        # small buckets, so that an update takes several broadcasts
-        options = {"backend": "gloo", "bind_host": "127.0.0.1", "bucket_bytes": 40_000, "timeout_s": 60.0}
-        self.sender = WeightSender([self.engine], **options)
+        # small buckets, so that an update takes several broadcasts, of tensors and of flattened buckets
+        options = {"backend": "gloo", "bind_host": "127.0.0.1", "timeout_s": 60.0}
+        self.sender = WeightSender([self.engine], bucket_bytes=40_000, direct_bytes=5_000, **options)
         self.connect()
 
     def connect(self) -> None:

@@ -20,7 +20,7 @@ from opd_async.schema_text import keys_at, schema_at
 from opd_async.topology_file import load_topology
 
 ROOT = Path(__file__).parents[2]
-BENCHES = ("bench", "bench/learning", "bench/peers", "bench/scaled", "bench/sim")
+BENCHES = ("bench", "bench/learning", "bench/dataplane", "bench/peers", "bench/scaled", "bench/sim")
 PACKAGES = ("opd_async", "actors", "actors/engine", "learner", *BENCHES)
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("dashboards/*.md"), *ROOT.glob("examples/**/*.md")]

@@ -15,6 +15,21 @@ tensors = st.lists(st.tuples(st.integers(1, 40), st.sampled_from(DTYPES)), max_s
 
 
 @settings(deadline=None, max_examples=50)
+@given(kinds=tensors, bucket_bytes=st.integers(1, 200), direct_bytes=st.integers(1, 200))
+def test_large_tensors_go_for_themselves(
+    kinds: list[tuple[int, torch.dtype]], bucket_bytes: int, direct_bytes: int
+) -> None:
+    sent = {f"t{i}": torch.arange(n).to(dtype) for i, (n, dtype) in enumerate(kinds)}
+    filled = list(buckets(sent.items(), bucket_bytes, direct_bytes))
+    for bucket in filled:
+        assert bucket.nbytes <= bucket_bytes or len(bucket.tensors) == 1
+        assert all((tensor.nbytes >= direct_bytes) == bucket.direct for tensor in bucket.tensors)
+    assert [bucket.last for bucket in filled] == [False] * (len(filled) - 1) + [True] * bool(filled)
+    assert sorted(name for bucket in filled for name in bucket.names) == sorted(sent)
+    assert all(sent[name] is tensor for b in filled for name, tensor in zip(b.names, b.tensors, strict=True))
+
+
+@settings(deadline=None, max_examples=50)
 @given(kinds=tensors, bucket_bytes=st.integers(1, 200))
 def test_a_reader_that_knows_names_dtypes_and_shapes_gets_the_tensors_back(
     kinds: list[tuple[int, torch.dtype]], bucket_bytes: int

@@ -88,8 +88,9 @@ def pair(trainer: Trainer) -> Iterator[list[EngineAddress]]:
 
 
 def sender_to(engines: list[EngineAddress]) -> WeightSender:
-    """Buckets so small that an update has several."""
-    return WeightSender(engines, backend="gloo", bind_host="127.0.0.1", bucket_bytes=20_000, timeout_s=TIMEOUT_S)
+    """Buckets so small that an update has several of both kinds."""
+    options = {"backend": "gloo", "bind_host": "127.0.0.1", "timeout_s": TIMEOUT_S}
+    return WeightSender(engines, bucket_bytes=20_000, direct_bytes=5_000, **options)
 
 
 def test_an_update_is_loaded_by_every_engine(trainer: Trainer, pair: list[EngineAddress]) -> None:
