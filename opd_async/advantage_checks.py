@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from opd_async.checkpoints import shards
 from opd_async.errors import InputError
-from opd_async.learning import Estimator, RewardKind
+from opd_async.learning import CriticSection, Estimator, RewardKind
 from opd_async.loss_names import FULL_LOSSES
 from opd_async.model_folder import folder_problems, try_model
 from opd_async.topology import Topology, TrainOn
@@ -63,7 +63,7 @@ def _reference_problems(topology: Topology) -> Iterator[str]:
 def _critic_problems(topology: Topology) -> Iterator[str]:
     section, critic = topology.advantage, topology.advantage.critic
     if section.estimator is not Estimator.PPO:
-        if "critic" in section.model_fields_set:
+        if critic != CriticSection():  # a run's saved topology has every key
             yield f"advantage.critic: given, but {section.estimator} has no critic; remove it, or write estimator: ppo"
         if section.lam != 1.0:
             yield f"advantage.lam: {section.lam:g}, but {section.estimator} has no critic; write 1, or estimator: ppo"
@@ -112,7 +112,7 @@ def advantage_warnings(topology: Topology) -> Iterator[str]:
             f"advantage.critic.only_steps: {critic.only_steps} of {topology.schedule.steps} steps, so the student is "
             f"never trained; write less than {topology.schedule.steps}"
         )
-    if "value_clip" in critic.model_fields_set and critic.value_clip is not None and critic.updates == 1:
+    if critic.value_clip not in (None, CriticSection().value_clip) and critic.updates == 1:
         yield (
             f"advantage.critic.value_clip: {critic.value_clip:g}, but with one update per step no value has moved "
             "since the step began; write advantage.critic.updates: 2 or more, or null"

@@ -127,9 +127,10 @@ class CriticSection(Section):
     """`ppo`: the model that learns what a prefix is worth, in the learner's ranks and split like the student."""
 
     path: Path | None = None
-    """Hugging Face folder whose `config.json` is the critic's shape; null: the student begins the critic too."""
+    """Hugging Face folder whose `config.json` is the critic's shape; null: the student's."""
     load: Path | None = None
-    """A Megatron checkpoint: its critic, or, where it has none, its model with a new head; null: weights in `path`."""
+    """A Megatron checkpoint: its critic, or, where it has none, its model with a new head. Null: the weights in `path`,
+    or, without one, what the student begins with."""
     lr: float | None = Field(default=None, gt=0)
     """Null stands for `learner.optimizer.lr`; everything else is as for the student."""
     value_clip: float | None = Field(default=0.2, gt=0)

@@ -411,6 +411,11 @@ def test_options_of_a_critic_that_do_nothing_are_said(tmp_path: Path) -> None:
     assert said("advantage.critic.only_steps=1000") == ["advantage.critic.only_steps"]
 
 
+def test_the_saved_topology_of_a_run_without_a_critic_is_valid(tmp_path: Path) -> None:
+    saved = Topology.model_validate(small_topology(tmp_path, *GRPO).model_dump())
+    assert "critic" in saved.advantage.model_fields_set and validate(saved) == warnings(saved) == []
+
+
 def test_a_temperature_other_than_one_is_refused_without_a_teacher_too(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, *GRPO, "opd.use_opd=false", "rollout.sampling.temperature=0.7")
     assert found.startswith("rollout.sampling.temperature: 0.7, but the learner's logprobs are at temperature 1")
