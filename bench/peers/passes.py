@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from opd_async.answers import AnswerChecker
 from opd_async.prompts import Prompt
@@ -40,6 +41,7 @@ class Passed:
 
 def measure(folder: Path, task: Task, samples: int) -> Passed:
     """`samples` sampled responses for each prompt and a greedy one, drawn alike for every folder."""
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     torch.manual_seed(0)
     sampled = sum(_right(model, task, greedy=False) for _ in range(samples))
