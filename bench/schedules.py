@@ -62,7 +62,8 @@ def describe(workload: Workload) -> str:
 
 HEADER = (
     f"{'schedule':<14} {'scoring':<9}{'S':>2} {'share':>6} {'tokens/s':>9} {'age mean':>9}{'p99':>4}{'max':>4} "
-    f"{'score p50':>10}{'p99 s':>8} {'recompute t':>12}{'l':>6} {'idle r':>7}{'t':>6}{'l':>6} {'bubble':>7} {'step':>5}"
+    f"{'score p50':>10}{'p99 s':>8} {'recompute t':>12}{'l':>6} {'idle r':>7}{'t':>6}{'l':>6} {'bubble':>7} "
+    f"{'blocked s':>9} {'step':>5}"
 )
 
 
@@ -73,7 +74,8 @@ def line(row: Row) -> str:
         f"{row.schedule:<14} {row.scoring:<9}{row.max_staleness:>2} {row.share_of_bound:>6.2f}",
         f"{row.tokens_per_s:>9,.0f} {row.age_mean:>9.2f}{row.age_p99:>4}{row.age_max:>4}",
         f"{row.score_p50_s:>10.2f}{row.score_p99_s:>8.2f} {row.teacher_recompute:>12.2f}{row.learner_recompute:>6.2f}",
-        f"{idle.rollout:>7.2f}{idle.teacher:>6.2f}{idle.learner:>6.2f} {row.bubble:>7.2f} {row.step_tokens:>5.2f}",
+        f"{idle.rollout:>7.2f}{idle.teacher:>6.2f}{idle.learner:>6.2f} {row.bubble:>7.2f}",
+        f"{row.sync_blocked_s:>9.1f} {row.step_tokens:>5.2f}",
     )
     return " ".join(cells)
 

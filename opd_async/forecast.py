@@ -45,11 +45,6 @@ class Forecast:
     bubble: float
     """Share of all devices' time that full speed would not have needed."""
 
-    @property
-    def bottleneck(self) -> str:
-        """The stage that computes for most of the time."""
-        return max(("rollout", "teacher", "learner"), key=lambda stage: getattr(self, f"{stage}_s"))
-
 
 @dataclass(slots=True)
 class _Ended:

@@ -26,11 +26,6 @@ class Rates:
         """Of the slowest stage: no schedule is faster."""
         return min(self.rollout, self.teacher, self.learner)
 
-    @property
-    def bottleneck(self) -> str:
-        """Name of the slowest stage."""
-        return min(("rollout", "teacher", "learner"), key=lambda name: getattr(self, name))
-
 
 @dataclass(frozen=True, slots=True)
 class Devices:

@@ -108,10 +108,11 @@ class Account:
             score_p99_s=float(latency[1]),
             teacher_recompute=(last.computed - first.computed) / (last.scored - first.scored),
             learner_recompute=(last.forwarded - first.forwarded) / needed,
+            # a batch or step counts when it begins, so that a busy role may come to a little more than all of the time
             idle=Idle(
-                1 - (last.rollout_s - first.rollout_s) / seconds / work.engines,
-                1 - (last.teacher_s - first.teacher_s) / seconds / work.teachers,
-                1 - (last.learner_s - first.learner_s) / seconds,
+                max(1 - (last.rollout_s - first.rollout_s) / seconds / work.engines, 0.0),
+                max(1 - (last.teacher_s - first.teacher_s) / seconds / work.teachers, 0.0),
+                max(1 - (last.learner_s - first.learner_s) / seconds, 0.0),
             ),
             bubble=1 - useful / gpus.total,
             sync_blocked_s=last.blocked_s - first.blocked_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opd_async.advice import Planner, Site, describe, plan_text
+from opd_async.advice import Planner, Site, describe, plan_text, preferred
 from opd_async.cost_model import H100, H200, NVLINK, QWEN3_8B, QWEN3_32B
 from opd_async.errors import InputError
 from opd_async.launch import launch, parse_arguments
@@ -106,6 +107,23 @@ def test_the_best_split_is_no_worse_and_uses_the_same_devices(topology_text: dic
     assert devices.total == plan.devices.total == 8
     assert best.tokens_per_s >= 0.999 * plan.forecast(plan.devices).tokens_per_s
     assert all(plan.fits(devices) for devices in plan.splits())
+
+
+def test_of_splits_that_are_alike_the_one_with_less_recompute_is_preferred(topology_text: dict[str, Any]) -> None:
+    one = planner(topology_text).forecast(Devices(2, 2, 4))
+    speeds = ((100.0, 1.3), (99.8, 1.2), (99.0, 1.1))
+    tried = [
+        (Devices(count, 1, 1), dataclasses.replace(one, tokens_per_s=speed, learner_recompute=recompute))
+        for count, (speed, recompute) in enumerate(speeds)
+    ]
+    assert preferred(tried)[0].rollout == 1
+
+
+def test_the_bottleneck_is_the_stage_that_is_slowest_alone(topology_text: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(SHAPE_8B | {"num_hidden_layers": 300}))
+    site = Site(H200, NVLINK, LogNormal(500, 2000, 4096), 200)
+    (line,) = (line for line in describe(planner(topology_text, site)).splitlines() if "<- bottleneck" in line)
+    assert line.startswith("teacher")
 
 
 def test_no_plan_is_faster_than_its_slowest_stage(topology_text: dict[str, Any]) -> None:
