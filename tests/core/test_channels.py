@@ -69,6 +69,30 @@ def test_pushed_messages_arrive_whole_and_in_order() -> None:
     play(scene)
 
 
+def test_waiting_messages_leave_others_their_turn() -> None:
+    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        count = 10 * channels.RECEIVED_IN_A_ROW
+        with Pull(context, address) as pull, Push(context, address) as push:
+            for number in range(count):
+                await push.send(lease(number))
+            await asyncio.sleep(0.2)  # all of them wait in the socket now
+            task = asyncio.create_task(other())
+            for _ in range(count):
+                await pull.receive()
+            task.cancel()
+        assert turns >= 10
+
+    play(scene)
+
+
 def test_received_arrays_outlive_the_channel() -> None:
     async def scene(context: zmq.asyncio.Context, address: str) -> None:
         with Pull(context, address) as pull, Push(context, address) as push:
