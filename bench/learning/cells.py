@@ -1,8 +1,8 @@
 """The runs to compare: a part is a list of cells, and a cell is a regime, a method, a bound on staleness and a seed.
 
-All methods take the same number of optimizer steps, of prompts and of responses per prompt in each step, with one
-learner, one schedule of learning rates and one evaluation; each has the learning rate that served it best of three
-(part `rates`).
+All methods take the same number of optimizer steps and of responses in each, with one learner, one schedule of learning
+rates and one evaluation; each has the learning rate that served it best of three (part `rates`). A response is to a
+prompt of its own, but for those with GRPO, which compare responses to one prompt; `opd_16` is OPD on their prompts.
 """
 
 from __future__ import annotations
@@ -35,23 +35,28 @@ class Method:
     """Flags of the launcher."""
     teacher_inside: bool = False
     """The learner holds the teacher."""
+    group: int = 1
+    """Responses to each prompt."""
 
 
 METHODS = {
     "sft": Method("SFT on teacher samples", ("opd.loss=sft", "opd.signal_clamp=null"), lr=2e-3, given=True),
     "kd": Method("JSD on teacher samples", JSD, lr=2e-3, given=True),
-    "grpo": Method("GRPO on the task's reward", REWARD, lr=1e-3, options=("--no-use-opd",)),
-    "opd": Method("OPD: reverse KL, sampled token", ON_POLICY_TEACHER, lr=2e-3),
+    "opd": Method("OPD: reverse KL, sampled token", ON_POLICY_TEACHER, lr=1e-3),
     "opd_jsd": Method("OPD: JSD, top-k", JSD, lr=2e-3),
-    "opd_grpo": Method("OPD (sampled token) + GRPO", (*ON_POLICY_TEACHER, *REWARD), lr=1e-3),
+    "opd_16": Method(f"OPD, sampled token, {GROUP} a prompt", ON_POLICY_TEACHER, lr=5e-4, group=GROUP),
+    "grpo": Method(f"GRPO on the reward, {GROUP} a prompt", REWARD, lr=5e-4, options=("--no-use-opd",), group=GROUP),
+    "opd_grpo": Method(f"OPD + GRPO, {GROUP} a prompt", (*ON_POLICY_TEACHER, *REWARD), lr=5e-4, group=GROUP),
 }
 
+HOT = 2e-3
+"""A learning rate at which one step moves this student far enough for age to matter."""
 FULL = ("opd.type=megatron", "opd.loss=reverse_kl_full", "opd.signal_clamp=null")
 SIGNALS = {
-    "sampled_clip": METHODS["opd"],
-    "sampled": Method("sampled token, no clip", ("opd.signal_clamp=3.0", "opd.clip_ratio=null"), lr=2e-3),
-    "topk": Method("top-k (JSD)", JSD, lr=2e-3),
-    "full": Method("full vocabulary (reverse KL)", FULL, lr=2e-3, teacher_inside=True),
+    "sampled_clip": Method("sampled token, clip 0.2", ON_POLICY_TEACHER, lr=HOT),
+    "sampled": Method("sampled token, no clip", ("opd.signal_clamp=3.0", "opd.clip_ratio=null"), lr=HOT),
+    "topk": Method("top-k (JSD)", JSD, lr=HOT),
+    "full": Method("full vocabulary (reverse KL)", FULL, lr=HOT, teacher_inside=True),
 }
 STALENESS = (0, 1, 2, 4, 8)
 
@@ -104,7 +109,7 @@ class Cell:
 
 def rates(seeds: int) -> list[Cell]:
     """Every method at every learning rate, one seed."""
-    return [Cell("rates", "short", method, 0, lr) for lr in RATES for method in METHODS]
+    return [Cell("rates", "short", method, 0, lr) for lr in RATES for method in METHODS if method != "opd_16"]
 
 
 def methods(seeds: int) -> list[Cell]:

@@ -102,9 +102,9 @@ def train(path: Path, base: str, options: tuple[str, ...]) -> None:
 
 def sample(path: Path, inputs: Inputs, regime: Regime) -> None:
     """The teacher's responses to as many prompts as the runs on the student's own see."""
-    prompts = min(regime.prompts, regime.steps * SAMPLES_PER_STEP // GROUP)
+    prompts = min(regime.prompts, regime.steps * SAMPLES_PER_STEP)
     where = ("--prompts", str(inputs.train), "--out", str(path))
-    how = ("--count", str(prompts), "--per-prompt", str(GROUP))
+    how = ("--count", str(prompts), "--per-prompt", str(min(GROUP, regime.steps * SAMPLES_PER_STEP // prompts)))
     python(str(ADDITION / "sample.py"), str(inputs.teacher), *where, *how)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.learning.cells import CURVE_STEPS, GROUP, REGIMES, SAMPLES_PER_STEP, Cell
+from bench.learning.cells import CURVE_STEPS, REGIMES, SAMPLES_PER_STEP, Cell
 from bench.learning.inputs import ADDITION, Inputs
 
 ROOT = ADDITION.parents[1]
@@ -77,7 +77,7 @@ def settings(cell: Cell, inputs: Inputs, out: Path) -> list[str]:
         sizes = {"context_tokens": context, "kv_tokens": running * context, "max_running": running}
         values += [f"engines.{side}.{key}={value}" for key, value in sizes.items()]
     if cell.train_on == "samples":
-        values += [f"schedule.samples_per_step={SAMPLES_PER_STEP}", f"rollout.group_size={GROUP}"]
+        values += [f"schedule.samples_per_step={SAMPLES_PER_STEP}", f"rollout.group_size={how.group}"]
     else:
         values.append(f"schedule.tokens_per_step={SAMPLES_PER_STEP * response}")
     if how.given:

@@ -53,12 +53,14 @@ def test_every_cell_can_be_run(part: str, inputs: Inputs, tmp_path: Path) -> Non
         assert [line for line in found if not line.startswith("opd.teacher_load")] == [], cell.name
 
 
-def test_all_methods_are_given_the_same_steps_prompts_and_responses(inputs: Inputs, tmp_path: Path) -> None:
-    found = [topology_of(cell, inputs, tmp_path) for cell in PARTS["methods"](2)]
-    sizes = {(t.schedule.steps, t.schedule.samples_per_step, t.rollout.group_size, t.schedule.train_on) for t in found}
-    assert len(sizes) == 1
-    assert Counter(topology.seed for topology in found) == {0: len(METHODS), 1: len(METHODS)}
-    assert {topology.schedule.max_staleness for topology in found} == {1}
+def test_all_methods_are_given_the_same_steps_and_responses(inputs: Inputs, tmp_path: Path) -> None:
+    found = {cell: topology_of(cell, inputs, tmp_path) for cell in PARTS["methods"](2)}
+    assert len({(t.schedule.steps, t.schedule.samples_per_step, t.schedule.train_on) for t in found.values()}) == 1
+    assert Counter(topology.seed for topology in found.values()) == {0: len(METHODS), 1: len(METHODS)}
+    assert {topology.schedule.max_staleness for topology in found.values()} == {1}
+    groups = {cell.method: topology.rollout.group_size for cell, topology in found.items()}
+    assert groups["sft"] == groups["kd"] == groups["opd"] == groups["opd_jsd"] == 1
+    assert groups["opd_16"] == groups["grpo"] == groups["opd_grpo"] == 8
 
 
 def a_run(out: Path, cell: Cell, sampled: float) -> Outcome:
