@@ -8,6 +8,7 @@ Everything is made once and found again by its name; a folder appears only when 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,7 +72,12 @@ def once(path: Path, make: Callable[[Path], object]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
         make(fresh)
-        fresh.replace(path)
+        try:
+            fresh.replace(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            shutil.rmtree(fresh)  # another command has made the same folder meanwhile
     return path
 
 
