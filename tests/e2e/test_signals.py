@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from harness import Launch, check_trained, left_running, topology, write_topology
+from harness import Launch, check_trained, left_running, steps, topology, write_topology
 
 
 def test_interrupt_saves_and_resume_goes_on(inputs: Path, tmp_path: Path) -> None:
@@ -24,6 +24,11 @@ def test_interrupt_saves_and_resume_goes_on(inputs: Path, tmp_path: Path) -> Non
         assert run.wait() == 0, run.text()
     check_trained(folder, 1, step + 2)
     assert left_running(tmp_path, inputs) == []
+    rows = {row["step"]: row for row in steps(folder)}
+    for row in (rows[1], rows[step + 1]):  # the first after the start, and the first after resuming
+        # what was generated first came from the student's own weights, not from the teacher's, older or initial ones
+        assert row["learner_staleness_max"] == 0
+        assert abs(row["learner_ratio_mean"] - 1.0) < 1e-3 and row["learner_ratio_std"] < 1e-3
 
 
 def test_a_second_signal_stops_at_once(inputs: Path, tmp_path: Path) -> None:
