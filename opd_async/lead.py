@@ -9,6 +9,7 @@ restarted asks for the weights (`RESYNC`) at any time; `_serving` answers such r
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -54,6 +55,7 @@ class Lead:
         self._root = hub.plan.run_folder / "checkpoints"
         self._evaluation: asyncio.Task[Evaluation] | None = None
         self._owed: tuple[Int64, Int32, Int32] | None = None
+        self._unanswered: Counter[str] = Counter()
 
     async def run(self) -> None:
         """From the newest checkpoint, or the beginning, to the last step; raises what went wrong.
@@ -199,11 +201,20 @@ class Lead:
         await asyncio.to_thread(checkpoints.prune_exports, root, section.keep)
 
     async def _send(self, command: m.SyncWeights | m.SaveCheckpoint | m.ExportModel) -> m.LearnerReply:
+        """The learner's answer to `command`, never that to an earlier one of its kind whose wait was cancelled: a
+        checkpoint would be sealed while the learner replaces it."""
         name = type(command).__name__
+        while self._unanswered[name]:
+            await self._reply(name)
         await self._hub.to_intake(command)
+        self._unanswered[name] += 1
+        return await self._reply(name)
+
+    async def _reply(self, name: str) -> m.LearnerReply:
         # the command queues behind a step that the learner may be taking
         deadline_s = self._deadlines.step_deadline_s
         reply = await self._hub.mailbox.expect(("reply", name), deadline_s, f"the learner's answer to {name}")
+        self._unanswered[name] -= 1
         assert isinstance(reply, m.LearnerReply)
         return reply
 
