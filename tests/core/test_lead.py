@@ -23,19 +23,17 @@ class Hub:
     def __init__(self, folder: Path) -> None:
         self.plan = SimpleNamespace(topology=small_topology(folder), run_folder=folder)
         self.mailbox = Mailbox()
-        self.asked: list[Any] = []
+        self.asked: asyncio.Queue[Any] = asyncio.Queue()
 
     async def to_intake(self, message: Any) -> None:
-        self.asked.append(message)
+        self.asked.put_nowait(message)
+
+    async def next_question(self) -> None:
+        async with asyncio.timeout(20.0):
+            await self.asked.get()
 
     def answer(self, error: str | None = None) -> None:
         self.mailbox.deliver(("reply", "SaveCheckpoint"), m.LearnerReply("SaveCheckpoint", 3, error, {}))
-
-
-async def until(ready: Any) -> None:
-    async with asyncio.timeout(20.0):
-        while not ready():
-            await asyncio.sleep(0.001)
 
 
 def test_a_checkpoint_is_sealed_by_its_own_answer_alone(tmp_path: Path) -> None:
@@ -46,13 +44,13 @@ def test_a_checkpoint_is_sealed_by_its_own_answer_alone(tmp_path: Path) -> None:
         hub: Any = Hub(tmp_path)
         lead = Lead(hub, None, 1, Progress(lambda line: None, 10))
         first = asyncio.create_task(lead.checkpoint(3))
-        await until(lambda: len(hub.asked) == 1)
+        await hub.next_question()
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
         again = asyncio.create_task(lead.checkpoint(3))
         hub.answer()  # to the first command; the learner begins to replace what it wrote
-        await until(lambda: len(hub.asked) == 2)
+        await hub.next_question()
         await asyncio.sleep(0.05)
         assert not (folder / checkpoints.MARKER).exists()
         folder.mkdir(parents=True)
