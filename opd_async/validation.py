@@ -12,7 +12,7 @@ from opd_async.completion_checks import completion_problems
 from opd_async.errors import InputError
 from opd_async.host_checks import device_problems, network_problems
 from opd_async.learner_checks import learner_problems
-from opd_async.loss_names import RATIO_LOSSES, WHOLE_RESPONSE_LOSSES, loss_problem, teacher_problem
+from opd_async.loss_names import RATIO_LOSSES, SAMPLED_LOSSES, WHOLE_RESPONSE_LOSSES, loss_problem, teacher_problem
 from opd_async.model_folder import ModelFacts, folder_problems, try_model
 from opd_async.reward_checks import reward_problems
 from opd_async.sglang_server import version_problem
@@ -22,6 +22,9 @@ from opd_async.topology import EngineKind, EngineSection, ModelSection, Topology
 from opd_async.weight_checks import weight_problems
 
 PROMPT_SUFFIXES = (".jsonl", ".parquet")
+
+OLD_FOR_RATIOS = 4
+"""Steps of age from which losses on the sampled token are warned about: `python -m bench.learning --part staleness`."""
 
 
 def validate(topology: Topology) -> list[str]:
@@ -59,10 +62,17 @@ def warnings(topology: Topology) -> list[str]:
             f"opd.signal_clamp: {topology.opd.signal_clamp:g} has no part in {topology.opd.loss}, which has no sampled "
             "signal to clamp; write null"
         )
-    if schedule.max_staleness >= 2 and topology.opd.clip_ratio is None and topology.opd.loss in RATIO_LOSSES:
+    if schedule.max_staleness >= 1 and topology.opd.clip_ratio is None and topology.opd.loss in RATIO_LOSSES:
         found.append(
             f"opd.clip_ratio: off with schedule.max_staleness {schedule.max_staleness}; unclipped importance ratios "
-            "can make the student collapse when tokens are two or more steps old; write 0.2"
+            "can make the student collapse when tokens are not of the current step; write 0.2"
+        )
+    if schedule.max_staleness >= OLD_FOR_RATIOS and topology.opd.use_opd and topology.opd.loss in SAMPLED_LOSSES:
+        found.append(
+            f"schedule.max_staleness: {schedule.max_staleness} with opd.loss {topology.opd.loss}, whose signal is the "
+            "sampled token and its importance ratio: students that move fast have collapsed at this age, and not with "
+            "losses on the top-k or the whole vocabulary (docs/learning.md); write opd.loss jsd_topk, or at most "
+            f"{OLD_FOR_RATIOS - 1}"
         )
     if topology.evaluation.every_steps and topology.data.held_out is None:
         found.append(

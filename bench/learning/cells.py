@@ -19,6 +19,7 @@ CURVE_STEPS = 20
 
 ON_POLICY_TEACHER = ("opd.signal_clamp=3.0", "opd.clip_ratio=0.2")
 JSD = ("opd.loss=jsd_topk", f"opd.topk={TOPK}", "opd.signal_clamp=null")
+FULL = ("opd.type=megatron", "opd.loss=reverse_kl_full", "opd.signal_clamp=null")
 REWARD = ("reward.kind=exact_match", "advantage.estimator=grpo")
 
 
@@ -44,6 +45,7 @@ METHODS = {
     "kd": Method("JSD on teacher samples", JSD, lr=2e-3, given=True),
     "opd": Method("OPD: reverse KL, sampled token", ON_POLICY_TEACHER, lr=1e-3),
     "opd_jsd": Method("OPD: JSD, top-k", JSD, lr=2e-3),
+    "opd_full": Method("OPD: reverse KL, full vocabulary", FULL, lr=2e-3, teacher_inside=True),
     "opd_16": Method(f"OPD, sampled token, {GROUP} a prompt", ON_POLICY_TEACHER, lr=5e-4, group=GROUP),
     "grpo": Method(f"GRPO on the reward, {GROUP} a prompt", REWARD, lr=5e-4, options=("--no-use-opd",), group=GROUP),
     "opd_grpo": Method(f"OPD + GRPO, {GROUP} a prompt", (*ON_POLICY_TEACHER, *REWARD), lr=5e-4, group=GROUP),
@@ -51,7 +53,6 @@ METHODS = {
 
 HOT = 2e-3
 """A learning rate at which one step moves this student far enough for age to matter."""
-FULL = ("opd.type=megatron", "opd.loss=reverse_kl_full", "opd.signal_clamp=null")
 SIGNALS = {
     "sampled_clip": Method("sampled token, clip 0.2", ON_POLICY_TEACHER, lr=HOT),
     "sampled": Method("sampled token, no clip", ("opd.signal_clamp=3.0", "opd.clip_ratio=null"), lr=HOT),
@@ -118,8 +119,8 @@ def methods(seeds: int) -> list[Cell]:
 
 
 def regimes(seeds: int) -> list[Cell]:
-    """Where it may matter whose prefixes are trained: the two signals, each on- and off-policy."""
-    names = ("sft", "opd", "kd", "opd_jsd")
+    """Where it may matter whose prefixes are trained, and which way a divergence is taken."""
+    names = ("sft", "kd", "opd", "opd_jsd", "opd_full")
     return [
         Cell("regimes", regime, name, seed, METHODS[name].lr)
         for seed in range(seeds)

@@ -16,9 +16,7 @@ from bench.learning.tables import grouped
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = dict(
-    zip([*METHODS, *SIGNALS], 2 * ["#d62728", "#ff7f0e", "#7f7f7f", "#1f77b4", "#2ca02c", "#9467bd"], strict=False)
-)
+COLOURS = {name: f"C{index}" for names in (METHODS, SIGNALS) for index, name in enumerate(names)}
 
 
 def draw(file: Path, part: str, outcomes: Sequence[Outcome]) -> None:
@@ -65,7 +63,8 @@ def draw_staleness(file: Path, outcomes: Sequence[Outcome]) -> None:
         right.plot([max(each.ratio_std for each in runs) for runs in mine], [ends(runs) for runs in mine], "o", **style)
     left.set(xlabel="schedule.max_staleness (steps)", ylabel="pass@1 after training, sampled at T = 1 (%)")
     right.set(xlabel="drift: largest standard deviation of p / mu in a step", xscale="symlog")
-    left.legend(fontsize=8, loc="lower left")
+    left.set(ylim=(-2, 102))
+    left.legend(fontsize=8, loc="best")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
