@@ -23,7 +23,7 @@ from opd_async.weight_checks import weight_problems
 
 PROMPT_SUFFIXES = (".jsonl", ".parquet")
 
-OLD_FOR_RATIOS = 4
+OLD_FOR_RATIOS = 2
 """Steps of age from which losses on the sampled token are warned about: `python -m bench.learning --part staleness`."""
 
 
