@@ -1,8 +1,8 @@
 """The runs to compare: a part is a list of cells, and a cell is a regime, a method, a bound on staleness and a seed.
 
 All methods take the same number of optimizer steps and of responses in each, with one learner, one schedule of learning
-rates and one evaluation; each has the learning rate that served it best of three (part `rates`). A response is to a
-prompt of its own, but for those with GRPO, which compare responses to one prompt; `opd_16` is OPD on their prompts.
+rates and one evaluation; each has a learning rate that served it well (part `rates`). A response is to a prompt of its
+own, but for those with GRPO, which compare responses to one prompt; `opd_16` is OPD on their prompts.
 """
 
 from __future__ import annotations
