@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,11 @@ def test_rewards_alone_are_learnt_from(tmp_path: Path, estimator: str) -> None:
     assert [row["learner_grad_norm"] > 0.0 for row in rows] == [False] * only + [True] * (STEPS - only)
     assert all((row["learner_critic_grad_norm"] > 0.0) == (estimator == "ppo") for row in rows)
     if estimator == "ppo":
-        assert rows[0]["learner_value_mean"] == 0.0 < rows[-1]["learner_value_mean"]
-        assert rows[-1]["learner_value_loss"] < rows[0]["learner_value_loss"]
+        # each batch has a mean reward of its own, which moves the loss more than five steps do; the values only rise
+        values = [row["learner_value_mean"] for row in rows]
+        assert values[0] == 0.0 and all(before < after for before, after in pairwise(values))
+        assert all(0.0 < row["learner_value_loss"] <= row["reward_mean"] / 2 for row in rows)
+        assert values[-1] < min(row["reward_mean"] for row in rows)
     report = json.loads((folder / "report.json").read_text())
     assert report["teacher"] is None and report["stages"]["teacher"] is None
     for when in ("student_before", "student_after"):
