@@ -89,8 +89,6 @@ class Coordinator:
         self.evaluated = asyncio.Event()
         """Set while no evaluation runs beside training."""
         self.evaluated.set()
-        self.trained = -1
-        """Weight version of the learner after the last step that it reported."""
         self.lost: Exit | None = None
         """The end of the learner or the intake, when `learner_lost` is set."""
         self.resetting: int | None = None
@@ -124,7 +122,7 @@ class Coordinator:
         self.learner_lost.clear()
         self.mailbox.clear()
         self.book = None
-        self.version = self.trained = -1
+        self.version = -1
         self.engine_group += 1
         for kind in (RoleKind.LEARNER, RoleKind.INTAKE):
             self._up.discard(self.name_of(kind))
@@ -190,7 +188,6 @@ class Coordinator:
                 case m.Paused() | m.ResetDone():
                     self.mailbox.deliver((type(message).__name__, role, message.token), message)
                 case m.LearnerReply(command="Train"):
-                    self.trained = message.version
                     self.mailbox.deliver(UPDATE, message)
                 case m.LearnerReply():
                     self.mailbox.deliver(("reply", message.command), message)

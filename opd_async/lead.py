@@ -56,11 +56,13 @@ class Lead:
         self._evaluation: asyncio.Task[Evaluation] | None = None
         self._owed: tuple[Int64, Int32, Int32] | None = None
         self._unanswered: Counter[str] = Counter()
+        self._accounted = -1
+        self._unaccounted: m.LearnerReply | None = None
 
     async def run(self) -> None:
         """From the newest checkpoint, or the beginning, to the last step; raises what went wrong.
 
-        On cancel: the step under way stays with the learner; `wind_down` saves it.
+        On cancel: the step under way stays with the learner; `wind_down` accounts for it and saves it.
         """
         ledger = self._hub.ledger
         version = await self.establish()
@@ -94,6 +96,7 @@ class Lead:
         hub, deadline_s = self._hub, self._deadlines.start_deadline_s
         hub.version = -1
         frontier = await hub.mailbox.expect("Frontier", deadline_s, "the intake to start")
+        self._accounted = frontier.version
         for kind in (RoleKind.ROLLOUT, RoleKind.TEACHER):
             for role in hub.plan.of_kind(kind):
                 if role.name not in hub.up(kind):
@@ -123,14 +126,23 @@ class Lead:
     async def train(self, version: int) -> None:
         """Steps from `version` until the topology's number is reached."""
         while version < self._steps:
-            event = await self._hub.mailbox.expect(UPDATE, self._deadlines.step_deadline_s, "an optimizer step")
-            if event == RESYNC:
+            reply = await self._trained_step("an optimizer step")
+            if reply is None:
                 await self._update_weights(verify=True)
                 continue
-            if event.error is not None:
-                raise RoleError(f"the learner failed in step {event.version + 1}: {event.error}")
-            version = event.version
-            await self._finish_step(event)
+            version = reply.version
+            await self._finish_step(reply)
+
+    async def _trained_step(self, who: str) -> m.LearnerReply | None:
+        """The learner's next step, which is owed a row from now on; None when an engine asks for the weights."""
+        event = await self._hub.mailbox.expect(UPDATE, self._deadlines.step_deadline_s, who)
+        if event == RESYNC:
+            return None
+        assert isinstance(event, m.LearnerReply)
+        if event.error is not None:
+            raise RoleError(f"the learner failed in step {event.version + 1}: {event.error}")
+        self._unaccounted = event
+        return event
 
     async def _finish_step(self, reply: m.LearnerReply) -> None:
         """A step is trained: weights to the engines, figures to the ledger, and on to the next."""
@@ -140,19 +152,24 @@ class Lead:
         began, blocked = loop.time(), hub.barrier.blocked_s
         if step > hub.version:
             await self._update_weights(verify=False)
-        sync_s = loop.time() - began
-        who = "the intake's account of the step"
-        started = await hub.mailbox.expect(("StepStarted", step - 1), self._deadlines.start_deadline_s, who)
-        hub.ledger.step(started, reply.stats, sync_s, hub.barrier.blocked_s - blocked)
-        hub.metrics["opd_coordinator_step"].set(step)
-        hub.metrics["opd_coordinator_trained_tokens_total"].inc(started.stats["tokens"])
-        self._progress.step(step, reply.stats, started)
+        await self._account(reply, loop.time() - began, hub.barrier.blocked_s - blocked)
         if step < self._steps:
             if step % self._topology.checkpoint.every_steps == 0:
                 await self.checkpoint(step)
             await self._export(step)
             await hub.to_intake(m.Version(step, *self._owed_now()))
             self._begin_evaluation(step)
+
+    async def _account(self, reply: m.LearnerReply, sync_s: float, engines_s: float) -> None:
+        """The row, the counters and the line of a trained step."""
+        hub, step = self._hub, reply.version
+        who = "the intake's account of the step"
+        started = await hub.mailbox.expect(("StepStarted", step - 1), self._deadlines.start_deadline_s, who)
+        hub.ledger.step(started, reply.stats, sync_s, engines_s)
+        hub.metrics["opd_coordinator_step"].set(step)
+        hub.metrics["opd_coordinator_trained_tokens_total"].inc(started.stats["tokens"])
+        self._progress.step(step, reply.stats, started)
+        self._accounted, self._unaccounted = step, None
 
     def _owed_now(self) -> tuple[Int64, Int32, Int32]:
         assert self._owed is not None
@@ -243,8 +260,10 @@ class Lead:
         self.abandon_evaluation()
         await hub.to_intake(m.Quiesce("the run is being stopped"))
         quiesced = await hub.mailbox.expect("Quiesced", self._deadlines.stop_deadline_s, "the intake to come to rest")
-        while hub.trained < quiesced.version:
-            await hub.mailbox.expect(UPDATE, self._deadlines.step_deadline_s, "the last optimizer step")
+        while self._accounted < quiesced.version:
+            reply = self._unaccounted or await self._trained_step("the last optimizer step")
+            if reply is not None:
+                await self._account(reply, sync_s=0.0, engines_s=0.0)
         await self.checkpoint(quiesced.version)
         self._progress.say(f"saved a checkpoint after step {quiesced.version}; go on with --resume")
 

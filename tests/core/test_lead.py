@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from small_runs import small_topology
 
 from opd_async import checkpoints
 from opd_async import messages as m
+from opd_async.coordinator import RESYNC, UPDATE
 from opd_async.lead import Lead
 from opd_async.mailbox import Mailbox
 from opd_async.progress import Progress
+
+
+def started(version: int) -> m.StepStarted:
+    none, stats = np.zeros(0, np.int32), {"tokens": 64.0, "cuts": 0.0}
+    return m.StepStarted(version, stats, np.zeros(1, np.int64), np.zeros(0, np.int64), none, none)
 
 
 class Hub:
@@ -59,3 +67,42 @@ def test_a_checkpoint_is_sealed_by_its_own_answer_alone(tmp_path: Path) -> None:
         assert (folder / checkpoints.MARKER).exists()
 
     asyncio.run(scene())
+
+
+def test_a_step_that_a_signal_left_halfway_gets_its_row(tmp_path: Path) -> None:
+    """One step was trained and its weights are on their way, the next is trained while the run stops."""
+    rows: list[int] = []
+
+    async def scene() -> None:
+        hub: Any = Hub(tmp_path)
+        closing = asyncio.Event()
+
+        async def close() -> None:
+            closing.set()
+            await asyncio.Event().wait()
+
+        hub.version, hub.metrics = 0, defaultdict(lambda: SimpleNamespace(set=lambda _: None, inc=lambda _: None))
+        hub.barrier = SimpleNamespace(blocked_s=0.0, close=close)
+        hub.ledger = SimpleNamespace(step=lambda started, *_: rows.append(started.version + 1))
+        hub.admit = lambda _: None
+        lead = Lead(hub, None, 1, Progress(lambda line: None, 10))
+        for step in (1, 2):
+            hub.mailbox.deliver(("StepStarted", step - 1), started(step - 1))
+        hub.mailbox.deliver(UPDATE, m.LearnerReply("Train", 1, None, {"ratio_std": 0.0}))
+        training = asyncio.create_task(lead.train(0))
+        await closing.wait()
+        training.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await training
+        stopping = asyncio.create_task(lead.wind_down())
+        hub.mailbox.deliver("Quiesced", m.Quiesced(2))
+        hub.mailbox.deliver(UPDATE, RESYNC)
+        hub.mailbox.deliver(UPDATE, m.LearnerReply("Train", 2, None, {}))
+        await hub.next_question()
+        await hub.next_question()
+        hub.answer()
+        checkpoints.step_folder(tmp_path / "checkpoints", 2).mkdir(parents=True)
+        await stopping
+
+    asyncio.run(scene())
+    assert rows == [1, 2]

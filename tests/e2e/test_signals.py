@@ -20,6 +20,7 @@ def test_interrupt_saves_and_resume_goes_on(inputs: Path, tmp_path: Path) -> Non
     saved = sorted((folder / "checkpoints").glob("step_*/complete.json"))[-1]
     step = int(saved.parent.name.removeprefix("step_"))
     check_trained(folder, 1, step)
+    assert [row["step"] for row in steps(folder)] == list(range(1, step + 1)), "the last step has its row"
     with Launch(file, "--resume", "--set", f"schedule.steps={step + 2}") as run:
         assert run.wait() == 0, run.text()
     check_trained(folder, 1, step + 2)
