@@ -1,7 +1,8 @@
 """Ports that a process may still bind in a minute.
 
 The kernel gives out ports from 32768 on (Linux' default) to every outgoing connection, so a port from there that is
-free now is easily taken before its role has started. These are drawn at random from below.
+free now is easily taken before its role has started. These are drawn at random from below, and claimed: a role binds
+its port seconds after the draw, or anew after it died, and until then another launcher would find it free.
 """
 
 from __future__ import annotations
@@ -14,21 +15,39 @@ CANDIDATES = range(20000, 32000)
 TRIES = 500
 
 
-def free_ports(host: str, count: int) -> list[int]:
-    """`count` different ports that are free on `host` at this moment. Raises `OSError` when there are not enough."""
+def free_ports(host: str, count: int, claims: ExitStack | None = None) -> list[int]:
+    """`count` different ports that are free on `host` at this moment and claimed by nobody.
+
+    They stay claimed until `claims` is closed or this process ends; without it nothing is claimed. Raises `OSError`
+    when there are not enough.
+    """
     chosen: list[int] = []
     # a source of its own: two runs with the same seed must not want the same ports
     draws = random.SystemRandom()
-    with ExitStack() as stack:
+    with ExitStack() as probes, ExitStack() as claimed:
         for _ in range(TRIES + count):
             if len(chosen) == count:
+                if claims is not None:
+                    claims.push(claimed.pop_all())
                 return chosen
-            # sockets stay open until the last port is known, so that no port is given out twice
-            listener = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+            port = draws.choice(CANDIDATES)
             try:
-                listener.bind((host, draws.choice(CANDIDATES)))
+                # probes stay open until the last port is known, so that no port is given out twice
+                probes.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM)).bind((host, port))
+                claimed.enter_context(_claim(port))
             except OSError as error:
                 last = error
                 continue
-            chosen.append(listener.getsockname()[1])
+            chosen.append(port)
     raise last
+
+
+def _claim(port: int) -> socket.socket:
+    """A name that one process at a time can hold, in the kernel alone; `OSError` while another one does."""
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind(f"\0opd_async/port/{port}")
+    except OSError:
+        claim.close()
+        raise
+    return claim

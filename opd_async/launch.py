@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import uvloop
@@ -27,6 +28,7 @@ from opd_async.completions import CompletionSet, load_completions
 from opd_async.conductor import Conductor, Inputs, InterruptedRun, Signals
 from opd_async.errors import InputError, OpdError
 from opd_async.model_folder import read_model
+from opd_async.plan import Plan
 from opd_async.plan_flags import add_plan_arguments, site
 from opd_async.planning import describe_plan, make_plan
 from opd_async.plots import learning_curve
@@ -114,10 +116,16 @@ def launch(arguments: argparse.Namespace) -> None:
         return
     topology = check(arguments.topology, overrides)
     inputs = read_inputs(topology)
-    plan = make_plan(topology)
-    if arguments.dry_run:
-        echo(describe_plan(plan))
-        return
+    with ExitStack() as claims:
+        plan = make_plan(topology, claims)
+        if arguments.dry_run:
+            echo(describe_plan(plan))
+        else:
+            execute(plan, inputs, arguments)
+
+
+def execute(plan: Plan, inputs: Inputs, arguments: argparse.Namespace) -> None:
+    """Run the plan to its end."""
     if arguments.resume:
         checkpoints.latest(plan.run_folder / "checkpoints")  # a checkpoint that was cut short is an error by itself
     with prepare(plan, arguments.resume, arguments.overwrite) as folder:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import ExitStack
 
 from opd_async.engine_command import engine_command, engine_environment
 from opd_async.errors import InputError
@@ -34,15 +35,16 @@ _PURPOSES = {
 }
 
 
-def make_plan(topology: Topology) -> Plan:
+def make_plan(topology: Topology, claims: ExitStack | None = None) -> Plan:
     """Resolve every process, port and endpoint of a valid topology (see `opd_async.validation`).
 
-    With `network.base_port` 0 the ports are free at this moment, else consecutive from it in the order of
-    `port_keys`. Raises `InputError` if the student's `config.json` cannot be read or no port is free.
+    With `network.base_port` 0 the ports are free at this moment and claimed until `claims` is closed, else they are
+    consecutive from it in the order of `port_keys`. Raises `InputError` if the student's `config.json` cannot be read
+    or no port is free.
     """
     student = read_model(topology.models.student.path)
     host = topology.network.bind
-    ports = _assign_ports(topology)
+    ports = _assign_ports(topology, claims)
     roles = tuple(_role(topology, kind, index, ports) for kind, index in _roles(topology))
 
     def endpoints(kind: RoleKind, purpose: str, scheme: str) -> tuple[str, ...]:
@@ -110,13 +112,13 @@ def _name(kind: RoleKind, index: int) -> str:
     return f"{kind.value.replace('_', '-')}-{index}"
 
 
-def _assign_ports(topology: Topology) -> dict[PortKey, int]:
+def _assign_ports(topology: Topology, claims: ExitStack | None) -> dict[PortKey, int]:
     keys = port_keys(topology)
     base = topology.network.base_port
     if base:
         return {key: base + offset for offset, key in enumerate(keys)}
     try:
-        return dict(zip(keys, free_ports(topology.network.bind, len(keys)), strict=True))
+        return dict(zip(keys, free_ports(topology.network.bind, len(keys), claims), strict=True))
     except OSError as error:
         raise InputError(f"network.bind: no free port on {topology.network.bind} ({error.strerror})") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import ExitStack
 
 import pytest
 
@@ -25,3 +26,17 @@ def test_a_port_in_use_is_not_given_out(monkeypatch: pytest.MonkeyPatch) -> None
         assert free_ports("127.0.0.1", 1) == [free]
         with pytest.raises(OSError, match="in use"):
             free_ports("127.0.0.1", 2)
+
+
+def test_a_claimed_port_is_free_to_bind_and_given_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launchers that start in one second: neither has bound anything yet when the other looks."""
+    monkeypatch.setattr("opd_async.free_ports.CANDIDATES", free_ports("127.0.0.1", 2))
+    with ExitStack() as claims:
+        [mine] = free_ports("127.0.0.1", 1, claims)
+        [other] = free_ports("127.0.0.1", 1)
+        assert other != mine
+        with pytest.raises(OSError, match="in use"):
+            free_ports("127.0.0.1", 2)
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", mine))
+    assert len(free_ports("127.0.0.1", 2)) == 2
