@@ -7,7 +7,7 @@ own, but for those with GRPO, which compare responses to one prompt; `opd_16` is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 GROUP = 8
@@ -17,9 +17,10 @@ RATES = (5e-4, 1e-3, 2e-3)
 CURVE_STEPS = 20
 """An evaluation every so many steps."""
 
-ON_POLICY_TEACHER = ("opd.signal_clamp=3.0", "opd.clip_ratio=0.2")
-JSD = ("opd.loss=jsd_topk", f"opd.topk={TOPK}", "opd.signal_clamp=null")
-FULL = ("opd.type=megatron", "opd.loss=reverse_kl_full", "opd.signal_clamp=null")
+SAMPLED = ("opd.loss=reverse_kl", "opd.signal_clamp=3.0")
+ON_POLICY_TEACHER = (*SAMPLED, "opd.clip_ratio=0.2")
+JSD = ("opd.loss=jsd_topk", f"opd.topk={TOPK}")
+FULL = ("opd.type=megatron", "opd.loss=reverse_kl_full")
 REWARD = ("reward.kind=exact_match", "advantage.estimator=grpo")
 
 
@@ -41,7 +42,7 @@ class Method:
 
 
 METHODS = {
-    "sft": Method("SFT on teacher samples", ("opd.loss=sft", "opd.signal_clamp=null"), lr=2e-3, given=True),
+    "sft": Method("SFT on teacher samples", ("opd.loss=sft",), lr=2e-3, given=True),
     "kd": Method("JSD on teacher samples", JSD, lr=2e-3, given=True),
     "opd": Method("OPD: reverse KL, sampled token", ON_POLICY_TEACHER, lr=1e-3),
     "opd_jsd": Method("OPD: JSD, top-k", JSD, lr=2e-3),
@@ -55,7 +56,7 @@ HOT = 2e-3
 """A learning rate at which one step moves this student far enough for age to matter."""
 SIGNALS = {
     "sampled_clip": Method("sampled token, clip 0.2", ON_POLICY_TEACHER, lr=HOT),
-    "sampled": Method("sampled token, no clip", ("opd.signal_clamp=3.0", "opd.clip_ratio=null"), lr=HOT),
+    "sampled": Method("sampled token, no clip", (*SAMPLED, "opd.clip_ratio=null"), lr=HOT),
     "topk": Method("top-k (JSD)", JSD, lr=HOT),
     "full": Method("full vocabulary (reverse KL)", FULL, lr=HOT, teacher_inside=True),
 }
@@ -73,6 +74,8 @@ class Regime:
     """A recipe of `bench.learning.inputs`, or the example's own model."""
     teacher: str = "teacher"
     steps: int = 100
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Learning rates of methods that were served better by another than their own (all of `RATES` were tried)."""
 
 
 REGIMES = {
@@ -80,6 +83,8 @@ REGIMES = {
     "few": Regime("3 digits, 64 prompts", prompts=64),
     "long": Regime("6 digits, 60,000 prompts", digits=6, student="student_6", teacher="teacher_6"),
     "small": Regime("3 digits, a student of 5 thousand weights", student="student_small"),
+    "ways": Regime("3 digits, a teacher that writes in two ways", teacher="teacher_ways", rates={"opd_full": 5e-4}),
+    "smallways": Regime("both of these", student="student_small", teacher="teacher_ways"),
 }
 
 
@@ -122,7 +127,7 @@ def regimes(seeds: int) -> list[Cell]:
     """Where it may matter whose prefixes are trained, and which way a divergence is taken."""
     names = ("sft", "kd", "opd", "opd_jsd", "opd_full")
     return [
-        Cell("regimes", regime, name, seed, METHODS[name].lr)
+        Cell("regimes", regime, name, seed, REGIMES[regime].rates.get(name, METHODS[name].lr))
         for seed in range(seeds)
         for regime in REGIMES
         if regime != "short"

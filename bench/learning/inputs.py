@@ -1,6 +1,7 @@
 """What the runs read: prompts, models and the teacher's responses, made with the addition example's own scripts.
 
-    Regime -> FOLDER/data-<digits>, FOLDER/models/<recipe>, FOLDER/given-<regime>.jsonl, FOLDER/megatron-<teacher>
+    Regime -> FOLDER/data-<digits>, FOLDER/models/<recipe>, FOLDER/megatron-<teacher>
+           -> FOLDER/given-<teacher>-<digits>-<prompts>.jsonl
 
 Everything is made once and found again by its name; a folder appears only when it is complete.
 """
@@ -25,6 +26,7 @@ DEADLINE_S = 1200.0
 RECIPES = {
     "teacher_6": ("teacher", ("--digits", "6", "--steps", "600")),
     "student_6": ("student", ("--digits", "6")),
+    "teacher_ways": ("teacher", ("--other-way", "0.5", "--steps", "700")),
     "student_small": ("student", ("--hidden", "16", "--fresh", "--steps", "2000")),
 }
 """Name: the model of the example that it is a variant of, and how."""
@@ -55,7 +57,7 @@ def make_inputs(regime: Regime, folder: Path, *, given: bool, inside: bool) -> I
         held_out=data / "held_out.jsonl",
         student=model(regime.student, folder),
         teacher=model(regime.teacher, folder),
-        given=folder / f"given-{regime.digits}-{regime.prompts}.jsonl",
+        given=folder / f"given-{regime.teacher}-{regime.digits}-{regime.prompts}.jsonl",
         teacher_checkpoint=folder / f"megatron-{regime.teacher}",
     )
     if given:

@@ -53,14 +53,19 @@ def band(axes: Axes, method: str, label: str, steps: Sequence[int], curves: Sequ
 
 
 def draw_staleness(file: Path, outcomes: Sequence[Outcome]) -> None:
-    """pass@1 at the end against the bound, and against the measured drift."""
+    """pass@1 at the end against the bound, and against the measured drift: means over seeds, lowest and highest."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for name, signal in SIGNALS.items():
         mine = [runs for (_, method, _, _), runs in grouped(outcomes).items() if method == name]
-        style = {"color": COLOURS[name], "markersize": 5, "label": signal.title}
-        left.plot([runs[0].cell.staleness for runs in mine], [ends(runs) for runs in mine], "o-", **style)
-        right.plot([max(each.ratio_std for each in runs) for runs in mine], [ends(runs) for runs in mine], "o", **style)
+        style = {"color": COLOURS[name], "markersize": 5, "label": signal.title, "capsize": 3}
+        middle = [fmean(ends(runs)) for runs in mine]
+        below = [mean - min(ends(runs)) for mean, runs in zip(middle, mine, strict=True)]
+        above = [max(ends(runs)) - mean for mean, runs in zip(middle, mine, strict=True)]
+        left.errorbar([runs[0].cell.staleness for runs in mine], middle, (below, above), fmt="o-", **style)
+        right.errorbar(
+            [max(each.ratio_std for each in runs) for runs in mine], middle, (below, above), fmt="o", **style
+        )
     left.set(xlabel="schedule.max_staleness (steps)", ylabel="pass@1 after training, sampled at T = 1 (%)")
     right.set(xlabel="drift: largest standard deviation of p / mu in a step", xscale="symlog")
     left.set(ylim=(-2, 102))
@@ -70,6 +75,6 @@ def draw_staleness(file: Path, outcomes: Sequence[Outcome]) -> None:
     figure.savefig(file, dpi=120)
 
 
-def ends(runs: Sequence[Outcome]) -> float:
-    """Mean pass@1 after the last step, percent."""
-    return 100 * fmean(each.sampled[-1] for each in runs)
+def ends(runs: Sequence[Outcome]) -> list[float]:
+    """pass@1 of each run after the last step, percent."""
+    return [100 * each.sampled[-1] for each in runs]

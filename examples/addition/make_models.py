@@ -47,6 +47,8 @@ class Recipe:
     #: Number of different problems to train on; None draws new ones at every step.
     pool: int | None
     band: tuple[float, float]
+    #: Share of the answers that have their columns the other way round.
+    other_way: float = 0.0
 
 
 TEACHER = Recipe("teacher", hidden=128, steps=500, pool=None, band=(0.98, 1.0))
@@ -80,9 +82,15 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_LR * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - 0.9 * step / steps)
 
 
+def example(problem: Problem, recipe: Recipe, ways: random.Random) -> str:
+    """Prompt and answer, in one of the ways in which the recipe's answers are written."""
+    answer = problem.other_answer if ways.random() < recipe.other_way else problem.answer
+    return problem.prompt + answer + EOS
+
+
 def train(model: Qwen3ForCausalLM, tokenizer: Tokenizer, recipe: Recipe, seed: int, digits: int = DIGITS) -> None:
     """Supervised training in place on the reference answers; only response tokens count in the loss."""
-    source = random.Random(seed)
+    source, ways = random.Random(seed), random.Random(f"ways-{seed}")
     count = recipe.pool or BATCH * recipe.steps
     problems = draw(count, seed=f"{recipe.name}-{seed}", held_out=False, digits=digits)
     prompt_tokens = len(tokenizer.encode(problems[0].prompt).ids)
@@ -92,7 +100,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: Tokenizer, recipe: Recipe, seed: i
         batch: list[Problem] = (
             source.choices(problems, k=BATCH) if recipe.pool else problems[step * BATCH : (step + 1) * BATCH]
         )
-        texts = [problem.prompt + problem.answer + EOS for problem in batch]
+        texts = [example(problem, recipe, ways) for problem in batch]
         ids_BT = torch.tensor([code.ids for code in tokenizer.encode_batch(texts)])
         logits_BTV = model(input_ids=ids_BT[:, :-1], use_cache=False).logits[:, prompt_tokens - 1 :]
         loss = cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, prompt_tokens:].flatten())
@@ -146,6 +154,8 @@ def variant(recipe: Recipe, args: argparse.Namespace) -> Recipe:
         changes["steps"] = args.steps
     if args.hidden is not None:
         changes["hidden"] = args.hidden
+    if args.other_way:
+        changes["other_way"] = args.other_way
     if args.fresh:
         changes["pool"] = None
     if changes or args.digits != DIGITS:
@@ -162,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--digits", type=int, default=DIGITS, help="digits of each number")
     parser.add_argument("--hidden", type=int, help="another width, a multiple of 8")
     parser.add_argument("--steps", type=int, help="another number of steps")
+    parser.add_argument("--other-way", type=float, default=0.0, help="share of answers written as 0+9+7=16")
     parser.add_argument("--fresh", action="store_true", help="new problems at every step, also for the student")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -72,6 +72,12 @@ class Problem:
         return ",".join(columns) + ":" + self.label
 
     @property
+    def other_answer(self) -> str:
+        """The same with each column the other way round: `0+9+7=16`."""
+        columns, _, label = self.answer.partition(":")
+        return ",".join(f"{column[4::-1]}{column[5:]}" for column in columns.split(",")) + ":" + label
+
+    @property
     def held_out(self) -> bool:
         """Whether this problem belongs to the test split (5 of 97 hash classes, 5.2 % of all problems)."""
         return (self.a * 7919 + self.b * 104729) % 97 < 5

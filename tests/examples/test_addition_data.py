@@ -31,6 +31,7 @@ def test_example() -> None:
     problem = Problem(347, 589)
     assert problem.prompt == "347+589="
     assert problem.answer == "7+9+0=16,4+8+1=13,3+5+1=09:0936"
+    assert problem.other_answer == "0+9+7=16,1+8+4=13,1+5+3=09:0936"
     assert problem.row() == {"prompt": "347+589=", "label": "0936", "metadata": {"a": 347, "b": 589}}
 
 
@@ -40,7 +41,8 @@ def test_answer_is_right_and_fits(a: int, b: int) -> None:
     problem = Problem(a, b)
     assert int(problem.label) == a + b
     assert is_correct(problem.answer, problem.label)
-    assert len(problem.answer) + 1 == RESPONSE_TOKENS
+    assert is_correct(problem.other_answer, problem.label)
+    assert len(problem.answer) + 1 == len(problem.other_answer) + 1 == RESPONSE_TOKENS
     assert set(problem.prompt + problem.answer) <= set(ALPHABET)
     assert parse_prompt(problem.prompt) == problem
     # the columns, read back from the highest digit down, spell the sum

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 
 import make_models
@@ -11,7 +12,7 @@ import pytest
 import sample
 import torch
 from evaluate import pass_at_1
-from make_models import STUDENT, TEACHER, Recipe, build_model, save, train
+from make_models import STUDENT, TEACHER, Recipe, build_model, example, save, train
 from safetensors.torch import load_file
 from task import Problem, held_out_problems
 from tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
@@ -113,10 +114,20 @@ def test_responses_of_the_teacher_are_written_for_supervised_training(addition: 
 
 
 def test_variants_of_the_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--only", "student", "--hidden", "16", "--steps", "2", "--digits", "4", "--fresh"]
+    options = ["--only", "student", "--hidden", "16", "--steps", "2", "--digits", "4", "--fresh", "--other-way", "0.5"]
     assert make_models.main(["--out", str(tmp_path), *options]) == 0
     assert "5,216 parameters" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_teacher_may_write_in_two_ways() -> None:
+    problem, ways = Problem(347, 589), random.Random(0)
+    for share, low, high in ((0.0, 0, 0), (0.5, 150, 250), (1.0, 400, 400)):
+        recipe = dataclasses.replace(TEACHER, other_way=share)
+        texts = [example(problem, recipe, ways) for _ in range(400)]
+        others = sum(text == f"{problem.prompt}{problem.other_answer}<eos>" for text in texts)
+        assert low <= others <= high
+        assert texts.count(f"{problem.prompt}{problem.answer}<eos>") == 400 - others
 
 
 @pytest.mark.parametrize("recipe", [STUDENT, TEACHER], ids=lambda recipe: recipe.name)
