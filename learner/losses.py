@@ -18,6 +18,27 @@ MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: large enough never to act on a sane ratio
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """The R trained rows of a micro-batch. float32[R] in nats where nothing else is said; only `logprobs_R` has a
+    gradient."""
+
+    logprobs_R: Tensor
+    """log p of the sampled token."""
+    behaviour_R: Tensor
+    """log mu, as the engine reported it."""
+    teacher_R: Tensor
+    """log q."""
+    advantages_R: Tensor
+    """The estimator's, as the learner adds it to the signal; 0 without one."""
+    staleness_R: Tensor
+    """int32[R], optimizer steps."""
+    sequence_R: Tensor | None = None
+    """int64[R], ascending: the response of each row. Only ratios of whole responses need it."""
+    weights_R: Tensor | None = None
+    """How often a row counts in the loss (None: once); what is reported of ratios does not look at it."""
+
+
+@dataclass(frozen=True, slots=True)
 class LossOutput:
     """The loss of one micro-batch, summed over its rows, and sums and maxima to report (see `SUMS` and `MAXIMA`)."""
 
@@ -48,16 +69,7 @@ SUMS = (
 MAXIMA = ("ratio", "staleness")
 
 
-def reverse_kl(
-    logprobs_R: Tensor,
-    behaviour_R: Tensor,
-    teacher_R: Tensor,
-    advantages_R: Tensor,
-    staleness_R: Tensor,
-    config: LossConfig,
-    sequence_R: Tensor | None = None,
-    weights_R: Tensor | None = None,
-) -> LossOutput:
+def reverse_kl(rows: Rows, config: LossConfig) -> LossOutput:
     """The policy-gradient form of the reverse KL from the student to the teacher, off-policy corrected.
 
         A    = kl_coef * clamp(log q - sg(log p), +-signal_clamp) + advantage
@@ -74,23 +86,12 @@ def reverse_kl(
     On the wire: the teacher's logprob of the sampled token.
 
     The mismatch gate acts on the same ratio without gradient: `tis` truncates it to [low, high], `icepop` drops rows
-    outside [low, high]. All inputs are float32[R], nats (staleness int32[R], steps); only `logprobs_R` has gradient.
+    outside [low, high].
     """
-    signal_R = teacher_R - logprobs_R.detach()
-    rows = (logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R)
-    return policy_gradient(*rows, signal_R, config, sequence_R, weights_R)
+    return policy_gradient(rows, rows.teacher_R - rows.logprobs_R.detach(), config)
 
 
-def reverse_kl_behaviour(
-    logprobs_R: Tensor,
-    behaviour_R: Tensor,
-    teacher_R: Tensor,
-    advantages_R: Tensor,
-    staleness_R: Tensor,
-    config: LossConfig,
-    sequence_R: Tensor | None = None,
-    weights_R: Tensor | None = None,
-) -> LossOutput:
+def reverse_kl_behaviour(rows: Rows, config: LossConfig) -> LossOutput:
     """slime's form of the reverse KL: an advantage fixed when the token was sampled, under PPO's clip. To compare with.
 
         A    = kl_coef * clamp(log q - log mu, +-signal_clamp) + advantage       mu instead of the current p
@@ -99,23 +100,12 @@ def reverse_kl_behaviour(
     Estimates: on-policy (p = mu) the gradient of KL(p || q), as `reverse_kl`. Off-policy it does not: the expectation
     is sum_y p(y) (log q - log mu)(y) d log p(y), the gradient of KL(p || q) - KL(p || mu), which also drives
     the student away from the weights that sampled. Source: slime's on-policy distillation (an additive KL penalty on
-    the advantage). Staleness, inputs and what is on the wire: as `reverse_kl`.
+    the advantage). Staleness and what is on the wire: as `reverse_kl`.
     """
-    signal_R = teacher_R - behaviour_R
-    rows = (logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R)
-    return policy_gradient(*rows, signal_R, config, sequence_R, weights_R)
+    return policy_gradient(rows, rows.teacher_R - rows.behaviour_R, config)
 
 
-def sft(
-    logprobs_R: Tensor,
-    behaviour_R: Tensor,
-    teacher_R: Tensor,
-    advantages_R: Tensor,
-    staleness_R: Tensor,
-    config: LossConfig,
-    sequence_R: Tensor | None = None,
-    weights_R: Tensor | None = None,
-) -> LossOutput:
+def sft(rows: Rows, config: LossConfig) -> LossOutput:
     """Supervised fine-tuning on given responses: loss = -kl_coef * log p.
 
     Estimates: E_{y ~ q}[-log p(y)] = KL(q || p) + H(q), so on responses that the teacher wrote its gradient is that
@@ -123,38 +113,25 @@ def sft(
     gradient is zero in expectation, so validation refuses it without given responses alone.
     Source: sequence-level distillation (Kim and Rush, 2016), the off-policy baseline of GKD (2306.13649). Staleness: a
     given token has none, whatever weights it waited for. On the wire: the token; the teacher's logprob is reported.
-    Inputs as `reverse_kl`; there is no importance ratio, so neither clip, clamp nor gate act.
+    There is no importance ratio, so neither clip, clamp nor gate act.
     """
-    rows = (logprobs_R, behaviour_R, teacher_R, advantages_R, staleness_R)
-    output = policy_gradient(*rows, torch.zeros_like(teacher_R), config, sequence_R, weights_R)
-    loss = output.loss - config.kl_coef * weighted(logprobs_R, weights_R).sum()
+    output = policy_gradient(rows, torch.zeros_like(rows.teacher_R), config)
+    loss = output.loss - config.kl_coef * weighted(rows.logprobs_R, rows.weights_R).sum()
     output.sums[SUMS.index("loss")] = loss.detach()
     return LossOutput(loss, output.sums, output.maxima)
 
 
-def policy_gradient(
-    logprobs_R: Tensor,
-    behaviour_R: Tensor,
-    teacher_R: Tensor,
-    advantages_R: Tensor,
-    staleness_R: Tensor,
-    signal_R: Tensor,
-    config: LossConfig,
-    sequence_R: Tensor | None = None,
-    weights_R: Tensor | None = None,
-) -> LossOutput:
-    """The surrogate that `config.ratio` names for any signal float32[R] without gradient; other inputs as in
-    `reverse_kl`. `sequence_R` int64[R], ascending: the response of each row, for the ratio of whole responses;
-    `weights_R` float32[R]: how often each row counts in the loss (None: once), not in what is reported of ratios."""
-    advantage_R = config.kl_coef * _clamped(signal_R, config.signal_clamp) + advantages_R
-    ratio_R = (logprobs_R - behaviour_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+def policy_gradient(rows: Rows, signal_R: Tensor, config: LossConfig) -> LossOutput:
+    """The surrogate that `config.ratio` names, for any signal float32[R] without gradient."""
+    advantage_R = config.kl_coef * _clamped(signal_R, config.signal_clamp) + rows.advantages_R
+    ratio_R = (rows.logprobs_R - rows.behaviour_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     gate_R = _gate(ratio_R.detach(), config)
-    acting = surrogate(logprobs_R, ratio_R, advantage_R, sequence_R, config)
-    loss = -weighted(gate_R * acting.objective_R, weights_R).sum()
+    acting = surrogate(rows.logprobs_R, ratio_R, advantage_R, rows.sequence_R, config)
+    loss = -weighted(gate_R * acting.objective_R, rows.weights_R).sum()
     clamped_R = signal_R.abs() > (torch.inf if config.signal_clamp is None else config.signal_clamp)
     events = (acting.clipped_R, gate_R != 1.0, clamped_R)
-    sums = _sums(loss, teacher_R - logprobs_R.detach(), ratio_R, events, staleness_R)
-    return LossOutput(loss, sums, _maxima(ratio_R, staleness_R))
+    sums = _sums(loss, rows.teacher_R - rows.logprobs_R.detach(), ratio_R, events, rows.staleness_R)
+    return LossOutput(loss, sums, _maxima(ratio_R, rows.staleness_R))
 
 
 def weighted(loss_R: Tensor, weights_R: Tensor | None) -> Tensor:

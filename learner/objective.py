@@ -19,7 +19,7 @@ from learner.errors import LearnerError
 from learner.full_divergences import RowDivergences
 from learner.layout import PackedBatch
 from learner.logprobs import RowLogprobs
-from learner.losses import SUMS, LossOutput, policy_gradient, reverse_kl, reverse_kl_behaviour, sft, weighted
+from learner.losses import SUMS, LossOutput, Rows, policy_gradient, reverse_kl, reverse_kl_behaviour, sft, weighted
 from opd_async.loss_names import WHOLE_RESPONSE_LOSSES
 
 SAMPLED = {"reverse_kl": reverse_kl, "reverse_kl_behaviour": reverse_kl_behaviour, "sft": sft}
@@ -43,52 +43,47 @@ def objective(packed: PackedBatch, logprobs: RowLogprobs, config: LossConfig) ->
     """The configured loss of a micro-batch, summed over its rows. `logprobs` are those that `support_of` asks for."""
     # without a teacher the student stands in for it: no signal, and no divergence to report
     teacher_R = logprobs.sampled_R.detach() if packed.teacher_R is None else packed.teacher_R
-    advantages_R = _advantages(packed, logprobs.sampled_R, config)
-    rows = (logprobs.sampled_R, packed.behaviour_R, teacher_R, advantages_R, packed.staleness_R)
+    rows = _rows(packed, logprobs.sampled_R, teacher_R, config)
     if config.loss in SAMPLED:
-        output = SAMPLED[config.loss](*rows, config, packed.sequence_R, packed.weights_R)
+        output = SAMPLED[config.loss](rows, config)
         return _with_reference(_plus_entropy(output, logprobs.entropy_R, packed.weights_R, config), packed, logprobs)
     assert logprobs.support_RK is not None
     teacher_RK = packed.topk_logprobs_RK if packed.topk_logprobs_RK is not None else logprobs.support_RK.detach()
-    signal_R = _later_signals(packed, teacher_R, logprobs.sampled_R, config)
     cells = Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK)
-    output = with_divergence(rows, signal_R, cells, config, packed.sequence_R, packed.weights_R)
+    output = with_divergence(rows, _later_signals(rows, packed, config), cells, config)
     return _with_reference(_plus_entropy(output, logprobs.entropy_R, packed.weights_R, config), packed, logprobs)
 
 
 def full_objective(packed: PackedBatch, found: RowDivergences, config: LossConfig) -> LossOutput:
     """As `objective`, for the losses on the whole vocabulary; what `packed` says of the teacher is not looked at."""
-    advantages_R = _advantages(packed, found.sampled_R, config)
-    rows = (found.sampled_R, packed.behaviour_R, found.teacher_R, advantages_R, packed.staleness_R)
-    signal_R = _later_signals(packed, found.teacher_R, found.sampled_R, config)
-    estimator = policy_gradient(*rows, signal_R, config, packed.sequence_R, packed.weights_R)
+    rows = _rows(packed, found.sampled_R, found.teacher_R, config)
+    estimator = policy_gradient(rows, _later_signals(rows, packed, config), config)
     output = _plus_divergence(estimator, found.divergence_R, packed.weights_R, config)
     return _with_reference(output, packed, found)
 
 
-def _later_signals(packed: PackedBatch, teacher_R: Tensor, sampled_R: Tensor, config: LossConfig) -> Tensor:
+def _rows(packed: PackedBatch, sampled_R: Tensor, teacher_R: Tensor, config: LossConfig) -> Rows:
+    """The micro-batch's rows, with the logprobs float32[R] that student and teacher give to the sampled tokens."""
+    advantages_R = _advantages(packed, sampled_R, config)
+    of_batch = (packed.staleness_R, packed.sequence_R, packed.weights_R)
+    return Rows(sampled_R, packed.behaviour_R, teacher_R, advantages_R, *of_batch)
+
+
+def _later_signals(rows: Rows, packed: PackedBatch, config: LossConfig) -> Tensor:
     """The signal on the sampled token beside a divergence, float32[R]: MiniLLM's returns, else nothing."""
     if config.loss in WHOLE_RESPONSE_LOSSES:
-        return long_returns(teacher_R - sampled_R.detach(), packed.sequence_R)
-    return torch.zeros_like(teacher_R)
+        return long_returns(rows.teacher_R - rows.logprobs_R.detach(), packed.sequence_R)
+    return torch.zeros_like(rows.teacher_R)
 
 
-def with_divergence(
-    rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    signal_R: Tensor,
-    cells: Cells,
-    config: LossConfig,
-    sequence_R: Tensor | None = None,
-    weights_R: Tensor | None = None,
-) -> LossOutput:
+def with_divergence(rows: Rows, signal_R: Tensor, cells: Cells, config: LossConfig) -> LossOutput:
     """kl_coef * divergence, plus the clipped policy gradient of the estimator's advantage and kl_coef * `signal_R`.
 
-    `rows` are logprobs, behaviour, teacher, advantages and staleness, as in `reverse_kl`. The importance ratio acts on
-    advantage and signal; the divergence depends on the prefix only. `signal_clamp` bounds the signal alone: clamping
-    terms of a divergence can turn its sign.
+    The importance ratio acts on advantage and signal; the divergence depends on the prefix only. `signal_clamp` bounds
+    the signal alone: clamping terms of a divergence can turn its sign.
     """
-    estimator = policy_gradient(*rows, signal_R, config, sequence_R, weights_R)
-    output = _plus_divergence(estimator, DIVERGENCES[config.loss](cells, config), weights_R, config)
+    estimator = policy_gradient(rows, signal_R, config)
+    output = _plus_divergence(estimator, DIVERGENCES[config.loss](cells, config), rows.weights_R, config)
     output.sums[SUMS.index("student_support")] = cells.student_RK.detach().exp().sum()
     output.sums[SUMS.index("teacher_support")] = cells.teacher_RK.exp().sum()
     return output

@@ -21,7 +21,7 @@ from learner.divergences import (
     reverse_kl_topk,
     tail_logprob,
 )
-from learner.losses import SUMS, reverse_kl
+from learner.losses import SUMS, Rows, reverse_kl
 from learner.objective import with_divergence
 
 STUDENT = [2.0, 1.0, 0.5, -0.5, -1.0]
@@ -155,9 +155,9 @@ def test_the_advantage_keeps_its_ratio_and_the_divergence_has_none() -> None:
     support = torch.tensor([[-1.0, -2.0], [-0.5, -1.5]], requires_grad=True)
     teacher_support = torch.tensor([[-0.8, -2.2], [-0.7, -1.4]])
     config = LossConfig(loss="reverse_kl_topk", kl_coef=0.5, signal_clamp=0.1)
-    rows = (logprobs, behaviour, torch.tensor([-3.0, -4.0]), advantages, staleness)
+    rows = Rows(logprobs, behaviour, torch.tensor([-3.0, -4.0]), advantages, staleness)
     found = with_divergence(rows, torch.zeros(2), Cells(support, None, teacher_support), config)
-    from_advantage = reverse_kl(logprobs, behaviour, rows[2], advantages, staleness, LossConfig(kl_coef=0.0))
+    from_advantage = reverse_kl(rows, LossConfig(kl_coef=0.0))
     divergence = reverse_kl_topk(Cells(support, None, teacher_support), config).sum()
     torch.testing.assert_close(found.loss, from_advantage.loss + 0.5 * divergence)
     torch.testing.assert_close(
@@ -199,7 +199,7 @@ def test_minillm_is_the_gradient_of_the_whole_response(seed: int) -> None:
             tokens = torch.tensor([[i], [j]])
             own, teacher = (values[places].gather(1, tokens)[:, 0].float() for values in (p, q))
             cells = Cells(*(values[places].float() for values in (p.gather(1, support), tails, q.gather(1, support))))
-            rows = (own, own.detach(), teacher, torch.zeros(2), torch.zeros(2, dtype=torch.int32))
+            rows = Rows(own, own.detach(), teacher, torch.zeros(2), torch.zeros(2, dtype=torch.int32))
             returns = long_returns(teacher - own.detach(), torch.tensor([0, 0]))
             probability = (p[0, i] + p[1 + i, j]).exp().detach().float()
             total = total + probability * with_divergence(rows, returns, cells, config).loss

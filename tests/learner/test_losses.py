@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learner.config import LossConfig
-from learner.losses import MAXIMA, SUMS, LossOutput, reverse_kl, reverse_kl_behaviour, sft
+from learner.losses import MAXIMA, SUMS, LossOutput, Rows, reverse_kl, reverse_kl_behaviour, sft
 
 STUDENT = [2.0, 1.0, 0.5, -0.5, -1.0]
 TEACHER = [1.5, 1.8, -0.2, 0.3, -1.2]
@@ -21,15 +21,9 @@ UNCLIPPED = LossConfig(clip_ratio=None)
 
 
 def loss_of(logprobs: Tensor, behaviour: Tensor, teacher: Tensor, config: LossConfig, **changes: Tensor) -> LossOutput:
-    rows = len(logprobs)
-    return reverse_kl(
-        logprobs,
-        behaviour,
-        teacher,
-        changes.get("advantages", torch.zeros(rows)),
-        changes.get("staleness", torch.zeros(rows, dtype=torch.int32)),
-        config,
-    )
+    advantages = changes.get("advantages", torch.zeros(len(logprobs)))
+    staleness = changes.get("staleness", torch.zeros(len(logprobs), dtype=torch.int32))
+    return reverse_kl(Rows(logprobs, behaviour, teacher, advantages, staleness), config)
 
 
 def expected_gradient(
@@ -43,7 +37,8 @@ def expected_gradient(
     for token in range(len(student)):
         row = slice(token, token + 1)
         nothing = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
-        total = total + mu[token].exp() * loss(logits.log_softmax(-1)[row], mu[row], q[row], *nothing, config).loss
+        rows = Rows(logits.log_softmax(-1)[row], mu[row], q[row], *nothing)
+        total = total + mu[token].exp() * loss(rows, config).loss
     (gradient,) = torch.autograd.grad(total, logits)
     return gradient
 
