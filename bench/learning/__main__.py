@@ -31,14 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", choices=sorted(PARTS), default="methods")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit", type=int, help="run at most so many cells now")
-    parser.add_argument("--only", default="", help="run only cells with this in their names")
+    parser.add_argument("--only", default="", help="only cells with this in their names")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs and their inputs")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="write a picture (PNG) to this file")
     options = parser.parse_args(arguments)
     out = options.out.resolve()
-    cells = PARTS[options.part](options.seeds)
-    missing = [cell for cell in cells if options.only in cell.name and outcome(cell, out) is None]
+    cells = [cell for cell in PARTS[options.part](options.seeds) if options.only in cell.name]
+    missing = [cell for cell in cells if outcome(cell, out) is None]
     failed = [cell for cell in missing[: options.limit] if not measure(cell, out)]
     found = [each for cell in cells if (each := outcome(cell, out)) is not None]
     print(table(options.part, found), flush=True)

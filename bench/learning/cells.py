@@ -75,7 +75,7 @@ class Regime:
     teacher: str = "teacher"
     steps: int = 100
     rates: Mapping[str, float] = field(default_factory=dict)
-    """Learning rates of methods that were served better by another than their own (all of `RATES` were tried)."""
+    """Learning rates of methods that were served better by another than their own."""
 
 
 REGIMES = {
@@ -83,8 +83,17 @@ REGIMES = {
     "few": Regime("3 digits, 64 prompts", prompts=64),
     "long": Regime("6 digits, 60,000 prompts", digits=6, student="student_6", teacher="teacher_6"),
     "small": Regime("3 digits, a student of 5 thousand weights", student="student_small"),
-    "ways": Regime("3 digits, a teacher that writes in two ways", teacher="teacher_ways", rates={"opd_full": 5e-4}),
-    "smallways": Regime("both of these", student="student_small", teacher="teacher_ways"),
+    "ways": Regime(
+        "3 digits, a teacher that writes in two ways",
+        teacher="teacher_ways",
+        rates={"sft": 8e-3, "opd_full": 5e-4, "opd_jsd": 5e-4},
+    ),
+    "ways5k": Regime(
+        "two ways, and a student of 5 thousand weights",
+        student="student_small",
+        teacher="teacher_ways",
+        rates={"sft": 8e-3},
+    ),
 }
 
 

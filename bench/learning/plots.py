@@ -14,6 +14,7 @@ from bench.learning.runs import Outcome
 from bench.learning.tables import grouped
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 COLOURS = {name: f"C{index}" for names in (METHODS, SIGNALS) for index, name in enumerate(names)}
@@ -37,9 +38,11 @@ def draw_curves(file: Path, outcomes: Sequence[Outcome]) -> None:
                 band(panels[1, column], method, label, runs[0].steps, [each.greedy for each in runs])
         panels[0, column].set(title=REGIMES[regime].title, ylabel="pass@1, sampled at T = 1 (%)")
         panels[1, column].set(xlabel="optimizer step", ylabel="pass@1, greedy (%)")
-        panels[1, column].legend(fontsize=8, loc="lower right")
+    lines: dict[str, Artist] = {}
     for axes in panels.flatten():
         axes.grid(alpha=0.3)
+        lines |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(list(lines.values()), list(lines), fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(file, dpi=120)
 
 
