@@ -102,10 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="write a picture (PNG) to this file")
     options = parser.parse_args(arguments)
-    workload = PRESETS[options.preset]
+    workload, name = PRESETS[options.preset], options.preset
     if options.lengths is not None:
         workload = dataclasses.replace(workload, lengths=parse_lengths(options.lengths))
-    print(f"{options.preset}: {describe(workload)}\n{HEADER}", flush=True)
+        name += f" with lengths {options.lengths}"
+    print(f"{name}: {describe(workload)}\n{HEADER}", flush=True)
     rows = []
     for row in measure(workload, options.seed, WARMUP, options.steps):
         print(line(row), flush=True)
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = {"lengths": options.lengths, "seed": options.seed, "warmup": WARMUP}
         write_atomically(options.json, report(options.preset, workload, rows, settings))
     if options.plot is not None:
-        draw_schedules(options.plot, rows, options.preset)
+        draw_schedules(options.plot, rows, name)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,16 @@ class Sweep:
     workload: Callable[[float], Workload]
     rules: tuple[Rule, ...]
     figure: str = "share_of_bound"
+    ages: bool = False
+    """The setting is the staleness of the schedules themselves."""
+
+    def rule(self, rule: Rule, value: float) -> Rule:
+        """One of `rules` at one of `values`."""
+        return dataclasses.replace(rule, staleness=int(value)) if self.ages else rule
+
+    def label(self, rule: Rule) -> str:
+        """What the rule's curve is called."""
+        return rule.name if self.ages else f"{rule.name}, S = {rule.staleness}"
 
 
 def _split(learner: float) -> Workload:
@@ -85,6 +95,13 @@ SWEEPS: Mapping[str, Sweep] = {
         lambda p99: balanced(LogNormal(2000, int(p99), 2 * int(p99)), slots=SLOTS),
         (*OTHERS, *CUTS),
     ),
+    "staleness": Sweep(
+        "S, steps",
+        (0, 1, 2, 4, 8),
+        lambda _: balanced(slots=SLOTS),
+        (sample_stream(0), whole_samples(0), deadline_cuts(0)),
+        ages=True,
+    ),
     "ratio": Sweep(
         "responses a step / slots", (1, 2, 4, 8), lambda ratio: balanced(ratio=ratio, slots=SLOTS), (*OTHERS, *CUTS)
     ),
@@ -117,9 +134,9 @@ def measure(sweep: Sweep) -> Curves:
     """The curve of every schedule."""
     curves: Curves = {}
     for rule in sweep.rules:
-        name = f"{rule.name}, S = {rule.staleness}"
+        name = sweep.label(rule)
         for value in sweep.values:
-            row = Simulation(sweep.workload(value), rule, Scoring.STREAMED).run(WARMUP, STEPS)
+            row = Simulation(sweep.workload(value), sweep.rule(rule, value), Scoring.STREAMED).run(WARMUP, STEPS)
             curves.setdefault(name, []).append((value, getattr(row, sweep.figure)))
         print(f"  {name:<22}" + "".join(f"{figure:>12,.3f}" for _, figure in curves[name]), flush=True)
     return curves

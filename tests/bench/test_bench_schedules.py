@@ -76,6 +76,12 @@ def test_a_sweep_is_measured_and_drawn(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sweep_over_ages_changes_the_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    ages = sweeps.Sweep("S, steps", (0, 2), lambda _: SMALL, (deadline_cuts(0),), "age_max", ages=True)
+    monkeypatch.setattr(sweeps, "STEPS", 3)
+    assert sweeps.measure(ages) == {"deadline_cuts": [(0, 0), (2, 2)]}
+
+
 @pytest.mark.parametrize("name", sorted(sweeps.SWEEPS))
 def test_every_value_of_a_sweep_is_a_workload(name: str) -> None:
     sweep = sweeps.SWEEPS[name]
