@@ -175,6 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--other-way", type=float, default=0.0, help="share of answers written as 0+9+7=16")
     parser.add_argument("--fresh", action="store_true", help="new problems at every step, also for the student")
     args = parser.parse_args(argv)
+    if not 0.0 <= args.other_way <= 1.0:
+        parser.error(f"--other-way is a share, from 0 to 1; got {args.other_way:g}")
     torch.set_num_threads(1)
     disable_progress_bar()
     chosen = [recipe for recipe in (STUDENT, TEACHER) if args.only in (None, recipe.name)]

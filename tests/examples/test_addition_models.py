@@ -118,6 +118,9 @@ def test_variants_of_the_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert make_models.main(["--out", str(tmp_path), *options]) == 0
     assert "5,216 parameters" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    with pytest.raises(SystemExit):
+        make_models.main(["--out", str(tmp_path), *options[:-1], "50"])
+    assert "--other-way is a share, from 0 to 1; got 50" in capsys.readouterr().err
 
 
 def test_a_teacher_may_write_in_two_ways() -> None:
