@@ -56,7 +56,7 @@ def draw_sweep(file: Path, sweeps: Mapping[str, Mapping[str, Sequence[tuple[floa
         for schedule, points in curves.items():
             x, y = zip(*points, strict=True)
             axes.plot(x, y, "o-", markersize=4, label=schedule)
-            if max(x) > 7 * min(x):
+            if max(x) > 7 * min(x) > 0:
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(x, [f"{value:g}" for value in x])
         ylabel, _, xlabel = name.partition(" against ")
