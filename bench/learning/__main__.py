@@ -1,6 +1,7 @@
 """What is learnt at equal steps and prompts: SFT on teacher samples, GRPO, OPD; and which signal bears staleness.
 
-    python -m bench.learning [--part rates|methods|regimes|staleness] [--seeds 3] [--json FILE] [--plot FILE]
+    python -m bench.learning [--part rates|methods|regimes|staleness] [--seeds 3] [--lr 1e-3] [--only NAME]
+                             [--json FILE] [--plot FILE]
 
     part -> cells -> a run of the launcher each -> its folder -> Outcome -> table, JSON, picture
 
@@ -32,12 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit", type=int, help="run at most so many cells now")
     parser.add_argument("--only", default="", help="only cells with this in their names")
+    parser.add_argument("--lr", type=float, help="this learning rate instead of each cell's own")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="folder of the runs and their inputs")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="write a picture (PNG) to this file")
     options = parser.parse_args(arguments)
     out = options.out.resolve()
-    cells = [cell for cell in PARTS[options.part](options.seeds) if options.only in cell.name]
+    cells = at_rate(PARTS[options.part](options.seeds), options.lr)
+    cells = [cell for cell in cells if options.only in cell.name]
     missing = [cell for cell in cells if outcome(cell, out) is None]
     failed = [cell for cell in missing[: options.limit] if not measure(cell, out)]
     found = [each for cell in cells if (each := outcome(cell, out)) is not None]
@@ -49,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plot is not None and found:
         draw(options.plot, options.part, found)
     return 1 if failed else 0
+
+
+def at_rate(cells: Sequence[Cell], lr: float | None) -> list[Cell]:
+    """The cells with another learning rate, those that are the same then once; `None` changes nothing."""
+    return list(cells) if lr is None else list(dict.fromkeys(dataclasses.replace(cell, lr=lr) for cell in cells))
 
 
 def measure(cell: Cell, out: Path) -> bool:

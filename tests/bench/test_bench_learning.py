@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.learning.__main__ import main
+from bench.learning.__main__ import at_rate, main
 from bench.learning.cells import METHODS, PARTS, REGIMES, STALENESS, Cell
 from bench.learning.inputs import ADDITION, Inputs
 from bench.learning.plots import draw
@@ -119,3 +119,10 @@ def test_what_is_there_is_printed_and_written_without_running_anything(
     missing = len(PARTS["rates"](1)) - 2
     assert f"{missing} of {missing + 2} runs are missing" in capsys.readouterr().out
     assert [run["cell"]["method"] for run in json.loads(file.read_text())["runs"]] == ["sft", "kd"]
+
+
+def test_another_rate_makes_other_cells_and_none_twice() -> None:
+    cells = at_rate(PARTS["rates"](1), 3e-3)
+    assert {cell.lr for cell in cells} == {3e-3}
+    assert len({cell.name for cell in cells}) == len(cells) == len(METHODS) - 1
+    assert at_rate(PARTS["regimes"](1), None) == PARTS["regimes"](1)
