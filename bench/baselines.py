@@ -13,10 +13,10 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench.presets import balanced
-from bench.sim.figures import Row
-from bench.sim.rules import Rule, Scoring, deadline_cuts, one_step_off, sample_stream
-from bench.sim.simulation import Simulation
+from opd_async.bench.sim.figures import Row
+from opd_async.bench.sim.presets import balanced
+from opd_async.bench.sim.rules import Rule, Scoring, deadline_cuts, one_step_off, sample_stream
+from opd_async.bench.sim.simulation import Simulation
 from opd_async.files import write_atomically
 
 FILE = Path(__file__).parent / "baselines" / "schedules.json"

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner import convert
-from learner.hf_config import read_shape
-from learner.hf_files import SINGLE_NAME, Reader, write_folder
-from learner.mapping import slots
 from opd_async.files import write_atomically
+from opd_async.learner import convert
+from opd_async.learner.hf.files import SINGLE_NAME, Reader, write_folder
+from opd_async.learner.hf.mapping import slots
+from opd_async.learner.model.architecture import read_shape
 
 HEAD_DIM = 64
 MIB = 1 << 20
@@ -84,7 +84,7 @@ def make_model(folder: Path, layers: int, hidden: int, vocab: int) -> int:
 def convert_apart(arguments: Sequence[str]) -> tuple[float, float]:
     """Convert in a process of its own: (seconds, peak MiB). Raises `CalledProcessError` if it fails."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "bench.convert", "--child", *arguments]
+    command = [sys.executable, "-m", "opd_async.bench.convert", "--child", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
     return time.perf_counter() - began, int(done.stdout.split()[-1]) / 1024
 

@@ -13,12 +13,12 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench.presets import PRESETS
-from bench.sim.rules import Scoring, deadline_cuts
-from bench.sim.simulation import Simulation
+from opd_async.bench.sim.presets import PRESETS
+from opd_async.bench.sim.rules import Scoring, deadline_cuts
+from opd_async.bench.sim.simulation import Simulation
 from opd_async.files import write_atomically
-from opd_async.forecast import forecast
-from opd_async.workload import Workload
+from opd_async.forecast.steps import forecast
+from opd_async.forecast.workload import Workload
 
 STALENESS = (1, 2, 4)
 WARMUP, STEPS = 8, 16

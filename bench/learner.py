@@ -41,15 +41,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.convert import make_model
-from learner import parallel
-from learner.config import LearnerConfig, LossConfig, ParallelConfig, TeacherConfig
-from learner.convert import hf_to_megatron
-from learner.layout import PackedBatch
-from learner.logprobs import RowLogprobs
-from learner.trainer import Trainer
-from opd_async.batches import MicroBatch, StepBatch
+from opd_async.bench.convert import make_model
 from opd_async.files import write_atomically
+from opd_async.learner.config import LearnerConfig, LossConfig, ParallelConfig, TeacherConfig
+from opd_async.learner.convert import hf_to_megatron
+from opd_async.learner.distributed import parallel
+from opd_async.learner.losses.logprobs import RowLogprobs
+from opd_async.learner.model.layout import PackedBatch
+from opd_async.learner.trainer import Trainer
+from opd_async.transport.step_batch import MicroBatch, StepBatch
 
 MIB = 1 << 20
 DEADLINE_S = 900
@@ -223,7 +223,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> list[Row]:
         for side in ("student", "teacher"):
             make_model(Path(name) / side, options.layers, options.hidden, options.vocab)
         for form in FORMS:
-            command = [sys.executable, "-m", "bench.learner", *arguments, "--form", form, "--folder", name]
+            command = [sys.executable, "-m", "opd_async.bench.learner", *arguments, "--form", form, "--folder", name]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=True)
             rows.append(row_of(done.stdout))
     return rows

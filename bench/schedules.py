@@ -16,14 +16,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.presets import PRESETS
-from bench.schedule_plots import draw_schedules
-from bench.sim.figures import Row
-from bench.sim.rules import Rule, Scoring, deadline_cuts, one_step_off, sample_stream, sync, two_step_off, whole_samples
-from bench.sim.simulation import Simulation
+from opd_async.bench.sim.figures import Row
+from opd_async.bench.sim.plots import draw_schedules
+from opd_async.bench.sim.presets import PRESETS
+from opd_async.bench.sim.rules import (
+    Rule,
+    Scoring,
+    deadline_cuts,
+    one_step_off,
+    sample_stream,
+    sync,
+    two_step_off,
+    whole_samples,
+)
+from opd_async.bench.sim.simulation import Simulation
 from opd_async.files import write_atomically
-from opd_async.lengths import parse_lengths
-from opd_async.workload import Workload
+from opd_async.forecast.lengths import parse_lengths
+from opd_async.forecast.workload import Workload
 
 WARMUP = 10
 STEPS = 30

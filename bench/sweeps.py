@@ -13,13 +13,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bench.presets import balanced
-from bench.schedule_plots import draw_sweep
-from bench.sim.rules import Rule, Scoring, deadline_cuts, one_step_off, sample_stream, whole_samples
-from bench.sim.simulation import Simulation
+from opd_async.bench.sim.plots import draw_sweep
+from opd_async.bench.sim.presets import balanced
+from opd_async.bench.sim.rules import Rule, Scoring, deadline_cuts, one_step_off, sample_stream, whole_samples
+from opd_async.bench.sim.simulation import Simulation
 from opd_async.files import write_atomically
-from opd_async.lengths import LogNormal
-from opd_async.workload import Devices, Workload
+from opd_async.forecast.lengths import LogNormal
+from opd_async.forecast.workload import Devices, Workload
 
 SLOTS = 128
 WARMUP, STEPS = 6, 12

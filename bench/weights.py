@@ -30,18 +30,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from bench.convert import make_model
-from learner import parallel
-from learner.config import LearnerConfig, ParallelConfig
-from learner.engine_http import EngineAddress
-from learner.hf_io import hf_weights
-from learner.trainer import Trainer
-from learner.weight_group import join, leave, open_store
-from learner.weights import WeightSender
-from opd_async.engine_command import engine_command
+from opd_async.bench.convert import make_model
+from opd_async.config.topology import EngineSection
+from opd_async.engines.command import engine_command
 from opd_async.files import write_atomically
-from opd_async.free_ports import free_ports
-from opd_async.topology import EngineSection
+from opd_async.learner.config import LearnerConfig, ParallelConfig
+from opd_async.learner.distributed import parallel
+from opd_async.learner.hf.io import hf_weights
+from opd_async.learner.trainer import Trainer
+from opd_async.learner.weights.broadcast import WeightSender
+from opd_async.learner.weights.engine_http import EngineAddress
+from opd_async.learner.weights.group import join, leave, open_store
+from opd_async.plan.free_ports import free_ports
 
 HOST = "127.0.0.1"
 DEADLINE_S = 180.0
@@ -103,7 +103,7 @@ def receivers(count: int, rounds: int, sizes: Sequence[int]) -> Iterator[dist.Pr
     with ExitStack() as stack:
         for rank in range(1, count + 1):
             words = [str(port), str(rank), str(count + 1), str(rounds), *map(str, sizes)]
-            command = [sys.executable, "-m", "bench.weights", "--receive", *words]
+            command = [sys.executable, "-m", "opd_async.bench.weights", "--receive", *words]
             process = stack.enter_context(subprocess.Popen(command, env=one_thread()))
             stack.callback(process.kill)
         group = join(store, "plain", 0, count + 1, "gloo", DEADLINE_S)

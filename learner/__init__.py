@@ -3,6 +3,6 @@
 Importing any module of this package first imports megatron-core, quietly and able to run without CUDA.
 """
 
-from learner.cpu import import_megatron
+from opd_async.learner.distributed.cpu import import_megatron
 
 import_megatron()

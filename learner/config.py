@@ -53,7 +53,7 @@ class LossConfig:
     """The distillation term. Formulas: `learner.losses`, `learner.divergences`, `learner.full_divergences`."""
 
     loss: str = "reverse_kl"
-    """One of `opd_async.loss_names.LOSSES`."""
+    """One of `opd_async.config.loss_names.LOSSES`."""
     jsd_beta: float = 0.5
     """Weight of the teacher in the mixture of `jsd_topk` and `jsd_full`."""
     kl_coef: float = 1.0
@@ -84,7 +84,7 @@ class TeacherConfig:
     model_path: Path
     """Hugging Face folder whose `config.json` says the teacher's shape."""
     load: Path | None
-    """Megatron's files of its weights, as `opd_async.checkpoints.shards` finds them; None: those in `model_path`."""
+    """Megatron's files of its weights, as `checkpoints.shards` finds them; None: those in `model_path`."""
     offload: bool = False
     """Keep its weights in host memory while it is not computing."""
 

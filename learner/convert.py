@@ -25,16 +25,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from learner import model_checkpoint, parallel
-from learner.config import LearnerConfig, ParallelConfig
-from learner.cpu import on_this_device, this_device
-from learner.hf_config import read_shape
-from learner.hf_files import put_in_place
-from learner.hf_io import load_hf, save_hf
-from learner.model import DecoderModel, build_model
-from opd_async import checkpoints
 from opd_async.errors import InputError
+from opd_async.learner.checkpoints import model as model_checkpoint
+from opd_async.learner.config import LearnerConfig, ParallelConfig
+from opd_async.learner.distributed import parallel
+from opd_async.learner.distributed.cpu import on_this_device, this_device
+from opd_async.learner.hf.files import put_in_place
+from opd_async.learner.hf.io import load_hf, save_hf
+from opd_async.learner.model.architecture import read_shape
+from opd_async.learner.model.decoder import DecoderModel, build_model
 from opd_async.process import report_failure
+from opd_async.run import checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def hf_to_megatron(hf: Path, out: Path, parallel_config: ParallelConfig) -> None
 def megatron_to_hf(folder: Path, source: Path, out: Path, parallel_config: ParallelConfig) -> None:
     """Write a checkpoint's weights as a Hugging Face folder, in the dtype and with the other files of `source`.
 
-    `folder` is any that `opd_async.checkpoints.shards` takes; it is verified first, and nothing in it changes.
+    `folder` is any that `opd_async.run.checkpoints.shards` takes; it is verified first, and nothing in it changes.
     All ranks call it. Raises `InputError` if it is cut short, `CheckpointError` if it is not of the model of `source`.
     """
     shards = checkpoints.shards(folder)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from learner.config import CriticConfig, LearnerConfig, LossConfig, OptimConfig, ParallelConfig, TeacherConfig
-from opd_async.checkpoints import shards
-from opd_async.learning import Estimator
-from opd_async.topology import Topology
+from opd_async.config.learning import Estimator
+from opd_async.config.topology import Topology
+from opd_async.learner.config import CriticConfig, LearnerConfig, LossConfig, OptimConfig, ParallelConfig, TeacherConfig
+from opd_async.run.checkpoints import shards
 
 
 def learner_config(topology: Topology) -> LearnerConfig:

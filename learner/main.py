@@ -1,7 +1,7 @@
 """One learner rank: obey commands in the order in which the intake sends them.
 
     intake (ROUTER) -> DEALER -> Train | SyncWeights | SaveCheckpoint | ExportModel | Stop
-                                   rank 0 -> LearnerReply -> coordinator
+                                   rank 0 -> LearnerReply -> dispatcher
 
     torchrun ... -m learner.main --plan runs/<name>/plan.json
 
@@ -22,23 +22,24 @@ from typing import Any
 import torch
 import zmq
 
-from learner import checkpoint, parallel
-from learner.errors import WeightSyncError
-from learner.from_topology import learner_config
-from learner.hf_io import hf_weights, save_hf
-from learner.proof import Proof, check_proof, make_proof
-from learner.trainer import Trainer
-from learner.transport import WeightTransport
-from learner.transports import make_transport
-from opd_async import messages as m
-from opd_async.checkpoints import SHARDS, latest, shards
 from opd_async.errors import DeadlineError, WireError
-from opd_async.metrics import RoleMetrics
-from opd_async.packing import from_message
-from opd_async.plan import Plan, RoleKind
+from opd_async.learner import resume
+from opd_async.learner.distributed import parallel
+from opd_async.learner.errors import WeightSyncError
+from opd_async.learner.from_topology import learner_config
+from opd_async.learner.hf.io import hf_weights, save_hf
+from opd_async.learner.trainer import Trainer
+from opd_async.learner.weights.base import WeightTransport
+from opd_async.learner.weights.make import make_transport
+from opd_async.learner.weights.proof import Proof, check_proof, make_proof
+from opd_async.plan.plan import Plan, RoleKind
 from opd_async.process import configure_logging, die_with_parent, report_failure
 from opd_async.role import role_arguments
-from opd_async.wire import decode, encode
+from opd_async.run.checkpoints import SHARDS, latest, shards
+from opd_async.scheduling.packing import from_message
+from opd_async.telemetry.metrics import RoleMetrics
+from opd_async.transport import messages as m
+from opd_async.transport.wire import decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class Rank:
                 case m.SyncWeights():
                     self._sync(command)
                 case m.SaveCheckpoint():
-                    checkpoint.save(self._trainer, Path(command.folder) / SHARDS)
+                    resume.save(self._trainer, Path(command.folder) / SHARDS)
                     self._link.reply("SaveCheckpoint", self._trainer.version, None, {})
                 case m.ExportModel():
                     save_hf(self._trainer.model, Path(command.folder), self._plan.topology.models.student.path)
@@ -139,7 +140,7 @@ class Rank:
         self._link.reply("Train", result.version, None, stats | {"idle_s": idle_s})
 
     def _sync(self, command: m.SyncWeights) -> None:
-        """All ranks gather, rank 0 sends. A refusal is an answer, not an end: the coordinator tries again."""
+        """All ranks gather, rank 0 sends. A refusal is an answer, not an end: the dispatcher tries again."""
         engines = self._plan.topology.engines.student
         proof = make_proof(self._trainer, engines.context_tokens) if command.verify else None
         dtype = getattr(torch, engines.dtype)
@@ -194,10 +195,10 @@ def run(plan: Plan) -> None:
     try:
         trainer = Trainer(config)
         if (folder := latest(plan.run_folder / "checkpoints")) is not None:
-            checkpoint.load(trainer, folder / SHARDS)
+            resume.load(trainer, folder / SHARDS)
             log.info("resumed from %s", folder)
         elif (folder := plan.topology.learner.load) is not None:
-            checkpoint.load_weights(trainer, shards(folder))
+            resume.load_weights(trainer, shards(folder))
             log.info("began with the weights of %s", folder)
         metrics = RoleMetrics("learner")
         mine = plan.role(RoleKind.LEARNER, 0)

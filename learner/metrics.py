@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from learner.losses import MAXIMA, SUMS
+from opd_async.learner.losses.sampled import MAXIMA, SUMS
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
-from learner.config import OptimConfig
-from learner.cpu import on_this_device, quiet
-from learner.model import DecoderModel
+from opd_async.learner.config import OptimConfig
+from opd_async.learner.distributed.cpu import on_this_device, quiet
+from opd_async.learner.model.decoder import DecoderModel
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:

@@ -20,18 +20,18 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from learner.config import LearnerConfig, TeacherConfig
-from learner.context import all_rows
-from learner.cpu import on_this_device, this_device
-from learner.errors import CheckpointError, ModelError
-from learner.hf_config import read_shape
-from learner.hf_io import load_hf
-from learner.layout import PackedBatch
-from learner.logprobs import row_logprobs
-from learner.model import DecoderModel, build_model
-from learner.model_checkpoint import load_model
-from learner.pipeline import run_schedule
-from opd_async.loss_names import FULL_LOSSES
+from opd_async.config.loss_names import FULL_LOSSES
+from opd_async.learner.checkpoints.model import load_model
+from opd_async.learner.config import LearnerConfig, TeacherConfig
+from opd_async.learner.distributed.cpu import on_this_device, this_device
+from opd_async.learner.errors import CheckpointError, ModelError
+from opd_async.learner.hf.io import load_hf
+from opd_async.learner.losses.logprobs import row_logprobs
+from opd_async.learner.model.architecture import read_shape
+from opd_async.learner.model.context import all_rows
+from opd_async.learner.model.decoder import DecoderModel, build_model
+from opd_async.learner.model.layout import PackedBatch
+from opd_async.learner.model.pipeline import run_schedule
 
 
 @dataclass(frozen=True, slots=True)

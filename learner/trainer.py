@@ -22,25 +22,25 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from learner.attention import has_varlen
-from learner.config import LearnerConfig
-from learner.context import everywhere
-from learner.cpu import on_this_device, this_device
-from learner.critic import Critic
-from learner.errors import LearnerError
-from learner.full_divergences import row_divergences
-from learner.hf_config import read_shape
-from learner.hf_io import load_hf
-from learner.layout import PackedBatch, lay_out
-from learner.logprobs import RowLogprobs, row_logprobs
-from learner.losses import LossOutput
-from learner.metrics import StepMetrics, Totals, empty_metrics, reduce_over_ranks, step_metrics
-from learner.model import build_model
-from learner.objective import full_objective, objective, support_of
-from learner.optimizer import apply_gradient, finalize, learning_rate, make_optimizer, wrap
-from learner.pipeline import run_schedule
-from learner.teacher import Teacher, TeacherRows
-from opd_async.batches import MicroBatch, StepBatch
+from opd_async.learner.config import LearnerConfig
+from opd_async.learner.critic.critic import Critic
+from opd_async.learner.distributed.cpu import on_this_device, this_device
+from opd_async.learner.errors import LearnerError
+from opd_async.learner.hf.io import load_hf
+from opd_async.learner.losses.full_divergences import row_divergences
+from opd_async.learner.losses.logprobs import RowLogprobs, row_logprobs
+from opd_async.learner.losses.objective import full_objective, objective, support_of
+from opd_async.learner.losses.sampled import LossOutput
+from opd_async.learner.metrics import StepMetrics, Totals, empty_metrics, reduce_over_ranks, step_metrics
+from opd_async.learner.model.architecture import read_shape
+from opd_async.learner.model.attention import has_varlen
+from opd_async.learner.model.context import everywhere
+from opd_async.learner.model.decoder import build_model
+from opd_async.learner.model.layout import PackedBatch, lay_out
+from opd_async.learner.model.pipeline import run_schedule
+from opd_async.learner.optimizer import apply_gradient, finalize, learning_rate, make_optimizer, wrap
+from opd_async.learner.teacher import Teacher, TeacherRows
+from opd_async.transport.step_batch import MicroBatch, StepBatch
 
 PADDING_SLACK = 0.125
 

@@ -22,26 +22,26 @@ from pathlib import Path
 
 import uvloop
 
-from opd_async import checkpoints
-from opd_async.advice import plan_text
-from opd_async.completions import CompletionSet, load_completions
-from opd_async.conductor import Conductor, Inputs, InterruptedRun, Signals
+from opd_async.checks.reward import require_labels
+from opd_async.checks.validation import validate, warnings
+from opd_async.config.slime_flags import add_opd_arguments, opd_overrides
+from opd_async.config.topology import Topology
+from opd_async.config.topology_file import load_topology
+from opd_async.data.completions import CompletionSet, load_completions
+from opd_async.data.model_folder import read_model
+from opd_async.data.prompts import TeacherChoice, load_prompts
+from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError, OpdError
-from opd_async.model_folder import read_model
-from opd_async.plan import Plan
-from opd_async.plan_flags import add_plan_arguments, site
-from opd_async.planning import describe_plan, make_plan
-from opd_async.plots import learning_curve
+from opd_async.forecast.advice import plan_text
+from opd_async.forecast.flags import add_plan_arguments, site
+from opd_async.plan.plan import Plan
+from opd_async.plan.resolve import describe_plan, make_plan
 from opd_async.process import configure_logging, leaves, report_failure
-from opd_async.prompts import TeacherChoice, load_prompts
-from opd_async.report import Report, render, write
-from opd_async.reward_checks import require_labels
-from opd_async.run_folder import prepare
-from opd_async.slime_flags import add_opd_arguments, opd_overrides
-from opd_async.tokenizer import Tokenizer
-from opd_async.topology import Topology
-from opd_async.topology_file import load_topology
-from opd_async.validation import validate, warnings
+from opd_async.run import checkpoints
+from opd_async.run.lifecycle import Inputs, InterruptedRun, Lifecycle, Signals
+from opd_async.run.run_folder import prepare
+from opd_async.telemetry.plots import learning_curve
+from opd_async.telemetry.report import Report, render, write
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -102,10 +102,10 @@ def echo(line: str) -> None:
     print(line, flush=True)
 
 
-async def conduct(conductor: Conductor, signals: Signals) -> Report:
+async def conduct(lifecycle: Lifecycle, signals: Signals) -> Report:
     """Run with both signals taken over."""
     signals.install(asyncio.get_running_loop())
-    return await conductor.run()
+    return await lifecycle.run()
 
 
 def launch(arguments: argparse.Namespace) -> None:
@@ -130,15 +130,15 @@ def execute(plan: Plan, inputs: Inputs, arguments: argparse.Namespace) -> None:
         checkpoints.latest(plan.run_folder / "checkpoints")  # a checkpoint that was cut short is an error by itself
     with prepare(plan, arguments.resume, arguments.overwrite) as folder:
         signals = Signals()
-        conductor = Conductor(plan, inputs, echo, signals)
+        lifecycle = Lifecycle(plan, inputs, echo, signals)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            report = runner.run(conduct(conductor, signals))
-        finish(report, conductor, folder.path)
+            report = runner.run(conduct(lifecycle, signals))
+        finish(report, lifecycle, folder.path)
 
 
-def finish(report: Report, conductor: Conductor, folder: Path) -> None:
+def finish(report: Report, lifecycle: Lifecycle, folder: Path) -> None:
     """Write report and learning curve, and print what a person wants to know."""
-    ledger = conductor.ledger
+    ledger = lifecycle.ledger
     assert ledger is not None
     files = [("report", write(report, folder))]
     if ledger.evaluations:

@@ -1,8 +1,8 @@
-"""What every asyncio role shares: its plan, its line to the coordinator, its metrics, heartbeats and orderly end.
+"""What every asyncio role shares: its plan, its line to the dispatcher, its metrics, heartbeats and orderly end.
 
 async with Role.open(kind, plan, index) as role:   Hello has been sent, metrics are served, heartbeats run
     role.spawn(...)                                loops of the role; the first that fails ends the process
-    await role.until_stopped()                     the coordinator's Stop, or a signal
+    await role.until_stopped()                     the dispatcher's Stop, or a signal
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 
 import zmq.asyncio
 
-from opd_async.channels import ControlClient
 from opd_async.errors import InputError
-from opd_async.messages import Heartbeat, Hello
-from opd_async.metrics import RoleMetrics, loop_lag
-from opd_async.plan import Plan, RoleKind, RolePlan
+from opd_async.plan.plan import Plan, RoleKind, RolePlan
 from opd_async.process import configure_logging, stop_event
+from opd_async.telemetry.metrics import RoleMetrics, loop_lag
+from opd_async.transport.channels import ControlClient
+from opd_async.transport.messages import Heartbeat, Hello
 
 HEARTBEAT_S = 0.5
 ATTEMPT_FLOOR_ENV = "OPD_ATTEMPT_FLOOR"
@@ -83,7 +83,7 @@ class Role:
         return self.mine.name
 
     def count(self, counter: str, amount: float = 1.0) -> None:
-        """Add to one of the totals that the coordinator sees."""
+        """Add to one of the totals that the dispatcher sees."""
         self.counters[counter] = self.counters.get(counter, 0.0) + amount
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -102,7 +102,7 @@ class Role:
     @classmethod
     @asynccontextmanager
     async def open(cls, kind: RoleKind, plan: Plan, index: int) -> AsyncIterator[Role]:
-        """Connect to the coordinator and serve metrics.
+        """Connect to the dispatcher and serve metrics.
 
         On cancel and at the end: loops are cancelled first, then sockets close, delivering what they hold.
         """
@@ -126,7 +126,7 @@ class Role:
                     role.cancel()
 
     async def until_stopped(self) -> None:
-        """Wait for the coordinator's or a signal's stop."""
+        """Wait for the dispatcher's or a signal's stop."""
         ends = [self.spawn(_wait(event), "stop") for event in (self.stopped, self.signalled)]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
 

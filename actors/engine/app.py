@@ -11,14 +11,14 @@ from typing import Any
 
 from aiohttp import web
 
-from actors.engine.config import EngineConfig
-from actors.engine.core import EngineCore
-from actors.engine.errors import ApiError, WeightError
-from actors.engine.groups import WeightGroups
-from actors.engine.metrics import EngineMetrics
-from actors.engine.parse import ModelLimits
-from actors.engine.text import TextCodec
-from actors.engine.weights import ModelWeights
+from opd_async.actors.engine.config import EngineConfig
+from opd_async.actors.engine.core import EngineCore
+from opd_async.actors.engine.errors import ApiError, WeightError
+from opd_async.actors.engine.groups import WeightGroups
+from opd_async.actors.engine.metrics import EngineMetrics
+from opd_async.actors.engine.parse import ModelLimits
+from opd_async.actors.engine.text import TextCodec
+from opd_async.actors.engine.weights import ModelWeights
 
 ENGINE: web.AppKey[Engine]
 

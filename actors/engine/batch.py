@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from actors.engine.request import Request
-from actors.engine.sampling import SamplingParams
-from actors.engine.scheduler import Work
-from actors.engine.slots import IntArray
+from opd_async.actors.engine.request import Request
+from opd_async.actors.engine.sampling import SamplingParams
+from opd_async.actors.engine.scheduler import Work
+from opd_async.actors.engine.slots import IntArray
 
 LongArray = npt.NDArray[np.int64]
 

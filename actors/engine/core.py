@@ -20,13 +20,13 @@ from contextlib import asynccontextmanager
 from enum import StrEnum
 from typing import TypeVar
 
-from actors.engine.batch import Batch, RowParams, build_batch
-from actors.engine.errors import ApiError
-from actors.engine.metrics import EngineMetrics
-from actors.engine.model import Runner, StepResult
-from actors.engine.request import Request, TopRows
-from actors.engine.scheduler import Limits, Scheduler
-from actors.engine.threads import WorkerThread
+from opd_async.actors.engine.batch import Batch, RowParams, build_batch
+from opd_async.actors.engine.errors import ApiError
+from opd_async.actors.engine.metrics import EngineMetrics
+from opd_async.actors.engine.model import Runner, StepResult
+from opd_async.actors.engine.request import Request, TopRows
+from opd_async.actors.engine.scheduler import Limits, Scheduler
+from opd_async.actors.engine.threads import WorkerThread
 
 T = TypeVar("T")
 

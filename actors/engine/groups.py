@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
-from actors.engine.errors import WeightError
+from opd_async.actors.engine.errors import WeightError
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from actors.engine.batch import Batch, Group
+from opd_async.actors.engine.batch import Batch, Group
 
 ATTENTION_NAME = "opd_pooled"
 

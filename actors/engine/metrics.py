@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from prometheus_client import generate_latest
 
-from opd_async.metrics import RoleMetrics
+from opd_async.telemetry.metrics import RoleMetrics
 
 
 class EngineMetrics:
-    """The `opd_engine_*` part of the catalogue in `opd_async.metrics`, by short names."""
+    """The `opd_engine_*` part of the catalogue in `opd_async.telemetry.metrics`, by short names."""
 
     def __init__(self) -> None:
         metrics = RoleMetrics("engine")

@@ -17,10 +17,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from actors.engine import sampler
-from actors.engine.batch import Batch, SampleRows, ScoreRows
-from actors.engine.kv import ATTENTION_NAME, PagedCache, place_groups
-from actors.engine.request import FloatArray, TopRows
+from opd_async.actors.engine import sampler
+from opd_async.actors.engine.batch import Batch, SampleRows, ScoreRows
+from opd_async.actors.engine.kv import ATTENTION_NAME, PagedCache, place_groups
+from opd_async.actors.engine.request import FloatArray, TopRows
 
 # LM head rows x vocabulary held at once, in float32 elements (256 MiB).
 LOGITS_ELEMENTS = 1 << 26

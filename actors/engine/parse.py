@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from actors.engine.errors import ApiError
-from actors.engine.request import LogprobSpec, Request
-from actors.engine.sampling import SamplingParams, parse_sampling_params
+from opd_async.actors.engine.errors import ApiError
+from opd_async.actors.engine.request import LogprobSpec, Request
+from opd_async.actors.engine.sampling import SamplingParams, parse_sampling_params
 
 _UNSUPPORTED = (
     "return_sampling_mask",

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from actors.engine.slots import IntArray
+from opd_async.actors.engine.slots import IntArray
 
 _EMPTY: IntArray = np.empty(0, dtype=np.int32)
 

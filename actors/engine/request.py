@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actors.engine.radix import Node
-from actors.engine.sampling import SamplingParams
+from opd_async.actors.engine.radix import Node
+from opd_async.actors.engine.sampling import SamplingParams
 
 FloatArray = npt.NDArray[np.float32]
 IdArray = npt.NDArray[np.int64]

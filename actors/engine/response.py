@@ -15,7 +15,7 @@ from itertools import chain
 
 import numpy as np
 
-from actors.engine.request import FloatArray, Request, TopRows
+from opd_async.actors.engine.request import FloatArray, Request, TopRows
 
 _NOT_JSON = re.compile(r"-?(?:nan|inf)")
 Decode = Callable[[int], str]

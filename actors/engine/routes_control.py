@@ -18,11 +18,11 @@ from typing import Any
 from aiohttp import web
 from safetensors import SafetensorError
 
-from actors.engine.app import ENGINE, Engine, read_object, required, success
-from actors.engine.core import PauseMode
-from actors.engine.errors import ApiError, WeightError
-from actors.engine.groups import GroupSpec
-from actors.engine.threads import in_thread
+from opd_async.actors.engine.app import ENGINE, Engine, read_object, required, success
+from opd_async.actors.engine.core import PauseMode
+from opd_async.actors.engine.errors import ApiError, WeightError
+from opd_async.actors.engine.groups import GroupSpec
+from opd_async.actors.engine.threads import in_thread
 
 _NOT_FLUSHED = (
     "Weights were updated, but the cache was not flushed because requests are still running. "

@@ -18,12 +18,12 @@ from functools import partial
 
 from aiohttp import web
 
-from actors.engine import response
-from actors.engine.app import ENGINE, Engine, read_json
-from actors.engine.errors import ApiError
-from actors.engine.parse import GenerateCall, parse_generate
-from actors.engine.request import Request
-from actors.engine.text import StreamCursor
+from opd_async.actors.engine import response
+from opd_async.actors.engine.app import ENGINE, Engine, read_json
+from opd_async.actors.engine.errors import ApiError
+from opd_async.actors.engine.parse import GenerateCall, parse_generate
+from opd_async.actors.engine.request import Request
+from opd_async.actors.engine.text import StreamCursor
 
 
 async def generate(http: web.Request) -> web.StreamResponse:

@@ -9,8 +9,8 @@ from typing import Any
 
 from aiohttp import web
 
-from actors.engine.app import ENGINE
-from actors.engine.config import VERSION
+from opd_async.actors.engine.app import ENGINE
+from opd_async.actors.engine.config import VERSION
 
 _SECRET = {"api_key", "admin_api_key"}
 

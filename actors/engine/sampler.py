@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from actors.engine.batch import SampleRows
-from actors.engine.request import FloatArray, Request, TopRows
+from opd_async.actors.engine.batch import SampleRows
+from opd_async.actors.engine.request import FloatArray, Request, TopRows
 
 
 def sample(

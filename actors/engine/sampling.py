@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from actors.engine.errors import ApiError
+from opd_async.actors.engine.errors import ApiError
 
 GREEDY_BELOW = 1e-6
 ALL_TOKENS = 1 << 30

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.engine.radix import RadixCache
-from actors.engine.request import Request
-from actors.engine.slots import IntArray, SlotPool
+from opd_async.actors.engine.radix import RadixCache
+from opd_async.actors.engine.request import Request
+from opd_async.actors.engine.slots import IntArray, SlotPool
 
 # Tokens of room that admission keeps for each request that is already decoding; retraction covers the rest.
 DECODE_RESERVE = 16

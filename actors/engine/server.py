@@ -26,20 +26,20 @@ import torch
 import uvloop
 from aiohttp import web
 
-from actors.engine.app import ENGINE, Engine, check_keys, errors_to_json
-from actors.engine.auth import Keys
-from actors.engine.config import EngineConfig, parse_args
-from actors.engine.core import EngineCore
-from actors.engine.groups import WeightGroups
-from actors.engine.metrics import EngineMetrics
-from actors.engine.model import ModelRunner
-from actors.engine.parse import ModelLimits
-from actors.engine.routes_control import CONTROL_HANDLERS
-from actors.engine.routes_generate import generate
-from actors.engine.routes_info import INFO_HANDLERS, metrics
-from actors.engine.scheduler import Limits
-from actors.engine.text import load_codec
-from actors.engine.weights import ModelWeights
+from opd_async.actors.engine.app import ENGINE, Engine, check_keys, errors_to_json
+from opd_async.actors.engine.auth import Keys
+from opd_async.actors.engine.config import EngineConfig, parse_args
+from opd_async.actors.engine.core import EngineCore
+from opd_async.actors.engine.groups import WeightGroups
+from opd_async.actors.engine.metrics import EngineMetrics
+from opd_async.actors.engine.model import ModelRunner
+from opd_async.actors.engine.parse import ModelLimits
+from opd_async.actors.engine.routes_control import CONTROL_HANDLERS
+from opd_async.actors.engine.routes_generate import generate
+from opd_async.actors.engine.routes_info import INFO_HANDLERS, metrics
+from opd_async.actors.engine.scheduler import Limits
+from opd_async.actors.engine.text import load_codec
+from opd_async.actors.engine.weights import ModelWeights
 from opd_async.errors import RoleError
 from opd_async.process import configure_logging, die_with_parent, report_failure, stop_event
 

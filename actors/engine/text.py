@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.engine.request import Request
+from opd_async.actors.engine.request import Request
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _REPLACEMENT = "\ufffd"  # what a half-finished multi-byte character decodes to

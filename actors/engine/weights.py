@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from actors.engine.errors import WeightError
-from actors.engine.groups import TensorSpec, WeightGroups
+from opd_async.actors.engine.errors import WeightError
+from opd_async.actors.engine.groups import TensorSpec, WeightGroups
 
 CHECKSUM_BYTES = 16
 

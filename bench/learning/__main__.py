@@ -18,11 +18,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.learning.cells import PARTS, REGIMES, Cell
-from bench.learning.inputs import make_inputs
-from bench.learning.plots import draw
-from bench.learning.runs import Outcome, outcome, run
-from bench.learning.tables import table
+from opd_async.bench.learning.cells import PARTS, REGIMES, Cell
+from opd_async.bench.learning.inputs import make_inputs
+from opd_async.bench.learning.plots import draw
+from opd_async.bench.learning.runs import Outcome, outcome, run
+from opd_async.bench.learning.tables import table
 from opd_async.files import write_atomically
 
 

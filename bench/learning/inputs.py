@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from bench.learning.cells import GROUP, SAMPLES_PER_STEP, Regime
+from opd_async.bench.learning.cells import GROUP, SAMPLES_PER_STEP, Regime
 from opd_async.files import write_atomically
 
 ADDITION = Path(__file__).parents[2] / "examples" / "addition"
@@ -63,7 +63,7 @@ def make_inputs(regime: Regime, folder: Path, *, given: bool, inside: bool) -> I
     if given:
         once(found.given, lambda path: sample(path, found, regime))
     if inside:
-        convert = ("-m", "learner.convert", "hf-to-megatron", "--hf", str(found.teacher), "--out")
+        convert = ("-m", "opd_async.learner.convert", "hf-to-megatron", "--hf", str(found.teacher), "--out")
         once(found.teacher_checkpoint, lambda path: python(*convert, str(path)))
     return found
 

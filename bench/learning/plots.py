@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from bench.learning.cells import METHODS, REGIMES, SIGNALS
-from bench.learning.runs import Outcome
-from bench.learning.tables import grouped
+from opd_async.bench.learning.cells import METHODS, REGIMES, SIGNALS
+from opd_async.bench.learning.runs import Outcome
+from opd_async.bench.learning.tables import grouped
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.learning.cells import CURVE_STEPS, REGIMES, SAMPLES_PER_STEP, Cell
-from bench.learning.inputs import ADDITION, Inputs
+from opd_async.bench.learning.cells import CURVE_STEPS, REGIMES, SAMPLES_PER_STEP, Cell
+from opd_async.bench.learning.inputs import ADDITION, Inputs
 
 ROOT = ADDITION.parents[1]
 DEADLINE_S = 1800.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from bench.learning.cells import REGIMES
-from bench.learning.runs import Outcome
+from opd_async.bench.learning.cells import REGIMES
+from opd_async.bench.learning.runs import Outcome
 
 Key = tuple[str, str, int, float]
 

@@ -27,16 +27,16 @@ from typing import Any
 
 import torch
 
-from bench.peers import sides
-from bench.peers.curves import Curve, Point, summarize
-from bench.peers.output import draw, table
-from bench.peers.passes import Task, measure
-from opd_async.answers import AnswerChecker
+from opd_async.bench.peers import sides
+from opd_async.bench.peers.curves import Curve, Point, summarize
+from opd_async.bench.peers.output import draw, table
+from opd_async.bench.peers.passes import Task, measure
+from opd_async.config.topology import Topology
+from opd_async.config.topology_file import load_topology
+from opd_async.data.answers import AnswerChecker
+from opd_async.data.prompts import load_prompts
+from opd_async.data.tokenizer import Tokenizer
 from opd_async.files import write_atomically
-from opd_async.prompts import load_prompts
-from opd_async.tokenizer import Tokenizer
-from opd_async.topology import Topology
-from opd_async.topology_file import load_topology
 
 TARGETS = (0.8, 0.9, 0.95)
 OWN, TRL = "opd_async", "TRL"

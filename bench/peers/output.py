@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench.peers.curves import Curve, Summary
+from opd_async.bench.peers.curves import Curve, Summary
 
 COLOURS = ("#2ca02c", "#1f77b4", "#9467bd", "#ff7f0e", "#d62728", "#8c564b")
 

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from opd_async.answers import AnswerChecker
-from opd_async.prompts import Prompt
-from opd_async.tokenizer import Tokenizer
+from opd_async.data.answers import AnswerChecker
+from opd_async.data.prompts import Prompt
+from opd_async.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from bench.peers.curves import Tick, own_ticks
-from opd_async.jsonl import read_jsonl
-from opd_async.topology import Topology
+from opd_async.bench.peers.curves import Tick, own_ticks
+from opd_async.config.topology import Topology
+from opd_async.data.jsonl import read_jsonl
 
 TRL_SCRIPT = Path(__file__).with_name("trl_side.py")
 DEADLINE_S = 1800.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from opd_async.workload import Workload
+from opd_async.forecast.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from opd_async.assembly import Assembler, Sample
-from opd_async.schedule import DeadlineCuts, Planner, WholeSamples
-from opd_async.topology import ScheduleSection, TrainOn
+from opd_async.config.topology import ScheduleSection, TrainOn
+from opd_async.scheduling.assembly import Assembler, Sample
+from opd_async.scheduling.step_policy import DeadlineCuts, Planner, WholeSamples
 
 
 class Scoring(StrEnum):
@@ -109,7 +109,7 @@ def sample_stream(ahead: int) -> Rule:
     """Fully asynchronous on ended samples: `ahead` + 1 batches between lease and training, first ended first trained.
 
     AReaL `areal/infra/staleness_manager.py` (`get_capacity`) and `workflow_executor.py` (`wait_results` sorts by time
-    of creation); async-opd `opd/coordinator/streaming.py` (`_max_pending`); slime `rollout/fully_async_rollout.py`
+    of creation); async-opd `opd/dispatcher/streaming.py` (`_max_pending`); slime `rollout/fully_async_rollout.py`
     without its pool limit. TRL `experimental/async_grpo` also drops what got older than `max_staleness`; nothing is
     dropped here, so `ahead` bounds no age: a long response is trained as old as it is.
     """

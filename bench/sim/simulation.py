@@ -14,22 +14,22 @@ from dataclasses import fields
 
 import numpy as np
 
-from bench.sim.clock import Clock
-from bench.sim.figures import Account, Marks, Row
-from bench.sim.rules import Rule, Scoring
-from bench.sim.student import Generation, StudentEngine
-from bench.sim.teacher import PrefixCache, TeacherEngine
-from opd_async import frontier
-from opd_async.assembly import Assembler
-from opd_async.batching import TokenBudgetBatcher
-from opd_async.growth import CutPoints
-from opd_async.leases import LeaseBook, PromptOrder, hold_tokens
-from opd_async.lengths import LengthStream
-from opd_async.messages import Chunk, ScoredChunk
-from opd_async.routing import rendezvous
-from opd_async.schedule import DeadlineCuts
-from opd_async.topology import TrainOn
-from opd_async.workload import Workload
+from opd_async.bench.sim.clock import Clock
+from opd_async.bench.sim.figures import Account, Marks, Row
+from opd_async.bench.sim.rules import Rule, Scoring
+from opd_async.bench.sim.student import Generation, StudentEngine
+from opd_async.bench.sim.teacher import PrefixCache, TeacherEngine
+from opd_async.config.topology import TrainOn
+from opd_async.forecast.lengths import LengthStream
+from opd_async.forecast.workload import Workload
+from opd_async.scheduling import frontier
+from opd_async.scheduling.assembly import Assembler
+from opd_async.scheduling.cache_share import CutPoints
+from opd_async.scheduling.leases import LeaseBook, PromptOrder, hold_tokens
+from opd_async.scheduling.routing import rendezvous
+from opd_async.scheduling.score_batches import TokenBudgetBatcher
+from opd_async.scheduling.step_policy import DeadlineCuts
+from opd_async.transport.messages import Chunk, ScoredChunk
 
 TURN_S = 0.05
 """How often the intake gives an account; it plans and asks for a hold then."""

@@ -14,8 +14,8 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.sim.clock import Clock
-from opd_async.cost_model import DecodeCost, PrefillCost
+from opd_async.bench.sim.clock import Clock
+from opd_async.forecast.cost_model import DecodeCost, PrefillCost
 
 EPSILON = 1e-6
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 
-from bench.sim.clock import Clock
-from opd_async.batching import ScoreItem, TokenBudgetBatcher
-from opd_async.cost_model import PrefillCost
-from opd_async.growth import CacheShare, CutPoints
-from opd_async.messages import Chunk
-from opd_async.topology import TeacherSection
+from opd_async.bench.sim.clock import Clock
+from opd_async.config.topology import TeacherSection
+from opd_async.forecast.cost_model import PrefillCost
+from opd_async.scheduling.cache_share import CacheShare, CutPoints
+from opd_async.scheduling.score_batches import ScoreItem, TokenBudgetBatcher
+from opd_async.transport.messages import Chunk
 
 MAX_IN_FLIGHT = 2
 MIN_CACHED_SHARE = TeacherSection().min_cached_share

@@ -1,4 +1,4 @@
-"""A role without a launcher: the actor's sockets and HTTP are real, the coordinator is two queues."""
+"""A role without a launcher: the actor's sockets and HTTP are real, the dispatcher is two queues."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any, cast
 import pytest
 import zmq.asyncio
 
-from actors import guard
-from opd_async import breaker
-from opd_async.breaker import Breaker
-from opd_async.channels import ControlClient
-from opd_async.free_ports import free_ports
-from opd_async.metrics import RoleMetrics
-from opd_async.plan import Plan, RoleKind, RolePlan
+from opd_async.actors.client import guard
+from opd_async.config.topology import ONE_TEACHER, Topology
+from opd_async.plan.free_ports import free_ports
+from opd_async.plan.plan import Plan, RoleKind, RolePlan
 from opd_async.role import Role
-from opd_async.topology import ONE_TEACHER, Topology
+from opd_async.scheduling import breaker
+from opd_async.scheduling.breaker import Breaker
+from opd_async.telemetry.metrics import RoleMetrics
+from opd_async.transport.channels import ControlClient
 
 POLL_S = 0.01
 
 
-class Coordinator:
+class Dispatcher:
     """What the actor hears and says."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ def make_plan(vocab_size: int, student_urls: tuple[str, ...], teacher_urls: tupl
         topology=Topology.model_validate(topology | sections),
         run_folder=Path("nowhere"),
         control=control,
-        coordinator_metrics_port=0,
+        launcher_metrics_port=0,
         scored=scored,
         batches=batches,
         chunks=(chunks,),
@@ -74,15 +74,15 @@ def make_plan(vocab_size: int, student_urls: tuple[str, ...], teacher_urls: tupl
 
 
 @asynccontextmanager
-async def fake_role(plan: Plan, kind: RoleKind) -> AsyncIterator[tuple[Role, Coordinator]]:
+async def fake_role(plan: Plan, kind: RoleKind) -> AsyncIterator[tuple[Role, Dispatcher]]:
     """A role whose loops are cancelled when the block ends."""
-    coordinator, context = Coordinator(), zmq.asyncio.Context()
-    control = cast(ControlClient, coordinator)
+    dispatcher, context = Dispatcher(), zmq.asyncio.Context()
+    control = cast(ControlClient, dispatcher)
     try:
         async with asyncio.TaskGroup() as group:
             role = Role(plan, plan.role(kind, 0), context, control, RoleMetrics(kind.value), group, asyncio.Event())
             try:
-                yield role, coordinator
+                yield role, dispatcher
             finally:
                 role.cancel()
     finally:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from actors.canary import Canary, CanaryError
-from actors.engine_client import EngineClient
-from actors.replies import Scores
+from opd_async.actors.client.engine_client import EngineClient
+from opd_async.actors.client.replies import Scores
+from opd_async.actors.teacher.canary import Canary, CanaryError
 from opd_async.errors import EngineError
 
 Ids = NDArray[np.int32]

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import zmq.asyncio
 
-from actors.downstream import Downstream, unscored
-from opd_async.channels import Pull
-from opd_async.free_ports import free_ports
-from opd_async.messages import Chunk, ScoredChunk
-from opd_async.plan import Plan, RoleKind, RolePlan
-from opd_async.topology import Topology
+from opd_async.actors.rollout.downstream import Downstream, unscored
+from opd_async.config.topology import Topology
+from opd_async.plan.free_ports import free_ports
+from opd_async.plan.plan import Plan, RoleKind, RolePlan
+from opd_async.transport.channels import Pull
+from opd_async.transport.messages import Chunk, ScoredChunk
 
 TEACHERS = ("math", "math", "code")
 """Of each teacher actor."""

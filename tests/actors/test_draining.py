@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from actors.draining import drain
-from actors.engine_client import EngineClient
+from opd_async.actors.client.engine_client import EngineClient
+from opd_async.actors.rollout.draining import drain
 from opd_async.errors import DeadlineError, EngineError
 
 

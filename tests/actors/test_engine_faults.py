@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from faulty_engine import FAULTS, VOCAB, FaultyEngine, continuation, scores_of
 
-from actors.engine_client import EngineClient, Sampling, new_connector
-from actors.replies import error_in, fault_of_status, parse_scores
+from opd_async.actors.client.engine_client import EngineClient, Sampling, new_connector
+from opd_async.actors.client.replies import error_in, fault_of_status, parse_scores
 from opd_async.errors import EngineError, EngineFault
 
 IDS = [3, 4, 5, 6]

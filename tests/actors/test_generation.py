@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.engine_client import EngineClient
-from actors.generation import Generation, Student
-from actors.replies import Delta
-from opd_async import messages as m
+from opd_async.actors.client.engine_client import EngineClient
+from opd_async.actors.client.replies import Delta
+from opd_async.actors.rollout.generation import Generation, Student
+from opd_async.config.topology import RolloutSection
 from opd_async.errors import EngineError
-from opd_async.topology import RolloutSection
+from opd_async.transport import messages as m
 
 PROMPT = np.array([1, 2, 3], np.int32)
 STOP_ID = 2

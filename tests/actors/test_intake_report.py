@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from actors import intake_report
-from actors.intake_report import LatencyReservoir, describe_step
-from opd_async.assembly import Segment
+from opd_async.actors.intake import report as intake_report
+from opd_async.actors.intake.report import LatencyReservoir, describe_step
+from opd_async.scheduling.assembly import Segment
 
 
 def segment(start: int, end: int, complete: bool, versions: list[int]) -> Segment:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.replies import parse_delta, parse_scores
+from opd_async.actors.client.replies import parse_delta, parse_scores
 from opd_async.errors import EngineError
-from opd_async.messages import Finish
+from opd_async.transport.messages import Finish
 
 VOCAB = 50
 IDS = np.array([3, 4, 5, 6], np.int32)

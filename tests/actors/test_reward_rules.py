@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from actors.reward_rules import Response, Rule, UnusableRewardError, load_rule
+from opd_async.actors.rewards.rules import Response, Rule, UnusableRewardError, load_rule
+from opd_async.config.learning import RewardKind
 from opd_async.errors import InputError
-from opd_async.learning import RewardKind
 
 
 def judged(rule: Rule, text: str, label: str, finished: bool = True) -> float:

@@ -10,16 +10,16 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
-from fake_role import Coordinator, fake_role, make_plan, until, value
+from fake_role import Dispatcher, fake_role, make_plan, until, value
 from faulty_engine import VOCAB, FaultyEngine, continuation
 
-from actors.engine_client import new_connector
-from actors.reward_pool import Reward, RewardPool
-from actors.rollout import RolloutActor
-from opd_async import messages as m
-from opd_async.channels import Pull
-from opd_async.plan import RoleKind
+from opd_async.actors.client.engine_client import new_connector
+from opd_async.actors.rewards.pool import Reward, RewardPool
+from opd_async.actors.rollout.actor import RolloutActor
+from opd_async.plan.plan import RoleKind
 from opd_async.role import Role
+from opd_async.transport import messages as m
+from opd_async.transport.channels import Pull
 
 TOKENS = 12
 PROMPT = [3, 4, 7]
@@ -42,8 +42,8 @@ class Bench:
 class Running:
     """A rollout actor at work without teacher engines, and the intake that its chunks go to."""
 
-    def __init__(self, role: Role, coordinator: Coordinator, bench: Bench, pull: Pull) -> None:
-        self.role, self.coordinator, self.bench = role, coordinator, bench
+    def __init__(self, role: Role, dispatcher: Dispatcher, bench: Bench, pull: Pull) -> None:
+        self.role, self.dispatcher, self.bench = role, dispatcher, bench
         self.chunks: list[m.ScoredChunk] = []
         self._pull = pull
 
@@ -55,7 +55,7 @@ class Running:
         tokens = np.array(continuation(PROMPT, TOKENS)[:prefix], np.int32)
         prompt = np.array(PROMPT, np.int32)
         lease = m.Lease(9, 1, 5, kind.value, 1.0, "label", prompt, tokens, metadata='{"a": 1}')
-        await self.coordinator.to_role.put(lease)
+        await self.dispatcher.to_role.put(lease)
 
     def tokens(self) -> int:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
@@ -78,13 +78,13 @@ async def rollout(
     )
     async with (
         aiohttp.ClientSession(connector=new_connector()) as session,
-        fake_role(plan, RoleKind.ROLLOUT) as (role, coordinator),
+        fake_role(plan, RoleKind.ROLLOUT) as (role, dispatcher),
     ):
         actor = RolloutActor(role, session)
-        running = Running(role, coordinator, bench, Pull(role.context, plan.scored))
+        running = Running(role, dispatcher, bench, Pull(role.context, plan.scored))
         role.spawn(running.collect(), "collect")
         role.spawn(actor.control(), "control")
-        await coordinator.to_role.put(m.Resume(0))
+        await dispatcher.to_role.put(m.Resume(0))
         yield running
         actor.close()
 
@@ -96,7 +96,7 @@ def test_the_end_comes_behind_the_tokens_with_the_reward(verdict: Reward, monkey
             running.bench.verdict = verdict
             await running.lease()
             await until(lambda: running.tokens() == TOKENS and bool(running.bench.asked), "all tokens, unjudged")
-            said = running.coordinator
+            said = running.dispatcher
             assert [done.response_tokens for done in said.of(m.LeaseDone)] == [TOKENS], "its slot is free already"
             await said.to_role.put(m.Pause(1))
             await until(lambda: bool(said.of(m.Paused)), "a pause does not wait for a judge")
@@ -139,8 +139,8 @@ def test_evaluations_are_judged_where_they_ask_for_it(
         async with FaultyEngine() as engine, rollout(engine, monkeypatch, judge) as running:
             running.bench.open.set()
             await running.lease(m.LeaseKind.EVAL_STUDENT)
-            await until(lambda: bool(running.coordinator.of(m.EvalDone)), "the evaluation")
-            (done,) = running.coordinator.of(m.EvalDone)
+            await until(lambda: bool(running.dispatcher.of(m.EvalDone)), "the evaluation")
+            (done,) = running.dispatcher.of(m.EvalDone)
             assert done.reward == reward and len(done.token_ids) == TOKENS
             assert len(running.bench.asked) == (judge == "reward") and not running.chunks
 

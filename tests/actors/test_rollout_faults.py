@@ -11,15 +11,15 @@ import aiohttp
 import numpy as np
 import pytest
 import zmq.asyncio
-from fake_role import Coordinator, fake_role, hurry, make_plan, until, value
+from fake_role import Dispatcher, fake_role, hurry, make_plan, until, value
 from faulty_engine import FAULTS, VOCAB, FaultyEngine, continuation
 
-from actors.engine_client import new_connector
-from actors.rollout import RolloutActor
-from opd_async import messages as m
-from opd_async.channels import Pull
-from opd_async.plan import Plan, RoleKind
+from opd_async.actors.client.engine_client import new_connector
+from opd_async.actors.rollout.actor import RolloutActor
+from opd_async.plan.plan import Plan, RoleKind
 from opd_async.role import Role
+from opd_async.transport import messages as m
+from opd_async.transport.channels import Pull
 
 TOKENS = 12
 SAMPLES = 6
@@ -37,8 +37,8 @@ def lease(sample_id: int) -> m.Lease:
 class Running:
     """A rollout actor at work, and the teacher that its chunks go to."""
 
-    def __init__(self, role: Role, coordinator: Coordinator, plan: Plan, context: zmq.asyncio.Context) -> None:
-        self.role, self.coordinator = role, coordinator
+    def __init__(self, role: Role, dispatcher: Dispatcher, plan: Plan, context: zmq.asyncio.Context) -> None:
+        self.role, self.dispatcher = role, dispatcher
         self.responses: dict[int, list[int]] = {}
         self.certain = True
         """Every token had probability 1, in chunks of at most four."""
@@ -53,7 +53,7 @@ class Running:
             self.certain &= not chunk.behaviour_logprobs.any() and len(chunk.token_ids) <= 4
 
     def complete(self) -> bool:
-        ended = len(self.coordinator.of(m.LeaseDone)) == SAMPLES
+        ended = len(self.dispatcher.of(m.LeaseDone)) == SAMPLES
         return ended and sum(map(len, self.responses.values())) == SAMPLES * TOKENS
 
 
@@ -66,15 +66,15 @@ async def rollout(
     plan = make_plan(VOCAB, (engine.url,), teachers, rollout=section, supervisor={"start_deadline_s": deadline_s})
     async with (
         aiohttp.ClientSession(connector=new_connector()) as session,
-        fake_role(plan, RoleKind.ROLLOUT) as (role, coordinator),
+        fake_role(plan, RoleKind.ROLLOUT) as (role, dispatcher),
     ):
         actor = RolloutActor(role, session)
-        running = Running(role, coordinator, plan, role.context)
+        running = Running(role, dispatcher, plan, role.context)
         role.spawn(running.collect(), "collect")
         role.spawn(actor.control(), "control")
-        await coordinator.to_role.put(m.Resume(0))
+        await dispatcher.to_role.put(m.Resume(0))
         for sample_id in range(samples):
-            await coordinator.to_role.put(lease(sample_id))
+            await dispatcher.to_role.put(lease(sample_id))
         yield running
         actor.close()
 
@@ -82,7 +82,7 @@ async def rollout(
 def check(running: Running, samples: int = SAMPLES) -> None:
     expected = {n: continuation([n, n + 1, 7], TOKENS) for n in range(samples)}
     assert running.responses == expected
-    assert running.coordinator.of(m.Failure) == []
+    assert running.dispatcher.of(m.Failure) == []
 
 
 def test_a_given_response_is_delivered_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,10 +95,10 @@ def test_a_given_response_is_delivered_without_an_engine(monkeypatch: pytest.Mon
                 prefix = response[:done]
                 given = dataclasses.replace(lease(sample_id), given=response, prefix=prefix, attempt=int(done > 0))
                 running.responses[sample_id] = prefix.tolist()
-                await running.coordinator.to_role.put(given)
-            await until(lambda: len(running.coordinator.of(m.LeaseDone)) == 2, "both leases")
+                await running.dispatcher.to_role.put(given)
+            await until(lambda: len(running.dispatcher.of(m.LeaseDone)) == 2, "both leases")
             await until(lambda: running.responses == {0: response.tolist(), 1: response.tolist()}, "both responses")
-            assert {done.response_tokens for done in running.coordinator.of(m.LeaseDone)} == {10}
+            assert {done.response_tokens for done in running.dispatcher.of(m.LeaseDone)} == {10}
             assert running.certain and not [body for body in engine.seen if body.get("stream")]
             assert "tokens" not in running.role.counters  # nothing was generated
 
@@ -170,8 +170,8 @@ def test_what_never_works_ends_the_run(fault: str, tries: int, monkeypatch: pyte
         async with FaultyEngine() as engine:
             engine.fault = fault
             async with rollout(engine, samples=1) as running:
-                await until(lambda: bool(running.coordinator.of(m.Failure)), "the failure")
-                (failure,) = running.coordinator.of(m.Failure)
+                await until(lambda: bool(running.dispatcher.of(m.Failure)), "the failure")
+                (failure,) = running.dispatcher.of(m.Failure)
                 assert f"injected {fault}" in failure.text and engine.url in failure.text
                 assert len(engine.seen) == tries
 
@@ -185,8 +185,8 @@ def test_an_outage_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
         async with FaultyEngine() as engine:
             engine.fault = "503"
             async with rollout(engine, deadline_s=0.5) as running:
-                await until(lambda: bool(running.coordinator.of(m.Failure)), "the failure")
-                assert "fails again and again, last: " in running.coordinator.of(m.Failure)[0].text
+                await until(lambda: bool(running.dispatcher.of(m.Failure)), "the failure")
+                assert "fails again and again, last: " in running.dispatcher.of(m.Failure)[0].text
                 assert running.role.counters["engine_errors"] > SAMPLES, "it was waited out for a while"
 
     asyncio.run(run())
@@ -203,9 +203,9 @@ def test_an_evaluation_leaves_out_a_teacher_engine_that_is_gone(monkeypatch: pyt
         ):
             for sample_id in range(SAMPLES):
                 kind = m.LeaseKind.EVAL_TEACHER.value
-                await running.coordinator.to_role.put(dataclasses.replace(lease(sample_id), kind=kind))
-            await until(lambda: len(running.coordinator.of(m.EvalDone)) == SAMPLES, "all evaluation responses")
-            for done in running.coordinator.of(m.EvalDone):
+                await running.dispatcher.to_role.put(dataclasses.replace(lease(sample_id), kind=kind))
+            await until(lambda: len(running.dispatcher.of(m.EvalDone)) == SAMPLES, "all evaluation responses")
+            for done in running.dispatcher.of(m.EvalDone):
                 n = done.sample_id
                 assert done.token_ids.tolist() == continuation([n, n + 1, 7], TOKENS)
             assert student.seen == []

@@ -9,10 +9,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from actors.engine_client import EngineClient, Sampling
-from actors.generation import Student
-from actors.replies import Delta
-from actors.routed_client import RoutedClient
+from opd_async.actors.client.engine_client import EngineClient, Sampling
+from opd_async.actors.client.replies import Delta
+from opd_async.actors.client.routed_client import RoutedClient
+from opd_async.actors.rollout.generation import Student
 from opd_async.errors import EngineError
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.stream_cursor import StreamCursor
+from opd_async.actors.client.stream_cursor import StreamCursor
 from opd_async.errors import EngineError
 
 IDS = list(range(100, 130))

@@ -9,17 +9,17 @@ from contextlib import asynccontextmanager
 import aiohttp
 import numpy as np
 import pytest
-from fake_role import Coordinator, fake_role, hurry, make_plan, until, value
+from fake_role import Dispatcher, fake_role, hurry, make_plan, until, value
 from faulty_engine import FAULTS, VOCAB, FaultyEngine, continuation, scores_of
 
-from actors.engine_client import new_connector
-from actors.teacher import TeacherActor
-from opd_async import messages as m
-from opd_async.channels import Pull, Push
+from opd_async.actors.client.engine_client import new_connector
+from opd_async.actors.teacher.actor import TeacherActor
 from opd_async.errors import RoleError
-from opd_async.growth import PROBE_EVERY
-from opd_async.plan import RoleKind
+from opd_async.plan.plan import RoleKind
 from opd_async.role import Role
+from opd_async.scheduling.cache_share import PROBE_EVERY
+from opd_async.transport import messages as m
+from opd_async.transport.channels import Pull, Push
 
 CHUNK = 4
 
@@ -31,8 +31,8 @@ def prompt_of(prompt_id: int) -> list[int]:
 class Teacher:
     """A teacher actor at work, with the rollout actor before it and the intake behind it."""
 
-    def __init__(self, role: Role, coordinator: Coordinator) -> None:
-        self.role, self.coordinator = role, coordinator
+    def __init__(self, role: Role, dispatcher: Dispatcher) -> None:
+        self.role, self.dispatcher = role, dispatcher
         self._push = Push(role.context, role.plan.chunks[0])
         self._pull = Pull(role.context, role.plan.scored)
         self.scores: dict[tuple[int, int], list[float]] = {}
@@ -75,10 +75,10 @@ class Teacher:
     async def all_scored(self) -> None:
         await until(lambda: len(self.scores) == len(self.sent), "all scores")
         assert self.scores == self.sent
-        assert self.coordinator.of(m.Failure) == []
+        assert self.dispatcher.of(m.Failure) == []
 
     def failed(self) -> bool:
-        return bool(self.coordinator.of(m.Failure))
+        return bool(self.dispatcher.of(m.Failure))
 
     def open(self, engine: FaultyEngine) -> bool:
         return value(self.role, "opd_teacher_breaker_open", engine=engine.url) == 1
@@ -94,10 +94,10 @@ async def teacher(*engines: FaultyEngine, deadline_s: float = 60.0, **settings: 
     plan = make_plan(VOCAB, ("http://127.0.0.1:1",), tuple(engine.url for engine in engines), **sections)
     async with (
         aiohttp.ClientSession(connector=new_connector()) as session,
-        fake_role(plan, RoleKind.TEACHER) as (role, coordinator),
+        fake_role(plan, RoleKind.TEACHER) as (role, dispatcher),
     ):
         actor = TeacherActor(role, session)
-        running = Teacher(role, coordinator)
+        running = Teacher(role, dispatcher)
         await actor.prepare()
         role.spawn(actor.control(), "control")
         role.spawn(running.collect(), "collect")
@@ -195,7 +195,7 @@ def test_no_engine_for_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
             engine.fault = "503"
             await running.send(0, 1)
             await until(running.failed, "the end of the run")
-            assert f"{engine.url} has not scored anything for" in running.coordinator.of(m.Failure)[0].text
+            assert f"{engine.url} has not scored anything for" in running.dispatcher.of(m.Failure)[0].text
 
     asyncio.run(run())
 
@@ -210,7 +210,7 @@ def test_what_never_works_ends_the_run(fault: str, tries: int, monkeypatch: pyte
             engine.poison, engine.poison_fault = prompt_of(1), fault
             await running.send(1, 1)
             await until(running.failed, "the end of the run")
-            text = running.coordinator.of(m.Failure)[0].text
+            text = running.dispatcher.of(m.Failure)[0].text
             assert text.startswith(f"samples 1, ... cannot be scored, {tries} tries") and f"injected {fault}" in text
 
     asyncio.run(run())
@@ -228,7 +228,7 @@ def test_a_teacher_that_changes_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
             await until(lambda: len(running.scores) == len(running.sent), "all scores")
             assert running.scores == running.sent, "nothing is scored by the engine that changed"
             await until(running.failed, "the end of the run")
-            text = running.coordinator.of(m.Failure)[0].text
+            text = running.dispatcher.of(m.Failure)[0].text
             assert text.startswith(f"{one.url}: scores of a test text have changed by 0.2 nats")
             assert value(running.role, "opd_teacher_canaries_total", result="insane") >= 3
             assert value(running.role, "opd_teacher_canaries_total", result="passed") >= 1
@@ -247,7 +247,7 @@ def test_replicas_that_differ_are_refused_at_start() -> None:
 
 
 def test_without_a_cache_tokens_wait_for_ends_and_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd_async.growth._BELIEF", 1.0)
+    monkeypatch.setattr("opd_async.scheduling.cache_share._BELIEF", 1.0)
 
     async def run() -> None:
         async with FaultyEngine(cached=False) as engine, teacher(engine, max_wait_ms=0.0) as running:
@@ -263,7 +263,7 @@ def test_without_a_cache_tokens_wait_for_ends_and_deadlines(monkeypatch: pytest.
             await running.send(PROBE_EVERY, 3, end=False)
             await until(lambda: len(running.scores) == 2 + 8 + 2, "the cut points of a probe at 4 and 8")
             await running.send(3, 3, end=False)
-            await running.coordinator.to_role.put(m.Resume(1))
+            await running.dispatcher.to_role.put(m.Resume(1))
             await running.all_scored()
 
     asyncio.run(run())
@@ -275,8 +275,8 @@ def test_a_reset_forgets() -> None:
             engine.fault = "hang"
             await running.send(0, 3)
             await until(lambda: bool(engine.scored), "a batch under way")
-            await running.coordinator.to_role.put(m.Reset(5))
-            await until(lambda: bool(running.coordinator.of(m.ResetDone)), "its answer")
+            await running.dispatcher.to_role.put(m.Reset(5))
+            await until(lambda: bool(running.dispatcher.of(m.ResetDone)), "its answer")
             engine.fault = None
             running.sent.clear()
             await running.send(7, 3)

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.replies import parse_scores
-from actors.topk_replies import NAME, parse_topk, request_fields
+from opd_async.actors.client.replies import parse_scores
+from opd_async.actors.client.topk_replies import NAME, parse_topk, request_fields
 from opd_async.errors import EngineError
-from opd_async.topk import TopK
+from opd_async.estimators.topk import TopK
 
 VOCAB, K = 50, 3
 IDS = np.array([3, 4, 5, 6, 7], np.int32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from bench.baselines import CASES, compare, counters, load, run
+from opd_async.bench.baselines import CASES, compare, counters, load, run
 
 
 def test_no_counter_got_worse() -> None:

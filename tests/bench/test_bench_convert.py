@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench import convert
+from opd_async.bench import convert
 
 
 def test_a_round_trip_is_measured(tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.engine.batch import Batch
-from actors.engine.request import LogprobSpec, Request
-from actors.engine.sampling import SamplingParams
-from actors.engine.scheduler import Work
-from bench.scaled.engine import SimulatedRunner
-from bench.scaled.learner import step_seconds
-from bench.scaled.scenario import PROMPT_TOKENS, Scenario
-from opd_async import messages as m
+from opd_async.actors.engine.batch import Batch
+from opd_async.actors.engine.request import LogprobSpec, Request
+from opd_async.actors.engine.sampling import SamplingParams
+from opd_async.actors.engine.scheduler import Work
+from opd_async.bench.crosscheck.engine import SimulatedRunner
+from opd_async.bench.crosscheck.learner import step_seconds
+from opd_async.bench.crosscheck.scenario import PROMPT_TOKENS, Scenario
+from opd_async.transport import messages as m
 
 SMALL = Scenario("20,150,200", slots=4, scale=4.0)
 EMPTY = np.zeros(0, np.int32)
@@ -61,7 +61,7 @@ def test_a_step_of_the_learner_takes_what_the_virtual_one_does() -> None:
 def test_real_roles_run_on_simulated_devices(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     options = ["--slots", str(SMALL.slots), "--lengths", SMALL.lengths, "--scale", str(SMALL.scale), "--steps", "7"]
-    command = [sys.executable, "-m", "bench.crosscheck", *options, "--json", str(file)]
+    command = [sys.executable, "-m", "opd_async.bench.crosscheck", *options, "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     written = json.loads(file.read_text())

@@ -7,14 +7,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from bench.dataplane import cases
-from bench.dataplane.learner import Account
-from bench.dataplane.pattern import LOGPROBS, PROMPT_TOKENS, SCORES, TOKENS, prompts
-from bench.dataplane.run import ROLES, Case, buckets, measure, quantile, value
-from opd_async.assembly import Segment
-from opd_async.batches import MicroBatch
+from opd_async.bench.wire import cases
+from opd_async.bench.wire.learner import Account
+from opd_async.bench.wire.pattern import LOGPROBS, PROMPT_TOKENS, SCORES, TOKENS, prompts
+from opd_async.bench.wire.run import ROLES, Case, buckets, measure, quantile, value
 from opd_async.errors import RoleError
-from opd_async.packing import micro_batch
+from opd_async.scheduling.assembly import Segment
+from opd_async.scheduling.packing import micro_batch
+from opd_async.transport.step_batch import MicroBatch
 
 SMALL = Case(32, 8, http=False, response_tokens=200, slots=4, step_tokens=800, seconds=0.1)
 

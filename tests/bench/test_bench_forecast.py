@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import forecasts
-from bench.presets import balanced, real
-from bench.sim.rules import Scoring, deadline_cuts
-from bench.sim.simulation import Simulation
-from opd_async.cost_model import H200, NETWORK_400G, QWEN3_8B, QWEN3_30B_A3B
-from opd_async.forecast import forecast
-from opd_async.workload import Devices
+from opd_async.bench import forecasts
+from opd_async.bench.sim.presets import balanced, real
+from opd_async.bench.sim.rules import Scoring, deadline_cuts
+from opd_async.bench.sim.simulation import Simulation
+from opd_async.forecast.cost_model import H200, NETWORK_400G, QWEN3_8B, QWEN3_30B_A3B
+from opd_async.forecast.steps import forecast
+from opd_async.forecast.workload import Devices
 
 WITHIN = 0.10
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench import learner
+from opd_async.bench import learner
 
 TINY = ["--layers", "2", "--hidden", "128", "--vocab", "64", "--tokens", "96", "--longest", "32", "--steps", "1"]
 
@@ -17,7 +17,16 @@ def test_a_teacher_inside_costs_four_forwards(tmp_path: Path) -> None:
     for side in ("student", "teacher"):
         learner.make_model(tmp_path / side, options.layers, options.hidden, options.vocab)
     # a process of its own, as in the benchmark: this one may hold process groups of other tests
-    command = [sys.executable, "-m", "bench.learner", *TINY, "--form", "teacher, exact", "--folder", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "opd_async.bench.learner",
+        *TINY,
+        "--form",
+        "teacher, exact",
+        "--folder",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     row = learner.row_of(done.stdout)

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.learning.__main__ import at_rate, main
-from bench.learning.cells import METHODS, PARTS, REGIMES, STALENESS, Cell
-from bench.learning.inputs import ADDITION, Inputs
-from bench.learning.plots import draw
-from bench.learning.runs import Outcome, outcome, settings
-from bench.learning.tables import grouped, table
-from opd_async.topology import Topology
-from opd_async.topology_file import load_topology
-from opd_async.validation import validate
+from opd_async.bench.learning.__main__ import at_rate, main
+from opd_async.bench.learning.cells import METHODS, PARTS, REGIMES, STALENESS, Cell
+from opd_async.bench.learning.inputs import ADDITION, Inputs
+from opd_async.bench.learning.plots import draw
+from opd_async.bench.learning.runs import Outcome, outcome, settings
+from opd_async.bench.learning.tables import grouped, table
+from opd_async.checks.validation import validate
+from opd_async.config.topology import Topology
+from opd_async.config.topology_file import load_topology
 
 ROOT = ADDITION.parents[1]
 

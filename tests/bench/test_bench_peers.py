@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.peers import __main__ as peers
-from bench.peers import sides
-from bench.peers.curves import Curve, Point, Tick, own_ticks, reached, summarize
-from bench.peers.output import draw, table
-from bench.peers.passes import Passed, Task, measure
-from opd_async.answers import AnswerChecker
-from opd_async.prompts import Prompt
-from opd_async.tokenizer import Tokenizer
-from opd_async.topology_file import load_topology
+from opd_async.bench.peers import __main__ as peers
+from opd_async.bench.peers import sides
+from opd_async.bench.peers.curves import Curve, Point, Tick, own_ticks, reached, summarize
+from opd_async.bench.peers.output import draw, table
+from opd_async.bench.peers.passes import Passed, Task, measure
+from opd_async.config.topology_file import load_topology
+from opd_async.data.answers import AnswerChecker
+from opd_async.data.prompts import Prompt
+from opd_async.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples/quickstart.yaml"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import schedules, sweeps
-from bench.presets import balanced
-from bench.sim.rules import Rule, Scoring, deadline_cuts, one_step_off, sync, two_step_off, whole_samples
-from bench.sim.simulation import Simulation
-from opd_async.lengths import LogNormal
+from opd_async.bench import schedules, sweeps
+from opd_async.bench.sim.presets import balanced
+from opd_async.bench.sim.rules import Rule, Scoring, deadline_cuts, one_step_off, sync, two_step_off, whole_samples
+from opd_async.bench.sim.simulation import Simulation
+from opd_async.forecast.lengths import LogNormal
 
 SMALL = dataclasses.replace(
     balanced(LogNormal(200, 1500, 2000)),

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.scoring import Round, cuts
-from bench.teacher import row_of, table
+from opd_async.bench.teacher.__main__ import row_of, table
+from opd_async.bench.teacher.scoring import Round, cuts
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def test_rounds_add_up() -> None:
 def test_both_modes_score_every_token(tmp_path: Path) -> None:
     model = ("--layers", "2", "--hidden", "128", "--vocab", "64", "--context", "128", "--kv-tokens", "2048")
     work = ("--lengths", "20,40,60", "--prompt", "8", "--chunk", "8", "--slots", "4", "--rate", "200")
-    command = [sys.executable, "-m", "bench.teacher", *model, *work, "--responses", "6", "--rounds", "1"]
+    command = [sys.executable, "-m", "opd_async.bench.teacher", *model, *work, "--responses", "6", "--rounds", "1"]
     file = tmp_path / "figures.json"
     done = subprocess.run(
         [*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False

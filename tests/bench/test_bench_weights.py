@@ -9,14 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from bench import weights
+from opd_async.bench import weights
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_both_ways_are_measured(tmp_path: Path) -> None:
     sizes = [*("--layers", "2", "--hidden", "128", "--vocab", "64"), *("--engines", "2", "--bucket-mib", "1")]
-    command = [sys.executable, "-m", "bench.weights", *sizes, "--rounds", "1", "--json", str(tmp_path / "figures.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "opd_async.bench.weights",
+        *sizes,
+        "--rounds",
+        "1",
+        "--json",
+        str(tmp_path / "figures.json"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())

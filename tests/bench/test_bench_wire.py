@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import wire
+from opd_async.bench.wire import __main__ as wire
 
 
 @pytest.mark.parametrize("codec", wire.CODECS, ids=lambda codec: codec.name)

@@ -26,11 +26,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-from actors.engine_client import EngineClient, Sampling
-from opd_async.engine_command import engine_command, engine_environment
-from opd_async.free_ports import free_ports
-from opd_async.sglang_server import installed_version
-from opd_async.topology import EngineKind, EngineSection
+from opd_async.actors.client.engine_client import EngineClient, Sampling
+from opd_async.config.topology import EngineKind, EngineSection
+from opd_async.engines.command import engine_command, engine_environment
+from opd_async.engines.sglang import installed_version
+from opd_async.plan.free_ports import free_ports
 
 KIND = EngineKind(os.environ.get("OPD_TEST_ENGINE", "embedded"))
 PYTHON = Path(os.environ.get("SGLANG_PYTHON", ".venv-sglang/bin/python"))

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from server_under_test import sampling
 
-from actors.draining import drain
-from actors.engine_client import EngineClient
-from actors.replies import Delta
+from opd_async.actors.client.engine_client import EngineClient
+from opd_async.actors.client.replies import Delta
+from opd_async.actors.rollout.draining import drain
 
 
 @dataclass(eq=False)

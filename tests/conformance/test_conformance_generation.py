@@ -12,9 +12,9 @@ from server_under_test import ADMIN_KEY, API_KEY, CONTEXT, VERSION, VOCAB, Serve
 from streams import Crowd, Stream
 from transformers import PreTrainedModel
 
-from actors.engine_client import EngineClient
+from opd_async.actors.client.engine_client import EngineClient
 from opd_async.errors import EngineError
-from opd_async.messages import Finish
+from opd_async.transport.messages import Finish
 
 EXACT = 1e-4
 

@@ -10,8 +10,8 @@ import torch
 from server_under_test import CONTEXT, VOCAB, Server, prompt, reference_logprobs
 from transformers import PreTrainedModel
 
-from actors.canary import Canary
-from actors.replies import Scores
+from opd_async.actors.client.replies import Scores
+from opd_async.actors.teacher.canary import Canary
 from opd_async.errors import EngineError
 
 EXACT = 1e-4

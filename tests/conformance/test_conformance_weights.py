@@ -16,10 +16,10 @@ from streams import Crowd, Stream
 from transformers import PreTrainedModel
 from weight_trainer import Trainer
 
-from learner.errors import WeightSyncError
-from learner.transport import SendReport, WeightTransport
-from learner.weights_local import DiskSender, TensorSender
-from opd_async.topology import EngineKind
+from opd_async.config.topology import EngineKind
+from opd_async.learner.errors import WeightSyncError
+from opd_async.learner.weights.base import SendReport, WeightTransport
+from opd_async.learner.weights.local import DiskSender, TensorSender
 
 EXACT = 1e-3
 RESPONSE = 300

@@ -7,9 +7,9 @@ import itertools
 from server_under_test import ADMIN_KEY, API_KEY, Server
 from transformers import PreTrainedModel
 
-from learner.engine_http import EngineAddress
-from learner.transport import SendReport
-from learner.weights import WeightSender
+from opd_async.learner.weights.base import SendReport
+from opd_async.learner.weights.broadcast import WeightSender
+from opd_async.learner.weights.engine_http import EngineAddress
 
 
 class Trainer:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_async.assembly import Assembler, Verdict
-from opd_async.messages import Chunk, Frontier, ScoredChunk
+from opd_async.scheduling.assembly import Assembler, Verdict
+from opd_async.transport.messages import Chunk, Frontier, ScoredChunk
 
 PROMPT = np.array([7, 8], np.int32)
 

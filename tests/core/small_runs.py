@@ -11,8 +11,8 @@ import yaml
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from opd_async.topology import Topology
-from opd_async.topology_file import load_topology
+from opd_async.config.topology import Topology
+from opd_async.config.topology_file import load_topology
 
 WORDS = ["<pad>", "<bos>", "<eos>", *"abcdefghij", *"0123456789"]
 TEMPLATE = (

@@ -7,14 +7,14 @@ from typing import Any
 
 from staleness_oracle import Oracle, Row
 
-from opd_async import frontier
-from opd_async import messages as m
-from opd_async.assembly import Sample, Verdict
-from opd_async.schedule import Planner
+from opd_async.scheduling import frontier
+from opd_async.scheduling.assembly import Sample, Verdict
+from opd_async.scheduling.step_policy import Planner
+from opd_async.transport import messages as m
 
 
 class SimIntake:
-    """One incarnation; `inbox` comes from the coordinator, `outbox` goes to it."""
+    """One incarnation; `inbox` comes from the dispatcher, `outbox` goes to it."""
 
     def __init__(self, state: m.Frontier, floor: int, planner: Planner, oracle: Oracle) -> None:
         self.assembler = frontier.restore(state, floor)
@@ -74,7 +74,7 @@ class SimIntake:
         return sample_id, sample.attempt, sample.actor, sample.scored_end + (sample.finish is not None)
 
     def handle(self) -> None:
-        """One message of the coordinator."""
+        """One message of the dispatcher."""
         match self.inbox.popleft() if self.inbox else None:
             case ("version", version, owed):
                 self.assembler.mark(version - 1, owed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_async.assembly import Segment
+from opd_async.scheduling.assembly import Segment
 
 PROMPT_IDS = 10_000_000
 

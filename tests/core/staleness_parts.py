@@ -10,19 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 from staleness_oracle import Oracle, behaviour_of, prompt_of, teacher_of
 
-from actors.engine_client import EngineClient
-from actors.generation import Generation, Student
-from actors.replies import Delta
-from opd_async import messages as m
-from opd_async.batching import ScoreItem, TokenBudgetBatcher
-from opd_async.leases import LeaseSpec
-from opd_async.outbox import Outbox
-from opd_async.routing import rendezvous
+from opd_async.actors.client.engine_client import EngineClient
+from opd_async.actors.client.replies import Delta
+from opd_async.actors.rollout.generation import Generation, Student
+from opd_async.scheduling.leases import LeaseSpec
+from opd_async.scheduling.outbox import Outbox
+from opd_async.scheduling.routing import rendezvous
+from opd_async.scheduling.score_batches import ScoreItem, TokenBudgetBatcher
+from opd_async.transport import messages as m
 
 
 @dataclass(slots=True)
 class SimActor:
-    """A rollout actor; `wires[t]` are the chunks on their way to teacher t, `control` the coordinator's messages."""
+    """A rollout actor; `wires[t]` are the chunks on their way to teacher t, `control` the dispatcher's messages."""
 
     index: int
     wires: list[deque[m.Chunk]]
@@ -76,7 +76,7 @@ class SimActor:
         return self.outbox.ends()
 
     def handle(self, message: Any, now: int) -> None:
-        """One message of the coordinator."""
+        """One message of the dispatcher."""
         if isinstance(message, m.Acks):
             for sample_id, attempt, end in zip(message.sample_ids, message.attempts, message.ends, strict=True):
                 self.outbox.acknowledge(int(sample_id), int(attempt), int(end), now)

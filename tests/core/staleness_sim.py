@@ -5,7 +5,7 @@
          +------------- weight barrier, acknowledgements, reclaims, checkpoints <-----+
 
 Chunks are delayed, reordered, duplicated and lost; actors, teachers and the intake die. Only the sockets, the engines
-and the coordinator's glue are played; the glue follows `opd_async.coordinator`, `lead` and `barrier` line by line.
+and the dispatcher's glue are played; the glue follows `opd_async.run.dispatcher`, `lead` and `barrier` line by line.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from staleness_intake import SimIntake
 from staleness_oracle import BrokenInvariant, Oracle
 from staleness_parts import SimActor, SimTeacher
 
-from opd_async import frontier
-from opd_async import messages as m
-from opd_async.leases import LeaseBook, PromptOrder, hold_tokens
-from opd_async.schedule import DeadlineCuts, Planner, WholeSamples
-from opd_async.topology import ScheduleSection, TrainOn
+from opd_async.config.topology import ScheduleSection, TrainOn
+from opd_async.scheduling import frontier
+from opd_async.scheduling.leases import LeaseBook, PromptOrder, hold_tokens
+from opd_async.scheduling.step_policy import DeadlineCuts, Planner, WholeSamples
+from opd_async.transport import messages as m
 
 RESEND_AFTER = 40
 ATTEMPTS_PER_RECOVERY = 1000
@@ -112,7 +112,7 @@ class Simulation:
         return [actor for actor in self._actors if actor.up]
 
     def lease(self, argument: int) -> None:
-        """The coordinator leases all that admission lets it."""
+        """The dispatcher leases all that admission lets it."""
         actors = self._up()
         for turn in range(self.setup.slots if actors else 0):
             actor = actors[(argument + turn) % len(actors)]
@@ -147,7 +147,7 @@ class Simulation:
         teacher.take(self.now)
 
     def kill_actor(self, argument: int) -> None:
-        """A rollout actor dies; the coordinator asks the intake what it holds of its samples."""
+        """A rollout actor dies; the dispatcher asks the intake what it holds of its samples."""
         actor = self._actors[argument % len(self._actors)]
         if not actor.up or argument < 128:
             return
@@ -211,13 +211,13 @@ class Simulation:
         self._intake.acknowledge()
 
     def to_intake(self, _: int = 0) -> None:
-        """The intake handles one message of the coordinator."""
+        """The intake handles one message of the dispatcher."""
         self._intake.handle()
 
-    # --- coordinator -------------------------------------------------------------------------------------------------
+    # --- dispatcher -------------------------------------------------------------------------------------------------
 
     def to_coordinator(self, _: int = 0) -> None:
-        """The coordinator handles one message of the intake and one of the rollout actors."""
+        """The dispatcher handles one message of the intake and one of the rollout actors."""
         if self._done:
             done = self._done.popleft()
             self._book.ended(done.sample_id, done.attempt, done.response_tokens)
@@ -246,7 +246,7 @@ class Simulation:
             actor.control.append(m.Acks(0, 0, mine[:, 0], attempts, actors, ends))
 
     def to_actor(self, argument: int) -> None:
-        """A rollout actor handles one message of the coordinator."""
+        """A rollout actor handles one message of the dispatcher."""
         actor = self._actors[argument % len(self._actors)]
         if actor.up and actor.control:
             actor.handle(actor.control.popleft(), self.now)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_async.advantages import ESTIMATORS, Outcome, estimate, flat_groups
-from opd_async.learning import AdvantageSection, Estimator
+from opd_async.config.learning import AdvantageSection, Estimator
+from opd_async.estimators.advantages import ESTIMATORS, Outcome, estimate, flat_groups
 
 GROUPED = [estimator for estimator in Estimator if estimator.needs_groups]
 LEARNING = list(ESTIMATORS)

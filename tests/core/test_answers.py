@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from opd_async.answers import AnswerChecker
+from opd_async.data.answers import AnswerChecker
 from opd_async.errors import InputError
 
 

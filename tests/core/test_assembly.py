@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scored_chunks import PROMPT, context_to, held, scored, token_ids
 
-from opd_async.assembly import Assembler, Sample, Verdict
 from opd_async.errors import StateError
-from opd_async.intervals import IntervalSet
+from opd_async.scheduling.assembly import Assembler, Sample, Verdict
+from opd_async.scheduling.intervals import IntervalSet
 
 NONE = np.zeros(0, np.float32)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from opd_async import messages as m
-from opd_async.barrier import Barrier
+from opd_async.run.barrier import Barrier
+from opd_async.transport import messages as m
 
 
-def hub() -> Any:
-    """A hub without actors that keeps what is sent to the intake and broadcast."""
+def dispatcher() -> Any:
+    """A dispatcher without actors that keeps what is sent to the intake and broadcast."""
     sent: list[Any] = []
 
     async def send(*message: Any) -> list[str]:
@@ -28,7 +28,7 @@ def hub() -> Any:
 @pytest.mark.parametrize("drain_first", [True, False])
 def test_a_returning_engine_does_not_open_what_was_drained(drain_first: bool) -> None:
     async def run() -> None:
-        barrier = Barrier(hub())
+        barrier = Barrier(dispatcher())
         await barrier.open(1)
         if drain_first:
             await barrier.close(drain=True)
@@ -45,7 +45,7 @@ def test_a_returning_engine_does_not_open_what_was_drained(drain_first: bool) ->
 
 def test_without_a_drain_a_returning_engine_opens() -> None:
     async def run() -> None:
-        fake = hub()
+        fake = dispatcher()
         barrier = Barrier(fake)
         await barrier.open(1)
         await barrier.close()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored_chunks import chunk
 
-from opd_async.batching import ScoreItem, TokenBudgetBatcher
+from opd_async.scheduling.score_batches import ScoreItem, TokenBudgetBatcher
 
 
 def shown(batch: list[ScoreItem]) -> list[tuple[int, list[tuple[int, int]]]]:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_async.breaker import BACKOFF_S, MAX_BACKOFF_S, REFUSALS, Breaker, BreakerState, backoff_s, given_up
 from opd_async.errors import EngineFault
+from opd_async.scheduling.breaker import BACKOFF_S, MAX_BACKOFF_S, REFUSALS, Breaker, BreakerState, backoff_s, given_up
 
 
 def breaker(failures: int = 3, chance: float = 0.5) -> Breaker:

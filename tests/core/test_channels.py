@@ -12,12 +12,12 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from opd_async import channels
-from opd_async.channels import ControlClient, ControlServer, Pull, Push
 from opd_async.errors import OpdError, RoleError
-from opd_async.free_ports import free_ports
-from opd_async.messages import Failure, Hello, Lease, Stop
-from opd_async.wire import encode
+from opd_async.plan.free_ports import free_ports
+from opd_async.transport import channels
+from opd_async.transport.channels import ControlClient, ControlServer, Pull, Push
+from opd_async.transport.messages import Failure, Hello, Lease, Stop
+from opd_async.transport.wire import encode
 
 WAIT_S = 20.0
 

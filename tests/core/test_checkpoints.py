@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from opd_async import checkpoints
 from opd_async.errors import InputError
+from opd_async.run import checkpoints
 
 
 def make(root: Path, step: int, sealed: bool = True) -> Path:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_async.cost_model import (
+from opd_async.errors import InputError
+from opd_async.forecast.cost_model import (
     H100,
     H200,
     NETWORK_400G,
@@ -26,7 +27,6 @@ from opd_async.cost_model import (
     sync_seconds,
     train_cost,
 )
-from opd_async.errors import InputError
 
 
 @pytest.mark.parametrize(

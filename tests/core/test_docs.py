@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 import yaml
+from rooms import ORDER, modules
+from rooms import page as modules_page
 
-from opd_async import messages
-from opd_async.host_checks import device_problems
+from opd_async.checks.host import device_problems
+from opd_async.config.schema_text import keys_at, schema_at
+from opd_async.config.topology_file import load_topology
 from opd_async.launch import parse_arguments
-from opd_async.metrics import CATALOGUE, MetricKind
-from opd_async.run_folder import MADE_BY_RUNS
-from opd_async.schema_text import keys_at, schema_at
-from opd_async.topology_file import load_topology
+from opd_async.run.run_folder import MADE_BY_RUNS
+from opd_async.telemetry.metrics import CATALOGUE, MetricKind
+from opd_async.transport import messages
 
 ROOT = Path(__file__).parents[2]
-BENCHES = ("bench", "bench/learning", "bench/dataplane", "bench/peers", "bench/scaled", "bench/sim")
-PACKAGES = ("opd_async", "actors", "actors/engine", "learner", *BENCHES)
+PACKAGES = tuple(ORDER)
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("dashboards/*.md"), *ROOT.glob("examples/**/*.md")]
 )
@@ -58,17 +59,8 @@ def spans(page: Path) -> list[str]:
 # --- architecture ----------------------------------------------------------------------------------------------------
 
 
-def test_every_module_is_listed_once() -> None:
-    listed = re.findall(r"^\| `((?:\w+/)+\w+\.py)` \| \S", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
-    there = [
-        f"{package}/{file.name}"
-        for package in PACKAGES
-        for file in (ROOT / package).glob("*.py")
-        if file.name != "__init__.py"
-    ]
-    assert len(listed) == len(set(listed))
-    assert set(there) - set(listed) == set(), "modules without a line in docs/architecture.md"
-    assert set(listed) - set(there) == set(), "lines of docs/architecture.md without a module"
+def test_the_page_of_modules_is_that_of_the_code() -> None:
+    assert (ROOT / "docs/modules.md").read_text() == modules_page(), "run: python tests/core/rooms.py > docs/modules.md"
 
 
 def test_every_message_is_listed() -> None:
@@ -80,7 +72,7 @@ def test_every_message_is_listed() -> None:
         name
         for name, value in vars(messages).items()
         if isinstance(value, type)
-        and value.__module__ == "opd_async.messages"
+        and value.__module__.startswith("opd_async.transport.messages.")
         and hasattr(value, "__dataclass_fields__")
     ]
     assert sorted(listed) == sorted(there)
@@ -141,15 +133,15 @@ def known_flags() -> frozenset[str]:
     """Options of the launcher and the example's scripts, and of SGLang's server and router where a run uses them."""
     sources = [
         ROOT / "opd_async/launch.py",
-        ROOT / "opd_async/slime_flags.py",
-        ROOT / "opd_async/plan_flags.py",
+        ROOT / "opd_async/config/slime_flags.py",
+        ROOT / "opd_async/forecast/flags.py",
         ROOT / "learner/convert.py",
         *ROOT.glob("bench/**/*.py"),
         *ROOT.glob("examples/addition/*.py"),
     ]
     found = {flag for file in sources for flag in re.findall(r'add_argument\(\s*"(--[a-z-]+)"', file.read_text())}
     servers = "".join(
-        (ROOT / file).read_text() for file in ("opd_async/sglang_server.py", "tests/sglang/test_router.py")
+        (ROOT / file).read_text() for file in ("opd_async/engines/sglang.py", "tests/sglang/test_router.py")
     )
     found |= {f"--no-{flag[2:]}" for flag in found if flag == "--use-opd"}
     return frozenset(found | OTHER_FLAGS | SGLANG_FLAGS | set(re.findall(r'"(--[a-z-]+)"', servers)))
@@ -223,7 +215,7 @@ def test_metrics_exist(page: Path) -> None:
 def texts_of_the_program() -> tuple[str, ...]:
     """Every string constant in the source; a placeholder stands between the parts of an f-string."""
     found: list[str] = []
-    for file in (file for package in PACKAGES for file in (ROOT / package).glob("*.py")):
+    for file in (file for package in PACKAGES for _, file in modules(package)):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]

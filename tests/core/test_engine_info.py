@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from opd_async.engine_info import engine_problem, info_problem
-from opd_async.free_ports import free_ports
-from opd_async.topology import EngineSection
+from opd_async.config.topology import EngineSection
+from opd_async.engines.info import engine_problem, info_problem
+from opd_async.plan.free_ports import free_ports
 
 SECTION = EngineSection(context_tokens=512)
 GOOD: list[dict[str, Any]] = [

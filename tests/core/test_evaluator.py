@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from small_runs import make_model
 
-from opd_async.evaluator import Evaluator
-from opd_async.messages import EvalDone, Lease, LeaseKind
-from opd_async.prompts import Prompt
-from opd_async.report import Evaluation, wilson_interval
-from opd_async.tokenizer import Tokenizer
-from opd_async.topology import EvaluationSection
+from opd_async.config.topology import EvaluationSection
+from opd_async.data.prompts import Prompt
+from opd_async.data.tokenizer import Tokenizer
+from opd_async.run.evaluator import Evaluator
+from opd_async.telemetry.report import Evaluation, wilson_interval
+from opd_async.transport.messages import EvalDone, Lease, LeaseKind
 
 PROMPTS = [Prompt(index, np.array([1, 3], np.int32), "b", {"row": index}) for index in range(5)]
 RIGHT = np.array([4, 2], np.int32)  # "b" and the stop token

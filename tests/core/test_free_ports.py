@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from opd_async.free_ports import CANDIDATES, free_ports
+from opd_async.plan.free_ports import CANDIDATES, free_ports
 
 
 def test_ports_can_be_bound_and_differ() -> None:
@@ -19,7 +19,7 @@ def test_ports_can_be_bound_and_differ() -> None:
 
 def test_a_port_in_use_is_not_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
     [taken, free] = free_ports("127.0.0.1", 2)
-    monkeypatch.setattr("opd_async.free_ports.CANDIDATES", [taken, free])
+    monkeypatch.setattr("opd_async.plan.free_ports.CANDIDATES", [taken, free])
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", taken))
         listener.listen()
@@ -30,7 +30,7 @@ def test_a_port_in_use_is_not_given_out(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_claimed_port_is_free_to_bind_and_given_to_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two launchers that start in one second: neither has bound anything yet when the other looks."""
-    monkeypatch.setattr("opd_async.free_ports.CANDIDATES", free_ports("127.0.0.1", 2))
+    monkeypatch.setattr("opd_async.plan.free_ports.CANDIDATES", free_ports("127.0.0.1", 2))
     with ExitStack() as claims:
         [mine] = free_ports("127.0.0.1", 1, claims)
         [other] = free_ports("127.0.0.1", 1)

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored_chunks import context_to, frontier_of, held, scored, token_ids
 
-from opd_async import frontier
-from opd_async.assembly import Assembler, Verdict
 from opd_async.errors import InputError
-from opd_async.messages import Frontier, Stop
-from opd_async.wire import encode
+from opd_async.scheduling import frontier
+from opd_async.scheduling.assembly import Assembler, Verdict
+from opd_async.transport.messages import Frontier, Stop
+from opd_async.transport.wire import encode
 
 
 def as_lists(state: Frontier) -> list[object]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_async.gae import gae, whitened
+from opd_async.estimators.gae import gae, whitened
 
 
 def test_by_hand() -> None:

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored_chunks import chunk
 
-from opd_async.growth import PROBE_EVERY, CacheShare, CutPoints, next_cut
-from opd_async.messages import Chunk
+from opd_async.scheduling.cache_share import PROBE_EVERY, CacheShare, CutPoints, next_cut
+from opd_async.transport.messages import Chunk
 
 PROBE = 3 * PROBE_EVERY
 

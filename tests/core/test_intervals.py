@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_async.intervals import IntervalSet
+from opd_async.scheduling.intervals import IntervalSet
 
 NUMBERS = st.integers(0, 40)
 PAIRS = st.lists(st.tuples(NUMBERS, NUMBERS), max_size=8)

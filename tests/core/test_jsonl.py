@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from opd_async.data.jsonl import JsonlWriter, read_jsonl
 from opd_async.errors import InputError
-from opd_async.jsonl import JsonlWriter, read_jsonl
 
 
 def test_rows_are_there_at_once_and_appended(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from small_runs import small_topology
 
-from opd_async import checkpoints
-from opd_async import messages as m
-from opd_async.coordinator import RESYNC, UPDATE
-from opd_async.lead import Lead
-from opd_async.mailbox import Mailbox
-from opd_async.progress import Progress
+from opd_async.run import checkpoints
+from opd_async.run.dispatcher import RESYNC, UPDATE
+from opd_async.run.script import Script
+from opd_async.telemetry.progress import Progress
+from opd_async.transport import messages as m
+from opd_async.transport.mailbox import Mailbox
 
 
 def started(version: int) -> m.StepStarted:
@@ -25,8 +25,8 @@ def started(version: int) -> m.StepStarted:
     return m.StepStarted(version, stats, np.zeros(1, np.int64), np.zeros(0, np.int64), none, none)
 
 
-class Hub:
-    """A coordinator whose learner answers when the test says so."""
+class FakeDispatcher:
+    """A dispatcher whose learner answers when the test says so."""
 
     def __init__(self, folder: Path) -> None:
         self.plan = SimpleNamespace(topology=small_topology(folder), run_folder=folder)
@@ -49,20 +49,20 @@ def test_a_checkpoint_is_sealed_by_its_own_answer_alone(tmp_path: Path) -> None:
     folder = checkpoints.step_folder(tmp_path / "checkpoints", 3)
 
     async def scene() -> None:
-        hub: Any = Hub(tmp_path)
-        lead = Lead(hub, None, 1, Progress(lambda line: None, 10))
-        first = asyncio.create_task(lead.checkpoint(3))
-        await hub.next_question()
+        dispatcher: Any = FakeDispatcher(tmp_path)
+        script = Script(dispatcher, None, 1, Progress(lambda line: None, 10))
+        first = asyncio.create_task(script.checkpoint(3))
+        await dispatcher.next_question()
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
-        again = asyncio.create_task(lead.checkpoint(3))
-        hub.answer()  # to the first command; the learner begins to replace what it wrote
-        await hub.next_question()
+        again = asyncio.create_task(script.checkpoint(3))
+        dispatcher.answer()  # to the first command; the learner begins to replace what it wrote
+        await dispatcher.next_question()
         await asyncio.sleep(0.05)
         assert not (folder / checkpoints.MARKER).exists()
         folder.mkdir(parents=True)
-        hub.answer()
+        dispatcher.answer()
         await again
         assert (folder / checkpoints.MARKER).exists()
 
@@ -74,33 +74,36 @@ def test_a_step_that_a_signal_left_halfway_gets_its_row(tmp_path: Path) -> None:
     rows: list[int] = []
 
     async def scene() -> None:
-        hub: Any = Hub(tmp_path)
+        dispatcher: Any = FakeDispatcher(tmp_path)
         closing = asyncio.Event()
 
         async def close() -> None:
             closing.set()
             await asyncio.Event().wait()
 
-        hub.version, hub.metrics = 0, defaultdict(lambda: SimpleNamespace(set=lambda _: None, inc=lambda _: None))
-        hub.barrier = SimpleNamespace(blocked_s=0.0, close=close)
-        hub.ledger = SimpleNamespace(step=lambda started, *_: rows.append(started.version + 1))
-        hub.admit = lambda _: None
-        lead = Lead(hub, None, 1, Progress(lambda line: None, 10))
+        dispatcher.version, dispatcher.metrics = (
+            0,
+            defaultdict(lambda: SimpleNamespace(set=lambda _: None, inc=lambda _: None)),
+        )
+        dispatcher.barrier = SimpleNamespace(blocked_s=0.0, close=close)
+        dispatcher.ledger = SimpleNamespace(step=lambda started, *_: rows.append(started.version + 1))
+        dispatcher.admit = lambda _: None
+        script = Script(dispatcher, None, 1, Progress(lambda line: None, 10))
         for step in (1, 2):
-            hub.mailbox.deliver(("StepStarted", step - 1), started(step - 1))
-        hub.mailbox.deliver(UPDATE, m.LearnerReply("Train", 1, None, {"ratio_std": 0.0}))
-        training = asyncio.create_task(lead.train(0))
+            dispatcher.mailbox.deliver(("StepStarted", step - 1), started(step - 1))
+        dispatcher.mailbox.deliver(UPDATE, m.LearnerReply("Train", 1, None, {"ratio_std": 0.0}))
+        training = asyncio.create_task(script.train(0))
         await closing.wait()
         training.cancel()
         with pytest.raises(asyncio.CancelledError):
             await training
-        stopping = asyncio.create_task(lead.wind_down())
-        hub.mailbox.deliver("Quiesced", m.Quiesced(2))
-        hub.mailbox.deliver(UPDATE, RESYNC)
-        hub.mailbox.deliver(UPDATE, m.LearnerReply("Train", 2, None, {}))
-        await hub.next_question()
-        await hub.next_question()
-        hub.answer()
+        stopping = asyncio.create_task(script.wind_down())
+        dispatcher.mailbox.deliver("Quiesced", m.Quiesced(2))
+        dispatcher.mailbox.deliver(UPDATE, RESYNC)
+        dispatcher.mailbox.deliver(UPDATE, m.LearnerReply("Train", 2, None, {}))
+        await dispatcher.next_question()
+        await dispatcher.next_question()
+        dispatcher.answer()
         checkpoints.step_folder(tmp_path / "checkpoints", 2).mkdir(parents=True)
         await stopping
 

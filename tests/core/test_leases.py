@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored_chunks import frontier_of
 
-from opd_async import frontier
-from opd_async.leases import LeaseBook, LeaseSpec, PromptOrder
-from opd_async.messages import Frontier
-from opd_async.topology import ScheduleSection, TrainOn
+from opd_async.config.topology import ScheduleSection, TrainOn
+from opd_async.scheduling import frontier
+from opd_async.scheduling.leases import LeaseBook, LeaseSpec, PromptOrder
+from opd_async.transport.messages import Frontier
 
 NOTHING = np.zeros(0, np.int32)
 ORDER = PromptOrder(100, 1, 0, shuffle=False)

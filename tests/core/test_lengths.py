@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opd_async.errors import InputError
-from opd_async.lengths import Lengths, LengthStream, LogNormal, Replay, Zipf, parse_lengths, typical
+from opd_async.forecast.lengths import Lengths, LengthStream, LogNormal, Replay, Zipf, parse_lengths, typical
 
 
 def test_a_log_normal_has_its_median_and_99th_percentile() -> None:

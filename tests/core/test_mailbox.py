@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from opd_async.errors import DeadlineError, RoleError
-from opd_async.mailbox import MAX_UNREAD, Mailbox
+from opd_async.transport.mailbox import MAX_UNREAD, Mailbox
 
 LONG_S = 20.0
 

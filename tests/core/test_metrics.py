@@ -16,7 +16,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from opd_async.errors import OpdError
-from opd_async.metrics import CATALOGUE, ROLES, MetricKind, RoleMetrics, loop_lag, markdown, write_targets
+from opd_async.telemetry.metrics import CATALOGUE, ROLES, MetricKind, RoleMetrics, loop_lag, markdown, write_targets
 
 ROOT = Path(__file__).parents[2]
 NAMES = {metric.name for metric in CATALOGUE}
@@ -37,7 +37,7 @@ def samples(text: str) -> dict[str, float]:
 
 
 def test_roles() -> None:
-    assert ROLES == ("coordinator", "rollout", "engine", "teacher", "intake", "learner")
+    assert ROLES == ("launcher", "rollout", "engine", "teacher", "intake", "learner")
 
 
 @pytest.mark.parametrize("metric", CATALOGUE, ids=lambda metric: metric.name)
@@ -136,7 +136,7 @@ def test_targets_file(tmp_path: Path) -> None:
 
 def test_the_page_is_made_from_the_catalogue() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text()
-    assert page == markdown(), "run: python -m opd_async.metrics > docs/metrics.md"
+    assert page == markdown(), "run: python -m opd_async.telemetry.metrics > docs/metrics.md"
 
 
 def test_the_dashboard_names_only_metrics_of_the_catalogue() -> None:

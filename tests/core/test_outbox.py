@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored_chunks import PROMPT, chunk, context_to, token_ids
 
-from opd_async.messages import Chunk
-from opd_async.outbox import Outbox
+from opd_async.scheduling.outbox import Outbox
+from opd_async.transport.messages import Chunk
 
 NOTHING = np.zeros(0, np.int32)
 

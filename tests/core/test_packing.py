@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from opd_async.assembly import Segment
-from opd_async.batches import MicroBatch, StepBatch
-from opd_async.packing import from_message, mean_over_responses, micro_batch, pack, to_message
-from opd_async.topk import TopK
-from opd_async.wire import decode, encode
+from opd_async.estimators.topk import TopK
+from opd_async.scheduling.assembly import Segment
+from opd_async.scheduling.packing import from_message, mean_over_responses, micro_batch, pack, to_message
+from opd_async.transport.step_batch import MicroBatch, StepBatch
+from opd_async.transport.wire import decode, encode
 
 VERSION = 7
 

@@ -9,8 +9,8 @@ import pytest
 from small_runs import make_model, small_topology
 
 from opd_async.errors import InputError
-from opd_async.plan import Plan, RoleKind
-from opd_async.planning import describe_plan, make_plan, port_keys
+from opd_async.plan.plan import Plan, RoleKind
+from opd_async.plan.resolve import describe_plan, make_plan, port_keys
 
 
 def test_roles_come_in_start_order_with_their_ports(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_roles_come_in_start_order_with_their_ports(tmp_path: Path) -> None:
         RoleKind.LEARNER: ("master", "metrics"),
     }
     ports = [port for role in plan.roles for port in role.ports.values()]
-    ports += [plan.coordinator_metrics_port, int(plan.control.rsplit(":", 1)[1])]
+    ports += [plan.launcher_metrics_port, int(plan.control.rsplit(":", 1)[1])]
     assert len(set(ports)) == len(ports)
     intake, teacher = plan.role(RoleKind.INTAKE, 0), plan.role(RoleKind.TEACHER, 0)
     assert plan.scored == f"tcp://127.0.0.1:{intake.ports['scored']}"
@@ -43,7 +43,7 @@ def test_roles_come_in_start_order_with_their_ports(tmp_path: Path) -> None:
 def test_explicit_ports_are_consecutive(tmp_path: Path) -> None:
     topology = small_topology(tmp_path, "network.base_port=30000")
     plan = make_plan(topology)
-    assert plan.control == "tcp://127.0.0.1:30000" and plan.coordinator_metrics_port == 30001
+    assert plan.control == "tcp://127.0.0.1:30000" and plan.launcher_metrics_port == 30001
     ports = [port for role in plan.roles for port in role.ports.values()]
     assert ports == list(range(30002, 30000 + len(port_keys(topology))))
     assert make_plan(topology) == plan
@@ -54,7 +54,7 @@ def test_commands(tmp_path: Path) -> None:
     plan = make_plan(small_topology(tmp_path, "engines.student.replicas=2", *overrides))
     engine = plan.role(RoleKind.STUDENT_ENGINE, 1)
     options = dict(zip(engine.command[3::2], engine.command[4::2], strict=True))
-    assert engine.command[:3] == (sys.executable, "-m", "actors.engine.server")
+    assert engine.command[:3] == (sys.executable, "-m", "opd_async.actors.engine.server")
     assert options == {
         "--model-path": str(tmp_path / "student"),
         "--host": "127.0.0.1",
@@ -70,14 +70,21 @@ def test_commands(tmp_path: Path) -> None:
         "--metrics-port": str(engine.ports["metrics"]),
     }
     plan_file = str(plan.run_folder / "plan.json")
-    assert plan.role(RoleKind.ROLLOUT, 0).command[1:] == ("-m", "actors.rollout", "--plan", plan_file, "--index", "0")
-    assert plan.role(RoleKind.INTAKE, 0).command[1:] == ("-m", "actors.intake", "--plan", plan_file)
+    assert plan.role(RoleKind.ROLLOUT, 0).command[1:] == (
+        "-m",
+        "opd_async.actors.rollout",
+        "--plan",
+        plan_file,
+        "--index",
+        "0",
+    )
+    assert plan.role(RoleKind.INTAKE, 0).command[1:] == ("-m", "opd_async.actors.intake", "--plan", plan_file)
     learner = plan.role(RoleKind.LEARNER, 0)
     assert learner.devices == ("cpu", "cpu")
     text = " ".join(learner.command[1:])
     assert text.startswith("-m torch.distributed.run --nnodes 1 --nproc-per-node 2 --max-restarts 0")
     assert f"--master-addr 127.0.0.1 --master-port {learner.ports['master']}" in text
-    assert text.endswith(f"-m learner.main --plan {plan_file}")
+    assert text.endswith(f"-m opd_async.learner.main --plan {plan_file}")
 
 
 def test_external_engines_have_no_process(tmp_path: Path) -> None:

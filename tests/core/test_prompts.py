@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import make_model, write_lines
 
+from opd_async.config.topology import PromptsSection
+from opd_async.data.prompts import PromptSet, load_prompts
+from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
-from opd_async.prompts import PromptSet, load_prompts
-from opd_async.tokenizer import Tokenizer
-from opd_async.topology import PromptsSection
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_async.plots import learning_curve
-from opd_async.report import (
+from opd_async.telemetry.plots import learning_curve
+from opd_async.telemetry.report import (
     WIDTH,
     Evaluation,
     Report,
@@ -172,5 +172,5 @@ def test_a_picture_of_one_panel_and_of_nothing(tmp_path: Path) -> None:
 
 
 def test_plots_load_matplotlib_only_when_they_draw() -> None:
-    code = "import sys, opd_async.plots; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, opd_async.telemetry.plots; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -7,7 +7,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_async.restarts import MAX_BACKOFF_S, RestartBudget
+from opd_async.scheduling.restarts import MAX_BACKOFF_S, RestartBudget
 
 ROLES = st.sampled_from(["rollout-0", "teacher-0"])
 

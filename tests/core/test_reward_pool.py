@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from small_runs import small_topology
 
-from actors import reward_pool
-from actors.reward_pool import Reward, RewardPool
+from opd_async.actors.rewards import pool as reward_pool
+from opd_async.actors.rewards.pool import Reward, RewardPool
 from opd_async.errors import RoleError
-from opd_async.planning import make_plan
+from opd_async.plan.resolve import make_plan
 
 USER_MODULE = """
 import asyncio, os, time

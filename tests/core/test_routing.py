@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_async.routing import rendezvous
+from opd_async.scheduling.routing import rendezvous
 
 PINNED = [1, 2, 2, 2, 2, 3, 3, 1, 3, 3, 2, 0]
 REPLICAS = st.sets(st.integers(0, 20), min_size=2, max_size=6)

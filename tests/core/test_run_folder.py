@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from small_runs import small_topology
 
+from opd_async.config.topology_file import load_topology
 from opd_async.errors import InputError
-from opd_async.plan import Plan
-from opd_async.planning import make_plan
-from opd_async.run_folder import holds_run, prepare
-from opd_async.topology_file import load_topology
+from opd_async.plan.plan import Plan
+from opd_async.plan.resolve import make_plan
+from opd_async.run.run_folder import holds_run, prepare
 
 
 def plan_of(root: Path, *overrides: str) -> Plan:
@@ -112,8 +112,8 @@ def test_a_second_launch_is_told_who_holds_the_folder(tmp_path: Path) -> None:
 
 HOLDER = """
 import pathlib, sys
-from opd_async.plan import Plan
-from opd_async.run_folder import prepare
+from opd_async.plan.plan import Plan
+from opd_async.run.run_folder import prepare
 folder = prepare(Plan.model_validate_json(pathlib.Path(sys.argv[1]).read_text()))
 print("held", flush=True)
 sys.stdin.read()

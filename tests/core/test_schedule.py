@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from scored_chunks import held, scored
 
-from opd_async.assembly import Assembler
-from opd_async.schedule import DeadlineCuts, Planner, WholeSamples
+from opd_async.scheduling.assembly import Assembler
+from opd_async.scheduling.step_policy import DeadlineCuts, Planner, WholeSamples
 
 
 def assembler(version: int = 0) -> Assembler:

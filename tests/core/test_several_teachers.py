@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from small_runs import make_model, topology_data, write_lines, write_topology
 
+from opd_async.checks.validation import validate
+from opd_async.config.topology import EvaluationSection, Topology
+from opd_async.config.topology_file import load_topology
+from opd_async.data.prompts import Prompt
+from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
-from opd_async.evaluator import Evaluator
 from opd_async.launch import read_inputs
-from opd_async.messages import EvalDone, Lease, LeaseKind
-from opd_async.plan import Plan, RoleKind
-from opd_async.planning import describe_plan, make_plan
-from opd_async.prompts import Prompt
-from opd_async.tokenizer import Tokenizer
-from opd_async.topology import EvaluationSection, Topology
-from opd_async.topology_file import load_topology
-from opd_async.validation import validate
+from opd_async.plan.plan import Plan, RoleKind
+from opd_async.plan.resolve import describe_plan, make_plan
+from opd_async.run.evaluator import Evaluator
+from opd_async.transport.messages import EvalDone, Lease, LeaseKind
 
 EXTERNAL = {"kind": "external", "replicas": 2, "urls": ["http://127.0.0.1:7/", "http://127.0.0.1:8"]}
 

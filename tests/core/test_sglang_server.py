@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from small_runs import small_topology
 
-from opd_async.plan import RoleKind
-from opd_async.planning import make_plan
-from opd_async.sglang_server import SUPPORTED, version_problem
-from opd_async.validation import validate
+from opd_async.checks.validation import validate
+from opd_async.engines.sglang import SUPPORTED, version_problem
+from opd_async.plan.plan import RoleKind
+from opd_async.plan.resolve import make_plan
 
 
 def environment(folder: Path, version: str | None) -> Path:

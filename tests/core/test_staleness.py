@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from staleness_oracle import BrokenInvariant
 from staleness_sim import Deadlock, Setup, Simulation, play
 
-from opd_async.assembly import Assembler, Sample
-from opd_async.outbox import Outbox
-from opd_async.schedule import DeadlineCuts, WholeSamples
-from opd_async.topology import TrainOn
+from opd_async.config.topology import TrainOn
+from opd_async.scheduling.assembly import Assembler, Sample
+from opd_async.scheduling.outbox import Outbox
+from opd_async.scheduling.step_policy import DeadlineCuts, WholeSamples
 
 EVENTS = 600
 BOUNDS = (0, 1, 2, 4)

@@ -16,9 +16,9 @@ import psutil
 import pytest
 import uvloop
 
+from opd_async.cluster.supervisor import Exit, ProcessSpec, Supervisor
 from opd_async.errors import RoleError, StateError
-from opd_async.role_log import TAIL_LINES, LineSplitter, everything, is_loud
-from opd_async.supervisor import Exit, ProcessSpec, Supervisor
+from opd_async.telemetry.role_log import TAIL_LINES, LineSplitter, everything, is_loud
 
 PATIENCE_S = 60.0
 
@@ -288,7 +288,7 @@ time.sleep(600)
         f"""
         import asyncio, sys
         from pathlib import Path
-        from opd_async.supervisor import ProcessSpec, Supervisor
+        from opd_async.cluster.supervisor import ProcessSpec, Supervisor
 
         async def main():
             async with Supervisor(print, 30.0) as supervisor:

@@ -15,8 +15,8 @@ from tokenizers import models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
-from opd_async.tokenizer import Tokenizer
 
 CHAT = [{"role": "user", "content": " abc "}, {"role": "assistant", "content": "d1"}, {"role": "user", "content": "e"}]
 

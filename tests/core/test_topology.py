@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import small_topology, topology_data, write_topology
 
+from opd_async.config.topology import TrainOn
+from opd_async.config.topology_file import dump_topology, load_topology
+from opd_async.config.yaml_source import parse_yaml
 from opd_async.errors import InputError
-from opd_async.topology import TrainOn
-from opd_async.topology_file import dump_topology, load_topology
-from opd_async.yaml_source import parse_yaml
 
 
 def message(path: Path, *overrides: str) -> str:

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from opd_async import messages as m
-from opd_async import wire
 from opd_async.errors import WireError
-from opd_async.wire import ArrayOf, decode, encode
+from opd_async.transport import messages as m
+from opd_async.transport import wire
+from opd_async.transport.wire import ArrayOf, decode, encode
 
 MESSAGES = sorted(wire._BY_NAME)
 SCALARS: dict[type, st.SearchStrategy[Any]] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness import ROOT
 
-from opd_async.free_ports import free_ports
+from opd_async.plan.free_ports import free_ports
 
 
 @contextmanager
@@ -46,5 +46,5 @@ def embedded_engine(model: Path) -> Iterator[str]:
     """An embedded engine; yields its URL."""
     (port,) = free_ports("127.0.0.1", 1)
     arguments = ("--model-path", str(model), "--host", "127.0.0.1", "--port", str(port), "--context-length", "256")
-    with process("-m", "actors.engine.server", *arguments, "--max-total-tokens", "8192"):
+    with process("-m", "opd_async.actors.engine.server", *arguments, "--max-total-tokens", "8192"):
         yield f"http://127.0.0.1:{port}"

@@ -128,10 +128,11 @@ def test_long_prompts_are_counted_and_skipped(inputs: Path, tmp_path: Path) -> N
 @pytest.fixture
 def stopped_run(inputs: Path, tmp_path: Path) -> Path:
     """The topology of a run whose folder looks as a killed run leaves it: one sealed checkpoint."""
-    from opd_async import checkpoints, frontier
-    from opd_async.planning import make_plan
-    from opd_async.run_folder import prepare
-    from opd_async.topology_file import load_topology
+    from opd_async.config.topology_file import load_topology
+    from opd_async.plan.resolve import make_plan
+    from opd_async.run import checkpoints
+    from opd_async.run.run_folder import prepare
+    from opd_async.scheduling import frontier
 
     file = write_topology(topology(inputs, tmp_path / "runs"), tmp_path / "run.yaml")
     with prepare(make_plan(load_topology(file))) as folder:

@@ -9,8 +9,8 @@ import zmq
 from harness import SLOTS, Launch, check_trained, topology, write_topology
 from lies import embedded_engine, liar
 
-from opd_async.plan import Plan
-from opd_async.wire import SCHEMA_VERSION
+from opd_async.plan.plan import Plan
+from opd_async.transport.wire import SCHEMA_VERSION
 
 STEPS = 8
 

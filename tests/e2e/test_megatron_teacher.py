@@ -13,7 +13,7 @@ from harness import ROOT, Launch, check_trained, steps, topology, write_topology
 
 def convert(inputs: Path, out: Path) -> Path:
     """The teacher as a Megatron checkpoint."""
-    command = ["-m", "learner.convert", "hf-to-megatron", "--hf", str(inputs / "teacher"), "--out", str(out)]
+    command = ["-m", "opd_async.learner.convert", "hf-to-megatron", "--hf", str(inputs / "teacher"), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, timeout=120)
     return out

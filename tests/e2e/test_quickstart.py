@@ -70,7 +70,7 @@ def test_several_of_everything(inputs: Path, tmp_path: Path, train_on: str) -> N
     if train_on == "tokens":
         values["learner"]["load"] = str(tmp_path / "megatron")
         words = ["hf-to-megatron", "--hf", str(inputs / "student"), "--out", values["learner"]["load"]]
-        subprocess.run([sys.executable, "-m", "learner.convert", *words], cwd=ROOT, check=True, timeout=60)
+        subprocess.run([sys.executable, "-m", "opd_async.learner.convert", *words], cwd=ROOT, check=True, timeout=60)
     with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
         assert run.wait() == 0, run.text()
     ranges = check_trained(tmp_path / "run", 1, 4)

@@ -19,7 +19,7 @@ import aiohttp
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from opd_async.free_ports import free_ports
+from opd_async.plan.free_ports import free_ports
 
 API_KEY, ADMIN_KEY = "key-for-generation", "key-for-control"
 START_SECONDS = 90.0
@@ -111,7 +111,7 @@ def command(model: Path, port: int, *flags: str) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "actors.engine.server",
+        "opd_async.actors.engine.server",
         "--model-path",
         str(model),
         "--port",

@@ -12,13 +12,13 @@ import pytest
 import torch
 from engine_harness import load_reference, make_model, reference_logprobs
 
-from actors.engine.core import EngineCore, PauseMode
-from actors.engine.errors import ApiError
-from actors.engine.metrics import EngineMetrics
-from actors.engine.model import ModelRunner
-from actors.engine.request import LogprobSpec, Request
-from actors.engine.sampling import SamplingParams
-from actors.engine.scheduler import Limits
+from opd_async.actors.engine.core import EngineCore, PauseMode
+from opd_async.actors.engine.errors import ApiError
+from opd_async.actors.engine.metrics import EngineMetrics
+from opd_async.actors.engine.model import ModelRunner
+from opd_async.actors.engine.request import LogprobSpec, Request
+from opd_async.actors.engine.sampling import SamplingParams
+from opd_async.actors.engine.scheduler import Limits
 
 
 def make_runner(folder: Path, pool: int, dtype: str = "float32") -> ModelRunner:

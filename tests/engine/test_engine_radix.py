@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.engine.radix import Node, RadixCache
-from actors.engine.slots import SlotPool
+from opd_async.actors.engine.radix import Node, RadixCache
+from opd_async.actors.engine.slots import SlotPool
 
 CAPACITY = 60
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=8)

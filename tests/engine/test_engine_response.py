@@ -8,10 +8,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.engine.batch import split_groups
-from actors.engine.request import LogprobSpec, Request
-from actors.engine.response import answer, event, triples
-from actors.engine.sampling import KNOWN_FIELDS, SamplingParams, parse_sampling_params
+from opd_async.actors.engine.batch import split_groups
+from opd_async.actors.engine.request import LogprobSpec, Request
+from opd_async.actors.engine.response import answer, event, triples
+from opd_async.actors.engine.sampling import KNOWN_FIELDS, SamplingParams, parse_sampling_params
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 

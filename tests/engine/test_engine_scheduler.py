@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.engine.request import LogprobSpec, Request
-from actors.engine.sampling import SamplingParams
-from actors.engine.scheduler import Limits, Scheduler, Work
+from opd_async.actors.engine.request import LogprobSpec, Request
+from opd_async.actors.engine.sampling import SamplingParams
+from opd_async.actors.engine.scheduler import Limits, Scheduler, Work
 
 POOL = 48
 LIMITS = Limits(pool_tokens=POOL, context_length=40, max_running=4, prefill_budget=8)

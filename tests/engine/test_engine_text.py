@@ -16,9 +16,9 @@ from engine_harness import START_SECONDS, Server, command, events, free_port, ma
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from actors.engine.request import LogprobSpec, Request
-from actors.engine.sampling import SamplingParams
-from actors.engine.text import StreamCursor, TextCodec, load_codec
+from opd_async.actors.engine.request import LogprobSpec, Request
+from opd_async.actors.engine.sampling import SamplingParams
+from opd_async.actors.engine.text import StreamCursor, TextCodec, load_codec
 
 PARENT = """
 import subprocess, sys

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_learner import write_model
 
-from learner import parallel
-from learner.config import ParallelConfig
+from opd_async.learner.config import ParallelConfig
+from opd_async.learner.distributed import parallel
 
 # megatron-core 0.16.1 with torch 2.13: deprecated names inside the library, nothing that our code could do otherwise.
 THIRD_PARTY = (

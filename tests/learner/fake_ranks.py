@@ -16,10 +16,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from learner.config import LearnerConfig, ParallelConfig
-from learner.hf_config import read_shape
-from learner.hf_io import local_slots
-from learner.model import build_model
+from opd_async.learner.config import LearnerConfig, ParallelConfig
+from opd_async.learner.hf.io import local_slots
+from opd_async.learner.model.architecture import read_shape
+from opd_async.learner.model.decoder import build_model
 
 LAYOUT = ParallelConfig(tensor=2, pipeline=2)
 RANKS = (0, 3)

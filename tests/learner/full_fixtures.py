@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learner.full_divergences import row_divergences
+from opd_async.learner.losses.full_divergences import row_divergences
 
 STUDENT = [2.0, 1.0, 0.5, -0.5, -1.0]
 TEACHER = [1.5, 1.8, -0.2, 0.3, -1.2]

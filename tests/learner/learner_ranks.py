@@ -22,13 +22,14 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 from tiny_learner import EMPTY, learner_config, micro_batch, split, step_batch
 
-from learner import checkpoint, parallel
-from learner.config import CriticConfig, LearnerConfig, LossConfig, ParallelConfig, TeacherConfig
-from learner.convert import hf_to_megatron, megatron_to_hf
-from learner.hf_io import hf_weights, save_hf
-from learner.trainer import Trainer
-from opd_async.batches import MicroBatch
-from opd_async.loss_names import FULL_LOSSES, TOPK_LOSSES
+from opd_async.config.loss_names import FULL_LOSSES, TOPK_LOSSES
+from opd_async.learner import resume
+from opd_async.learner.config import CriticConfig, LearnerConfig, LossConfig, ParallelConfig, TeacherConfig
+from opd_async.learner.convert import hf_to_megatron, megatron_to_hf
+from opd_async.learner.distributed import parallel
+from opd_async.learner.hf.io import hf_weights, save_hf
+from opd_async.learner.trainer import Trainer
+from opd_async.transport.step_batch import MicroBatch
 
 LAYOUTS = {
     "tensor": ParallelConfig(tensor=2, timeout_s=60),
@@ -141,7 +142,7 @@ def conversions(trainer: Trainer, model: Path, results: Path, name: str) -> bool
     megatron_to_hf(results / f"{model.name}-{name}", model, results / f"{model.name}-{name}-back", LAYOUTS[name])
     exact = True
     for other in ("alone", *read_by(model.name, name)):
-        checkpoint.load_weights(trainer, results / f"{model.name}-{other}-converted")
+        resume.load_weights(trainer, results / f"{model.name}-{other}-converted")
         exact &= exports(trainer, load_file(model / "model.safetensors"))
     return exact
 
@@ -156,7 +157,7 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
     report: dict[str, Any] = {"exact": exact, "logprobs": logprobs, "micro_batching": micro_batching(trainer, place)}
     report["steps"] = steps(trainer, place, SAVED_AT)
     if model.name not in BRIEF:
-        checkpoint.save(trainer, results / f"{model.name}-{name}")
+        resume.save(trainer, results / f"{model.name}-{name}")
     report["steps"] += steps(trainer, place, STEPS)
     save_hf(trainer.model, results / f"{model.name}-{name}-hf", model)
     if model.name not in BRIEF:
@@ -165,7 +166,7 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
     if name in critics(model.name):
         critic = with_critic(trainer.config)
         report["critic"] = steps(critic, place, SAVED_AT)
-        checkpoint.save(critic, results / f"{model.name}-{name}-critic")
+        resume.save(critic, results / f"{model.name}-{name}-critic")
         report["critic"] += steps(critic, place, STEPS)
     if "moe" in model.name:
         report["teacher with experts"] = with_experts(trainer.config, place, results)
@@ -182,7 +183,7 @@ def resumptions(
     """The steps after what this layout and the one before it have saved."""
     resumed, report, kind = Trainer(trainer.config), {}, trainer.config.model_path.name
     for other in read_by(kind, name):
-        checkpoint.load(resumed, results / f"{kind}-{other}")
+        resume.load(resumed, results / f"{kind}-{other}")
         report[f"from {other}"] = steps(resumed, place, STEPS)
     return report
 

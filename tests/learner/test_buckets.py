@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.buckets import buckets, checksum
+from opd_async.learner.weights.buckets import buckets, checksum
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
 tensors = st.lists(st.tuples(st.integers(1, 40), st.sampled_from(DTYPES)), max_size=12)

@@ -11,16 +11,18 @@ import torch
 from safetensors.torch import load_file
 from tiny_learner import learner_config, micro_batch, step_batch, write_model
 
-from learner import checkpoint, hf_io, model_checkpoint
-from learner.config import ParallelConfig
-from learner.convert import hf_to_megatron, main, megatron_to_hf
-from learner.errors import CheckpointError, ModelError
-from learner.hf_config import read_shape
-from learner.mapping import slots
-from learner.parallel import Place
-from learner.trainer import Trainer
-from opd_async import checkpoints
 from opd_async.errors import InputError
+from opd_async.learner import resume
+from opd_async.learner.checkpoints import model as model_checkpoint
+from opd_async.learner.config import ParallelConfig
+from opd_async.learner.convert import hf_to_megatron, main, megatron_to_hf
+from opd_async.learner.distributed.parallel import Place
+from opd_async.learner.errors import CheckpointError, ModelError
+from opd_async.learner.hf import io as hf_io
+from opd_async.learner.hf.mapping import slots
+from opd_async.learner.model.architecture import read_shape
+from opd_async.learner.trainer import Trainer
+from opd_async.run import checkpoints
 
 ONE = ParallelConfig()
 
@@ -59,7 +61,7 @@ def test_a_run_s_checkpoint_is_exported_and_stays_as_it_was(alone: Place, model_
     trainer = Trainer(learner_config(model_path))
     steps(trainer, 2)
     folder = checkpoints.step_folder(tmp_path, 2)
-    checkpoint.save(trainer, folder / "learner")
+    resume.save(trainer, folder / "learner")
     checkpoints.seal(folder, 2)
     before = digests(folder)
     megatron_to_hf(folder, model_path, tmp_path / "hf", ONE)
@@ -82,7 +84,7 @@ def test_a_learner_starts_from_weights_alone(alone: Place, model_path: Path, tmp
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", ONE)
     expected = Trainer(learner_config(tmp_path / "hf", dtype=dtype))
     trainer = Trainer(learner_config(model_path, dtype=dtype))
-    checkpoint.load_weights(trainer, tmp_path / "megatron")
+    resume.load_weights(trainer, tmp_path / "megatron")
     assert trainer.version == 0
     assert steps(trainer, 3) == steps(expected, 3)
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from tiny_learner import EMPTY, assert_close, hf_gradients, learner_config, micro_batch, split, step_batch, write_model
 
-from learner import checkpoint
-from learner.config import CriticConfig, LossConfig, OptimConfig, ParallelConfig
-from learner.convert import hf_to_megatron
-from learner.critic import Critic
-from learner.errors import CheckpointError, LearnerError, ModelError
-from learner.hf_io import hf_weights
-from learner.parallel import Place
-from learner.trainer import Trainer
-from opd_async.batches import MicroBatch
-from opd_async.gae import gae
+from opd_async.estimators.gae import gae
+from opd_async.learner import resume
+from opd_async.learner.config import CriticConfig, LossConfig, OptimConfig, ParallelConfig
+from opd_async.learner.convert import hf_to_megatron
+from opd_async.learner.critic.critic import Critic
+from opd_async.learner.distributed.parallel import Place
+from opd_async.learner.errors import CheckpointError, LearnerError, ModelError
+from opd_async.learner.hf.io import hf_weights
+from opd_async.learner.trainer import Trainer
+from opd_async.transport.step_batch import MicroBatch
 
 OPTIM = OptimConfig(lr=3e-3, warmup_steps=2, total_steps=10)
 
@@ -152,15 +152,15 @@ def test_a_run_with_a_critic_resumes_bit_for_bit(alone: Place, model_path: Path,
     config = learner_config(model_path, dtype=dtype, critic=critic)
     trainer = Trainer(config)
     steps(trainer, 2)
-    checkpoint.save(trainer, tmp_path / "learner")
+    resume.save(trainer, tmp_path / "learner")
     exported = {name: tensor.clone() for name, tensor in hf_weights(trainer.model)}
     expected = steps(trainer, 4)
     resumed = Trainer(config)
-    checkpoint.load(resumed, tmp_path / "learner")
+    resume.load(resumed, tmp_path / "learner")
     assert steps(resumed, 4) == expected
     # another run takes the student alone, or begins with this critic
     plain = Trainer(replace(config, critic=None))
-    checkpoint.load(plain, tmp_path / "learner")
+    resume.load(plain, tmp_path / "learner")
     assert all(torch.equal(tensor, exported[name]) for name, tensor in hf_weights(plain.model))
     other = Trainer(replace(config, critic=replace(critic, load=tmp_path / "learner")))
     assert other.critic is not None and bool(other.critic.model.output_layer.weight.any())
@@ -172,9 +172,9 @@ def test_what_a_critic_begins_with(alone: Place, model_path: Path, tmp_path: Pat
     assert trainer.critic is not None
     loaded, taken = (dict(t.critic.model.named_parameters()) for t in (trainer, with_critic(model_path)) if t.critic)
     assert loaded.keys() == taken.keys() and all(torch.equal(loaded[name], taken[name]) for name in loaded)
-    checkpoint.save(Trainer(learner_config(model_path)), tmp_path / "without")
+    resume.save(Trainer(learner_config(model_path)), tmp_path / "without")
     with pytest.raises(CheckpointError, match="has no critic: it was saved with another"):
-        checkpoint.load(trainer, tmp_path / "without")
+        resume.load(trainer, tmp_path / "without")
     wider = write_model(tmp_path / "wider", "teacher")  # a shape of its own
     assert with_critic(model_path, model_path=wider).step(step_batch(0, [rewarded([9, 14])])).critic_grad_norm > 0.0
     with pytest.raises(CheckpointError, match=r"the critic: .*; its shape is read from advantage.critic.path"):

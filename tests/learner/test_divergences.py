@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.config import LossConfig
-from learner.divergences import (
+from opd_async.learner.config import LossConfig
+from opd_async.learner.losses.divergences import (
     DIVERGENCES,
     Cells,
     forward_kl_topk,
@@ -21,8 +21,8 @@ from learner.divergences import (
     reverse_kl_topk,
     tail_logprob,
 )
-from learner.losses import SUMS, Rows, reverse_kl
-from learner.objective import with_divergence
+from opd_async.learner.losses.objective import with_divergence
+from opd_async.learner.losses.sampled import SUMS, Rows, reverse_kl
 
 STUDENT = [2.0, 1.0, 0.5, -0.5, -1.0]
 TEACHER = [1.5, 1.8, -0.2, 0.3, -1.2]

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from learner.engine_http import EngineAddress, call
-from learner.errors import WeightSyncError
+from opd_async.learner.errors import WeightSyncError
+from opd_async.learner.weights.engine_http import EngineAddress, call
 
 ANSWERS = {
     "/ok": (200, b'{"success": true, "n": 1}'),

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.config import LossConfig
-from learner.full_divergences import RowDivergences, row_divergences
-from learner.layout import PackedBatch, Packing
-from learner.objective import full_objective
-from learner.parallel import Place
-from opd_async.loss_names import FULL_LOSSES
+from opd_async.config.loss_names import FULL_LOSSES
+from opd_async.learner.config import LossConfig
+from opd_async.learner.distributed.parallel import Place
+from opd_async.learner.losses.full_divergences import RowDivergences, row_divergences
+from opd_async.learner.losses.objective import full_objective
+from opd_async.learner.model.layout import PackedBatch, Packing
 
 
 def world() -> dist.ProcessGroup:

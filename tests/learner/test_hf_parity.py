@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from tiny_learner import assert_close, hf_gradients, learner_config, micro_batch, per_expert, step_batch, write_model
 from transformers import AutoModelForCausalLM
 
-from learner import hf_files, hf_io
-from learner.config import LossConfig
-from learner.errors import ModelError
-from learner.hf_config import RopeShape, read_shape
-from learner.parallel import Place
-from learner.trainer import Trainer
-from opd_async.batches import MicroBatch
+from opd_async.learner.config import LossConfig
+from opd_async.learner.distributed.parallel import Place
+from opd_async.learner.errors import ModelError
+from opd_async.learner.hf import files as hf_files
+from opd_async.learner.hf import io as hf_io
+from opd_async.learner.model.architecture import RopeShape, read_shape
+from opd_async.learner.trainer import Trainer
+from opd_async.transport.step_batch import MicroBatch
 
 KINDS = ["qwen3-tied", "qwen3-untied", "qwen2", "llama", "qwen3-moe", "qwen3-moe-raw"]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_learner import EMPTY, micro_batch
 
-from learner.layout import PAD_ID, lay_out
+from opd_async.learner.model.layout import PAD_ID, lay_out
 
 CPU = torch.device("cpu")
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny_learner import learner_config, micro_batch, step_batch, write_model
 
-from learner import checkpoint
-from learner.errors import CheckpointError
-from learner.parallel import Place
-from learner.trainer import Trainer
-from opd_async import checkpoints
 from opd_async.errors import InputError
+from opd_async.learner import resume
+from opd_async.learner.distributed.parallel import Place
+from opd_async.learner.errors import CheckpointError
+from opd_async.learner.trainer import Trainer
+from opd_async.run import checkpoints
 
 
 def steps(trainer: Trainer, count: int) -> list[tuple[float, float]]:
@@ -30,10 +30,10 @@ def test_resuming_continues_bit_for_bit(alone: Place, model_path: Path, tmp_path
     config = learner_config(model_path, dtype=dtype)
     trainer = Trainer(config)
     steps(trainer, 2)
-    checkpoint.save(trainer, tmp_path / "learner")
+    resume.save(trainer, tmp_path / "learner")
     expected = steps(trainer, 4)
     resumed = Trainer(config)
-    checkpoint.load(resumed, tmp_path / "learner")
+    resume.load(resumed, tmp_path / "learner")
     assert resumed.version == 2
     assert steps(resumed, 4) == expected
     for ours, theirs in zip(resumed.model.parameters(), trainer.model.parameters(), strict=True):
@@ -42,10 +42,10 @@ def test_resuming_continues_bit_for_bit(alone: Place, model_path: Path, tmp_path
 
 def test_a_checkpoint_before_the_first_step(alone: Place, model_path: Path, tmp_path: Path) -> None:
     trainer = Trainer(learner_config(model_path))
-    checkpoint.save(trainer, tmp_path / "learner")
+    resume.save(trainer, tmp_path / "learner")
     expected = steps(trainer, 3)
     resumed = Trainer(learner_config(model_path))
-    checkpoint.load(resumed, tmp_path / "learner")
+    resume.load(resumed, tmp_path / "learner")
     assert steps(resumed, 3) == expected
 
 
@@ -53,7 +53,7 @@ def test_a_checkpoint_that_was_cut_short_is_refused_by_name(alone: Place, model_
     folder = checkpoints.step_folder(tmp_path, 1)
     trainer = Trainer(learner_config(model_path))
     steps(trainer, 1)
-    checkpoint.save(trainer, folder / "learner")
+    resume.save(trainer, folder / "learner")
     checkpoints.seal(folder, 1)
     assert checkpoints.latest(tmp_path) == folder
     shard = folder / "learner" / "__0_0.distcp"
@@ -66,15 +66,15 @@ def test_saving_again_replaces_what_an_interrupted_save_left(alone: Place, model
     (tmp_path / "learner").mkdir()
     (tmp_path / "learner" / "__7_0.distcp").write_bytes(b"rest")
     trainer = Trainer(learner_config(model_path))
-    checkpoint.save(trainer, tmp_path / "learner")
+    resume.save(trainer, tmp_path / "learner")
     assert not (tmp_path / "learner" / "__7_0.distcp").exists()
-    checkpoint.load(trainer, tmp_path / "learner")
+    resume.load(trainer, tmp_path / "learner")
 
 
 def test_a_checkpoint_of_another_model_is_refused(alone: Place, model_path: Path, tmp_path: Path) -> None:
-    checkpoint.save(Trainer(learner_config(model_path)), tmp_path / "learner")
+    resume.save(Trainer(learner_config(model_path)), tmp_path / "learner")
     other = Trainer(learner_config(write_model(tmp_path / "other", "llama")))
     with pytest.raises(CheckpointError, match=r"cannot be loaded into the model .*shape mismatch"):
-        checkpoint.load(other, tmp_path / "learner")
+        resume.load(other, tmp_path / "learner")
     with pytest.raises(CheckpointError, match="nowhere"):
-        checkpoint.load(other, tmp_path / "nowhere")
+        resume.load(other, tmp_path / "nowhere")

@@ -23,17 +23,17 @@ from tiny_learner import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from learner import checkpoint
-from learner import teacher as teacher_module
-from learner.config import LearnerConfig, LossConfig, ParallelConfig, TeacherConfig
-from learner.convert import hf_to_megatron
-from learner.errors import CheckpointError, ModelError
-from learner.hf_io import hf_weights
-from learner.parallel import Place
-from learner.teacher import HostWeights
-from learner.trainer import Trainer
-from opd_async.batches import MicroBatch
-from opd_async.loss_names import FULL_LOSSES, SAMPLED_LOSSES
+from opd_async.config.loss_names import FULL_LOSSES, SAMPLED_LOSSES
+from opd_async.learner import resume
+from opd_async.learner import teacher as teacher_module
+from opd_async.learner.config import LearnerConfig, LossConfig, ParallelConfig, TeacherConfig
+from opd_async.learner.convert import hf_to_megatron
+from opd_async.learner.distributed.parallel import Place
+from opd_async.learner.errors import CheckpointError, ModelError
+from opd_async.learner.hf.io import hf_weights
+from opd_async.learner.teacher import HostWeights
+from opd_async.learner.trainer import Trainer
+from opd_async.transport.step_batch import MicroBatch
 
 BETA = 0.3
 
@@ -129,11 +129,11 @@ def test_the_teacher_is_in_no_export_and_in_no_checkpoint(
     trainer.step(step_batch(0, [unscored(micro_batch([9, 14]))]))
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.teacher.model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in trainer.teacher.model.parameters())
-    checkpoint.save(trainer, tmp_path / "learner")
-    checkpoint.load(alone_with, tmp_path / "learner")
+    resume.save(trainer, tmp_path / "learner")
+    resume.load(alone_with, tmp_path / "learner")
     assert alone_with.version == 1
     assert_close(dict(hf_weights(trainer.model)), dict(hf_weights(alone_with.model)), 0.0)
-    checkpoint.save(alone_with, tmp_path / "without")
+    resume.save(alone_with, tmp_path / "without")
     ours, theirs = (
         {name: tensor.global_shape for name, tensor in load_tensors_metadata(str(tmp_path / folder)).items()}
         for folder in ("learner", "without")

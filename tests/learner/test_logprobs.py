@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from learner.logprobs import row_logprobs
-from learner.parallel import Place
+from opd_async.learner.distributed.parallel import Place
+from opd_async.learner.losses.logprobs import row_logprobs
 
 ROWS, HIDDEN, VOCAB = 11, 8, 19
 

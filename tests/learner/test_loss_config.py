@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from learner.config import LossConfig
-from learner.from_topology import critic_config, learner_config, loss_config, reference_config
-from opd_async.topology import Topology
+from opd_async.config.topology import Topology
+from opd_async.learner.config import LossConfig
+from opd_async.learner.from_topology import critic_config, learner_config, loss_config, reference_config
 
 
 def topology(**sections: dict[str, Any]) -> Topology:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.config import LossConfig
-from learner.losses import MAXIMA, SUMS, LossOutput, Rows, reverse_kl, reverse_kl_behaviour, sft
+from opd_async.learner.config import LossConfig
+from opd_async.learner.losses.sampled import MAXIMA, SUMS, LossOutput, Rows, reverse_kl, reverse_kl_behaviour, sft
 
 STUDENT = [2.0, 1.0, 0.5, -0.5, -1.0]
 TEACHER = [1.5, 1.8, -0.2, 0.3, -1.2]

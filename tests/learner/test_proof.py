@@ -16,11 +16,11 @@ import torch
 from tiny_learner import learner_config
 from transformers import AutoModelForCausalLM
 
-from learner.engine_http import EngineAddress
-from learner.errors import WeightSyncError
-from learner.parallel import Place
-from learner.proof import Proof, check_proof, make_proof
-from learner.trainer import Trainer
+from opd_async.learner.distributed.parallel import Place
+from opd_async.learner.errors import WeightSyncError
+from opd_async.learner.trainer import Trainer
+from opd_async.learner.weights.engine_http import EngineAddress
+from opd_async.learner.weights.proof import Proof, check_proof, make_proof
 
 PROOF = Proof(np.array([4, 5, 6], np.int32), np.array([-1.0, -2.0], np.float32))
 FLOATS = ("float32", "float32")

@@ -29,13 +29,13 @@ from megatron.core.parallel_state import RankGenerator
 from safetensors.torch import load_file
 from tiny_learner import learner_config, write_model
 
-from learner import checkpoint
-from learner.config import ParallelConfig
-from learner.convert import hf_to_megatron, megatron_to_hf
-from learner.errors import LearnerError
-from learner.parallel import Place, start
-from learner.trainer import Trainer
-from opd_async.topology import LearnerSection
+from opd_async.config.topology import LearnerSection
+from opd_async.learner import resume
+from opd_async.learner.config import ParallelConfig
+from opd_async.learner.convert import hf_to_megatron, megatron_to_hf
+from opd_async.learner.distributed.parallel import Place, start
+from opd_async.learner.errors import LearnerError
+from opd_async.learner.trainer import Trainer
 
 HERE = Path(__file__).parent
 KINDS = ("qwen3-tied", "qwen3-moe", *BRIEF)
@@ -122,7 +122,7 @@ def test_a_critic_is_split_as_the_student_and_resumes_anywhere(alone: Place, run
         found = torch.tensor(reports[layout]["critic"])
         torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5, msg=lambda text, n=layout: f"{n}: {text}")
         resumed = with_critic(trainer.config)
-        checkpoint.load(resumed, runs.results / f"{kind}-{layout}-critic")
+        resume.load(resumed, runs.results / f"{kind}-{layout}-critic")
         after = torch.tensor(steps(resumed, alone, STEPS))
         torch.testing.assert_close(after, expected[SAVED_AT:], rtol=0.0, atol=1e-5, msg=layout)
 
@@ -164,7 +164,7 @@ def test_a_conversion_in_a_layout_is_read_by_every_other(
     with torch.no_grad():
         for parameter in loaded.model.parameters():
             parameter.zero_()
-    checkpoint.load_weights(loaded, results / f"{kind}-{layout}-converted")
+    resume.load_weights(loaded, results / f"{kind}-{layout}-converted")
     stored = load_file(models / kind / "model.safetensors")
     assert all(torch.equal(tensor, stored[name]) for name, tensor in _weights(loaded))
     # the layout's own checkpoint of trained weights, converted by its ranks and by one
@@ -176,7 +176,7 @@ def test_a_conversion_in_a_layout_is_read_by_every_other(
 
 
 def _weights(trainer: Trainer) -> Any:
-    from learner.hf_io import hf_weights
+    from opd_async.learner.hf.io import hf_weights
 
     return hf_weights(trainer.model)
 
@@ -193,7 +193,7 @@ def test_a_checkpoint_of_any_layout_resumes_in_any_other(
             torch.testing.assert_close(torch.tensor(found), expected, rtol=0.0, atol=1e-5, msg=name)
     # what the job saved, resumed by one rank
     resumed = Trainer(trainer.config)
-    checkpoint.load(resumed, job[1] / f"{trainer.config.model_path.name}-{layout}")
+    resume.load(resumed, job[1] / f"{trainer.config.model_path.name}-{layout}")
     torch.testing.assert_close(torch.tensor(steps(resumed, alone, STEPS)), expected, rtol=0.0, atol=1e-5)
 
 

@@ -19,8 +19,8 @@ import torch
 import transformers
 from transformers.core_model_loading import revert_weight_conversion
 
-from learner.hf_config import ModelShape, read_shape
-from learner.mapping import slots
+from opd_async.learner.hf.mapping import slots
+from opd_async.learner.model.architecture import ModelShape, read_shape
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 150.0

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from learner.logprobs import row_logprobs
-from learner.parallel import Place
+from opd_async.learner.distributed.parallel import Place
+from opd_async.learner.losses.logprobs import row_logprobs
 
 ROWS, HIDDEN, VOCAB, K = 11, 8, 19, 5
 

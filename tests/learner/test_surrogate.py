@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.config import LossConfig
-from learner.losses import SUMS, Rows, policy_gradient, reverse_kl
-from learner.surrogate import clipped, sequence_ratio, surrogate
+from opd_async.learner.config import LossConfig
+from opd_async.learner.losses.sampled import SUMS, Rows, policy_gradient, reverse_kl
+from opd_async.learner.losses.surrogate import clipped, sequence_ratio, surrogate
 
 RATIOS = ("token", "sequence", "truncated")
 

@@ -9,11 +9,11 @@ import torch
 from tiny_learner import assert_close, hf_gradients, learner_config, micro_batch, step_batch, write_model
 from transformers import AutoModelForCausalLM
 
-from learner.config import LossConfig
-from learner.divergences import DIVERGENCES, Cells
-from learner.parallel import Place
-from learner.trainer import Trainer
-from opd_async.loss_names import TOPK_LOSSES
+from opd_async.config.loss_names import TOPK_LOSSES
+from opd_async.learner.config import LossConfig
+from opd_async.learner.distributed.parallel import Place
+from opd_async.learner.losses.divergences import DIVERGENCES, Cells
+from opd_async.learner.trainer import Trainer
 
 
 @pytest.mark.parametrize("kind", ["qwen3-tied", "llama"])

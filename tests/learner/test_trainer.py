@@ -21,15 +21,15 @@ from tiny_learner import (
     write_model,
 )
 
-from learner.config import LossConfig, OptimConfig, ParallelConfig, TeacherConfig
-from learner.errors import LearnerError, ModelError
-from learner.hf_config import read_shape
-from learner.model import build_model
-from learner.optimizer import learning_rate
-from learner.parallel import Place
-from learner.trainer import Trainer
-from opd_async.batches import MicroBatch
-from opd_async.loss_names import TOPK_LOSSES
+from opd_async.config.loss_names import TOPK_LOSSES
+from opd_async.learner.config import LossConfig, OptimConfig, ParallelConfig, TeacherConfig
+from opd_async.learner.distributed.parallel import Place
+from opd_async.learner.errors import LearnerError, ModelError
+from opd_async.learner.model.architecture import read_shape
+from opd_async.learner.model.decoder import build_model
+from opd_async.learner.optimizer import learning_rate
+from opd_async.learner.trainer import Trainer
+from opd_async.transport.step_batch import MicroBatch
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.critic import explained_variance
-from learner.value_loss import VALUE_SUMS, ValueRows, value_loss
+from opd_async.learner.critic.critic import explained_variance
+from opd_async.learner.critic.value_loss import VALUE_SUMS, ValueRows, value_loss
 
 OLD = torch.tensor([1.0, 1.0, 1.0, 1.0])
 VALUES = [1.1, 1.5, 0.5, 7.0]

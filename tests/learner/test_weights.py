@@ -17,14 +17,14 @@ import torch
 from tiny_learner import VOCAB, learner_config, write_model
 from torch import Tensor
 
-from learner.engine_http import EngineAddress, call
-from learner.errors import WeightSyncError
-from learner.hf_io import hf_weights
-from learner.parallel import Place
-from learner.trainer import Trainer
-from learner.transport import SendReport
-from learner.weights import WeightSender
-from opd_async.free_ports import free_ports
+from opd_async.learner.distributed.parallel import Place
+from opd_async.learner.errors import WeightSyncError
+from opd_async.learner.hf.io import hf_weights
+from opd_async.learner.trainer import Trainer
+from opd_async.learner.weights.base import SendReport
+from opd_async.learner.weights.broadcast import WeightSender
+from opd_async.learner.weights.engine_http import EngineAddress, call
+from opd_async.plan.free_ports import free_ports
 
 START_SECONDS = 90.0
 TIMEOUT_S = 20.0
@@ -40,7 +40,7 @@ class Engine:
         options = {"model-path": model, "port": port, "api-key": "user", "admin-api-key": "admin", "weight-timeout": 20}
         flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "actors.engine.server", *flags],
+            [sys.executable, "-m", "opd_async.actors.engine.server", *flags],
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from learner.config import LearnerConfig, OptimConfig
-from learner.mapping import slots
-from learner.trainer import Trainer
-from opd_async.batches import MicroBatch, StepBatch
-from opd_async.topk import TopK
+from opd_async.estimators.topk import TopK
+from opd_async.learner.config import LearnerConfig, OptimConfig
+from opd_async.learner.hf.mapping import slots
+from opd_async.learner.trainer import Trainer
+from opd_async.transport.step_batch import MicroBatch, StepBatch
 
 VOCAB = 33
 EMPTY = MicroBatch(

@@ -14,7 +14,7 @@ import pytest
 from harness import Launch, check_trained, make_inputs, topology, write_topology
 from server_under_test import ADMIN_KEY, API_KEY, PYTHON, VERSION, running
 
-from opd_async.free_ports import free_ports
+from opd_async.plan.free_ports import free_ports
 
 STEPS = 4
 pytestmark = pytest.mark.timeout(900)

@@ -1,0 +1,334 @@
+"""Assemble scored chunks, plan steps, and feed the learner's ranks.
+
+    scored chunks (PULL) -> assembler -> planner (deadline cuts) -> packing -> learner ranks (ROUTER)
+                               | acknowledgements (control)            ^ weight syncs, checkpoints (control)
+
+    loop         waits for                          unblocked by
+    receive      a scored chunk                     a teacher actor
+    plan         something new to plan with         a chunk; `Version` after a weight update
+    acknowledge  time                               the clock
+    control      a message of the dispatcher       the dispatcher
+    ranks        a learner rank's hello             the learner
+
+The dispatcher's commands for the learner pass through here, so that every rank sees steps, weight updates and
+checkpoints in one order. On cancel: nothing is saved; a restart goes back to the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.actors.intake.ranks import LearnerRanks
+from opd_async.actors.intake.report import LatencyReservoir, describe_rewards, describe_step
+from opd_async.config.learning import Estimator, RewardKind
+from opd_async.config.topology import ScheduleSection, TrainOn
+from opd_async.data.jsonl import JsonlWriter, read_jsonl
+from opd_async.estimators.advantages import Outcome, estimate
+from opd_async.plan.plan import RoleKind
+from opd_async.role import ATTEMPT_FLOOR_ENV, Role, role_arguments
+from opd_async.run.checkpoints import latest
+from opd_async.scheduling import frontier, packing
+from opd_async.scheduling.assembly import Assembler, Sample, Segment, Verdict
+from opd_async.scheduling.step_policy import DeadlineCuts, Planner, WholeSamples
+from opd_async.transport import messages as m
+from opd_async.transport.channels import Pull
+
+log = logging.getLogger(__name__)
+
+ACKNOWLEDGE_S = 0.02
+SETTLE_WARNING_S = 10.0
+
+
+class Taken(NamedTuple):
+    """What a step took of one sample; `segment` is None for an empty response, `reward` where there is none."""
+
+    sample_id: int
+    end: int
+    complete: bool
+    segment: Segment | None
+    reward: float | None
+
+
+def make_planner(schedule: ScheduleSection) -> Planner:
+    """The planner that the topology asks for."""
+    if schedule.train_on is TrainOn.SAMPLES:
+        return WholeSamples(schedule.samples_per_step)
+    return DeadlineCuts(schedule.tokens_per_step, schedule.max_staleness)
+
+
+class Intake:
+    """The one intake of a run."""
+
+    def __init__(self, role: Role) -> None:
+        plan = role.plan
+        self._role = role
+        self._topology = plan.topology
+        self._metrics = role.metrics
+        self._planner = make_planner(plan.topology.schedule)
+        self._assembler = Assembler()
+        self._version: int | None = None
+        self._planned = 0
+        self._drain_asked = False
+        self._news = asyncio.Event()
+        self._touched: set[int] = set()
+        self._finished_elsewhere: dict[int, tuple[int, int, int]] = {}
+        self._latencies = LatencyReservoir()
+        self._pull = Pull(role.context, plan.scored, self._malformed_frame)
+        self.ranks = LearnerRanks(role.context, plan, self._malformed_frame)
+        self._log_path = plan.run_folder / "trained.jsonl"
+        self._log: JsonlWriter | None = None
+
+    async def restore(self) -> None:
+        """Go back to the newest checkpoint, or to nothing, and tell the dispatcher what has been trained."""
+        folder = latest(self._role.plan.run_folder / "checkpoints")
+        state = frontier.load(folder) if folder is not None else frontier.empty(0)
+        floor = int(os.environ.get(ATTEMPT_FLOOR_ENV, "0"))
+        opd = self._topology.opd
+        self._assembler = frontier.restore(state, floor, opd.wire_topk, opd.on_engines)
+        self._planned = state.version
+        self._cut_log(state.version)
+        await self._role.control.send(state)
+
+    def _cut_log(self, version: int) -> None:
+        """Steps after the checkpoint will be taken again: their lines leave the log of trained ranges."""
+        rows = (
+            [row for row in read_jsonl(self._log_path) if row["version"] < version] if self._log_path.exists() else []
+        )
+        self._log_path.unlink(missing_ok=True)
+        self._log = JsonlWriter(self._log_path)
+        for row in rows:
+            self._log.write(row)
+
+    async def receive(self) -> None:
+        """Take scored chunks in."""
+        while True:
+            chunk = await self._pull.receive()
+            if not isinstance(chunk, m.ScoredChunk):
+                self._malformed_frame(f"a {type(chunk).__name__} among scored chunks")
+                continue
+            verdict = self._assembler.add(chunk)
+            self._count(verdict, chunk)
+            if verdict is Verdict.ACCEPTED or verdict is Verdict.DUPLICATE:
+                self._touched.add(chunk.sample_id)
+                self._news.set()
+
+    def _count(self, verdict: Verdict, chunk: m.ScoredChunk) -> None:
+        if verdict is Verdict.ACCEPTED or verdict is Verdict.EARLY:
+            self._role.count("tokens", len(chunk.token_ids))
+            self._metrics["opd_intake_scored_tokens_total"].inc(len(chunk.token_ids))
+            if chunk.finish is not None:
+                self._latencies.add(chunk.latency_s)
+        elif verdict is Verdict.MALFORMED:
+            self._role.count("malformed_chunks")
+            self._metrics["opd_intake_malformed_total"].labels("chunk").inc()
+            log.warning("dropped a malformed chunk of sample %d from %s", chunk.sample_id, chunk.teacher_id)
+        else:
+            self._role.count(f"{verdict.value}_chunks")
+            self._metrics["opd_intake_duplicates_total"].inc()
+
+    async def acknowledge(self) -> None:
+        """Tell the dispatcher, in small batches, what is held."""
+        while True:
+            await asyncio.sleep(ACKNOWLEDGE_S)
+            if not self._touched:
+                continue
+            rows = [self._held(sample_id) for sample_id in self._touched]
+            self._touched.clear()
+            table = np.array([row for row in rows if row is not None], np.int64).reshape(-1, 4)
+            next_step = self._planned if self._version is None else self._version
+            ready = self._planner.ready_tokens(self._assembler, next_step)
+            self._metrics["opd_intake_backlog_tokens"].set(ready)
+            attempts, actors, ends = (table[:, i].astype(np.int32) for i in (1, 2, 3))
+            await self._role.control.send(m.Acks(next_step, ready, table[:, 0], attempts, actors, ends))
+            self._role.counters.update(self._latencies.quantiles())
+
+    def _held(self, sample_id: int) -> tuple[int, int, int, int] | None:
+        sample = self._assembler.samples.get(sample_id)
+        if sample is None:
+            done = self._finished_elsewhere.pop(sample_id, None)
+            return (sample_id, *done) if done is not None else None
+        return sample_id, sample.attempt, sample.actor, sample.scored_end + (sample.finish is not None)
+
+    # --- planning ----------------------------------------------------------------------------------------------------
+
+    async def plan(self) -> None:
+        """Take a step whenever the planner finds one."""
+        while True:
+            try:
+                async with asyncio.timeout(SETTLE_WARNING_S):
+                    await self._news.wait()
+            except TimeoutError:
+                self._explain_wait()
+                continue
+            self._news.clear()
+            if self._version is None:
+                continue
+            chosen = self._planner.choose(self._assembler, self._version)
+            if chosen:
+                await self._step(self._version, [self._take(sample) for sample in chosen])
+            elif not self._drain_asked and self._planner.wants_drain(self._assembler, self._version):
+                self._drain_asked = True
+                await self._role.control.send(m.DrainRequest(self._version))
+
+    def _take(self, sample: Sample) -> Taken:
+        complete, end = sample.finish is not None, sample.scored_end
+        if complete:
+            # its last chunk may not have been acknowledged yet, and it is about to be forgotten
+            self._finished_elsewhere[sample.sample_id] = (sample.attempt, sample.actor, sample.scored_end + 1)
+            self._touched.add(sample.sample_id)
+        return Taken(sample.sample_id, end, complete, self._assembler.take(sample), sample.reward)
+
+    async def _step(self, version: int, taken: list[Taken]) -> None:
+        self._version = None
+        self._planned = version + 1
+        self._drain_asked = False
+        segments = [one.segment for one in taken if one.segment is not None]
+        outcomes = self._weigh(taken)
+        if self._topology.learner.loss_mean == "responses":
+            packing.mean_over_responses(segments)
+        stats, staleness = describe_step(segments, version)
+        if self._topology.reward.kind is not RewardKind.NONE:
+            stats |= describe_rewards(outcomes)
+            self._metrics["opd_intake_reward_mean"].set(stats.get("reward_mean", 0.0))
+        self._record(version, segments, stats, staleness)
+        await self._role.control.send(m.StepStarted(version, stats, staleness, *_columns(taken)))
+        # in a thread: a step of a million tokens would hold up everything that arrives meanwhile
+        await self.ranks.send_step(await asyncio.to_thread(self._pack, segments, version))
+
+    def _pack(self, segments: list[Segment], version: int) -> list[m.Train]:
+        """A message for each data-parallel rank."""
+        learner = self._topology.learner
+        batches = packing.pack(segments, version, learner.data_parallel, learner.micro_batch_tokens)
+        return [packing.to_message(batch) for batch in batches]
+
+    def _weigh(self, taken: list[Taken]) -> list[Outcome]:
+        """Give every token of the step its advantage; returns the complete responses behind it."""
+        group_size, section = self._topology.rollout.group_size, self._topology.advantage
+        complete = [one for one in taken if one.complete]
+        outcomes = [
+            Outcome(one.sample_id // group_size, one.reward, one.segment.end - one.segment.start if one.segment else 0)
+            for one in complete
+        ]
+        if section.estimator is not Estimator.NONE:
+            for one, advantages in zip(complete, estimate(outcomes, section), strict=True):
+                if one.segment is not None:
+                    one.segment.advantages = advantages
+                    if section.estimator is Estimator.PPO:
+                        one.segment.reward = math.nan if one.reward is None else one.reward
+        return outcomes
+
+    def _record(self, version: int, segments: list[Segment], stats: dict[str, float], staleness: Any) -> None:
+        ranges = [[s.sample_id, s.start, s.end, int(s.versions.min()), int(s.versions.max())] for s in segments]
+        assert self._log is not None
+        teachers = {"teachers": [s.teacher for s in segments]} if len(self._topology.teachers) > 1 else {}
+        self._log.write({"version": version, "ranges": ranges, **teachers})
+        self._role.count("steps")
+        self._metrics["opd_intake_steps_total"].inc()
+        self._metrics["opd_intake_cuts_total"].inc(stats["cuts"])
+        self._metrics["opd_intake_recompute_tokens_total"].inc(stats["recomputed_tokens"])
+        for age, count in enumerate(staleness):
+            if count:
+                self._metrics["opd_intake_staleness_steps"].observe(age, int(count))
+
+    def _explain_wait(self) -> None:
+        """Say in the log who a step is waiting for."""
+        owed = self._assembler.owed()
+        if self._version is not None and owed:
+            some = ", ".join(f"{sample} (to {end})" for sample, (_, end) in list(owed.items())[:5])
+            log.warning("step %d waits for the scores of %d samples: %s", self._version, len(owed), some)
+
+    # --- control -----------------------------------------------------------------------------------------------------
+
+    async def control(self) -> None:
+        """Handle the dispatcher's messages in order; those for the learner are passed on to every rank."""
+        while True:
+            message = await self._role.control.receive()
+            match message:
+                case m.Version():
+                    self._assembler.mark(message.version - 1, _owed(message))
+                    self._version = message.version
+                    self._news.set()
+                case m.Drained():
+                    self._assembler.mark(message.version, _owed(message))
+                    self._news.set()
+                case m.Quiesce():
+                    self._version = None
+                    await self._role.control.send(m.Quiesced(self._planned))
+                case m.Reclaim():
+                    await self._reclaim(message)
+                case m.SaveCheckpoint():
+                    frontier.save(frontier.snapshot(self._assembler, message.step), Path(message.folder))
+                    await self.ranks.send_all(message)
+                case m.SyncWeights() | m.ExportModel():
+                    await self.ranks.send_all(message)
+                case m.Stop():
+                    await self.ranks.send_all(message)
+                    self._role.stopped.set()
+                case _:
+                    log.warning("ignored a %s", type(message).__name__)
+
+    async def _reclaim(self, request: m.Reclaim) -> None:
+        pairs = zip(request.sample_ids.tolist(), request.attempts.tolist(), strict=True)
+        results = [self._assembler.give_up_attempt(sample_id, attempt) for sample_id, attempt in pairs]
+        tokens = [prefix for _, prefix, _ in results]
+        await self._role.control.send(
+            m.Reclaimed(
+                request.sample_ids,
+                np.array([attempt for attempt, _, _ in results], np.int32),
+                np.array([len(prefix) for prefix in tokens], np.int32),
+                np.array([complete for _, _, complete in results], np.int32),
+                np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
+            )
+        )
+        self._news.set()
+
+    def _malformed_frame(self, reason: str) -> None:
+        self._role.count("malformed_frames")
+        self._metrics["opd_intake_malformed_total"].labels("frame").inc()
+
+    def close(self) -> None:
+        """Close sockets and the log."""
+        self._pull.close()
+        self.ranks.close()
+        if self._log is not None:
+            self._log.close()
+
+
+def _columns(taken: list[Taken]) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
+    return (
+        np.array([one.sample_id for one in taken], np.int64),
+        np.array([one.end for one in taken], np.int32),
+        np.array([one.complete for one in taken], np.int32),
+    )
+
+
+def _owed(mark: m.Version | m.Drained) -> list[tuple[int, int, int]]:
+    return list(zip(mark.sample_ids.tolist(), mark.attempts.tolist(), mark.ends.tolist(), strict=True))
+
+
+async def main() -> None:
+    """Run the intake until the dispatcher says stop."""
+    plan, _ = role_arguments("Intake: assemble, plan, pack.")
+    async with Role.open(RoleKind.INTAKE, plan, 0) as role:
+        intake = Intake(role)
+        try:
+            await intake.restore()
+            for loop, name in (
+                (intake.control(), "control"),
+                (intake.ranks.collect(), "ranks"),
+                (intake.receive(), "receive"),
+                (intake.acknowledge(), "acknowledge"),
+                (intake.plan(), "plan"),
+            ):
+                role.spawn(loop, name)
+            await role.until_stopped()
+        finally:
+            intake.close()

@@ -1,0 +1,68 @@
+"""Figures that the intake reports: what a step consists of, and how long scores took."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.estimators.advantages import Outcome, flat_groups
+from opd_async.scheduling.assembly import Segment
+
+RESERVOIR = 20_000
+
+
+def describe_step(segments: Sequence[Segment], version: int) -> tuple[dict[str, float], NDArray[np.int64]]:
+    """Statistics of one step, and int64[k]: its trained tokens by staleness.
+
+    `forwarded_tokens` counts every token of the packed sequences; `recomputed_tokens` those of prefixes that an earlier
+    step had forwarded already, prompts included.
+    """
+    ages = [version - segment.versions for segment in segments]
+    staleness = np.bincount(np.concatenate(ages)) if ages else np.zeros(1, np.int64)
+    stats = {
+        "tokens": float(sum(segment.end - segment.start for segment in segments)),
+        "segments": float(len(segments)),
+        "completed": float(sum(segment.complete for segment in segments)),
+        "cuts": float(sum(not segment.complete for segment in segments)),
+        "forwarded_tokens": float(sum(len(segment.token_ids) for segment in segments)),
+        "recomputed_tokens": float(sum(s.start + s.prompt_tokens for s in segments if s.start)),
+    }
+    return stats, staleness.astype(np.int64)
+
+
+def describe_rewards(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Mean and spread of the rewards of a step's complete responses, how many responses have none, and the share of
+    groups whose rewards are all equal."""
+    known = np.array([outcome.reward for outcome in outcomes if outcome.reward is not None], np.float64)
+    stats = {"rewarded": float(len(known)), "unrewarded": float(len(outcomes) - len(known))}
+    if len(known):
+        spread = {"reward_mean": float(known.mean()), "reward_std": float(known.std())}
+        stats |= spread | {"flat_groups": flat_groups(outcomes)}
+    return stats
+
+
+class LatencyReservoir:
+    """A uniform sample of all score latencies (seconds), of bounded size."""
+
+    def __init__(self) -> None:
+        self._values: list[float] = []
+        self._seen = 0
+        self._random = random.Random(0)
+
+    def add(self, seconds: float) -> None:
+        """Count one finished response."""
+        self._seen += 1
+        if len(self._values) < RESERVOIR:
+            self._values.append(seconds)
+        elif (at := self._random.randrange(self._seen)) < RESERVOIR:
+            self._values[at] = seconds
+
+    def quantiles(self) -> dict[str, float]:
+        """p50 and p99 in seconds; empty while nothing was counted."""
+        if not self._values:
+            return {}
+        p50, p99 = np.quantile(self._values, [0.5, 0.99])
+        return {"score_latency_p50_s": float(p50), "score_latency_p99_s": float(p99)}

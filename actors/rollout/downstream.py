@@ -1,0 +1,42 @@
+"""Where a rollout actor's chunks go: to the teacher actors, or, where none scores, straight to the intake."""
+
+from __future__ import annotations
+
+import numpy as np
+import zmq.asyncio
+
+from opd_async.plan.plan import Plan, RoleKind
+from opd_async.scheduling.routing import rendezvous
+from opd_async.transport.channels import Push
+from opd_async.transport.messages import Chunk, ScoredChunk
+
+
+class Downstream:
+    """The sockets of a rollout actor for chunks. A route is the index of a teacher actor, 0 where there is none."""
+
+    def __init__(self, context: zmq.asyncio.Context, plan: Plan, sender: str) -> None:
+        """`sender` is the rollout actor's name, which stands in for a teacher's in chunks that nobody scored."""
+        self._scored = plan.topology.opd.on_engines
+        self._sender = sender
+        self._pushes = [Push(context, address) for address in (plan.chunks if self._scored else (plan.scored,))]
+        self._teachers = [role.teacher for role in plan.of_kind(RoleKind.TEACHER)]
+
+    def route(self, prompt_id: int, teacher: str) -> int:
+        """To which actor of `teacher` all chunks of this prompt's samples go, so that they meet one prefix cache."""
+        if not self._scored:
+            return 0
+        return rendezvous(prompt_id, [index for index, name in enumerate(self._teachers) if name == teacher])
+
+    async def send(self, route: int, chunk: Chunk) -> None:
+        """Hand a chunk over; waits at the receiver's high-water mark. On cancel: it may or may not have been sent."""
+        await self._pushes[route].send(chunk if self._scored else unscored(chunk, self._sender))
+
+    def close(self) -> None:
+        """Close the sockets; queued chunks may still leave."""
+        for push in self._pushes:
+            push.close()
+
+
+def unscored(chunk: Chunk, sender: str) -> ScoredChunk:
+    """The chunk as the intake takes it where no teacher engine scores: without a teacher's logprobs."""
+    return chunk.scored(sender, 0.0, np.zeros(0, np.float32))

@@ -1,0 +1,197 @@
+"""One response while it is being generated: tokens received, chunks that are due, requests to go on with."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.actors.client.engine_client import Sampling
+from opd_async.actors.client.replies import Delta
+from opd_async.actors.client.routed_client import GenerationClient, RoutedClient
+from opd_async.config.topology import RolloutSection
+from opd_async.errors import EngineError
+from opd_async.transport import messages as m
+
+
+@dataclass(slots=True)
+class Student:
+    """A student engine as a rollout actor sees it. The gate is open while it may generate with weights `version`."""
+
+    client: GenerationClient
+    urls: tuple[str, ...]
+    """The engine itself; behind a router, all engines there."""
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    version: int = -1
+    down: bool = False
+    """It cannot be paused, and has sent all that it ever will."""
+
+    @property
+    def routed(self) -> bool:
+        """Behind a router, where nobody knows which engine a request has met, and other actors' requests run too."""
+        return isinstance(self.client, RoutedClient)
+
+    def lost(self) -> None:
+        """An engine is gone: no new requests until the weights are in its successor. Those behind a router go on with
+        what they have, and must still be paused."""
+        self.gate.clear()
+        self.down = not self.routed
+
+
+@dataclass(slots=True)
+class Generation:
+    """The state of one lease. Tokens wait in `_pending` until a chunk is due; a chunk has one weight version."""
+
+    lease: m.Lease
+    rid: str
+    student: Student
+    finish: m.Finish | None = None
+    failures: int = 0
+    received: int = 0
+    """Tokens that the current request has delivered."""
+    awaits_reward: bool = False
+    """The response is to be judged when it has ended: its end is not announced before `rewarded`."""
+    streaming: bool = False
+    """A request to the student engine is under way."""
+    first_version: int | None = None
+    """Weight version of the first request: what a prefix cache holds of this response was begun under it."""
+    _tokens: list[NDArray[np.int32]] = field(default_factory=list)
+    _pending: list[Delta] = field(default_factory=list)
+    _pending_tokens: int = 0
+    _sent_end: int = 0
+    _made_at: float = 0.0
+    _closed: bool = False
+    _reward: float | None = None
+
+    def __post_init__(self) -> None:
+        self._sent_end = len(self.lease.prefix)
+
+    @property
+    def length(self) -> int:
+        """Response tokens so far, the prefix of earlier attempts included."""
+        return len(self.lease.prefix) + sum(len(part) for part in self._tokens)
+
+    def new_request(self) -> None:
+        """The last request failed: the next one goes on behind the tokens that arrived."""
+        self.rid = f"{self.lease.sample_id:016x}-{uuid.uuid4().hex[:12]}"
+        self.received = 0
+
+    def cache_key(self, keep: bool) -> str:
+        """Namespace of the next request in the engine's prefix cache: the weight version, or, to `keep` the keys and
+        values that earlier requests of this response have left there, the version of the first."""
+        if self.first_version is None or not keep:
+            self.first_version = self.student.version
+        return str(self.first_version)
+
+    def input_ids(self) -> NDArray[np.int32]:
+        """int32[prompt + response so far]."""
+        return np.concatenate([self.lease.prompt, self.lease.prefix, *self._tokens]).astype(np.int32)
+
+    def max_tokens(self, settings: RolloutSection) -> int:
+        """Longest response."""
+        return self.lease.max_tokens or settings.sampling.max_response_tokens
+
+    def sampling(self, settings: RolloutSection, stop_token_ids: tuple[int, ...]) -> Sampling:
+        """Parameters of the request for the rest of the response."""
+        sampling = settings.sampling
+        return Sampling(
+            self.lease.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            self.max_tokens(settings) - self.length,
+            stop_token_ids,
+            settings.stream_interval,
+        )
+
+    def natural_finish(self, max_tokens: int, stop_token_ids: tuple[int, ...]) -> m.Finish | None:
+        """How the response ended, if the tokens at hand already end it (its last event may have been lost)."""
+        if self._ends_with(stop_token_ids):
+            return m.Finish.STOP
+        return m.Finish.LENGTH if self.length >= max_tokens else None
+
+    def _ends_with(self, token_ids: tuple[int, ...]) -> bool:
+        parts = [self.lease.prefix, *self._tokens]
+        last = next((part[-1] for part in reversed(parts) if len(part)), None)
+        return last is not None and int(last) in token_ids
+
+    def take(self, delta: Delta, on_teacher: bool, stop_token_ids: tuple[int, ...]) -> int:
+        """Add streamed tokens; returns how many. `EngineError` when they were not made by the weights of the last
+        `Resume`: tokens of older weights that come late are in no mark, and could be trained too late."""
+        if len(delta.token_ids):
+            expected = str(self.student.version)
+            if not on_teacher and delta.weight_version != expected:
+                raise EngineError(f"weight_version: {delta.weight_version!r} where the learner sent {expected}")
+            self._made_at = time.time()
+            self._tokens.append(delta.token_ids)
+            self._pending.append(delta)
+            self._pending_tokens += len(delta.token_ids)
+            self.received += len(delta.token_ids)
+            self.failures = 0
+        self.finish = delta.finish
+        if self.finish is m.Finish.LENGTH and self._ends_with(stop_token_ids):
+            # engines say "length" when the last allowed token happens to be a stop token
+            self.finish = m.Finish.STOP
+        return len(delta.token_ids)
+
+    def due_chunks(self, chunk_tokens: int, actor: int) -> list[m.Chunk]:
+        """Chunks that must leave now: of an older weight version, at `chunk_tokens`, or at the end of the response.
+
+        Tokens do not wait for a reward: an empty chunk behind them then says how the response ended and what it earned.
+        """
+        if self.finish is None and self._pending_tokens < chunk_tokens and self._is_one_run():
+            return []
+        end = None if self.awaits_reward else self.finish
+        chunks: list[m.Chunk] = []
+        while self._pending:
+            version = self._pending[0].weight_version
+            run = [delta for delta in self._pending if delta.weight_version == version]
+            is_last_run = len(run) == len(self._pending)
+            if is_last_run and self.finish is None and sum(len(delta.token_ids) for delta in run) < chunk_tokens:
+                break
+            del self._pending[: len(run)]
+            chunks.append(self._chunk(run, actor, end if is_last_run else None))
+        if end is not None and not self._closed:
+            chunks.append(self._chunk([], actor, end))
+        return chunks
+
+    def _is_one_run(self) -> bool:
+        """Whether all that waits was made by the same weights; versions never go back."""
+        return not self._pending or self._pending[0].weight_version == self._pending[-1].weight_version
+
+    def rewarded(self, reward: float | None) -> None:
+        """The response has been judged (None: it could not be): its end may be announced."""
+        self._reward, self.awaits_reward = reward, False
+
+    def _chunk(self, deltas: list[Delta], actor: int, finish: m.Finish | None) -> m.Chunk:
+        ids = [delta.token_ids for delta in deltas]
+        logprobs = [delta.logprobs for delta in deltas]
+        chunk = m.Chunk(
+            self.lease.sample_id,
+            self.lease.attempt,
+            actor,
+            self.lease.prompt_id,
+            len(self.lease.prompt),
+            self._sent_end,
+            int(deltas[0].weight_version) if deltas else max(self.student.version, 0),
+            None if finish is None else finish.value,
+            self.lease.label,
+            self._made_at,
+            np.concatenate(ids) if ids else np.zeros(0, np.int32),
+            np.concatenate(logprobs) if logprobs else np.zeros(0, np.float32),
+            reward=self._reward if finish is not None else None,
+            teacher=self.lease.teacher,
+        )
+        self._sent_end = chunk.end
+        self._pending_tokens -= len(chunk.token_ids)
+        self._closed = finish is not None
+        return chunk
+
+    def evaluation(self, reward: float | None) -> m.EvalDone:
+        """The complete response of an evaluation lease, and what it earned where that was asked for."""
+        finish = self.finish.value if self.finish else ""
+        version = max(self.student.version, 0)
+        return m.EvalDone(self.lease.sample_id, finish, version, self.input_ids()[len(self.lease.prompt) :], reward)

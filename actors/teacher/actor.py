@@ -1,0 +1,278 @@
+"""Score chunks with the teacher: prefill-only requests for new tokens, in token-budget batches.
+
+    chunks (PULL) -> cut points -> a lane for each engine: batcher -> engine -> scored chunks (PUSH) to the intake
+
+    loop             waits for                               unblocked by
+    receive          a chunk                                 a rollout actor
+    control          a message of the dispatcher            the dispatcher
+    dispatch, watch  see `actors.lane`, one of each engine
+
+The actor keeps the tokens of each unfinished sample, because a request carries all ids so far; the prefix cache of the
+engine holds their keys and values, so only new tokens are computed. A rendezvous hash of the prompt picks the engine
+among those that can be used, so that a prompt's samples and a sample's chunks meet one cache.
+On cancel: chunks that were not scored stay with their rollout actor, which sends them again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import aiohttp
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.actors.client.engine_client import EngineClient, new_connector
+from opd_async.actors.client.replies import Scores
+from opd_async.actors.teacher.lane import Lane, Request
+from opd_async.config.topology import TrainOn
+from opd_async.engines.probe import wait_until_ready
+from opd_async.errors import EngineError, RoleError
+from opd_async.plan.plan import RoleKind
+from opd_async.role import IdleClock, Role, role_arguments
+from opd_async.scheduling.cache_share import CutPoints
+from opd_async.scheduling.routing import rendezvous
+from opd_async.scheduling.score_batches import ScoreItem
+from opd_async.transport import messages as m
+from opd_async.transport.channels import Pull, Push
+
+log = logging.getLogger(__name__)
+
+MAX_QUEUE_BATCHES = 16
+"""Receiving stops while this many batches' tokens wait for each engine, so that backpressure reaches the rollout
+actors."""
+
+
+class TeacherActor:
+    """One teacher actor and the teacher engines that it drives."""
+
+    def __init__(self, role: Role, session: aiohttp.ClientSession) -> None:
+        self._role = role
+        self._topology, plan = role.plan.topology, role.plan
+        self._metrics = role.metrics
+        self._lanes = [Lane(role, self._client(session, url), self) for url in plan.engines_of(role.mine)]
+        self._points = self._new_points()
+        self._ids: dict[int, tuple[int, NDArray[np.int32]]] = {}
+        self._tries: Counter[int] = Counter()
+        self._room = asyncio.Event()
+        self._idle = IdleClock()
+        role.refresh = self._refresh
+        self._pull = Pull(role.context, plan.chunks[role.mine.index], self._malformed)
+        self._push = Push(role.context, plan.scored)
+
+    def _client(self, session: aiohttp.ClientSession, url: str) -> EngineClient:
+        section, settings = self._role.plan.section(url), self._topology.teacher
+        return EngineClient(
+            session,
+            url,
+            self._role.plan.vocab_size,
+            section.api_key,
+            section.admin_api_key,
+            self._topology.opd.wire_topk,
+            settings.request_deadline_s,
+        )
+
+    def _new_points(self) -> CutPoints:
+        schedule = self._topology.schedule
+        deadline = schedule.max_staleness if schedule.train_on is TrainOn.TOKENS else None
+        return CutPoints(self._topology.rollout.chunk_tokens, deadline)
+
+    async def prepare(self) -> None:
+        """Wait for the engines and check that each is a sane teacher, and all the same, before any chunk is scored."""
+        for lane in self._lanes:
+            url, deadline_s = lane.client.url, self._topology.supervisor.start_deadline_s
+            await wait_until_ready(url, "the teacher engine", deadline_s, self._role.plan.section(url).api_key)
+            try:
+                await lane.canary.check()
+            except EngineError as error:
+                raise RoleError(f"the teacher cannot score a test text: {error}") from None
+            lane.canary.compare(self._lanes[0].canary)
+
+    def start(self) -> None:
+        """Begin to score."""
+        self._role.spawn(self.receive(), "receive")
+        for lane in self._lanes:
+            self._role.spawn(lane.dispatch(), f"dispatch {lane.client.url}")
+            self._role.spawn(lane.watch(), f"watch {lane.client.url}")
+
+    # --- chunks ------------------------------------------------------------------------------------------------------
+
+    async def receive(self) -> None:
+        """Take chunks in; wait while too much is queued."""
+        limit = MAX_QUEUE_BATCHES * self._topology.teacher.batch_tokens * len(self._lanes)
+        while True:
+            chunk = await self._pull.receive()
+            if not isinstance(chunk, m.Chunk) or chunk.teacher != self._role.mine.teacher:
+                self._malformed(f"a {type(chunk).__name__}, or of another teacher")
+                continue
+            if self._known(chunk):
+                self._queue(self._points.offer(chunk, self._lane(chunk.prompt_id).cache.coarse))
+            while self._waiting_tokens() > limit:
+                self._room.clear()
+                await self._room.wait()
+
+    def _known(self, chunk: m.Chunk) -> bool:
+        """Extend the sample's tokens; False for a chunk whose beginning this actor has not seen."""
+        known = self._ids.get(chunk.sample_id)
+        if chunk.context is not None:
+            for lane in self._lanes:
+                lane.batcher.drop(chunk.sample_id)
+            self._points.drop(chunk.sample_id)
+            prefix = chunk.context
+        elif known is not None and known[0] == chunk.attempt and len(known[1]) == chunk.prompt_tokens + chunk.start:
+            prefix = known[1]
+        else:
+            self._role.count("orphan_chunks")
+            self._metrics["opd_teacher_orphan_chunks_total"].inc()
+            return False
+        self._ids[chunk.sample_id] = (chunk.attempt, np.concatenate([prefix, chunk.token_ids]))
+        return True
+
+    def _lane(self, prompt_id: int) -> Lane:
+        """The engine of a prompt, among those whose breaker is closed; among all if none is."""
+        usable = [index for index, lane in enumerate(self._lanes) if lane.guard.closed]
+        return self._lanes[rendezvous(prompt_id, usable or range(len(self._lanes)), "engine")]
+
+    def _queue(self, chunks: Sequence[m.Chunk]) -> None:
+        for chunk in chunks:
+            self._lane(chunk.prompt_id).add(chunk)
+        self._gauge()
+
+    def _waiting_tokens(self) -> int:
+        return sum(lane.batcher.waiting_tokens for lane in self._lanes)
+
+    def _gauge(self) -> None:
+        self._metrics["opd_teacher_queue_tokens"].set(self._waiting_tokens())
+        self._metrics["opd_teacher_held_tokens"].set(self._points.held_tokens)
+
+    # --- what lanes need ---------------------------------------------------------------------------------------------
+
+    def request(self, item: ScoreItem) -> Request | None:
+        """All ids so far, and where the new ones begin; None for a chunk that came again after its sample had ended."""
+        first, last = item.chunks[0], item.chunks[-1]
+        known = self._ids.get(item.sample_id)
+        if known is None:
+            return None
+        return known[1][: last.prompt_tokens + last.end], first.prompt_tokens + first.start
+
+    async def deliver(self, item: ScoreItem, scores: Scores | None) -> None:
+        """Send the item's chunks with their share of the scores; forget the sample after its last one."""
+        now, first = time.time(), item.chunks[0].start
+        self._tries.pop(item.sample_id, None)
+        for chunk in item.chunks:
+            latency_s = max(now - chunk.made_at, 0.0)
+            await self._push.send(_scored(chunk, scores, chunk.start - first, self._role.name, latency_s))
+            if chunk.finish is not None:
+                if self._holds(chunk):  # a later attempt needs its own tokens still
+                    del self._ids[chunk.sample_id]
+                self._metrics["opd_teacher_score_latency_seconds"].observe(latency_s)
+
+    def reroute(self, chunks: Sequence[m.Chunk]) -> None:
+        """Give chunks that an engine could not score to another one; those of given-up attempts are dropped."""
+        held = [chunk for chunk in chunks if self._holds(chunk)]
+        self._metrics["opd_teacher_rerouted_chunks_total"].inc(len(held))
+        self._queue(held)
+
+    def _holds(self, chunk: m.Chunk) -> bool:
+        known = self._ids.get(chunk.sample_id)
+        return known is not None and known[0] == chunk.attempt and len(known[1]) >= chunk.prompt_tokens + chunk.end
+
+    def blame(self, items: Sequence[ScoreItem]) -> int:
+        """Count a failed try of each sample; returns the most that any of them has seen since its last score."""
+        self._tries.update(item.sample_id for item in items)
+        return max(self._tries[item.sample_id] for item in items)
+
+    def alone(self, lane: Lane) -> bool:
+        """Whether no other engine can be used."""
+        return not any(other.guard.closed for other in self._lanes if other is not lane)
+
+    def changed(self) -> None:
+        """A batch has begun or ended: bring idle time up to date, and let `receive` look for room."""
+        self._idle.set_busy(any(lane.busy for lane in self._lanes))
+        self._room.set()
+
+    def recovered(self) -> None:
+        """An engine can be used again: it takes what waits for those that cannot."""
+        for lane in self._lanes:
+            if not lane.guard.closed:
+                self.reroute(lane.batcher.take_all())
+
+    async def give_up(self, text: str) -> None:
+        """End the run with this reason."""
+        await self._role.control.send(m.Failure(self._role.name, text))
+
+    def _refresh(self) -> None:
+        idle_s = self._idle.total()
+        self._metrics["opd_teacher_idle_seconds_total"].inc(idle_s - self._role.counters.get("idle_s", 0.0))
+        self._role.counters["idle_s"] = idle_s
+        self._gauge()
+
+    # --- dispatcher -------------------------------------------------------------------------------------------------
+
+    async def control(self) -> None:
+        """Handle the dispatcher's messages."""
+        while True:
+            message = await self._role.control.receive()
+            match message:
+                case m.Resume():
+                    self._queue(self._points.advance(message.version))
+                case m.Reset():
+                    await self._reset(message.token)
+                case m.Stop():
+                    self._role.stopped.set()
+                case _:
+                    log.warning("ignored a %s", type(message).__name__)
+
+    async def _reset(self, token: int) -> None:
+        """Forget every sample; batches under way are given up."""
+        self._ids.clear()
+        for lane in self._lanes:
+            await lane.reset()
+        self._points = self._new_points()
+        self._tries.clear()
+        self._room.set()
+        await self._role.control.send(m.ResetDone(self._role.name, token))
+
+    def _malformed(self, reason: str) -> None:
+        self._role.count("malformed_frames")
+        self._metrics["opd_teacher_malformed_total"].labels("chunk").inc()
+        log.warning("not a chunk: %s", reason)
+
+    def close(self) -> None:
+        """Close the sockets; scored chunks may still leave."""
+        self._pull.close()
+        self._push.close()
+
+
+def _scored(chunk: m.Chunk, scores: Scores | None, at: int, teacher_id: str, latency_s: float) -> m.ScoredChunk:
+    """The chunk with its scores, which begin at row `at`; `scores` None: the chunk has no tokens."""
+    end = at + len(chunk.token_ids)
+    if scores is None:
+        return chunk.scored(teacher_id, latency_s, np.zeros(0, np.float32))
+    scored = chunk.scored(teacher_id, latency_s, scores.logprobs[at:end])
+    if scores.topk is None:
+        return scored
+    topk = scores.topk.rows(at, end)
+    return replace(scored, topk_ids=topk.ids, topk_logprobs=topk.logprobs)
+
+
+async def main() -> None:
+    """Run one teacher actor until the dispatcher says stop."""
+    plan, index = role_arguments("Teacher actor: score partial samples.")
+    async with (
+        # the session ends last: what still runs is cancelled first, and finds its connections open
+        aiohttp.ClientSession(connector=new_connector()) as session,
+        Role.open(RoleKind.TEACHER, plan, index) as role,
+    ):
+        actor = TeacherActor(role, session)
+        try:
+            role.spawn(actor.control(), "control")
+            await actor.prepare()
+            actor.start()
+            await role.until_stopped()
+        finally:
+            actor.close()

@@ -1,0 +1,73 @@
+"""Is this engine a sane teacher, and still the same one? A short text, scored whole and in two parts, says so.
+
+The parts must agree with the whole (an offset by one, a cache that cannot be trusted), the scores must not all be alike
+(no model behind them), the ids must come back (checked with every answer), and nothing may change while a run lasts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.actors.client.engine_client import EngineClient
+from opd_async.errors import RoleError
+
+TOKENS = 12
+TOLERANCE = 5e-2
+"""Nats; wide enough for bfloat16 engines, far below what a wrong offset or a wrong model gives."""
+
+
+class CanaryError(RoleError):
+    """The engine answers, and its scores must not be used; the message names the engine and what is wrong."""
+
+
+class Canary:
+    """Checks one engine, any number of times."""
+
+    def __init__(self, client: EngineClient, vocab_size: int) -> None:
+        self._client = client
+        self._ids = np.random.default_rng(0).integers(0, vocab_size, TOKENS).astype(np.int32)
+        self._first: NDArray[np.float32] | None = None
+
+    async def check(self) -> None:
+        """Score the text. `CanaryError`: the engine cannot be trusted; `EngineError`: it could not be asked."""
+        whole, head, tail = await self._scores()
+        difference = float(np.abs(np.concatenate([head, tail]) - whole).max())
+        if difference > TOLERANCE:
+            raise CanaryError(
+                f"{self._client.url}: scores of a text differ by {difference:.3g} nats when it is sent in two parts; "
+                "its prefix cache cannot be trusted: check the engine's version and flags"
+            )
+        if float(whole.std()) == 0.0:
+            raise CanaryError(f"{self._client.url}: all scores of a test text are alike; is a model loaded?")
+        if self._first is None:
+            self._first = whole
+        elif (change := float(np.abs(whole - self._first).mean())) > TOLERANCE:
+            raise CanaryError(
+                f"{self._client.url}: scores of a test text have changed by {change:.3g} nats per token since the run "
+                "began; a teacher must stay the same: what replaced its weights?"
+            )
+
+    async def _scores(self) -> tuple[NDArray[np.float32], ...]:
+        """Of the text, of its first half, and of its second half with the first as prefix.
+
+        The first time one after the other, so that the last finds what the others left in the cache; later at once,
+        because the cache has it, and an engine in trouble is asked one thing only.
+        """
+        middle = TOKENS // 2
+        requests = [(self._ids, 1), (self._ids[:middle], 1), (self._ids, middle)]
+        if self._first is None:
+            scores = [(await self._client.score([request]))[0] for request in requests]
+        else:
+            scores = await self._client.score(requests)
+        return tuple(score.logprobs for score in scores)
+
+    def compare(self, other: Canary) -> None:
+        """Replicas of one teacher must agree. Raises `CanaryError` that names both; only after `check` of both."""
+        assert self._first is not None and other._first is not None
+        difference = float(np.abs(self._first - other._first).mean())
+        if difference > TOLERANCE:
+            raise CanaryError(
+                f"{self._client.url} and {other._client.url}: scores of a test text differ by {difference:.3g} nats "
+                "per token; replicas of one teacher must hold the same model"
+            )

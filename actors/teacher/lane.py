@@ -1,0 +1,264 @@
+"""One teacher engine of a teacher actor: what waits for it, what it is scoring, and whether it can be trusted.
+
+    chunks -> batcher -> (breaker closed, a free slot) -> engine /generate (max_new_tokens 0) -> owner.deliver
+                 |                                           |
+                 +------ the breaker opens ------------------+--> owner.reroute: another engine, or here again later
+
+    loop         waits for                                            unblocked by
+    dispatch     a full or overdue batch, a free slot, the breaker    a chunk, time, a finished batch, a canary
+    batch (few)  the engine; the intake's queue                       the engine; the intake
+    watch        the time of the next canary; an open breaker         time; failures in a row
+
+On cancel of a batch: its chunks go back to the owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.actors.client.engine_client import EngineClient
+from opd_async.actors.client.guard import Guard
+from opd_async.actors.client.replies import Scores
+from opd_async.actors.teacher.canary import Canary, CanaryError
+from opd_async.errors import EngineError, EngineFault
+from opd_async.role import Role
+from opd_async.scheduling.breaker import PASSING, backoff_s, given_up
+from opd_async.scheduling.cache_share import CacheShare
+from opd_async.scheduling.score_batches import ScoreItem, TokenBudgetBatcher
+from opd_async.transport.messages import Chunk
+
+log = logging.getLogger(__name__)
+
+Request = tuple[NDArray[np.int32], int]
+"""int32[N] token ids, and the index of the first one to score."""
+
+INSANE_CANARIES = 3
+"""Canaries in a row that find the engine insane before the run ends."""
+
+
+class Owner(Protocol):
+    """What a lane needs of its teacher actor."""
+
+    def request(self, item: ScoreItem) -> Request | None:
+        """All ids so far, and where the new ones begin; None for a sample that is not scored any more."""
+
+    async def deliver(self, item: ScoreItem, scores: Scores | None) -> None:
+        """Send the item's chunks on; `scores` None: they have no tokens."""
+
+    def reroute(self, chunks: Sequence[Chunk]) -> None:
+        """These could not be scored here."""
+
+    def blame(self, items: Sequence[ScoreItem]) -> int:
+        """Another try failed through no passing fault: the most that any of these samples has seen."""
+
+    def alone(self, lane: Lane) -> bool:
+        """No other engine can take over."""
+
+    def changed(self) -> None:
+        """A batch has begun or ended."""
+
+    def recovered(self) -> None:
+        """An engine can score again: others may give it their work."""
+
+    async def give_up(self, text: str) -> None:
+        """End the run."""
+
+
+class Lane:
+    """One engine's queue, slots, breaker, canary and cache."""
+
+    def __init__(self, role: Role, client: EngineClient, owner: Owner) -> None:
+        self._role = role
+        self._settings = role.plan.topology.teacher
+        # an engine that is being restarted is out for longer than its start takes
+        self._outage_s = 2 * role.plan.topology.supervisor.start_deadline_s
+        self._metrics = role.metrics
+        self._owner = owner
+        self.client = client
+        self.guard = Guard(client.url, role.metrics["opd_teacher_breaker_open"].labels(client.url))
+        self.canary = Canary(client, role.plan.vocab_size)
+        self.cache = CacheShare(self._settings.min_cached_share)
+        self.batcher = self._new_batcher()
+        self._batches: set[asyncio.Task[None]] = set()
+        self._slots = asyncio.Semaphore(self._settings.max_in_flight)
+        self._changed = asyncio.Event()
+        self._insane = 0
+
+    def _new_batcher(self) -> TokenBudgetBatcher:
+        return TokenBudgetBatcher(self._settings.batch_tokens, self._settings.max_wait_ms / 1000)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine is scoring."""
+        return bool(self._batches)
+
+    def add(self, chunk: Chunk) -> None:
+        """Queue a chunk."""
+        self.batcher.add(chunk, time.monotonic())
+        self._changed.set()
+
+    async def reset(self) -> None:
+        """Forget every sample; batches under way are given up."""
+        await self._cancel_batches()
+        self.batcher = self._new_batcher()
+
+    async def _cancel_batches(self) -> None:
+        batches = list(self._batches)
+        for task in batches:
+            task.cancel()
+        if batches:
+            await asyncio.wait(batches, timeout=10.0)
+
+    # --- scoring -----------------------------------------------------------------------------------------------------
+
+    async def dispatch(self) -> None:
+        """Let batches go as they fill or fall due, a bounded number at once."""
+        while True:
+            await self._slots.acquire()
+            batch = await self._next_batch()
+            # no await between taking a batch and reading its tokens: a reset may forget them at any other time
+            requests = [self._owner.request(item) for item in batch]
+            task = self._role.spawn(self._batch(batch, requests), "batch")
+            self._batches.add(task)
+            self._owner.changed()
+            task.add_done_callback(self._ended)
+
+    async def _next_batch(self) -> list[ScoreItem]:
+        while True:
+            await self.guard.until_closed()
+            now = time.monotonic()
+            if batch := self.batcher.take(now):
+                return batch
+            due = self.batcher.due_at()
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(None if due is None else max(due - now, 0.0)):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._batches.discard(task)
+        self._slots.release()
+        self._changed.set()
+        self._owner.changed()
+
+    async def _batch(self, batch: Sequence[ScoreItem], requests: Sequence[Request | None]) -> None:
+        left = deque((item, request) for item, request in zip(batch, requests, strict=True) if request is not None)
+        try:
+            wanted = [(item, request) for item, request in left if item.new_tokens]
+            scores = await self._score(wanted) if wanted else []
+            if scores is None:
+                return
+            self._account(wanted, scores)
+            by_sample = {item.sample_id: score for (item, _), score in zip(wanted, scores, strict=True)}
+            while left:
+                await self._owner.deliver(left[0][0], by_sample.get(left[0][0].sample_id))
+                left.popleft()
+        finally:
+            self.batcher.done([item.sample_id for item in batch])
+            self._owner.reroute([chunk for item, _ in left for chunk in item.chunks])
+
+    async def _score(self, wanted: Sequence[tuple[ScoreItem, Request]]) -> list[Scores] | None:
+        """Score one batch, through failures; None once the breaker is open: somebody else may do it."""
+        failures = 0
+        while not failures or self.guard.closed:
+            try:
+                scores = await self.client.score([request for _, request in wanted])
+            except EngineError as error:
+                failures += 1
+                await self._failed([item for item, _ in wanted], error)
+                if self.guard.closed:
+                    await asyncio.sleep(backoff_s(failures, random.random))
+            else:
+                self.guard.succeeded()
+                return scores
+        return None
+
+    async def _failed(self, items: Sequence[ScoreItem], error: EngineError) -> None:
+        self._role.count("teacher_retries")
+        self._metrics["opd_teacher_retries_total"].labels(error.fault.value).inc()
+        log.warning("scoring failed: %s", error)
+        if error.fault is EngineFault.SILENT:  # five deadlines in a row would be too long a wait; a canary asks again
+            self.guard.trip(error)
+        elif error.fault is not EngineFault.REFUSED:  # an engine that refuses is well
+            self.guard.failed(error)
+        if error.fault not in PASSING:
+            tries = self._owner.blame(items)
+            if given_up(error.fault, tries, 2 * self._settings.request_retries):
+                samples = ", ".join(str(item.sample_id) for item in items[:3])
+                await self._owner.give_up(f"samples {samples}, ... cannot be scored, {tries} tries, last: {error}")
+
+    def _account(self, wanted: Sequence[tuple[ScoreItem, Request]], scores: Sequence[Scores]) -> None:
+        new_tokens = sum(item.new_tokens for item, _ in wanted)
+        prompt_tokens = sum(score.prompt_tokens for score in scores)
+        cached_tokens = sum(score.cached_tokens for score in scores)
+        self._role.count("tokens", new_tokens)
+        self._role.count("cached_tokens", cached_tokens)
+        self._role.count("computed_tokens", prompt_tokens - cached_tokens)
+        self._metrics["opd_teacher_scored_tokens_total"].inc(new_tokens)
+        self._metrics["opd_teacher_cached_tokens_total"].inc(cached_tokens)
+        self._metrics["opd_teacher_computed_tokens_total"].inc(prompt_tokens - cached_tokens)
+        self._metrics["opd_teacher_batches_total"].inc()
+        self._metrics["opd_teacher_batch_tokens"].observe(new_tokens)
+        # what the engine has been sent before; the beginning of a sample it need not know
+        again = [(start - 1, score) for (item, (_, start)), score in zip(wanted, scores, strict=True) if _later(item)]
+        self.cache.observe(sum(prefix for prefix, _ in again), sum(score.cached_tokens for _, score in again))
+        self._metrics["opd_teacher_prefix_share"].labels(self.client.url).set(self.cache.share)
+
+    # --- trust -------------------------------------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """Send a canary now and then, and as the probe while the breaker is open."""
+        while True:
+            await self.guard.until_open(self._settings.canary_every_s)
+            if not self.guard.closed:
+                if not self._owner.alone(self):
+                    self._owner.reroute(self.batcher.take_all())
+                await self.guard.admission()
+            await self._send_canary()
+            if self.guard.failing_s > self._outage_s and not self.guard.closed and self._owner.alone(self):
+                text = f"{self.client.url} has not scored anything for {self.guard.failing_s:.0f} s; see its log"
+                await self._owner.give_up(text)
+
+    async def _send_canary(self) -> None:
+        result = "passed"
+        try:
+            await self.canary.check()
+        except EngineError as error:
+            result = "failed"
+            log.warning("canary: %s", error)
+            self.guard.failed(error)
+        except CanaryError as error:
+            result = "insane"
+            await self._distrust(error)
+        else:
+            self._insane = 0
+            if not self.guard.closed:
+                self.guard.succeeded()
+                self._owner.recovered()
+        self._role.count(f"canaries_{result}")
+        self._metrics["opd_teacher_canaries_total"].labels(result).inc()
+
+    async def _distrust(self, error: CanaryError) -> None:
+        """Use nothing more of this engine; if it stays so, nobody should."""
+        log.error("canary: %s", error)
+        self._insane += 1
+        self.guard.trip(error)
+        await self._cancel_batches()
+        if self._insane >= INSANE_CANARIES:
+            await self._owner.give_up(str(error))
+
+
+def _later(item: ScoreItem) -> bool:
+    """Not the beginning of its response."""
+    return item.chunks[0].start > 0

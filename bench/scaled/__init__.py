@@ -1,1 +1,0 @@
-"""Real roles in real time, with devices replaced by processes that take as long as a cost model says."""

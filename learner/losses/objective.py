@@ -1,0 +1,144 @@
+"""From the rows of a micro-batch to its loss, as the configuration names it.
+
+    sampled token:   reverse_kl, reverse_kl_behaviour, sft       -> learner.losses
+    teacher top-k:   forward_kl_topk, reverse_kl_topk, jsd_topk  -> learner.divergences
+    full vocabulary: forward_kl_full, reverse_kl_full, jsd_full -> learner.full_divergences
+    both:            minillm_topk, minillm_full                  -> a divergence, and returns on the sampled token
+
+The estimator's advantage, and the pull towards a reference model, are a policy gradient beside any of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opd_async.config.loss_names import WHOLE_RESPONSE_LOSSES
+from opd_async.learner.config import LossConfig
+from opd_async.learner.errors import LearnerError
+from opd_async.learner.losses.divergences import DIVERGENCES, NEEDS_TAIL, Cells, long_returns
+from opd_async.learner.losses.full_divergences import RowDivergences
+from opd_async.learner.losses.logprobs import RowLogprobs
+from opd_async.learner.losses.sampled import (
+    SUMS,
+    LossOutput,
+    Rows,
+    policy_gradient,
+    reverse_kl,
+    reverse_kl_behaviour,
+    sft,
+    weighted,
+)
+from opd_async.learner.model.layout import PackedBatch
+
+SAMPLED = {"reverse_kl": reverse_kl, "reverse_kl_behaviour": reverse_kl_behaviour, "sft": sft}
+
+
+def support_of(packed: PackedBatch, config: LossConfig) -> tuple[Tensor | None, bool]:
+    """The ids int64[R, k] whose logprobs the loss needs beside the sampled token's, and whether it needs the tail.
+
+    Raises `LearnerError` when the loss needs the teacher's top-k and the batch has none.
+    """
+    if config.loss in SAMPLED:
+        return None, False
+    if packed.topk_ids_RK is not None:
+        return packed.topk_ids_RK, config.loss in NEEDS_TAIL
+    if len(packed.targets_R):
+        raise LearnerError(f"the loss {config.loss} needs the teacher's top-k, and the batch has none")
+    return packed.targets_R[:, None], config.loss in NEEDS_TAIL  # no row, hence no id
+
+
+def objective(packed: PackedBatch, logprobs: RowLogprobs, config: LossConfig) -> LossOutput:
+    """The configured loss of a micro-batch, summed over its rows. `logprobs` are those that `support_of` asks for."""
+    # without a teacher the student stands in for it: no signal, and no divergence to report
+    teacher_R = logprobs.sampled_R.detach() if packed.teacher_R is None else packed.teacher_R
+    rows = _rows(packed, logprobs.sampled_R, teacher_R, config)
+    if config.loss in SAMPLED:
+        output = SAMPLED[config.loss](rows, config)
+        return _with_reference(_plus_entropy(output, logprobs.entropy_R, packed.weights_R, config), packed, logprobs)
+    assert logprobs.support_RK is not None
+    teacher_RK = packed.topk_logprobs_RK if packed.topk_logprobs_RK is not None else logprobs.support_RK.detach()
+    cells = Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK)
+    output = with_divergence(rows, _later_signals(rows, packed, config), cells, config)
+    return _with_reference(_plus_entropy(output, logprobs.entropy_R, packed.weights_R, config), packed, logprobs)
+
+
+def full_objective(packed: PackedBatch, found: RowDivergences, config: LossConfig) -> LossOutput:
+    """As `objective`, for the losses on the whole vocabulary; what `packed` says of the teacher is not looked at."""
+    rows = _rows(packed, found.sampled_R, found.teacher_R, config)
+    estimator = policy_gradient(rows, _later_signals(rows, packed, config), config)
+    output = _plus_divergence(estimator, found.divergence_R, packed.weights_R, config)
+    return _with_reference(output, packed, found)
+
+
+def _rows(packed: PackedBatch, sampled_R: Tensor, teacher_R: Tensor, config: LossConfig) -> Rows:
+    """The micro-batch's rows, with the logprobs float32[R] that student and teacher give to the sampled tokens."""
+    advantages_R = _advantages(packed, sampled_R, config)
+    of_batch = (packed.staleness_R, packed.sequence_R, packed.weights_R)
+    return Rows(sampled_R, packed.behaviour_R, teacher_R, advantages_R, *of_batch)
+
+
+def _later_signals(rows: Rows, packed: PackedBatch, config: LossConfig) -> Tensor:
+    """The signal on the sampled token beside a divergence, float32[R]: MiniLLM's returns, else nothing."""
+    if config.loss in WHOLE_RESPONSE_LOSSES:
+        return long_returns(rows.teacher_R - rows.logprobs_R.detach(), packed.sequence_R)
+    return torch.zeros_like(rows.teacher_R)
+
+
+def with_divergence(rows: Rows, signal_R: Tensor, cells: Cells, config: LossConfig) -> LossOutput:
+    """kl_coef * divergence, plus the clipped policy gradient of the estimator's advantage and kl_coef * `signal_R`.
+
+    The importance ratio acts on advantage and signal; the divergence depends on the prefix only. `signal_clamp` bounds
+    the signal alone: clamping terms of a divergence can turn its sign.
+    """
+    estimator = policy_gradient(rows, signal_R, config)
+    output = _plus_divergence(estimator, DIVERGENCES[config.loss](cells, config), rows.weights_R, config)
+    output.sums[SUMS.index("student_support")] = cells.student_RK.detach().exp().sum()
+    output.sums[SUMS.index("teacher_support")] = cells.teacher_RK.exp().sum()
+    return output
+
+
+def _plus_divergence(
+    estimator: LossOutput, divergence_R: Tensor, weights_R: Tensor | None, config: LossConfig
+) -> LossOutput:
+    """The estimator's loss plus kl_coef times the divergence, summed over rows."""
+    loss = estimator.loss + config.kl_coef * weighted(divergence_R, weights_R).sum()
+    sums = estimator.sums.clone()
+    sums[SUMS.index("loss")] = loss.detach()
+    return LossOutput(loss, sums, estimator.maxima)
+
+
+def _plus_entropy(
+    output: LossOutput, entropy_R: Tensor | None, weights_R: Tensor | None, config: LossConfig
+) -> LossOutput:
+    """The loss minus entropy_coef times the student's entropy, summed over rows, where there is such a bonus.
+
+    Its gradient is exact at each prefix (a sum over the vocabulary); prefixes are those of the weights that sampled.
+    """
+    if entropy_R is None:
+        return output
+    loss = output.loss - config.entropy_coef * weighted(entropy_R, weights_R).sum()
+    sums = output.sums.clone()
+    sums[SUMS.index("loss")] = loss.detach()
+    sums[SUMS.index("entropy")] = entropy_R.detach().sum()
+    return LossOutput(loss, sums, output.maxima)
+
+
+def _advantages(packed: PackedBatch, sampled_R: Tensor, config: LossConfig) -> Tensor:
+    """The estimator's advantages plus reference_kl_coef * (log p_ref - sg(log p)), float32[R].
+
+    The latter is the reverse KL to the reference as a policy gradient, which the ratio corrects off-policy like the
+    teacher's: unclipped, exactly the gradient of KL(p || p_ref) at each prefix. exp(d) - d - 1 as a loss, as GRPO has
+    it, has the gradient of the forward KL.
+    """
+    if packed.reference_R is None:
+        return packed.advantages_R
+    return packed.advantages_R + config.reference_kl_coef * (packed.reference_R - sampled_R.detach())
+
+
+def _with_reference(output: LossOutput, packed: PackedBatch, found: RowLogprobs | RowDivergences) -> LossOutput:
+    """The same output with the KL to the reference among what is reported, where there is one."""
+    if packed.reference_R is not None:
+        difference_R = found.sampled_R.detach() - packed.reference_R
+        output.sums[SUMS.index("reference_kl")] = difference_R.double().sum()
+    return output

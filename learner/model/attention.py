@@ -1,0 +1,114 @@
+"""Causal attention over packed sequences, for Megatron's layer spec.
+
+Shapes: P packed tokens, H query heads and K key/value heads of this rank, D channels per head. With context parallelism
+P are this rank's tokens; keys and values are gathered from the other ranks of its group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn import functional
+
+from opd_async.learner.model.context import Piece
+from opd_async.learner.model.layout import Packing
+
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """True where one variable-length kernel serves a whole pack, so that the layout needs no padding."""
+    return device.type == "cuda" and dtype in FLASH_DTYPES
+
+
+class PackedAttention(MegatronModule):
+    """Drop-in for Megatron's `DotProductAttention`, which refuses packed sequences."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        packed_seq_params: Packing,
+        **_unused: Any,
+    ) -> Tensor:
+        """`query` [P, 1, H, D], `key` and `value` [P, 1, K, D] -> [P, 1, H * D]."""
+        query_PHD, key_PKD, value_PKD = query[:, 0], key[:, 0], value[:, 0]
+        if packed_seq_params.pieces[0].keys is not None:
+            group = parallel_state.get_context_parallel_group()
+            # the way back scatters and adds up what every rank's queries have asked of a key
+            key_PKD = gather_from_sequence_parallel_region(key_PKD.contiguous(), group=group)
+            value_PKD = gather_from_sequence_parallel_region(value_PKD.contiguous(), group=group)
+        attend = self._varlen if has_varlen(query.device, query.dtype) else self._grouped
+        outputs = []
+        for piece in packed_seq_params.pieces:
+            keys, values = (t if piece.keys is None else t[piece.keys] for t in (key_PKD, value_PKD))
+            outputs.append(attend(query_PHD, keys, values, piece))
+        output_PHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return output_PHD.reshape(query.shape[0], 1, -1)
+
+    def _varlen(self, query_PHD: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn  # imports flash attention, CUDA only
+
+        first = piece.segments[0].start
+        end = piece.segments[-1].start + piece.segments[-1].count * piece.segments[-1].length
+        output = varlen_attn(
+            query_PHD[first:end],
+            keys,
+            values,
+            piece.query_bounds,
+            piece.key_bounds,
+            *piece.longest,
+            scale=self.scale,
+            window_size=(-1, 0),  # causal, where the last query of a sequence sees its last key
+            enable_gqa=query_PHD.shape[1] != keys.shape[1],
+        )
+        assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are asked for
+        return output
+
+    def _grouped(self, query_PHD: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
+        """One call per group of sequences that share a slot length; the views cost nothing."""
+        outputs = []
+        for segment in piece.segments:
+            query_NHLD = _batched(query_PHD, segment.start, segment.count, segment.length)
+            key_NKLD, value_NKLD = (
+                _batched(t, segment.first_key, segment.count, segment.reach) for t in (keys, values)
+            )
+            mask = None
+            if segment.length < segment.reach:
+                mask = torch.ones(segment.length, segment.reach, dtype=torch.bool, device=query_PHD.device)
+                mask = mask.tril(segment.reach - segment.length)
+            output_NHLD = functional.scaled_dot_product_attention(
+                query_NHLD,
+                key_NKLD,
+                value_NKLD,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scale,
+                enable_gqa=query_PHD.shape[1] != keys.shape[1],
+            )
+            outputs.append(output_NHLD.transpose(1, 2).flatten(0, 1))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _batched(tensor: Tensor, start: int, count: int, length: int) -> Tensor:
+    """Tokens from `start` on, [tokens, heads, D], as [count, heads, length, D]."""
+    return tensor.narrow(0, start, count * length).unflatten(0, (count, length)).transpose(1, 2)

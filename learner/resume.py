@@ -1,0 +1,136 @@
+"""The learner's part of a checkpoint: Megatron's sharded format (`torch_dist`), exact to resume, reshardable.
+
+    all ranks -> <folder>/__<rank>_<n>.distcp, common.pt, .metadata
+
+The student's tensors have Megatron's names, those of a critic the same behind `critic.`.
+`opd_async.run.checkpoints` makes the folder around it, seals it once every writer has finished, and refuses one that
+was cut short. Tensor-, pipeline- and data-parallel sizes may change between save and load. `checkpoints.model` does the
+same with the weights alone, and needs no second copy of them in memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+
+from opd_async.learner.checkpoints import fixes as checkpoint_fixes
+from opd_async.learner.checkpoints.model import UNREADABLE, cause, holds, load_model
+from opd_async.learner.critic.value_model import PREFIX
+from opd_async.learner.distributed.cpu import on_this_device, quiet
+from opd_async.learner.errors import CheckpointError
+from opd_async.learner.model.decoder import DecoderModel
+from opd_async.learner.trainer import Trainer
+
+OPTIMIZER_FORMAT = "fully_reshardable"  # the others cannot change the tensor-parallel size
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    """Write weights and optimizer state of student and critic, weight version and random state to `folder`, replacing
+    what is there.
+
+    All ranks call it with the same folder; when it returns, all have written. The folder must be sealed after that.
+    """
+    checkpoint_fixes.install()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    dist.barrier()
+    state: dict[str, Any] = {"version": trainer.version, "random_state": torch.get_rng_state()}
+    with quiet(), on_this_device():
+        for learning in _learning(trainer):
+            checkpoint_fixes.prime_states(learning.optimizer)  # nothing to do but before the first step
+            state |= _sharded(learning, loading=False)
+            state[f"{learning.prefix}optimizer_step"] = checkpoint_fixes.optimizer_step(learning.optimizer)
+        dist_checkpointing.save(state, str(folder), content_metadata={"distrib_optim_sharding_type": OPTIMIZER_FORMAT})
+    dist.barrier()
+
+
+def load(trainer: Trainer, folder: Path) -> None:
+    """Continue from what `save` wrote: weights, optimizers, weight version. All ranks call it.
+
+    Raises `CheckpointError` if the folder is not a checkpoint, is unreadable, is of another model, or has no critic
+    where the trainer has one.
+    """
+    checkpoint_fixes.install()
+    if trainer.critic is not None and not holds(folder, PREFIX):
+        raise CheckpointError(
+            f"{folder} has no critic: it was saved with another advantage.estimator; resume with that one, or begin a "
+            "run with this checkpoint as learner.load"
+        )
+    everyone = _learning(trainer)
+    wanted: dict[str, Any] = {}
+    try:
+        with quiet(), on_this_device():
+            for learning in everyone:
+                checkpoint_fixes.prime_states(learning.optimizer)
+                wanted |= _sharded(learning, loading=True)
+            state = dist_checkpointing.load(wanted, str(folder))
+            for learning in everyone:
+                _restore(learning, state)
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded into the model {trainer.config.model_path}: {cause(error)}; resume with the "
+            f"model that the run was started with, or from another checkpoint"
+        ) from error
+    for learning in everyone:
+        checkpoint_fixes.separate_steps(learning.optimizer)
+    torch.set_rng_state(state["random_state"])
+    trainer.version = int(state["version"])
+
+
+def load_weights(trainer: Trainer, folder: Path) -> None:
+    """Begin from the weights of a checkpoint, with a new optimizer and at weight version 0. As `load_model`."""
+    load_model(trainer.model, folder)
+    trainer.optimizer.reload_model_params()
+
+
+@dataclass(frozen=True, slots=True)
+class _Learning:
+    """A model that is trained, and what is before its names."""
+
+    model: DecoderModel
+    optimizer: Any
+    prefix: str = ""
+
+
+def _learning(trainer: Trainer) -> list[_Learning]:
+    critic = [] if trainer.critic is None else [_Learning(trainer.critic.model, trainer.critic.optimizer, PREFIX)]
+    return [_Learning(trainer.model, trainer.optimizer), *critic]
+
+
+def _restore(learning: _Learning, state: dict[str, Any]) -> None:
+    """Take model and optimizer out of what was loaded."""
+    prefix = learning.prefix
+    learning.model.load_state_dict(
+        {name.removeprefix(prefix): value for name, value in state[f"{prefix}model"].items()}
+    )
+    for index, part in enumerate(learning.optimizer.chained_optimizers):
+        shards = state[f"{prefix}optimizers"][str(index)]
+        loaded = {"param_state": shards, "param_state_sharding_type": OPTIMIZER_FORMAT}
+        part.load_state_dict(checkpoint_fixes.at_step(part, state[f"{prefix}optimizer_step"]) | loaded)
+
+
+def _sharded(learning: _Learning, *, loading: bool) -> dict[str, Any]:
+    """Megatron's description of what this rank holds: model and optimizer shards.
+
+    Experts that are spread over ranks have an optimizer of their own. Its shards are named by their parameters, as all
+    others are, so that a checkpoint loads whether they are or not; Megatron's own way keeps the two apart.
+    """
+    metadata = {
+        "distrib_optim_sharding_type": OPTIMIZER_FORMAT,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    prefix = learning.prefix
+    model = learning.model.sharded_state_dict(prefix=prefix, metadata=metadata)
+    with checkpoint_fixes.padded_buckets(learning.optimizer):
+        parts = [
+            part.sharded_state_dict(model, is_loading=loading, metadata=metadata)["param_state"]
+            for part in learning.optimizer.chained_optimizers
+        ]
+    return {f"{prefix}model": model, f"{prefix}optimizers": {str(index): part for index, part in enumerate(parts)}}

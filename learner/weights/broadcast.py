@@ -1,0 +1,197 @@
+"""Send the student's weights from learner rank 0 to every engine by broadcast.
+
+    named tensors -> buckets -> POST /update_weights_from_distributed to all engines, concurrently with the broadcast
+                                of the bucket -> /end_weight_update -> verify by version and checksum
+
+    bucket of    broadcasts                            copies
+    large ones   one for each tensor, from its place   none here; none in an engine that receives into its parameters
+    small ones   one, of all tensors flattened         one on each side
+
+    wait                      unblocked by                              deadline
+    an engine's HTTP answer   the engine                                timeout_s, names the engine
+    joining the group         every engine rank joining                 timeout_s, or the first refusal
+    a broadcast               every engine rank receiving               timeout_s, or the first refusal
+
+The next bucket is gathered from the learner's ranks while the last one is on its way. After a failure the group is
+gone; `connect` with a new name starts over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opd_async.learner.errors import WeightSyncError
+from opd_async.learner.weights.base import SendReport, Tally, WeightTransport
+from opd_async.learner.weights.buckets import DIRECT_BYTES, Bucket, buckets
+from opd_async.learner.weights.engine_http import EngineAddress
+from opd_async.learner.weights.group import join, leave, open_store
+
+
+class WeightSender(WeightTransport):
+    """Learner rank 0's side of the weight group. Not for use by several threads at once."""
+
+    def __init__(
+        self,
+        engines: Sequence[EngineAddress],
+        *,
+        backend: str,
+        bind_host: str,
+        bucket_bytes: int,
+        timeout_s: float,
+        device: torch.device | None = None,
+        direct_bytes: int = DIRECT_BYTES,
+    ) -> None:
+        """`backend` is `gloo` or `nccl`; engines reach this process at `bind_host`; tensors live on `device` (CPU).
+        Tensors of `direct_bytes` and more are broadcast from where they are."""
+        super().__init__(engines, timeout_s)
+        self._backend, self._host = backend, bind_host
+        self._bucket_bytes, self._direct_bytes = bucket_bytes, direct_bytes
+        self._device = device or torch.device("cpu")
+        self._group: dist.ProcessGroup | None = None
+        self._group_name = ""
+        # one bucket is on its way while the next is filled
+        self._rooms = [torch.empty(0, dtype=torch.uint8)] * 2
+
+    @property
+    def connected(self) -> bool:
+        """True between a `connect` and the next failure or `close`."""
+        return self._group is not None
+
+    def connect(self, name: str) -> None:
+        """Form the group with every rank of every engine; a group from before is dissolved first.
+
+        Raises `WeightSyncError` that names the engine which refused or did not come.
+        """
+        self._dissolve()
+        self._engines.find()
+        world_size, timeout_s = 1 + sum(self._engines.ranks), self._engines.timeout_s
+        store, port = open_store(self._host, world_size, timeout_s)
+        bodies, offset = [], 1
+        for ranks in self._engines.ranks:
+            bodies.append(
+                {
+                    "master_address": self._host,
+                    "master_port": port,
+                    "rank_offset": offset,
+                    "world_size": world_size,
+                    "group_name": name,
+                    "backend": self._backend,
+                }
+            )
+            offset += ranks
+        joining = self._engines.submit(join, store, name, 0, world_size, self._backend, timeout_s)
+        self._group_name = name
+        try:
+            self._engines.together("/init_weights_update_group", bodies, joining)
+        except WeightSyncError:
+            joining.add_done_callback(_leave_late)
+            self._clean_engines()
+            raise
+        self._group = joining.result()
+
+    def send(self, named_tensors: Iterable[tuple[str, Tensor]], version: int, *, checksums: bool = True) -> SendReport:
+        """See `WeightTransport.send`."""
+        tally, source = Tally(version, checksums), iter(named_tensors)
+        shipping: Future[None] | None = None
+        try:
+            if self._group is None:
+                raise WeightSyncError("the weight group is not connected; call connect() with a new group name")
+            sessions = self._engines.begin()
+            for bucket in buckets(source, self._bucket_bytes, self._direct_bytes):
+                payload = [tensor.contiguous() for tensor in bucket.tensors] if bucket.direct else [self._fill(bucket)]
+                if shipping is not None:
+                    shipping.result()
+                shipping = self._engines.submit(self._ship, bucket, payload, version)
+                tally.add_bucket(bucket)
+            if shipping is not None:
+                shipping.result()
+            self._engines.end(sessions)
+        except WeightSyncError:
+            for _ in source:
+                pass
+            self._dissolve()
+            raise
+        return tally.report()
+
+    def close(self) -> None:
+        """Dissolve the group and stop the threads. Engines that do not answer are left alone."""
+        self._dissolve()
+        super().close()
+
+    def _fill(self, bucket: Bucket) -> Tensor:
+        """The bucket's bytes, in the room that was not used last."""
+        self._rooms.reverse()
+        payload = bucket.flatten(self._rooms[0])
+        if len(payload) > len(self._rooms[0]):
+            self._rooms[0] = payload
+        return payload
+
+    def _ship(self, bucket: Bucket, payload: Sequence[Tensor], version: int) -> None:
+        """One bucket to all engines. The version goes with the last one, so that no engine claims half an update."""
+        body: dict[str, Any] = {
+            "names": bucket.names,
+            "dtypes": bucket.dtypes,
+            "shapes": bucket.shapes,
+            "group_name": self._group_name,
+            "load_format": None if bucket.direct else "flattened_bucket",
+            "flush_cache": False,
+            "abort_all_requests": False,
+        }
+        if bucket.last:
+            body["weight_version"] = str(version)
+        broadcasting = self._engines.submit(self._broadcast, payload)
+        self._engines.together("/update_weights_from_distributed", [body] * len(self.addresses), broadcasting)
+
+    def _broadcast(self, payload: Sequence[Tensor]) -> None:
+        failure = _broadcast_failure(self._group, payload, self._device)
+        if failure:
+            raise WeightSyncError(f"the broadcast failed: {failure}")
+
+    def _dissolve(self) -> None:
+        """Leave the group, if there is one, and let the engines do the same."""
+        if self._group is not None:
+            group, self._group = self._group, None
+            leave(group)
+            del group  # the last reference: an engine that waits for a broadcast answers nothing until we are gone
+            self._clean_engines()
+
+    def _clean_engines(self) -> None:
+        """Make the engines forget the group and a half-done update."""
+        self._engines.clean(
+            ("/destroy_weights_update_group", {"group_name": self._group_name}), ("/end_weight_update", {})
+        )
+
+
+def _broadcast_failure(group: dist.ProcessGroup | None, payload: Sequence[Tensor], device: torch.device) -> str:
+    """Broadcast each tensor from rank 0; what went wrong, or nothing.
+
+    It does not raise: a traceback would keep the group alive, and with it the connections whose end tells the other
+    engines that nothing more will come.
+    """
+    if group is None:
+        return "the group was given up"
+    try:
+        on_gpu = payload[0].is_cuda
+        if on_gpu:
+            torch.cuda.set_device(device)
+        works = [dist.broadcast(tensor, src=0, group=group, async_op=True) for tensor in payload]
+        for work in works:
+            if work is not None:
+                work.wait()
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _leave_late(joining: Future[dist.ProcessGroup]) -> None:
+    """A group that formed after it was given up."""
+    if joining.exception() is None:
+        leave(joining.result())

@@ -1,0 +1,50 @@
+"""Whether given completions can be mixed in as the topology says: checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from opd_async.config.learning import Estimator
+from opd_async.config.loss_names import GIVEN_LOSSES, LOSSES, RATIO_LOSSES
+from opd_async.config.topology import Topology
+
+SUFFIXES = (".jsonl", ".parquet")
+PREFIX_LOSSES = tuple(loss for loss in LOSSES if loss not in RATIO_LOSSES)
+"""Those that look at the prefix alone, so that it does not matter who wrote the token."""
+
+
+def completion_problems(topology: Topology) -> Iterator[str]:
+    """Everything about `data.completions` and `opd.gkd_lambda` that cannot be; looks at names, reads no row."""
+    section, opd = topology.data.completions, topology.opd
+    if opd.use_opd and opd.loss in GIVEN_LOSSES and opd.gkd_lambda > 0.0:
+        yield (
+            f"opd.loss: {opd.loss}, but a share of {opd.gkd_lambda:g} of the samples is the student's own, on which "
+            "its expected gradient is zero; write opd.gkd_lambda 0 and data.completions, or another loss"
+        )
+    if section is None:
+        if opd.gkd_lambda < 1.0:
+            yield f"opd.gkd_lambda: {opd.gkd_lambda:g}, but nothing is given to mix in; write data.completions, or 1"
+        return
+    if section.path.suffix not in SUFFIXES:
+        yield f"data.completions.path: {section.path} is neither .jsonl nor .parquet; write one of these"
+    elif not section.path.is_file():
+        yield f"data.completions.path: no file {section.path}; write the path of a file with prompts and responses"
+    if opd.gkd_lambda == 1.0:
+        yield "data.completions: given, but opd.gkd_lambda is 1, so that none is taken; write less than 1, or remove it"
+    if not opd.use_opd:
+        yield "opd.use_opd: false, but given responses are there to be distilled on; write true, or remove them"
+    elif opd.loss not in PREFIX_LOSSES:
+        yield (
+            f"opd.loss: {opd.loss}, but given responses were not sampled by the student and have no importance ratio; "
+            f"write {', '.join(PREFIX_LOSSES)}, or remove data.completions"
+        )
+    if pull := topology.advantage.reference_kl_coef:
+        yield (
+            f"advantage.reference_kl_coef: {pull:g}, but the pull towards a reference is on sampled tokens, and given "
+            "ones are none; write 0, or remove data.completions"
+        )
+    if topology.advantage.estimator is not Estimator.NONE:
+        yield (
+            f"advantage.estimator: {topology.advantage.estimator.value}, but given responses are no samples of the "
+            "student; write none, or remove data.completions"
+        )

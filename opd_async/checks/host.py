@@ -1,0 +1,89 @@
+"""Checks of a topology against this machine: devices given out once, ports that can be bound."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from collections.abc import Iterator
+
+from opd_async.config.topology import Topology
+from opd_async.plan.resolve import LAST_PORT, port_keys, rank_devices, replica_devices
+
+
+def device_problems(topology: Topology) -> Iterator[str]:
+    """Devices that do not fit replicas and ranks, and accelerators given out twice; the cpu may be shared."""
+    users: dict[str, list[tuple[str, str]]] = {}
+    for side, _, section in topology.engine_sides:
+        if not section.started:
+            continue
+        wanted = section.replicas * section.tensor_parallel
+        if len(section.devices) not in (1, wanted):
+            each = "one for each" if section.tensor_parallel == 1 else f"{section.tensor_parallel} for each"
+            yield (
+                f"engines.{side}.devices: {len(section.devices)} devices for {section.replicas} replicas; write "
+                f"{each}, or one for all"
+            )
+        for index, devices in enumerate(replica_devices(section)):
+            for device in devices:
+                users.setdefault(device, []).append((f"engines.{side}.devices", f"{side}-engine-{index}"))
+    ranks, devices = topology.learner.ranks, rank_devices(topology)
+    if len(devices) != ranks:
+        yield (
+            f"learner.devices: {len(devices)} devices for {ranks} ranks (tensor x pipeline x data parallel); "
+            "write one for each rank, or cpu for all"
+        )
+    for rank, device in enumerate(devices):
+        users.setdefault(device, []).append(("learner.devices", f"learner rank {rank}"))
+    # handles to the learner's memory need the learner's device
+    shared = topology.learner.devices[0] if topology.learner.weight_transport == "tensor" else "cpu"
+    for device, owners in users.items():
+        if device == shared:
+            owners = [owner for owner in owners if owner[0] != "engines.student.devices"]
+        if device not in ("cpu", *topology.shared_devices) and len(owners) > 1:
+            names = ", ".join(name for _, name in owners)
+            yield (
+                f"{owners[-1][0]}: {device} is given to {names}; write another device for all but one of them, or list "
+                "it in shared_devices"
+            )
+
+
+def network_problems(topology: Topology) -> Iterator[str]:
+    """An address off loopback, or explicit ports that cannot be bound, each with the role that wants it."""
+    network = topology.network
+    if not _is_loopback(network.bind):
+        yield (
+            f"network.bind: {network.bind} is not an IPv4 loopback address, and messages between roles are not "
+            "authenticated yet (CURVE keys are not supported); write 127.0.0.1"
+        )
+    elif network.base_port:
+        keys = port_keys(topology)
+        last = network.base_port + len(keys) - 1
+        if last > LAST_PORT:
+            yield f"network.base_port: {network.base_port} and {len(keys)} ports pass {LAST_PORT}; write a smaller one"
+            return
+        for port, (role, purpose) in enumerate(keys, network.base_port):
+            if reason := _unusable(network.bind, port):
+                yield (
+                    f"network.base_port: port {port}, which {role} wants for {purpose}, {reason}; write a base_port "
+                    f"with {len(keys)} free ports after it, or 0 to take free ones"
+                )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.IPv4Address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _unusable(host: str, port: int) -> str | None:
+    """Why nothing can listen on the port now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        # As servers do: a port that only waits out an old connection is free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            return "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+    return None

@@ -1,0 +1,78 @@
+"""Whether the learner's ranks can hold the models: checked before anything starts, each finding with what to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from opd_async.config.learning import Estimator
+from opd_async.config.topology import LearnerSection, ModelSection, Topology
+from opd_async.data.model_folder import ModelFacts, try_model
+from opd_async.errors import InputError
+from opd_async.run.checkpoints import shards
+
+
+def learner_problems(topology: Topology) -> Iterator[str]:
+    """Everything in the section `learner` that does not fit the models; opens no weights."""
+    learner, context = topology.learner, topology.engines.student.context_tokens
+    if learner.micro_batch_tokens < context:
+        yield (
+            f"learner.micro_batch_tokens: {learner.micro_batch_tokens} cannot hold one sample of "
+            f"engines.student.context_tokens {context}; write at least {context}"
+        )
+    if learner.load is not None:
+        try:
+            shards(learner.load)
+        except InputError as error:
+            yield f"learner.load: {error}"
+    models = [("student", topology.models.student)]
+    if topology.opd.in_learner and topology.models.teacher is not None:
+        models.append(("teacher", topology.models.teacher))
+    if topology.advantage.estimator is Estimator.PPO and (critic := topology.advantage.critic.path) is not None:
+        models.append(("critic", ModelSection(path=critic)))
+    known = [(side, facts) for side, model in models if (facts := try_model(model.path))]
+    for side, facts in known:
+        yield from _split_problems(side, facts, learner)
+    if learner.expert_parallel > 1 and known:
+        yield from _expert_problems([(side, facts.experts) for side, facts in known if facts.has_experts], learner)
+
+
+def _expert_problems(experts: list[tuple[str, int]], learner: LearnerSection) -> Iterator[str]:
+    """`experts` are the numbers of experts of those models that have some."""
+    size, sharing = learner.expert_parallel, learner.ranks // learner.pipeline_parallel
+    if not experts:
+        yield f"learner.expert_parallel: {size}, but no model in the learner is a mixture of experts; write 1"
+    for side, count in experts:
+        if count % size:
+            fitting = _divisors(count)
+            yield f"learner.expert_parallel: {size} does not divide the {side}'s {count} experts; write {fitting}"
+    if experts and sharing % size:
+        yield (
+            f"learner.expert_parallel: {size} does not divide the {sharing} ranks of a pipeline stage, which share the "
+            f"experts out; write {_divisors(sharing)}"
+        )
+
+
+def _split_problems(side: str, facts: ModelFacts, learner: LearnerSection) -> Iterator[str]:
+    """Sizes of a model that do not divide by the parallel sizes."""
+    tensor, pipeline = learner.tensor_parallel, learner.pipeline_parallel
+    if facts.heads % tensor:
+        yield (
+            f"learner.tensor_parallel: {tensor} does not divide the {side}'s {facts.heads} attention heads; "
+            f"write {_divisors(facts.heads)}"
+        )
+    elif facts.kv_heads % tensor:
+        yield (
+            f"learner.tensor_parallel: {tensor} does not divide the {side}'s {facts.kv_heads} key-value heads; "
+            f"write {_divisors(facts.kv_heads)}"
+        )
+    if facts.layers % pipeline:
+        yield (
+            f"learner.pipeline_parallel: {pipeline} does not divide the {side}'s {facts.layers} layers; "
+            f"write {_divisors(facts.layers)}"
+        )
+
+
+def _divisors(number: int) -> str:
+    """The first divisors, for a message: `1, 2, 4 or 8`."""
+    divisors = [str(size) for size in range(1, number + 1) if number % size == 0][:6]
+    return " or ".join([", ".join(divisors[:-1]), divisors[-1]]) if len(divisors) > 1 else divisors[0]

@@ -1,0 +1,80 @@
+"""Whether responses can be judged as the topology says: rewards, answers, evaluations."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from opd_async.config.learning import RewardKind
+from opd_async.config.topology import PromptsSection, Topology
+from opd_async.data.prompts import PromptSet
+from opd_async.errors import InputError
+
+LOAD_DEADLINE_S = 60.0
+
+
+def reward_problems(topology: Topology) -> Iterator[str]:
+    """Everything wrong with `reward` and `evaluation`. Loads the rule in a process of its own, as actors will."""
+    answers = list(_answer_problems(topology))
+    yield from answers
+    yield from _evaluation_problems(topology)
+    reward = topology.reward
+    if reward.kind is not RewardKind.PYTHON and reward.function is not None:
+        yield f"reward.function: only for kind python, this is {reward.kind}; remove it"
+    elif reward.kind is RewardKind.PYTHON and reward.function is None:
+        yield "reward.function: missing; write module:function, the path of an `async def` that returns a number"
+    elif reward.kind is not RewardKind.NONE and not answers and (problem := _unloadable(topology)):
+        yield problem
+
+
+def require_labels(prompts: PromptSet, section: PromptsSection, kind: RewardKind) -> None:
+    """Raise `InputError` if the rule compares with labels and some prompts have none: it would only ever say wrong."""
+    if kind not in (RewardKind.MATH, RewardKind.EXACT_MATCH):
+        return
+    if missing := sum(not prompt.label for prompt in prompts.prompts):
+        raise InputError(
+            f"{section.path}: {missing} of {len(prompts.prompts)} prompts have no label under {section.label_key!r}, "
+            f"which reward.kind {kind} compares responses with; set label_key, or remove these prompts"
+        )
+
+
+def _unloadable(topology: Topology) -> str | None:
+    """Why the rule cannot be loaded; None if it can."""
+    reward = topology.reward
+    rule = (reward.kind.value, reward.function or "", topology.evaluation.answer_pattern)
+    try:
+        loaded = subprocess.run(
+            [sys.executable, "-m", "opd_async.actors.rewards.rules", *rule],
+            capture_output=True,
+            text=True,
+            timeout=LOAD_DEADLINE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"reward.kind: {reward.kind} was not loaded within {LOAD_DEADLINE_S:.0f} s; import less in its module"
+    lines = loaded.stderr.strip().splitlines()
+    return None if loaded.returncode == 0 else (lines[-1] if lines else f"reward.kind: {reward.kind} cannot be loaded")
+
+
+def _answer_problems(topology: Topology) -> Iterator[str]:
+    pattern = topology.evaluation.answer_pattern
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        yield f"evaluation.answer_pattern: {pattern!r} is not a regular expression ({error}); write one with a group"
+        return
+    if groups == 0:
+        yield f"evaluation.answer_pattern: {pattern!r} has no group; put the answer in parentheses, as in ^(.*)$"
+
+
+def _evaluation_problems(topology: Topology) -> Iterator[str]:
+    evaluation, context = topology.evaluation, topology.engines.student.context_tokens
+    if evaluation.judge == "reward" and topology.reward.kind is RewardKind.NONE:
+        yield "evaluation.judge: reward, but there is none; write reward.kind, or answer"
+    if (evaluation.max_response_tokens or 0) >= context:
+        yield (
+            f"evaluation.max_response_tokens: {evaluation.max_response_tokens} leaves no room for a prompt in "
+            f"engines.student.context_tokens {context}; write less than {context}"
+        )

@@ -1,0 +1,91 @@
+"""Whether the teacher is where `opd` says it is: checked before anything starts, each finding with what to write.
+
+use_opd  type      needs                                      is started
+true     sglang    models.teacher, engines.teacher            teacher engines and teacher actors
+                   or models.teachers, engines.teachers       the same for each
+true     megatron  opd.teacher_load                           neither: the learner holds the teacher
+false    -         a reward and an advantage estimator        neither
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from opd_async.config.learning import OpdType
+from opd_async.config.topology import Topology
+from opd_async.errors import InputError
+from opd_async.run.checkpoints import shards
+
+
+def opd_problems(topology: Topology) -> Iterator[str]:
+    """Every combination of the `opd` keys that cannot run; opens names and sizes of a checkpoint, no weights."""
+    opd = topology.opd
+    if opd.teacher_mix:
+        yield (
+            f"opd.teacher_mix: {opd.teacher_mix:g}, but to sample from a mixture of student and teacher an engine must "
+            "run both models for each token, and neither SGLang nor the embedded engine does; write 0, and to train "
+            "prefixes of the teacher write its responses into data.completions"
+        )
+    if not opd.use_opd:
+        if opd.teacher_load is not None:
+            yield "opd.teacher_load: given, but opd.use_opd is false; remove it, or write use_opd: true (--use-opd)"
+    elif "use_opd" in opd.model_fields_set and "type" not in opd.model_fields_set:
+        yield (
+            "opd.type: missing although opd.use_opd is written; write sglang for a teacher on engines of its own, or "
+            "megatron for one inside the learner (--opd-type)"
+        )
+    elif opd.type is OpdType.SGLANG:
+        yield from _sglang_problems(topology)
+    else:
+        yield from _megatron_problems(topology)
+    if opd.teacher_ckpt_step is not None and opd.teacher_load is None:
+        yield "opd.teacher_ckpt_step: a step of no checkpoint; remove it, or write opd.teacher_load"
+
+
+def _sglang_problems(topology: Topology) -> Iterator[str]:
+    if topology.opd.teacher_load is not None:
+        yield (
+            "opd.teacher_load: given, but opd.type is sglang, whose teacher is models.teacher.path on engines of its "
+            "own; remove it, or write type: megatron (--opd-type megatron)"
+        )
+    yield from _teachers_problems(topology)
+    if topology.models.teacher is None and not topology.models.teachers:
+        yield (
+            "models.teacher: missing, but opd.type is sglang and somebody must score; write the teacher's path and "
+            "its engines (engines.teacher), or use_opd: false"
+        )
+
+
+def _teachers_problems(topology: Topology) -> Iterator[str]:
+    """Several teachers: each has a model, engines, and prompts."""
+    names, key = topology.models.teachers, topology.data.teacher_key
+    if names and topology.models.teacher is not None:
+        yield "models.teachers: given beside models.teacher; write one of the two"
+    if names and "teacher" in topology.engines.model_fields_set:
+        yield "engines.teacher: the engines of models.teacher, which is not there; write engines.teachers, by name"
+    for name in topology.engines.teachers:
+        if name not in names:
+            yield f"engines.teachers.{name}: no such teacher; write models.teachers.{name}, or remove it"
+    if len(names) > 1 and key is None:
+        yield (
+            f"data.teacher_key: missing, but there are {len(names)} teachers; write the key in the metadata of each "
+            "prompt that names its teacher"
+        )
+    if key is not None and not names:
+        yield "data.teacher_key: given, but there is one teacher; remove it, or write models.teachers"
+
+
+def _megatron_problems(topology: Topology) -> Iterator[str]:
+    opd = topology.opd
+    if topology.models.teachers:
+        yield "models.teachers: the learner holds one teacher; write models.teacher, or opd.type: sglang"
+    if opd.teacher_load is None:
+        yield (
+            "opd.teacher_load: missing, but opd.type is megatron; write the folder of the teacher's Megatron "
+            "checkpoint (--opd-teacher-load), as `python -m learner.convert hf-to-megatron` makes one"
+        )
+        return
+    try:
+        shards(opd.teacher_load, opd.teacher_ckpt_step)
+    except InputError as error:
+        yield f"opd.teacher_load: {error}"

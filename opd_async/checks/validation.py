@@ -1,0 +1,287 @@
+"""Check a topology against models, files, devices and ports, before any process starts.
+
+`validate` returns every error at once, `warnings` what is allowed but unwise; each is "path: found; what to write".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from opd_async.checks.advantage import advantage_problems, advantage_warnings
+from opd_async.checks.completions import completion_problems
+from opd_async.checks.host import device_problems, network_problems
+from opd_async.checks.learner import learner_problems
+from opd_async.checks.reward import reward_problems
+from opd_async.checks.teacher import opd_problems
+from opd_async.checks.weights import weight_problems
+from opd_async.config.loss_names import (
+    RATIO_LOSSES,
+    SAMPLED_LOSSES,
+    WHOLE_RESPONSE_LOSSES,
+    loss_problem,
+    teacher_problem,
+)
+from opd_async.config.topology import EngineKind, EngineSection, ModelSection, Topology, TrainOn
+from opd_async.data.model_folder import ModelFacts, folder_problems, try_model
+from opd_async.data.tokenizer import Tokenizer
+from opd_async.engines.sglang import version_problem
+from opd_async.errors import InputError
+
+PROMPT_SUFFIXES = (".jsonl", ".parquet")
+
+OLD_FOR_RATIOS = 2
+"""Steps of age from which losses on the sampled token are warned about: `python -m bench.learning --part staleness`."""
+
+
+def validate(topology: Topology) -> list[str]:
+    """Every reason why this topology cannot run, in the order of the file; empty if it can.
+
+    Opens the model folders' JSON files and weight headers and, with an explicit `network.base_port`, binds each port
+    for an instant. Loads no weight, and starts nothing but the Python of SGLang engines, to ask for
+    their version, and the rule of the reward, to see that it loads.
+    """
+    return [
+        *opd_problems(topology),
+        *_model_problems(topology),
+        *_data_problems(topology),
+        *_schedule_problems(topology),
+        *_engine_problems(topology),
+        *weight_problems(topology),
+        *_sampling_problems(topology),
+        *_rollout_problems(topology),
+        *learner_problems(topology),
+        *_loss_problems(topology),
+        *completion_problems(topology),
+        *device_problems(topology),
+        *reward_problems(topology),
+        *advantage_problems(topology),
+        *network_problems(topology),
+    ]
+
+
+def warnings(topology: Topology) -> list[str]:
+    """What a valid topology may do, but probably should not."""
+    schedule, optimizer = topology.schedule, topology.learner.optimizer
+    found = []
+    if topology.opd.loss not in RATIO_LOSSES and topology.opd.signal_clamp is not None:
+        found.append(
+            f"opd.signal_clamp: {topology.opd.signal_clamp:g} has no part in {topology.opd.loss}, which has no sampled "
+            "signal to clamp; write null"
+        )
+    if schedule.max_staleness >= 1 and topology.opd.clip_ratio is None and topology.opd.loss in RATIO_LOSSES:
+        found.append(
+            f"opd.clip_ratio: off with schedule.max_staleness {schedule.max_staleness}; unclipped importance ratios "
+            "can make the student collapse when tokens are not of the current step; write 0.2"
+        )
+    if schedule.max_staleness >= OLD_FOR_RATIOS and topology.opd.use_opd and topology.opd.loss in SAMPLED_LOSSES:
+        found.append(
+            f"schedule.max_staleness: {schedule.max_staleness} with opd.loss {topology.opd.loss}, whose signal is the "
+            "sampled token and its importance ratio: students that move fast have collapsed at this age, and not with "
+            "losses on the top-k or the whole vocabulary (docs/learning.md); write opd.loss jsd_topk, or at most "
+            f"{OLD_FOR_RATIOS - 1}"
+        )
+    if topology.evaluation.every_steps and topology.data.held_out is None:
+        found.append(
+            "evaluation.every_steps: there are no held-out prompts, so nothing is evaluated; write data.held_out.path"
+        )
+    if optimizer.warmup_steps >= schedule.steps:
+        found.append(
+            f"learner.optimizer.warmup_steps: {optimizer.warmup_steps} of {schedule.steps} steps, so the learning rate "
+            f"never reaches lr; write less than {schedule.steps}"
+        )
+    return [*found, *advantage_warnings(topology)]
+
+
+def _models(topology: Topology) -> tuple[tuple[str, ModelSection], ...]:
+    """The models that take part; a teacher inside the learner may go without a Hugging Face folder."""
+    models = topology.models
+    teachers = [(f"teachers.{name}", model) for name, model in models.teachers.items()]
+    if models.teacher is not None:
+        teachers.insert(0, ("teacher", models.teacher))
+    return (("student", models.student), *(teachers if topology.opd.use_opd else ()))
+
+
+def _model_problems(topology: Topology) -> Iterator[str]:
+    for side, model in _models(topology):
+        yield from (f"models.{side}.path: {problem}" for problem in folder_problems(model.path))
+    facts = {side: try_model(model.path) for side, model in _models(topology)}
+    student = facts.pop("student")
+    for side, teacher in facts.items():
+        if student and teacher and student.vocab_size != teacher.vocab_size:
+            yield (
+                f"models.{side}.path: vocab_size {teacher.vocab_size} in its config.json, the student's is "
+                f"{student.vocab_size}; choose a teacher with the student's vocabulary"
+            )
+    yield from _tokenizer_problems(topology, student)
+
+
+def _tokenizer_problems(topology: Topology, student_facts: ModelFacts | None) -> Iterator[str]:
+    tokenizers: dict[str, Tokenizer] = {}
+    for side, model in _models(topology):
+        if (model.path / "tokenizer.json").is_file():
+            try:
+                tokenizers[side] = Tokenizer(model.path, topology.data.chat_template if side == "student" else None)
+            except InputError as error:
+                # A missing template file is reported under data.chat_template already.
+                if not str(error).startswith("data.chat_template"):
+                    yield f"models.{side}.path: {error}"
+    student = tokenizers.pop("student", None)
+    for side, teacher in tokenizers.items():
+        if student and student.vocab_hash != teacher.vocab_hash:
+            yield (
+                f"models.{side}.path: its tokenizer.json maps tokens to other ids than the student's (hash "
+                f"{teacher.vocab_hash[:8]}, not {student.vocab_hash[:8]}); choose a teacher with the student's "
+                "vocabulary"
+            )
+    if student and student_facts and student.vocab_size > student_facts.vocab_size:
+        yield (
+            f"models.student.path: tokenizer.json has ids up to {student.vocab_size - 1}, config.json has vocab_size "
+            f"{student_facts.vocab_size}; use the tokenizer that belongs to the model"
+        )
+
+
+def _data_problems(topology: Topology) -> Iterator[str]:
+    data = topology.data
+    for key, section in (("train", data.train), ("held_out", data.held_out)):
+        if section is None:
+            continue
+        if section.path.suffix not in PROMPT_SUFFIXES:
+            yield f"data.{key}.path: {section.path} is neither .jsonl nor .parquet; write one of these"
+        elif not section.path.is_file():
+            yield f"data.{key}.path: no file {section.path}; write the path of a prompts file"
+    if data.chat_template and not data.chat_template.is_file():
+        yield f"data.chat_template: no file {data.chat_template}; write the path of a Jinja file, or null"
+
+
+def _schedule_problems(topology: Topology) -> Iterator[str]:
+    samples, group = topology.schedule.samples_per_step, topology.rollout.group_size
+    if topology.schedule.train_on is TrainOn.SAMPLES and samples % group:
+        yield (
+            f"schedule.samples_per_step: {samples} is not a multiple of rollout.group_size {group}, and a step takes "
+            f"whole groups; write {max(samples - samples % group, group)}"
+        )
+
+
+def _engine_problems(topology: Topology) -> Iterator[str]:
+    for side, model, section in topology.engine_sides:
+        yield from _url_problems(f"engines.{side}", section)
+        yield from _sglang_problems(f"engines.{side}", section)
+        facts = try_model(model.path)
+        if facts and section.context_tokens > facts.max_tokens:
+            yield (
+                f"engines.{side}.context_tokens: {section.context_tokens}, but the {side} has "
+                f"max_position_embeddings {facts.max_tokens}; write at most {facts.max_tokens}"
+            )
+        if facts and facts.has_experts and side == "student" and section.kind is EngineKind.EMBEDDED:
+            yield "engines.student.kind: the embedded engine takes no updates of mixtures of experts; write sglang"
+        if section.started and section.kv_tokens < section.context_tokens:
+            yield (
+                f"engines.{side}.kv_tokens: {section.kv_tokens} cannot hold one full sample of "
+                f"engines.{side}.context_tokens {section.context_tokens}; write at least {section.context_tokens}"
+            )
+    student = topology.engines.student
+    taken = {url.rstrip("/"): "a student engine" for url in student.urls}
+    for side, _, teacher in topology.engine_sides[1:]:
+        if teacher.context_tokens < student.context_tokens:
+            yield (
+                f"engines.{side}.context_tokens: {teacher.context_tokens} is less than the student's "
+                f"{student.context_tokens}, so long samples could not be scored; write at least "
+                f"{student.context_tokens}"
+            )
+        urls = [url.rstrip("/") for url in teacher.urls]
+        for url in urls:
+            if url in taken:
+                yield f"engines.{side}.urls: {url} is {taken[url]} too; write the teacher's own"
+        taken |= dict.fromkeys(urls, "another teacher's engine")
+
+
+def _url_problems(path: str, section: EngineSection) -> Iterator[str]:
+    urls = len(section.urls)
+    if section.started and urls:
+        yield (
+            f"{path}.urls: {urls} given, but the run starts {section.kind} engines itself; remove them, or write "
+            "kind: external"
+        )
+    if not section.started and urls != section.replicas:
+        yield f"{path}.urls: {urls} given for {section.replicas} replicas; write one URL for each external engine"
+    if section.router and path != "engines.student":
+        yield (
+            f"{path}.router: requests to a teacher are routed by their prompt, so that they find it in the prefix "
+            "cache; remove it"
+        )
+    if section.router and section.router.rstrip("/") in {url.rstrip("/") for url in section.urls}:
+        yield f"{path}.router: {section.router} is one of the engines; write the router's own address"
+    if len({url.rstrip("/") for url in section.urls}) < urls:
+        yield f"{path}.urls: the same URL twice; write one for each engine"
+
+
+def _sglang_problems(path: str, section: EngineSection) -> Iterator[str]:
+    if section.kind is not EngineKind.SGLANG:
+        if section.python is not None or section.args:
+            yield f"{path}.python, {path}.args: only for kind sglang, this is {section.kind}; remove them"
+    elif section.python is None:
+        yield f"{path}.python: missing; write the Python that has SGLang, such as .venv-sglang/bin/python"
+    elif problem := version_problem(section.python):
+        yield f"{path}.python: {problem}"
+
+
+def _sampling_problems(topology: Topology) -> Iterator[str]:
+    sampling, student = topology.rollout.sampling, topology.engines.student
+    if sampling.temperature != 1.0:
+        scores = "teacher scores" if topology.opd.use_opd else "the learner's logprobs"
+        yield (
+            f"rollout.sampling.temperature: {sampling.temperature:g}, but {scores} are at temperature 1 and the two "
+            "would not compare; write 1"
+        )
+    truncated = "the behaviour logprobs would not be those of the truncated distribution that was sampled from"
+    if sampling.top_p != 1.0:
+        yield f"rollout.sampling.top_p: {sampling.top_p:g}, but {truncated}; write 1"
+    if sampling.top_k != -1:
+        yield f"rollout.sampling.top_k: {sampling.top_k}, but {truncated}; write -1 (off)"
+    if sampling.max_response_tokens >= student.context_tokens:
+        yield (
+            f"rollout.sampling.max_response_tokens: {sampling.max_response_tokens} leaves no room for a prompt in "
+            f"engines.student.context_tokens {student.context_tokens}; write less than {student.context_tokens}"
+        )
+    facts = try_model(topology.models.student.path)
+    outside = [token for token in sampling.stop_token_ids if facts and token >= facts.vocab_size]
+    if facts and outside:
+        yield f"rollout.sampling.stop_token_ids: {outside} not in the vocabulary; write ids below {facts.vocab_size}"
+
+
+def _rollout_problems(topology: Topology) -> Iterator[str]:
+    student = topology.engines.student
+    room = student.replicas * student.max_running
+    if student.started and topology.rollout.slots > room:
+        yield (
+            f"rollout.slots: {topology.rollout.slots}, but the student engines run {room} requests at once "
+            f"(replicas x max_running); write at most {room}, or raise engines.student.max_running"
+        )
+    if topology.rollout.slots < topology.rollout.group_size:
+        yield (
+            f"rollout.slots: {topology.rollout.slots} cannot hold one group of rollout.group_size "
+            f"{topology.rollout.group_size}; write at least {topology.rollout.group_size}"
+        )
+    for side, _, section in topology.engine_sides:
+        actor, actors = "rollout" if side == "student" else "teacher", topology.teacher.replicas
+        actors = topology.rollout.replicas if side == "student" else actors
+        if actors > section.replicas:
+            engines = f"{section.replicas} {side} engines"
+            yield f"{actor}.replicas: {actors} actors for {engines}; write at most {section.replicas}"
+
+
+def _loss_problems(topology: Topology) -> Iterator[str]:
+    opd = topology.opd
+    if problem := loss_problem(opd.loss) or (teacher_problem(opd.loss, opd.in_learner) if opd.use_opd else None):
+        yield f"opd.loss: {problem}"
+    if topology.opd.loss in WHOLE_RESPONSE_LOSSES and topology.schedule.train_on is TrainOn.TOKENS:
+        yield (
+            f"schedule.train_on: tokens, but {topology.opd.loss} weighs a token by what follows it, so it needs whole "
+            "responses; write samples"
+        )
+    facts = try_model(topology.models.student.path)
+    if facts and topology.opd.wire_topk >= facts.vocab_size:
+        yield (
+            f"opd.topk: {topology.opd.topk}, but the vocabulary has {facts.vocab_size} tokens, and some must be left "
+            f"outside; write at most {facts.vocab_size - 1}"
+        )

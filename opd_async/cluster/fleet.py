@@ -1,0 +1,103 @@
+"""The processes of a run: started from the plan, restarted within a budget, stopped in a written order.
+
+stop order   rollout actors, teacher actors, learner, intake, student engines, teacher engines
+             (first those that make work, then those that do it, then those that both need)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from opd_async.cluster.supervisor import Exit, ProcessSpec, Supervisor
+from opd_async.engines.info import engine_problem
+from opd_async.engines.probe import wait_until_ready
+from opd_async.errors import RoleError
+from opd_async.plan.plan import Plan, RoleKind, RolePlan
+from opd_async.scheduling.restarts import RestartBudget
+
+STOP_ORDER = (
+    RoleKind.ROLLOUT,
+    RoleKind.TEACHER,
+    RoleKind.LEARNER,
+    RoleKind.INTAKE,
+    RoleKind.STUDENT_ENGINE,
+    RoleKind.TEACHER_ENGINE,
+)
+
+
+class Fleet:
+    """Starts and stops roles by name; knows which engines answer."""
+
+    def __init__(self, plan: Plan, supervisor: Supervisor, echo: Callable[[str], None]) -> None:
+        self.plan = plan
+        self.supervisor = supervisor
+        self._echo = echo
+        settings = plan.topology.supervisor
+        self._budget = RestartBudget(settings.restarts, settings.backoff_s, time.monotonic)
+        self._roles = {role.name: role for role in plan.roles}
+        self._logs = plan.run_folder / "logs"
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """Restarts by role."""
+        return self._budget.used
+
+    def role(self, name: str) -> RolePlan:
+        """The plan of a role."""
+        return self._roles[name]
+
+    async def start(self, name: str, env: dict[str, str] | None = None) -> None:
+        """Start one role."""
+        role = self._roles[name]
+        threads = self._threads(role)
+        settings = {"OMP_NUM_THREADS": str(threads), **role.env, **(env or {})}
+        await self.supervisor.start(ProcessSpec(name, role.command, settings, self._logs / f"{name}.log"))
+
+    def _threads(self, role: RolePlan) -> int:
+        topology = self.plan.topology
+        if role.kind is RoleKind.LEARNER:
+            return topology.learner.threads
+        if role.kind is RoleKind.STUDENT_ENGINE:
+            return topology.engines.student.threads
+        return topology.teachers[role.teacher][1].threads if role.kind is RoleKind.TEACHER_ENGINE else 1
+
+    async def start_all(self) -> None:
+        """Start every role; they wait for one another."""
+        for role in self.plan.roles:
+            await self.start(role.name)
+
+    async def await_restart(self, ended: Exit) -> None:
+        """Spend one restart of the role and wait its backoff; `RoleError` with its last lines when none is left."""
+        delay = self._budget.next_delay(ended.name)
+        if delay is None:
+            raise RoleError(self._obituary(ended))
+        self._echo(f"{ended.name} ended ({ended.cause}); restarting in {delay:.1f} s")
+        await asyncio.sleep(delay)
+
+    def _obituary(self, ended: Exit) -> str:
+        limit = self.plan.topology.supervisor.restarts
+        lines = "\n".join(f"  {ended.name} | {line}" for line in ended.tail[-12:])
+        log = self._logs / f"{ended.name}.log"
+        return (
+            f"{ended.name} ended ({ended.cause}) and its {limit} restarts are spent. Its last lines:\n{lines}\n"
+            f"Read {log}; after mending the cause, go on with --resume"
+        )
+
+    async def wait_for_engine(self, kind: RoleKind, url: str) -> None:
+        """Return once the engine answers; `RoleError` if it is none that a run can use."""
+        section, name = self.plan.section(url), f"the {kind.value.replace('_', ' ')}"
+        await wait_until_ready(url, name, self.plan.topology.supervisor.start_deadline_s, section.api_key)
+        if problem := await engine_problem(url, section):
+            raise RoleError(f"{name} at {url} {problem}")
+
+    async def stop_all(self, at_once: bool = False) -> None:
+        """Stop every role in the written order."""
+        order = [role.name for kind in STOP_ORDER for role in self.plan.of_kind(kind)]
+        await self.supervisor.stop_all(order, at_once=at_once)
+
+    def log_folder(self) -> Path:
+        """Where the roles' logs are."""
+        return self._logs

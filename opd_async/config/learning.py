@@ -1,0 +1,167 @@
+"""What the student learns from: the sections `opd`, `reward` and `advantage` of a topology."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from opd_async.config.loss_names import TOPK_LOSSES
+from opd_async.config.section import NonNegative, Positive, Seconds, Section
+
+
+class OpdType(StrEnum):
+    """Where the teacher runs."""
+
+    SGLANG = "sglang"
+    """On engines of its own, asked over SGLang's HTTP API (`engines.teacher`, of any kind)."""
+    MEGATRON = "megatron"
+    """In the learner, loaded from a Megatron checkpoint; no teacher engine and no teacher actor is started."""
+
+
+class OpdSection(Section):
+    """The distillation signal, and where the teacher runs. A topology that says nothing of it distils from a teacher
+    on engines; one that writes `use_opd: true` must write `type` too (`opd_async.checks.teacher`)."""
+
+    use_opd: bool = True
+    """False: no teacher at all; the student learns from the reward alone."""
+    type: OpdType = OpdType.SGLANG
+    teacher_load: Path | None = None
+    """`megatron`: the teacher's checkpoint: a run's folder, a step of it, or what `learner.convert` wrote."""
+    teacher_ckpt_step: NonNegative | None = None
+    """Which step's checkpoint in `teacher_load`; null takes the newest."""
+    teacher_offload: bool = False
+    """`megatron`: keep the teacher's weights in host memory while it is not computing."""
+    loss: str = Field(default="reverse_kl", examples=["reverse_kl", "forward_kl_topk"])
+    """One of `opd_async.config.loss_names.LOSSES`."""
+    topk: Positive = 64
+    """How many of the teacher's most likely tokens the losses on its top-k use; no others ask for them."""
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture of `jsd_topk` and `jsd_full`."""
+    gkd_lambda: float = Field(default=1.0, ge=0, le=1)
+    """Share of the samples that the student generates; the others come from `data.completions`."""
+    teacher_mix: float = Field(default=0.0, ge=0, lt=1)
+    """MiniLLM's share of the teacher in the distribution that is sampled from; no engine here can do it but with 0."""
+    kl_coef: float = Field(default=1.0, ge=0)
+    signal_clamp: float | None = Field(default=None, gt=0)
+    """|log q - log p| is clamped to this; null switches the clamp off."""
+    clip_ratio: float | None = Field(default=0.2, gt=0, lt=1)
+    """PPO-style clip of the importance ratio; null switches it off."""
+    mismatch: Literal["none", "tis", "icepop"] = "none"
+
+    @property
+    def on_engines(self) -> bool:
+        """True if engines of the teacher score the student's tokens."""
+        return self.use_opd and self.type is OpdType.SGLANG
+
+    @property
+    def in_learner(self) -> bool:
+        """True if the learner holds the teacher."""
+        return self.use_opd and self.type is OpdType.MEGATRON
+
+    @property
+    def wire_topk(self) -> int:
+        """How many of the teacher's most likely tokens travel with each scored token."""
+        return self.topk if self.on_engines and self.loss in TOPK_LOSSES else 0
+
+
+class RewardKind(StrEnum):
+    """How a response is judged."""
+
+    NONE = "none"
+    MATH = "math"
+    """1 where math-verify finds the label's value in the response, else 0."""
+    EXACT_MATCH = "exact_match"
+    """1 where the response ended and `evaluation.answer_pattern` finds the label, else 0."""
+    PYTHON = "python"
+    """A number that the user's own async function returns."""
+
+
+class RewardSection(Section):
+    """What a response earns once it has ended, judged in processes beside each rollout actor."""
+
+    kind: RewardKind = RewardKind.NONE
+    function: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$", examples=["my_rewards:judge"])
+    """`python`: awaited with prompt, response, label and metadata by name."""
+    workers: Positive = 1
+    """Processes per rollout actor."""
+    concurrency: Positive = 16
+    """`python`: calls at once in one process; the other kinds judge one response at a time."""
+    timeout_s: Seconds = 10.0
+    """A judgement that takes longer is given up: the response has no reward, and that is counted."""
+
+
+class Estimator(StrEnum):
+    """How rewards become advantages, and through which ratio they act. See `opd_async.estimators.advantages`."""
+
+    NONE = "none"
+    GRPO = "grpo"
+    GSPO = "gspo"
+    """GRPO's advantage; the ratio is that of the whole response."""
+    CISPO = "cispo"
+    """GRPO's advantage; the ratio is a truncated weight without gradient."""
+    REINFORCE_PLUS_PLUS = "reinforce_plus_plus"
+    REINFORCE_PLUS_PLUS_BASELINE = "reinforce_plus_plus_baseline"
+    PPO = "ppo"
+    """Generalised advantage estimation with the values of a critic, which the learner holds (`learner.critic`)."""
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether several responses to one prompt are compared."""
+        return self not in (Estimator.NONE, Estimator.REINFORCE_PLUS_PLUS, Estimator.PPO)
+
+    @property
+    def discounts(self) -> bool:
+        """Whether a token's distance from the reward matters."""
+        return self in (Estimator.REINFORCE_PLUS_PLUS, Estimator.PPO)
+
+    @property
+    def ratio(self) -> Literal["token", "sequence", "truncated"]:
+        """The form of the importance ratio in the loss (`learner.surrogate`)."""
+        return {Estimator.GSPO: "sequence", Estimator.CISPO: "truncated"}.get(self, "token")  # type: ignore[return-value]
+
+
+class CriticSection(Section):
+    """`ppo`: the model that learns what a prefix is worth, in the learner's ranks and split like the student."""
+
+    path: Path | None = None
+    """Hugging Face folder whose `config.json` is the critic's shape; null: the student's."""
+    load: Path | None = None
+    """A Megatron checkpoint: its critic, or, where it has none, its model with a new head. Null: the weights in `path`,
+    or, without one, what the student begins with."""
+    lr: float | None = Field(default=None, gt=0)
+    """Null stands for `learner.optimizer.lr`; everything else is as for the student."""
+    value_clip: float | None = Field(default=0.2, gt=0)
+    """A value that has moved by more than this since the step began is pulled no further; null switches it off."""
+    updates: Positive = 1
+    """Optimizer steps of the critic per step of the run, on the same responses."""
+    only_steps: NonNegative = 0
+    """So many steps at first train the critic alone."""
+
+
+class AdvantageSection(Section):
+    """What is learnt from rewards, beside what is learnt from the teacher: the distillation signal is added to the
+    advantages after the estimator has scaled them."""
+
+    estimator: Estimator = Estimator.NONE
+    normalize_std: bool = True
+    """`grpo`, `gspo`, `cispo`: divide by the standard deviation of the group's rewards."""
+    gamma: float = Field(default=1.0, gt=0.0, le=1.0)
+    """`reinforce_plus_plus`, `ppo`: discount of the reward per token before the last."""
+    lam: float = Field(default=1.0, ge=0.0, le=1.0)
+    """`ppo`: how far ahead rewards count for more than the critic's word, from 0 (the next token) to 1 (the end)."""
+    critic: CriticSection = CriticSection()
+    clip_low: float | None = Field(default=None, gt=0)
+    """The ratio is clipped at 1 - clip_low; null stands for `opd.clip_ratio`, 1 or more for no lower bound."""
+    clip_high: float | None = Field(default=None, gt=0)
+    """... and at 1 + clip_high; null stands for the lower side's."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """A negative advantage counts at most this many times, however large the ratio; null switches it off."""
+    reference_kl_coef: float = Field(default=0.0, ge=0)
+    """Weight of the reverse KL to a reference model, which the learner then holds; 0 switches it off."""
+    reference_load: Path | None = None
+    """The reference's Megatron checkpoint, of the student's shape; null: what the student begins with."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the student's entropy, mean over trained tokens, as a bonus."""

@@ -1,0 +1,243 @@
+"""Read prompts files and tokenize them.
+
+    JSONL or parquet -> rows -> checked -> tokenized in batches -> PromptSet
+
+A prompt is a text, or a list of chat messages that goes through the chat template. Broken rows are reported together,
+each with its file and line; prompts that are too long are counted and left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opd_async.config.topology import PromptsSection
+from opd_async.data.tokenizer import Tokenizer
+from opd_async.errors import InputError
+from opd_async.transport.step_batch import Int32Array
+
+_BATCH = 4096
+"""Texts given to the tokenizer at once: enough for all cores, little memory."""
+_SHOWN = 10
+"""Broken rows named in an error; the rest are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt: `prompt_id` is the position of its row in the file, `token_ids` int32[n], `label` "" if none."""
+
+    prompt_id: int
+    token_ids: Int32Array
+    label: str
+    metadata: dict[str, Any]
+    teacher: str = ""
+    """Who scores its responses; "" where no teacher engine does."""
+
+    @property
+    def metadata_json(self) -> str:
+        """The metadata as it travels to a reward; values that JSON has no word for become text."""
+        return json.dumps(self.metadata, default=str) if self.metadata else "{}"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """The usable prompts of a file in its order, and how many were longer than allowed."""
+
+    prompts: tuple[Prompt, ...]
+    skipped_too_long: int
+
+
+@dataclass(slots=True)
+class _Row:
+    where: str
+    prompt: Any
+    label: Any
+    metadata: Any
+    teacher: str
+    text: str = ""
+    add_special_tokens: bool = True
+
+
+class _RowError(ValueError):
+    """Why one row cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherChoice:
+    """Who scores a prompt: the teacher that its metadata name under `key`, or the only one there is."""
+
+    names: tuple[str, ...] = ("",)
+    key: str | None = None
+
+    def of(self, metadata: dict[str, Any]) -> str:
+        """The teacher's name; `_RowError` where the metadata name none that there is."""
+        if self.key is None:
+            return self.names[0]
+        if metadata.get(self.key) in self.names:
+            return str(metadata[self.key])
+        there = f"{metadata[self.key]!r}" if self.key in metadata else "missing"
+        raise _RowError(f"the teacher, {self.key!r} of its metadata, is {there}; write {' or '.join(self.names)}")
+
+
+def load_prompts(
+    section: PromptsSection, tokenizer: Tokenizer, max_prompt_tokens: int, teachers: TeacherChoice = TeacherChoice()
+) -> PromptSet:
+    """Read, check and tokenize a prompts file; prompts of more than `max_prompt_tokens` tokens are skipped.
+
+    Blank lines of a JSONL file are not rows. Raises `InputError` for a missing, empty or broken file (with the line of
+    each broken row, up to ten), and when no prompt is short enough.
+    """
+    rows: list[_Row] = []
+    broken: list[str] = []
+    for where, value in _read(section.path):
+        try:
+            row = _row(where, value, section, teachers)
+            _prepare(row, tokenizer)
+        except _RowError as error:
+            broken.append(f"{where}: {error}")
+        else:
+            rows.append(row)
+    if broken:
+        raise InputError(_report(section.path, broken))
+    if not rows:
+        raise InputError(f"{section.path}: holds no prompts; write one JSON object per line")
+    return _tokenize(section.path, rows, tokenizer, max_prompt_tokens)
+
+
+def _read(path: Path) -> Iterator[tuple[str, Any]]:
+    """Position in words and value of each row; the value of a line that is not JSON is a `_RowError`."""
+    try:
+        if path.suffix == ".parquet":
+            yield from _read_parquet(path)
+        else:
+            yield from _read_jsonl(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                yield where, json.loads(line.rstrip())
+            except json.JSONDecodeError as error:
+                yield where, _RowError(f"not valid JSON: {error.msg} at column {error.colno}")
+            except (ValueError, RecursionError) as error:
+                yield where, _RowError(f"not valid JSON: {error}")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    # Imported here: slow to import, and JSONL users do not need it.
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            row = 0
+            for batch in file.iter_batches(_BATCH):
+                for value in batch.to_pylist():
+                    yield f"{path}: row {row}", value
+                    row += 1
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{path}: not a parquet file: {error}") from None
+
+
+def _row(where: str, value: Any, section: PromptsSection, teachers: TeacherChoice) -> _Row:
+    if isinstance(value, _RowError):
+        raise value
+    if not isinstance(value, dict):
+        raise _RowError(f"holds {_kind(value)}, not an object; write {{{section.prompt_key!r}: ...}}")
+    if section.prompt_key not in value:
+        keys = ", ".join(str(key) for key in value) or "none"
+        raise _RowError(f"no key {section.prompt_key!r}; the keys there are {keys}; set prompt_key to one of them")
+    label, metadata = value.get(section.label_key), _metadata(value.get(section.metadata_key))
+    return _Row(where, value[section.prompt_key], _label(label), metadata, teachers.of(metadata))
+
+
+def _label(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise _RowError(f"the label is {_kind(value)}; write text or a number")
+
+
+def _metadata(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _RowError(f"the metadata is {_kind(value)}; write an object")
+    return value
+
+
+def _prepare(row: _Row, tokenizer: Tokenizer) -> None:
+    """Set the text to tokenize."""
+    if isinstance(row.prompt, str):
+        row.text = row.prompt
+    elif isinstance(row.prompt, list) and row.prompt:
+        for message in row.prompt:
+            if not (
+                isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+            ):
+                raise _RowError("a chat message needs a role and a content, both text")
+        try:
+            row.text = tokenizer.apply_chat_template(row.prompt)
+        except InputError as error:
+            raise _RowError(str(error)) from None
+        row.add_special_tokens = False
+    else:
+        raise _RowError(f"the prompt is {_kind(row.prompt)}; write text or a list of chat messages")
+    try:
+        row.text.encode()
+    except UnicodeEncodeError:
+        raise _RowError("the prompt holds half of a surrogate pair, which is not text") from None
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return {dict: "an object", str: "text", int: "a number", float: "a number"}.get(type(value), type(value).__name__)
+
+
+def _tokenize(path: Path, rows: list[_Row], tokenizer: Tokenizer, limit: int) -> PromptSet:
+    ids: list[list[int]] = [[] for _ in rows]
+    for special in (True, False):
+        chosen = [index for index, row in enumerate(rows) if row.add_special_tokens is special]
+        for start in range(0, len(chosen), _BATCH):
+            part = chosen[start : start + _BATCH]
+            encoded = tokenizer.encode_batch([rows[index].text for index in part], add_special_tokens=special)
+            for index, token_ids in zip(part, encoded, strict=True):
+                ids[index] = token_ids
+    if empty := [f"{row.where}: the prompt has no tokens" for row, own in zip(rows, ids, strict=True) if not own]:
+        raise InputError(_report(path, empty))
+    prompts = tuple(
+        Prompt(index, np.asarray(own, np.int32), row.label, row.metadata, row.teacher)
+        for index, (row, own) in enumerate(zip(rows, ids, strict=True))
+        if len(own) <= limit
+    )
+    if not prompts:
+        shortest = min(len(own) for own in ids)
+        raise InputError(
+            f"{path}: all {len(rows)} prompts are longer than {limit} tokens (the shortest has {shortest}); raise "
+            "engines.student.context_tokens or lower rollout.sampling.max_response_tokens"
+        )
+    return PromptSet(prompts, len(rows) - len(prompts))
+
+
+def _report(path: Path, broken: list[str]) -> str:
+    rest = [f"  and {len(broken) - _SHOWN} more"] if len(broken) > _SHOWN else []
+    count = f"{len(broken)} broken rows" if len(broken) > 1 else "1 broken row"
+    return "\n".join([f"{path}: {count}", *(f"  {problem}" for problem in broken[:_SHOWN]), *rest])

@@ -1,0 +1,43 @@
+"""How an engine is started: the command and the environment of one replica, whatever its kind."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from opd_async.config.topology import EngineKind, EngineSection
+from opd_async.engines.sglang import server_command, server_environment
+
+
+def engine_command(
+    section: EngineSection, model: Path, devices: Sequence[str], host: str, ports: dict[str, int], seed: int
+) -> tuple[str, ...]:
+    """The command of one replica on its `devices`; `ports` has `http`, and `metrics` for the embedded engine.
+
+    Replicas need different seeds: they must not sample the same random numbers.
+    """
+    if section.kind is EngineKind.SGLANG:
+        return server_command(section, model, devices, host, ports["http"], seed)
+    options: dict[str, object] = {
+        "--model-path": model,
+        "--host": host,
+        "--port": ports["http"],
+        "--device": devices[0],
+        "--dtype": section.dtype,
+        "--max-total-tokens": section.kv_tokens,
+        "--max-running-requests": section.max_running,
+        "--context-length": section.context_tokens,
+        "--threads": section.threads,
+        "--seed": seed,
+        "--api-key": section.api_key,
+        "--admin-api-key": section.admin_api_key,
+        "--metrics-port": ports["metrics"],
+    }
+    given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+    return (sys.executable, "-m", "opd_async.actors.engine.server", *given)
+
+
+def engine_environment(section: EngineSection, devices: Sequence[str], spare_port: int) -> dict[str, str]:
+    """Environment variables of one replica, beside those of the supervisor. Raises as `installed_version`."""
+    return server_environment(section, devices, spare_port) if section.kind is EngineKind.SGLANG else {}

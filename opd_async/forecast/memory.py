@@ -1,0 +1,74 @@
+"""What a device of each role has to hold, in bytes, from shapes alone.
+
+Learner, for each weight of a rank's share: 2 bytes of bfloat16 and 4 of gradients; 12 of optimizer state (float32
+weights and two moments), spread over data-parallel ranks. Activations: 34 bytes * hidden for each token and layer
+without recomputation (Korthikanti et al., 2022, less the attention matrix, which flash attention does not keep), else
+the layers' inputs and one layer in full.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opd_async.config.topology import LearnerSection
+from opd_async.forecast.cost_model import BF16, RESERVED_SHARE, Decoder, Device
+
+GRADIENT_BYTES = 4
+OPTIMIZER_BYTES = 12
+LAYER_BYTES = 34
+LOGIT_COPIES = 3
+"""Float32 logits, their gradient and one temporary, of `logprob_chunk_rows` rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on one device of a role."""
+
+    role: str
+    device: Device
+    weights: float
+    optimizer: float = 0.0
+    """With gradients."""
+    kv: float = 0.0
+    activations: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it, with what is reserved for CUDA and fragments."""
+        return self.weights + self.optimizer + self.kv + self.activations + self.device.memory * RESERVED_SHARE
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has as much."""
+        return self.total <= self.device.memory
+
+
+def engine_memory(role: str, model: Decoder, device: Device, tensor_parallel: int, kv_tokens: float) -> Memory:
+    """One device of an engine that keeps `kv_tokens` tokens."""
+    return Memory(role, device, model.weights * BF16 / tensor_parallel, kv=model.kv_bytes * kv_tokens / tensor_parallel)
+
+
+def learner_memory(
+    model: Decoder, device: Device, section: LearnerSection, longest: int, critic: Decoder | None = None
+) -> Memory:
+    """One device of the learner; `longest` is the longest sequence, prompt included, which no micro-batch splits.
+
+    A `critic` is trained beside the student: weights and optimizer of its own, without an LM head, and activations at
+    another time than the student's.
+    """
+    shard = section.tensor_parallel * section.pipeline_parallel
+    weights = (model.weights + (critic.headless if critic is not None else 0)) / shard
+    logits = LOGIT_COPIES * 4 * section.logprob_chunk_rows * model.vocab / section.tensor_parallel
+    states = GRADIENT_BYTES + OPTIMIZER_BYTES / (section.data_parallel * section.context_parallel)
+    activations = _activations(model, section, longest) + logits
+    if critic is not None:
+        activations = max(activations, _activations(critic, section, longest))
+    return Memory("learner", device, weights * BF16, weights * states, activations=activations)
+
+
+def _activations(model: Decoder, section: LearnerSection, longest: int) -> float:
+    """What the layers keep for the backward pass."""
+    tokens = max(section.micro_batch_tokens, longest) / section.context_parallel
+    per_layer = LAYER_BYTES * model.hidden * tokens / section.tensor_parallel
+    layers = model.layers / section.pipeline_parallel
+    return BF16 * model.hidden * tokens * layers + per_layer if section.recompute else per_layer * layers

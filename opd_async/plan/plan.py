@@ -1,0 +1,99 @@
+"""The resolved plan of a run: every process, its command, host, devices and ports.
+
+The plan is saved as `plan.json` in the run's folder; every role process reads it and nothing else.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import Field
+
+from opd_async.config.section import Section
+from opd_async.config.topology import EngineSection, Topology
+
+
+class RoleKind(StrEnum):
+    """The kinds of process in a run, in start order."""
+
+    TEACHER_ENGINE = "teacher_engine"
+    STUDENT_ENGINE = "student_engine"
+    INTAKE = "intake"
+    TEACHER = "teacher"
+    ROLLOUT = "rollout"
+    LEARNER = "learner"
+
+
+class RolePlan(Section):
+    """One process of the run. The launcher itself (supervisor and dispatcher) is not among them."""
+
+    kind: RoleKind
+    index: int
+    host: str
+    devices: tuple[str, ...]
+    command: tuple[str, ...]
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables, beside those of the supervisor."""
+    ports: dict[str, int]
+    """Port by purpose: `http`, `chunks`, `scored`, `batches`, `metrics`."""
+    teacher: str = ""
+    """The teacher that a teacher engine or actor serves."""
+
+    @property
+    def name(self) -> str:
+        """`rollout-0`, `student-engine-1`, ...: the name in logs, metrics and messages."""
+        return f"{self.kind.value.replace('_', '-')}-{self.index}"
+
+
+class Plan(Section):
+    """Everything that a role needs to know at start."""
+
+    topology: Topology
+    run_folder: Path
+    control: str
+    """ZeroMQ endpoint of the dispatcher (ROUTER)."""
+    launcher_metrics_port: int
+    scored: str
+    """Endpoint of the intake for scored chunks (PULL)."""
+    batches: str
+    """Endpoint of the intake for learner ranks (ROUTER)."""
+    chunks: tuple[str, ...]
+    """Endpoint of each teacher actor for chunks (PULL)."""
+    student_engines: tuple[str, ...]
+    """Base URL of each student engine."""
+    teacher_urls: dict[str, tuple[str, ...]]
+    """Base URLs of the engines of each teacher."""
+    vocab_size: int
+    """Ids in [0, vocab_size) are valid for student and teacher."""
+    stop_token_ids: tuple[int, ...]
+    """Ids that end a response: those of the student's generation config and of the topology."""
+    roles: tuple[RolePlan, ...]
+
+    @property
+    def teacher_engines(self) -> tuple[str, ...]:
+        """Base URL of each teacher engine, of all teachers."""
+        return tuple(url for urls in self.teacher_urls.values() for url in urls)
+
+    def section(self, url: str) -> EngineSection:
+        """What the topology says of the engine at `url`."""
+        for name, urls in self.teacher_urls.items():
+            if url in urls:
+                return self.topology.teachers[name][1]
+        return self.topology.engines.student
+
+    def engines_of(self, actor: RolePlan) -> tuple[str, ...]:
+        """The engines that a teacher actor drives: every n-th of its teacher's, who has n actors."""
+        actors = [role.index for role in self.of_kind(RoleKind.TEACHER) if role.teacher == actor.teacher]
+        return self.teacher_urls[actor.teacher][actors.index(actor.index) :: len(actors)]
+
+    def role(self, kind: RoleKind, index: int) -> RolePlan:
+        """The role of that kind and index; `KeyError` if the plan has none."""
+        for role in self.roles:
+            if role.kind is kind and role.index == index:
+                return role
+        raise KeyError(f"no {kind.value} {index} in the plan")
+
+    def of_kind(self, kind: RoleKind) -> tuple[RolePlan, ...]:
+        """All roles of one kind, by index."""
+        return tuple(role for role in self.roles if role.kind is kind)

@@ -1,0 +1,222 @@
+"""Turn a topology into the plan of its processes: who runs where, on which ports, with which command.
+
+    topology + model folders -> ports -> roles and endpoints -> Plan
+
+`make_plan` starts nothing and writes nothing; `describe_plan` is what `--dry-run` prints.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from contextlib import ExitStack
+
+from opd_async.config.topology import EngineKind, EngineSection, ModelSection, Topology
+from opd_async.data.model_folder import read_model
+from opd_async.engines.command import engine_command, engine_environment
+from opd_async.errors import InputError
+from opd_async.plan.free_ports import free_ports
+from opd_async.plan.plan import Plan, RoleKind, RolePlan
+
+LAUNCHER = "launcher"
+PLAN_FILE = "plan.json"
+LAST_PORT = 65535
+_SECRETS = ("--api-key", "--admin-api-key")
+
+PortKey = tuple[str, str]
+"""Role name and purpose."""
+_PURPOSES = {
+    RoleKind.TEACHER_ENGINE: ("http", "metrics"),
+    RoleKind.STUDENT_ENGINE: ("http", "metrics"),
+    RoleKind.INTAKE: ("scored", "batches", "metrics"),
+    RoleKind.TEACHER: ("chunks", "metrics"),
+    RoleKind.ROLLOUT: ("metrics",),
+    RoleKind.LEARNER: ("master", "metrics"),
+}
+
+
+def make_plan(topology: Topology, claims: ExitStack | None = None) -> Plan:
+    """Resolve every process, port and endpoint of a valid topology (see `opd_async.checks.validation`).
+
+    With `network.base_port` 0 the ports are free at this moment and claimed until `claims` is closed, else they are
+    consecutive from it in the order of `port_keys`. Raises `InputError` if the student's `config.json` cannot be read
+    or no port is free.
+    """
+    student = read_model(topology.models.student.path)
+    host = topology.network.bind
+    ports = _assign_ports(topology, claims)
+    roles = tuple(_role(topology, kind, index, ports) for kind, index in _roles(topology))
+
+    def endpoints(kind: RoleKind, purpose: str, scheme: str) -> tuple[str, ...]:
+        return tuple(f"{scheme}://{host}:{role.ports[purpose]}" for role in roles if role.kind is kind)
+
+    def engines(section: EngineSection, kind: RoleKind, teacher: str = "") -> tuple[str, ...]:
+        external = tuple(url.rstrip("/") for url in section.urls)
+        started = (role for role in roles if role.kind is kind and role.teacher == teacher)
+        own = tuple(f"http://{host}:{role.ports['http']}" for role in started)
+        return external if section.kind is EngineKind.EXTERNAL else own
+
+    return Plan(
+        topology=topology,
+        run_folder=topology.folder,
+        control=f"tcp://{host}:{ports[LAUNCHER, 'control']}",
+        launcher_metrics_port=ports[LAUNCHER, "metrics"],
+        scored=endpoints(RoleKind.INTAKE, "scored", "tcp")[0],
+        batches=endpoints(RoleKind.INTAKE, "batches", "tcp")[0],
+        chunks=endpoints(RoleKind.TEACHER, "chunks", "tcp"),
+        student_engines=engines(topology.engines.student, RoleKind.STUDENT_ENGINE),
+        teacher_urls={
+            name: engines(section, RoleKind.TEACHER_ENGINE, name) for name, (_, section) in topology.teachers.items()
+        },
+        vocab_size=student.vocab_size,
+        stop_token_ids=tuple(sorted({*student.eos_token_ids, *topology.rollout.sampling.stop_token_ids})),
+        roles=roles,
+    )
+
+
+def port_keys(topology: Topology) -> list[PortKey]:
+    """Every port that the run binds, in the order in which `network.base_port` counts them."""
+    keys = [(LAUNCHER, "control"), (LAUNCHER, "metrics")]
+    for kind, index in _roles(topology):
+        keys += [(_name(kind, index), purpose) for purpose in _PURPOSES[kind]]
+    return keys
+
+
+def _roles(topology: Topology) -> list[tuple[RoleKind, int]]:
+    """Kind and index of every process, in start order."""
+    counts = {
+        RoleKind.TEACHER_ENGINE: len(_teachers_of(topology, RoleKind.TEACHER_ENGINE)),
+        RoleKind.STUDENT_ENGINE: _started(topology.engines.student),
+        RoleKind.INTAKE: 1,
+        RoleKind.TEACHER: len(_teachers_of(topology, RoleKind.TEACHER)),
+        RoleKind.ROLLOUT: topology.rollout.replicas,
+        RoleKind.LEARNER: 1,
+    }
+    return [(kind, index) for kind in RoleKind for index in range(counts[kind])]
+
+
+def _teachers_of(topology: Topology, kind: RoleKind) -> list[str]:
+    """The teacher of each teacher engine that the run starts, or of each teacher actor, by index."""
+    counts = {
+        name: _started(section) if kind is RoleKind.TEACHER_ENGINE else topology.teacher.replicas
+        for name, (_, section) in topology.teachers.items()
+    }
+    return [name for name, count in counts.items() for _ in range(count)]
+
+
+def _started(section: EngineSection) -> int:
+    return section.replicas if section.started else 0
+
+
+def _name(kind: RoleKind, index: int) -> str:
+    return f"{kind.value.replace('_', '-')}-{index}"
+
+
+def _assign_ports(topology: Topology, claims: ExitStack | None) -> dict[PortKey, int]:
+    keys = port_keys(topology)
+    base = topology.network.base_port
+    if base:
+        return {key: base + offset for offset, key in enumerate(keys)}
+    try:
+        return dict(zip(keys, free_ports(topology.network.bind, len(keys), claims), strict=True))
+    except OSError as error:
+        raise InputError(f"network.bind: no free port on {topology.network.bind} ({error.strerror})") from None
+
+
+def _role(topology: Topology, kind: RoleKind, index: int, ports: dict[PortKey, int]) -> RolePlan:
+    own = {purpose: ports[_name(kind, index), purpose] for purpose in _PURPOSES[kind]}
+    plan_file = str(topology.folder / PLAN_FILE)
+    devices: tuple[str, ...] = ("cpu",)
+    env: dict[str, str] = {}
+    teacher = _teachers_of(topology, kind)[index] if kind in (RoleKind.TEACHER_ENGINE, RoleKind.TEACHER) else ""
+    match kind:
+        case RoleKind.TEACHER_ENGINE | RoleKind.STUDENT_ENGINE:
+            model, section, replica = _engine(topology, kind, index)
+            devices = replica_devices(section)[replica]
+            env = engine_environment(section, devices, own["metrics"])
+            if section.kind is EngineKind.SGLANG:
+                own["metrics"] = own["http"]  # SGLang serves them beside its API
+            seed = topology.seed + index
+            command = engine_command(section, model.path, devices, topology.network.bind, own, seed)
+        case RoleKind.LEARNER:
+            devices = rank_devices(topology)
+            # each rank takes the CUDA device of its local rank among those that it can see
+            indices = [device.removeprefix("cuda:") for device in devices if device.startswith("cuda:")]
+            env = {"CUDA_VISIBLE_DEVICES": ",".join(indices)}
+            command = _learner_command(topology, own["master"], plan_file)
+        case RoleKind.INTAKE:
+            command = (sys.executable, "-m", "opd_async.actors.intake", "--plan", plan_file)
+        case RoleKind.TEACHER | RoleKind.ROLLOUT:
+            command = (
+                sys.executable,
+                "-m",
+                f"opd_async.actors.{kind.value}",
+                "--plan",
+                plan_file,
+                "--index",
+                str(index),
+            )
+    host = topology.network.bind
+    return RolePlan(
+        kind=kind, index=index, host=host, devices=devices, command=command, env=env, ports=own, teacher=teacher
+    )
+
+
+def replica_devices(section: EngineSection) -> tuple[tuple[str, ...], ...]:
+    """The devices of each replica; one device in the topology stands for all."""
+    size = section.tensor_parallel
+    devices = section.devices * (section.replicas * size) if len(section.devices) == 1 else section.devices
+    return tuple(devices[size * i : size * (i + 1)] for i in range(section.replicas))
+
+
+def rank_devices(topology: Topology) -> tuple[str, ...]:
+    """The device of each learner rank; `cpu` alone stands for all ranks."""
+    learner = topology.learner
+    return learner.devices * learner.ranks if learner.devices == ("cpu",) else learner.devices
+
+
+def _engine(topology: Topology, kind: RoleKind, index: int) -> tuple[ModelSection, EngineSection, int]:
+    """Model and section of an engine, and which of the section's replicas it is."""
+    if kind is RoleKind.STUDENT_ENGINE:
+        return topology.models.student, topology.engines.student, index
+    names = _teachers_of(topology, kind)
+    return (*topology.teachers[names[index]], index - names.index(names[index]))
+
+
+def _learner_command(topology: Topology, master_port: int, plan_file: str) -> tuple[str, ...]:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "1")
+    ranks = ("--nproc-per-node", str(topology.learner.ranks), "--max-restarts", "0")
+    # Ranks of one learner meet on this machine, whatever address the other roles bind.
+    master = ("--master-addr", "127.0.0.1", "--master-port", str(master_port))
+    return (*launcher, *ranks, *master, "-m", "opd_async.learner.main", "--plan", plan_file)
+
+
+def describe_plan(plan: Plan) -> str:
+    """The plan as an aligned table: role, host, devices, ports, command; keys are not shown."""
+    host = plan.topology.network.bind
+    control = f"control={plan.control.rsplit(':', 1)[1]} metrics={plan.launcher_metrics_port}"
+    rows = [("role", "host", "devices", "ports", "command"), (LAUNCHER, host, "cpu", control, "(this process)")]
+    teachers = plan.topology.teachers
+    sides = [(f"{name}-engine", plan.teacher_urls[name], section) for name, (_, section) in teachers.items()]
+    for side, urls, section in [*sides, ("student-engine", plan.student_engines, plan.topology.engines.student)]:
+        if not section.started:
+            rows += [(f"{side}-{i}", url, "-", "-", "(already running)") for i, url in enumerate(urls)]
+    for role in plan.roles:
+        ports = " ".join(f"{purpose}={port}" for purpose, port in role.ports.items())
+        name = f"{role.name} ({role.teacher})" if len(teachers) > 1 and role.teacher else role.name
+        rows.append((name, role.host, _devices(role.devices), ports, _readable(role.command)))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _devices(devices: tuple[str, ...]) -> str:
+    same = len(devices) > 1 and len(set(devices)) == 1
+    return f"{len(devices)} x {devices[0]}" if same else ",".join(devices)
+
+
+def _readable(command: tuple[str, ...]) -> str:
+    shown = ["***" if previous in _SECRETS else text for previous, text in zip(("", *command), command, strict=False)]
+    return shlex.join(["python", *shown[1:]])

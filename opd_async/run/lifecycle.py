@@ -1,0 +1,237 @@
+"""One launch from start to report: processes up, the script of the run, recovery, and the way down.
+
+    launch.py        command line -> topology -> inputs -> plan; prints the report
+    Lifecycle        one launch: starts everything, runs the script again after a recovery, stops everything
+      Supervisor     processes by name: start, watch, stop; knows nothing of roles
+      Fleet          plan, restart budget and stop order; knows nothing of messages
+      Dispatcher     the control socket: who is up, leases, deaths
+      Script         one coroutine: establish, step, update, checkpoint, evaluate
+
+what happens                      what follows
+the script ends                   report, stop in order, exit 0
+learner or intake dies            both start again from the last checkpoint; everything generated since is dropped
+another role dies                 the dispatcher restarts it; the script goes on
+a role dies beyond its budget     the run ends with its last lines
+SIGINT or SIGTERM                 the planned step is finished and saved, then stop in order; a second one kills
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq.asyncio
+
+from opd_async.cluster.fleet import Fleet
+from opd_async.cluster.supervisor import Supervisor
+from opd_async.data.completions import CompletionSet, Mix
+from opd_async.data.prompts import PromptSet
+from opd_async.data.tokenizer import Tokenizer
+from opd_async.errors import OpdError
+from opd_async.plan.plan import Plan, RoleKind
+from opd_async.role import ATTEMPT_FLOOR_ENV
+from opd_async.run import checkpoints
+from opd_async.run.dispatcher import Dispatcher
+from opd_async.run.evaluator import Evaluator
+from opd_async.run.ledger import Ledger
+from opd_async.run.script import Script
+from opd_async.telemetry.metrics import RoleMetrics, loop_lag, write_targets
+from opd_async.telemetry.progress import Progress
+from opd_async.telemetry.report import Report
+from opd_async.transport import messages as m
+
+GRACE_S = 5.0
+"""How long roles may take to end by themselves before they are sent a signal."""
+GRACE_POLL_S = 0.05
+ENGINES = (RoleKind.STUDENT_ENGINE, RoleKind.TEACHER_ENGINE)
+ATTEMPTS_PER_RECOVERY = 1000
+"""Attempts are numbered from a new thousand after each recovery, so that old chunks are known for what they are."""
+
+
+class InterruptedRun(OpdError):
+    """The user stopped the run; what was trained is saved."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the launcher has read before anything starts."""
+
+    prompts: PromptSet
+    held_out: PromptSet | None
+    tokenizer: Tokenizer
+    completions: CompletionSet
+
+
+@dataclass(slots=True)
+class Signals:
+    """SIGINT and SIGTERM: the first asks for an orderly end, the second for an immediate one."""
+
+    first: asyncio.Event = field(default_factory=asyncio.Event)
+    second: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def install(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take over both signals. Main thread only."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.arrived)
+
+    def arrived(self) -> None:
+        """One more signal."""
+        (self.second if self.first.is_set() else self.first).set()
+
+
+class Lifecycle:
+    """Owns one launch."""
+
+    def __init__(self, plan: Plan, inputs: Inputs, echo: Callable[[str], None], signals: Signals) -> None:
+        self._plan = plan
+        self._inputs = inputs
+        self._progress = Progress(echo, plan.topology.schedule.steps)
+        self._echo = echo
+        self._signals = signals
+        self._recoveries = 0
+        self.ledger: Ledger | None = None
+
+    async def run(self) -> Report:
+        """The whole run. Raises `OpdError`, alone or in groups, for what ends it early; no process survives it."""
+        plan = self._plan
+        metrics = RoleMetrics("launcher")
+        self._write_targets()
+        stop_deadline_s = plan.topology.supervisor.stop_deadline_s
+        self.ledger = ledger = Ledger(plan, skipped_prompts=self._inputs.prompts.skipped_too_long)
+        ledger.rewind(self._checkpointed_version())
+        with (
+            zmq.asyncio.Context() as context,
+            contextlib.closing(ledger),
+            metrics.serve(plan.topology.network.bind, plan.launcher_metrics_port),
+        ):
+            async with Supervisor(self._echo, stop_deadline_s) as supervisor:
+                fleet = Fleet(plan, supervisor, self._progress.say)
+                prompts, topology = self._inputs.prompts.prompts, plan.topology
+                given = self._inputs.completions.completions
+                mix = Mix(given, topology.opd.gkd_lambda, topology.seed, topology.data.shuffle)
+                dispatcher = Dispatcher(plan, fleet, ledger, metrics, context, prompts, mix)
+                try:
+                    await self._conduct(dispatcher, fleet)
+                finally:
+                    dispatcher.server.close()
+            return ledger.report(fleet.restarts)
+
+    def _checkpointed_version(self) -> int:
+        folder = checkpoints.latest(self._plan.run_folder / "checkpoints")
+        return checkpoints.verify(folder) if folder is not None else 0
+
+    def _write_targets(self) -> None:
+        host = self._plan.topology.network.bind
+        targets = {role.name: f"{role.host}:{role.ports['metrics']}" for role in self._plan.roles}
+        targets["launcher"] = f"{host}:{self._plan.launcher_metrics_port}"
+        teachers = {role.name: role.teacher for role in self._plan.roles if role.teacher}
+        write_targets(self._plan.run_folder / "targets.json", targets, teachers)
+
+    async def _conduct(self, dispatcher: Dispatcher, fleet: Fleet) -> None:
+        async with asyncio.TaskGroup() as group:
+            dispatcher.start_loops(group)
+            dispatcher.spawn(loop_lag(dispatcher.metrics["opd_launcher_loop_lag_seconds"]), "loop-lag")
+            try:
+                self._progress.say(f"starting {len(self._plan.roles)} processes; logs in {fleet.log_folder()}")
+                await fleet.start_all()
+                await self._lead(dispatcher, fleet)
+            finally:
+                dispatcher.stop_loops()
+                await self._stop(dispatcher, fleet)
+
+    async def _lead(self, dispatcher: Dispatcher, fleet: Fleet) -> None:
+        """Run the script; again after each loss of the learner."""
+        evaluator = self._evaluator(dispatcher)
+        while True:
+            floor = self._recoveries * ATTEMPTS_PER_RECOVERY
+            script = Script(dispatcher, evaluator, len(self._inputs.prompts.prompts), self._progress, floor)
+            ended = await _race(dispatcher, script.run(), signal=self._signals.first, lost=dispatcher.learner_lost)
+            if ended == "done":
+                return
+            if ended == "signal":
+                if dispatcher.version >= 0:
+                    self._progress.say("stopping: finishing the step under way (a second signal stops at once)")
+                    await _race(
+                        dispatcher, script.wind_down(), signal=self._signals.second, lost=dispatcher.learner_lost
+                    )
+                raise InterruptedRun(f"{self._plan.topology.name}: stopped by a signal; go on with --resume")
+            await self._recover(dispatcher, fleet, script)
+
+    def _evaluator(self, dispatcher: Dispatcher) -> Evaluator | None:
+        topology, held_out = self._plan.topology, self._inputs.held_out
+        if held_out is None:
+            return None
+        section, slots = topology.evaluation, topology.rollout.slots
+        evaluator = Evaluator(held_out.prompts, self._inputs.tokenizer, section, slots, dispatcher.send_eval)
+        dispatcher.on_eval_done = evaluator.deliver
+        return evaluator
+
+    async def _recover(self, dispatcher: Dispatcher, fleet: Fleet, script: Script) -> None:
+        """The learner or the intake is gone: both go back to the last checkpoint, and so do all samples."""
+        assert dispatcher.lost is not None
+        self._recoveries += 1
+        await fleet.await_restart(dispatcher.lost)
+        learner, intake = dispatcher.name_of(RoleKind.LEARNER), dispatcher.name_of(RoleKind.INTAKE)
+        for name in (learner, intake):
+            await fleet.supervisor.stop(name)
+        dispatcher.forget()
+        script.abandon_evaluation()
+        await script.forget_samples()
+        await fleet.start(intake, {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
+        await fleet.start(learner)
+        version = self._checkpointed_version()
+        dispatcher.ledger.rewind(version)
+        self._progress.say(f"learner and intake start again from step {version}")
+
+    async def _stop(self, dispatcher: Dispatcher, fleet: Fleet) -> None:
+        """Ask every role to end, then make it end, in order; a second signal cuts this short."""
+        async with asyncio.TaskGroup() as group:
+            orderly = group.create_task(self._stop_in_order(dispatcher, fleet), name="stop")
+            impatient = group.create_task(_wait(self._signals.second), name="second-signal")
+            await asyncio.wait([orderly, impatient], return_when=asyncio.FIRST_COMPLETED)
+            if not orderly.done():
+                await fleet.stop_all(at_once=True)
+            impatient.cancel()
+
+    async def _stop_in_order(self, dispatcher: Dispatcher, fleet: Fleet) -> None:
+        for kind in (RoleKind.ROLLOUT, RoleKind.TEACHER, RoleKind.INTAKE):
+            await dispatcher.broadcast(kind, m.Stop("the run is over"))
+        engines = {role.name for kind in ENGINES for role in self._plan.of_kind(kind)}
+        for _ in range(round(GRACE_S / GRACE_POLL_S)):
+            if not set(fleet.supervisor.running) - engines:
+                break
+            await asyncio.sleep(GRACE_POLL_S)
+        await fleet.stop_all()
+
+
+async def _race(dispatcher: Dispatcher, work: Coroutine[Any, Any, None], **events: asyncio.Event) -> str:
+    """`done` when `work` ends, or the name of the event that comes first; raises what `work` or a role raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = {"done": group.create_task(work, name="script"), "failed": group.create_task(_failure(dispatcher))}
+            tasks |= {name: group.create_task(_wait(event)) for name, event in events.items()}
+            await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+            first = next(name for name, task in tasks.items() if task.done())
+            for task in tasks.values():
+                task.cancel()
+    except ExceptionGroup:
+        # a learner that dies makes waits fail too: its death is the cause, and it can be recovered from
+        if "lost" in events and events["lost"].is_set():
+            return "lost"
+        raise
+    return first
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+async def _failure(dispatcher: Dispatcher) -> None:
+    # shielded: cancelling a wait for a future would cancel the future, for every later wait too
+    raise await asyncio.shield(dispatcher.failed)

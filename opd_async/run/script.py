@@ -1,0 +1,342 @@
+"""The script of a run, one coroutine: start, prove the weights, evaluate, train, evaluate, export.
+
+    establish -> [evaluate] -> (step -> weight update -> checkpoint? -> export?)* -> checkpoint -> [evaluate] -> export
+
+When the learner or the intake dies, `opd_async.run.lifecycle` runs it again from `establish`. A student engine that was
+restarted asks for the weights (`RESYNC`) at any time; `_serving` answers such requests while something else is awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from opd_async.errors import RoleError
+from opd_async.plan.plan import RoleKind
+from opd_async.run import checkpoints
+from opd_async.run.dispatcher import RESYNC, UPDATE, Dispatcher
+from opd_async.run.evaluator import Evaluator
+from opd_async.scheduling.leases import LeaseBook, PromptOrder
+from opd_async.telemetry.progress import Progress
+from opd_async.telemetry.report import Evaluation
+from opd_async.transport import messages as m
+from opd_async.transport.wire import Int32, Int64
+
+T = TypeVar("T")
+
+EXPORT = "export"
+"""Folder in the run's: the trained student, and in sub-folders the student after some steps."""
+SYNC_TRIES = 5
+EVALUATION_DEADLINE_S = 1800.0
+RESET_DEADLINE_S = 60.0
+
+
+class Script:
+    """Leads one run, or what is left of it after a checkpoint."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        evaluator: Evaluator | None,
+        prompts: int,
+        progress: Progress,
+        attempt_floor: int = 0,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._evaluator = evaluator
+        self._prompts = prompts
+        self._progress = progress
+        self._attempt_floor = attempt_floor
+        self._topology = dispatcher.plan.topology
+        self._steps = dispatcher.plan.topology.schedule.steps
+        self._deadlines = dispatcher.plan.topology.supervisor
+        self._root = dispatcher.plan.run_folder / "checkpoints"
+        self._evaluation: asyncio.Task[Evaluation] | None = None
+        self._owed: tuple[Int64, Int32, Int32] | None = None
+        self._unanswered: Counter[str] = Counter()
+        self._accounted = -1
+        self._unaccounted: m.LearnerReply | None = None
+
+    async def run(self) -> None:
+        """From the newest checkpoint, or the beginning, to the last step; raises what went wrong.
+
+        On cancel: the step under way stays with the learner; `wind_down` accounts for it and saves it.
+        """
+        ledger = self._dispatcher.ledger
+        version = await self.establish()
+        if ledger.student_before is None and self._evaluator is not None:
+            await self._serving(self._evaluate_before(version))
+        ledger.start_training()
+        await self._dispatcher.to_intake(m.Version(version, *self._owed_now()))
+        self._dispatcher.admit(True)
+        await self.train(version)
+        ledger.end_training()
+        await self._finish()
+
+    async def _finish(self) -> None:
+        dispatcher = self._dispatcher
+        dispatcher.admit(False)
+        await self._settle_evaluation()
+        await self.checkpoint(dispatcher.version)
+        await self.forget_samples()
+        await dispatcher.barrier.open(dispatcher.version)
+        if self._evaluator is not None:
+            self._progress.say("evaluating the student after training")
+            dispatcher.ledger.student_after = await self._serving(self._evaluate_student(dispatcher.version))
+        if self._topology.checkpoint.export_hf:
+            await self._command(m.ExportModel(str(dispatcher.plan.run_folder / EXPORT)))
+
+    async def establish(self) -> int:
+        """Wait for every role, take over the frontier, and prove that every engine holds the student's weights.
+
+        Returns the weight version.
+        """
+        dispatcher, deadline_s = self._dispatcher, self._deadlines.start_deadline_s
+        dispatcher.version = -1
+        frontier = await dispatcher.mailbox.expect("Frontier", deadline_s, "the intake to start")
+        self._accounted = frontier.version
+        for kind in (RoleKind.ROLLOUT, RoleKind.TEACHER):
+            for role in dispatcher.plan.of_kind(kind):
+                if role.name not in dispatcher.up(kind):
+                    await dispatcher.mailbox.expect(("Hello", role.name), deadline_s, f"{role.name} to start")
+        for kind, urls in (
+            (RoleKind.STUDENT_ENGINE, dispatcher.plan.student_engines),
+            (RoleKind.TEACHER_ENGINE, dispatcher.plan.teacher_engines),
+        ):
+            for url in urls:
+                await dispatcher.fleet.wait_for_engine(kind, url)
+        learner = dispatcher.name_of(RoleKind.LEARNER)
+        await dispatcher.mailbox.expect(("Hello", learner), deadline_s, "the learner to load the student")
+        topology = self._topology
+        order = PromptOrder(self._prompts, topology.rollout.group_size, topology.seed, topology.data.shuffle)
+        dispatcher.book = LeaseBook(frontier, order, topology.schedule, topology.rollout.slots, self._attempt_floor)
+        version = await self._update_weights(verify=True)
+        if version != frontier.version:
+            raise RoleError(
+                f"the learner resumed at step {version}, the frontier at {frontier.version}: the checkpoint in "
+                f"{self._root} mixes two steps; remove it to resume from the one before"
+            )
+        self._progress.say(f"weights {version} are in every student engine, proven by version and content")
+        return version
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    async def train(self, version: int) -> None:
+        """Steps from `version` until the topology's number is reached."""
+        while version < self._steps:
+            reply = await self._trained_step("an optimizer step")
+            if reply is None:
+                await self._update_weights(verify=True)
+                continue
+            version = reply.version
+            await self._finish_step(reply)
+
+    async def _trained_step(self, who: str) -> m.LearnerReply | None:
+        """The learner's next step, which is owed a row from now on; None when an engine asks for the weights."""
+        event = await self._dispatcher.mailbox.expect(UPDATE, self._deadlines.step_deadline_s, who)
+        if event == RESYNC:
+            return None
+        assert isinstance(event, m.LearnerReply)
+        if event.error is not None:
+            raise RoleError(f"the learner failed in step {event.version + 1}: {event.error}")
+        self._unaccounted = event
+        return event
+
+    async def _finish_step(self, reply: m.LearnerReply) -> None:
+        """A step is trained: weights to the engines, figures to the ledger, and on to the next."""
+        dispatcher, step = self._dispatcher, reply.version
+        loop = asyncio.get_running_loop()
+        await self._settle_evaluation()
+        began, blocked = loop.time(), dispatcher.barrier.blocked_s
+        if step > dispatcher.version:
+            await self._update_weights(verify=False)
+        await self._account(reply, loop.time() - began, dispatcher.barrier.blocked_s - blocked)
+        if step < self._steps:
+            if step % self._topology.checkpoint.every_steps == 0:
+                await self.checkpoint(step)
+            await self._export(step)
+            await dispatcher.to_intake(m.Version(step, *self._owed_now()))
+            self._begin_evaluation(step)
+
+    async def _account(self, reply: m.LearnerReply, sync_s: float, engines_s: float) -> None:
+        """The row, the counters and the line of a trained step."""
+        dispatcher, step = self._dispatcher, reply.version
+        who = "the intake's account of the step"
+        started = await dispatcher.mailbox.expect(("StepStarted", step - 1), self._deadlines.start_deadline_s, who)
+        dispatcher.ledger.step(started, reply.stats, sync_s, engines_s)
+        dispatcher.metrics["opd_launcher_step"].set(step)
+        dispatcher.metrics["opd_launcher_trained_tokens_total"].inc(started.stats["tokens"])
+        self._progress.step(step, reply.stats, started)
+        self._accounted, self._unaccounted = step, None
+
+    def _owed_now(self) -> tuple[Int64, Int32, Int32]:
+        assert self._owed is not None
+        return self._owed
+
+    async def _update_weights(self, verify: bool) -> int:
+        """Stop generation, send the learner's weights to every student engine, go on; returns their version."""
+        dispatcher, before = self._dispatcher, self._dispatcher.version
+        owed = await dispatcher.barrier.close()
+        for attempt in range(1, SYNC_TRIES + 1):
+            group = f"opd-{dispatcher.engine_group}"
+            reply = await self._send(m.SyncWeights(group, list(dispatcher.plan.student_engines), verify or attempt > 1))
+            if reply.error is None:
+                break
+            self._progress.say(f"weights were not sent ({reply.error}); trying again")
+            dispatcher.engine_group += 1
+            await asyncio.sleep(self._deadlines.backoff_s)
+            for url in dispatcher.plan.student_engines:
+                await dispatcher.fleet.wait_for_engine(RoleKind.STUDENT_ENGINE, url)
+        else:
+            raise RoleError(f"the weights could not be sent in {SYNC_TRIES} tries, last: {reply.error}")
+        if reply.version != before:
+            self._owed = owed
+        dispatcher.version = reply.version
+        dispatcher.metrics["opd_launcher_weight_version"].set(reply.version)
+        await dispatcher.barrier.open(reply.version, new=reply.version != before)
+        dispatcher.leases_may_flow()
+        return int(reply.version)
+
+    async def checkpoint(self, step: int) -> None:
+        """Learner and intake write the state after `step`; the folder is sealed when both have."""
+        folder = checkpoints.step_folder(self._root, step)
+        if await asyncio.to_thread((folder / checkpoints.MARKER).exists):
+            return
+        await self._command(m.SaveCheckpoint(step, str(folder)))
+        await asyncio.to_thread(checkpoints.seal, folder, step)
+        await asyncio.to_thread(checkpoints.prune, self._root, self._topology.checkpoint.keep)
+
+    async def _export(self, step: int) -> None:
+        """Write the student as it is after `step`, where the topology asks for it."""
+        section = self._topology.checkpoint
+        if section.export_hf_every_steps is None or step % section.export_hf_every_steps:
+            return
+        root = self._dispatcher.plan.run_folder / EXPORT
+        await self._command(m.ExportModel(str(checkpoints.step_folder(root, step))))
+        await asyncio.to_thread(checkpoints.prune_exports, root, section.keep)
+
+    async def _send(self, command: m.SyncWeights | m.SaveCheckpoint | m.ExportModel) -> m.LearnerReply:
+        """The learner's answer to `command`, never that to an earlier one of its kind whose wait was cancelled: a
+        checkpoint would be sealed while the learner replaces it."""
+        name = type(command).__name__
+        while self._unanswered[name]:
+            await self._reply(name)
+        await self._dispatcher.to_intake(command)
+        self._unanswered[name] += 1
+        return await self._reply(name)
+
+    async def _reply(self, name: str) -> m.LearnerReply:
+        # the command queues behind a step that the learner may be taking
+        deadline_s = self._deadlines.step_deadline_s
+        reply = await self._dispatcher.mailbox.expect(("reply", name), deadline_s, f"the learner's answer to {name}")
+        self._unanswered[name] -= 1
+        assert isinstance(reply, m.LearnerReply)
+        return reply
+
+    async def _command(self, command: m.SaveCheckpoint | m.ExportModel) -> None:
+        reply = await self._send(command)
+        if reply.error is not None:
+            raise RoleError(f"the learner could not do {reply.command}: {reply.error}")
+
+    async def forget_samples(self) -> None:
+        """Have every actor drop what it holds; generation stays stopped."""
+        dispatcher = self._dispatcher
+        await dispatcher.barrier.close()
+        token = dispatcher.resetting = dispatcher.new_token()
+        told = [
+            (k, name)
+            for k in (RoleKind.ROLLOUT, RoleKind.TEACHER)
+            for name in await dispatcher.broadcast(k, m.Reset(token))
+        ]
+        for _, name in told:
+            await dispatcher.mailbox.expect(
+                ("ResetDone", name, token), RESET_DEADLINE_S, f"{name} to forget its samples"
+            )
+        dispatcher.resetting = None
+        dispatcher.barrier.reset()
+
+    async def wind_down(self) -> None:
+        """After a signal: finish the planned step and save a checkpoint, so that nothing trained is lost."""
+        dispatcher = self._dispatcher
+        dispatcher.admit(False)
+        self.abandon_evaluation()
+        await dispatcher.to_intake(m.Quiesce("the run is being stopped"))
+        quiesced = await dispatcher.mailbox.expect(
+            "Quiesced", self._deadlines.stop_deadline_s, "the intake to come to rest"
+        )
+        while self._accounted < quiesced.version:
+            reply = self._unaccounted or await self._trained_step("the last optimizer step")
+            if reply is not None:
+                await self._account(reply, sync_s=0.0, engines_s=0.0)
+        await self.checkpoint(quiesced.version)
+        self._progress.say(f"saved a checkpoint after step {quiesced.version}; go on with --resume")
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    async def _evaluate_before(self, version: int) -> None:
+        assert self._evaluator is not None
+        count, names = self._topology.evaluation.prompts, self._dispatcher.plan.teacher_urls
+        teachers = [name for name in names if self._evaluator.prompts_of(name, count)]
+        teachers = teachers if self._topology.evaluation.teacher else []
+        who = {0: "", 1: "the teacher and "}.get(len(teachers), "the teachers and ")
+        self._progress.say(f"evaluating {who}the student before training")
+        async with asyncio.TaskGroup() as group:
+            student = group.create_task(self._evaluate_student(version))
+            for name in teachers:
+                group.create_task(self._evaluate(m.LeaseKind.EVAL_TEACHER, count, 0, name))
+        self._dispatcher.ledger.student_before = student.result()
+
+    async def _evaluate_student(self, step: int) -> Evaluation:
+        return await self._evaluate(m.LeaseKind.EVAL_STUDENT, self._topology.evaluation.prompts, step)
+
+    async def _evaluate(self, kind: m.LeaseKind, count: int, step: int, teacher: str | None = None) -> Evaluation:
+        assert self._evaluator is not None
+        evaluation = await self._evaluator.evaluate(kind, count, step, EVALUATION_DEADLINE_S, teacher)
+        who = "student" if teacher is None else "teacher"
+        if teacher is not None and len(self._dispatcher.plan.teacher_urls) > 1:
+            who = f"teacher {teacher}"
+        self._dispatcher.ledger.evaluation(evaluation, who)
+        self._progress.evaluation(who, evaluation)
+        return evaluation
+
+    def _begin_evaluation(self, step: int) -> None:
+        """Evaluate in the background while training goes on; the next weight update waits for it."""
+        every = self._topology.evaluation.every_steps
+        if self._evaluator is None or every is None or step % every:
+            return
+        work = self._evaluate(m.LeaseKind.EVAL_STUDENT, self._topology.evaluation.during_prompts, step)
+        self._dispatcher.evaluated.clear()
+        self._evaluation = self._dispatcher.spawn(work, f"evaluation-{step}")
+        self._evaluation.add_done_callback(lambda _: self._dispatcher.evaluated.set())
+
+    def abandon_evaluation(self) -> None:
+        """The evaluation under way will not end: its samples are being forgotten."""
+        if self._evaluation is not None:
+            self._evaluation.cancel()
+            self._evaluation = None
+
+    async def _settle_evaluation(self) -> None:
+        """Wait for the evaluation under way, so that it sees one set of weights."""
+        if self._evaluation is not None:
+            await self._serving(_result(self._evaluation))
+            self._evaluation = None
+
+    async def _serving(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`; meanwhile send the weights to engines that were restarted."""
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(work)
+            requests = group.create_task(self._serve_resyncs())
+            task.add_done_callback(lambda _: requests.cancel())
+        return task.result()
+
+    async def _serve_resyncs(self) -> None:
+        while True:
+            event = await self._dispatcher.mailbox.expect(UPDATE, EVALUATION_DEADLINE_S, "the evaluation")
+            if event == RESYNC:
+                await self._update_weights(verify=True)
+
+
+async def _result(task: asyncio.Task[T]) -> T:
+    return await task

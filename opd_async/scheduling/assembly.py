@@ -1,0 +1,301 @@
+"""Scored chunks in any order, with duplicates, to contiguous scored responses.
+
+    ScoredChunk -> Assembler.add -> Sample.scored_end grows -> a planner cuts [trained_end, scored_end)
+
+Pure: no sockets, no clock. A response is trained in order and without gaps, so what was trained of it is one number,
+`trained_end`. Marks say which tokens exist without having been scored yet; the staleness bound rests on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.errors import StateError
+from opd_async.estimators.topk import TopK, join
+from opd_async.scheduling.intervals import IntervalSet
+from opd_async.transport.messages import ScoredChunk
+
+
+class Verdict(StrEnum):
+    """What became of an arriving chunk."""
+
+    ACCEPTED = "accepted"
+    EARLY = "early"
+    """Ahead of a gap; kept until the gap is filled."""
+    DUPLICATE = "duplicate"
+    STALE_ATTEMPT = "stale_attempt"
+    """Of an attempt that was given up."""
+    ORPHAN = "orphan"
+    """Of an unknown sample and without its prompt; the sender will send it again with context."""
+    MALFORMED = "malformed"
+    """Lengths differ, a logprob is not a finite number <= 0, or the teacher's top-k is not what was asked for."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """Scored tokens of one weight version. float32[n] each; `token_ids` int32[n]; `topk` n rows or None.
+
+    Where no teacher engine scores, `teacher_logprobs` is empty, here and in all that is made of it.
+    """
+
+    version: int
+    token_ids: NDArray[np.int32]
+    behaviour_logprobs: NDArray[np.float32]
+    teacher_logprobs: NDArray[np.float32]
+    topk: TopK | None = None
+
+
+@dataclass(slots=True)
+class Sample:
+    """One response on its way through scoring and training; positions count response tokens."""
+
+    sample_id: int
+    attempt: int
+    actor: int
+    prompt_id: int
+    label: str
+    prompt: NDArray[np.int32]
+    trained: list[NDArray[np.int32]] = field(default_factory=list)
+    """Token ids that need no further training: trained ones, and the prefix of a resumed response."""
+    untrained: list[Piece] = field(default_factory=list)
+    trained_end: int = 0
+    scored_end: int = 0
+    finish: str | None = None
+    reward: float | None = None
+    """Known with `finish`, where the topology has a reward and the response could be judged."""
+    teacher: str = ""
+    """Who scored it."""
+    early: dict[int, ScoredChunk] = field(default_factory=dict)
+    order: int = 0
+    """When the response finished, relative to others."""
+
+    @property
+    def untrained_tokens(self) -> int:
+        """Scored tokens that no step has taken yet."""
+        return self.scored_end - self.trained_end
+
+    @property
+    def oldest_version(self) -> int:
+        """Version of the oldest untrained token; only defined while there is one."""
+        return self.untrained[0].version
+
+    def response(self) -> NDArray[np.int32]:
+        """int32[scored_end]: all scored response tokens."""
+        parts = [*self.trained, *(piece.token_ids for piece in self.untrained)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+
+@dataclass(slots=True)
+class Segment:
+    """What a step takes of one sample: response positions [start, end), with everything before as context.
+
+    `token_ids` int32[prompt + end]; per trained token: `behaviour_logprobs`, `teacher_logprobs` float32[end - start],
+    `versions` int32[end - start] of the weights that made it, `topk` of end - start rows where the loss needs it,
+    `advantages` float32[end - start] where an estimator has set them. `weight` is how often each of its tokens
+    counts in the loss (None: once). `reward` is set where the learner makes advantages of it, NaN where there
+    is none.
+    """
+
+    sample_id: int
+    prompt_tokens: int
+    start: int
+    end: int
+    complete: bool
+    token_ids: NDArray[np.int32]
+    behaviour_logprobs: NDArray[np.float32]
+    teacher_logprobs: NDArray[np.float32]
+    versions: NDArray[np.int32]
+    topk: TopK | None = None
+    advantages: NDArray[np.float32] | None = None
+    teacher: str = ""
+    weight: float | None = None
+    reward: float | None = None
+
+
+class Assembler:
+    """All samples between their first scored chunk and their last trained token.
+
+    `topk` is how many ids the teacher's top-k has on every token, 0 for none; chunks with another number are malformed.
+    `teacher` False: no teacher engine scores, and a chunk with a teacher's logprobs is malformed.
+    """
+
+    def __init__(
+        self, completed: IntervalSet | None = None, attempt_floor: int = 0, topk: int = 0, teacher: bool = True
+    ) -> None:
+        self._attempt_floor = attempt_floor
+        self._topk = topk
+        self._teacher = teacher
+        self.samples: dict[int, Sample] = {}
+        self.completed = completed or IntervalSet()
+        self._marks: list[tuple[int, dict[int, tuple[int, int]]]] = []
+        self._settled_through: int | None = None
+        self._finished = 0
+
+    def restore(self, sample_id: int, trained: NDArray[np.int32]) -> None:
+        """A sample that was partly trained before a restart: its next attempt starts behind these tokens."""
+        sample = Sample(sample_id, 0, -1, -1, "", np.zeros(0, np.int32))
+        sample.trained = [trained]
+        sample.trained_end = sample.scored_end = len(trained)
+        self.samples[sample_id] = sample
+
+    def add(self, chunk: ScoredChunk) -> Verdict:
+        """Take one scored chunk; whatever the verdict, the state stays consistent."""
+        if not _well_formed(chunk, self._topk, self._teacher):
+            return Verdict.MALFORMED
+        if chunk.sample_id in self.completed:
+            return Verdict.DUPLICATE
+        if chunk.attempt < self._attempt_floor:
+            return Verdict.STALE_ATTEMPT
+        sample = self.samples.get(chunk.sample_id)
+        if sample is None:
+            if chunk.context is None or chunk.start != 0:
+                return Verdict.ORPHAN
+            sample = Sample(chunk.sample_id, chunk.attempt, chunk.actor, chunk.prompt_id, chunk.label, chunk.context)
+            self.samples[chunk.sample_id] = sample
+        if chunk.attempt < sample.attempt:
+            return Verdict.STALE_ATTEMPT
+        is_first_of_attempt = chunk.attempt > sample.attempt or not len(sample.prompt)
+        if is_first_of_attempt and not self._next_attempt(sample, chunk):
+            return Verdict.ORPHAN
+        if chunk.start < sample.scored_end or sample.finish is not None or chunk.start in sample.early:
+            return Verdict.DUPLICATE
+        if chunk.start > sample.scored_end:
+            sample.early[chunk.start] = chunk
+            return Verdict.EARLY
+        self._append(sample, chunk)
+        while sample.finish is None and (following := sample.early.pop(sample.scored_end, None)) is not None:
+            self._append(sample, following)
+        return Verdict.ACCEPTED
+
+    def _next_attempt(self, sample: Sample, chunk: ScoredChunk) -> bool:
+        """The first chunk of a later attempt: it must bring the prompt and continue what is held."""
+        if chunk.context is None or chunk.start != sample.scored_end:
+            return False
+        sample.attempt, sample.actor = chunk.attempt, chunk.actor
+        sample.prompt_id, sample.label = chunk.prompt_id, chunk.label
+        sample.prompt = chunk.context[: chunk.prompt_tokens]
+        sample.early.clear()
+        return True
+
+    def _append(self, sample: Sample, chunk: ScoredChunk) -> None:
+        if len(chunk.token_ids):
+            if sample.untrained and sample.untrained[-1].version > chunk.weight_version:
+                raise StateError(f"sample {sample.sample_id}: version {chunk.weight_version} after a later one")
+            topk = TopK.of(chunk.topk_ids, chunk.topk_logprobs)
+            piece = Piece(chunk.weight_version, chunk.token_ids, chunk.behaviour_logprobs, chunk.teacher_logprobs, topk)
+            sample.untrained.append(piece)
+            sample.scored_end = chunk.end
+        sample.actor, sample.teacher = chunk.actor, chunk.teacher
+        if chunk.finish is not None:
+            sample.finish, sample.reward = chunk.finish, chunk.reward
+            sample.order = self._finished
+            self._finished += 1
+
+    def give_up_attempt(self, sample_id: int, attempt: int) -> tuple[int, NDArray[np.int32], bool]:
+        """The actor of this sample is gone. Returns the next attempt, the scored tokens int32[scored_end], and whether
+        the response is complete; late chunks of `attempt` are refused from now on."""
+        if sample_id in self.completed:
+            return attempt, np.zeros(0, np.int32), True
+        sample = self.samples.get(sample_id)
+        if sample is None:
+            # remembered, so that a chunk still under way cannot bring the old attempt back to life
+            sample = Sample(sample_id, attempt, -1, -1, "", np.zeros(0, np.int32))
+            self.samples[sample_id] = sample
+        if sample.finish is not None:
+            return sample.attempt, np.zeros(0, np.int32), True
+        if attempt >= sample.attempt:  # a second request for the same attempt must not end the one that followed it
+            sample.attempt = attempt + 1
+            sample.early.clear()
+        return sample.attempt, sample.response(), False
+
+    def mark(self, version: int, owed: Iterable[tuple[int, int, int]]) -> None:
+        """Every token made by weights `version` or older is held, or lies before `end` of an owed (sample, attempt,
+        end)."""
+        self._marks.append((version, {sample: (attempt, end) for sample, attempt, end in owed}))
+
+    def settled(self, version: int) -> bool:
+        """Whether every token made by weights `version` or older is here. True before the first mark is due."""
+        while self._marks and self._marks[0][0] <= version:
+            mark_version, owed = self._marks[0]
+            for sample_id in [s for s, (attempt, end) in owed.items() if self._holds(s, attempt, end)]:
+                del owed[sample_id]
+            if owed:
+                return False
+            self._settled_through = mark_version
+            self._marks.pop(0)
+        return self._settled_through is None or self._settled_through >= version
+
+    def start_at(self, version: int) -> None:
+        """Training begins at `version`: no token of older weights exists."""
+        self._settled_through = version - 1
+
+    def owed(self) -> dict[int, tuple[int, int]]:
+        """What the oldest mark still waits for: {sample: (attempt, end)}."""
+        return dict(self._marks[0][1]) if self._marks else {}
+
+    def _holds(self, sample_id: int, attempt: int, end: int) -> bool:
+        if sample_id in self.completed:
+            return True
+        sample = self.samples.get(sample_id)
+        if sample is None:
+            return end == 0
+        return sample.attempt > attempt or sample.scored_end >= end
+
+    def take(self, sample: Sample) -> Segment | None:
+        """Cut everything untrained off `sample` for a step; None when there was no token (an empty response)."""
+        complete = sample.finish is not None
+        segment = _segment(sample, complete) if sample.untrained else None
+        sample.trained.extend(piece.token_ids for piece in sample.untrained)
+        sample.untrained.clear()
+        sample.trained_end = sample.scored_end
+        if complete:
+            del self.samples[sample.sample_id]
+            self.completed.add(sample.sample_id)
+        return segment
+
+
+def _segment(sample: Sample, complete: bool) -> Segment:
+    pieces = sample.untrained
+    return Segment(
+        sample.sample_id,
+        len(sample.prompt),
+        sample.trained_end,
+        sample.scored_end,
+        complete,
+        np.concatenate([sample.prompt, *sample.trained, *(piece.token_ids for piece in pieces)]),
+        np.concatenate([piece.behaviour_logprobs for piece in pieces]),
+        np.concatenate([piece.teacher_logprobs for piece in pieces]),
+        np.concatenate([np.full(len(piece.token_ids), piece.version, np.int32) for piece in pieces]),
+        join([piece.topk for piece in pieces]),
+        teacher=sample.teacher,
+    )
+
+
+def _well_formed(chunk: ScoredChunk, topk: int, teacher: bool) -> bool:
+    n = len(chunk.token_ids)
+    if len(chunk.behaviour_logprobs) != n or len(chunk.teacher_logprobs) != n * teacher or chunk.start < 0:
+        return False
+    if chunk.context is not None and len(chunk.context) != chunk.prompt_tokens + chunk.start:
+        return False
+    if chunk.reward is not None and not math.isfinite(chunk.reward):
+        return False
+    if n == 0:
+        return chunk.finish is not None
+    return _topk_fits(chunk, n, topk) and all(
+        bool(np.isfinite(values).all()) and float(values.max(initial=-np.inf)) <= 1e-3
+        for values in (chunk.behaviour_logprobs, chunk.teacher_logprobs)
+    )
+
+
+def _topk_fits(chunk: ScoredChunk, n: int, k: int) -> bool:
+    """Whether the chunk brings the teacher's top-k of its n tokens if, and only if, that was asked for."""
+    topk = TopK.of(chunk.topk_ids, chunk.topk_logprobs)
+    if not k or topk is None:
+        return not k and chunk.topk_ids is None and chunk.topk_logprobs is None
+    return topk.ids.shape == (n, k) and topk.problem() is None

@@ -1,0 +1,72 @@
+"""What has been trained, as a file in the checkpoint: the reason why a resumed run trains nothing twice.
+
+The set of trained (sample, start, end) ranges is kept as completed samples (intervals of ids) and, for responses that
+were being generated, the trained tokens from 0 to `trained_end`: generation goes on behind them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgpack
+import numpy as np
+
+from opd_async.errors import InputError, WireError
+from opd_async.files import write_atomically
+from opd_async.scheduling.assembly import Assembler
+from opd_async.scheduling.intervals import IntervalSet
+from opd_async.transport.messages import Frontier
+from opd_async.transport.wire import decode, encode
+
+FILE_NAME = "frontier.msgpack"
+
+
+def empty(version: int) -> Frontier:
+    """The frontier of a run that has trained nothing."""
+    none = np.zeros(0, np.int32)
+    return Frontier(version, np.zeros((0, 2), np.int64), none.astype(np.int64), none, none)
+
+
+def snapshot(assembler: Assembler, version: int) -> Frontier:
+    """The frontier right after the step that made `version`."""
+    partial = sorted((s for s in assembler.samples.values() if s.trained_end), key=lambda s: s.sample_id)
+    tokens = [s.response()[: s.trained_end] for s in partial]
+    return Frontier(
+        version,
+        assembler.completed.to_array(),
+        np.array([s.sample_id for s in partial], np.int64),
+        np.array([s.trained_end for s in partial], np.int32),
+        np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
+    )
+
+
+def restore(frontier: Frontier, attempt_floor: int = 0, topk: int = 0, teacher: bool = True) -> Assembler:
+    """An assembler that holds nothing but what was trained, refuses attempts below `attempt_floor`, and wants `topk`
+    ids of the teacher on every token, or nothing of a `teacher` at all."""
+    assembler = Assembler(IntervalSet.from_array(frontier.completed), attempt_floor, topk, teacher)
+    parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
+    for sample_id, tokens in zip(frontier.partial_ids, parts, strict=False):
+        assembler.restore(int(sample_id), tokens)
+    assembler.start_at(frontier.version)
+    return assembler
+
+
+def save(frontier: Frontier, folder: Path) -> None:
+    """Write `folder/frontier.msgpack` atomically, making the folder if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / FILE_NAME, msgpack.packb([bytes(frame) for frame in encode(frontier)]))
+
+
+def load(folder: Path) -> Frontier:
+    """Read what `save` wrote; `InputError` names the file when it cannot be used."""
+    path = folder / FILE_NAME
+    try:
+        frames = msgpack.unpackb(path.read_bytes())
+        if not isinstance(frames, list) or not all(isinstance(frame, bytes) for frame in frames):
+            raise ValueError("not a list of frames")
+        frontier = decode(frames)
+    except (OSError, ValueError, WireError) as error:
+        raise InputError(f"{path}: not a readable frontier ({error}); resume from an earlier checkpoint") from None
+    if not isinstance(frontier, Frontier):
+        raise InputError(f"{path}: holds a {type(frontier).__name__}, not a frontier")
+    return frontier

@@ -1,0 +1,206 @@
+"""Which sample is generated next, by whom, and how many may be in flight: pure.
+
+Sample n belongs to prompt `order[n // group_size]` of its epoch; the order of an epoch is a permutation drawn from
+(seed, epoch). So the samples that a frontier does not list as completed are all that a resumed run needs to know.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.config.topology import ScheduleSection, TrainOn
+from opd_async.scheduling.intervals import IntervalSet
+from opd_async.transport.messages import Frontier
+
+NEXT_STEP = 1.25
+NEXT_STEP_FORCED = 1.1
+"""Budgets that the next step may hold while a step is trained; no new response begins beyond them. At S = 1 the next
+step must take all that is held, what is still being generated included, so that it ends up at twice as much."""
+
+
+def hold_tokens(tokens_per_step: int, max_staleness: int) -> int:
+    """How many tokens the next step may hold before generation stands still until the next update.
+
+    A bound for the worst case, above what admission lets come together: engines that stand still lose time, and what
+    they were generating is cut all the same (bench/LOG.md).
+    """
+    return (2 * max(1, max_staleness) + 1) * tokens_per_step
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseSpec:
+    """What to generate. `prefix` int32[k]: response tokens that are scored already."""
+
+    sample_id: int
+    attempt: int
+    prompt_index: int
+    prefix: NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class _Active:
+    """A sample between its lease and its last trained token."""
+
+    spec: LeaseSpec
+    actor: str
+    trained_end: int = 0
+    response_tokens: int | None = None
+    """Known once the response has ended."""
+
+
+class PromptOrder:
+    """sample -> prompt, for ever: epoch after epoch over `prompts` prompts."""
+
+    def __init__(self, prompts: int, group_size: int, seed: int, shuffle: bool) -> None:
+        self._prompts = prompts
+        self._group_size = group_size
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = -1
+        self._order: NDArray[np.int64] = np.arange(prompts)
+
+    def prompt_of(self, sample_id: int) -> int:
+        """Index of the sample's prompt."""
+        epoch, position = divmod(sample_id // self._group_size, self._prompts)
+        if self._shuffle and epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self._seed, epoch)).permutation(self._prompts)
+        return int(self._order[position])
+
+
+class LeaseBook:
+    """All leases of a run.
+
+    Admission: at most `slots` responses are generated at once. With `train_on: tokens` no new one begins while finished
+    responses hold max(1, S) steps of untrained tokens, nor while the step after the one under way is full already: what
+    is being generated then ends sooner, and less of it is cut. With `train_on: samples` sample n begins only once the
+    engines hold weights >= n / samples_per_step - S - 1, which bounds the age of every token by S (docs/staleness.md).
+    """
+
+    def __init__(
+        self, frontier: Frontier, order: PromptOrder, schedule: ScheduleSection, slots: int, attempt: int = 0
+    ) -> None:
+        self._order = order
+        self._schedule = schedule
+        self._slots = slots
+        self._attempt = attempt
+        self._next = 0
+        self._completed = IntervalSet.from_array(frontier.completed)
+        self._returned: deque[LeaseSpec] = deque()
+        self._active: dict[int, _Active] = {}
+        self._generating: Counter[str] = Counter()
+        self._waiting_tokens = 0
+        self._ready = (-1, 0)
+        self._trained: dict[int, int] = {}
+        parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
+        for sample_id, tokens in zip(frontier.partial_ids.tolist(), parts, strict=False):
+            self._returned.append(LeaseSpec(sample_id, attempt, order.prompt_of(sample_id), tokens))
+            self._trained[sample_id] = len(tokens)
+
+    @property
+    def generating(self) -> int:
+        """Responses that have not ended."""
+        return self._generating.total()
+
+    def generating_by(self, actor: str) -> int:
+        """Responses of one actor that have not ended."""
+        return self._generating[actor]
+
+    @property
+    def active(self) -> int:
+        """Samples between their lease and their last trained token."""
+        return len(self._active)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Untrained tokens of responses that have ended."""
+        return self._waiting_tokens
+
+    def lease(self, actor: str, version: int) -> LeaseSpec | None:
+        """The next sample for `actor`, or None while admission holds it back; `version` is what the engines hold."""
+        if self.generating >= self._slots:
+            return None
+        if self._returned:
+            spec = self._returned.popleft()
+        else:
+            sample_id = self._first_unleased()
+            if not self._admits(sample_id, version):
+                return None
+            spec = LeaseSpec(sample_id, self._attempt, self._order.prompt_of(sample_id), np.zeros(0, np.int32))
+            self._next = sample_id + 1
+        self._active[spec.sample_id] = _Active(spec, actor, self._trained.pop(spec.sample_id, 0))
+        self._generating[actor] += 1
+        return spec
+
+    def _first_unleased(self) -> int:
+        sample_id = self._completed.first_absent(self._next)
+        while sample_id in self._active or sample_id in self._trained:
+            sample_id = self._completed.first_absent(sample_id + 1)
+        return sample_id
+
+    def _admits(self, sample_id: int, version: int) -> bool:
+        schedule = self._schedule
+        if schedule.train_on is TrainOn.SAMPLES:
+            return sample_id < (version + schedule.max_staleness + 1) * schedule.samples_per_step
+        # while no step is trained, a new response may be what the next one waits for
+        limit = NEXT_STEP_FORCED if schedule.max_staleness == 1 else NEXT_STEP
+        if self._ready[0] == version + 1 and self._ready[1] >= limit * schedule.tokens_per_step:
+            return False
+        return self.waiting_tokens < max(1, schedule.max_staleness) * schedule.tokens_per_step
+
+    def ready(self, next_step: int, tokens: int) -> None:
+        """The step that starts from weights `next_step` could train `tokens` if it began now."""
+        self._ready = (next_step, tokens)
+
+    def ended(self, sample_id: int, attempt: int, response_tokens: int) -> None:
+        """The response is complete (it may not be scored yet)."""
+        active = self._active.get(sample_id)
+        if active is not None and active.spec.attempt == attempt and active.response_tokens is None:
+            self._generating[active.actor] -= 1
+            active.response_tokens = response_tokens
+            self._waiting_tokens += response_tokens - active.trained_end
+
+    def trained(self, sample_id: int, end: int, complete: bool) -> None:
+        """A step has taken the sample's tokens before `end`."""
+        if complete:
+            self._completed.add(sample_id)
+        active = self._active.get(sample_id)
+        if active is None:
+            if sample_id in self._trained and not complete:
+                self._trained[sample_id] = end
+            return
+        if active.response_tokens is not None:
+            self._waiting_tokens -= end - active.trained_end
+        active.trained_end = end
+        if complete:
+            self._remove(active)
+
+    def _remove(self, active: _Active) -> None:
+        if active.response_tokens is None:
+            self._generating[active.actor] -= 1
+        else:
+            self._waiting_tokens -= active.response_tokens - active.trained_end
+        del self._active[active.spec.sample_id]
+
+    def held_by(self, actor: str) -> list[LeaseSpec]:
+        """Leases of an actor whose responses or chunks may be lost with it."""
+        return [active.spec for active in self._active.values() if active.actor == actor]
+
+    def give_back(self, sample_id: int, attempt: int, prefix: NDArray[np.int32], complete: bool) -> None:
+        """The sample's actor is gone: lease it again behind `prefix`, unless all of it is scored already."""
+        active = self._active.get(sample_id)
+        if active is None:
+            return
+        if complete:
+            # the learner holds all of it; its exact length no longer matters to admission
+            self.ended(sample_id, active.spec.attempt, active.trained_end)
+            return
+        if active.spec.attempt >= attempt:  # asked twice: it has been leased again already
+            return
+        self._remove(active)
+        self._trained[sample_id] = active.trained_end
+        self._returned.append(LeaseSpec(sample_id, attempt, active.spec.prompt_index, prefix))

@@ -1,0 +1,155 @@
+"""Segments to packed micro-batches, dealt evenly to data-parallel ranks.
+
+The prefix of a segment is forwarded again with it (its gradient is exact), so a sequence costs prompt + end tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.estimators.topk import TopK, join, split
+from opd_async.scheduling.assembly import Segment
+from opd_async.transport.messages import Train
+from opd_async.transport.step_batch import MicroBatch, StepBatch
+
+Bin = list[Segment]
+Number = TypeVar("Number", np.int32, np.float32)
+
+
+def pack(segments: Sequence[Segment], version: int, ranks: int, micro_batch_tokens: int) -> list[StepBatch]:
+    """One `StepBatch` per data-parallel rank, all with the same number of micro-batches.
+
+    Longest first, each into the emptiest bin that it fits; a sequence longer than `micro_batch_tokens` gets a bin of
+    its own. The result depends on the segments alone, not on their order.
+    """
+    bins: list[Bin] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for segment in sorted(segments, key=lambda s: (-len(s.token_ids), s.sample_id)):
+        length = len(segment.token_ids)
+        at = min(range(len(bins)), key=loads.__getitem__)
+        if loads[at] and loads[at] + length > micro_batch_tokens:
+            at = len(bins)
+            bins.extend([] for _ in range(ranks))
+            loads.extend([0] * ranks)
+        bins[at].append(segment)
+        loads[at] += length
+    loss_tokens = sum(segment.end - segment.start for segment in segments)
+    return [
+        StepBatch(version, loss_tokens, tuple(micro_batch(group, version) for group in bins[rank::ranks]))
+        for rank in range(ranks)
+    ]
+
+
+def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:
+    """Segments back to back; staleness counts from `version`."""
+    lengths = np.array([len(segment.token_ids) for segment in segments], np.int32)
+    cu_seqlens = _offsets(lengths)
+    rows = [
+        np.arange(segment.start, segment.end, dtype=np.int32) + (offset + segment.prompt_tokens - 1)
+        for segment, offset in zip(segments, cu_seqlens, strict=False)
+    ]
+    return MicroBatch(
+        _join([segment.token_ids for segment in segments], np.int32),
+        cu_seqlens,
+        _join(rows, np.int32),
+        _join([segment.behaviour_logprobs for segment in segments], np.float32),
+        _join([segment.teacher_logprobs for segment in segments], np.float32),
+        _join([_advantages(segment) for segment in segments], np.float32),
+        _join([version - segment.versions for segment in segments], np.int32),
+        join([segment.topk for segment in segments]),
+        _weights(segments),
+        _rewards(segments),
+    )
+
+
+def mean_over_responses(segments: Sequence[Segment]) -> None:
+    """Weigh the tokens of whole responses so that the mean over the step's tokens is one over its responses, each the
+    mean over its own tokens."""
+    tokens = sum(segment.end - segment.start for segment in segments)
+    for segment in segments:
+        segment.weight = tokens / (len(segments) * (segment.end - segment.start))
+
+
+def _weights(segments: Sequence[Segment]) -> NDArray[np.float32] | None:
+    if all(segment.weight is None for segment in segments):
+        return None
+    return _join([np.full(s.end - s.start, s.weight or 1.0, np.float32) for s in segments], np.float32)
+
+
+def _rewards(segments: Sequence[Segment]) -> NDArray[np.float32] | None:
+    rewards = [segment.reward for segment in segments if segment.reward is not None]
+    return np.array(rewards, np.float32) if rewards else None
+
+
+def _advantages(segment: Segment) -> NDArray[np.float32]:
+    return segment.advantages if segment.advantages is not None else np.zeros(segment.end - segment.start, np.float32)
+
+
+def _join(parts: Sequence[NDArray[Any]], dtype: type[Number]) -> NDArray[Number]:
+    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
+
+
+def to_message(batch: StepBatch) -> Train:
+    """The wire form of one rank's step."""
+    mbs = batch.micro_batches
+    topk = join([mb.topk for mb in mbs])
+    return Train(
+        batch.version,
+        batch.loss_tokens,
+        np.array([len(mb.token_ids) for mb in mbs], np.int32),
+        np.array([len(mb.cu_seqlens) - 1 for mb in mbs], np.int32),
+        np.array([len(mb.rows) for mb in mbs], np.int32),
+        _join([mb.token_ids for mb in mbs], np.int32),
+        _join([np.diff(mb.cu_seqlens) for mb in mbs], np.int32),
+        _join([mb.rows for mb in mbs], np.int32),
+        _join([mb.behaviour_logprobs for mb in mbs], np.float32),
+        _join([mb.teacher_logprobs for mb in mbs], np.float32),
+        _join([mb.advantages for mb in mbs], np.float32),
+        _join([mb.staleness for mb in mbs], np.int32),
+        topk.ids if topk is not None else None,
+        topk.logprobs if topk is not None else None,
+        _join([mb.weights for mb in mbs if mb.weights is not None], np.float32)
+        if any(mb.weights is not None for mb in mbs)
+        else None,
+        _join([mb.rewards for mb in mbs if mb.rewards is not None], np.float32)
+        if any(mb.rewards is not None for mb in mbs)
+        else None,
+    )
+
+
+def from_message(train: Train) -> StepBatch:
+    """Inverse of `to_message`; the arrays are views of the message."""
+    tokens = np.split(train.token_ids, np.cumsum(train.mb_tokens)[:-1])
+    sequence_cuts = np.cumsum(train.mb_sequences)[:-1]
+    lengths = np.split(train.sequence_lengths, sequence_cuts)
+    cuts = np.cumsum(train.mb_rows)[:-1]
+    rows, staleness = (np.split(values, cuts) for values in (train.rows, train.staleness))
+    by_row = (train.behaviour_logprobs, train.teacher_logprobs, train.advantages)
+    behaviour, teacher, advantages = (np.split(values, cuts) for values in by_row)
+    weights = [None] * len(rows) if train.weights is None else np.split(train.weights, cuts)
+    rewards = [None] * len(rows) if train.rewards is None else np.split(train.rewards, sequence_cuts)
+    topk = split(TopK.of(train.topk_ids, train.topk_logprobs), train.mb_rows.tolist())
+    micro_batches = tuple(
+        MicroBatch(
+            tokens[i],
+            _offsets(lengths[i]),
+            rows[i],
+            behaviour[i],
+            teacher[i],
+            advantages[i],
+            staleness[i],
+            topk[i],
+            weights[i],
+            rewards[i],
+        )
+        for i in range(len(train.mb_tokens))
+    )
+    return StepBatch(train.version, train.loss_tokens, micro_batches)
+
+
+def _offsets(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

@@ -1,0 +1,112 @@
+"""When a step is taken and what it trains: pure planners over an `Assembler`.
+
+A token made by weights b and trained at version v has staleness v - b. `DeadlineCuts` keeps it at most S:
+
+- *forced*: at version v, every token made by weights v - S or older is trained now, because at v + 1 it would be too
+  old; a response still being generated is cut there. The step waits until all such tokens are here (`settled`).
+- *finished*: complete responses, oldest token first, until the step has `LARGEST_STEP` budgets. A step starts with one
+  budget, so it is larger only when the learner is behind; then larger steps mean fewer of them, and fewer cuts.
+
+docs/staleness.md has the proof; `tests/core/test_staleness.py` drives both planners through random schedules.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from opd_async.scheduling.assembly import Assembler, Sample
+
+LARGEST_STEP = 2
+"""Budgets that finished responses may fill; what the deadlines force has no limit."""
+
+
+class Planner(Protocol):
+    """Chooses the samples of the next step."""
+
+    def ready_tokens(self, assembler: Assembler, version: int) -> int:
+        """Scored tokens that a step at `version` could take."""
+
+    def wants_drain(self, assembler: Assembler, version: int) -> bool:
+        """Whether generation must stop so that a step at `version` can be taken."""
+
+    def choose(self, assembler: Assembler, version: int) -> list[Sample]:
+        """The samples to `take` for the step at `version`; empty while it cannot start."""
+
+
+class DeadlineCuts:
+    """`train_on: tokens`. `tokens_per_step` is a minimum, exceeded by what the deadlines force."""
+
+    def __init__(self, tokens_per_step: int, max_staleness: int) -> None:
+        self.budget = tokens_per_step
+        self.max_staleness = max_staleness
+
+    def ready_tokens(self, assembler: Assembler, version: int) -> int:
+        """Untrained tokens of finished responses and of those that are due at `version`."""
+        due = version - self.max_staleness
+        return sum(
+            sample.untrained_tokens
+            for sample in assembler.samples.values()
+            if sample.untrained and (sample.finish is not None or sample.oldest_version <= due)
+        )
+
+    def wants_drain(self, assembler: Assembler, version: int) -> bool:
+        """At S = 0 every token is due in the step of its own version, so generation stops once the budget is there."""
+        return self.max_staleness == 0 and self.ready_tokens(assembler, version) >= self.budget
+
+    def choose(self, assembler: Assembler, version: int) -> list[Sample]:
+        """Forced samples, then finished ones from the oldest token on, until the step is as large as it may be."""
+        if not assembler.settled(version - self.max_staleness):
+            return []
+        if self.ready_tokens(assembler, version) < self.budget:
+            return []
+        due = version - self.max_staleness
+        chosen: list[Sample] = []
+        finished: list[Sample] = []
+        tokens = 0
+        for sample in assembler.samples.values():
+            if sample.untrained and sample.oldest_version <= due:
+                chosen.append(sample)
+                tokens += sample.untrained_tokens
+            elif sample.finish is not None:
+                finished.append(sample)
+        # an empty remainder costs nothing and would otherwise wait for ever
+        finished.sort(key=lambda s: (s.oldest_version if s.untrained else -1, s.order))
+        for sample in finished:
+            if tokens >= LARGEST_STEP * self.budget and sample.untrained:
+                break
+            chosen.append(sample)
+            tokens += sample.untrained_tokens
+        return chosen
+
+
+class WholeSamples:
+    """`train_on: samples`. Step k trains samples k * B to (k + 1) * B - 1 once all of them are complete.
+
+    A multiple of `rollout.group_size` makes every step one of whole groups: samples are numbered group by group.
+    With leases admitted only below (version + S + 1) * B (`leases.py`), no token is older than S steps.
+    """
+
+    def __init__(self, samples_per_step: int) -> None:
+        self.samples_per_step = samples_per_step
+
+    def _batch(self, assembler: Assembler) -> list[int]:
+        ids: list[int] = []
+        sample_id = -1
+        while len(ids) < self.samples_per_step:
+            sample_id = assembler.completed.first_absent(sample_id + 1)
+            ids.append(sample_id)
+        return ids
+
+    def ready_tokens(self, assembler: Assembler, version: int) -> int:
+        """Tokens of the next batch once it is complete; 0 before, since nothing but generation can then help."""
+        return sum(sample.untrained_tokens for sample in self.choose(assembler, version))
+
+    def wants_drain(self, assembler: Assembler, version: int) -> bool:
+        """Never: admission alone bounds the age."""
+        return False
+
+    def choose(self, assembler: Assembler, version: int) -> list[Sample]:
+        """The next batch in sample order, if every one of it is complete."""
+        found = [assembler.samples.get(sample_id) for sample_id in self._batch(assembler)]
+        batch = [sample for sample in found if sample is not None and sample.finish is not None]
+        return batch if len(batch) == self.samples_per_step else []

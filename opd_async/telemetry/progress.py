@@ -1,0 +1,57 @@
+"""What a person sees while a run goes on: a line every few seconds, and one for everything that happens once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from opd_async.telemetry.report import Evaluation
+from opd_async.transport.messages import StepStarted
+
+LINE_EVERY_S = 3.0
+
+
+class Progress:
+    """Prints through `echo`; `steps` is the number of steps asked for."""
+
+    def __init__(self, echo: Callable[[str], None], steps: int) -> None:
+        self._echo = echo
+        self._steps = steps
+        self._started = time.monotonic()
+        self._last = 0.0
+        self._tokens = 0.0
+        self._since = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """One line with the time since the start."""
+        self._echo(f"[{time.monotonic() - self._started:6.1f} s] {text}")
+
+    def step(self, step: int, learner: dict[str, float], started: StepStarted) -> None:
+        """A step is done; prints at most every few seconds, and the last one always."""
+        self._tokens += started.stats["tokens"]
+        now = time.monotonic()
+        if now - self._last < LINE_EVERY_S and step != self._steps:
+            return
+        rate = self._tokens / max(now - self._since, 1e-9)
+        ages = started.staleness_counts
+        mean_age = float(np.arange(len(ages)) @ ages / max(ages.sum(), 1))
+        # without a teacher the figure is 0 by definition
+        kl = f"reverse KL {learner['reverse_kl']:.4f}  " if learner.get("reverse_kl") else ""
+        reward = f"reward {started.stats['reward_mean']:.3f}  " if "reward_mean" in started.stats else ""
+        self.say(
+            f"step {step:>4}/{self._steps}  {reward}{kl}"
+            f"ratio spread {learner.get('ratio_std', float('nan')):.3f}  "
+            f"staleness {mean_age:.2f} (max {len(ages) - 1})  {rate:,.0f} tokens/s  cuts {started.stats['cuts']:.0f}"
+        )
+        self._last, self._tokens, self._since = now, 0.0, now
+
+    def evaluation(self, who: str, result: Evaluation) -> None:
+        """An evaluation is done."""
+        sampled = f"avg@{result.samples_per_prompt}" if result.samples_per_prompt > 1 else "pass@1"
+        unjudged = f", {result.unjudged} not judged" if result.unjudged else ""
+        self.say(
+            f"{who} at step {result.step}: {sampled} {100 * result.pass_at_1:.1f} %, "
+            f"greedy {100 * result.pass_at_1_greedy:.1f} % of {result.prompts} held-out prompts{unjudged}"
+        )

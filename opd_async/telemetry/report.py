@@ -1,0 +1,298 @@
+"""What a run achieved: `report.json` for programs, a table for people.
+
+Shares are between 0 and 1, times in seconds, staleness in optimizer steps. `None` stands for what was not measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field
+
+from opd_async.config.section import Section
+
+WIDTH = 86
+_Z = 1.959963984540054
+"""The normal distribution's 97.5 % quantile: two-sided 95 %."""
+
+Interval = tuple[float, float]
+
+
+def wilson_interval(passed: float, trials: int) -> Interval:
+    """The 95 % score interval of a proportion (Wilson 1927), both ends within [0, 1]. `ValueError` without trials.
+
+    It stays sensible at 0 % and 100 %, where the textbook interval has no width.
+    """
+    if not 0 <= passed <= trials or trials == 0:
+        raise ValueError(f"{passed} of {trials} is no proportion")
+    share, z2 = passed / trials, _Z**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = _Z / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    # At either end the exact bound is the end itself, which rounding would miss.
+    return (0.0 if passed == 0 else centre - half, 1.0 if passed == trials else centre + half)
+
+
+class Evaluation(Section):
+    """pass@1 of one model over `prompts` held-out prompts: `samples_per_prompt` sampled responses, and a greedy one."""
+
+    prompts: int
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    """Of the sampled responses."""
+    pass_at_1: float
+    """Share of all sampled responses that are right: avg@k with k = `samples_per_prompt`."""
+    pass_at_1_interval: Interval
+    """95 %, with prompts for trials: samples of one prompt resemble one another, so it is never too narrow."""
+    pass_at_1_greedy: float
+    pass_at_1_greedy_interval: Interval
+    step: int
+    """Optimizer steps behind the evaluated weights; 0 for the teacher."""
+    unjudged: int = 0
+    """Responses for which no reward could be computed; they count as wrong."""
+
+    @classmethod
+    def from_counts(
+        cls,
+        prompts: int,
+        passed: int,
+        passed_greedy: int,
+        step: int,
+        samples: int = 1,
+        temperature: float = 1.0,
+        unjudged: int = 0,
+    ) -> Self:
+        """From numbers of right responses, `passed` among prompts x samples; `ValueError` unless both are possible."""
+        return cls(
+            prompts=prompts,
+            samples_per_prompt=samples,
+            temperature=temperature,
+            unjudged=unjudged,
+            pass_at_1=passed / (prompts * samples) if prompts else 0.0,
+            pass_at_1_interval=wilson_interval(passed / samples, prompts),
+            pass_at_1_greedy=passed_greedy / prompts if prompts else 0.0,
+            pass_at_1_greedy_interval=wilson_interval(passed_greedy, prompts),
+            step=step,
+        )
+
+
+class Staleness(Section):
+    """Age of the trained tokens when they were trained, in optimizer steps."""
+
+    mean: float | None = None
+    p99: float | None = None
+    max: int | None = None
+
+
+class ScoreLatency(Section):
+    """From the last token of a sample to its score."""
+
+    p50_s: float | None = None
+    p99_s: float | None = None
+
+
+class WeightSync(Section):
+    """What weight updates cost."""
+
+    blocked_s: float
+    """Time that the learner spent sending weights."""
+    engines_blocked_s: float
+    """Time that student engines were paused, a mean over engines."""
+    updates: int
+
+
+class Stage(Section):
+    """Throughput of one stage over the whole run."""
+
+    tokens: int
+    """Response tokens: generated, scored, trained."""
+    tokens_per_s: float
+    idle_share: float | None = None
+    """Share of the time with nothing to do, a mean over processes."""
+
+
+class Stages(Section):
+    """The three stages of the pipeline."""
+
+    rollout: Stage
+    teacher: Stage | None = None
+    """None where no teacher engine scores."""
+    learner: Stage
+
+
+class Report(Section):
+    """Everything about a finished run."""
+
+    name: str
+    steps: int
+    seconds: float
+    """From the first lease to the last optimizer step."""
+    teacher: Evaluation | None = None
+    teachers: dict[str, Evaluation] = Field(default_factory=dict)
+    """Where there are several: each on its own prompts, by `teacher <name>`."""
+    student_before: Evaluation | None = None
+    student_after: Evaluation | None = None
+    max_staleness: int
+    """The bound that was set."""
+    staleness: Staleness
+    score_latency: ScoreLatency
+    weight_sync: WeightSync
+    prefix_hit_share: float | None = None
+    """Share of the teacher's tokens that its prefix cache held."""
+    teacher_recompute: float | None = None
+    """Tokens that the teacher's engines computed for each token that they scored."""
+    stages: Stages
+    trained_tokens: int
+    trained_samples: int
+    cuts: int
+    """Responses trained in part because of a deadline."""
+    recompute_factor: float | None = None
+    """Tokens that the learner forwarded for each token that it trained."""
+    skipped_prompts: int = 0
+    counters: dict[str, int] = Field(default_factory=dict)
+    """Anything else that was counted, by name."""
+    restarts: dict[str, int] = Field(default_factory=dict)
+    """By role; roles that never died are absent."""
+
+
+def write(report: Report, folder: Path) -> Path:
+    """Write `report.json` into `folder`, whole or not at all; returns its path. Raises `OSError`."""
+    path = folder / "report.json"
+    fresh = folder / "report.json.new"
+    fresh.write_text(report.model_dump_json(indent=2) + "\n")
+    fresh.replace(path)
+    return path
+
+
+def render(report: Report, files: Sequence[tuple[str, Path]] = (), commands: Sequence[tuple[str, str]] = ()) -> str:
+    """The report as a table of 86 columns.
+
+    `files` and `commands` fill the closing block: (what it is, path) and (what it does, command line).
+    """
+    rule = "─" * WIDTH
+    blocks = [
+        list(_evaluations(report)),
+        list(_stages(report.stages)),
+        list(_figures(report)),
+        list(_trouble(report)),
+        list(_closing(files, commands)),
+    ]
+    head = f" {report.name}: {_counted(report.steps, 'step')} in {_duration(report.seconds)}"
+    parts = ["━" * WIDTH, head, "━" * WIDTH]
+    for block in blocks:
+        if block:
+            parts += [*block, rule]
+    return "\n".join([*parts[:-1], "━" * WIDTH])
+
+
+def _evaluations(report: Report) -> Iterator[str]:
+    rows = (
+        ("teacher", report.teacher),
+        *report.teachers.items(),
+        ("student before training", report.student_before),
+        ("student after training", report.student_after),
+    )
+    if all(evaluation is None for _, evaluation in rows):
+        return
+    first = next(evaluation for _, evaluation in rows if evaluation is not None)
+    many = f", avg@{first.samples_per_prompt}" if first.samples_per_prompt > 1 else ""
+    yield f" {'pass@1, 95 % interval':<24}{f'sampled, T = {first.temperature:g}{many}':<32}greedy"
+    for label, found in rows:
+        if found is None:
+            continue
+        sampled = _passed(found.pass_at_1, found.pass_at_1_interval, found.prompts)
+        greedy = _passed(found.pass_at_1_greedy, found.pass_at_1_greedy_interval, found.prompts)
+        yield f" {label:<24}{sampled:<32}{greedy}"
+
+
+def _stages(stages: Stages) -> Iterator[str]:
+    yield f" {'stage':<24}{'tokens':>14}{'tokens/s':>14}{'idle':>12}"
+    for name, stage in (("rollout", stages.rollout), ("teacher", stages.teacher), ("learner", stages.learner)):
+        if stage is not None:
+            yield f" {name:<24}{stage.tokens:>14,}{stage.tokens_per_s:>14,.0f}{_percent(stage.idle_share):>12}"
+
+
+def _figures(report: Report) -> Iterator[str]:
+    age, latency, sync = report.staleness, report.score_latency, report.weight_sync
+    rows = (
+        ("trained", f"{report.trained_tokens:,} tokens of {report.trained_samples:,} samples"),
+        (
+            "staleness",
+            f"mean {_number(age.mean, 2)}, p99 {_number(age.p99)}, max {_number(age.max)} steps "
+            f"(bound {report.max_staleness})",
+        ),
+        ("deadline cuts", f"{report.cuts:,}, recompute factor {_number(report.recompute_factor, 3)}"),
+        ("score latency", f"p50 {_seconds(latency.p50_s)}, p99 {_seconds(latency.p99_s)} after a sample's last token"),
+        ("teacher prefix cache", f"{_percent(report.prefix_hit_share)} of its tokens"),
+        (
+            "weight sync",
+            f"{_counted(sync.updates, 'update')}: learner {_seconds(sync.blocked_s)}, "
+            f"engines paused {_seconds(sync.engines_blocked_s)}",
+        ),
+    )
+    unscored = report.stages.teacher is None
+    for name, text in rows:
+        if unscored and name in ("score latency", "teacher prefix cache"):
+            continue
+        yield f" {name:<24}{text}"
+
+
+def _trouble(report: Report) -> Iterator[str]:
+    """What went wrong; a run without trouble says so in one line."""
+    restarts = ", ".join(f"{role} {times}" for role, times in report.restarts.items())
+    counters = [f"{name.replace('_', ' ')} {times:,}" for name, times in report.counters.items() if times]
+    yield f" {'restarts':<24}{restarts or 'none'}"
+    if report.skipped_prompts:
+        yield f" {'skipped prompts':<24}{report.skipped_prompts:,}"
+    lines: list[str] = []
+    for counter in counters:  # wrapped between entries, never inside one
+        if lines and len(lines[-1]) + len(counter) + 2 <= WIDTH - 25:
+            lines[-1] += f", {counter}"
+        else:
+            lines.append(counter)
+    for index, line in enumerate(lines):
+        yield f" {'counted' if index == 0 else '':<24}{line}"
+
+
+def _closing(files: Sequence[tuple[str, Path]], commands: Sequence[tuple[str, str]]) -> Iterator[str]:
+    if files or commands:
+        yield " What to do next"
+    for what, path in files:
+        yield f"   {what:<22}{path}"
+    for what, command in commands:
+        yield f"   {what}:"
+        yield f"     {command}"
+
+
+def _passed(share: float, interval: Interval, prompts: int) -> str:
+    low, high = interval
+    return f"{100 * share:.1f} % ({100 * low:.1f} to {100 * high:.1f}, n={prompts})"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:,.1f} s"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {left:02d} s" if minutes else f"{seconds:.1f} s"

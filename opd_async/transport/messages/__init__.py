@@ -1,0 +1,79 @@
+"""Every message that crosses a process border; one module for each pair that talks.
+
+`samples`: the data path. `roles`: every role and the dispatcher. `generation`: dispatcher and actors. `steps`:
+dispatcher and intake. `learner`: commands to the learner. Receivers import this package as `m` and match on the class.
+
+Ids: `sample_id` counts samples over the whole run; `attempt` grows each time a sample is leased again; positions count
+response tokens from 0. Logprobs are natural logarithms. Versions count optimizer steps. Times are `time.time()`.
+"""
+
+from typing import Any
+
+from opd_async.transport.messages.generation import (
+    EngineDown,
+    EvalDone,
+    Lease,
+    LeaseDone,
+    Pause,
+    Paused,
+    Reset,
+    ResetDone,
+    Resume,
+    TeacherRestarted,
+)
+from opd_async.transport.messages.kinds import Finish, LeaseKind
+from opd_async.transport.messages.learner import ExportModel, LearnerReply, SaveCheckpoint, SyncWeights
+from opd_async.transport.messages.roles import Failure, Heartbeat, Hello, Stop
+from opd_async.transport.messages.samples import Chunk, ScoredChunk, Train
+from opd_async.transport.messages.steps import (
+    Acks,
+    Drained,
+    DrainRequest,
+    Frontier,
+    Quiesce,
+    Quiesced,
+    Reclaim,
+    Reclaimed,
+    StepStarted,
+    Version,
+)
+
+Message = Any
+"""Any registered message."""
+
+__all__ = [
+    "Acks",
+    "Chunk",
+    "DrainRequest",
+    "Drained",
+    "EngineDown",
+    "EvalDone",
+    "ExportModel",
+    "Failure",
+    "Finish",
+    "Frontier",
+    "Heartbeat",
+    "Hello",
+    "LearnerReply",
+    "Lease",
+    "LeaseDone",
+    "LeaseKind",
+    "Message",
+    "Pause",
+    "Paused",
+    "Quiesce",
+    "Quiesced",
+    "Reclaim",
+    "Reclaimed",
+    "Reset",
+    "ResetDone",
+    "Resume",
+    "SaveCheckpoint",
+    "ScoredChunk",
+    "StepStarted",
+    "Stop",
+    "SyncWeights",
+    "TeacherRestarted",
+    "Train",
+    "Version",
+]

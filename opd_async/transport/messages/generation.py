@@ -1,0 +1,116 @@
+"""Between the dispatcher and the rollout and teacher actors: leases, evaluation, pause and go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opd_async.transport.wire import Int32, Int64, message
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Generate one response. `prefix` int32[k] holds response tokens that an earlier attempt already made and that
+    have been scored: generation goes on behind them. `metadata` is the prompt's, as JSON, for its reward;
+    `max_tokens` None stands for the topology's `rollout.sampling.max_response_tokens`; `teacher` names the one that
+    scores, or, in an evaluation of teachers, generates; `given` int32[n] is the whole response where a data set gives
+    it, and nothing is to be generated."""
+
+    sample_id: int
+    attempt: int
+    prompt_id: int
+    kind: str
+    temperature: float
+    label: str
+    prompt: Int32
+    prefix: Int32
+    metadata: str = "{}"
+    max_tokens: int | None = None
+    teacher: str = ""
+    given: Int32 | None = None
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class LeaseDone:
+    """A training response has ended and its last tokens have been sent; its reward may still be under way."""
+
+    sample_id: int
+    attempt: int
+    response_tokens: int
+    finish: str
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class EvalDone:
+    """An evaluation response, complete; `reward` where evaluations are judged by it."""
+
+    sample_id: int
+    finish: str
+    weight_version: int
+    token_ids: Int32
+    reward: float | None = None
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Stop the student engines, deliver everything generated so far, answer with `Paused`."""
+
+    token: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """All tokens made so far are on their way to a teacher: `ends[i]` response tokens exist of `sample_ids[i]`.
+
+    Lists every sample that is being generated or has chunks the intake has not acknowledged.
+    """
+
+    token: int
+    sample_ids: Int64
+    attempts: Int32
+    ends: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Every student engine holds weights `version`: generate. Teacher actors learn which scores the next step needs."""
+
+    version: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class EngineDown:
+    """The student engine at `url` is gone; its responses wait for the next `Resume`."""
+
+    url: str
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class TeacherRestarted:
+    """Teacher actor `index` has lost what it held: send it everything unacknowledged again, with context."""
+
+    index: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Forget every sample (the learner goes back to a checkpoint). Engines stay paused until the next `Resume`."""
+
+    token: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class ResetDone:
+    """The role holds no sample any more."""
+
+    role: str
+    token: int

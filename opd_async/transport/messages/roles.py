@@ -1,0 +1,42 @@
+"""What every role tells the dispatcher, and is told by it at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opd_async.transport.wire import message
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A role is up; `pid` tells one incarnation from the next."""
+
+    role: str
+    pid: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A role is alive; `counters` are its running totals (tokens, idle seconds, ...) for the report."""
+
+    role: str
+    counters: dict[str, float]
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A role cannot go on; the run ends with this text."""
+
+    role: str
+    text: str
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Finish what is being sent and exit with code 0."""
+
+    reason: str

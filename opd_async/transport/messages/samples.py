@@ -1,0 +1,133 @@
+"""Samples on their way: `Chunk` (rollout to teacher), `ScoredChunk` (teacher to intake), `Train` (to learner ranks)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opd_async.transport.wire import Float32, Float32Matrix, Int32, Int32Matrix, message
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive new tokens of one response, all made by the same weights.
+
+    `context` is int32[prompt + start], prompt and earlier response, present on the first chunk that a teacher actor
+    sees of a sample; later chunks carry None. An empty chunk (no tokens) only reports how the response ended.
+    """
+
+    sample_id: int
+    attempt: int
+    actor: int
+    prompt_id: int
+    prompt_tokens: int
+    start: int
+    weight_version: int
+    finish: str | None
+    label: str
+    made_at: float
+    token_ids: Int32
+    behaviour_logprobs: Float32
+    context: Int32 | None = None
+    reward: float | None = None
+    """With `finish`, where the topology has a reward: what the response earned, None if it could not be judged."""
+    teacher: str = ""
+    """The teacher that is to score it, as in `Lease`."""
+
+    @property
+    def end(self) -> int:
+        """Position after the chunk's last token."""
+        return self.start + len(self.token_ids)
+
+    @property
+    def acknowledged_at(self) -> int:
+        """The value of `Acks.ends` from which on this chunk is held by the intake."""
+        return self.end + (self.finish is not None)
+
+    def scored(self, teacher_id: str, latency_s: float, teacher_logprobs: Float32) -> ScoredChunk:
+        """The same tokens with the teacher's logprobs float32[n] (float32[0] where no teacher engine scores)."""
+        return ScoredChunk(
+            self.sample_id,
+            self.attempt,
+            self.actor,
+            self.prompt_id,
+            self.prompt_tokens,
+            self.start,
+            self.weight_version,
+            self.finish,
+            self.label,
+            teacher_id,
+            latency_s,
+            self.token_ids,
+            self.behaviour_logprobs,
+            teacher_logprobs,
+            self.context,
+            reward=self.reward,
+            teacher=self.teacher,
+        )
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class ScoredChunk:
+    """A chunk with the teacher's logprobs of the same tokens (temperature 1).
+
+    Where no teacher engine scores, rollout actors send it themselves, with `teacher_logprobs` float32[0].
+    Where the loss needs them, `topk_ids` int32[n, k] and `topk_logprobs` float32[n, k] are the teacher's most likely
+    tokens at the n positions; otherwise both are None and cost nothing.
+    """
+
+    sample_id: int
+    attempt: int
+    actor: int
+    prompt_id: int
+    prompt_tokens: int
+    start: int
+    weight_version: int
+    finish: str | None
+    label: str
+    teacher_id: str
+    latency_s: float
+    """From the arrival of the chunk's last token at the rollout actor to its score."""
+    token_ids: Int32
+    behaviour_logprobs: Float32
+    teacher_logprobs: Float32
+    context: Int32 | None = None
+    topk_ids: Int32Matrix | None = None
+    topk_logprobs: Float32Matrix | None = None
+    reward: float | None = None
+    """As in `Chunk`."""
+    teacher: str = ""
+    """The teacher that scored it, by its own word."""
+
+    @property
+    def end(self) -> int:
+        """Position after the chunk's last token."""
+        return self.start + len(self.token_ids)
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Train:
+    """One step for one learner rank: its `StepBatch` as flat arrays, micro-batches back to back.
+
+    `mb_tokens`, `mb_sequences`, `mb_rows` int32[M] say where each micro-batch ends; `sequence_lengths` int32[N];
+    `topk_ids` int32[R, k] and `topk_logprobs` float32[R, k] as in `ScoredChunk`; `rewards` float32[N], NaN for none.
+    """
+
+    version: int
+    loss_tokens: int
+    mb_tokens: Int32
+    mb_sequences: Int32
+    mb_rows: Int32
+    token_ids: Int32
+    sequence_lengths: Int32
+    rows: Int32
+    behaviour_logprobs: Float32
+    teacher_logprobs: Float32
+    advantages: Float32
+    staleness: Int32
+    topk_ids: Int32Matrix | None = None
+    topk_logprobs: Float32Matrix | None = None
+    weights: Float32 | None = None
+    rewards: Float32 | None = None

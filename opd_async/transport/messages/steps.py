@@ -1,0 +1,123 @@
+"""Between the dispatcher and the intake: what is held, planned and trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opd_async.transport.wire import Int32, Int64, Intervals, message
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """What had been trained when the intake started: completed sample ids as half-open intervals int64[n, 2], and
+    partly trained samples with the response tokens that were trained (flat, `partial_ends[i]` each)."""
+
+    version: int
+    completed: Intervals
+    partial_ids: Int64
+    partial_ends: Int32
+    partial_tokens: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Acks:
+    """What the intake holds, scored, of `sample_ids[i]` (attempt `attempts[i]`): all tokens before `ends[i]`, where
+    `ends[i]` is one more once the end of the response is known too.
+
+    `ready_tokens` could be trained in step `next_step`, the next to be planned: finished responses, and tokens whose
+    age demands it."""
+
+    next_step: int
+    ready_tokens: int
+
+    sample_ids: Int64
+    attempts: Int32
+    actors: Int32
+    ends: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Version:
+    """The learner and every engine hold weights `version`: the next step may be planned. Every token made by weights
+    `version - 1` or older lies before `ends[i]` of `sample_ids[i]`, or is already held."""
+
+    version: int
+    sample_ids: Int64
+    attempts: Int32
+    ends: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class DrainRequest:
+    """`max_staleness: 0`: the budget is there; pause the engines and send `Drained` with every token made so far."""
+
+    version: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """Answer to `DrainRequest`: like `Version`, but for tokens made by weights `version` itself."""
+
+    version: int
+    sample_ids: Int64
+    attempts: Int32
+    ends: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Quiesce:
+    """Plan no further step; answer with `Quiesced`."""
+
+    reason: str
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Quiesced:
+    """The learner will have weights `version` once it has trained every step that was planned."""
+
+    version: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class StepStarted:
+    """The intake has sent a step to the learner; `stats` describe it (tokens, samples, cuts, recomputed tokens)."""
+
+    version: int
+    stats: dict[str, float]
+    staleness_counts: Int64
+    """Trained tokens by staleness: entry k counts tokens of age k."""
+    taken_ids: Int64
+    """The samples of the step."""
+    taken_ends: Int32
+    """Up to where each is trained after the step."""
+    taken_complete: Int32
+    """1 where that is the end of the response."""
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Reclaim:
+    """The rollout actor of these samples is gone: stop accepting these attempts and return what has been scored."""
+
+    sample_ids: Int64
+    attempts: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Reclaimed:
+    """Per sample: the next attempt, its scored response tokens (flat, `ends[i]` each), and whether it is complete."""
+
+    sample_ids: Int64
+    attempts: Int32
+    ends: Int32
+    complete: Int32
+    tokens: Int32

@@ -1,0 +1,56 @@
+"""What a learner rank trains: packed micro-batches, built by the intake and consumed by `learner/`.
+
+Shape suffixes: T packed tokens, N sequences, R trained rows (response positions with a teacher score).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.estimators.topk import TopK
+
+Int32Array = NDArray[np.int32]
+Float32Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Sequences back to back (prompt and response up to the last trained token), with the rows to train.
+
+    `token_ids` int32[T]; `cu_seqlens` int32[N+1]; `rows` int32[R], ascending: the index into T of the position whose
+    logits predict the target, so that the target is `token_ids[rows + 1]`; per row: `behaviour_logprobs` float32[R]
+    (nats, what the token was sampled with), `teacher_logprobs` float32[R] (nats; float32[0] where no teacher engine
+    scores), `advantages` float32[R] (the estimator's, zero in pure distillation), `staleness` int32[R] (optimizer steps
+    between the weights that made the token and those that train it), `topk` (R rows, None unless the loss needs it),
+    `weights` float32[R] (how often a row counts in the loss, 1 in the step's mean; None: once each). `rewards`
+    float32[N]: of each sequence's response, NaN where it has none (None unless the learner makes advantages of them;
+    then all tokens of a response are rows). T = 0 is an empty micro-batch: it adds nothing but takes part in
+    collectives.
+    """
+
+    token_ids: Int32Array
+    cu_seqlens: Int32Array
+    rows: Int32Array
+    behaviour_logprobs: Float32Array
+    teacher_logprobs: Float32Array
+    advantages: Float32Array
+    staleness: Int32Array
+    topk: TopK | None = None
+    weights: Float32Array | None = None
+    rewards: Float32Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One data-parallel rank's share of one optimizer step.
+
+    `version` is the weight version before the step (after it: `version + 1`); `loss_tokens` counts the trained tokens
+    over all data-parallel ranks and is the denominator of the loss; `micro_batches` has the same length on every rank.
+    """
+
+    version: int
+    loss_tokens: int
+    micro_batches: tuple[MicroBatch, ...]
