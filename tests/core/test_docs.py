@@ -63,6 +63,28 @@ def test_the_page_of_modules_is_that_of_the_code() -> None:
     assert (ROOT / "docs/modules.md").read_text() == modules_page(), "run: python tests/core/rooms.py > docs/modules.md"
 
 
+def test_the_map_shows_every_room_in_its_order() -> None:
+    """Of the three packages that a run is made of; inside `learner/` two rooms may share a line."""
+    map_of_rooms = blocks(ROOT / "docs/architecture.md", "")[0]
+    parts = re.split(r"^(\w+)/ {2,}", map_of_rooms, flags=re.MULTILINE)
+    shown = {
+        package: re.findall(r"(?<!\S)(\w+)/(?= {2,})", text)
+        for package, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
+    for package in ("opd_async", "actors", "learner"):
+        rooms = [name for name in ORDER[package] if (ROOT / package / name).is_dir()]
+        assert shown[package] == rooms
+    assert len(map_of_rooms.splitlines()) <= 45, "one screen"
+
+
+def test_every_word_of_the_glossary_names_its_file() -> None:
+    table = (ROOT / "docs/architecture.md").read_text().partition("\n## Glossary\n")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 25
+    for row in rows:
+        assert (ROOT / row[3].strip(" `")).is_file(), row[1]
+
+
 def test_every_message_is_listed() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     table = text.partition("\n## Messages\n")[2].partition("\n## ")[0]
