@@ -4,7 +4,7 @@
 
     preset -> Workload -> (schedule x scoring) -> Simulation -> Row -> table, JSON, picture
 
-Nothing is timed: figures depend on preset and seed alone. docs/performance.md explains the columns.
+Nothing is timed: figures depend on preset and seed alone. docs/measurements.md explains the columns.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A balanced workload has a student engine whose decode step takes 8 ms + 0.05 ms for each request (what an 8-billion
 model takes on an H100 without keys and values), a teacher and a learner that are exactly as fast, and responses with a
 heavy tail: the hardest case for a schedule, since no stage has time to spare. The real ones are computed by
-`opd_async.forecast.cost_model` from shapes and data sheets; docs/performance.md has their arithmetic.
+`opd_async.forecast.cost_model` from shapes and data sheets; docs/measurements.md has their arithmetic.
 """
 
 from __future__ import annotations

@@ -6,19 +6,28 @@ import ast
 import re
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from pages import WITH_INDEX, anchor, with_index
 from rooms import ORDER, modules
 from rooms import page as modules_page
 
+from opd_async.actors.intake.report import describe_rewards, describe_step
 from opd_async.checks.host import device_problems
 from opd_async.config.schema_text import keys_at, schema_at
+from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology
+from opd_async.data.jsonl import read_jsonl
+from opd_async.estimators.advantages import Outcome
 from opd_async.launch import parse_arguments
+from opd_async.run.ledger import Ledger
 from opd_async.run.run_folder import MADE_BY_RUNS
 from opd_async.telemetry.metrics import CATALOGUE, MetricKind
+from opd_async.telemetry.report import Evaluation
 from opd_async.transport import messages
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +44,14 @@ SGLANG_FLAGS = {
     *("--dp-size", "--enable-deterministic-inference"),
 }
 """Options of SGLang's servers that a page gives advice on."""
+
+LEAST: dict[str, Any] = {
+    "name": "part",
+    "models": {"student": {"path": "s"}, "teacher": {"path": "t"}},
+    "data": {"train": {"path": "p.jsonl"}},
+    "schedule": {"steps": 1},
+}
+"""A topology of what has no default."""
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED_FENCE = re.compile(r"^ +```.*?^ +```$", re.MULTILINE | re.DOTALL)
@@ -117,20 +134,22 @@ def topologies() -> list[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize(("where", "data"), topologies(), ids=[where for where, _ in topologies()])
 def test_topologies_load(where: str, data: dict[str, Any], tmp_path: Path) -> None:
     """Whole ones as they are, parts inside a small one; devices are given out once."""
-    least = {
-        "name": "part",
-        "models": {"student": {"path": "s"}, "teacher": {"path": "t"}},
-        "data": {"train": {"path": "p.jsonl"}},
-        "schedule": {"steps": 1},
-    }
     file = tmp_path / "topology.yaml"
-    file.write_text(yaml.safe_dump(data if "schedule" in data else least | data))
+    file.write_text(yaml.safe_dump(data if "schedule" in data else LEAST | data))
     assert list(device_problems(load_topology(file))) == []
 
 
-def test_the_readme_has_a_whole_topology() -> None:
-    whole = [data for where, data in topologies() if where.startswith("README.md") and "schedule" in data]
-    assert any(data["engines"]["student"]["replicas"] > 1 and data["learner"]["devices"] for data in whole)
+def test_the_readme_has_a_topology_and_names_a_large_one() -> None:
+    """The large one is loaded, planned and checked by `test_example_topologies.py`."""
+    assert any("schedule" in data for where, data in topologies() if where.startswith("README.md"))
+    large = yaml.safe_load((ROOT / "examples/four-engines.yaml").read_text())
+    assert "](examples/four-engines.yaml)" in (ROOT / "README.md").read_text()
+    assert large["engines"]["student"]["replicas"] > 1 and len(large["learner"]["devices"]) > 1
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("examples/*.yaml")), ids=lambda file: str(file.name))
+def test_examples_load_and_give_each_device_out_once(file: Path) -> None:
+    assert list(device_problems(load_topology(file))) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -207,14 +226,60 @@ def test_paths_exist(page: Path) -> None:
     assert wrong == []
 
 
-def test_the_readme_lists_what_a_run_leaves() -> None:
-    listed = {text.rstrip("/") for text in spans(ROOT / "README.md")}
+RUNNING = ROOT / "docs/running.md"
+
+
+def test_the_page_on_running_lists_what_a_run_leaves() -> None:
+    listed = {text.rstrip("/") for text in spans(RUNNING)}
     assert set(MADE_BY_RUNS) <= listed, set(MADE_BY_RUNS) - listed
 
 
-def test_the_commands_come_first() -> None:
-    assert blocks(ROOT / "README.md", "")[0].split()[:2] == ["make", "quickstart"]
-    assert "make test" in blocks(ROOT / "README.md", "")[0]
+def columns_of(heading: str) -> list[str]:
+    """First cells of the table below a heading of docs/running.md."""
+    table = RUNNING.read_text().partition(f"\n### {heading}\n")[2].partition("\n#")[0]
+    return re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+
+
+def learner_columns() -> list[str]:
+    """What learner rank 0 answers to a step: the fields of its metrics (read, not imported: they need torch)."""
+    tree = ast.parse((ROOT / "learner/metrics.py").read_text())
+    (record,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "StepMetrics")
+    fields = [node.target.id for node in record.body if isinstance(node, ast.AnnAssign)]  # type: ignore[union-attr]
+    return [f"learner_{name}" for name in (*fields, "idle_s")]
+
+
+def test_every_column_of_a_step_is_listed(tmp_path: Path) -> None:
+    """The row that the ledger writes of what the intake says about a step with rewards, and of the learner's answer.
+    `tests/e2e/test_quickstart.py` looks up what a whole run has written."""
+    stats, ages = describe_step([], 0)
+    stats |= describe_rewards([Outcome(0, 1.0, 3)])
+    nobody = np.zeros(0, np.int64)
+    started = messages.StepStarted(0, stats, ages, nobody, nobody, nobody)
+    ledger = Ledger(plan=SimpleNamespace(run_folder=tmp_path, topology=Topology.model_validate(LEAST)))  # type: ignore[arg-type]
+    ledger.rewind(0)
+    ledger.step(started, {}, 0.0, 0.0)
+    ledger.close()
+    (row,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert sorted(columns_of("Rows of steps")) == sorted([*row, *learner_columns()])
+
+
+def test_every_column_of_an_evaluation_is_listed() -> None:
+    assert sorted(columns_of("Rows of evaluations")) == sorted(["time", "evaluation", *Evaluation.model_fields])
+
+
+def test_status_and_commands_come_first() -> None:
+    """A reader learns what was never run before the first command, and the first command is the quickstart."""
+    readme = ROOT / "README.md"
+    before = readme.read_text().partition("\n## Quickstart\n")[0]
+    assert "never run on a GPU" in before and "one host only" in before and "```" not in before
+    assert blocks(readme, "")[0].split()[:2] == ["make", "quickstart"]
+    assert "make test" in blocks(readme, "")[0]
+
+
+@pytest.mark.parametrize("name", WITH_INDEX)
+def test_indexes_list_the_headings(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert "<!-- index -->" in text and text == with_index(text), "run: python tests/core/pages.py"
 
 
 # --- metrics, messages, links ----------------------------------------------------------------------------------------
@@ -264,7 +329,7 @@ def test_quoted_messages_exist(message: str) -> None:
 def anchors(page: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {anchor(heading) for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

@@ -43,7 +43,9 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (sealed / "learner").rename(tmp_path / "models/Qwen3-8B-megatron")
     (tmp_path / "data").mkdir()
     row = {"prompt": [{"role": "user", "content": "abc"}], "label": "34"}
-    for name in ("dapo-math-17k", "aime-2024"):
+    make_model(tmp_path / "models/student-1.7b", **QWEN3_8B)
+    make_model(tmp_path / "models/teacher-8b", **QWEN3_8B)
+    for name in ("dapo-math-17k", "aime-2024", "prompts", "held_out"):
         write_lines(tmp_path / f"data/{name}.jsonl", row, row)
     metadata = tmp_path / "packages/sglang-0.5.23.dist-info/METADATA"
     metadata.parent.mkdir(parents=True)
@@ -69,6 +71,15 @@ def test_a_dry_run_passes(inputs: Path, name: str, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert "student-engine-3" in printed and "learner-0" in printed
     assert ("teacher-engine-0" in printed) is ("teacher-0" in printed) is ("sglang" in name)
+    assert not (inputs / "runs").exists()
+
+
+def test_a_dry_run_of_several_engines_passes(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    topology = read("four-engines.yaml")
+    assert validate(topology) == [] and warnings(topology) == []
+    launch(parse_arguments(["--topology", str(EXAMPLES / "four-engines.yaml"), "--dry-run"]))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("student-engine-3", "teacher-engine-1", "rollout-1", "learner-0"))
     assert not (inputs / "runs").exists()
 
 

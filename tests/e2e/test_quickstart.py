@@ -49,7 +49,10 @@ def test_quickstart_in_small(tmp_path: Path, max_staleness: int) -> None:
     steps = sorted(path.name for path in (folder / "export").iterdir() if path.is_dir())
     assert steps == ["step_00000002", "step_00000003"]
     assert all((folder / "export" / step / "model.safetensors").is_file() for step in steps)
-    assert [row["step"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())].count(2) == 2
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows].count(2) == 2
+    page = (ROOT / "docs/running.md").read_text()
+    assert [column for row in rows for column in row if f"\n| `{column}` |" not in page] == []
     check_trained(folder, max_staleness, 4)
 
 
