@@ -39,7 +39,7 @@ from opd_async.plan.resolve import make_plan
 from opd_async.run.lifecycle import Inputs, Lifecycle, Signals
 from opd_async.run.run_folder import prepare
 
-MODEL = Path(__file__).parents[1] / "examples" / "addition" / "models" / "student"
+MODEL = Path(__file__).resolve().parents[2] / "examples" / "addition" / "models" / "student"
 """Whose vocabulary and tokenizer the simulated models have."""
 PROMPTS = 4096
 WARMUP = 4

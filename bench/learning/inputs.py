@@ -20,7 +20,7 @@ from pathlib import Path
 from opd_async.bench.learning.cells import GROUP, SAMPLES_PER_STEP, Regime
 from opd_async.files import write_atomically
 
-ADDITION = Path(__file__).parents[2] / "examples" / "addition"
+ADDITION = Path(__file__).resolve().parents[2] / "examples" / "addition"
 DEADLINE_S = 1200.0
 
 RECIPES = {
