@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from opd_async.config.loss_names import TOPK_LOSSES
-from opd_async.config.section import NonNegative, Positive, Seconds, Section
+from opd_async.config.section import NonNegative, Positive, Seconds, Section, StepsOr0
 
 
 class OpdType(StrEnum):
@@ -28,8 +28,9 @@ class OpdSection(Section):
     use_opd: bool = True
     """False: no teacher at all; the student learns from the reward alone."""
     type: OpdType = OpdType.SGLANG
+    """Where the teacher runs. `sglang`: on engines of its own, of any kind. `megatron`: in the learner's ranks."""
     teacher_load: Path | None = None
-    """`megatron`: the teacher's checkpoint: a run's folder, a step of it, or what `learner.convert` wrote."""
+    """`megatron`: the teacher's checkpoint: a run's folder, a step of it, or what `python -m learner.convert` wrote."""
     teacher_ckpt_step: NonNegative | None = None
     """Which step's checkpoint in `teacher_load`; null takes the newest."""
     teacher_offload: bool = False
@@ -45,11 +46,14 @@ class OpdSection(Section):
     teacher_mix: float = Field(default=0.0, ge=0, lt=1)
     """MiniLLM's share of the teacher in the distribution that is sampled from; no engine here can do it but with 0."""
     kl_coef: float = Field(default=1.0, ge=0)
+    """Weight of the distillation signal."""
     signal_clamp: float | None = Field(default=None, gt=0)
     """|log q - log p| is clamped to this; null switches the clamp off."""
     clip_ratio: float | None = Field(default=0.2, gt=0, lt=1)
     """PPO-style clip of the importance ratio; null switches it off."""
     mismatch: Literal["none", "tis", "icepop"] = "none"
+    """Gate on the ratio of the learner's probability of a token to the engine's. `tis` cuts the ratio at bounds;
+    `icepop` leaves out tokens whose ratio is outside them."""
 
     @property
     def on_engines(self) -> bool:
@@ -83,6 +87,7 @@ class RewardSection(Section):
     """What a response earns once it has ended, judged in processes beside each rollout actor."""
 
     kind: RewardKind = RewardKind.NONE
+    """How a response is judged: not at all, by math-verify, by `evaluation.answer_pattern`, or by `function`."""
     function: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$", examples=["my_rewards:judge"])
     """`python`: awaited with prompt, response, label and metadata by name."""
     workers: Positive = 1
@@ -137,7 +142,7 @@ class CriticSection(Section):
     """A value that has moved by more than this since the step began is pulled no further; null switches it off."""
     updates: Positive = 1
     """Optimizer steps of the critic per step of the run, on the same responses."""
-    only_steps: NonNegative = 0
+    only_steps: StepsOr0 = 0
     """So many steps at first train the critic alone."""
 
 
@@ -146,6 +151,7 @@ class AdvantageSection(Section):
     advantages after the estimator has scaled them."""
 
     estimator: Estimator = Estimator.NONE
+    """How rewards become advantages. `none`: rewards are only reported."""
     normalize_std: bool = True
     """`grpo`, `gspo`, `cispo`: divide by the standard deviation of the group's rewards."""
     gamma: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -153,6 +159,7 @@ class AdvantageSection(Section):
     lam: float = Field(default=1.0, ge=0.0, le=1.0)
     """`ppo`: how far ahead rewards count for more than the critic's word, from 0 (the next token) to 1 (the end)."""
     critic: CriticSection = CriticSection()
+    """`ppo`: the model that learns what a prefix is worth."""
     clip_low: float | None = Field(default=None, gt=0)
     """The ratio is clipped at 1 - clip_low; null stands for `opd.clip_ratio`, 1 or more for no lower bound."""
     clip_high: float | None = Field(default=None, gt=0)

@@ -1,4 +1,4 @@
-"""What every section of a topology is made of: the base class, and numbers with bounds."""
+"""What every section of a topology is made of: the base class, and numbers with bounds and units."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0)]
+Tokens = Annotated[int, Field(ge=1, json_schema_extra={"unit": "tokens"})]
+Steps = Annotated[int, Field(ge=1, json_schema_extra={"unit": "steps"})]
+StepsOr0 = Annotated[int, Field(ge=0, json_schema_extra={"unit": "steps"})]
+Seconds = Annotated[float, Field(gt=0, json_schema_extra={"unit": "s"})]
+Milliseconds = Annotated[float, Field(ge=0, json_schema_extra={"unit": "ms"})]
+Mebibytes = Annotated[int, Field(ge=1, json_schema_extra={"unit": "MiB"})]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$", examples=["cpu", "cuda:0"])]
@@ -18,6 +23,9 @@ TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, unknown keys are errors, infinities and NaN are not numbers."""
+    """Base of every section: immutable, unknown keys are errors, infinities and NaN are not numbers.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    The text below a key is its description in the schema.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from opd_async.config.resuming import may_change
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import dump_topology, load_topology
 from opd_async.errors import InputError
@@ -37,11 +37,6 @@ MADE_BY_RUNS = (
     "logs",
 )
 """Files and folders that a run writes into its folder: the only ones that `--overwrite` removes."""
-MAY_CHANGE = (
-    *("schedule.steps", "checkpoint.*", "evaluation.*", "supervisor.*", "network.*", "run_dir"),
-    *("reward.workers", "reward.concurrency", "reward.timeout_s"),
-)
-"""Keys of the topology that may differ when a run is resumed."""
 
 
 class RunFolder:
@@ -67,7 +62,8 @@ class RunFolder:
 def prepare(plan: Plan, resume: bool = False, overwrite: bool = False) -> RunFolder:
     """Take the run folder of `plan` for this process and save `topology.yaml` and `plan.json` in it.
 
-    A folder that holds a run is refused unless `resume` (the saved topology must be equal but for `MAY_CHANGE`) or
+    A folder that holds a run is refused unless `resume` (the saved topology must be equal but for
+    `config.resuming.MAY_CHANGE`) or
     `overwrite` (removes what is listed in `MADE_BY_RUNS` and nothing else). Raises `InputError` for that, when another
     launch holds the folder, and when it cannot be written.
     """
@@ -149,7 +145,7 @@ def _changes(saved: Topology, now: Topology) -> list[str]:
     """`path: was X, now Y` for every key that differs and may not; keys that are secrets are named without values."""
     old, new = _flat(saved.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
     differ = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    refused = [key for key in differ if not any(fnmatch(key, pattern) for pattern in MAY_CHANGE)]
+    refused = [key for key in differ if not may_change(key)]
     return [
         f"{key}: changed" if key.endswith("api_key") else f"{key}: was {old.get(key)}, now {new.get(key)}"
         for key in refused

@@ -175,6 +175,7 @@ def known_flags() -> frozenset[str]:
     sources = [
         ROOT / "opd_async/launch.py",
         ROOT / "opd_async/config/slime_flags.py",
+        ROOT / "opd_async/config/reference.py",
         ROOT / "opd_async/forecast/flags.py",
         ROOT / "learner/convert.py",
         *ROOT.glob("bench/**/*.py"),

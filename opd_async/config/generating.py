@@ -1,0 +1,149 @@
+"""Who generates and who scores: the sections `engines`, `rollout` and `teacher` of a topology."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from opd_async.config.section import (
+    Devices,
+    Milliseconds,
+    NonNegative,
+    Positive,
+    Seconds,
+    Section,
+    Share,
+    TeacherName,
+    Tokens,
+    Url,
+)
+
+
+class EngineKind(StrEnum):
+    """Which server answers the SGLang HTTP API."""
+
+    EMBEDDED = "embedded"
+    """The small server in `actors.engine`, started by the supervisor."""
+    SGLANG = "sglang"
+    """An SGLang server, started by the supervisor with the Python of its own environment (`python`)."""
+    EXTERNAL = "external"
+    """Already running; `urls` says where. The supervisor never starts or stops it."""
+
+
+class EngineSection(Section):
+    """The engines of one side (student or teacher)."""
+
+    kind: EngineKind = EngineKind.EMBEDDED
+    """`embedded`: the small server of this project. `sglang`: SGLang servers, which the run starts. `external`: SGLang
+    servers that run already."""
+    replicas: Positive = 1
+    """Number of servers, each with all of the weights."""
+    urls: tuple[Url, ...] = ()
+    """`external`: one URL for each replica."""
+    router: Url | None = None
+    """Student side: a router in front of the engines, such as smg. Requests go through it, all else to the engines."""
+    python: Path | None = None
+    """`sglang`: the Python of the environment that has it, such as `.venv-sglang/bin/python`."""
+    args: tuple[str, ...] = ()
+    """`sglang`: further arguments of `sglang.launch_server`, one word each. They win over those of the run."""
+    tensor_parallel: Positive = 1
+    """Devices that share the weights of one replica. More than 1 needs SGLang."""
+    devices: Devices = ("cpu",)
+    """`tensor_parallel` devices for each replica, one replica after the other, or one device for all."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of weights and activations. Best the learner's: what differs is in every importance ratio."""
+    context_tokens: Tokens = 4096
+    """Longest prompt and response together. A prompt may have this minus `rollout.sampling.max_response_tokens`."""
+    kv_tokens: Tokens = 65536
+    """Size of the key/value cache of one replica, over all its requests. Give it slots times mean length or more."""
+    max_running: Positive = 256
+    """Requests that one replica computes at once; further ones wait in it."""
+    threads: Positive = 1
+    """Threads of one replica on a CPU."""
+    api_key: str | None = None
+    """Key that requests to the engines carry; the servers that the run starts demand it."""
+    admin_api_key: str | None = None
+    """Key for control routes (pause, weights). Null: `api_key`."""
+
+    @property
+    def started(self) -> bool:
+        """True if the supervisor starts these engines."""
+        return self.kind is not EngineKind.EXTERNAL
+
+
+class EnginesSection(Section):
+    """Engines of the student and of its teachers."""
+
+    student: EngineSection = EngineSection()
+    """The engines that generate."""
+    teacher: EngineSection = EngineSection()
+    """The engines that score."""
+    teachers: dict[TeacherName, EngineSection] = Field(default_factory=dict)
+    """The engines of each teacher in `models.teachers`, by its name. A name left out stands for the defaults."""
+
+
+class SamplingSection(Section):
+    """How the student samples. Temperatures other than 1 are refused: teacher scores are at temperature 1."""
+
+    temperature: float = Field(default=1.0, ge=0.0)
+    """Must be 1: the teacher scores at temperature 1. `evaluation.temperature` may differ."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Must be 1: behaviour logprobs are those of the distribution that was sampled from, without truncation."""
+    top_k: int = -1
+    """Must be -1 (all tokens), for the same reason."""
+    max_response_tokens: Tokens = 1024
+    """Longest response. It is cut there, and counts as ended."""
+    stop_token_ids: tuple[NonNegative, ...] = ()
+    """Token ids that end a response, beside the model's own end token."""
+
+
+class RolloutSection(Section):
+    """Rollout actors; replica i drives the student engines whose index is i modulo the number of actors."""
+
+    replicas: Positive = 1
+    """Number of rollout actors. One drives many engines; more help when its event loop is late."""
+    slots: Positive = 256
+    """Responses that are generated at once, over all actors."""
+    group_size: Positive = 1
+    """Responses to each prompt. Estimators that compare responses need 2 or more."""
+    chunk_tokens: Tokens = 512
+    """A partial response leaves for the teacher at this many new tokens, and whenever the weights change."""
+    stream_interval: Tokens = 8
+    """Tokens in one streamed event of the engine."""
+    sampling: SamplingSection = SamplingSection()
+    """How the student samples."""
+    request_retries: NonNegative = 5
+    """How often a failed request of one response is repeated. The next failure ends the run. Lost connections, hangs
+    and "busy" do not count: they are waited out for `supervisor.start_deadline_s`. A refusal (HTTP 4xx) is final
+    after 3 tries."""
+    request_deadline_s: Seconds = 120.0
+    """A stream that is silent for so long has failed. Its response goes on with a new request."""
+    resend_after_s: Seconds = 30.0
+    """A chunk that the intake has not acknowledged by then is sent again."""
+
+
+class TeacherSection(Section):
+    """Teacher actors; replica i drives the teacher engines whose index is i modulo the number of actors. With several
+    teachers each has its own."""
+
+    replicas: Positive = 1
+    """Number of teacher actors, for each teacher."""
+    batch_tokens: Tokens = 4096
+    """New tokens in one scoring batch: it leaves when so many are there."""
+    max_wait_ms: Milliseconds = 10.0
+    """A batch leaves no later than this after its first chunk came."""
+    max_in_flight: Positive = 2
+    """Scoring batches at once against one engine."""
+    request_retries: NonNegative = 5
+    """Half of how often a failed batch is repeated, since other engines may score it. The next failure ends the run.
+    Lost connections, hangs and "busy" do not count. A refusal (HTTP 4xx) is final after 3 tries."""
+    request_deadline_s: Seconds = 120.0
+    """A batch without an answer for so long has failed. It is sent again."""
+    canary_every_s: Seconds = 300.0
+    """How often each engine is checked with a short text."""
+    min_cached_share: Share = 0.5
+    """Below this share of prefixes found in an engine's cache, chunks wait for the end of their response, or for the
+    step that needs them. 0: never."""

@@ -1,0 +1,71 @@
+"""How a run is kept, watched and stopped: the sections `checkpoint`, `evaluation`, `network` and `supervisor`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from opd_async.config.section import NonNegative, Positive, Seconds, Section, Steps, Tokens
+
+
+class CheckpointSection(Section):
+    """Checkpoints: every so many steps and at the end."""
+
+    every_steps: Steps = 50
+    """Steps between checkpoints. When the learner dies, the steps since the last one are taken again."""
+    keep: Positive = 2
+    """Newest checkpoints that stay; older ones are removed."""
+    export_hf: bool = True
+    """Write the student in Hugging Face format at the end, as `export`."""
+    export_hf_every_steps: Steps | None = None
+    """Also during training, as `export/step_0000N`; the newest `keep` of them stay. Null: only at the end."""
+
+
+class EvaluationSection(Section):
+    """pass@1 on held-out prompts: before, during and after training."""
+
+    every_steps: Steps | None = None
+    """Steps between evaluations. Null: only before and after training."""
+    prompts: Positive = 1000
+    """Prompts of the evaluations before and after training."""
+    during_prompts: Positive = 256
+    """Prompts of the evaluations in between."""
+    samples_per_prompt: Positive = 1
+    """Sampled responses to each prompt: their mean is avg@k. One more is greedy."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Temperature of the sampled responses. Nothing is trained on them, so it need not be 1."""
+    max_response_tokens: Tokens | None = None
+    """Longest response of an evaluation. Null: as in `rollout.sampling`."""
+    judge: Literal["answer", "reward"] = "answer"
+    """What makes a response right: the answer pattern, or a positive reward."""
+    answer_pattern: str = r"(?s)^(.*)$"
+    """Regular expression over the response text; its first group must equal the label."""
+    teacher: bool = True
+    """Evaluate the teacher too, where engines of its own score."""
+
+
+class NetworkSection(Section):
+    """Where roles listen. Off loopback a key is required."""
+
+    bind: str = "127.0.0.1"
+    """Address on which everything listens: one of the loopback network, 127.0.0.0/8."""
+    base_port: int = Field(default=0, ge=0, le=65000)
+    """First of the consecutive ports that the plan uses; 0 takes free ones."""
+
+
+class SupervisorSection(Section):
+    """Restarts and deadlines."""
+
+    restarts: NonNegative = 3
+    """How often one role may be restarted in a run. The next death ends the run."""
+    backoff_s: Seconds = 0.5
+    """Pause before the first restart of a role. It doubles with each further one, up to 30 s."""
+    start_deadline_s: Seconds = 180.0
+    """How long engines, actors and the learner may take to start. Large models need more."""
+    stop_deadline_s: Seconds = 20.0
+    """How long a role may take to stop after SIGTERM, before SIGKILL."""
+    heartbeat_deadline_s: Seconds = 60.0
+    """A role other than the learner that says nothing for so long is killed. That is handled like any other death."""
+    step_deadline_s: Seconds = 600.0
+    """No optimizer step within this time ends the run."""
