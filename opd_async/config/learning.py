@@ -147,8 +147,8 @@ class CriticSection(Section):
 
 
 class AdvantageSection(Section):
-    """What is learnt from rewards, beside what is learnt from the teacher: the distillation signal is added to the
-    advantages after the estimator has scaled them."""
+    """How rewards act on the student. The distillation signal is added to the advantages after the estimator has scaled
+    them."""
 
     estimator: Estimator = Estimator.NONE
     """How rewards become advantages. `none`: rewards are only reported."""

@@ -27,6 +27,6 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def site(arguments: argparse.Namespace) -> Site:
-    """What the options describe. Raises `InputError` for lengths that are none."""
+    """What the options describe. Raises `InputError` if `--lengths` cannot be read."""
     device, link = DEVICES[arguments.device], LINKS[arguments.link]
     return Site(device, link, parse_lengths(arguments.lengths), arguments.prompt_tokens)

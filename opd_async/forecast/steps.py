@@ -223,7 +223,7 @@ def _generate(flow: _Flow, seconds: float) -> None:
 
 
 def _admit(flow: _Flow, ready: float) -> int:
-    """Fill empty slots as far as admission lets; returns how many."""
+    """Fill empty slots while admission allows it; returns how many were filled."""
     budget = flow.work.tokens_per_step
     limit = NEXT_STEP_FORCED if flow.staleness == 1 else NEXT_STEP
     if flow.step_end < math.inf and ready >= limit * budget:

@@ -16,7 +16,7 @@ TRIES = 500
 
 
 def free_ports(host: str, count: int, claims: ExitStack | None = None) -> list[int]:
-    """`count` different ports that are free on `host` at this moment and claimed by nobody.
+    """`count` different ports that are free on `host` at this moment and claimed by no other launcher.
 
     They stay claimed until `claims` is closed or this process ends; without it nothing is claimed. Raises `OSError`
     when there are not enough.

@@ -18,7 +18,7 @@ MAX_COOL_DOWN_S = 15.0
 BACKOFF_S = 0.2
 MAX_BACKOFF_S = 5.0
 REFUSALS = 3
-"""Tries of a request that the engine refuses: a second opinion, not a siege."""
+"""Give up on a request that the engine refuses (HTTP 4xx) after this many tries."""
 PASSING = frozenset({EngineFault.BUSY, EngineFault.DISCONNECTED, EngineFault.SILENT})
 """Faults that say nothing about the request: waiting may cure them."""
 
@@ -81,7 +81,7 @@ class Breaker:
         self.reset()
 
     def failed(self, now: float) -> None:
-        """A request failed. While open that was an old one, and no news."""
+        """Record a failure. While the breaker is open it belongs to a request sent earlier, and changes nothing."""
         if self._failing_since is None:
             self._failing_since = now
         self._failures += 1

@@ -23,8 +23,8 @@ from opd_async.transport.messages import Chunk
 PROBE_EVERY = 16
 """Of so many samples one shows whether the cache holds: few enough to cost little, enough to be there at any time."""
 HOLDS_AGAIN = 0.95
-"""Share of the prefixes that an engine must find before all chunks leave at once again: while most samples wait, the
-few that do not have more room than they will have then."""
+"""Share of the prefixes that an engine must find before all chunks leave at once again. Higher than `min_share` on
+purpose: while most samples wait, the others have the cache almost to themselves, and their share is too optimistic."""
 _BELIEF = 8192.0
 """Prefix tokens that a cache is believed to have held before the first answer: a cold start is no verdict."""
 _DECAY = 0.9

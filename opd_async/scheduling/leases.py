@@ -25,8 +25,8 @@ step must take all that is held, what is still being generated included, so that
 def hold_tokens(tokens_per_step: int, max_staleness: int) -> int:
     """How many tokens the next step may hold before generation stands still until the next update.
 
-    A bound for the worst case, above what admission lets come together: engines that stand still lose time, and what
-    they were generating is cut all the same (bench/LOG.md).
+    A safety limit; admission normally keeps the next step far below it. Do not lower it: paused engines lose time, and
+    their responses are cut anyway (bench/LOG.md).
     """
     return (2 * max(1, max_staleness) + 1) * tokens_per_step
 
@@ -74,6 +74,12 @@ class PromptOrder:
 
 class LeaseBook:
     """All leases of a run.
+
+        new --lease--> generating --ended--> waiting for training --trained(complete)--> completed
+         ^                 |
+         +---- returned <--+  give_back: its actor died
+
+    A sample may be trained in parts at any time. News of an attempt that was given up changes nothing.
 
     Admission: at most `slots` responses are generated at once. With `train_on: tokens` no new one begins while finished
     responses hold max(1, S) steps of untrained tokens, nor while the step after the one under way is full already: what

@@ -98,7 +98,10 @@ class WholeSamples:
         return ids
 
     def ready_tokens(self, assembler: Assembler, version: int) -> int:
-        """Tokens of the next batch once it is complete; 0 before, since nothing but generation can then help."""
+        """Tokens of the next batch once it is complete, 0 before.
+
+        Until then only more generation helps, so admission must not be held back.
+        """
         return sum(sample.untrained_tokens for sample in self.choose(assembler, version))
 
     def wants_drain(self, assembler: Assembler, version: int) -> bool:
