@@ -23,7 +23,9 @@ from opd_async.bench.sim.rules import (
     Rule,
     Scoring,
     deadline_cuts,
+    filled,
     one_step_off,
+    partial_rollouts,
     sample_stream,
     sync,
     two_step_off,
@@ -45,18 +47,20 @@ def rules() -> list[Rule]:
         one_step_off(),
         two_step_off(),
         sample_stream(1),
+        sample_stream(1.5),
         sample_stream(2),
         whole_samples(1),
         whole_samples(4),
+        partial_rollouts(),
         *(deadline_cuts(staleness) for staleness in (0, 1, 2, 4)),
+        *(filled(staleness) for staleness in (0, 1, 2, 4, None)),
     ]
 
 
-def measure(workload: Workload, seed: int, warmup: int = WARMUP, steps: int = STEPS) -> Iterator[Row]:
+def measure(workload: Workload, cases: Sequence[tuple[Rule, Scoring]], seed: int, steps: int) -> Iterator[Row]:
     """A row for every schedule and way of scoring."""
-    for rule in rules():
-        for scoring in Scoring:
-            yield Simulation(workload, rule, scoring, seed).run(warmup, steps)
+    for rule, scoring in cases:
+        yield Simulation(workload, rule, scoring, seed).run(WARMUP, steps)
 
 
 def describe(workload: Workload) -> str:
@@ -71,20 +75,21 @@ def describe(workload: Workload) -> str:
 
 HEADER = (
     f"{'schedule':<14} {'scoring':<9}{'S':>2} {'share':>6} {'tokens/s':>9} {'age mean':>9}{'p99':>4}{'max':>4} "
-    f"{'score p50':>10}{'p99 s':>8} {'recompute t':>12}{'l':>6} {'idle r':>7}{'t':>6}{'l':>6} {'bubble':>7} "
-    f"{'blocked s':>9} {'step':>5}"
+    f"{'in budgets':>10}{'max':>6} {'score p50':>10}{'p99 s':>8} {'recompute t':>12}{'l':>6} "
+    f"{'idle r':>7}{'t':>6}{'l':>6} {'bubble':>7} {'blocked s':>9} {'step':>5}{'sd':>5}{'max':>5}"
 )
 
 
 def line(row: Row) -> str:
     """One line of the table."""
-    idle = row.idle
+    idle, bound = row.idle, "-" if row.max_staleness is None else row.max_staleness
     cells = (
-        f"{row.schedule:<14} {row.scoring:<9}{row.max_staleness:>2} {row.share_of_bound:>6.2f}",
+        f"{row.schedule:<14} {row.scoring:<9}{bound:>2} {row.share_of_bound:>6.2f}",
         f"{row.tokens_per_s:>9,.0f} {row.age_mean:>9.2f}{row.age_p99:>4}{row.age_max:>4}",
+        f"{row.age_budgets_mean:>10.2f}{row.age_budgets_max:>6.2f}",
         f"{row.score_p50_s:>10.2f}{row.score_p99_s:>8.2f} {row.teacher_recompute:>12.2f}{row.learner_recompute:>6.2f}",
         f"{idle.rollout:>7.2f}{idle.teacher:>6.2f}{idle.learner:>6.2f} {row.bubble:>7.2f}",
-        f"{row.sync_blocked_s:>9.1f} {row.step_tokens:>5.2f}",
+        f"{row.sync_blocked_s:>9.1f} {row.step_tokens:>5.2f}{row.step_tokens_sd:>5.2f}{row.step_tokens_max:>5.2f}",
     )
     return " ".join(cells)
 
@@ -108,6 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", help="MEDIAN,P99,CAP, zipf:SHORTEST,EXPONENT,CAP, or a file with a length a line")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps that count, after {WARMUP}")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=sorted({rule.name for rule in rules()}), help="these schedules")
+    parser.add_argument("--scoring", nargs="+", type=Scoring, choices=list(Scoring), default=list(Scoring))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="write a picture (PNG) to this file")
     options = parser.parse_args(arguments)
@@ -117,7 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name += f" with lengths {options.lengths}"
     print(f"{name}: {describe(workload)}\n{HEADER}", flush=True)
     rows = []
-    for row in measure(workload, options.seed, WARMUP, options.steps):
+    wanted = [rule for rule in rules() if rule.name in (options.only or {rule.name})]
+    cases = [(rule, scoring) for rule in wanted for scoring in options.scoring]
+    for row in measure(workload, cases, options.seed, options.steps):
         print(line(row), flush=True)
         rows.append(row)
     if options.json is not None:

@@ -171,10 +171,10 @@ class Intake:
             self._news.clear()
             if self._version is None:
                 continue
-            chosen = self._planner.choose(self._assembler, self._version)
-            if chosen:
-                await self._step(self._version, [self._take(sample) for sample in chosen])
-            elif not self._drain_asked and self._planner.wants_drain(self._assembler, self._version):
+            found = self._planner.round(self._assembler, self._version, 0)
+            if found.closes:
+                await self._step(self._version, [self._take(sample) for sample in found.samples])
+            elif found.drain and not self._drain_asked:
                 self._drain_asked = True
                 await self._role.control.send(m.DrainRequest(self._version))
 

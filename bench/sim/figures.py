@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
+from opd_async.bench.sim.open_step import OpenStep
 from opd_async.forecast.workload import Workload
 
 
@@ -24,12 +26,13 @@ class Row:
     """One schedule under one workload. Ages in steps; `max_staleness` is the setting, `age_max` what occurred.
 
     `bubble` is the share of all devices' time that full speed would not have needed; recompute is tokens computed for
-    each token that had to be; `step_tokens` is trained tokens of a step relative to the wanted number.
+    each token that had to be. `step_tokens` is trained tokens of a step in budgets: mean, standard deviation, largest.
+    `age_budgets` is what was trained between a token's making and its training, in budgets.
     """
 
     schedule: str
     scoring: str
-    max_staleness: int
+    max_staleness: int | None
     share_of_bound: float
     tokens_per_s: float
     age_mean: float
@@ -43,6 +46,10 @@ class Row:
     bubble: float
     sync_blocked_s: float
     step_tokens: float
+    step_tokens_sd: float
+    step_tokens_max: float
+    age_budgets_mean: float
+    age_budgets_max: float
     steps: int
     seconds: float
 
@@ -73,13 +80,35 @@ class Account:
     blocked_s: float = 0.0
     ages: Counter[int] = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    """Tokens of each step since the run began."""
+    lags: Counter[int] = field(default_factory=Counter)
+    """Trained tokens by how many tokens were trained since the weights that made them, up to their step."""
+    counted: int = 0
+    """Steps of the warm-up."""
 
     def begin(self) -> None:
         """What came before does not count in distributions."""
         self.ages.clear()
         self.latencies.clear()
+        self.lags.clear()
+        self.counted = len(self.sizes)
 
-    def row(self, name: tuple[str, str, int], first: Marks, last: Marks, steps: int) -> Row:
+    def aged(self, version: int, versions: NDArray[np.int32]) -> None:
+        """A step at `version` trains tokens that weights `versions` made."""
+        made, counts = np.unique(versions, return_counts=True)
+        for by, count in zip(made.tolist(), counts.tolist(), strict=True):
+            self.ages[version - by] += count
+            self.lags[sum(self.sizes[by:version])] += count
+
+    def stepped(self, step: OpenStep) -> None:
+        """A step has closed."""
+        self.sizes.append(step.taken)
+        self.trained += step.taken
+        self.forwarded += step.forwarded
+        self.learner_s += step.busy_s
+
+    def row(self, name: tuple[str, str, int | None], first: Marks, last: Marks, steps: int) -> Row:
         """The figures between two marks."""
         work, seconds = self.workload, last.now - first.now
         rates = work.rates()
@@ -89,6 +118,7 @@ class Account:
         latency = np.quantile(self.latencies or [0.0], [0.5, 0.99])
         needed = (last.trained - first.trained) * (work.mean_tokens + work.prompt_tokens) / work.mean_tokens
         gpus = work.devices
+        sizes = np.array(self.sizes[self.counted :]) / work.tokens_per_step
         useful = sum(
             count * per_s / rate
             for count, rate in (
@@ -117,6 +147,10 @@ class Account:
             bubble=1 - useful / gpus.total,
             sync_blocked_s=last.blocked_s - first.blocked_s,
             step_tokens=(last.trained - first.trained) / steps / work.tokens_per_step,
+            step_tokens_sd=float(sizes.std()),
+            step_tokens_max=float(sizes.max()),
+            age_budgets_mean=sum(lag * count for lag, count in self.lags.items()) / counts[-1] / work.tokens_per_step,
+            age_budgets_max=max(self.lags) / work.tokens_per_step,
             steps=steps,
             seconds=seconds,
         )

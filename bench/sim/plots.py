@@ -16,8 +16,18 @@ COLOURS = {
     "sample_stream": "#ff7f0e",
     "whole_samples": "#1f77b4",
     "deadline_cuts": "#2ca02c",
+    "stream_1.5": "#ffbb78",
+    "partial": "#17becf",
+    "filled": "#d62728",
 }
-MARKERS = {"sync": "s", "one_step_off": "D", "two_step_off": "v", "sample_stream": "^", "whole_samples": "P"}
+MARKERS = {
+    "sync": "s",
+    "one_step_off": "D",
+    "two_step_off": "v",
+    "sample_stream": "^",
+    "whole_samples": "P",
+    "filled": "*",
+}
 
 
 def draw_schedules(file: Path, rows: Sequence[Row], title: str) -> None:

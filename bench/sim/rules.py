@@ -7,13 +7,16 @@ they run; all schedules keep the keys and values of running responses then, the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from opd_async.config.topology import ScheduleSection, TrainOn
+from opd_async.config.topology import TrainOn
+from opd_async.scheduling.admission import Admission, DeadlineAdmission, FilledAdmission, SampleAdmission
 from opd_async.scheduling.assembly import Assembler, Sample
-from opd_async.scheduling.step_policy import DeadlineCuts, Planner, WholeSamples
+from opd_async.scheduling.filled_steps import FilledSteps
+from opd_async.scheduling.step_policy import DeadlineCuts, Planner, WholeSamples, WholeSteps
 
 
 class Scoring(StrEnum):
@@ -25,7 +28,7 @@ class Scoring(StrEnum):
     """Chunks of responses that are being generated."""
 
 
-class FirstEnded:
+class FirstEnded(WholeSteps):
     """The first responses that have ended and are scored, whatever their order of beginning."""
 
     def __init__(self, samples_per_step: int) -> None:
@@ -38,10 +41,6 @@ class FirstEnded:
         """Tokens of ended responses."""
         return sum(sample.untrained_tokens for sample in self._ended(assembler))
 
-    def wants_drain(self, assembler: Assembler, version: int) -> bool:
-        """Never."""
-        return False
-
     def choose(self, assembler: Assembler, version: int) -> list[Sample]:
         """The `samples_per_step` that began first among those that have ended, if there are as many."""
         ended = self._ended(assembler)
@@ -50,33 +49,40 @@ class FirstEnded:
         return sorted(ended, key=lambda sample: sample.sample_id)[: self.samples_per_step]
 
 
+MakePlanner = Callable[[int, int, int | None], Planner]
+"""(samples per step, tokens per step, staleness) -> planner."""
+MakeAdmission = Callable[[int, int, int | None], Admission]
+"""The same -> rule of admission."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """A schedule: what a step is made of, how far generation may run ahead, and whether it stops between batches."""
 
     name: str
     train_on: TrainOn
-    staleness: int
-    """Steps by which leases run ahead; for `deadline_cuts` also the bound on every token's age."""
-    barrier: bool
-    make: Callable[[int, int, int], Planner]
-    """(samples per step, tokens per step, staleness) -> planner."""
+    staleness: int | None
+    """Steps by which leases run ahead; with `train_on: tokens` the bound on every token's age, None for no bound."""
+    planner: MakePlanner
+    admission: MakeAdmission
+    barrier: bool = False
     lag: int = 0
     """Behind a barrier: batches that must have been generated since before a batch is trained."""
+    stops_when_full: bool = False
+    """Generation stands still from the end of as many responses as the next step has until the next update."""
 
-    def section(self, samples: int, tokens: int) -> ScheduleSection:
-        """The topology section that the lease book reads."""
-        return ScheduleSection(
-            steps=1,
-            train_on=self.train_on,
-            samples_per_step=samples,
-            tokens_per_step=tokens,
-            max_staleness=self.staleness,
-        )
 
-    def planner(self, samples: int, tokens: int) -> Planner:
-        """A new planner."""
-        return self.make(samples, tokens, self.staleness)
+def _ahead(steps: float | None = None) -> MakeAdmission:
+    """Responses begin at most `steps` (None: as many as `staleness`) batches before their own."""
+    return lambda samples, tokens, s: SampleAdmission(samples, (s or 0) if steps is None else steps)
+
+
+def _in_order(samples: int, tokens: int, staleness: int | None) -> Planner:
+    return WholeSamples(samples)
+
+
+def _first_ended(samples: int, tokens: int, staleness: int | None) -> Planner:
+    return FirstEnded(samples)
 
 
 def sync() -> Rule:
@@ -84,7 +90,7 @@ def sync() -> Rule:
 
     slime `train.py`: `generate` of a batch is awaited, then `async_train`, then `update_weights`.
     """
-    return Rule("sync", TrainOn.SAMPLES, 0, True, lambda samples, tokens, s: WholeSamples(samples))
+    return Rule("sync", TrainOn.SAMPLES, 0, _in_order, _ahead(), barrier=True)
 
 
 def one_step_off() -> Rule:
@@ -94,7 +100,7 @@ def one_step_off() -> Rule:
     (`fit`), where the next batch begins after `sync_rollout_weights`. The teacher may still be scoring the last batch
     when the next one begins, as in `one_step_off_scheduler` of verl-recipe `gkd/megatron/ray_trainer.py`; slime waits.
     """
-    return Rule("one_step_off", TrainOn.SAMPLES, 1, True, lambda samples, tokens, s: WholeSamples(samples))
+    return Rule("one_step_off", TrainOn.SAMPLES, 1, _in_order, _ahead(), barrier=True)
 
 
 def two_step_off() -> Rule:
@@ -102,10 +108,10 @@ def two_step_off() -> Rule:
 
     verl-recipe `gkd/megatron/ray_trainer.py` (`two_step_off_scheduler`).
     """
-    return Rule("two_step_off", TrainOn.SAMPLES, 2, True, lambda samples, tokens, s: WholeSamples(samples), lag=1)
+    return Rule("two_step_off", TrainOn.SAMPLES, 2, _in_order, _ahead(), barrier=True, lag=1)
 
 
-def sample_stream(ahead: int) -> Rule:
+def sample_stream(ahead: float) -> Rule:
     """Fully asynchronous on ended samples: `ahead` + 1 batches between lease and training, first ended first trained.
 
     AReaL `areal/infra/staleness_manager.py` (`get_capacity`) and `workflow_executor.py` (`wait_results` sorts by time
@@ -113,14 +119,45 @@ def sample_stream(ahead: int) -> Rule:
     without its pool limit. TRL `experimental/async_grpo` also drops what got older than `max_staleness`; nothing is
     dropped here, so `ahead` bounds no age: a long response is trained as old as it is.
     """
-    return Rule("sample_stream", TrainOn.SAMPLES, ahead, False, lambda samples, tokens, s: FirstEnded(samples))
+    name = "sample_stream" if ahead == int(ahead) else f"stream_{ahead:g}"
+    return Rule(name, TrainOn.SAMPLES, int(ahead), _first_ended, _ahead(ahead))
 
 
 def whole_samples(staleness: int) -> Rule:
     """This project's `train_on: samples`: sample streaming in the order of leases, which bounds every age."""
-    return Rule("whole_samples", TrainOn.SAMPLES, staleness, False, lambda samples, tokens, s: WholeSamples(samples))
+    return Rule("whole_samples", TrainOn.SAMPLES, staleness, _in_order, _ahead())
 
 
 def deadline_cuts(staleness: int) -> Rule:
     """This project's `train_on: tokens`."""
-    return Rule("deadline_cuts", TrainOn.TOKENS, staleness, False, lambda samples, tokens, s: DeadlineCuts(tokens, s))
+    return Rule(
+        "deadline_cuts",
+        TrainOn.TOKENS,
+        staleness,
+        lambda samples, tokens, s: DeadlineCuts(tokens, s or 0),
+        lambda samples, tokens, s: DeadlineAdmission(tokens, s or 0),
+    )
+
+
+def filled(staleness: int | None) -> Rule:
+    """This project's filled steps. None: nothing is cut, every response is trained whole and as old as it is.
+
+    That is the trainer of PipelineRL `finetune_loop.py` too: responses from a stream, gradients added up until
+    `samples_per_step` are in, weights exchanged while responses run, ages counted and not bounded.
+    """
+    return Rule(
+        "filled",
+        TrainOn.TOKENS,
+        staleness,
+        lambda samples, tokens, s: FilledSteps(tokens, s),
+        lambda samples, tokens, s: FilledAdmission(tokens, bounded=s is not None),
+    )
+
+
+def partial_rollouts() -> Rule:
+    """A batch is generated while the last one is trained; the first responses to end make it, the others go on later.
+
+    slime with `--partial-rollout` (APRIL) and verl's `experimental/fully_async_policy`: more responses run than a batch
+    needs; once enough have ended, the others are stopped, kept, and continued under the next weights.
+    """
+    return Rule("partial", TrainOn.SAMPLES, 0, _first_ended, _ahead(math.inf), stops_when_full=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 from opd_async.bench.sim.clock import Clock
 from opd_async.bench.sim.figures import Account, Marks, Row
+from opd_async.bench.sim.open_step import OpenStep
 from opd_async.bench.sim.rules import Rule, Scoring
 from opd_async.bench.sim.student import Generation, StudentEngine
 from opd_async.bench.sim.teacher import PrefixCache, TeacherEngine
@@ -23,12 +24,14 @@ from opd_async.config.topology import TrainOn
 from opd_async.forecast.lengths import LengthStream
 from opd_async.forecast.workload import Workload
 from opd_async.scheduling import frontier
+from opd_async.scheduling.admission import hold_tokens
 from opd_async.scheduling.assembly import Assembler
 from opd_async.scheduling.cache_share import CutPoints
-from opd_async.scheduling.leases import LeaseBook, PromptOrder, hold_tokens
+from opd_async.scheduling.filled_steps import FilledSteps
+from opd_async.scheduling.leases import LeaseBook, PromptOrder
 from opd_async.scheduling.routing import rendezvous
 from opd_async.scheduling.score_batches import TokenBudgetBatcher
-from opd_async.scheduling.step_policy import DeadlineCuts
+from opd_async.scheduling.step_policy import DeadlineCuts, Round
 from opd_async.transport.messages import Chunk, ScoredChunk
 
 TURN_S = 0.05
@@ -48,11 +51,10 @@ class Simulation:
         self._clock = Clock()
         self._account = Account(workload)
         self._lengths = LengthStream(workload.lengths, seed, workload.group_size, workload.correlation)
-        samples, tokens = workload.samples_per_step, workload.tokens_per_step
+        sizes = workload.samples_per_step, workload.tokens_per_step, rule.staleness
         order = PromptOrder(1 << 20, workload.group_size, seed, shuffle=False)
-        self._schedule = rule.section(samples, tokens)
-        self._book = LeaseBook(frontier.empty(0), order, self._schedule, workload.slots)
-        self._planner = rule.planner(samples, tokens)
+        self._book = LeaseBook(frontier.empty(0), order, rule.admission(*sizes), workload.slots)
+        self._planner = rule.planner(*sizes)
         self._assembler = Assembler()
         self._assembler.start_at(0)
         self._engines = [self._engine() for _ in range(workload.engines)]
@@ -64,6 +66,7 @@ class Simulation:
         self._ended = 0
         self._may_plan = True
         self._training: int | None = None
+        self._step = OpenStep()
         self._update_due = False
         self._drained = False
         self._turn_due = False
@@ -78,7 +81,7 @@ class Simulation:
 
     def _teacher(self) -> TeacherEngine:
         work = self._work
-        deadline = self._rule.staleness if self._schedule.train_on is TrainOn.TOKENS else None
+        deadline = self._rule.staleness if self._rule.train_on is TrainOn.TOKENS else None
         batcher = TokenBudgetBatcher(work.batch_tokens, work.max_wait_s)
         points = CutPoints(work.chunk_tokens, deadline)
         return TeacherEngine(self._clock, batcher, points, work.score, PrefixCache(work.cache_tokens), self._scored)
@@ -147,7 +150,7 @@ class Simulation:
             self._ended += 1
             self._ended_at[sample_id] = self._clock.now
             self._book.ended(sample_id, 0, end)
-        if ended or self._scoring is Scoring.STREAMED or self._schedule.train_on is TrainOn.TOKENS:
+        if ended or self._scoring is Scoring.STREAMED or self._rule.train_on is TrainOn.TOKENS:
             self._send(sample_id, generation.prompt_id)
         if ended:
             if self._update_due and self._may_update():
@@ -181,33 +184,48 @@ class Simulation:
             self._clock.after(TURN_S, self._turn)
 
     def _turn(self) -> None:
-        """Plan, or see whether generation must stop."""
+        """Plan, tell admission, and see whether generation must stop."""
         self._turn_due = False
         if self._may_plan:
             self._plan()
-        if self._training is not None and isinstance(self._planner, DeadlineCuts):
-            ready = self._planner.ready_tokens(self._assembler, self._training + 1)
-            self._book.ready(self._training + 1, ready)
-            if ready >= hold_tokens(self._planner.budget, self._rule.staleness):
+        planner, step = self._planner, self._step
+        if isinstance(planner, FilledSteps):
+            self._book.admission.opened(step.taken, not step.busy)
+            if planner.overfull(self._assembler, self._version, step.taken):
+                self._pause()
+            self._lease()
+        elif self._rule.stops_when_full and step.busy:
+            waiting = sum(sample.finish is not None for sample in self._assembler.samples.values())
+            if waiting >= self._work.samples_per_step:
+                self._pause()
+        elif isinstance(planner, DeadlineCuts) and self._training is not None:
+            ready = planner.ready_tokens(self._assembler, self._training + 1)
+            self._book.admission.ready(self._training + 1, ready)
+            if ready >= hold_tokens(planner.budget, planner.max_staleness):
                 self._pause()
             self._lease()
 
     def _plan(self) -> None:
+        if self._step.busy:
+            return
         if self._ended < (self._version + self._rule.lag + 1) * self._work.samples_per_step * self._rule.barrier:
             return
-        chosen = self._planner.choose(self._assembler, self._version)
-        if not chosen:
-            if not self._drained and self._planner.wants_drain(self._assembler, self._version):
-                self._drained = True
-                self._pause()
-                self._assembler.mark(self._version, self._owed())
-                self._news()
-            return
+        found = self._planner.round(self._assembler, self._version, self._step.taken)
+        if found.drain and not self._drained:
+            self._drained = True
+            self._pause()
+            self._assembler.mark(self._version, self._owed())
+            self._news()
+        if found.samples or found.closes:
+            self._train(found)
+
+    def _train(self, part: Round) -> None:
+        """The learner takes a part of its step, or all of it."""
         account, train = self._account, self._work.train
-        self._may_plan = False
+        self._may_plan = not part.closes
         self._training = self._version
-        seconds, trained, forwarded = train.floor_s, 0, 0
-        for sample in chosen:
+        seconds, trained, forwarded = 0.0 if self._step.parts else train.floor_s, 0, 0
+        for sample in part.samples:
             end, complete = sample.scored_end, sample.finish is not None
             segment = self._assembler.take(sample)
             self._book.trained(sample.sample_id, end, complete)
@@ -217,18 +235,26 @@ class Simulation:
             seconds += train.segment_s(tokens, rows)
             trained += rows
             forwarded += tokens
-            ages, counts = np.unique(self._version - segment.versions, return_counts=True)
-            account.ages.update(dict(zip(ages.tolist(), counts.tolist(), strict=True)))
-        self._clock.after(seconds, lambda: self._trained(trained, forwarded, seconds))
+            account.aged(self._version, segment.versions)
+        self._step.add(trained, forwarded, seconds)
+        self._book.admission.opened(self._step.taken, False)
+        self._clock.after(seconds, lambda: self._trained(part.closes))
         self._lease()
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
-    def _trained(self, trained: int, forwarded: int, seconds: float) -> None:
-        """The learner has ended its step."""
-        self._account.trained += trained
-        self._account.forwarded += forwarded
-        self._account.learner_s += seconds
+    def _trained(self, closes: bool) -> None:
+        """The learner has ended a part; the last one ends its step."""
+        step = self._step
+        step.busy = False
+        self._book.admission.opened(step.taken, True)
+        if not closes:
+            self._plan()
+            self._lease()
+            self._news()
+            return
+        self._account.stepped(step)
+        self._book.admission.closed(step.taken, step.waited(self._clock.now))
         self._update_due = True
         if self._may_update():
             self._update()
@@ -255,6 +281,7 @@ class Simulation:
     def _updated(self, owed: list[tuple[int, int, int]]) -> None:
         assert self._training is not None
         self._version, self._training = self._training + 1, None
+        self._step = OpenStep(self._clock.now)
         self._drained = False
         self._assembler.mark(self._version - 1, owed)
         self._may_plan = True

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from opd_async.forecast.lengths import LengthStream
 from opd_async.forecast.workload import Workload
+from opd_async.scheduling.admission import NEXT_STEP, NEXT_STEP_FORCED, hold_tokens
 from opd_async.scheduling.cache_share import PROBE_EVERY
-from opd_async.scheduling.leases import NEXT_STEP, NEXT_STEP_FORCED, hold_tokens
 from opd_async.scheduling.step_policy import LARGEST_STEP
 
 TICKS = 100

@@ -33,7 +33,8 @@ from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.barrier import Barrier
 from opd_async.run.evaluator import EVAL_IDS
 from opd_async.run.ledger import Ledger
-from opd_async.scheduling.leases import LeaseBook, hold_tokens
+from opd_async.scheduling.admission import hold_tokens
+from opd_async.scheduling.leases import LeaseBook
 from opd_async.telemetry.metrics import RoleMetrics
 from opd_async.transport import messages as m
 from opd_async.transport.channels import ControlServer
@@ -226,7 +227,7 @@ class Dispatcher:
         if in_step and acks.ready_tokens >= hold_tokens(schedule.tokens_per_step, schedule.max_staleness):
             self.barrier.hold()
         if self.book is not None:
-            self.book.ready(acks.next_step, acks.ready_tokens)
+            self.book.admission.ready(acks.next_step, acks.ready_tokens)
             self._lease_news.set()
 
     def _step_started(self, started: m.StepStarted) -> None:

@@ -18,7 +18,7 @@ from opd_async.plan.plan import RoleKind
 from opd_async.run import checkpoints
 from opd_async.run.dispatcher import RESYNC, UPDATE, Dispatcher
 from opd_async.run.evaluator import Evaluator
-from opd_async.scheduling.leases import LeaseBook, PromptOrder
+from opd_async.scheduling.leases import LeaseBook, PromptOrder, admission_of
 from opd_async.telemetry.progress import Progress
 from opd_async.telemetry.report import Evaluation
 from opd_async.transport import messages as m
@@ -111,7 +111,9 @@ class Script:
         await dispatcher.mailbox.expect(("Hello", learner), deadline_s, "the learner to load the student")
         topology = self._topology
         order = PromptOrder(self._prompts, topology.rollout.group_size, topology.seed, topology.data.shuffle)
-        dispatcher.book = LeaseBook(frontier, order, topology.schedule, topology.rollout.slots, self._attempt_floor)
+        dispatcher.book = LeaseBook(
+            frontier, order, admission_of(topology.schedule), topology.rollout.slots, self._attempt_floor
+        )
         version = await self._update_weights(verify=True)
         if version != frontier.version:
             raise RoleError(

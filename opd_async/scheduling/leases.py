@@ -13,22 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.config.topology import ScheduleSection, TrainOn
+from opd_async.scheduling.admission import Admission, DeadlineAdmission, Flow, SampleAdmission
 from opd_async.scheduling.intervals import IntervalSet
 from opd_async.transport.messages import Frontier
-
-NEXT_STEP = 1.25
-NEXT_STEP_FORCED = 1.1
-"""Budgets that the next step may hold while a step is trained; no new response begins beyond them. At S = 1 the next
-step must take all that is held, what is still being generated included, so that it ends up at twice as much."""
-
-
-def hold_tokens(tokens_per_step: int, max_staleness: int) -> int:
-    """How many tokens the next step may hold before generation stands still until the next update.
-
-    A safety limit; admission normally keeps the next step far below it. Do not lower it: paused engines lose time, and
-    their responses are cut anyway (bench/LOG.md).
-    """
-    return (2 * max(1, max_staleness) + 1) * tokens_per_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +59,13 @@ class PromptOrder:
         return int(self._order[position])
 
 
+def admission_of(schedule: ScheduleSection) -> Admission:
+    """The rule that the topology asks for."""
+    if schedule.train_on is TrainOn.SAMPLES:
+        return SampleAdmission(schedule.samples_per_step, schedule.max_staleness)
+    return DeadlineAdmission(schedule.tokens_per_step, schedule.max_staleness)
+
+
 class LeaseBook:
     """All leases of a run.
 
@@ -81,17 +75,14 @@ class LeaseBook:
 
     A sample may be trained in parts at any time. News of an attempt that was given up changes nothing.
 
-    Admission: at most `slots` responses are generated at once. With `train_on: tokens` no new one begins while finished
-    responses hold max(1, S) steps of untrained tokens, nor while the step after the one under way is full already: what
-    is being generated then ends sooner, and less of it is cut. With `train_on: samples` sample n begins only once the
-    engines hold weights >= n / samples_per_step - S - 1, which bounds the age of every token by S (docs/staleness.md).
+    At most `slots` responses are generated at once; whether one more may begin is a matter of the `admission` rule.
     """
 
     def __init__(
-        self, frontier: Frontier, order: PromptOrder, schedule: ScheduleSection, slots: int, attempt: int = 0
+        self, frontier: Frontier, order: PromptOrder, admission: Admission, slots: int, attempt: int = 0
     ) -> None:
+        self.admission = admission
         self._order = order
-        self._schedule = schedule
         self._slots = slots
         self._attempt = attempt
         self._next = 0
@@ -100,7 +91,6 @@ class LeaseBook:
         self._active: dict[int, _Active] = {}
         self._generating: Counter[str] = Counter()
         self._waiting_tokens = 0
-        self._ready = (-1, 0)
         self._trained: dict[int, int] = {}
         parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
         for sample_id, tokens in zip(frontier.partial_ids.tolist(), parts, strict=False):
@@ -134,7 +124,8 @@ class LeaseBook:
             spec = self._returned.popleft()
         else:
             sample_id = self._first_unleased()
-            if not self._admits(sample_id, version):
+            flow = Flow(sample_id, version, self.waiting_tokens, self.generating, self._slots)
+            if not self.admission.admits(flow):
                 return None
             spec = LeaseSpec(sample_id, self._attempt, self._order.prompt_of(sample_id), np.zeros(0, np.int32))
             self._next = sample_id + 1
@@ -147,20 +138,6 @@ class LeaseBook:
         while sample_id in self._active or sample_id in self._trained:
             sample_id = self._completed.first_absent(sample_id + 1)
         return sample_id
-
-    def _admits(self, sample_id: int, version: int) -> bool:
-        schedule = self._schedule
-        if schedule.train_on is TrainOn.SAMPLES:
-            return sample_id < (version + schedule.max_staleness + 1) * schedule.samples_per_step
-        # while no step is trained, a new response may be what the next one waits for
-        limit = NEXT_STEP_FORCED if schedule.max_staleness == 1 else NEXT_STEP
-        if self._ready[0] == version + 1 and self._ready[1] >= limit * schedule.tokens_per_step:
-            return False
-        return self.waiting_tokens < max(1, schedule.max_staleness) * schedule.tokens_per_step
-
-    def ready(self, next_step: int, tokens: int) -> None:
-        """The step that starts from weights `next_step` could train `tokens` if it began now."""
-        self._ready = (next_step, tokens)
 
     def ended(self, sample_id: int, attempt: int, response_tokens: int) -> None:
         """The response is complete (it may not be scored yet)."""

@@ -12,6 +12,7 @@ docs/staleness.md has the proof; `tests/core/test_staleness.py` drives both plan
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from opd_async.scheduling.assembly import Assembler, Sample
@@ -20,20 +21,47 @@ LARGEST_STEP = 2
 """Budgets that finished responses may fill; what the deadlines force has no limit."""
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a planner decides when the learner has nothing to do: nothing yet, or the next part of the open step.
+
+    `samples` go to the learner now. `closes`: the step ends with them, and the weights with it; a step of one part
+    closes at once. `drain`: generation must stop before the step can close.
+    """
+
+    samples: list[Sample]
+    closes: bool = False
+    drain: bool = False
+
+
 class Planner(Protocol):
-    """Chooses the samples of the next step."""
+    """Chooses what a step is made of."""
 
     def ready_tokens(self, assembler: Assembler, version: int) -> int:
         """Scored tokens that a step at `version` could take."""
 
-    def wants_drain(self, assembler: Assembler, version: int) -> bool:
-        """Whether generation must stop so that a step at `version` can be taken."""
+    def round(self, assembler: Assembler, version: int, taken: int) -> Round:
+        """The samples to `take` now for the open step at `version`, of which `taken` tokens are trained."""
+
+
+class WholeSteps:
+    """A planner of steps in one part: each is planned as a whole before it begins."""
 
     def choose(self, assembler: Assembler, version: int) -> list[Sample]:
         """The samples to `take` for the step at `version`; empty while it cannot start."""
+        raise NotImplementedError
+
+    def wants_drain(self, assembler: Assembler, version: int) -> bool:
+        """Whether generation must stop so that a step at `version` can be taken."""
+        return False
+
+    def round(self, assembler: Assembler, version: int, taken: int) -> Round:
+        """All of the step, once it can start."""
+        chosen = self.choose(assembler, version)
+        return Round(chosen, bool(chosen), not chosen and self.wants_drain(assembler, version))
 
 
-class DeadlineCuts:
+class DeadlineCuts(WholeSteps):
     """`train_on: tokens`. `tokens_per_step` is a minimum, exceeded by what the deadlines force."""
 
     def __init__(self, tokens_per_step: int, max_staleness: int) -> None:
@@ -79,7 +107,7 @@ class DeadlineCuts:
         return chosen
 
 
-class WholeSamples:
+class WholeSamples(WholeSteps):
     """`train_on: samples`. Step k trains samples k * B to (k + 1) * B - 1 once all of them are complete.
 
     A multiple of `rollout.group_size` makes every step one of whole groups: samples are numbered group by group.
@@ -103,10 +131,6 @@ class WholeSamples:
         Until then only more generation helps, so admission must not be held back.
         """
         return sum(sample.untrained_tokens for sample in self.choose(assembler, version))
-
-    def wants_drain(self, assembler: Assembler, version: int) -> bool:
-        """Never: admission alone bounds the age."""
-        return False
 
     def choose(self, assembler: Assembler, version: int) -> list[Sample]:
         """The next batch in sample order, if every one of it is complete."""

@@ -6,12 +6,26 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from opd_async.bench import schedules, sweeps
+from opd_async.bench.sim.figures import Account
+from opd_async.bench.sim.open_step import OpenStep
 from opd_async.bench.sim.presets import balanced
-from opd_async.bench.sim.rules import Rule, Scoring, deadline_cuts, one_step_off, sync, two_step_off, whole_samples
+from opd_async.bench.sim.rules import (
+    Rule,
+    Scoring,
+    deadline_cuts,
+    filled,
+    one_step_off,
+    partial_rollouts,
+    sync,
+    two_step_off,
+    whole_samples,
+)
 from opd_async.bench.sim.simulation import Simulation
+from opd_async.config.topology import TrainOn
 from opd_async.forecast.lengths import LogNormal
 
 SMALL = dataclasses.replace(
@@ -27,24 +41,69 @@ SMALL = dataclasses.replace(
 @pytest.mark.parametrize("scoring", Scoring)
 @pytest.mark.parametrize(
     "rule",
-    [sync(), one_step_off(), two_step_off(), whole_samples(1), *(deadline_cuts(s) for s in (0, 1, 2))],
+    [
+        sync(),
+        one_step_off(),
+        two_step_off(),
+        whole_samples(1),
+        *(deadline_cuts(s) for s in (0, 1, 2)),
+        *(filled(s) for s in (0, 1, 2)),
+    ],
     ids=lambda rule: f"{rule.name}-{rule.staleness}",
 )
 def test_no_token_is_older_than_the_schedule_allows(rule: Rule, scoring: Scoring) -> None:
     row = Simulation(SMALL, rule, scoring, seed=1).run(warmup=3, steps=12)
-    assert row.age_max <= rule.staleness
+    assert rule.staleness is not None and row.age_max <= rule.staleness
     assert 0 < row.share_of_bound < 1.1
     assert row.teacher_recompute == pytest.approx(1.0)
-    assert row.learner_recompute == pytest.approx(1.0, abs=0.1) or rule.name == "deadline_cuts"
+    assert row.learner_recompute == pytest.approx(1.0, abs=0.1) or rule.train_on is TrainOn.TOKENS
 
 
 @pytest.mark.parametrize(
-    ("rule", "limit"), [(whole_samples(4), 1.3), (deadline_cuts(1), 2.2), (deadline_cuts(4), 1.5)], ids=lambda rule: ""
+    ("rule", "limit"),
+    [(whole_samples(4), 1.3), (deadline_cuts(1), 2.2), (deadline_cuts(4), 1.5), (filled(1), 2.2), (filled(4), 1.5)],
+    ids=lambda rule: "",
 )
 def test_a_teacher_that_forgets_computes_a_bounded_number_of_times(rule: Rule, limit: float) -> None:
     row = Simulation(dataclasses.replace(SMALL, cache_tokens=1), rule, Scoring.STREAMED).run(warmup=3, steps=12)
     assert 1.01 < row.teacher_recompute < limit
-    assert row.age_max <= rule.staleness
+    assert rule.staleness is not None and row.age_max <= rule.staleness
+
+
+@pytest.mark.parametrize("staleness", [1, 2, None])
+def test_filled_steps_have_one_budget(staleness: int | None) -> None:
+    """Also when the learner is behind, where deadline cuts take two."""
+    slow = dataclasses.replace(balanced(slots=32, learner=0.7), chunk_tokens=256)
+    row = Simulation(slow, filled(staleness), Scoring.STREAMED).run(warmup=12, steps=16)
+    assert 1 <= row.step_tokens < 1.1
+    assert row.step_tokens_sd < 0.1
+    assert row.share_of_bound > 0.8
+    cuts = Simulation(slow, deadline_cuts(1), Scoring.STREAMED).run(warmup=6, steps=8)
+    assert cuts.step_tokens > 1.9
+
+
+def test_what_is_never_cut_is_forwarded_once() -> None:
+    row = Simulation(SMALL, filled(None), Scoring.STREAMED).run(warmup=3, steps=12)
+    assert row.learner_recompute == pytest.approx(1.0, abs=0.1)
+    assert row.share_of_bound > 0.8
+    assert row.age_max > 2
+
+
+def test_partial_rollouts_wait_for_nobody_and_stop_when_a_batch_is_there() -> None:
+    row = Simulation(SMALL, partial_rollouts(), Scoring.STREAMED).run(warmup=3, steps=12)
+    barrier = Simulation(SMALL, one_step_off(), Scoring.STREAMED).run(warmup=3, steps=12)
+    assert row.share_of_bound > 2 * barrier.share_of_bound
+    assert row.step_tokens == pytest.approx(1.0, abs=0.2)
+    assert row.idle.rollout > 0.01
+
+
+def test_ages_in_budgets_are_what_was_trained_since() -> None:
+    account = Account(SMALL)
+    for taken in (100, 300, 200):
+        account.stepped(OpenStep(taken=taken))
+    account.aged(3, np.array([0, 2, 2, 3]))
+    assert account.lags == {600: 1, 200: 2, 0: 1}
+    assert account.ages == {3: 1, 1: 2, 0: 1}
 
 
 def test_a_table_a_file_and_a_picture(
@@ -54,6 +113,9 @@ def test_a_table_a_file_and_a_picture(
     monkeypatch.setattr(schedules, "WARMUP", 2)
     figures, picture = tmp_path / "figures.json", tmp_path / "picture.png"
     schedules.main(["--steps", "3", "--lengths", "100,500,600", "--json", str(figures), "--plot", str(picture)])
+    few = tmp_path / "few.json"
+    schedules.main(["--steps", "2", "--only", "filled", "sync", "--scoring", "streamed", "--json", str(few)])
+    assert [row["schedule"] for row in json.loads(few.read_text())["rows"]] == ["sync", *["filled"] * 5]
     shown = capsys.readouterr().out
     written = json.loads(figures.read_text())
     assert len(written["rows"]) == 2 * len(schedules.rules())

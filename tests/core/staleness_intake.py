@@ -9,6 +9,7 @@ from staleness_oracle import Oracle, Row
 
 from opd_async.scheduling import frontier
 from opd_async.scheduling.assembly import Sample, Verdict
+from opd_async.scheduling.filled_steps import FilledSteps
 from opd_async.scheduling.step_policy import Planner
 from opd_async.transport import messages as m
 
@@ -27,6 +28,9 @@ class SimIntake:
         self._planner = planner
         self._oracle = oracle
         self._drain_asked = False
+        self._taken = 0
+        self.busy = False
+        """The learner trains a part of the open step."""
         self._touched: set[int] = set()
         self._finished: dict[int, tuple[int, int, int]] = {}
 
@@ -35,21 +39,25 @@ class SimIntake:
         if self.assembler.add(chunk) in (Verdict.ACCEPTED, Verdict.DUPLICATE):
             self._touched.add(chunk.sample_id)
 
-    def plan(self) -> int | None:
-        """Take a step if there is one, or ask for a drain; returns the version that is trained."""
+    def plan(self) -> tuple[int, bool] | None:
+        """Take a part of a step if there is one, or ask for a drain; returns what is trained: (version, last part)."""
         version = self.version
-        if version is None:
+        if version is None or self.busy:
             return None
-        if chosen := self._planner.choose(self.assembler, version):
-            rows = [self._take(sample) for sample in chosen]
-            self._oracle.step(version, rows)
-            self.version, self._planned, self._drain_asked = None, version + 1, False
-            self.outbox.append(("started", version, rows))
-            return version
-        if not self._drain_asked and self._planner.wants_drain(self.assembler, version):
+        found = self._planner.round(self.assembler, version, self._taken)
+        if found.drain and not self._drain_asked:
             self._drain_asked = True
             self.outbox.append(("drain", version))
-        return None
+        if not found.samples and not found.closes:
+            return None
+        rows = [self._take(sample) for sample in found.samples]
+        self._oracle.step(version, rows, closes=found.closes)
+        self._taken += sum(row.segment.end - row.segment.start for row in rows if row.segment is not None)
+        self.outbox.append(("started", version, rows, found.closes, self._taken))
+        self.busy = True
+        if found.closes:
+            self.version, self._planned, self._drain_asked, self._taken = None, version + 1, False, 0
+        return version, found.closes
 
     def _take(self, sample: Sample) -> Row:
         complete, end = sample.finish is not None, sample.scored_end
@@ -64,7 +72,11 @@ class SimIntake:
         self._touched.clear()
         next_step = self._planned if self.version is None else self.version
         ready = self._planner.ready_tokens(self.assembler, next_step)
-        self.outbox.append(("acks", next_step, ready, [row for row in rows if row is not None]))
+        hold = isinstance(self._planner, FilledSteps) and self.version is not None
+        hold = hold and self._planner.overfull(self.assembler, next_step, self._taken)
+        self.outbox.append(
+            ("acks", next_step, ready, (self._taken, not self.busy, hold), [row for row in rows if row is not None])
+        )
 
     def _held(self, sample_id: int) -> tuple[int, int, int, int] | None:
         sample = self.assembler.samples.get(sample_id)

@@ -50,7 +50,7 @@ def teacher_of(previous: NDArray[np.int32], ids: NDArray[np.int32]) -> NDArray[n
 class Oracle:
     """Remembers what was made and checks each step against it."""
 
-    max_staleness: int
+    max_staleness: int | None
     max_length: int
     seed: int = 0
     limit: int | None = None
@@ -61,6 +61,8 @@ class Oracle:
     _ids: dict[int, NDArray[np.int32]] = field(default_factory=dict)
     """Trained response tokens by sample."""
     _complete: set[int] = field(default_factory=set)
+    _open: bool = False
+    """The newest step has not closed."""
 
     def length_of(self, sample_id: int) -> int:
         """Length of the whole response: mostly short, some empty, some as long as can be."""
@@ -76,11 +78,16 @@ class Oracle:
         self.made.append((sample_id, position, version))
         return len(self.made) - 1
 
-    def step(self, version: int, rows: Sequence[Row]) -> None:
-        """A step at `version` trains `rows`."""
-        if self.steps and version != self.steps[-1][0] + 1:
-            raise BrokenInvariant(f"step {version} after step {self.steps[-1][0]}")
-        self.steps.append((version, list(rows)))
+    def step(self, version: int, rows: Sequence[Row], *, closes: bool = True) -> None:
+        """A part of the step at `version` trains `rows`; it is the last one if it `closes` the step."""
+        if not self._open:
+            if self.steps and version != self.steps[-1][0] + 1:
+                raise BrokenInvariant(f"step {version} after step {self.steps[-1][0]}")
+            self.steps.append((version, []))
+        elif version != self.steps[-1][0]:
+            raise BrokenInvariant(f"a part of step {version} while step {self.steps[-1][0]} is open")
+        self.steps[-1][1].extend(rows)
+        self._open = not closes
         for row in rows:
             self._train(version, row)
 
@@ -131,13 +138,15 @@ class Oracle:
                 raise BrokenInvariant(f"{where}: holds a token of sample {sample_id} position {position}")
             if int(segment.versions[offset]) != made_by:
                 raise BrokenInvariant(f"{where}: labelled {segment.versions[offset]}, made by weights {made_by}")
-            if not 0 <= version - made_by <= self.max_staleness:
+            if version < made_by:
+                raise BrokenInvariant(f"{where}: made by weights {made_by}, trained at {version}: too new")
+            if self.max_staleness is not None and version - made_by > self.max_staleness:
                 raise BrokenInvariant(f"{where}: made by weights {made_by}, trained at {version}: too old")
 
     def forget(self, version: int) -> None:
         """The learner went back to `version`: later steps never happened."""
         kept = [(at, rows) for at, rows in self.steps if at < version]
-        self.steps, self._ids, self._complete = [], {}, set()
+        self.steps, self._ids, self._complete, self._open = [], {}, set(), False
         for at, rows in kept:
             self.step(at, rows)
 

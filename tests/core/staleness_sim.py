@@ -19,9 +19,17 @@ from staleness_intake import SimIntake
 from staleness_oracle import BrokenInvariant, Oracle
 from staleness_parts import SimActor, SimTeacher
 
-from opd_async.config.topology import ScheduleSection, TrainOn
+from opd_async.config.topology import TrainOn
 from opd_async.scheduling import frontier
-from opd_async.scheduling.leases import LeaseBook, PromptOrder, hold_tokens
+from opd_async.scheduling.admission import (
+    Admission,
+    DeadlineAdmission,
+    FilledAdmission,
+    SampleAdmission,
+    hold_tokens,
+)
+from opd_async.scheduling.filled_steps import FilledSteps
+from opd_async.scheduling.leases import LeaseBook, PromptOrder
 from opd_async.scheduling.step_policy import DeadlineCuts, Planner, WholeSamples
 from opd_async.transport import messages as m
 
@@ -38,7 +46,7 @@ class Deadlock(BrokenInvariant):
 class Setup:
     """Sizes of a simulated run."""
 
-    max_staleness: int
+    max_staleness: int | None
     train_on: TrainOn = TrainOn.TOKENS
     slots: int = 4
     tokens_per_step: int = 8
@@ -49,22 +57,23 @@ class Setup:
     teachers: int = 2
     max_length: int = 21
     seed: int = 0
+    filled: bool = False
 
-    def schedule(self) -> ScheduleSection:
-        """The topology section of these sizes."""
-        return ScheduleSection(
-            steps=1,
-            train_on=self.train_on,
-            tokens_per_step=self.tokens_per_step,
-            samples_per_step=self.samples_per_step,
-            max_staleness=self.max_staleness,
-        )
+    def admission(self) -> Admission:
+        """The rule of admission of these sizes."""
+        if self.filled:
+            return FilledAdmission(self.tokens_per_step, bounded=self.max_staleness is not None)
+        if self.train_on is TrainOn.SAMPLES:
+            return SampleAdmission(self.samples_per_step, self.max_staleness or 0)
+        return DeadlineAdmission(self.tokens_per_step, self.max_staleness or 0)
 
     def planner(self) -> Planner:
         """The planner of these sizes."""
+        if self.filled:
+            return FilledSteps(self.tokens_per_step, self.max_staleness)
         if self.train_on is TrainOn.SAMPLES:
             return WholeSamples(self.samples_per_step)
-        return DeadlineCuts(self.tokens_per_step, self.max_staleness)
+        return DeadlineCuts(self.tokens_per_step, self.max_staleness or 0)
 
 
 class Simulation:
@@ -92,8 +101,8 @@ class Simulation:
         """Everything that starts anew from a checkpoint."""
         self._floor = floor
         self._intake = SimIntake(state, floor, self._planner, self.oracle)
-        self._book = LeaseBook(state, self._order, self.setup.schedule(), self.setup.slots, floor)
-        self._training: int | None = None
+        self._book = LeaseBook(state, self._order, self.setup.admission(), self.setup.slots, floor)
+        self._training: tuple[int, bool] | None = None
         self._started: int | None = None
         self._save_next = False
         self._owed: list[tuple[int, int, int]] | None = None
@@ -201,10 +210,10 @@ class Simulation:
     # --- intake ------------------------------------------------------------------------------------------------------
 
     def plan(self, _: int = 0) -> None:
-        """The intake takes a step if it can; the learner begins to train it."""
-        version = self._intake.plan()
-        if version is not None:
-            self._training = version
+        """The intake takes a step, or a part of one, if it can; the learner begins to train it."""
+        found = self._intake.plan()
+        if found is not None:
+            self._training = found
 
     def acknowledge(self, _: int = 0) -> None:
         """The intake says what it holds."""
@@ -222,19 +231,26 @@ class Simulation:
             done = self._done.popleft()
             self._book.ended(done.sample_id, done.attempt, done.response_tokens)
         match self._intake.outbox.popleft() if self._intake.outbox else None:
-            case ("acks", next_step, ready, rows):
+            case ("acks", next_step, ready, (taken, idle, hold), rows):
                 self._pass_on(rows)
-                self._book.ready(next_step, ready)
-                held = hold_tokens(self.setup.tokens_per_step, self.setup.max_staleness)
-                if next_step == self.version + 1 and ready >= held:
+                self._book.admission.ready(next_step, ready)
+                if next_step == self.version:
+                    self._book.admission.opened(taken, idle)
+                held = hold_tokens(self.setup.tokens_per_step, self.setup.max_staleness or 0)
+                if next_step == self.version + 1 and ready >= held and not self.setup.filled:
+                    self._close()
+                if next_step == self.version and hold:
                     self._close()
             case ("drain", version):
                 self._intake.inbox.append(("drained", version, self._close()))
-            case ("started", version, rows):
+            case ("started", version, rows, closes, taken):
                 for row in rows:
                     self._book.trained(row.sample_id, row.end, row.complete)
-                self._started = version
-                self._next_step()
+                self._book.admission.opened(taken, False)
+                if closes:
+                    self._book.admission.closed(taken, (self.now % 5) / 50)
+                    self._started = version
+                    self._next_step()
             case ("reclaimed", results):
                 for sample_id, attempt, prefix, complete in results:
                     self._book.give_back(sample_id, attempt, prefix, complete)
@@ -262,9 +278,13 @@ class Simulation:
             actor.student.version = version
 
     def train(self, _: int = 0) -> None:
-        """The learner ends its step and the engines get the new weights."""
+        """The learner ends a part of its step; after the last one the engines get the new weights."""
         if self._training is not None:
-            version, self._training = self._training + 1, None
+            (version, closes), self._training = self._training, None
+            self._intake.busy = False
+            if not closes:
+                return
+            version += 1
             while self._intake.outbox:  # the learner's answer is younger than what the intake said before the step
                 self.to_coordinator()
             self._next_owed = self._close()
@@ -310,7 +330,7 @@ class Simulation:
         """From here on nothing fails: three more steps, then every sample that was begun is trained to its end."""
         self._until(self.version + 3)
         self.oracle.limit = limit = self.leased
-        if isinstance(self._planner, DeadlineCuts):
+        if isinstance(self._planner, DeadlineCuts | FilledSteps):
             self._planner.budget = 1
         self._until(None, limit)
         self.oracle.check_all(limit)

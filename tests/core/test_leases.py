@@ -10,7 +10,7 @@ from scored_chunks import frontier_of
 
 from opd_async.config.topology import ScheduleSection, TrainOn
 from opd_async.scheduling import frontier
-from opd_async.scheduling.leases import LeaseBook, LeaseSpec, PromptOrder
+from opd_async.scheduling.leases import LeaseBook, LeaseSpec, PromptOrder, admission_of
 from opd_async.transport.messages import Frontier
 
 NOTHING = np.zeros(0, np.int32)
@@ -27,7 +27,7 @@ def book(
     schedule = ScheduleSection(
         steps=1, train_on=train_on, tokens_per_step=10, samples_per_step=4, max_staleness=max_staleness
     )
-    return LeaseBook(state or frontier.empty(0), ORDER, schedule, slots, attempt)
+    return LeaseBook(state or frontier.empty(0), ORDER, admission_of(schedule), slots, attempt)
 
 
 def leased(leases: LeaseBook, version: int = 0, actor: str = "a") -> list[int]:
@@ -95,11 +95,11 @@ def test_untrained_finished_tokens_hold_new_leases_back() -> None:
 def test_a_full_next_step_holds_new_leases_back_while_a_step_is_trained(max_staleness: int, tokens: int) -> None:
     leases = book(slots=4, max_staleness=max_staleness)
     lease(leases)
-    leases.ready(1, tokens - 1)
+    leases.admission.ready(1, tokens - 1)
     lease(leases)
-    leases.ready(1, tokens)
+    leases.admission.ready(1, tokens)
     assert leased(leases) == []
-    leases.ready(0, tokens)  # no step is trained: a new response may be what the next one waits for
+    leases.admission.ready(0, tokens)  # no step is trained: a new response may be what the next one waits for
     assert leased(leases) == [2, 3]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from scored_chunks import held, scored
 
 from opd_async.scheduling.assembly import Assembler
-from opd_async.scheduling.step_policy import DeadlineCuts, Planner, WholeSamples
+from opd_async.scheduling.step_policy import DeadlineCuts, WholeSamples, WholeSteps
 
 
 def assembler(version: int = 0) -> Assembler:
@@ -15,7 +15,7 @@ def assembler(version: int = 0) -> Assembler:
     return fresh
 
 
-def chosen(planner: Planner, box: Assembler, version: int) -> list[int]:
+def chosen(planner: WholeSteps, box: Assembler, version: int) -> list[int]:
     return [sample.sample_id for sample in planner.choose(box, version)]
 
 

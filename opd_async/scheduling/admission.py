@@ -1,0 +1,176 @@
+"""Whether another response may begin: pure rules, one for each way of making steps.
+
+    LeaseBook -> Flow -> admits?      what the intake tells: `ready`, `opened`, `closed`
+
+Nothing is thrown away for its age, so what holds the rollout back is here: too many responses at once would make steps
+too large, or too old, or would have to be cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+NEXT_STEP = 1.25
+NEXT_STEP_FORCED = 1.1
+"""Budgets that the next step may hold while a step is trained; no new response begins beyond them. At S = 1 the next
+step must take all that is held, what is still being generated included, so that it ends up at twice as much."""
+
+
+def hold_tokens(tokens_per_step: int, max_staleness: int) -> int:
+    """Deadline cuts: how many tokens the next step may hold before generation stands still until the next update.
+
+    A safety limit; admission normally keeps the next step far below it. Do not lower it: paused engines lose time, and
+    their responses are cut anyway (bench/LOG.md).
+    """
+    return (2 * max(1, max_staleness) + 1) * tokens_per_step
+
+
+WAITING = 0.7
+"""Budgets of ended, untrained tokens beyond which no response begins (filled steps)."""
+WAITING_UNCUT = 0.25
+"""The same where nothing is ever cut: waiting makes tokens older, and saves no work."""
+FEWEST = 0.25
+"""Share of the slots below which a learner without work lets responses begin, whatever `Front` says: a step that waits
+for few responses would wait long, with none for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """The state of a lease book when it is asked for one more: `sample_id` would begin under weights `version`."""
+
+    sample_id: int
+    version: int
+    waiting_tokens: int
+    """Untrained tokens of responses that have ended."""
+    generating: int
+    slots: int
+
+
+class Admission(Protocol):
+    """A rule, and what it may want to know."""
+
+    def admits(self, flow: Flow) -> bool:
+        """Whether the response may begin."""
+
+    def ready(self, next_step: int, tokens: int) -> None:
+        """The step that starts from weights `next_step` could train `tokens` if it began now."""
+
+    def opened(self, taken: int, idle: bool) -> None:
+        """The open step has taken so many tokens; `idle`: the learner waits for more."""
+
+    def closed(self, tokens: int, waited: float) -> None:
+        """A step has closed with `tokens`; the learner waited for responses for a share `waited` of it."""
+
+
+class _Deaf:
+    """Wants to know nothing."""
+
+    def ready(self, next_step: int, tokens: int) -> None:
+        """Ignored."""
+
+    def opened(self, taken: int, idle: bool) -> None:
+        """Ignored."""
+
+    def closed(self, tokens: int, waited: float) -> None:
+        """Ignored."""
+
+
+class SampleAdmission(_Deaf):
+    """`train_on: samples`: a response begins only so far ahead of its step that its tokens cannot get too old."""
+
+    def __init__(self, samples_per_step: int, max_staleness: float) -> None:
+        self._samples_per_step = samples_per_step
+        self._max_staleness = max_staleness
+
+    def admits(self, flow: Flow) -> bool:
+        """Sample n begins under weights >= n / samples_per_step - S - 1 (docs/staleness.md)."""
+        return flow.sample_id < (flow.version + self._max_staleness + 1) * self._samples_per_step
+
+
+class DeadlineAdmission(_Deaf):
+    """Deadline cuts: not while ended responses hold max(1, S) budgets, nor while the next step is full already."""
+
+    def __init__(self, budget: int, max_staleness: int) -> None:
+        self._budget = budget
+        self._max_staleness = max_staleness
+        self._ready = (-1, 0)
+
+    def ready(self, next_step: int, tokens: int) -> None:
+        """Remembered until the next account."""
+        self._ready = (next_step, tokens)
+
+    def admits(self, flow: Flow) -> bool:
+        """While no step is trained, a new response may be what the next one waits for."""
+        limit = NEXT_STEP_FORCED if self._max_staleness == 1 else NEXT_STEP
+        if self._ready[0] == flow.version + 1 and self._ready[1] >= limit * self._budget:
+            return False
+        return flow.waiting_tokens < max(1, self._max_staleness) * self._budget
+
+
+class Front:
+    """How much of a step may be taken before no more responses begin, in budgets.
+
+    What begins just after an update has the longest time to end by itself. The front starts at 1 and comes down by as
+    much as a step came out too large. It goes up slowly while the learner waits for responses, but not at once after a
+    step that was too large: such a step cuts more, so that the next ones find few responses under way. A step for which
+    the learner waited is as large as its last response made it; fewer responses would only make it later.
+    """
+
+    LOWEST = 0.05
+    TOO_LARGE = 1.02
+    """Budgets of a step from which on the front comes down."""
+    LARGEST_MOVE = 0.3
+    """Budgets by which it comes down at most; at least by `UP`."""
+    WAITED = 0.015
+    """Share of a step's time from which on the front goes up."""
+    UP = 0.03
+    UP_SHARE = 0.2
+    """It goes up by so much of the share that the learner waited, at least by `UP`."""
+    CALM = 2
+    """Steps since the last one that was too large, after which it may go up."""
+
+    def __init__(self) -> None:
+        self.budgets = 1.0
+        self._calm = 0
+
+    def closed(self, size: float, waited: float) -> None:
+        """A step of `size` budgets has closed; the learner waited for a share `waited` of its time."""
+        if size > self.TOO_LARGE and waited <= self.WAITED:
+            self._calm = 0
+            self.budgets -= min(max(size - 1, self.UP), self.LARGEST_MOVE)
+        else:
+            self._calm += 1
+            if waited > self.WAITED and self._calm > self.CALM:
+                self.budgets += max(self.UP, self.UP_SHARE * waited)
+        self.budgets = min(max(self.budgets, self.LOWEST), 1.0)
+
+
+class FilledAdmission(_Deaf):
+    """Filled steps: not while ended responses wait, nor once the open step has taken its front."""
+
+    def __init__(self, budget: int, bounded: bool) -> None:
+        """`bounded`: the age of tokens has a bound, so that responses may be cut."""
+        self.front = Front()
+        self._budget = budget
+        self._bounded = bounded
+        self._waiting = WAITING if bounded else WAITING_UNCUT
+        self._taken, self._idle = 0, True
+
+    def opened(self, taken: int, idle: bool) -> None:
+        """Remembered until the next account."""
+        self._taken, self._idle = taken, idle
+
+    def closed(self, tokens: int, waited: float) -> None:
+        """The front learns from it, unless nothing is ever cut: then no step can be too large."""
+        self._taken, self._idle = 0, True
+        if self._bounded:
+            self.front.closed(tokens / self._budget, waited)
+
+    def admits(self, flow: Flow) -> bool:
+        """By the front while the learner is busy; a learner that waits keeps some responses under way."""
+        if flow.waiting_tokens >= self._waiting * self._budget:
+            return False
+        if self._taken <= self.front.budgets * self._budget:
+            return True
+        return self._idle and flow.generating < FEWEST * flow.slots

@@ -1,0 +1,57 @@
+"""When a response may begin beside filled steps; the other rules are in test_leases.py."""
+
+from __future__ import annotations
+
+from opd_async.scheduling.admission import FEWEST, WAITING, FilledAdmission, Flow, Front
+
+
+def flow(waiting: int = 0, generating: int = 4) -> Flow:
+    return Flow(0, 0, waiting, generating, slots=8)
+
+
+def test_ended_responses_hold_new_ones_back() -> None:
+    rule, uncut = FilledAdmission(100, bounded=True), FilledAdmission(100, bounded=False)
+    assert rule.admits(flow(waiting=round(100 * WAITING) - 1))
+    assert not rule.admits(flow(waiting=round(100 * WAITING)))
+    assert uncut.admits(flow(waiting=24)) and not uncut.admits(flow(waiting=25))
+
+
+def test_a_step_behind_its_front_lets_nothing_begin_but_for_a_learner_without_work() -> None:
+    rule = FilledAdmission(100, bounded=True)
+    rule.closed(125, 0.0)
+    assert round(rule.front.budgets, 9) == 0.75
+    rule.opened(74, False)
+    assert rule.admits(flow())
+    rule.opened(76, False)
+    assert not rule.admits(flow(generating=0))
+    rule.opened(76, True)
+    assert rule.admits(flow(generating=round(8 * FEWEST) - 1))
+    assert not rule.admits(flow(generating=round(8 * FEWEST)))
+    rule.closed(100, 0.0)
+    assert rule.admits(flow())
+
+
+def test_the_front_starts_at_one_and_comes_down_by_what_is_too_much() -> None:
+    front = Front()
+    for size, budgets in ((1.0, 1.0), (1.02, 1.0), (1.3, 0.7), (1.03, 0.67), (9.0, 0.37), (9.0, 0.07), (9.0, 0.05)):
+        front.closed(size, 0.0)
+        assert abs(front.budgets - budgets) < 1e-9
+
+
+def test_the_front_goes_up_while_the_learner_waits_but_not_just_behind_a_large_step() -> None:
+    front = Front()
+    front.closed(1.3, 0.0)
+    for waited, budgets in ((0.5, 0.7), (0.5, 0.7), (0.0, 0.7), (0.5, 0.8), (0.02, 0.83), (0.01, 0.83)):
+        front.closed(1.0, waited)
+        assert abs(front.budgets - budgets) < 1e-9
+    front.closed(1.3, 0.5)
+    assert abs(front.budgets - 0.93) < 1e-9
+    for _ in range(20):
+        front.closed(1.0, 0.5)
+    assert front.budgets == 1.0
+
+
+def test_without_a_bound_there_is_no_front() -> None:
+    rule = FilledAdmission(100, bounded=False)
+    rule.closed(150, 0.0)
+    assert rule.front.budgets == 1.0
