@@ -75,6 +75,11 @@ class Link:
         if self._replies is not None:
             self._replies.send_multipart(encode(m.LearnerReply(command, version, error, stats)))
 
+    def part_done(self, version: int, part: int) -> None:
+        """Tell the intake that the learner is ready for the next part of a step."""
+        if self._rank == 0:
+            self._commands.send_multipart(encode(m.PartDone(version, part)))
+
     def command(self) -> m.Message:
         """The next command. `DeadlineError` when the intake stays silent for longer than a step may take."""
         give_up = time.monotonic() + 2 * self._deadline_s
@@ -104,6 +109,8 @@ class Rank:
         self._sender: WeightTransport | None = None
         self._group = ""
         self._waited_s = 0.0
+        self._idle_s = 0.0
+        """Waited for parts of the step under way."""
 
     def obey(self) -> None:
         """Commands until Stop."""
@@ -128,7 +135,12 @@ class Rank:
                     log.warning("ignored a %s", type(command).__name__)
 
     def _train(self, command: m.Train) -> None:
-        idle_s = self._waited_s
+        self._idle_s += self._waited_s
+        if not command.last:
+            self._trainer.accumulate(from_message(command))
+            self._link.part_done(command.version, command.part)
+            return
+        idle_s, self._idle_s = self._idle_s, 0.0
         result = self._trainer.step(from_message(command))
         stats = {name: float(value) for name, value in dataclasses.asdict(result).items()}
         self._metrics["opd_learner_steps_total"].inc()

@@ -6,7 +6,8 @@
               -> gradients summed over data-parallel ranks -> clip -> AdamW on shards -> weights gathered
 
 The loss of every micro-batch is divided by the step's global token count before the backward pass and gradients are
-summed, so that neither micro-batching nor any parallel size changes the loss or the gradient.
+summed, so that neither micro-batching nor any parallel size changes the loss or the gradient. A step may come in parts
+(`open_step`): `accumulate` takes every part but the last, `step` the last or only one, to the same gradient.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from opd_async.learner.model.context import everywhere
 from opd_async.learner.model.decoder import build_model
 from opd_async.learner.model.layout import PackedBatch, lay_out
 from opd_async.learner.model.pipeline import run_schedule
+from opd_async.learner.open_step import OpenStep, rescale, without_sums
 from opd_async.learner.optimizer import apply_gradient, finalize, learning_rate, make_optimizer, wrap
 from opd_async.learner.teacher import Teacher, TeacherRows
 from opd_async.transport.step_batch import MicroBatch, StepBatch
@@ -62,22 +64,39 @@ class Trainer:
         self.optimizer = make_optimizer(self.ddp, config.optim, bf16=config.dtype == "bfloat16")
         self.critic = Critic(config, config.critic, self.shape.vocab) if config.critic is not None else None
         self.version = 0
+        self._open = OpenStep()
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.model.config.finalize_model_grads_func = finalize
         self.padding_slack = 0.0 if has_varlen(self.device, getattr(torch, config.dtype)) else PADDING_SLACK
 
-    def step(self, batch: StepBatch) -> StepMetrics:
-        """Train on `batch` once; the weight version grows by one.
+    def accumulate(self, batch: StepBatch) -> None:
+        """Add up the gradient of a part of a step that others follow. Weights and weight version stay.
 
-        All ranks call it, with the same number of micro-batches. Raises `LearnerError`, before any weight has changed,
-        if the batch is for another version, if the ranks' rows do not add up to `loss_tokens`, or if the loss or its
-        gradient is not finite.
+        All ranks call it, with the same number of micro-batches. A critic whitens advantages over the whole step, so
+        with one the parts are kept until the last is there. Raises `LearnerError` if the part is not the next one.
         """
         started = time.perf_counter()
-        if batch.version != self.version:
-            raise LearnerError(f"a batch for weight version {batch.version} reached a learner at {self.version}")
-        if batch.loss_tokens == 0:  # only empty responses: nothing to learn, but the step counts
-            self.version += 1
+        self._open.check(batch, self.version)
+        self._open.parts += 1
+        if self.critic is not None:
+            self._open.held.append(batch)
+        elif batch.loss_tokens:
+            self._differentiate(self._open, batch, train=True, last=False)
+        self._open.seconds += time.perf_counter() - started
+
+    def step(self, batch: StepBatch) -> StepMetrics:
+        """Train on `batch` and the parts before it once; the weight version grows by one.
+
+        All ranks call it, with the same number of micro-batches. Raises `LearnerError`, before any weight has changed,
+        if the batch is for another version or not the next part, if the ranks' rows do not add up to `loss_tokens`, or
+        if the loss or its gradient is not finite.
+        """
+        started = time.perf_counter() - self._open.seconds
+        self._open.check(batch, self.version)
+        if self._open.held:
+            batch, self._open = self._open.whole(batch), OpenStep()
+        if self._open.tokens + batch.loss_tokens == 0:  # only empty responses: nothing to learn, but the step counts
+            self.version, self._open = self.version + 1, OpenStep()
             return empty_metrics(self.version)
         own_step = self.version - (self.config.critic.only_steps if self.config.critic is not None else 0)
         totals = self.gradients(batch, train=own_step >= 0)
@@ -89,13 +108,32 @@ class Trainer:
         return replace(metrics, **values)
 
     def gradients(self, batch: StepBatch, *, train: bool = True) -> Totals:
-        """The first half of a step: leave the step's gradient in the DDP buffers, the critic's in its own.
+        """The first half of a step: leave its gradient, that of earlier parts included, in the DDP buffers, the
+        critic's in its own.
 
         Raises as `step` does. Without `train` the student is only looked at."""
+        done, self._open = self._open, OpenStep()
+        self._differentiate(done, batch, train=train, last=True)
+        rescale(self.ddp, done.denominator / done.tokens)
+        totals = reduce_over_ranks(done.reports, self.device)
+        if totals.sums["tokens"] != done.tokens:
+            raise LearnerError(
+                f"the ranks hold {totals.sums['tokens']:.0f} rows for weight version {batch.version}, but the batch "
+                f"says {done.tokens} loss tokens"
+            )
+        if not math.isfinite(totals.sums["loss"]):
+            raise LearnerError(
+                f"the loss at weight version {batch.version} is {totals.sums['loss']}: look for a logprob that is not "
+                f"finite in the batch, or lower learner.optimizer.lr"
+            )
+        return totals
+
+    def _differentiate(self, step: OpenStep, batch: StepBatch, *, train: bool, last: bool) -> None:
+        """Add the gradient of a part to the buffers, over its step's denominator; the `last` one sums over ranks."""
 
         def loss(index: int, hidden: Tensor) -> tuple[Tensor, Any]:
             output = self._objective(packs[index], hidden, teacher[index] if teacher is not None else None)
-            return output.loss / batch.loss_tokens, (output.sums, output.maxima)
+            return output.loss / step.denominator, (output.sums, output.maxima)
 
         packs = self._lay_out(batch.micro_batches)
         teacher = self.teacher.rows(packs, self.config.loss.loss) if self.teacher is not None else None
@@ -104,20 +142,12 @@ class Trainer:
             packs = [replace(pack, reference_R=row.logprobs_R) for pack, row in zip(packs, rows, strict=False)] or packs
         if self.critic is not None:
             packs = self.critic.advise(packs, batch.loss_tokens)
+        first = step.add(batch)
         with on_this_device(), nullcontext() if train else torch.no_grad():
-            self.ddp.zero_grad_buffer()
-            totals = reduce_over_ranks(run_schedule(self.ddp, packs, loss, train=train), self.device)
-        if totals.sums["tokens"] != batch.loss_tokens:
-            raise LearnerError(
-                f"the ranks hold {totals.sums['tokens']:.0f} rows for weight version {batch.version}, but the batch "
-                f"says {batch.loss_tokens} loss tokens"
-            )
-        if not math.isfinite(totals.sums["loss"]):
-            raise LearnerError(
-                f"the loss at weight version {batch.version} is {totals.sums['loss']}: look for a logprob that is not "
-                f"finite in the batch, or lower learner.optimizer.lr"
-            )
-        return totals
+            if first:
+                self.ddp.zero_grad_buffer()
+            with without_sums(self.model.config, wanted=not last):
+                step.reports += run_schedule(self.ddp, packs, loss, train=train)
 
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         """log p(target) of each micro-batch's rows under the current weights, nats: float32[R] each, no gradient.

@@ -60,6 +60,7 @@ class SimulatedLearner:
         hello = m.Hello(self._name, os.getpid())
         await self._commands.send(hello)
         await self._replies.send(hello)
+        spent = {"idle_s": 0.0, "seconds": 0.0}
         while True:
             asked = time.monotonic()
             command = await self._commands.receive()
@@ -68,8 +69,13 @@ class SimulatedLearner:
                 case m.Train():
                     seconds = step_seconds(self._cost, command) / self._scenario.scale
                     await asyncio.sleep(seconds)
+                    spent = {"idle_s": spent["idle_s"] + waited_s, "seconds": spent["seconds"] + seconds}
+                    if not command.last:
+                        await self._commands.send(m.PartDone(command.version, command.part))
+                        continue
                     self._version = command.version + 1
-                    await self._reply("Train", {"idle_s": waited_s, "seconds": seconds})
+                    await self._reply("Train", spent)
+                    spent = dict.fromkeys(spent, 0.0)
                 case m.SyncWeights():
                     async with asyncio.TaskGroup() as group:
                         for url in command.engines:

@@ -71,6 +71,9 @@ async def obey(plan: Plan, mine: RolePlan) -> None:
                         found = sum(account.check(batch) for batch in from_message(command).micro_batches)
                         if found != command.loss_tokens:
                             raise RoleError(f"step {command.version}: {found} tokens of {command.loss_tokens}")
+                        if not command.last:
+                            await commands.send(m.PartDone(command.version, command.part))
+                            continue
                         version, stats = command.version + 1, {"checked_tokens": float(account.tokens)}
                     case m.SyncWeights():
                         for url in command.engines:

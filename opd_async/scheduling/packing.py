@@ -20,8 +20,10 @@ Bin = list[Segment]
 Number = TypeVar("Number", np.int32, np.float32)
 
 
-def pack(segments: Sequence[Segment], version: int, ranks: int, micro_batch_tokens: int) -> list[StepBatch]:
-    """One `StepBatch` per data-parallel rank, all with the same number of micro-batches.
+def pack(
+    segments: Sequence[Segment], version: int, ranks: int, micro_batch_tokens: int, *, part: int = 0, last: bool = True
+) -> list[StepBatch]:
+    """One `StepBatch` per data-parallel rank, all with the same number of micro-batches: of a step, or of its `part`.
 
     Longest first, each into the emptiest bin that it fits; a sequence longer than `micro_batch_tokens` gets a bin of
     its own. The result depends on the segments alone, not on their order.
@@ -39,7 +41,7 @@ def pack(segments: Sequence[Segment], version: int, ranks: int, micro_batch_toke
         loads[at] += length
     loss_tokens = sum(segment.end - segment.start for segment in segments)
     return [
-        StepBatch(version, loss_tokens, tuple(micro_batch(group, version) for group in bins[rank::ranks]))
+        StepBatch(version, loss_tokens, tuple(micro_batch(group, version) for group in bins[rank::ranks]), part, last)
         for rank in range(ranks)
     ]
 
@@ -94,11 +96,13 @@ def _join(parts: Sequence[NDArray[Any]], dtype: type[Number]) -> NDArray[Number]
 
 
 def to_message(batch: StepBatch) -> Train:
-    """The wire form of one rank's step."""
+    """The wire form of one rank's step or part."""
     mbs = batch.micro_batches
     topk = join([mb.topk for mb in mbs])
     return Train(
         batch.version,
+        batch.part,
+        batch.last,
         batch.loss_tokens,
         np.array([len(mb.token_ids) for mb in mbs], np.int32),
         np.array([len(mb.cu_seqlens) - 1 for mb in mbs], np.int32),
@@ -148,7 +152,7 @@ def from_message(train: Train) -> StepBatch:
         )
         for i in range(len(train.mb_tokens))
     )
-    return StepBatch(train.version, train.loss_tokens, micro_batches)
+    return StepBatch(train.version, train.loss_tokens, micro_batches, train.part, train.last)
 
 
 def _offsets(lengths: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -45,12 +45,15 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One data-parallel rank's share of one optimizer step.
+    """One data-parallel rank's share of one optimizer step, or of a part of one.
 
     `version` is the weight version before the step (after it: `version + 1`); `loss_tokens` counts the trained tokens
-    over all data-parallel ranks and is the denominator of the loss; `micro_batches` has the same length on every rank.
+    over all data-parallel ranks, and the step's sum of it is the denominator of the loss; `micro_batches` has the same
+    length on every rank. A step comes in the parts 0, 1, ...; with the `last` one it is applied.
     """
 
     version: int
     loss_tokens: int
     micro_batches: tuple[MicroBatch, ...]
+    part: int = 0
+    last: bool = True

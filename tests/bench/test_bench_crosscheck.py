@@ -54,7 +54,7 @@ def test_a_response_ends_where_the_lengths_say() -> None:
 def test_a_step_of_the_learner_takes_what_the_virtual_one_does() -> None:
     cost = SMALL.workload().train
     lengths, rows = np.array([100, 40], np.int32), np.arange(90, dtype=np.int32)
-    step = m.Train(0, 90, EMPTY, EMPTY, EMPTY, EMPTY, lengths, rows, NOTHING, NOTHING, NOTHING, EMPTY)
+    step = m.Train(0, 0, True, 90, EMPTY, EMPTY, EMPTY, EMPTY, lengths, rows, NOTHING, NOTHING, NOTHING, EMPTY)
     assert step_seconds(cost, step) == pytest.approx(cost.floor_s + cost.segment_s(100, 60) + cost.segment_s(40, 30))
 
 

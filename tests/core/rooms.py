@@ -21,7 +21,19 @@ ORDER: dict[str, tuple[str, ...]] = {
     ),
     "actors": ("client", "rewards", "rollout", "teacher", "intake", "engine"),
     "learner": (
-        *("errors", "config", "distributed", "model", "hf", "checkpoints", "losses", "metrics", "optimizer", "critic"),
+        *(
+            "errors",
+            "config",
+            "distributed",
+            "model",
+            "hf",
+            "checkpoints",
+            "losses",
+            "metrics",
+            "open_step",
+            "optimizer",
+            "critic",
+        ),
         *("teacher", "trainer", "weights", "from_topology", "resume", "convert", "main"),
     ),
     "bench": (

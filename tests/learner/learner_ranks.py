@@ -97,6 +97,27 @@ def micro_batching(trainer: Trainer, place: parallel.Place) -> float:
     return float(worst[0])
 
 
+def in_parts(trainer: Trainer, place: parallel.Place) -> float:
+    """The largest difference in the gradient between a step that comes at once and one in four parts, one of which
+    has no token."""
+    whole = split(micro_batch([9, 31, 14, 30, 22, 5], seed=place.data_rank))
+    rows = sum(len(one.rows) for one in whole)
+    trainer.gradients(step_batch(trainer.version, whole, rows * place.data_size))
+    buffers = [*trainer.ddp.buffers, *trainer.ddp.expert_parallel_buffers]
+    expected = torch.cat([buffer.grad_data for buffer in buffers])
+    ends = [len(micro_batch([9, 31], seed=0).rows), len(micro_batch([14, 30, 22], seed=0).rows)]
+    mine = (whole[:2], whole[2:5], [EMPTY], whole[5:])
+    counts = [*ends, 0, rows - sum(ends)]
+    for index, (part, count) in enumerate(zip(mine, counts, strict=True)):
+        batch = step_batch(trainer.version, part, count * place.data_size)
+        batch = replace(batch, part=index, last=index == len(mine) - 1)
+        trainer.gradients(batch) if batch.last else trainer.accumulate(batch)
+    worst = torch.stack([(torch.cat([b.grad_data for b in buffers]) - expected).abs().max(), -expected.abs().max()])
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    assert worst[1] < 0.0
+    return float(worst[0])
+
+
 def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[str, list[tuple[float, ...]]]:
     """Two steps of each loss, with a teacher inside or without: the second starts from the gradient of the first."""
     teacher = TeacherConfig(results / "teacher", results / "teacher-megatron")
@@ -155,6 +176,7 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
     exact = exports(trainer, stored)
     logprobs = [tensor.tolist() for tensor in trainer.logprobs([data(0)[0]])]
     report: dict[str, Any] = {"exact": exact, "logprobs": logprobs, "micro_batching": micro_batching(trainer, place)}
+    report["in_parts"] = in_parts(trainer, place)
     report["steps"] = steps(trainer, place, SAVED_AT)
     if model.name not in BRIEF:
         resume.save(trainer, results / f"{model.name}-{name}")

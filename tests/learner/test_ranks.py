@@ -97,6 +97,7 @@ def runs(alone: Place, job: tuple[Path, Path]) -> Runs:
 def test_a_layout_reports_the_same_steps(runs: Runs, kind: str, layout: str) -> None:
     _, reports = runs.of(kind)
     assert reports[layout]["micro_batching"] < 1e-6
+    assert reports[layout]["in_parts"] < 1e-6
     torch.testing.assert_close(
         torch.tensor(reports[layout]["logprobs"]), torch.tensor(reports["alone"]["logprobs"]), rtol=0.0, atol=1e-5
     )

@@ -22,7 +22,7 @@ from opd_async.transport.messages.generation import (
     TeacherRestarted,
 )
 from opd_async.transport.messages.kinds import Finish, LeaseKind
-from opd_async.transport.messages.learner import ExportModel, LearnerReply, SaveCheckpoint, SyncWeights
+from opd_async.transport.messages.learner import ExportModel, LearnerReply, PartDone, SaveCheckpoint, SyncWeights
 from opd_async.transport.messages.roles import Failure, Heartbeat, Hello, Stop
 from opd_async.transport.messages.samples import Chunk, ScoredChunk, Train
 from opd_async.transport.messages.steps import (
@@ -59,6 +59,7 @@ __all__ = [
     "LeaseDone",
     "LeaseKind",
     "Message",
+    "PartDone",
     "Pause",
     "Paused",
     "Quiesce",

@@ -37,6 +37,15 @@ class ExportModel:
 
 @message
 @dataclass(frozen=True, slots=True)
+class PartDone:
+    """Learner rank 0 to the intake: `part` of the step at weight version `version` is trained, and was not the last."""
+
+    version: int
+    part: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
 class LearnerReply:
     """Answer of learner rank 0 to `Train`, `SyncWeights`, `SaveCheckpoint`, `ExportModel`; `error` None: done.
     `version` is the learner's weight version after it."""

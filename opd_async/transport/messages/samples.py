@@ -109,13 +109,15 @@ class ScoredChunk:
 @message
 @dataclass(frozen=True, slots=True)
 class Train:
-    """One step for one learner rank: its `StepBatch` as flat arrays, micro-batches back to back.
+    """A step for one learner rank, or a part of one: its `StepBatch` as flat arrays, micro-batches back to back.
 
     `mb_tokens`, `mb_sequences`, `mb_rows` int32[M] say where each micro-batch ends; `sequence_lengths` int32[N];
     `topk_ids` int32[R, k] and `topk_logprobs` float32[R, k] as in `ScoredChunk`; `rewards` float32[N], NaN for none.
     """
 
     version: int
+    part: int
+    last: bool
     loss_tokens: int
     mb_tokens: Int32
     mb_sequences: Int32
