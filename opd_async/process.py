@@ -18,18 +18,19 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
+from io import TextIOBase
 from typing import Any, NoReturn
 
 import psutil
 
 from opd_async.errors import OpdError, RoleError
+from opd_async.signals import EXIT_INTERRUPTED
 
 PARENT_ENV = "OPD_PARENT_PID"
 """Pid of the supervisor, set in the environment of everything that it starts."""
 
 EXIT_UNEXPECTED = 70
 """Exit code for an error that this program did not foresee (EX_SOFTWARE of sysexits.h)."""
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -84,12 +85,13 @@ class OneLineFormatter(logging.Formatter):
         return " ".join(super().formatMessage(record).splitlines())
 
 
-def configure_logging(role_name: str, level: int = logging.INFO) -> None:
-    """Log records of at least `level` and Python warnings to stderr, one line each; show `role_name` in `ps` and `top`.
+def configure_logging(role_name: str, level: int = logging.INFO, stream: TextIOBase | None = None) -> None:
+    """Log records of at least `level` and Python warnings to stderr, or to `stream`, one line each; show `role_name`
+    in `ps` and `top`.
 
     Replaces the handlers of the root logger. Fatal signals (a segfault in a kernel) leave a stack in the log as well.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(sys.stderr if stream is None else stream)
     handler.setFormatter(OneLineFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)

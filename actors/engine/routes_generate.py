@@ -6,7 +6,7 @@
     answer    all requests of the call      the last one finishing
     events    any request of the call       Request.release from the engine's loop
 
-On cancel (the client left) every unfinished request of the call is aborted.
+On cancel, or a write that fails (the client left), every unfinished request of the call is aborted.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ async def generate(http: web.Request) -> web.StreamResponse:
         if call.stream:
             return await _stream_error(http, error)
         raise
+    except ConnectionResetError:
+        return web.Response()  # the client has left between two events: nobody's fault, and nobody reads this
     finally:
         # Also on cancel, when the client has left: nothing may go on running for nobody.
         for request in submitted:

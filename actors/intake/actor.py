@@ -30,7 +30,7 @@ from opd_async.actors.intake.ranks import LearnerRanks
 from opd_async.actors.intake.report import LatencyReservoir, describe_rewards, describe_step
 from opd_async.config.learning import Estimator, RewardKind
 from opd_async.config.topology import ScheduleSection, TrainOn
-from opd_async.data.jsonl import JsonlWriter, read_jsonl
+from opd_async.data.jsonl import JsonlRecord, read_jsonl
 from opd_async.estimators.advantages import Outcome, estimate
 from opd_async.plan.plan import RoleKind
 from opd_async.role import ATTEMPT_FLOOR_ENV, Role, role_arguments
@@ -44,7 +44,7 @@ from opd_async.transport.channels import Pull
 log = logging.getLogger(__name__)
 
 ACKNOWLEDGE_S = 0.02
-SETTLE_WARNING_S = 10.0
+SETTLE_NEWS_S = 10.0
 
 
 class Taken(NamedTuple):
@@ -84,7 +84,7 @@ class Intake:
         self._pull = Pull(role.context, plan.scored, self._malformed_frame)
         self.ranks = LearnerRanks(role.context, plan, self._malformed_frame)
         self._log_path = plan.run_folder / "trained.jsonl"
-        self._log: JsonlWriter | None = None
+        self._log: JsonlRecord | None = None
 
     async def restore(self) -> None:
         """Go back to the newest checkpoint, or to nothing, and tell the dispatcher what has been trained."""
@@ -102,10 +102,7 @@ class Intake:
         rows = (
             [row for row in read_jsonl(self._log_path) if row["version"] < version] if self._log_path.exists() else []
         )
-        self._log_path.unlink(missing_ok=True)
-        self._log = JsonlWriter(self._log_path)
-        for row in rows:
-            self._log.write(row)
+        self._log = JsonlRecord(self._log_path, log.warning, rows)
 
     async def receive(self) -> None:
         """Take scored chunks in."""
@@ -163,7 +160,7 @@ class Intake:
         """Take a step whenever the planner finds one."""
         while True:
             try:
-                async with asyncio.timeout(SETTLE_WARNING_S):
+                async with asyncio.timeout(SETTLE_NEWS_S):
                     await self._news.wait()
             except TimeoutError:
                 self._explain_wait()
@@ -243,7 +240,7 @@ class Intake:
         owed = self._assembler.owed()
         if self._version is not None and owed:
             some = ", ".join(f"{sample} (to {end})" for sample, (_, end) in list(owed.items())[:5])
-            log.warning("step %d waits for the scores of %d samples: %s", self._version, len(owed), some)
+            log.info("step %d waits for the scores of %d samples: %s", self._version, len(owed), some)
 
     # --- control -----------------------------------------------------------------------------------------------------
 

@@ -29,8 +29,9 @@ from opd_async.data.prompts import PromptSet
 from opd_async.errors import OpdError
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.plan.resolve import make_plan
-from opd_async.run.lifecycle import Inputs, InterruptedRun, Lifecycle, Signals
+from opd_async.run.lifecycle import Inputs, Lifecycle
 from opd_async.run.run_folder import prepare
+from opd_async.signals import Signals
 
 ROLES = ("rollout", "teacher", "intake", "launcher")
 """The data plane. Engines and learner are null, and counted apart."""
@@ -216,18 +217,11 @@ async def conduct(plan: Plan, case: Case) -> tuple[Moment, Moment]:
     lifecycle = Lifecycle(plan, inputs, lambda line: None, signals)
     watch = Watch(plan, lifecycle)
     async with asyncio.TaskGroup() as group:
-        run = group.create_task(_interrupted(lifecycle))
+        run = group.create_task(lifecycle.run())
         looking = group.create_task(watch.between(case))
-        looking.add_done_callback(lambda _: signals.first.set())
+        looking.add_done_callback(lambda _: signals.arrived())  # that is how it is ended
         run.add_done_callback(lambda _: looking.cancel())
     return looking.result()
-
-
-async def _interrupted(lifecycle: Lifecycle) -> None:
-    try:
-        await lifecycle.run()
-    except* InterruptedRun:
-        pass  # that is how it is ended
 
 
 def measure(case: Case) -> Figures:

@@ -86,10 +86,14 @@ class Fleet:
             f"Read {log}; after mending the cause, go on with --resume"
         )
 
-    async def wait_for_engine(self, kind: RoleKind, url: str) -> None:
-        """Return once the engine answers; `RoleError` if it is none that a run can use."""
+    async def wait_for_engine(self, kind: RoleKind, url: str, deadline_s: float | None = None) -> None:
+        """Return once the engine answers; `RoleError` if it is none that a run can use.
+
+        It has `deadline_s` for that, or `supervisor.start_deadline_s`.
+        """
         section, name = self.plan.section(url), f"the {kind.value.replace('_', ' ')}"
-        await wait_until_ready(url, name, self.plan.topology.supervisor.start_deadline_s, section.api_key)
+        deadline_s = self.plan.topology.supervisor.start_deadline_s if deadline_s is None else deadline_s
+        await wait_until_ready(url, name, deadline_s, section.api_key)
         if problem := await engine_problem(url, section):
             raise RoleError(f"{name} at {url} {problem}")
 

@@ -198,6 +198,8 @@ class Supervisor:
 
     async def _spawn(self, role: _Role, write_fd: int) -> asyncio.subprocess.Process:
         mine = {PARENT_ENV: str(os.getpid()), MARK_ENV: role.group.mark, "PYTHONUNBUFFERED": "1"}
+        # a log is UTF-8 whatever the user's terminal is, and no character of a prompt ends a role that prints it
+        mine["PYTHONIOENCODING"] = "utf-8:backslashreplace"
         # A pipe of our own: asyncio's would make `wait` depend on strangers that hold it open.
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "opd_async.process", *role.spec.command),

@@ -62,10 +62,12 @@ class SupervisorSection(Section):
     backoff_s: Seconds = 0.5
     """Pause before the first restart of a role. It doubles with each further one, up to 30 s."""
     start_deadline_s: Seconds = 180.0
-    """How long engines, actors and the learner may take to start. Large models need more."""
+    """If no role comes up for so long, the start has failed. Large models need more."""
     stop_deadline_s: Seconds = 20.0
     """How long a role may take to stop after SIGTERM, before SIGKILL."""
     heartbeat_deadline_s: Seconds = 60.0
     """A role other than the learner that says nothing for so long is killed. That is handled like any other death."""
     step_deadline_s: Seconds = 600.0
     """No optimizer step within this time ends the run."""
+    evaluation_deadline_s: Seconds = 1800.0
+    """An evaluation that takes longer ends the run."""

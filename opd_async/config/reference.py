@@ -14,13 +14,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from opd_async.config.resuming import may_change
+from opd_async.config.resuming import Change, may_change
 from opd_async.config.schema_text import Schema, expected, schema_at
 from opd_async.config.topology import Topology
 from opd_async.config.yaml_source import Location
 
 NAME = "<name>"
 """Stands for a name that the user chooses."""
+RESUMED = {
+    Change.YES: "may change",
+    Change.WITH_FLAG: "with `--change-lr`",
+    Change.SAME_CONTENT: "may move",
+    Change.NO: "",
+}
+"""What the page says of a key that has another value when a run is resumed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +147,7 @@ def _section(part: Part) -> str:
 def _row(key: Key) -> str:
     name = key.path.rsplit(".", 1)[-1]
     default = f"`{key.default}`" if key.default else "must be written"
-    cells = (f"`{name}`", key.takes, default, key.unit, "may change" if may_change(key.path) else "", key.meaning)
+    cells = (f"`{name}`", key.takes, default, key.unit, RESUMED[may_change(key.path)], key.meaning)
     return "".join(f"| {cell.replace('|', chr(92) + '|')} " if cell else "| " for cell in cells) + "|"
 
 
@@ -174,9 +181,9 @@ Made by `python -m opd_async.config.reference` from the sections in `opd_async/c
 to them.
 
 Every key of a topology file. *Takes* has the type and its bounds. A key with a default may be left out, and so may a
-section whose keys all have one. *Resume* says whether a run that is resumed may have another value there. `--set` sets
-any key for one run: `--set schedule.steps=20`. Combinations of keys are checked before a run starts; `--dry-run` checks
-them and starts nothing.
+section whose keys all have one. *Resume* says whether a run that is resumed may have another value there; a path that
+*may move* must name the same content. `--set` sets any key for one run: `--set schedule.steps=20`. Combinations of keys
+are checked before a run starts; `--dry-run` checks them and starts nothing.
 
 Editors that know the first line of the examples, `# yaml-language-server: $schema=topology.schema.json`, complete and
 check keys while you write. `python -m opd_async.config.reference --json-schema` prints that schema."""

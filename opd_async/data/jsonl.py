@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -53,6 +53,49 @@ class JsonlWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class JsonlRecord:
+    """A file of objects that only people read: rows that cannot be written are left out, and `complain` hears it once.
+
+    No run ends for want of room for its records. `rows` replace what the file held, all of them or none.
+    """
+
+    def __init__(self, path: Path, complain: Callable[[str], None], rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._path = path
+        self._complain = complain
+        self._complained = False
+        self._writer: JsonlWriter | None = None
+        fresh = path.with_name(f"{path.name}.new")
+        try:
+            fresh.unlink(missing_ok=True)
+            with JsonlWriter(fresh) as writer:
+                for row in rows:
+                    writer.write(row)
+            fresh.replace(path)
+            self._writer = JsonlWriter(path)
+        except OSError as error:
+            self._say(error)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one object, if there is room for it."""
+        if self._writer is None:
+            return
+        try:
+            self._writer.write(row)
+        except OSError as error:
+            self._say(error)
+
+    def close(self) -> None:
+        """Close the file; it is safe to call this twice."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _say(self, error: OSError) -> None:
+        if not self._complained:
+            self._complained = True
+            self._complain(f"{self._path} cannot be written: {error.strerror}; rows are missing in it from here on")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -71,7 +71,7 @@ class Evaluator:
             side = "teacher" if kind is LeaseKind.EVAL_TEACHER else "student"
             raise DeadlineError(
                 f"the evaluation of the {side} did not end within {deadline_s:.0f} s; see the rollout actors' and its "
-                "engines' logs"
+                "engines' logs, or raise supervisor.evaluation_deadline_s"
             ) from None
         passed, passed_greedy = (sum(self._correct(*one) for one in responses) for responses in (sampled, greedy))
         unjudged = sum(done.reward is None for _, done in [*sampled, *greedy]) if section.judge == "reward" else 0

@@ -5,15 +5,17 @@ heartbeats, steps, weight updates, evaluations -> Ledger -> metrics.jsonl, learn
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opd_async.data.jsonl import JsonlWriter, read_jsonl
+from opd_async.data.jsonl import JsonlRecord, read_jsonl
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.telemetry.report import (
     Evaluation,
@@ -25,6 +27,8 @@ from opd_async.telemetry.report import (
     WeightSync,
 )
 from opd_async.transport.messages import StepStarted
+
+log = logging.getLogger(__name__)
 
 SHOWN_COUNTERS = (
     "reward_failures",
@@ -86,7 +90,8 @@ class Ledger:
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     steps: int = 0
     skipped_prompts: int = 0
-    _writer: JsonlWriter | None = None
+    complain: Callable[[str], None] = log.warning
+    _writer: JsonlRecord | None = None
     _window: list[float] = field(default_factory=list)
     _at_start: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -161,15 +166,12 @@ class Ledger:
         path = self.path
         rows = list(read_jsonl(path)) if path.exists() else []
         self.close()
-        path.unlink(missing_ok=True)
-        self._writer = JsonlWriter(path)
+        kept = [row for row in rows if row.get("step", 0) <= version]
+        self._writer = JsonlRecord(path, self.complain, kept)
         self.evaluations, self.reverse_kl = [], []
         self.teachers, self.student_before = {}, None
         self.staleness, self.sums, self.steps = np.zeros(1, np.int64), defaultdict(float), 0
-        for row in rows:
-            if row.get("step", 0) > version:
-                continue
-            self._write(row)
+        for row in kept:
             if "evaluation" not in row:
                 self._add(row)
                 continue

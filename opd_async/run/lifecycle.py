@@ -12,16 +12,16 @@ the script ends                   report, stop in order, exit 0
 learner or intake dies            both start again from the last checkpoint; everything generated since is dropped
 another role dies                 the dispatcher restarts it; the script goes on
 a role dies beyond its budget     the run ends with its last lines
-SIGINT or SIGTERM                 the planned step is finished and saved, then stop in order; a second one kills
+SIGINT, SIGTERM or SIGHUP         the planned step is finished and saved, then stop in order; a second one kills
+the same while nothing is trained every process is killed
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import zmq.asyncio
@@ -31,7 +31,6 @@ from opd_async.cluster.supervisor import Supervisor
 from opd_async.data.completions import CompletionSet, Mix
 from opd_async.data.prompts import PromptSet
 from opd_async.data.tokenizer import Tokenizer
-from opd_async.errors import OpdError
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.role import ATTEMPT_FLOOR_ENV
 from opd_async.run import checkpoints
@@ -39,23 +38,16 @@ from opd_async.run.dispatcher import Dispatcher
 from opd_async.run.evaluator import Evaluator
 from opd_async.run.ledger import Ledger
 from opd_async.run.script import Script
+from opd_async.signals import Signals
 from opd_async.telemetry.metrics import RoleMetrics, loop_lag, write_targets
 from opd_async.telemetry.progress import Progress
 from opd_async.telemetry.report import Report
 from opd_async.transport import messages as m
 
-GRACE_S = 5.0
-"""How long roles may take to end by themselves before they are sent a signal."""
 GRACE_POLL_S = 0.05
 ENGINES = (RoleKind.STUDENT_ENGINE, RoleKind.TEACHER_ENGINE)
 ATTEMPTS_PER_RECOVERY = 1000
 """Attempts are numbered from a new thousand after each recovery, so that old chunks are known for what they are."""
-
-
-class InterruptedRun(OpdError):
-    """The user stopped the run; what was trained is saved."""
-
-    exit_code = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +60,6 @@ class Inputs:
     completions: CompletionSet
 
 
-@dataclass(slots=True)
-class Signals:
-    """SIGINT and SIGTERM: the first asks for an orderly end, the second for an immediate one."""
-
-    first: asyncio.Event = field(default_factory=asyncio.Event)
-    second: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def install(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Take over both signals. Main thread only."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.arrived)
-
-    def arrived(self) -> None:
-        """One more signal."""
-        (self.second if self.first.is_set() else self.first).set()
-
-
 class Lifecycle:
     """Owns one launch."""
 
@@ -95,16 +70,41 @@ class Lifecycle:
         self._echo = echo
         self._signals = signals
         self._recoveries = 0
+        self._over = False
+        self._dispatcher: Dispatcher | None = None
         self.ledger: Ledger | None = None
+        signals.on_first = self._acknowledge
+
+    @property
+    def interrupted(self) -> bool:
+        """A signal has asked for the end."""
+        return self._signals.first.is_set()
+
+    def _acknowledge(self) -> None:
+        """A word for who has sent the signal: what happens now."""
+        if self._over:
+            self._progress.say("stopping: the run is over, its processes are ending")
+        elif self._training:
+            self._progress.say("stopping: finishing the step under way (a second signal stops at once)")
+        else:
+            self._progress.say("stopping: nothing is being trained, so every process ends now")
+
+    @property
+    def _training(self) -> bool:
+        """Is there anything that an orderly end could save?"""
+        return self._dispatcher is not None and self._dispatcher.version >= 0
 
     async def run(self) -> Report:
-        """The whole run. Raises `OpdError`, alone or in groups, for what ends it early; no process survives it."""
+        """The whole run, or what a signal left of it. Raises `OpdError`, alone or in groups, for what ends it early.
+
+        No process survives it.
+        """
         plan = self._plan
         metrics = RoleMetrics("launcher")
         self._write_targets()
         stop_deadline_s = plan.topology.supervisor.stop_deadline_s
         self.ledger = ledger = Ledger(plan, skipped_prompts=self._inputs.prompts.skipped_too_long)
-        ledger.rewind(self._checkpointed_version())
+        ledger.rewind(self.checkpointed_version())
         with (
             zmq.asyncio.Context() as context,
             contextlib.closing(ledger),
@@ -115,14 +115,15 @@ class Lifecycle:
                 prompts, topology = self._inputs.prompts.prompts, plan.topology
                 given = self._inputs.completions.completions
                 mix = Mix(given, topology.opd.gkd_lambda, topology.seed, topology.data.shuffle)
-                dispatcher = Dispatcher(plan, fleet, ledger, metrics, context, prompts, mix)
+                self._dispatcher = dispatcher = Dispatcher(plan, fleet, ledger, metrics, context, prompts, mix)
                 try:
                     await self._conduct(dispatcher, fleet)
                 finally:
                     dispatcher.server.close()
             return ledger.report(fleet.restarts)
 
-    def _checkpointed_version(self) -> int:
+    def checkpointed_version(self) -> int:
+        """Step of the newest complete checkpoint; 0 where there is none."""
         folder = checkpoints.latest(self._plan.run_folder / "checkpoints")
         return checkpoints.verify(folder) if folder is not None else 0
 
@@ -131,7 +132,10 @@ class Lifecycle:
         targets = {role.name: f"{role.host}:{role.ports['metrics']}" for role in self._plan.roles}
         targets["launcher"] = f"{host}:{self._plan.launcher_metrics_port}"
         teachers = {role.name: role.teacher for role in self._plan.roles if role.teacher}
-        write_targets(self._plan.run_folder / "targets.json", targets, teachers)
+        try:
+            write_targets(self._plan.run_folder / "targets.json", targets, teachers)
+        except OSError as error:  # for Prometheus: the run itself does not need it
+            self._progress.say(f"targets.json cannot be written: {error}")
 
     async def _conduct(self, dispatcher: Dispatcher, fleet: Fleet) -> None:
         async with asyncio.TaskGroup() as group:
@@ -152,15 +156,11 @@ class Lifecycle:
             floor = self._recoveries * ATTEMPTS_PER_RECOVERY
             script = Script(dispatcher, evaluator, len(self._inputs.prompts.prompts), self._progress, floor)
             ended = await _race(dispatcher, script.run(), signal=self._signals.first, lost=dispatcher.learner_lost)
-            if ended == "done":
+            if ended == "signal" and self._training:
+                await _race(dispatcher, script.wind_down(), signal=self._signals.second, lost=dispatcher.learner_lost)
+            if ended in ("done", "signal"):
+                self._over = True
                 return
-            if ended == "signal":
-                if dispatcher.version >= 0:
-                    self._progress.say("stopping: finishing the step under way (a second signal stops at once)")
-                    await _race(
-                        dispatcher, script.wind_down(), signal=self._signals.second, lost=dispatcher.learner_lost
-                    )
-                raise InterruptedRun(f"{self._plan.topology.name}: stopped by a signal; go on with --resume")
             await self._recover(dispatcher, fleet, script)
 
     def _evaluator(self, dispatcher: Dispatcher) -> Evaluator | None:
@@ -185,7 +185,7 @@ class Lifecycle:
         await script.forget_samples()
         await fleet.start(intake, {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
         await fleet.start(learner)
-        version = self._checkpointed_version()
+        version = self.checkpointed_version()
         dispatcher.ledger.rewind(version)
         self._progress.say(f"learner and intake start again from step {version}")
 
@@ -193,7 +193,9 @@ class Lifecycle:
         """Ask every role to end, then make it end, in order; a second signal cuts this short."""
         async with asyncio.TaskGroup() as group:
             orderly = group.create_task(self._stop_in_order(dispatcher, fleet), name="stop")
-            impatient = group.create_task(_wait(self._signals.second), name="second-signal")
+            # with nothing to save, the first signal is reason enough
+            hurry = self._signals.first if not self._training else self._signals.second
+            impatient = group.create_task(_wait(hurry), name="impatient")
             await asyncio.wait([orderly, impatient], return_when=asyncio.FIRST_COMPLETED)
             if not orderly.done():
                 await fleet.stop_all(at_once=True)
@@ -203,7 +205,8 @@ class Lifecycle:
         for kind in (RoleKind.ROLLOUT, RoleKind.TEACHER, RoleKind.INTAKE):
             await dispatcher.broadcast(kind, m.Stop("the run is over"))
         engines = {role.name for kind in ENGINES for role in self._plan.of_kind(kind)}
-        for _ in range(round(GRACE_S / GRACE_POLL_S)):
+        # they end by themselves; torchrun answers a signal with a traceback, so that one is sent to none but the stuck
+        for _ in range(round(self._plan.topology.supervisor.stop_deadline_s / GRACE_POLL_S)):
             if not set(fleet.supervisor.running) - engines:
                 break
             await asyncio.sleep(GRACE_POLL_S)

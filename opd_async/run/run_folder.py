@@ -1,6 +1,6 @@
 """The folder of a run: one launch at a time, its topology and plan saved before anything starts.
 
-    prepare: lock -> refuse, resume or empty the folder -> topology.yaml, plan.json
+    prepare: lock -> refuse, resume or empty the folder -> topology.yaml, plan.json, inputs.json
 
 The lock is held as long as the launching process lives, and ends with it whatever its end.
 """
@@ -8,19 +8,23 @@ The lock is held as long as the launching process lives, and ends with it whatev
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from opd_async.config.resuming import may_change
+from opd_async.config.resuming import Change, content_of, may_change
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import dump_topology, load_topology
 from opd_async.errors import InputError
 from opd_async.files import write_atomically
 from opd_async.plan.plan import Plan
 from opd_async.plan.resolve import PLAN_FILE
+from opd_async.run import fingerprints
 
 TOPOLOGY_FILE = "topology.yaml"
 LOCK_FILE = ".lock"
@@ -32,6 +36,7 @@ MADE_BY_RUNS = (
     "report.json",
     "learning_curve.png",
     "targets.json",
+    fingerprints.INPUTS_FILE,
     "checkpoints",
     "export",
     "logs",
@@ -59,13 +64,19 @@ class RunFolder:
         self.release()
 
 
-def prepare(plan: Plan, resume: bool = False, overwrite: bool = False) -> RunFolder:
-    """Take the run folder of `plan` for this process and save `topology.yaml` and `plan.json` in it.
+def prepare(
+    plan: Plan,
+    resume: bool = False,
+    overwrite: bool = False,
+    inputs: Mapping[str, str] | None = None,
+    change_lr: bool = False,
+) -> RunFolder:
+    """Take the run folder of `plan` for this process and save `topology.yaml`, `plan.json`, `inputs.json` in it.
 
-    A folder that holds a run is refused unless `resume` (the saved topology must be equal but for
-    `config.resuming.MAY_CHANGE`) or
-    `overwrite` (removes what is listed in `MADE_BY_RUNS` and nothing else). Raises `InputError` for that, when another
-    launch holds the folder, and when it cannot be written.
+    `inputs` are the fingerprints of what the run reads. A folder that holds a run is refused unless `resume` (the saved
+    topology must be equal but for what `may_change`, the inputs altogether) or `overwrite` (removes what is listed in
+    `MADE_BY_RUNS` and nothing else). Raises `InputError` for that, when another launch holds the folder, and when it
+    cannot be written.
     """
     path = plan.run_folder
     if resume and overwrite:
@@ -78,11 +89,12 @@ def prepare(plan: Plan, resume: bool = False, overwrite: bool = False) -> RunFol
     except OSError as error:
         raise InputError(f"{path}: cannot be used as a run folder: {error.strerror}") from None
     try:
-        _settle_old_run(path, plan.topology, resume, overwrite)
-        for name, text in (
-            (TOPOLOGY_FILE, dump_topology(plan.topology)),
-            (PLAN_FILE, plan.model_dump_json(indent=1)),
-        ):
+        before = Inputs(fingerprints.read(path) if resume else {}, dict(inputs or {}))
+        _settle_old_run(path, plan.topology, resume, overwrite, before, change_lr)
+        files = {TOPOLOGY_FILE: dump_topology(plan.topology), PLAN_FILE: plan.model_dump_json(indent=1)}
+        if known := before.now or before.saved:
+            files[fingerprints.INPUTS_FILE] = json.dumps(known, indent=1)
+        for name, text in files.items():
             write_atomically(path / name, text)
             (path / name).chmod(0o600)  # both hold the engines' keys
     except OSError as error:
@@ -114,7 +126,21 @@ def _take_lock(path: Path) -> int:
     return descriptor
 
 
-def _settle_old_run(path: Path, topology: Topology, resume: bool, overwrite: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Fingerprints of what a run reads: as it began, and as it is now. Empty where nobody has computed them."""
+
+    saved: dict[str, str]
+    now: dict[str, str]
+
+    def same(self, section: str) -> bool:
+        """Is the content known to be the same?"""
+        return section in self.saved and self.saved[section] == self.now.get(section)
+
+
+def _settle_old_run(
+    path: Path, topology: Topology, resume: bool, overwrite: bool, inputs: Inputs, change_lr: bool
+) -> None:
     """Refuse, check or remove the run that the folder holds."""
     if not holds_run(path):
         return
@@ -123,10 +149,16 @@ def _settle_old_run(path: Path, topology: Topology, resume: bool, overwrite: boo
             _remove(path / name)
     elif resume:
         saved = load_topology(path / TOPOLOGY_FILE)
-        if changed := _changes(saved, topology):
+        if changed := _changes(saved, topology, inputs, change_lr):
             lines = "\n".join(f"  {line}" for line in changed)
             raise InputError(
                 f"{path}: cannot be resumed with another topology; set these back, or choose another name:\n{lines}"
+            )
+        if inputs.now and (others := fingerprints.differences(inputs.saved, inputs.now)):
+            lines = "\n".join(f"  {_named(section, topology)}" for section in others)
+            raise InputError(
+                f"{path}: cannot be resumed, the run began with other content in these; bring it back, or choose "
+                f"another name:\n{lines}"
             )
     else:
         raise InputError(
@@ -141,15 +173,31 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _changes(saved: Topology, now: Topology) -> list[str]:
+def _changes(saved: Topology, now: Topology, inputs: Inputs, change_lr: bool) -> list[str]:
     """`path: was X, now Y` for every key that differs and may not; keys that are secrets are named without values."""
     old, new = _flat(saved.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
     differ = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    refused = [key for key in differ if not may_change(key)]
     return [
-        f"{key}: changed" if key.endswith("api_key") else f"{key}: was {old.get(key)}, now {new.get(key)}"
-        for key in refused
+        f"{key}: was {old.get(key)}, now {new.get(key)}{hint}"
+        for key in differ
+        if (hint := _refusal(key, inputs, change_lr)) is not None
     ]
+
+
+def _refusal(key: str, inputs: Inputs, change_lr: bool) -> str | None:
+    """None if another value of this key is all right here, else what to add to the message."""
+    change, section = may_change(key), content_of(key)
+    if change is Change.WITH_FLAG:
+        return None if change_lr else "; --change-lr allows it"
+    if change is Change.SAME_CONTENT and section is not None and inputs.same(section):
+        return None
+    return None if change is Change.YES else ""
+
+
+def _named(section: str, topology: Topology) -> str:
+    """`data.train: <path>` of a section of the fingerprints."""
+    values = _flat(topology.model_dump(mode="json"))
+    return f"{section}: {values.get(f'{section}.path')}"
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from opd_async.errors import RoleError
 from opd_async.plan.plan import RoleKind
 from opd_async.run import checkpoints
+from opd_async.run.arrivals import all_up
 from opd_async.run.dispatcher import RESYNC, UPDATE, Dispatcher
 from opd_async.run.evaluator import Evaluator
 from opd_async.scheduling.leases import LeaseBook, PromptOrder, admission_of
@@ -28,8 +29,8 @@ T = TypeVar("T")
 
 EXPORT = "export"
 """Folder in the run's: the trained student, and in sub-folders the student after some steps."""
+INTAKE = "the intake"
 SYNC_TRIES = 5
-EVALUATION_DEADLINE_S = 1800.0
 RESET_DEADLINE_S = 60.0
 
 
@@ -57,6 +58,7 @@ class Script:
         self._owed: tuple[Int64, Int32, Int32] | None = None
         self._unanswered: Counter[str] = Counter()
         self._accounted = -1
+        self._began = -1
         self._unaccounted: m.LearnerReply | None = None
 
     async def run(self) -> None:
@@ -95,20 +97,9 @@ class Script:
         """
         dispatcher, deadline_s = self._dispatcher, self._deadlines.start_deadline_s
         dispatcher.version = -1
-        frontier = await dispatcher.mailbox.expect("Frontier", deadline_s, "the intake to start")
-        self._accounted = frontier.version
-        for kind in (RoleKind.ROLLOUT, RoleKind.TEACHER):
-            for role in dispatcher.plan.of_kind(kind):
-                if role.name not in dispatcher.up(kind):
-                    await dispatcher.mailbox.expect(("Hello", role.name), deadline_s, f"{role.name} to start")
-        for kind, urls in (
-            (RoleKind.STUDENT_ENGINE, dispatcher.plan.student_engines),
-            (RoleKind.TEACHER_ENGINE, dispatcher.plan.teacher_engines),
-        ):
-            for url in urls:
-                await dispatcher.fleet.wait_for_engine(kind, url)
-        learner = dispatcher.name_of(RoleKind.LEARNER)
-        await dispatcher.mailbox.expect(("Hello", learner), deadline_s, "the learner to load the student")
+        there = await all_up(self._arrivals(), deadline_s, self._progress.say)
+        frontier = there[INTAKE]
+        self._accounted = self._began = frontier.version
         topology = self._topology
         order = PromptOrder(self._prompts, topology.rollout.group_size, topology.seed, topology.data.shuffle)
         dispatcher.book = LeaseBook(
@@ -122,6 +113,28 @@ class Script:
             )
         self._progress.say(f"weights {version} are in every student engine, proven by version and content")
         return version
+
+    def _arrivals(self) -> dict[str, Coroutine[Any, Any, Any]]:
+        """What to wait for until every role is up, by who is waited for. The learner is when it has the student."""
+        dispatcher, plan = self._dispatcher, self._dispatcher.plan
+        deadline_s = self._deadlines.start_deadline_s * len(plan.roles)  # `all_up` gives up long before
+        waits: dict[str, Coroutine[Any, Any, Any]] = {INTAKE: dispatcher.mailbox.expect("Frontier", deadline_s, INTAKE)}
+        for kind in (RoleKind.LEARNER, RoleKind.ROLLOUT, RoleKind.TEACHER):
+            for name in (role.name for role in plan.of_kind(kind)):
+                if kind is RoleKind.LEARNER:
+                    waits["the learner to load the student"] = dispatcher.mailbox.expect(
+                        ("Hello", name), deadline_s, name
+                    )
+                elif name not in dispatcher.up(kind):
+                    waits[name] = dispatcher.mailbox.expect(("Hello", name), deadline_s, name)
+        for kind, urls in (
+            (RoleKind.STUDENT_ENGINE, plan.student_engines),
+            (RoleKind.TEACHER_ENGINE, plan.teacher_engines),
+        ):
+            for url in urls:
+                who = f"the {kind.value.replace('_', ' ')} at {url}"
+                waits[who] = dispatcher.fleet.wait_for_engine(kind, url, deadline_s)
+        return waits
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -272,8 +285,10 @@ class Script:
             reply = self._unaccounted or await self._trained_step("the last optimizer step")
             if reply is not None:
                 await self._account(reply, sync_s=0.0, engines_s=0.0)
+        if quiesced.version == self._began:  # nothing was trained since the start, so there is nothing new to save
+            return
         await self.checkpoint(quiesced.version)
-        self._progress.say(f"saved a checkpoint after step {quiesced.version}; go on with --resume")
+        self._progress.say(f"saved a checkpoint after step {quiesced.version}")
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -295,7 +310,7 @@ class Script:
 
     async def _evaluate(self, kind: m.LeaseKind, count: int, step: int, teacher: str | None = None) -> Evaluation:
         assert self._evaluator is not None
-        evaluation = await self._evaluator.evaluate(kind, count, step, EVALUATION_DEADLINE_S, teacher)
+        evaluation = await self._evaluator.evaluate(kind, count, step, self._deadlines.evaluation_deadline_s, teacher)
         who = "student" if teacher is None else "teacher"
         if teacher is not None and len(self._dispatcher.plan.teacher_urls) > 1:
             who = f"teacher {teacher}"
@@ -335,7 +350,9 @@ class Script:
 
     async def _serve_resyncs(self) -> None:
         while True:
-            event = await self._dispatcher.mailbox.expect(UPDATE, EVALUATION_DEADLINE_S, "the evaluation")
+            event = await self._dispatcher.mailbox.expect(
+                UPDATE, 2 * self._deadlines.evaluation_deadline_s, "the evaluation"
+            )
             if event == RESYNC:
                 await self._update_weights(verify=True)
 

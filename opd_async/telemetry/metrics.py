@@ -252,7 +252,7 @@ def write_targets(path: Path, targets: Mapping[str, str], teachers: Mapping[str,
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(json.dumps(entries, indent=2) + "\n")
+    fresh.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     fresh.replace(path)
 
 

@@ -161,7 +161,7 @@ def write(report: Report, folder: Path) -> Path:
     """Write `report.json` into `folder`, whole or not at all; returns its path. Raises `OSError`."""
     path = folder / "report.json"
     fresh = folder / "report.json.new"
-    fresh.write_text(report.model_dump_json(indent=2) + "\n")
+    fresh.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     fresh.replace(path)
     return path
 

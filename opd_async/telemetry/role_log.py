@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from opd_async.errors import RoleError
-
 TAIL_LINES = 30
 MAX_LINE_BYTES = 8192
 _READ_BYTES = 65536
@@ -81,21 +79,20 @@ class RoleLog:
     def __init__(
         self, name: str, path: Path, header: str, echo: Callable[[str], None], echo_line: Callable[[str], bool]
     ) -> None:
-        """Open `path` for appending; `RoleError` if that fails."""
+        """Open `path` for appending; when that fails, `echo` is told, and the role goes on without a log."""
         self._name = name
         self._path = path
         self._echo = echo
         self._echo_line = echo_line
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._broken = False
+        self._file: BinaryIO | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = path.open("ab", buffering=0)
-            self._file.write(f"=== {header}\n".encode())
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
-            raise RoleError(
-                f"cannot write the log of {name}, {path}: {error.strerror}; free space or rights are missing"
-            ) from error
-        self._broken = False
+            self._complain(error)
+        self._append(f"=== {header}\n")
 
     @property
     def tail(self) -> tuple[str, ...]:
@@ -122,18 +119,28 @@ class RoleLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _append(self, text: str) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(text.encode())
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        """Once: a log is for people, and no reason to end anything."""
+        if not self._broken:
+            self._echo(f"{self._name} | log {self._path} cannot be written: {error.strerror}; it goes on without it")
+        self._broken = True
 
     def _file_lines(self, lines: list[str]) -> None:
         if not lines:
             return
         self._tail.extend(lines)
-        try:
-            self._file.write("".join(f"{line}\n" for line in lines).encode())
-        except OSError as error:
-            if not self._broken:  # say it once: the role goes on without a log
-                self._echo(f"{self._name} | log {self._path} cannot be written: {error.strerror}")
-            self._broken = True
+        self._append("".join(f"{line}\n" for line in lines))
         for line in lines:
             if self._echo_line(line):
                 self._echo(f"{self._name} | {line}")

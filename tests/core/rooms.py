@@ -16,8 +16,21 @@ ROOT = Path(__file__).parents[2]
 
 ORDER: dict[str, tuple[str, ...]] = {
     "opd_async": (
-        *("errors", "files", "process", "config", "estimators", "transport", "scheduling", "data", "engines", "plan"),
-        *("telemetry", "forecast", "role", "cluster", "run", "checks", "launch"),
+        *(
+            "errors",
+            "files",
+            "signals",
+            "process",
+            "config",
+            "estimators",
+            "transport",
+            "scheduling",
+            "data",
+            "engines",
+            "plan",
+        ),
+        *("telemetry", "forecast", "role", "cluster", "run", "checks", "command"),
+        "launch",
     ),
     "actors": ("client", "rewards", "rollout", "teacher", "intake", "engine"),
     "learner": (

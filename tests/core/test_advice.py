@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from opd_async.command import launch, parse_arguments
 from opd_async.config.topology import LearnerSection, Topology
 from opd_async.errors import InputError
 from opd_async.forecast.advice import Planner, Site, describe, plan_text, preferred
@@ -18,7 +19,6 @@ from opd_async.forecast.cost_model import H100, H200, NVLINK, QWEN3_8B, QWEN3_32
 from opd_async.forecast.lengths import LogNormal
 from opd_async.forecast.memory import engine_memory, learner_memory
 from opd_async.forecast.workload import Devices
-from opd_async.launch import launch, parse_arguments
 
 GIGA = 1e9
 SHAPE_8B = {

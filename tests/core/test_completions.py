@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from small_runs import make_model, small_topology, topology_data, write_lines, write_topology
 
 from opd_async.checks.validation import validate
+from opd_async.command import read_inputs
 from opd_async.config.topology import CompletionsSection
 from opd_async.config.topology_file import load_topology
 from opd_async.data.completions import Completion, Mix, load_completions
 from opd_async.data.prompts import Prompt, TeacherChoice
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
-from opd_async.launch import read_inputs
 
 EVERYBODY = TeacherChoice()
 

@@ -18,12 +18,12 @@ from rooms import page as modules_page
 
 from opd_async.actors.intake.report import describe_rewards, describe_step
 from opd_async.checks.host import device_problems
+from opd_async.command import parse_arguments
 from opd_async.config.schema_text import keys_at, schema_at
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology
 from opd_async.data.jsonl import read_jsonl
 from opd_async.estimators.advantages import Outcome
-from opd_async.launch import parse_arguments
 from opd_async.run.ledger import Ledger
 from opd_async.run.run_folder import MADE_BY_RUNS
 from opd_async.telemetry.metrics import CATALOGUE, MetricKind
@@ -173,7 +173,7 @@ def test_topology_keys_exist(page: Path) -> None:
 def known_flags() -> frozenset[str]:
     """Options of the launcher and the example's scripts, and of SGLang's server and router where a run uses them."""
     sources = [
-        ROOT / "opd_async/launch.py",
+        ROOT / "opd_async/command.py",
         ROOT / "opd_async/config/slime_flags.py",
         ROOT / "opd_async/config/reference.py",
         ROOT / "opd_async/forecast/flags.py",

@@ -12,9 +12,9 @@ from small_runs import make_model, write_lines
 from test_opd_options import make_checkpoint
 
 from opd_async.checks.validation import validate, warnings
+from opd_async.command import launch, parse_arguments
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology
-from opd_async.launch import launch, parse_arguments
 from opd_async.plan.plan import RoleKind
 from opd_async.plan.resolve import make_plan
 

@@ -8,12 +8,12 @@ import pytest
 from small_runs import make_model, small_topology, topology_data, write_topology
 
 from opd_async.checks.validation import validate
+from opd_async.command import parse_arguments
 from opd_async.config.learning import OpdType
 from opd_async.config.loss_names import FULL_LOSSES, GIVEN_LOSSES, LOSSES, TOPK_LOSSES
 from opd_async.config.slime_flags import opd_overrides
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology
-from opd_async.launch import parse_arguments
 from opd_async.plan.plan import RoleKind
 from opd_async.plan.resolve import make_plan
 from opd_async.run.checkpoints import SHARDS, seal, step_folder

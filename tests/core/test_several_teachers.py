@@ -11,12 +11,12 @@ import pytest
 from small_runs import make_model, topology_data, write_lines, write_topology
 
 from opd_async.checks.validation import validate
+from opd_async.command import read_inputs
 from opd_async.config.topology import EvaluationSection, Topology
 from opd_async.config.topology_file import load_topology
 from opd_async.data.prompts import Prompt
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
-from opd_async.launch import read_inputs
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.plan.resolve import describe_plan, make_plan
 from opd_async.run.evaluator import Evaluator

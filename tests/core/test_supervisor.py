@@ -177,13 +177,40 @@ def test_a_command_that_does_not_exist_says_so(tmp_path: Path) -> None:
     supervised(body)
 
 
-def test_a_log_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_opened_is_said_once_and_the_role_runs(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file where the folder should be")
 
     async def body(supervisor: Supervisor, echoed: list[str]) -> None:
-        with pytest.raises(RoleError, match="cannot write the log of rollout-0"):
-            await supervisor.start(spec(tmp_path, SLEEPER))
-        assert supervisor.running == ()
+        await supervisor.start(spec(tmp_path, "print('one'); print('two')"))
+        end = await supervisor.exits.get()
+        assert end.code == 0 and end.tail == ("one", "two")
+
+    (said,) = supervised(body, verbose=False)
+    assert said.startswith("rollout-0 | log ") and said.endswith("; it goes on without it")
+
+
+def test_a_full_disk_under_a_log_is_said_once_and_the_role_runs(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+
+    async def body(supervisor: Supervisor, echoed: list[str]) -> None:
+        role = spec(tmp_path, "print('one'); print('two')")
+        role.log_path.symlink_to("/dev/full")
+        await supervisor.start(role)
+        end = await supervisor.exits.get()
+        assert end.code == 0 and end.tail == ("one", "two")
+
+    (said,) = supervised(body, verbose=False)
+    assert "No space left on device" in said
+
+
+def test_a_role_prints_any_character_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    monkeypatch.setenv("LC_ALL", "C")
+
+    async def body(supervisor: Supervisor, echoed: list[str]) -> None:
+        await supervisor.start(spec(tmp_path, "print('na\\u00efve \\u2501', '\\ud83d')"))
+        end = await supervisor.exits.get()
+        assert end.code == 0 and end.tail == ("na\u00efve \u2501 \\ud83d",)
 
     supervised(body)
 

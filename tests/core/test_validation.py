@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from small_runs import WORDS, make_model, small_topology, topology_data, write_json, write_lines, write_topology
 
 from opd_async.checks.validation import validate, warnings
+from opd_async.command import read_inputs
 from opd_async.config.learning import Estimator
 from opd_async.config.loss_names import FULL_LOSSES, GIVEN_LOSSES, LOSSES, REFUSED
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology
 from opd_async.errors import InputError
-from opd_async.launch import read_inputs
 
 
 def problems(root: Path, *overrides: str) -> list[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +96,44 @@ def write_topology(values: dict[str, Any], path: Path) -> Path:
     return path
 
 
+def command(file: Path, *options: str) -> list[str]:
+    """The launcher's command line."""
+    return [sys.executable, "-m", "opd_async.launch", "--topology", str(file), *options]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a launcher."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def loud_lines(folder: Path) -> list[str]:
+    """Lines of a run's logs that report an error."""
+    logs = sorted((folder / "logs").glob("*.log"))
+    assert len(logs) > 1
+    lines = [f"{log.stem} | {line}" for log in logs for line in log.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if re.search(r"\b(ERROR|CRITICAL|FATAL)\b|Traceback", line)]
+
+
+def wait_for_steps(process: subprocess.Popen[Any], folder: Path, count: int, said: Callable[[], str] = str) -> None:
+    """Return once `count` steps are in metrics.jsonl; the launcher itself gives up on a run that does not move."""
+    while len(steps(folder)) < count:
+        assert process.poll() is None, f"the run ended early:\n{said()}"
+        time.sleep(0.1)
+
+
 class Launch:
     """A launcher process; killed, with everything it started, when the block ends."""
 
     def __init__(self, file: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "opd_async.launch", "--topology", str(file), *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.output = file.with_suffix(f".{time.monotonic_ns()}.out")
         with self.output.open("w") as out:
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+                command(file, *options),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment(),
+                start_new_session=True,
             )
 
     def __enter__(self) -> Launch:
@@ -147,13 +177,9 @@ class Launch:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the run did not end within {deadline_s} s:\n{self.text()}") from None
 
-    def wait_for_steps(self, folder: Path, count: int, deadline_s: float = 90.0) -> None:
+    def wait_for_steps(self, folder: Path, count: int) -> None:
         """Return once `count` steps are in metrics.jsonl."""
-        give_up = time.monotonic() + deadline_s
-        while len(steps(folder)) < count:
-            assert self.process.poll() is None, f"the run ended early:\n{self.text()}"
-            assert time.monotonic() < give_up, f"no {count} steps within {deadline_s} s:\n{self.text()}"
-            time.sleep(0.1)
+        wait_for_steps(self.process, folder, count, self.text)
 
     def wait_for_text(self, words: str, deadline_s: float = 30.0) -> None:
         """Return once the launcher has printed `words`."""

@@ -33,7 +33,7 @@ def test_every_role_may_die(inputs: Path, tmp_path: Path) -> None:
             run.wait_for_steps(folder, len(steps(folder)) + 2)
             run.find(*words).kill()
             run.wait_for_text(f"{role} ended (")
-            run.wait_for_steps(folder, len(steps(folder)) + 1, 120.0)
+            run.wait_for_steps(folder, len(steps(folder)) + 1)
         assert run.wait() == 0, run.text()
     ranges = check_trained(folder, 1, STEPS)
     check_nothing_skipped(ranges)

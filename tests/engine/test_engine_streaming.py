@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
 import numpy as np
+import pytest
 from engine_harness import Server, control, events, reference_logprobs
 from transformers import PreTrainedModel
+
+from opd_async.actors.engine import routes_generate
+from opd_async.actors.engine.app import ENGINE
 
 
 def joined(found: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
@@ -153,6 +158,26 @@ def test_a_client_that_leaves_aborts_its_requests(server: Server) -> None:
             assert after - before < 200 * 1500
 
     asyncio.run(main())
+
+
+def test_a_client_that_leaves_between_two_events_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection closes while a write is under way: aiohttp would log what the handler raises as an error."""
+    forgotten: list[str] = []
+    core = SimpleNamespace(submit=lambda request: None, forget=forgotten.append)
+    call = SimpleNamespace(requests=["one", "two"], stream=True)
+
+    async def read_json(http: Any) -> dict[str, Any]:
+        return {}
+
+    async def stream(*_: Any) -> None:
+        raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
+
+    changes = {"read_json": read_json, "_stream": stream, "parse_generate": lambda *_: call, "_Mailbox": lambda _: None}
+    for name, change in changes.items():
+        monkeypatch.setattr(routes_generate, name, change)
+    http: Any = SimpleNamespace(app={ENGINE: SimpleNamespace(core=core, limits=None)})
+    asyncio.run(routes_generate.generate(http))
+    assert forgotten == ["one", "two"]
 
 
 def test_pause_reports_what_each_stream_was_given(server: Server) -> None:

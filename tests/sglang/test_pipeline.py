@@ -43,9 +43,9 @@ def check_run(run: Launch, folder: Path) -> dict[str, Any]:
 def test_in_place_through_the_death_of_both_servers(tmp_path: Path) -> None:
     values, folder = on_sglang(make_inputs(tmp_path / "inputs"), tmp_path), tmp_path / "run"
     with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
-        run.wait_for_steps(folder, 2, 500.0)
+        run.wait_for_steps(folder, 2)
         run.find("sglang.launch_server", "--model-path", "inputs/student").kill()
-        run.wait_for_steps(folder, 4, 300.0)
+        run.wait_for_steps(folder, 4)
         run.find("sglang.launch_server", "--model-path", "inputs/teacher").kill()
         report = check_run(run, folder)
     assert report["restarts"] == {"student-engine-0": 1, "teacher-engine-0": 1}
