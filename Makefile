@@ -49,7 +49,10 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-install: $(STAMP)
+# An environment of another Python is made anew; one that was made with PYTHON=... stays while no other is named.
+install:
+	@requirements/venv.sh $(VENV) $(PYTHON) $(if $(filter file,$(origin PYTHON)),keep)
+	@$(MAKE) --no-print-directory $(STAMP)
 
 sglang: $(SGLANG_STAMP)
 
@@ -67,9 +70,10 @@ $(TRL_STAMP): requirements/trl-$(TRL_VERSION).txt
 	touch $@
 
 $(STAMP): pyproject.toml requirements/cpu.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip list --disable-pip-version-check 2>/dev/null | grep -q ^nvidia-cu && \
+		echo "note: pip's index had the CUDA build of torch; requirements/cpu.txt says how to get the smaller one" || true
 	touch $(STAMP)
 
 clean:

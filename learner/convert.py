@@ -82,8 +82,8 @@ def _model(path: Path, dtype: str, parallel_config: ParallelConfig) -> DecoderMo
     return model
 
 
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Hugging Face folders to Megatron checkpoints and back.")
+def _arguments(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=prog, description="Hugging Face folders to Megatron checkpoints and back.")
     commands: Any = parser.add_subparsers(dest="command", required=True)
     to_megatron = commands.add_parser("hf-to-megatron", help="safetensors to a checkpoint to start from")
     to_megatron.add_argument("--hf", type=Path, required=True, help="Hugging Face folder")
@@ -111,9 +111,9 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError(f"{options.out} exists already; remove it, or give another --out")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Entry point; ends the process with code 2 and one message if the input cannot be used."""
-    options = _arguments(arguments)
+    options = _arguments(arguments, prog)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         _check(options)

@@ -13,18 +13,13 @@ from pathlib import Path
 
 import uvloop
 
-from opd_async.checks.reward import require_labels
-from opd_async.checks.validation import validate, warnings
-from opd_async.config.slime_flags import add_opd_arguments, opd_overrides
-from opd_async.config.topology import Topology
+from opd_async.checks.inputs import examine
+from opd_async.config.slime_flags import opd_overrides
 from opd_async.config.topology_file import load_topology
-from opd_async.data.completions import CompletionSet, load_completions
-from opd_async.data.model_folder import read_model
-from opd_async.data.prompts import TeacherChoice, load_prompts
-from opd_async.data.tokenizer import Tokenizer
-from opd_async.errors import InputError, OpdError
+from opd_async.errors import OpdError
 from opd_async.forecast.advice import plan_text
-from opd_async.forecast.flags import add_plan_arguments, site
+from opd_async.forecast.flags import site
+from opd_async.options import add_run_arguments
 from opd_async.plan.plan import Plan
 from opd_async.plan.resolve import describe_plan, make_plan
 from opd_async.process import configure_logging, leaves, report_failure
@@ -50,54 +45,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; argparse ends the process with code 2 for what it does not know."""
     parser = argparse.ArgumentParser(prog="python -m opd_async.launch", description="Run an on-policy distillation.")
     parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="what to run, and where (YAML)")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the topology")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="remove an earlier run of this name first")
-    parser.add_argument("--change-lr", action="store_true", help="with --resume: accept another learning rate")
-    add_opd_arguments(parser)
-    add_plan_arguments(parser)
+    add_run_arguments(parser)
     return parser.parse_args(argv)
-
-
-def check(path: Path, overrides: Sequence[str], say: Say) -> Topology:
-    """The topology, with nothing wrong in it; `InputError` lists everything that is."""
-    topology = load_topology(path, overrides)
-    if problems := validate(topology):
-        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise InputError(f"{path}: {count}:\n" + "\n".join(f"  {problem}" for problem in problems))
-    for warning in warnings(topology):
-        say(f"warning: {warning}")
-    return topology
-
-
-def read_inputs(topology: Topology, say: Say = echo) -> Inputs:
-    """Prompts and tokenizer, read before anything starts; `InputError` names the line that is broken."""
-    tokenizer = Tokenizer(topology.models.student.path, topology.data.chat_template)
-    limit = topology.max_prompt_tokens
-    choice = TeacherChoice(tuple(topology.teachers) or ("",), topology.data.teacher_key)
-    prompts = load_prompts(topology.data.train, tokenizer, limit, choice)
-    require_labels(prompts, topology.data.train, topology.reward.kind)
-    if prompts.skipped_too_long:
-        say(f"{topology.data.train.path}: skipped {prompts.skipped_too_long} prompts longer than {limit} tokens")
-    section, limit = topology.data.held_out, topology.max_held_out_tokens
-    held_out = load_prompts(section, tokenizer, limit, choice) if section else None
-    if section and held_out and topology.evaluation.judge == "reward":
-        require_labels(held_out, section, topology.reward.kind)
-    return Inputs(prompts, held_out, tokenizer, read_completions(topology, tokenizer, choice, say))
-
-
-def read_completions(topology: Topology, tokenizer: Tokenizer, choice: TeacherChoice, say: Say) -> CompletionSet:
-    """The responses that a data set gives; none where the topology names no such file."""
-    section = topology.data.completions
-    if section is None:
-        return CompletionSet()
-    limits = topology.max_prompt_tokens, topology.rollout.sampling.max_response_tokens
-    ends = read_model(topology.models.student.path).eos_token_ids
-    found = load_completions(section, tokenizer, limits, ends, choice)
-    if found.skipped_too_long:
-        say(f"{section.path}: skipped {found.skipped_too_long} rows longer than {limits[0]} + {limits[1]} tokens")
-    return found
 
 
 async def conduct(lifecycle: Lifecycle, signals: Signals) -> Report:
@@ -113,8 +62,7 @@ def launch(arguments: argparse.Namespace, terminal: Terminal | None = None) -> N
     if arguments.plan:
         say(plan_text(load_topology(arguments.topology, overrides), site(arguments)))
         return
-    topology = check(arguments.topology, overrides, say)
-    inputs = read_inputs(topology, say)
+    topology, inputs = examine(arguments.topology, overrides, say)
     with ExitStack() as claims:
         plan = make_plan(topology, claims)
         if arguments.dry_run:
@@ -142,7 +90,11 @@ def execute(plan: Plan, inputs: Inputs, arguments: argparse.Namespace, terminal:
 
 def command(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says; returns the exit code."""
-    arguments = parse_arguments(argv)
+    return carry_out(parse_arguments(argv))
+
+
+def carry_out(arguments: argparse.Namespace) -> int:
+    """Do what has been read from a command line; returns the exit code."""
     with Terminal() as terminal:
         configure_logging("launch", stream=terminal.errors)
         try:

@@ -1,5 +1,6 @@
 """Start a run: check everything, then supervise it to its report.
 
+    opd run cluster.yaml ..., or, which is the same:
     python -m opd_async.launch --topology cluster.yaml [--set a.b=c ...] [--dry-run] [--resume | --overwrite]
                                [--plan --device H100 --link NVLink --lengths 2000,8000,16384]
                                [--use-opd --opd-type sglang|megatron --opd-kl-coef 1.0

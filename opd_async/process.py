@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from io import TextIOBase
 from typing import Any, NoReturn
 
@@ -116,6 +117,21 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
             yield from leaves(inner)
     else:
         yield error
+
+
+@contextmanager
+def raise_cause() -> Iterator[None]:
+    """Raise the first of several `OpdError` that arrive as a group, the others as its notes; anything else as it is."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        causes = list(leaves(group))
+        if not all(isinstance(cause, OpdError) for cause in causes):
+            raise
+        for other in dict.fromkeys(str(cause) for cause in causes[1:]):
+            if other != str(causes[0]):
+                causes[0].add_note(other)
+        raise causes[0] from None
 
 
 def report_failure(error: BaseException) -> int:

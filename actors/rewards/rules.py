@@ -7,7 +7,6 @@ A rule either returns a number or raises; a failure is for the caller to count, 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import math
@@ -19,6 +18,8 @@ from typing import Any
 from opd_async.config.learning import RewardKind
 from opd_async.data.answers import AnswerChecker
 from opd_async.errors import InputError
+from opd_async.extras import need
+from opd_async.hooks import load_hook
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +55,7 @@ def load_rule(kind: RewardKind, function: str | None, answer_pattern: str) -> Ru
 
 def _load_math() -> Rule:
     """1 where math-verify finds the label's value in the response, else 0. Loaded here: it brings sympy along."""
-    try:
-        import math_verify
-    except ImportError as error:
-        raise InputError(f"reward.kind: math needs the package math-verify ({error}); install it") from None
+    math_verify = need("math_verify", "math", "reward.kind: math")
     # it warns at each call that its own timeouts are off: they are signals, and the caller has a deadline
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
@@ -73,11 +71,7 @@ def _load_math() -> Rule:
 
 def _load_function(path: str) -> Rule:
     """`module:function`, awaited with prompt, response, label and metadata by name."""
-    module_name, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # whatever the user's module raises while it is loaded
-        raise InputError(f"reward.function: {path} cannot be loaded ({type(error).__name__}: {error})") from None
+    function = load_hook("reward.function", path)
     if not inspect.iscoroutinefunction(function):
         raise InputError(f"reward.function: {path} is no `async def` function; write one that returns a number")
 

@@ -26,6 +26,7 @@ import numpy as np
 from opd_async.actors.rewards.rules import Response, Rule, load_rule
 from opd_async.config.learning import RewardSection
 from opd_async.data.tokenizer import Tokenizer
+from opd_async.hooks import add_working_directory
 from opd_async.process import configure_logging, die_with_parent
 from opd_async.role import read_plan
 
@@ -104,4 +105,5 @@ if __name__ == "__main__":
     configure_logging("reward")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     die_with_parent()
+    add_working_directory()
     asyncio.run(main(arguments.plan, arguments.fd))

@@ -7,11 +7,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-
 from opd_async.bench.learning.cells import METHODS, REGIMES, SIGNALS
 from opd_async.bench.learning.runs import Outcome
 from opd_async.bench.learning.tables import grouped
+from opd_async.extras import need
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -28,7 +27,9 @@ def draw(file: Path, part: str, outcomes: Sequence[Outcome]) -> None:
 def draw_curves(file: Path, outcomes: Sequence[Outcome]) -> None:
     """pass@1 against steps, one column a regime: means over seeds, with a band from the lowest to the highest."""
     regimes = list(dict.fromkeys(outcome.cell.regime for outcome in outcomes))
-    figure = Figure(figsize=(1.5 + 4.5 * len(regimes), 7.2), layout="constrained")
+    figure = need("matplotlib.figure", "plots", "a picture").Figure(
+        figsize=(1.5 + 4.5 * len(regimes), 7.2), layout="constrained"
+    )
     panels = figure.subplots(2, len(regimes), squeeze=False, sharex=True)
     for column, regime in enumerate(regimes):
         for (name, method, _, lr), runs in grouped(outcomes).items():
@@ -57,7 +58,7 @@ def band(axes: Axes, method: str, label: str, steps: Sequence[int], curves: Sequ
 
 def draw_staleness(file: Path, outcomes: Sequence[Outcome]) -> None:
     """pass@1 at the end against the bound, and against the measured drift: means over seeds, lowest and highest."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = need("matplotlib.figure", "plots", "a picture").Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for name, signal in SIGNALS.items():
         mine = [runs for (_, method, _, _), runs in grouped(outcomes).items() if method == name]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from opd_async.bench.peers.curves import Curve, Summary
+from opd_async.extras import need
 
 COLOURS = ("#2ca02c", "#1f77b4", "#9467bd", "#ff7f0e", "#d62728", "#8c564b")
 
@@ -33,7 +32,7 @@ def _number(value: float | None, form: str) -> str:
 
 def draw(file: Path, curves: Sequence[Curve], targets: Sequence[float]) -> None:
     """Sampled pass@1 over seconds, and over tokens; a colour for each system and settings, a line for each run."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = need("matplotlib.figure", "plots", "a picture").Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     styles = dict.fromkeys((curve.system, curve.settings) for curve in curves)
     colour = {one: COLOURS[index % len(COLOURS)] for index, one in enumerate(styles)}

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from opd_async.bench.sim.figures import Row
+from opd_async.extras import need
 
 COLOURS = {
     "sync": "#7f7f7f",
@@ -32,7 +31,7 @@ MARKERS = {
 
 def draw_schedules(file: Path, rows: Sequence[Row], title: str) -> None:
     """Throughput against the oldest token, and against the last token's wait for its score."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = need("matplotlib.figure", "plots", "a picture").Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     streamed = [row for row in rows if row.scoring == "streamed"]
     for name in dict.fromkeys(row.schedule for row in streamed):
@@ -60,7 +59,9 @@ def draw_sweep(file: Path, sweeps: Mapping[str, Mapping[str, Sequence[tuple[floa
     """One panel a sweep, which is named "figure against setting"; each line is a schedule: (setting, figure)."""
     columns = min(3, len(sweeps))
     lines = -(-len(sweeps) // columns)
-    figure = Figure(figsize=(4.4 * columns, 3.4 * lines), layout="constrained")
+    figure = need("matplotlib.figure", "plots", "a picture").Figure(
+        figsize=(4.4 * columns, 3.4 * lines), layout="constrained"
+    )
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, (name, curves) in zip(panels, sweeps.items(), strict=False):
         for schedule, points in curves.items():

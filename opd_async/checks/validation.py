@@ -184,7 +184,7 @@ def _engine_problems(topology: Topology) -> Iterator[str]:
     for side, _, teacher in topology.engine_sides[1:]:
         if teacher.context_tokens < student.context_tokens:
             yield (
-                f"engines.{side}.context_tokens: {teacher.context_tokens} is less than the student's "
+                f"engines.{side}.context_tokens: {teacher.context_tokens} is less than engines.student.context_tokens "
                 f"{student.context_tokens}, so long samples could not be scored; write at least "
                 f"{student.context_tokens}"
             )

@@ -9,6 +9,9 @@
                   room in `exits`                    the dispatcher taking an exit
     log (each)    output                             a line; the end of the last writer
 
+Roles do not look for modules in the working directory: a folder of the user's that is called `learner` or `torch`
+stays out of them. Hooks are looked for there, last (`opd_async.hooks`).
+
 Stopping is SIGTERM to every process of the role, SIGKILL at the deadline. If the supervisor itself is killed, the
 kernel kills the roles (`opd_async.process.die_with_parent`).
 """
@@ -27,6 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import opd_async
 from opd_async.cluster.process_group import MARK_ENV, ProcessGroup
 from opd_async.errors import DeadlineError, RoleError, StateError
 from opd_async.process import PARENT_ENV
@@ -200,6 +204,8 @@ class Supervisor:
         mine = {PARENT_ENV: str(os.getpid()), MARK_ENV: role.group.mark, "PYTHONUNBUFFERED": "1"}
         # a log is UTF-8 whatever the user's terminal is, and no character of a prompt ends a role that prints it
         mine["PYTHONIOENCODING"] = "utf-8:backslashreplace"
+        if Path(opd_async.__file__ or "").parents[1] != Path.cwd():  # else the package is found there, and only there
+            mine["PYTHONSAFEPATH"] = "1"
         # A pipe of our own: asyncio's would make `wait` depend on strangers that hold it open.
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "opd_async.process", *role.spec.command),

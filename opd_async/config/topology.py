@@ -7,7 +7,9 @@ a key is its description in docs/topology.md and in editors (`opd_async.config.r
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -97,6 +99,29 @@ class Topology(Section):
     """Restarts and deadlines."""
     shared_devices: tuple[Device, ...] = ()
     """Devices that several roles may use. Each must then be told to leave memory to the others."""
+
+    def __init__(self, **sections: Any) -> None:
+        """Build a topology in code: each section as a model, or as the plain data that a file would hold.
+
+        Raises `InputError` with every problem, in the words that a file would get.
+        """
+        from opd_async.config.topology_file import build  # it knows this class
+
+        build(self, sections)
+
+    # as pydantic marks its own: data that it validates itself, such as a file's, does not come through here
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Topology:
+        """Read a topology file. `overrides` are values by dotted key, or `a.b=value` as on the command line.
+
+        Relative paths in it are relative to the working directory. Raises `InputError` that lists every unknown,
+        missing, repeated or wrong key with its line.
+        """
+        from opd_async.config.topology_file import as_overrides, load_topology
+
+        return load_topology(Path(path), as_overrides(overrides))
 
     @property
     def folder(self) -> Path:

@@ -9,15 +9,17 @@ relative to the current working directory of the command, not to the file.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from opd_async.config.schema_text import dotted, expected, found, schema_at, unknown_key
+from opd_async.config.schema_text import dotted, expected, found, keys_at, schema_at, unknown_key
 from opd_async.config.topology import Topology
 from opd_async.config.yaml_source import Location, YamlDocument, parse_yaml
 from opd_async.errors import InputError
@@ -28,11 +30,30 @@ Problem = tuple[int | None, str]
 """Line (None: not known) and text."""
 
 
-def load_topology(path: Path, overrides: Sequence[str] = ()) -> Topology:
+@dataclass(frozen=True, slots=True)
+class TopologySource:
+    """A topology as it was written: data with lines, what the schema says of it, and what can be checked further."""
+
+    name: str
+    """The file, or what stands for one in messages."""
+    document: YamlDocument
+    problems: tuple[Problem, ...] = ()
+    """What the schema finds, with lines."""
+    broken: frozenset[str] = frozenset()
+    """Dotted keys that the problems are about."""
+    topology: Topology | None = None
+    """With placeholders or defaults for what is broken; None where nothing sensible is left."""
+
+    def line_of(self, key: str) -> int | None:
+        """The line of a dotted key, or of the nearest section around it; 0 for what `--set` gave, None if not known."""
+        path: Location = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        return line_at(self.document, path)
+
+
+def read_topology(path: Path, overrides: Sequence[str] = ()) -> TopologySource:
     """Read a topology file, apply `a.b=value` overrides (values are YAML; `a.0.b` indexes a list), check the schema.
 
-    Relative paths in it stay relative to the current working directory. Raises `InputError` that lists every unknown,
-    missing, repeated or wrong key with its line, or says where the file is not YAML.
+    Raises `InputError` where there is no such file, or it is not YAML; what the schema finds is in the result.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -41,27 +62,123 @@ def load_topology(path: Path, overrides: Sequence[str] = ()) -> Topology:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     document = parse_yaml(text, str(path))
+    if document.data is None:
+        document.data = {}
+    return check_schema(str(path), document, overrides)
+
+
+def check_schema(name: str, document: YamlDocument, overrides: Sequence[str] = ()) -> TopologySource:
+    """Apply overrides to a document and check it against the schema."""
     problems: list[Problem] = [
         (document.lines.get(where), f"{dotted(where)}: {problem}") for where, problem in document.problems
     ]
-    if document.data is None:
-        document.data = {}
     for override in overrides:
         problem = _apply(document, override)
         if problem:
             problems.append((_OVERRIDE, f"{override}: {problem}"))
+    broken = {dotted(where) for where, _ in document.problems}
+    topology, details = _validated(document.data)
+    problems += [_explain(document, detail) for detail in details]
+    broken |= {dotted(detail["loc"]) for detail in details}
+    if details:
+        topology = _mended(document.data, details)
+    return TopologySource(name, document, tuple(problems), frozenset(broken), topology)
+
+
+def load_topology(path: Path, overrides: Sequence[str] = ()) -> Topology:
+    """Read a topology file, apply `a.b=value` overrides (values are YAML; `a.0.b` indexes a list), check the schema.
+
+    Relative paths in it stay relative to the current working directory. Raises `InputError` that lists every unknown,
+    missing, repeated or wrong key with its line, or says where the file is not YAML.
+    """
+    source = read_topology(path, overrides)
+    if source.problems or source.topology is None:
+        raise InputError(list_problems(source.name, source.problems))
+    return source.topology
+
+
+def build(target: Topology, sections: Mapping[str, Any]) -> None:
+    """Make `target` a topology of these sections, given as models or as the plain data of a file.
+
+    Raises `InputError` with the messages that a file would get.
+    """
+    text = json.dumps(sections, default=_plain)
+    try:
+        Topology.__pydantic_validator__.validate_json(text, strict=True, self_instance=target)
+    except ValidationError:
+        source = check_schema("Topology", YamlDocument(json.loads(text)))
+        raise InputError(list_problems(source.name, source.problems)) from None
+
+
+def as_overrides(values: Mapping[str, Any] | Sequence[str]) -> list[str]:
+    """`{"schedule.steps": 20}` as `schedule.steps=20`; text stays what it is."""
+    if not isinstance(values, Mapping):
+        return list(values)
+    return [f"{key}={json.dumps(value, default=_plain)}" for key, value in values.items()]
+
+
+def _plain(value: Any) -> Any:
+    """A value as a file would have it."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, PurePath):
+        return str(value)
+    raise InputError(f"Topology: {value!r} is {type(value).__name__}, which no topology can hold; write plain data")
+
+
+def _validated(data: Any) -> tuple[Topology | None, list[ErrorDetails]]:
+    """The topology, or what is wrong with the data."""
     try:
         # Strict JSON mode: lists become tuples and text becomes paths, but no value changes its type.
-        topology = Topology.model_validate_json(json.dumps(document.data), strict=True)
+        return Topology.model_validate_json(json.dumps(data), strict=True), []
     except ValidationError as error:
         details = error.errors(include_url=False)
-        # A list with a wrong item is also reported as too short: the item says it better.
-        holders = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
-        problems.extend(_explain(document, detail) for detail in details if detail["loc"] not in holders)
-    else:
-        if not problems:
+    # A list with a wrong item is also reported as too short: the item says it better.
+    holders = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
+    return None, [detail for detail in details if detail["loc"] not in holders]
+
+
+_STAND_INS: dict[str, Any] = {
+    "name": "unnamed",
+    "path": "missing",
+    "steps": 1,
+    "schedule": {"steps": 1},
+    "student": {"path": "missing"},
+    "train": {"path": "missing"},
+    "models": {"student": {"path": "missing"}},
+    "data": {"train": {"path": "missing"}},
+}
+"""What stands in for a required key while the rest of a broken topology is checked."""
+_ROUNDS = 8
+
+
+def _mended(data: Any, details: list[ErrorDetails]) -> Topology | None:
+    """The topology without its broken keys; None where that is no topology either."""
+    data = json.loads(json.dumps(data))
+    for _ in range(_ROUNDS):
+        for detail in details:
+            _mend(data, detail["loc"])
+        topology, details = _validated(data)
+        if topology is not None:
             return topology
-    raise InputError(_report(path, problems))
+    return None
+
+
+def _mend(data: Any, path: Location) -> None:
+    """Take a broken key out, or put a stand-in where there must be one. A list goes as a whole."""
+    keys = list(path)
+    numbers = [place for place, part in enumerate(keys) if isinstance(part, int)]
+    keys = keys[: numbers[0]] if numbers else keys
+    if not keys:
+        return
+    for part in keys[:-1]:
+        if not isinstance(data, dict) or part not in data:
+            return
+        data = data[part]
+    if isinstance(data, dict):
+        data.pop(keys[-1], None)
+        if (stand_in := _STAND_INS.get(str(keys[-1]))) is not None and str(keys[-1]) in keys_at(tuple(keys[:-1])):
+            data[keys[-1]] = stand_in
 
 
 def dump_topology(topology: Topology) -> str:
@@ -134,7 +251,7 @@ def _store(document: YamlDocument, path: Location, value: Any) -> str | None:
 def _explain(document: YamlDocument, detail: ErrorDetails) -> Problem:
     """One line for one violation of the schema."""
     path = detail["loc"]
-    line = next((document.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in document.lines), None)
+    line = line_at(document, path)
     if detail["type"] == "extra_forbidden":
         text = unknown_key(path)
     elif detail["type"] == "missing":
@@ -144,12 +261,36 @@ def _explain(document: YamlDocument, detail: ErrorDetails) -> Problem:
     return line, f"{dotted(path)}: {text}"
 
 
-def _report(path: Path, problems: list[Problem]) -> str:
+def line_at(document: YamlDocument, path: Location) -> int | None:
+    """The line of the longest part of `path` that the document has; None where it has none of it."""
+    return next((document.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in document.lines), None)
+
+
+def list_problems(name: str, problems: Sequence[Problem]) -> str:
+    """Every problem of a topology on a line of its own, by line; those that say the same of several keys are one."""
+
     def prefix(line: int | None) -> str:
         if line == _OVERRIDE:
             return "--set: "
         return f"line {line}: " if line else ""
 
+    once: dict[str, list[Problem]] = {}
+    for line, text in sorted(problems, key=lambda problem: problem[0] or 0):
+        once.setdefault(_what(text), []).append((line, text))
     count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-    lines = [f"  {prefix(line)}{text}" for line, text in sorted(problems, key=lambda problem: problem[0] or 0)]
-    return "\n".join([f"{path}: {count}", *lines])
+    return "\n".join([f"{name}: {count}", *(f"  {prefix(found[0][0])}{_together(found)}" for found in once.values())])
+
+
+def _what(text: str) -> str:
+    """What a problem says, without the items of lists that it says it of."""
+    key, colon, rest = text.partition(": ")
+    return re.sub(r"\.\d+(?=\.|$)", ".*", key) + colon + rest
+
+
+def _together(same: list[Problem]) -> str:
+    """One text for problems that say the same, with their count."""
+    text = same[0][1]
+    if len(same) == 1:
+        return text
+    key, _, rest = text.partition(": ")
+    return f"{key} and {len(same) - 1} more like it: {rest}"

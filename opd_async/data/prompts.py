@@ -9,6 +9,7 @@ each with its file and line; prompts that are too long are counted and left out.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,14 @@ import numpy as np
 from opd_async.config.topology import PromptsSection
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
+from opd_async.extras import need
 from opd_async.transport.step_batch import Int32Array
 
 _BATCH = 4096
 """Texts given to the tokenizer at once: enough for all cores, little memory."""
 _SHOWN = 10
-"""Broken rows named in an error; the rest are counted."""
+"""Kinds of broken rows named in an error; the rest are counted."""
+_DIGITS = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +139,10 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     # Imported here: slow to import, and JSONL users do not need it.
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow = need("pyarrow", "parquet", f"{path}: a parquet file")
+    parquet = need("pyarrow.parquet", "parquet", f"{path}: a parquet file")
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             row = 0
             for batch in file.iter_batches(_BATCH):
                 for value in batch.to_pylist():
@@ -238,6 +240,11 @@ def _tokenize(path: Path, rows: list[_Row], tokenizer: Tokenizer, limit: int) ->
 
 
 def _report(path: Path, broken: list[str]) -> str:
-    rest = [f"  and {len(broken) - _SHOWN} more"] if len(broken) > _SHOWN else []
+    """Broken rows, given as `where: what`; those that differ in numbers only are one line with their count."""
+    same: dict[str, list[str]] = {}
+    for problem in broken:
+        same.setdefault(_DIGITS.sub("#", problem), []).append(problem)
+    lines = [f"  {found[0]}" + (f" (and {len(found) - 1} more rows)" if found[1:] else "") for found in same.values()]
+    rest = [f"  and {len(lines) - _SHOWN} other faults"] if len(lines) > _SHOWN else []
     count = f"{len(broken)} broken rows" if len(broken) > 1 else "1 broken row"
-    return "\n".join([f"{path}: {count}", *(f"  {problem}" for problem in broken[:_SHOWN]), *rest])
+    return "\n".join([f"{path}: {count}", *lines[:_SHOWN], *rest])

@@ -15,6 +15,11 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """`--plan` and what it needs to know beside the topology."""
     group = parser.add_argument_group("planning")
     group.add_argument("--plan", action="store_true", help="predict step time, memory, the best split")
+    add_site_arguments(group)
+
+
+def add_site_arguments(group: argparse._ActionsContainer) -> None:
+    """What is planned for."""
     group.add_argument("--device", choices=sorted(DEVICES), default="H100", help="every role's accelerator")
     group.add_argument("--link", choices=sorted(LINKS), default="NVLink", help="what weights travel over")
     group.add_argument(

@@ -18,6 +18,7 @@ import numpy as np
 from opd_async.data.jsonl import JsonlRecord, read_jsonl
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.telemetry.report import (
+    METRICS_FILE,
     Evaluation,
     Report,
     ScoreLatency,
@@ -98,7 +99,7 @@ class Ledger:
     @property
     def path(self) -> Path:
         """One JSON object per step and per evaluation."""
-        return self.plan.run_folder / "metrics.jsonl"
+        return self.plan.run_folder / METRICS_FILE
 
     def close(self) -> None:
         """Close metrics.jsonl."""

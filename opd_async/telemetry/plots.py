@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opd_async.extras import need
 from opd_async.telemetry.report import Evaluation, Interval
 
 if TYPE_CHECKING:
@@ -29,17 +30,18 @@ def learning_curve(
 
     `student`: evaluations in any order. `teacher`: drawn as dashed lines. `reverse_kl`: (step, nats per token), by
     step; of more than 40, a mean is drawn as well. Values that are not finite are left out, and so is a panel without
-    data. Raises `OSError`, and `ValueError` if there is nothing to draw.
+    data. Raises `OSError`, `InputError` without matplotlib, and `ValueError` if there is nothing to draw.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     finite_kl = [(step, value) for step, value in reverse_kl if math.isfinite(value)]
     panels = [bool(student or teacher), bool(finite_kl)]
     if not any(panels):
         raise ValueError("no evaluation and no step to draw")
-    figure = Figure(figsize=(8, 3.4 * sum(panels) + 0.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: no global state, no display
+    purpose = "the picture of a run"
+    canvas = need("matplotlib.backends.backend_agg", "plots", purpose).FigureCanvasAgg
+    figure = need("matplotlib.figure", "plots", purpose).Figure(
+        figsize=(8, 3.4 * sum(panels) + 0.4), dpi=150, layout="constrained"
+    )
+    canvas(figure)  # no pyplot: no global state, no display
     axes = list(figure.subplots(sum(panels), 1, sharex=True, squeeze=False)[:, 0])
     if panels[0]:
         _draw_pass_at_1(axes[0], sorted(student, key=lambda found: found.step), teacher)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field
 
 from opd_async.config.section import Section
+from opd_async.data.jsonl import read_jsonl
 
+METRICS_FILE = "metrics.jsonl"
 WIDTH = 86
 _Z = 1.959963984540054
 """The normal distribution's 97.5 % quantile: two-sided 95 %."""
@@ -155,6 +157,16 @@ class Report(Section):
     """Anything else that was counted, by name."""
     restarts: dict[str, int] = Field(default_factory=dict)
     """By role; roles that never died are absent."""
+    folder: Path | None = Field(default=None, exclude=True)
+    """Where the run left its files; None for a report that was read from one."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`, read anew each time: one for each step and each evaluation, in their order.
+
+        A step's row has `step`, one of an evaluation has `evaluation`, who was evaluated. Empty without a folder.
+        """
+        return [] if self.folder is None else list(read_jsonl(self.folder / METRICS_FILE))
 
 
 def write(report: Report, folder: Path) -> Path:

@@ -16,21 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 ORDER: dict[str, tuple[str, ...]] = {
     "opd_async": (
-        *(
-            "errors",
-            "files",
-            "signals",
-            "process",
-            "config",
-            "estimators",
-            "transport",
-            "scheduling",
-            "data",
-            "engines",
-            "plan",
-        ),
-        *("telemetry", "forecast", "role", "cluster", "run", "checks", "command"),
-        "launch",
+        *("errors", "extras", "hooks", "files", "signals", "process", "config", "estimators", "transport"),
+        *("scheduling", "data", "engines", "plan", "telemetry", "forecast", "role", "cluster", "run", "checks"),
+        *("options", "door", "command", "launch", "cli"),
     ),
     "actors": ("client", "rewards", "rollout", "teacher", "intake", "engine"),
     "learner": (

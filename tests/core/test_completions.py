@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import make_model, small_topology, topology_data, write_lines, write_topology
 
+from opd_async.checks.inputs import read_inputs
 from opd_async.checks.validation import validate
-from opd_async.command import read_inputs
 from opd_async.config.topology import CompletionsSection
 from opd_async.config.topology_file import load_topology
 from opd_async.data.completions import Completion, Mix, load_completions

@@ -173,6 +173,8 @@ def test_topology_keys_exist(page: Path) -> None:
 def known_flags() -> frozenset[str]:
     """Options of the launcher and the example's scripts, and of SGLang's server and router where a run uses them."""
     sources = [
+        ROOT / "opd_async/options.py",
+        *ROOT.glob("opd_async/cli/*.py"),
         ROOT / "opd_async/command.py",
         ROOT / "opd_async/config/slime_flags.py",
         ROOT / "opd_async/config/reference.py",

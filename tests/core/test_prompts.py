@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,22 @@ def test_all_broken_lines_are_counted(
     if not broken:
         assert len(load(path, tokenizer).prompts) == len(rows)
         return
-    text = refused(path, tokenizer)
-    assert f"{path}: {len(broken)} broken row" in text
-    assert all(f"{path}:{number}: " in text for number in broken[:10])
-    assert (f"and {len(broken) - 10} more" in text) == (len(broken) > 10)
+    count, *lines = refused(path, tokenizer).splitlines()
+    assert count == f"{path}: {len(broken)} broken row" + "s" * (len(broken) > 1)
+    named = [line for line in lines if line.startswith(f"  {path}:")]
+    assert named[0].startswith(f"  {path}:{broken[0]}: ") and len(named) <= 10
+    repeated = [re.search(r"\(and (\d+) more rows\)$", line) for line in named]
+    said = len(named) + sum(int(found[1]) for found in repeated if found)
+    assert said == len(broken) if len(lines) == len(named) else said < len(broken)
+
+
+def test_rows_with_the_same_fault_are_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write_lines(tmp_path / "p.jsonl", '{"prompt": 3}', "[1]", '{"prompt": 4}', '{"prompt": 5}')
+    assert refused(path, tokenizer).splitlines() == [
+        f"{path}: 4 broken rows",
+        f"  {path}:1: the prompt is a number; write text or a list of chat messages (and 2 more rows)",
+        f"  {path}:2: holds a list, not an object; write {{'prompt': ...}}",
+    ]
 
 
 def test_files_without_usable_prompts(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from small_runs import small_topology, write_json, write_lines
 
-from opd_async.command import read_inputs
+from opd_async.checks.inputs import read_inputs
 from opd_async.config.resuming import Change, may_change
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from small_runs import make_model, topology_data, write_lines, write_topology
 
+from opd_async.checks.inputs import read_inputs
 from opd_async.checks.validation import validate
-from opd_async.command import read_inputs
 from opd_async.config.topology import EvaluationSection, Topology
 from opd_async.config.topology_file import load_topology
 from opd_async.data.prompts import Prompt
@@ -117,7 +117,7 @@ WRONG = [
     (["models.teachers.code.path=nowhere"], "models.teachers.code.path: no folder nowhere"),
     (
         ["engines.teachers.math.context_tokens=32"],
-        "engines.teachers.math.context_tokens: 32 is less than the student's",
+        "engines.teachers.math.context_tokens: 32 is less than engines.student.context_tokens",
     ),
     (
         ["engines.teachers.math={kind: external, context_tokens: 64, urls: ['http://127.0.0.1:8/']}"],

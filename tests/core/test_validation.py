@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import WORDS, make_model, small_topology, topology_data, write_json, write_lines, write_topology
 
+from opd_async.checks.inputs import read_inputs
 from opd_async.checks.validation import validate, warnings
-from opd_async.command import read_inputs
 from opd_async.config.learning import Estimator
 from opd_async.config.loss_names import FULL_LOSSES, GIVEN_LOSSES, LOSSES, REFUSED
 from opd_async.config.topology import Topology
@@ -80,7 +80,10 @@ def test_every_wrong_edit_is_reported(chosen: set[str], tmp_path_factory: pytest
             ["engines.student.context_tokens=129", "engines.teacher.context_tokens=129"],
             "max_position_embeddings 128; write at most 128",
         ),
-        (["engines.teacher.context_tokens=32"], "engines.teacher.context_tokens: 32 is less than the student's 64"),
+        (
+            ["engines.teacher.context_tokens=32"],
+            "teacher.context_tokens: 32 is less than engines.student.context_tokens 64",
+        ),
         (["rollout.sampling.max_response_tokens=64"], "leaves no room for a prompt"),
         (
             ["rollout.group_size=3", "schedule.train_on=samples"],

@@ -1,0 +1,150 @@
+"""Everything that is wrong with a topology and with what it names, in one answer, each finding with its line.
+
+    file -> schema -> checks of models, devices, ports, rewards -> prompts, completions -> Topology and Inputs
+               |                                            |                        |
+               +--------------------- findings -------------+------------------------+---> one InputError
+
+A key that the schema refuses does not keep the rest from being checked: the checks see a default in its place, and what
+they say of it is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TypeVar
+
+from opd_async.checks.reward import require_labels
+from opd_async.checks.validation import validate, warnings
+from opd_async.config.topology import PromptsSection, Topology
+from opd_async.config.topology_file import TopologySource, list_problems, read_topology
+from opd_async.data.completions import CompletionSet, load_completions
+from opd_async.data.model_folder import read_model
+from opd_async.data.prompts import PromptSet, TeacherChoice, load_prompts
+from opd_async.data.tokenizer import Tokenizer
+from opd_async.errors import InputError
+from opd_async.run.lifecycle import Inputs
+
+Say = Callable[[str], None]
+"""Print a line."""
+_ANY_LENGTH = 2**31
+_LENGTH_KEYS = ("engines.student.context_tokens", "max_response_tokens")
+_Found = TypeVar("_Found")
+
+
+def examine(path: Path, overrides: Collection[str], say: Say) -> tuple[Topology, Inputs]:
+    """A topology file with nothing wrong in it, and what it names, read. `say` gets warnings and what was skipped.
+
+    Raises `InputError` that lists every finding with its line: of the schema, the models, the data, this machine.
+    """
+    return examine_source(read_topology(path, list(overrides)), say)
+
+
+def examine_source(source: TopologySource, say: Say) -> tuple[Topology, Inputs]:
+    """As `examine`, of a topology that has been read."""
+    problems = list(source.problems)
+    inputs = None
+    topology = source.topology
+    notes: list[str] = []
+    if topology is not None:
+        found = [text for text in validate(topology) if not _is_about(text, source.broken)]
+        reader = _Reader(topology, found, source.broken)
+        inputs = reader.read()
+        problems += [(source.line_of(_key(text)), text) for text in reader.problems]
+        notes = reader.notes
+    if problems or topology is None or inputs is None:
+        raise InputError(list_problems(source.name, problems))
+    for line in (*(f"warning: {warning}" for warning in warnings(topology)), *notes):
+        say(line)
+    return topology, inputs
+
+
+def read_inputs(topology: Topology, say: Say = print) -> Inputs:
+    """Prompts, completions and tokenizer of a valid topology; `InputError` names everything that is broken."""
+    reader = _Reader(topology, [])
+    inputs = reader.read()
+    if inputs is None or reader.problems:
+        raise InputError("\n".join(reader.problems))
+    for note in reader.notes:
+        say(note)
+    return inputs
+
+
+def _key(finding: str) -> str:
+    """The dotted key that a finding begins with."""
+    return re.split(r"[,:]", finding, maxsplit=1)[0]
+
+
+def _is_about(finding: str, broken: Collection[str]) -> bool:
+    """Whether a finding rests on a key that the schema has refused."""
+    names = set(re.findall(r"[a-z]\w*(?:\.\w+)+|^\w+(?=:)", finding))
+    return any(name == key or name.startswith(f"{key}.") for key in broken for name in names)
+
+
+class _Reader:
+    """Reads what a topology names; goes on behind every fault, and takes down all of them."""
+
+    def __init__(self, topology: Topology, problems: list[str], broken: Collection[str] = ()) -> None:
+        """`problems` are those found so far: what they explain is not said again. `broken` keys have no value."""
+        self._topology = topology
+        self._broken = broken
+        self.problems = problems
+        self.notes: list[str] = []
+
+    def read(self) -> Inputs | None:
+        """Everything, or None where something is wrong."""
+        topology = self._topology
+        tokenizer = self._try("models.student.path", self._tokenizer)
+        if tokenizer is None:
+            return None
+        choice = TeacherChoice(tuple(topology.teachers) or ("",), topology.data.teacher_key)
+        train = self._prompts("train", topology.data.train, tokenizer, topology.max_prompt_tokens, choice)
+        limit, section = topology.max_held_out_tokens, topology.data.held_out
+        held_out = None if section is None else self._prompts("held_out", section, tokenizer, limit, choice)
+        completions = self._try("data.completions.path", lambda: self._completions(tokenizer, choice))
+        if train is None or completions is None or (section is not None and held_out is None) or self.problems:
+            return None
+        return Inputs(train, held_out, tokenizer, completions)
+
+    def _try(self, key: str, read: Callable[[], _Found]) -> _Found | None:
+        """What `read` returns, or None and its `InputError` among the problems, unless one with that key is there."""
+        try:
+            return read()
+        except InputError as error:
+            text = str(error) if str(error).startswith("data.") else f"{key}: {error}"
+            if not any(_key(problem) == _key(text) for problem in self.problems) and not _is_about(text, self._broken):
+                self.problems.append(text)
+            return None
+
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(self._topology.models.student.path, self._topology.data.chat_template)
+
+    def _prompts(
+        self, key: str, section: PromptsSection, tokenizer: Tokenizer, limit: int, choice: TeacherChoice
+    ) -> PromptSet | None:
+        """The prompts of a file; None where it cannot be used, also where that has been said before."""
+        if any(name in problem for problem in self.problems for name in _LENGTH_KEYS):
+            limit = _ANY_LENGTH
+        prompts = self._try(f"data.{key}.path", lambda: load_prompts(section, tokenizer, limit, choice))
+        if prompts is None:
+            return None
+        judged = key == "train" or self._topology.evaluation.judge == "reward"
+        if judged:
+            self._try(f"data.{key}.label_key", lambda: require_labels(prompts, section, self._topology.reward.kind))
+        if prompts.skipped_too_long:
+            self.notes.append(f"{section.path}: skipped {prompts.skipped_too_long} prompts longer than {limit} tokens")
+        return prompts
+
+    def _completions(self, tokenizer: Tokenizer, choice: TeacherChoice) -> CompletionSet:
+        """The responses that a data set gives; none where the topology names no such file."""
+        topology, section = self._topology, self._topology.data.completions
+        if section is None:
+            return CompletionSet()
+        limits = topology.max_prompt_tokens, topology.rollout.sampling.max_response_tokens
+        ends = read_model(topology.models.student.path).eos_token_ids
+        found = load_completions(section, tokenizer, limits, ends, choice)
+        if found.skipped_too_long:
+            skipped = f"skipped {found.skipped_too_long} rows longer than {limits[0]} + {limits[1]} tokens"
+            self.notes.append(f"{section.path}: {skipped}")
+        return found

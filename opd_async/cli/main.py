@@ -1,0 +1,139 @@
+"""The command `opd`: which commands there are, and what each takes.
+
+    opd run FILE             opd check FILE      opd plan FILE       opd report FOLDER
+    opd convert ...          opd schema          opd example NAME    opd completion SHELL
+
+`opd run` is `python -m opd_async.launch --topology`, with the same options. Exit codes: 0 done; 2 the input cannot be
+used and nothing was started; 1 the run failed; 130 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import opd_async
+
+Handler = Callable[[argparse.Namespace], int]
+"""Does what a command's arguments say; returns the exit code."""
+
+SHELLS = ("bash", "zsh", "tcsh")
+TOPOLOGY_HELP = "what to run, and where (YAML); topology.yaml, or the only YAML file here, if left out"
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> Handler:
+    from opd_async.cli.commands import run
+    from opd_async.options import add_run_arguments
+
+    _topology(parser)
+    add_run_arguments(parser)
+    return run
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> Handler:
+    from opd_async.cli.commands import check
+    from opd_async.options import add_override_arguments
+
+    _topology(parser)
+    add_override_arguments(parser)
+    return check
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> Handler:
+    from opd_async.cli.commands import plan
+    from opd_async.forecast.flags import add_site_arguments
+    from opd_async.options import add_override_arguments
+
+    _topology(parser)
+    add_override_arguments(parser)
+    add_site_arguments(parser)
+    return plan
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> Handler:
+    from opd_async.cli.commands import report
+
+    parser.add_argument("folder", type=Path, help="a run's folder, such as runs/quickstart")
+    return report
+
+
+def _schema_arguments(parser: argparse.ArgumentParser) -> Handler:
+    from opd_async.cli.commands import schema
+
+    return schema
+
+
+def _example_arguments(parser: argparse.ArgumentParser) -> Handler:
+    from opd_async.cli.examples import example, names
+
+    parser.add_argument("name", nargs="?", choices=names(), help="which one; without it they are listed")
+    parser.add_argument("--to", type=Path, default=Path(), metavar="DIR", help="folder to write to; this one if absent")
+    return example
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> Handler:
+    return lambda arguments: 0
+
+
+def _completion_arguments(parser: argparse.ArgumentParser) -> Handler:
+    from opd_async.cli.commands import completion
+
+    parser.add_argument("shell", choices=SHELLS)
+    return completion
+
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Handler]]] = {
+    "run": ("run a topology to its report", _run_arguments),
+    "check": ("say everything that is wrong with a topology, or print its processes; start nothing", _check_arguments),
+    "plan": ("predict step time, memory and the best split, without a GPU", _plan_arguments),
+    "convert": ("Hugging Face folders to Megatron checkpoints and back", _no_arguments),
+    "report": ("print the report of a finished run", _report_arguments),
+    "schema": ("print the JSON schema of topologies, for editors", _schema_arguments),
+    "example": ("write an example to start from", _example_arguments),
+    "completion": ("print a script that completes this command in a shell", _completion_arguments),
+}
+"""By name: what a command does, and what adds its arguments and returns its handler."""
+
+
+def _topology(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help=TOPOLOGY_HELP)
+    parser.add_argument("--topology", type=Path, metavar="FILE", help=argparse.SUPPRESS)
+
+
+class _Version(argparse.Action):
+    """`--version`: the package is asked only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(f"opd {opd_async.__version__}")
+        parser.exit()
+
+
+def make_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser, with the arguments of the command `only`, or of all commands."""
+    parser = argparse.ArgumentParser(prog="opd", description="Asynchronous on-policy distillation.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (what, add_arguments) in COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what)
+        if only in (None, name):
+            command.set_defaults(handler=add_arguments(command))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry point; ends the process with the exit code of the command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = next((word for word in words if not word.startswith("-")), "")
+    if words[:1] == ["convert"]:  # it has a parser of its own, which argparse would not let see every option
+        from opd_async.cli.commands import convert
+
+        sys.exit(convert(words[1:]))
+    arguments = make_parser(command).parse_args(words)
+    sys.exit(arguments.handler(arguments))
+
+
+if __name__ == "__main__":
+    main()

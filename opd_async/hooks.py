@@ -1,0 +1,64 @@
+"""Functions of the user's own, named in a topology as `module:name`: found, loaded, and blamed by name.
+
+The working directory is searched after everything that is installed, so that a folder there never replaces a package
+that a process needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from opd_async.errors import InputError, OpdError
+
+NAME_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+"""`module:name`, the module with its packages."""
+
+
+class HookError(OpdError):
+    """A hook raised, or returned what it may not: the message names the hook, what it was given, and what to do."""
+
+
+def load_hook(key: str, path: str) -> Any:
+    """Import `module:name` and return what is there; `key` is the topology key that names it.
+
+    Raises `InputError` if the module cannot be imported, whatever it raises, or has no such name.
+    """
+    module_name, _, name = path.partition(":")
+    with search_here():
+        try:
+            return getattr(importlib.import_module(module_name), name)
+        except (Exception, SystemExit) as error:  # whatever the user's module raises while it is loaded
+            raise InputError(f"{key}: {path} cannot be loaded ({type(error).__name__}: {error})") from None
+
+
+@contextmanager
+def search_here() -> Iterator[None]:
+    """Search the working directory too while the block runs: modules there are the last to be found."""
+    here = str(Path.cwd())
+    added = here not in sys.path and "" not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added:
+            sys.path.remove(here)
+
+
+def add_working_directory() -> None:
+    """Search the working directory for as long as the process lives: hooks may import what lies beside them."""
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+
+
+def blame(key: str, path: str, given: str, error: BaseException) -> HookError:
+    """The error to raise where a hook raised `error`; `given` says what it was called with, such as `sample 12`."""
+    return HookError(
+        f"{key}: {path} raised {type(error).__name__}: {error} for {given}; mend the function, and go on with --resume"
+    )
