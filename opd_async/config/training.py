@@ -12,7 +12,7 @@ from opd_async.config.section import Decay, Devices, Mebibytes, Positive, Sectio
 
 
 class TrainOn(StrEnum):
-    """What a step is made of."""
+    """What a step takes: tokens, or whole responses."""
 
     TOKENS = "tokens"
     """Scored tokens, cut out of responses that are still being generated when their age demands it."""

@@ -67,7 +67,7 @@ class _Row:
 
 
 class _RowError(ValueError):
-    """Why one row cannot be used."""
+    """Say why one row cannot be used; the reader adds file and line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ def _metadata(value: Any) -> dict[str, Any]:
 
 
 def _prepare(row: _Row, tokenizer: Tokenizer) -> None:
-    """Set the text to tokenize."""
+    """Set `row.text`, the text to tokenize. Raises `_RowError` for a prompt that is neither text nor chat messages."""
     if isinstance(row.prompt, str):
         row.text = row.prompt
     elif isinstance(row.prompt, list) and row.prompt:

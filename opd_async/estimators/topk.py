@@ -29,7 +29,7 @@ class TopK(NamedTuple):
         return None if ids is None or logprobs is None else cls(ids, logprobs)
 
     def rows(self, start: int, end: int) -> TopK:
-        """Rows [start, end), as views."""
+        """Rows [start, end) of both arrays, as views of them."""
         return TopK(self.ids[start:end], self.logprobs[start:end])
 
     def problem(self) -> str | None:

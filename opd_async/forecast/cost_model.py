@@ -52,7 +52,7 @@ class Decoder:
 
     @property
     def weights(self) -> int:
-        """All weights."""
+        """Weights of the whole model; a tied LM head counts once."""
         return self._body(self.experts or 1) + self.head * (1 if self.tied else 2)
 
     @property

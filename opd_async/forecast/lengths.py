@@ -45,7 +45,7 @@ class LogNormal:
     cap: int
 
     def of(self, z: Float64) -> Int64:
-        """int64[n] lengths."""
+        """int64[n]: lengths in tokens at the deviates `z`, as `Lengths.of` says."""
         sigma = math.log(self.p99 / self.median) / _Z99
         return np.clip(np.exp(math.log(self.median) + sigma * z), 1, self.cap).astype(np.int64)
 
@@ -59,7 +59,7 @@ class Zipf:
     cap: int
 
     def of(self, z: Float64) -> Int64:
-        """int64[n] lengths."""
+        """int64[n]: lengths in tokens at the deviates `z`, as `Lengths.of` says."""
         survival = np.maximum(_survival(z), 1e-300)
         return np.clip(self.shortest * survival ** (-1 / self.exponent), 1, self.cap).astype(np.int64)
 
@@ -85,7 +85,7 @@ class Replay:
         return cls(tuple(sorted(map(int, lines))))
 
     def of(self, z: Float64) -> Int64:
-        """int64[n] lengths."""
+        """int64[n]: lengths in tokens at the deviates `z`, as `Lengths.of` says."""
         measured = np.array(self.measured, np.int64)
         return measured[np.minimum((1 - _survival(z)) * len(measured), len(measured) - 1).astype(np.int64)]
 
@@ -98,7 +98,7 @@ class Capped:
     cap: int
 
     def of(self, z: Float64) -> Int64:
-        """int64[n] lengths."""
+        """int64[n]: lengths in tokens at the deviates `z`, as `Lengths.of` says."""
         return np.minimum(self.lengths.of(z), self.cap)
 
 
@@ -114,7 +114,7 @@ def typical(lengths: Lengths) -> Int64:
 
 
 class LengthStream:
-    """The length of every sample, the same for everyone who asks with the same seed."""
+    """The length of every sample; two streams with one seed have the same lengths."""
 
     def __init__(self, lengths: Lengths, seed: int, group_size: int = 1, correlation: float = 0.0) -> None:
         self._lengths = lengths
@@ -124,7 +124,7 @@ class LengthStream:
         self._blocks: dict[int, Int64] = {}
 
     def __getitem__(self, sample_id: int) -> int:
-        """Response tokens of a sample."""
+        """Response tokens of a sample, the same at every call."""
         block, at = divmod(sample_id, _BLOCK * self._group_size)
         if block not in self._blocks:
             self._blocks[block] = self._draw(block)

@@ -22,24 +22,24 @@ LOGIT_COPIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device of a role."""
+    """Bytes that a role takes on one of its devices."""
 
     role: str
     device: Device
     weights: float
     optimizer: float = 0.0
-    """With gradients."""
+    """Optimizer state and gradients."""
     kv: float = 0.0
     activations: float = 0.0
 
     @property
     def total(self) -> float:
-        """All of it, with what is reserved for CUDA and fragments."""
+        """Bytes of everything, with the share of the device that CUDA and fragments take."""
         return self.weights + self.optimizer + self.kv + self.activations + self.device.memory * RESERVED_SHARE
 
     @property
     def fits(self) -> bool:
-        """Whether the device has as much."""
+        """Whether the device has `total` bytes."""
         return self.total <= self.device.memory
 
 

@@ -37,7 +37,7 @@ class Devices:
 
     @property
     def total(self) -> int:
-        """All devices."""
+        """Devices of all roles together."""
         return self.rollout + self.teacher + self.learner
 
 
@@ -97,7 +97,7 @@ class Workload:
 
     @property
     def mean_tokens(self) -> float:
-        """Mean response length."""
+        """Mean response length in tokens."""
         return float(typical(self.lengths).mean())
 
     @property

@@ -62,5 +62,5 @@ class IntervalSet:
 
     @classmethod
     def from_array(cls, array: NDArray[np.int64]) -> IntervalSet:
-        """Inverse of `to_array`."""
+        """The set of the intervals int64[n, 2] that `to_array` has written."""
         return cls((int(low), int(high)) for low, high in array)

@@ -29,7 +29,7 @@ class ScoreItem:
     """Tokens to score."""
 
     def add(self, chunk: Chunk) -> None:
-        """Put one chunk in its place."""
+        """Put one chunk between the others by its position, and count its tokens."""
         insort(self.chunks, chunk, key=lambda one: (one.start, one.end))
         self.new_tokens += len(chunk.token_ids)
 
