@@ -48,6 +48,10 @@ class Evaluator:
         if future is not None and not future.done():
             future.set_result(done)
 
+    def count(self, wanted: int) -> int:
+        """How many held-out prompts an evaluation of `wanted` has."""
+        return len(self._prompts[:wanted])
+
     def prompts_of(self, teacher: str, count: int) -> list[Prompt]:
         """Those of the first `count` held-out prompts that are this teacher's."""
         return [prompt for prompt in self._prompts[:count] if prompt.teacher == teacher]

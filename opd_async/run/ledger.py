@@ -20,6 +20,7 @@ from opd_async.plan.plan import Plan, RoleKind
 from opd_async.telemetry.report import (
     METRICS_FILE,
     Evaluation,
+    Launch,
     Report,
     ScoreLatency,
     Stage,
@@ -45,6 +46,19 @@ SHOWN_COUNTERS = (
 )
 
 
+GROWING = {
+    "rollout_tokens": (RoleKind.ROLLOUT, "tokens"),
+    "rollout_idle_s": (RoleKind.ROLLOUT, "idle_s"),
+    "teacher_tokens": (RoleKind.TEACHER, "tokens"),
+    "teacher_idle_s": (RoleKind.TEACHER, "idle_s"),
+    "teacher_cached_tokens": (RoleKind.TEACHER, "cached_tokens"),
+    "teacher_computed_tokens": (RoleKind.TEACHER, "computed_tokens"),
+}
+"""Columns that say what a stage did since the row before, and the roles' counter that each is taken from."""
+PER_ROLE = ("rollout_idle_s", "teacher_idle_s")
+"""Those that are a mean over the stage's roles; the others are sums."""
+SINCE = ("seconds", *GROWING)
+"""Columns that count from the row before. What is lost when the learner goes back to a checkpoint is in the next."""
 SUMMED = (
     "tokens",
     "completed",
@@ -54,8 +68,40 @@ SUMMED = (
     "weight_sync_s",
     "engines_blocked_s",
     "learner_idle_s",
+    *SINCE,
 )
 """Columns of metrics.jsonl whose sums the report needs."""
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums of columns over steps that follow one another."""
+
+    first: int = 0
+    """The first of the steps, counted from 1; 0 while there is none."""
+    steps: int = 0
+    of: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Account for one step's row."""
+        self.first = self.first or int(row["step"])
+        self.steps += 1
+        for name in SUMMED:
+            self.of[name] += row.get(name) or 0.0
+
+    def stage(self, name: str, tokens: str) -> Stage:
+        """Throughput of a stage; `tokens` is the column that counts its tokens."""
+        seconds = max(self.of["seconds"], 1e-9)
+        idle = self.of[f"{name}_idle_s"] / seconds
+        return Stage(
+            tokens=int(self.of[tokens]), tokens_per_s=self.of[tokens] / seconds, idle_share=min(max(idle, 0.0), 1.0)
+        )
+
+    def stages(self, with_teacher: bool) -> Stages:
+        """All three."""
+        teacher = self.stage("teacher", "teacher_tokens") if with_teacher else None
+        rollout, learner = self.stage("rollout", "rollout_tokens"), self.stage("learner", "tokens")
+        return Stages(rollout=rollout, teacher=teacher, learner=learner)
 
 
 @dataclass(slots=True)
@@ -78,7 +124,8 @@ class RoleTotals:
 
 @dataclass(slots=True)
 class Ledger:
-    """Figures of one launch. `start_training` and `end_training` bound the window of rates and shares."""
+    """Figures of a run, and of this launch alone where it goes on with one. Rates and shares count from
+    `start_training` to the last step."""
 
     plan: Plan
     roles: dict[str, RoleTotals] = field(default_factory=lambda: defaultdict(RoleTotals))
@@ -88,13 +135,17 @@ class Ledger:
     student_after: Evaluation | None = None
     reverse_kl: list[tuple[int, float]] = field(default_factory=list)
     staleness: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.zeros(1, np.int64))
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    steps: int = 0
+    whole: Sums = field(default_factory=Sums)
+    launch: Sums = field(default_factory=Sums)
     skipped_prompts: int = 0
     complain: Callable[[str], None] = log.warning
     _writer: JsonlRecord | None = None
-    _window: list[float] = field(default_factory=list)
-    _at_start: dict[str, dict[str, float]] = field(default_factory=dict)
+    _began: int | None = None
+    """The step that this launch went on from."""
+    _mark: dict[str, float] | None = None
+    """What the columns in `SINCE` count from: the clock, and the roles' counters at the last row."""
+    _carried: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Time and work that was lost with the learner, for the next row."""
 
     @property
     def path(self) -> Path:
@@ -112,19 +163,24 @@ class Ledger:
         self._writer.write(row)
 
     def start_training(self) -> None:
-        """Rates and idle shares count from here."""
-        if self._window:  # the learner went back to a checkpoint: the window goes on
-            return
-        self._window = [time.monotonic()]
-        self._at_start = {name: self._snapshot(totals) for name, totals in self.roles.items()}
+        """Rates and idle shares count from here, or go on where the learner went back to a checkpoint."""
+        if self._mark is None:
+            self._mark = self._now()
 
-    def end_training(self) -> None:
-        """Rates and idle shares count to here."""
-        self._window = [self._window[0], time.monotonic()]
+    def _now(self) -> dict[str, float]:
+        now = {"seconds": time.monotonic()}
+        for column, (kind, counter) in GROWING.items():
+            roles = self.plan.of_kind(kind)
+            total = sum(self.roles[role.name].total(counter) for role in roles)
+            now[column] = total / max(len(roles), 1) if column in PER_ROLE else total
+        return now
 
-    @staticmethod
-    def _snapshot(totals: RoleTotals) -> dict[str, float]:
-        return {name: totals.total(name) for name in {*totals.before, *totals.now}}
+    def _since(self) -> dict[str, float]:
+        """The columns in `SINCE` of the row that is written now."""
+        before, self._mark = self._mark or self._now(), self._now()
+        found = {name: max(self._mark[name] - before[name], 0.0) + self._carried[name] for name in SINCE}
+        self._carried.clear()
+        return found
 
     def step(self, started: StepStarted, learner: dict[str, float], sync_s: float, engines_s: float) -> None:
         """One optimizer step is done and its weights are in the engines; writes a row of metrics.jsonl."""
@@ -133,6 +189,7 @@ class Ledger:
             "step": step,
             "time": time.time(),
             **started.stats,
+            **self._since(),
             "weight_sync_s": sync_s,
             "engines_blocked_s": engines_s,
         }
@@ -141,73 +198,64 @@ class Ledger:
         self._write(row | {"staleness_counts": started.staleness_counts.tolist()})
 
     def _add(self, row: dict[str, Any]) -> None:
-        """Account for one step's row."""
-        self.steps += 1
+        self.whole.add(row)
+        if row["step"] > (self._began or 0):
+            self.launch.add(row)
         counts = np.array(row["staleness_counts"], np.int64)
         total = np.zeros(max(len(self.staleness), len(counts)), np.int64)
         total[: len(self.staleness)] += self.staleness
         total[: len(counts)] += counts
         self.staleness = total
-        for name in SUMMED:
-            self.sums[name] += row.get(name) or 0.0
         reverse_kl = row.get("learner_reverse_kl")
         if reverse_kl is not None and self.plan.topology.opd.use_opd:
             self.reverse_kl.append((row["step"], reverse_kl))
 
     def evaluation(self, evaluation: Evaluation, who: str) -> None:
         """File one evaluation of the `student`, the `teacher`, or `teacher <name>` where there are several."""
-        if who != "student":
-            self.teachers[who] = evaluation
-        else:
-            self.evaluations.append(evaluation)
+        self._file(evaluation, who)
         self._write({"time": time.time(), "evaluation": who, **evaluation.model_dump(mode="json")})
 
     def rewind(self, version: int) -> None:
         """Go back to what was measured up to `version`, on disk too: later steps will be taken again."""
-        path = self.path
-        rows = list(read_jsonl(path)) if path.exists() else []
+        rows = list(read_jsonl(self.path)) if self.path.exists() else []
         self.close()
         kept = [row for row in rows if row.get("step", 0) <= version]
-        self._writer = JsonlRecord(path, self.complain, kept)
+        self._writer = JsonlRecord(self.path, self.complain, kept)
+        if self._began is not None:
+            self._carry([row for row in rows if row.get("step", 0) > max(version, self._began)])
+        self._began = version if self._began is None else min(self._began, version)
         self.evaluations, self.reverse_kl = [], []
         self.teachers, self.student_before = {}, None
-        self.staleness, self.sums, self.steps = np.zeros(1, np.int64), defaultdict(float), 0
+        self.staleness, self.whole, self.launch = np.zeros(1, np.int64), Sums(), Sums()
         for row in kept:
-            if "evaluation" not in row:
-                self._add(row)
-                continue
-            fields = {name: row[name] for name in Evaluation.model_fields if name in row}
-            evaluation = Evaluation.model_validate(fields)
-            if row["evaluation"] != "student":
-                self.teachers[row["evaluation"]] = evaluation
+            if "evaluation" in row:
+                self._file(_evaluation(row), row["evaluation"])
             else:
-                self.evaluations.append(evaluation)
-                self.student_before = self.student_before or evaluation
+                self._add(row)
 
-    def seconds(self) -> float:
-        """Length of the training window so far."""
-        if not self._window:
-            return 0.0
-        return (self._window[1] if len(self._window) > 1 else time.monotonic()) - self._window[0]
+    def _carry(self, lost: list[dict[str, Any]]) -> None:
+        """Steps of this launch will be taken again: the time and work that they took are the next row's."""
+        for row in lost:
+            for name in SINCE:
+                self._carried[name] += row.get(name) or 0.0
 
-    def _in_window(self, kind: RoleKind, counter: str) -> float:
-        """Sum of a counter's growth in the window over all roles of a kind."""
-        names = [role.name for role in self.plan.of_kind(kind)]
-        return sum(
-            max(self.roles[name].total(counter) - self._at_start.get(name, {}).get(counter, 0.0), 0.0) for name in names
-        )
+    def _file(self, evaluation: Evaluation, who: str) -> None:
+        if who != "student":
+            self.teachers[who] = evaluation
+            return
+        self.evaluations.append(evaluation)
+        if evaluation.step == 0 and self.student_before is None:
+            self.student_before = evaluation
 
-    def _stage(self, kind: RoleKind) -> Stage:
-        seconds = max(self.seconds(), 1e-9)
-        replicas = max(len(self.plan.of_kind(kind)), 1)
-        tokens = int(self._in_window(kind, "tokens"))
-        idle = self._in_window(kind, "idle_s") / seconds / replicas
-        return Stage(tokens=tokens, tokens_per_s=tokens / seconds, idle_share=min(max(idle, 0.0), 1.0))
-
-    def _learner_stage(self) -> Stage:
-        seconds = max(self.seconds(), 1e-9)
-        idle = min(self.sums["learner_idle_s"] / seconds, 1.0)
-        return Stage(tokens=int(self.sums["tokens"]), tokens_per_s=self.sums["tokens"] / seconds, idle_share=idle)
+    def evaluated(self, step: int, prompts: int, samples: int, temperature: float) -> Evaluation | None:
+        """The student's evaluation after `step` on so many prompts, if there is one already."""
+        wanted = (step, prompts, samples, temperature)
+        found = [
+            one
+            for one in self.evaluations
+            if (one.step, one.prompts, one.samples_per_prompt, one.temperature) == wanted
+        ]
+        return found[-1] if found else None
 
     def _staleness(self) -> Staleness:
         total = int(self.staleness.sum())
@@ -220,16 +268,16 @@ class Ledger:
     def report(self, restarts: dict[str, int]) -> Report:
         """The report of what was measured so far."""
         intake = self.roles[self.plan.of_kind(RoleKind.INTAKE)[0].name]
-        cached = self._in_window(RoleKind.TEACHER, "cached_tokens")
-        computed = self._in_window(RoleKind.TEACHER, "computed_tokens")
-        scored = self._in_window(RoleKind.TEACHER, "tokens")
-        tokens = self.sums["tokens"]
+        sums, teachers = self.whole.of, bool(self.plan.of_kind(RoleKind.TEACHER))
+        cached, computed = sums["teacher_cached_tokens"], sums["teacher_computed_tokens"]
+        tokens = sums["tokens"]
         latency = {q: intake.now.get(f"score_latency_{q}") for q in ("p50_s", "p99_s")}
         counters = {name: int(sum(t.total(name) for t in self.roles.values())) for name in SHOWN_COUNTERS}
         return Report(
             name=self.plan.topology.name,
-            steps=self.steps,
-            seconds=self.seconds(),
+            steps=self.whole.steps,
+            seconds=sums["seconds"],
+            this_launch=self._this_launch() if self._began else None,
             teacher=self.teachers.get("teacher"),
             teachers={name: of for name, of in self.teachers.items() if name != "teacher"},
             student_before=self.student_before,
@@ -238,22 +286,32 @@ class Ledger:
             staleness=self._staleness(),
             score_latency=ScoreLatency(**latency),
             weight_sync=WeightSync(
-                blocked_s=self.sums["weight_sync_s"],
-                engines_blocked_s=self.sums["engines_blocked_s"],
-                updates=self.steps,
+                blocked_s=sums["weight_sync_s"], engines_blocked_s=sums["engines_blocked_s"], updates=self.whole.steps
             ),
             prefix_hit_share=cached / (cached + computed) if cached + computed else None,
-            teacher_recompute=computed / scored if scored else None,
-            stages=Stages(
-                rollout=self._stage(RoleKind.ROLLOUT),
-                teacher=self._stage(RoleKind.TEACHER) if self.plan.of_kind(RoleKind.TEACHER) else None,
-                learner=self._learner_stage(),
-            ),
+            teacher_recompute=computed / sums["teacher_tokens"] if sums["teacher_tokens"] else None,
+            stages=self.whole.stages(teachers),
             trained_tokens=int(tokens),
-            trained_samples=int(self.sums["completed"]),
-            cuts=int(self.sums["cuts"]),
-            recompute_factor=self.sums["forwarded_tokens"] / tokens if tokens else None,
+            trained_samples=int(sums["completed"]),
+            cuts=int(sums["cuts"]),
+            recompute_factor=sums["forwarded_tokens"] / tokens if tokens else None,
             skipped_prompts=self.skipped_prompts,
             counters={name: count for name, count in counters.items() if count},
             restarts=restarts,
         )
+
+    def _this_launch(self) -> Launch:
+        sums = self.launch
+        return Launch(
+            first_step=sums.first,
+            steps=sums.steps,
+            seconds=sums.of["seconds"],
+            stages=sums.stages(bool(self.plan.of_kind(RoleKind.TEACHER))),
+            trained_tokens=int(sums.of["tokens"]),
+            trained_samples=int(sums.of["completed"]),
+        )
+
+
+def _evaluation(row: dict[str, Any]) -> Evaluation:
+    """The evaluation in a row of metrics.jsonl."""
+    return Evaluation.model_validate({name: row[name] for name in Evaluation.model_fields if name in row})

@@ -18,10 +18,10 @@ from opd_async.plan.plan import RoleKind
 from opd_async.run import checkpoints
 from opd_async.run.arrivals import all_up
 from opd_async.run.dispatcher import RESYNC, UPDATE, Dispatcher
+from opd_async.run.evaluations import Evaluations
 from opd_async.run.evaluator import Evaluator
 from opd_async.scheduling.leases import LeaseBook, PromptOrder, admission_of
 from opd_async.telemetry.progress import Progress
-from opd_async.telemetry.report import Evaluation
 from opd_async.transport import messages as m
 from opd_async.transport.wire import Int32, Int64
 
@@ -46,7 +46,7 @@ class Script:
         attempt_floor: int = 0,
     ) -> None:
         self._dispatcher = dispatcher
-        self._evaluator = evaluator
+        self._evaluations = Evaluations(dispatcher, evaluator, progress)
         self._prompts = prompts
         self._progress = progress
         self._attempt_floor = attempt_floor
@@ -54,7 +54,6 @@ class Script:
         self._steps = dispatcher.plan.topology.schedule.steps
         self._deadlines = dispatcher.plan.topology.supervisor
         self._root = dispatcher.plan.run_folder / "checkpoints"
-        self._evaluation: asyncio.Task[Evaluation] | None = None
         self._owed: tuple[Int64, Int32, Int32] | None = None
         self._unanswered: Counter[str] = Counter()
         self._accounted = -1
@@ -68,13 +67,14 @@ class Script:
         """
         ledger = self._dispatcher.ledger
         version = await self.establish()
-        if ledger.student_before is None and self._evaluator is not None:
-            await self._serving(self._evaluate_before(version))
+        if self._evaluations.wanted:
+            await self._serving(self._evaluations.before(version))
         ledger.start_training()
         await self._dispatcher.to_intake(m.Version(version, *self._owed_now()))
+        if version < self._steps:
+            self._evaluations.make_up(version)
         self._dispatcher.admit(True)
         await self.train(version)
-        ledger.end_training()
         await self._finish()
 
     async def _finish(self) -> None:
@@ -84,9 +84,8 @@ class Script:
         await self.checkpoint(dispatcher.version)
         await self.forget_samples()
         await dispatcher.barrier.open(dispatcher.version)
-        if self._evaluator is not None:
-            self._progress.say("evaluating the student after training")
-            dispatcher.ledger.student_after = await self._serving(self._evaluate_student(dispatcher.version))
+        if self._evaluations.wanted:
+            dispatcher.ledger.student_after = await self._serving(self._evaluations.after(dispatcher.version))
         if self._topology.checkpoint.export_hf:
             await self._command(m.ExportModel(str(dispatcher.plan.run_folder / EXPORT)))
 
@@ -173,7 +172,7 @@ class Script:
                 await self.checkpoint(step)
             await self._export(step)
             await dispatcher.to_intake(m.Version(step, *self._owed_now()))
-            self._begin_evaluation(step)
+            self._evaluations.begin(step)
 
     async def _account(self, reply: m.LearnerReply, sync_s: float, engines_s: float) -> None:
         """The row, the counters and the line of a trained step."""
@@ -290,55 +289,18 @@ class Script:
         await self.checkpoint(quiesced.version)
         self._progress.say(f"saved a checkpoint after step {quiesced.version}")
 
-    # --- evaluation --------------------------------------------------------------------------------------------------
-
-    async def _evaluate_before(self, version: int) -> None:
-        assert self._evaluator is not None
-        count, names = self._topology.evaluation.prompts, self._dispatcher.plan.teacher_urls
-        teachers = [name for name in names if self._evaluator.prompts_of(name, count)]
-        teachers = teachers if self._topology.evaluation.teacher else []
-        who = {0: "", 1: "the teacher and "}.get(len(teachers), "the teachers and ")
-        self._progress.say(f"evaluating {who}the student before training")
-        async with asyncio.TaskGroup() as group:
-            student = group.create_task(self._evaluate_student(version))
-            for name in teachers:
-                group.create_task(self._evaluate(m.LeaseKind.EVAL_TEACHER, count, 0, name))
-        self._dispatcher.ledger.student_before = student.result()
-
-    async def _evaluate_student(self, step: int) -> Evaluation:
-        return await self._evaluate(m.LeaseKind.EVAL_STUDENT, self._topology.evaluation.prompts, step)
-
-    async def _evaluate(self, kind: m.LeaseKind, count: int, step: int, teacher: str | None = None) -> Evaluation:
-        assert self._evaluator is not None
-        evaluation = await self._evaluator.evaluate(kind, count, step, self._deadlines.evaluation_deadline_s, teacher)
-        who = "student" if teacher is None else "teacher"
-        if teacher is not None and len(self._dispatcher.plan.teacher_urls) > 1:
-            who = f"teacher {teacher}"
-        self._dispatcher.ledger.evaluation(evaluation, who)
-        self._progress.evaluation(who, evaluation)
-        return evaluation
-
-    def _begin_evaluation(self, step: int) -> None:
-        """Evaluate in the background while training goes on; the next weight update waits for it."""
-        every = self._topology.evaluation.every_steps
-        if self._evaluator is None or every is None or step % every:
-            return
-        work = self._evaluate(m.LeaseKind.EVAL_STUDENT, self._topology.evaluation.during_prompts, step)
-        self._dispatcher.evaluated.clear()
-        self._evaluation = self._dispatcher.spawn(work, f"evaluation-{step}")
-        self._evaluation.add_done_callback(lambda _: self._dispatcher.evaluated.set())
+    # --- beside training ---------------------------------------------------------------------------------------------
 
     def abandon_evaluation(self) -> None:
-        """The evaluation under way will not end: its samples are being forgotten."""
-        if self._evaluation is not None:
-            self._evaluation.cancel()
-            self._evaluation = None
+        """Give up the evaluation under way: its samples are being forgotten."""
+        self._evaluations.abandon()
 
     async def _settle_evaluation(self) -> None:
         """Wait for the evaluation under way, so that it sees one set of weights."""
-        if self._evaluation is not None:
-            await self._serving(_result(self._evaluation))
-            self._evaluation = None
+        task = self._evaluations.under_way
+        if task is not None:
+            await self._serving(_result(task))
+            self._evaluations.under_way = None
 
     async def _serving(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`; meanwhile send the weights to engines that were restarted."""

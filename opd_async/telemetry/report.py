@@ -124,13 +124,28 @@ class Stages(Section):
     learner: Stage
 
 
+class Launch(Section):
+    """What one launch did of a run that others had begun."""
+
+    first_step: int
+    """Counted from 1; 0 where the launch has taken none."""
+    steps: int
+    seconds: float
+    stages: Stages
+    trained_tokens: int
+    trained_samples: int
+
+
 class Report(Section):
-    """Everything about a finished run."""
+    """Everything about a run: all its launches together, but for what says otherwise."""
 
     name: str
     steps: int
     seconds: float
-    """From the first lease to the last optimizer step."""
+    """From the first lease to the last optimizer step, summed over launches. What a crash of the whole run has lost is
+    not in it."""
+    this_launch: Launch | None = None
+    """None where the run has had but one."""
     teacher: Evaluation | None = None
     teachers: dict[str, Evaluation] = Field(default_factory=dict)
     """Where there are several: each on its own prompts, by `teacher <name>`."""
@@ -140,6 +155,7 @@ class Report(Section):
     """The bound that was set."""
     staleness: Staleness
     score_latency: ScoreLatency
+    """Of this launch."""
     weight_sync: WeightSync
     prefix_hit_share: float | None = None
     """Share of the teacher's tokens that its prefix cache held."""
@@ -154,9 +170,9 @@ class Report(Section):
     """Tokens that the learner forwarded for each token that it trained."""
     skipped_prompts: int = 0
     counters: dict[str, int] = Field(default_factory=dict)
-    """Anything else that was counted, by name."""
+    """Anything else that was counted in this launch, by name."""
     restarts: dict[str, int] = Field(default_factory=dict)
-    """By role; roles that never died are absent."""
+    """In this launch, by role; roles that never died are absent."""
     folder: Path | None = Field(default=None, exclude=True)
     """Where the run left its files; None for a report that was read from one."""
 
@@ -186,17 +202,31 @@ def render(report: Report, files: Sequence[tuple[str, Path]] = (), commands: Seq
     rule = "─" * WIDTH
     blocks = [
         list(_evaluations(report)),
-        list(_stages(report.stages)),
+        list(_stages(report.stages, "stage" if report.this_launch is None else "whole run")),
+        [] if report.this_launch is None else list(_stages(report.this_launch.stages, "this launch")),
         list(_figures(report)),
         list(_trouble(report)),
         list(_closing(files, commands)),
     ]
-    head = f" {report.name}: {_counted(report.steps, 'step')} in {_duration(report.seconds)}"
-    parts = ["━" * WIDTH, head, "━" * WIDTH]
+    parts = ["━" * WIDTH, *_head(report), "━" * WIDTH]
     for block in blocks:
         if block:
             parts += [*block, rule]
     return "\n".join([*parts[:-1], "━" * WIDTH])
+
+
+def _head(report: Report) -> Iterator[str]:
+    whole = f"{_counted(report.steps, 'step')} in {_duration(report.seconds)}"
+    launch = report.this_launch
+    if launch is None:
+        yield f" {report.name}: {whole}"
+        return
+    yield f" {report.name}, the whole run: {whole}"
+    last = launch.first_step + launch.steps - 1
+    which = (
+        f"steps {launch.first_step} to {last}" if launch.steps > 1 else f"step {last}" if launch.steps else "no step"
+    )
+    yield f" {report.name}, this launch: {which} in {_duration(launch.seconds)}"
 
 
 def _evaluations(report: Report) -> Iterator[str]:
@@ -219,8 +249,8 @@ def _evaluations(report: Report) -> Iterator[str]:
         yield f" {label:<24}{sampled:<32}{greedy}"
 
 
-def _stages(stages: Stages) -> Iterator[str]:
-    yield f" {'stage':<24}{'tokens':>14}{'tokens/s':>14}{'idle':>12}"
+def _stages(stages: Stages, title: str) -> Iterator[str]:
+    yield f" {title:<24}{'tokens':>14}{'tokens/s':>14}{'idle':>12}"
     for name, stage in (("rollout", stages.rollout), ("teacher", stages.teacher), ("learner", stages.learner)):
         if stage is not None:
             yield f" {name:<24}{stage.tokens:>14,}{stage.tokens_per_s:>14,.0f}{_percent(stage.idle_share):>12}"
@@ -255,7 +285,8 @@ def _trouble(report: Report) -> Iterator[str]:
     """What went wrong; a run without trouble says so in one line."""
     restarts = ", ".join(f"{role} {times}" for role, times in report.restarts.items())
     counters = [f"{name.replace('_', ' ')} {times:,}" for name, times in report.counters.items() if times]
-    yield f" {'restarts':<24}{restarts or 'none'}"
+    here = "" if report.this_launch is None else " in this launch"
+    yield f" {'restarts':<24}{restarts or 'none'}{here}"
     if report.skipped_prompts:
         yield f" {'skipped prompts':<24}{report.skipped_prompts:,}"
     lines: list[str] = []
@@ -265,7 +296,7 @@ def _trouble(report: Report) -> Iterator[str]:
         else:
             lines.append(counter)
     for index, line in enumerate(lines):
-        yield f" {'counted' if index == 0 else '':<24}{line}"
+        yield f" {f'counted{here}' if index == 0 else '':<24}{line}"
 
 
 def _closing(files: Sequence[tuple[str, Path]], commands: Sequence[tuple[str, str]]) -> Iterator[str]:

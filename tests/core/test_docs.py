@@ -258,7 +258,8 @@ def test_every_column_of_a_step_is_listed(tmp_path: Path) -> None:
     stats |= describe_rewards([Outcome(0, 1.0, 3)])
     nobody = np.zeros(0, np.int64)
     started = messages.StepStarted(0, stats, ages, nobody, nobody, nobody)
-    ledger = Ledger(plan=SimpleNamespace(run_folder=tmp_path, topology=Topology.model_validate(LEAST)))  # type: ignore[arg-type]
+    plan: Any = SimpleNamespace(run_folder=tmp_path, topology=Topology.model_validate(LEAST), of_kind=lambda _: ())
+    ledger = Ledger(plan=plan)
     ledger.rewind(0)
     ledger.step(started, {}, 0.0, 0.0)
     ledger.close()

@@ -91,7 +91,9 @@ def test_an_unexpected_error_shows_its_traceback() -> None:
 
 
 def test_ctrl_c_without_a_handler_is_an_interrupt() -> None:
-    done = run_main("import os, signal; os.kill(os.getpid(), signal.SIGINT); await asyncio.sleep(60)")
+    # a shell that starts the tests in the background has its children ignore Ctrl-C
+    code = "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    done = run_main(code + "os.kill(os.getpid(), signal.SIGINT); await asyncio.sleep(60)")
     assert done.returncode == EXIT_INTERRUPTED
     assert "Traceback" not in done.stderr
 
