@@ -53,7 +53,7 @@ class LossConfig:
     """The distillation term. Formulas: `learner.losses`, `learner.divergences`, `learner.full_divergences`."""
 
     loss: str = "reverse_kl"
-    """One of `opd_async.config.loss_names.LOSSES`."""
+    """One of `opd_async.config.losses.LOSSES`."""
     jsd_beta: float = 0.5
     """Weight of the teacher in the mixture of `jsd_topk` and `jsd_full`."""
     kl_coef: float = 1.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from opd_async.config.learning import Estimator
 from opd_async.config.topology import Topology
 from opd_async.learner.config import CriticConfig, LearnerConfig, LossConfig, OptimConfig, ParallelConfig, TeacherConfig
 from opd_async.run.checkpoints import shards
@@ -61,7 +60,7 @@ def loss_config(topology: Topology) -> LossConfig:
         advantage.clip_low if advantage.clip_low is not None else opd.clip_ratio,
         opd.signal_clamp,
         opd.mismatch,
-        ratio=advantage.estimator.ratio,
+        ratio=advantage.estimator.facts.ratio,
         clip_high=advantage.clip_high,
         dual_clip=advantage.dual_clip,
         reference_kl_coef=advantage.reference_kl_coef,
@@ -91,7 +90,7 @@ def reference_config(topology: Topology) -> TeacherConfig | None:
 def critic_config(topology: Topology) -> CriticConfig | None:
     """The critic, where the estimator needs one: a checkpoint, a folder, or what the student begins with."""
     advantage, critic = topology.advantage, topology.advantage.critic
-    if advantage.estimator is not Estimator.PPO:
+    if not advantage.estimator.facts.critic:
         return None
     optim = optim_config(topology, topology.schedule.steps)
     load = critic.load or (topology.learner.load if critic.path is None else None)

@@ -20,7 +20,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from opd_async.config.loss_names import FULL_LOSSES
+from opd_async.config.losses import FULL_LOSSES
 from opd_async.learner.checkpoints.model import load_model
 from opd_async.learner.config import LearnerConfig, TeacherConfig
 from opd_async.learner.distributed.cpu import on_this_device, this_device

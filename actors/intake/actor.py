@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from opd_async.actors.intake.ranks import LearnerRanks
 from opd_async.actors.intake.report import LatencyReservoir, describe_rewards, describe_step
-from opd_async.config.learning import Estimator, RewardKind
+from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import ScheduleSection, TrainOn
 from opd_async.data.jsonl import JsonlRecord, read_jsonl
 from opd_async.estimators.advantages import Outcome, estimate
@@ -214,11 +214,11 @@ class Intake:
             Outcome(one.sample_id // group_size, one.reward, one.segment.end - one.segment.start if one.segment else 0)
             for one in complete
         ]
-        if section.estimator is not Estimator.NONE:
+        if section.estimator.facts.rewards:
             for one, advantages in zip(complete, estimate(outcomes, section), strict=True):
                 if one.segment is not None:
                     one.segment.advantages = advantages
-                    if section.estimator is Estimator.PPO:
+                    if section.estimator.facts.critic:
                         one.segment.reward = math.nan if one.reward is None else one.reward
         return outcomes
 

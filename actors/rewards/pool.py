@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.actors.rewards.worker import READY, TIMED_OUT, frame, read_frame
-from opd_async.config.learning import RewardKind, RewardSection
+from opd_async.config.learning import RewardSection
 from opd_async.errors import RoleError
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class RewardPool:
         self._changed = asyncio.Condition()
         self._ids = itertools.count()
         # a rule by regular expression or sympy blocks its process: one at a time, so that its deadline is its own
-        self._room = section.concurrency if section.kind is RewardKind.PYTHON else 1
+        self._room = section.concurrency if section.kind.facts.function else 1
 
     async def reward(
         self, prompt: NDArray[np.int32], response: NDArray[np.int32], label: str, metadata: str, finished: bool

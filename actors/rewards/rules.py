@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from opd_async.config.learning import RewardKind
+from opd_async.config.rewards import RewardKind
 from opd_async.data.answers import AnswerChecker
 from opd_async.errors import InputError
 from opd_async.extras import need
@@ -43,17 +43,20 @@ class UnusableRewardError(ValueError):
 
 def load_rule(kind: RewardKind, function: str | None, answer_pattern: str) -> Rule:
     """The rule of a topology; `InputError` when it cannot be loaded."""
-    if kind is RewardKind.EXACT_MATCH:
-        checker = AnswerChecker(answer_pattern)
-
-        async def exact_match(response: Response) -> float:
-            return float(checker.correct(response.text, response.label, response.finished))
-
-        return exact_match
-    return _load_math() if kind is RewardKind.MATH else _load_function(function or "")
+    return LOADERS[kind](function or "", answer_pattern)
 
 
-def _load_math() -> Rule:
+def _load_exact_match(_function: str, answer_pattern: str) -> Rule:
+    """1 where the response ended and the pattern finds the label in it, else 0."""
+    checker = AnswerChecker(answer_pattern)
+
+    async def exact_match(response: Response) -> float:
+        return float(checker.correct(response.text, response.label, response.finished))
+
+    return exact_match
+
+
+def _load_math(_function: str, _answer_pattern: str) -> Rule:
     """1 where math-verify finds the label's value in the response, else 0. Loaded here: it brings sympy along."""
     math_verify = need("math_verify", "math", "reward.kind: math")
     # it warns at each call that its own timeouts are off: they are signals, and the caller has a deadline
@@ -69,7 +72,7 @@ def _load_math() -> Rule:
     return math_reward
 
 
-def _load_function(path: str) -> Rule:
+def _load_function(path: str, _answer_pattern: str) -> Rule:
     """`module:function`, awaited with prompt, response, label and metadata by name."""
     function = load_hook("reward.function", path)
     if not inspect.iscoroutinefunction(function):
@@ -84,6 +87,14 @@ def _load_function(path: str) -> Rule:
         raise UnusableRewardError(f"{path} returned {value!r}, which is no finite number")
 
     return user_reward
+
+
+LOADERS: dict[RewardKind, Callable[[str, str], Rule]] = {
+    RewardKind.MATH: _load_math,
+    RewardKind.EXACT_MATCH: _load_exact_match,
+    RewardKind.PYTHON: _load_function,
+}
+"""From `reward.function` and `evaluation.answer_pattern` to a rule, by kind."""
 
 
 if __name__ == "__main__":

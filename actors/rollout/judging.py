@@ -8,7 +8,7 @@ import numpy as np
 
 from opd_async.actors.rewards.pool import RewardPool
 from opd_async.actors.rollout.generation import Generation
-from opd_async.config.learning import RewardKind
+from opd_async.config.rewards import RewardKind
 from opd_async.plan.resolve import PLAN_FILE
 from opd_async.role import Role
 from opd_async.transport import messages as m

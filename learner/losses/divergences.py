@@ -137,4 +137,4 @@ DIVERGENCES: dict[str, Divergence] = {
     "jsd_topk": jsd_topk,
     "minillm_topk": minillm_topk,
 }
-NEEDS_TAIL = frozenset({"forward_kl_topk", "jsd_topk", "minillm_topk"})
+"""By loss."""

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opd_async.config.loss_names import WHOLE_RESPONSE_LOSSES
+from opd_async.config.losses import LOSSES
 from opd_async.learner.config import LossConfig
 from opd_async.learner.errors import LearnerError
-from opd_async.learner.losses.divergences import DIVERGENCES, NEEDS_TAIL, Cells, long_returns
+from opd_async.learner.losses.divergences import DIVERGENCES, Cells, long_returns
 from opd_async.learner.losses.full_divergences import RowDivergences
 from opd_async.learner.losses.logprobs import RowLogprobs
 from opd_async.learner.losses.sampled import (
@@ -42,10 +42,10 @@ def support_of(packed: PackedBatch, config: LossConfig) -> tuple[Tensor | None, 
     if config.loss in SAMPLED:
         return None, False
     if packed.topk_ids_RK is not None:
-        return packed.topk_ids_RK, config.loss in NEEDS_TAIL
+        return packed.topk_ids_RK, LOSSES[config.loss].tail
     if len(packed.targets_R):
         raise LearnerError(f"the loss {config.loss} needs the teacher's top-k, and the batch has none")
-    return packed.targets_R[:, None], config.loss in NEEDS_TAIL  # no row, hence no id
+    return packed.targets_R[:, None], LOSSES[config.loss].tail  # no row, hence no id
 
 
 def objective(packed: PackedBatch, logprobs: RowLogprobs, config: LossConfig) -> LossOutput:
@@ -80,7 +80,7 @@ def _rows(packed: PackedBatch, sampled_R: Tensor, teacher_R: Tensor, config: Los
 
 def _later_signals(rows: Rows, packed: PackedBatch, config: LossConfig) -> Tensor:
     """The signal on the sampled token beside a divergence, float32[R]: MiniLLM's returns, else nothing."""
-    if config.loss in WHOLE_RESPONSE_LOSSES:
+    if LOSSES[config.loss].whole:
         return long_returns(rows.teacher_R - rows.logprobs_R.detach(), packed.sequence_R)
     return torch.zeros_like(rows.teacher_R)
 

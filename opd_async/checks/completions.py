@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from opd_async.config.learning import Estimator
-from opd_async.config.loss_names import GIVEN_LOSSES, LOSSES, RATIO_LOSSES
+from opd_async.config.losses import GIVEN_LOSSES, LOSSES, RATIO_LOSSES
 from opd_async.config.topology import Topology
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -43,7 +42,7 @@ def completion_problems(topology: Topology) -> Iterator[str]:
             f"advantage.reference_kl_coef: {pull:g}, but the pull towards a reference is on sampled tokens, and given "
             "ones are none; write 0, or remove data.completions"
         )
-    if topology.advantage.estimator is not Estimator.NONE:
+    if topology.advantage.estimator.facts.rewards:
         yield (
             f"advantage.estimator: {topology.advantage.estimator.value}, but given responses are no samples of the "
             "student; write none, or remove data.completions"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from opd_async.config.learning import Estimator
 from opd_async.config.topology import LearnerSection, ModelSection, Topology
 from opd_async.data.model_folder import ModelFacts, try_model
 from opd_async.errors import InputError
@@ -27,7 +26,7 @@ def learner_problems(topology: Topology) -> Iterator[str]:
     models = [("student", topology.models.student)]
     if topology.opd.in_learner and topology.models.teacher is not None:
         models.append(("teacher", topology.models.teacher))
-    if topology.advantage.estimator is Estimator.PPO and (critic := topology.advantage.critic.path) is not None:
+    if topology.advantage.estimator.facts.critic and (critic := topology.advantage.critic.path) is not None:
         models.append(("critic", ModelSection(path=critic)))
     known = [(side, facts) for side, model in models if (facts := try_model(model.path))]
     for side, facts in known:

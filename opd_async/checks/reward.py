@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from opd_async.config.learning import RewardKind
+from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import PromptsSection, Topology
 from opd_async.data.prompts import PromptSet
 from opd_async.errors import InputError
@@ -21,9 +21,9 @@ def reward_problems(topology: Topology) -> Iterator[str]:
     yield from answers
     yield from _evaluation_problems(topology)
     reward = topology.reward
-    if reward.kind is not RewardKind.PYTHON and reward.function is not None:
+    if not reward.kind.facts.function and reward.function is not None:
         yield f"reward.function: only for kind python, this is {reward.kind}; remove it"
-    elif reward.kind is RewardKind.PYTHON and reward.function is None:
+    elif reward.kind.facts.function and reward.function is None:
         yield "reward.function: missing; write module:function, the path of an `async def` that returns a number"
     elif reward.kind is not RewardKind.NONE and not answers and (problem := _unloadable(topology)):
         yield problem
@@ -31,7 +31,7 @@ def reward_problems(topology: Topology) -> Iterator[str]:
 
 def require_labels(prompts: PromptSet, section: PromptsSection, kind: RewardKind) -> None:
     """Raise `InputError` if the rule compares with labels and some prompts have none: it would only ever say wrong."""
-    if kind not in (RewardKind.MATH, RewardKind.EXACT_MATCH):
+    if not kind.facts.label:
         return
     if missing := sum(not prompt.label for prompt in prompts.prompts):
         raise InputError(

@@ -11,16 +11,10 @@ from opd_async.checks.advantage import advantage_problems, advantage_warnings
 from opd_async.checks.completions import completion_problems
 from opd_async.checks.host import device_problems, network_problems
 from opd_async.checks.learner import learner_problems
+from opd_async.checks.losses import loss_problems, loss_warnings
 from opd_async.checks.reward import reward_problems
 from opd_async.checks.teacher import opd_problems
 from opd_async.checks.weights import weight_problems
-from opd_async.config.loss_names import (
-    RATIO_LOSSES,
-    SAMPLED_LOSSES,
-    WHOLE_RESPONSE_LOSSES,
-    loss_problem,
-    teacher_problem,
-)
 from opd_async.config.topology import EngineKind, EngineSection, ModelSection, Topology, TrainOn
 from opd_async.data.model_folder import ModelFacts, folder_problems, try_model
 from opd_async.data.tokenizer import Tokenizer
@@ -28,9 +22,6 @@ from opd_async.engines.sglang import version_problem
 from opd_async.errors import InputError
 
 PROMPT_SUFFIXES = (".jsonl", ".parquet")
-
-OLD_FOR_RATIOS = 2
-"""Steps of age from which losses on the sampled token are warned about: `python -m bench.learning --part staleness`."""
 
 
 def validate(topology: Topology) -> list[str]:
@@ -50,7 +41,7 @@ def validate(topology: Topology) -> list[str]:
         *_sampling_problems(topology),
         *_rollout_problems(topology),
         *learner_problems(topology),
-        *_loss_problems(topology),
+        *loss_problems(topology),
         *completion_problems(topology),
         *device_problems(topology),
         *reward_problems(topology),
@@ -62,34 +53,17 @@ def validate(topology: Topology) -> list[str]:
 def warnings(topology: Topology) -> list[str]:
     """What a valid topology may do, but probably should not."""
     schedule, optimizer = topology.schedule, topology.learner.optimizer
-    found = []
-    if topology.opd.loss not in RATIO_LOSSES and topology.opd.signal_clamp is not None:
-        found.append(
-            f"opd.signal_clamp: {topology.opd.signal_clamp:g} has no part in {topology.opd.loss}, which has no sampled "
-            "signal to clamp; write null"
-        )
-    if schedule.max_staleness >= 1 and topology.opd.clip_ratio is None and topology.opd.loss in RATIO_LOSSES:
-        found.append(
-            f"opd.clip_ratio: off with schedule.max_staleness {schedule.max_staleness}; unclipped importance ratios "
-            "can make the student collapse when tokens are not of the current step; write 0.2"
-        )
-    if schedule.max_staleness >= OLD_FOR_RATIOS and topology.opd.use_opd and topology.opd.loss in SAMPLED_LOSSES:
-        found.append(
-            f"schedule.max_staleness: {schedule.max_staleness} with opd.loss {topology.opd.loss}, whose signal is the "
-            "sampled token and its importance ratio: students that move fast have collapsed at this age, and not with "
-            "losses on the top-k or the whole vocabulary (docs/learning.md); write opd.loss jsd_topk, or at most "
-            f"{OLD_FOR_RATIOS - 1}"
-        )
+    doubtful = list(loss_warnings(topology))
     if topology.evaluation.every_steps and topology.data.held_out is None:
-        found.append(
+        doubtful.append(
             "evaluation.every_steps: there are no held-out prompts, so nothing is evaluated; write data.held_out.path"
         )
     if optimizer.warmup_steps >= schedule.steps:
-        found.append(
+        doubtful.append(
             f"learner.optimizer.warmup_steps: {optimizer.warmup_steps} of {schedule.steps} steps, so the learning rate "
             f"never reaches lr; write less than {schedule.steps}"
         )
-    return [*found, *advantage_warnings(topology)]
+    return [*doubtful, *advantage_warnings(topology)]
 
 
 def _models(topology: Topology) -> tuple[tuple[str, ModelSection], ...]:
@@ -268,20 +242,3 @@ def _rollout_problems(topology: Topology) -> Iterator[str]:
         if actors > section.replicas:
             engines = f"{section.replicas} {side} engines"
             yield f"{actor}.replicas: {actors} actors for {engines}; write at most {section.replicas}"
-
-
-def _loss_problems(topology: Topology) -> Iterator[str]:
-    opd = topology.opd
-    if problem := loss_problem(opd.loss) or (teacher_problem(opd.loss, opd.in_learner) if opd.use_opd else None):
-        yield f"opd.loss: {problem}"
-    if topology.opd.loss in WHOLE_RESPONSE_LOSSES and topology.schedule.train_on is TrainOn.TOKENS:
-        yield (
-            f"schedule.train_on: tokens, but {topology.opd.loss} weighs a token by what follows it, so it needs whole "
-            "responses; write samples"
-        )
-    facts = try_model(topology.models.student.path)
-    if facts and topology.opd.wire_topk >= facts.vocab_size:
-        yield (
-            f"opd.topk: {topology.opd.topk}, but the vocabulary has {facts.vocab_size} tokens, and some must be left "
-            f"outside; write at most {facts.vocab_size - 1}"
-        )

@@ -8,7 +8,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from opd_async.config.loss_names import TOPK_LOSSES
+from opd_async.config.estimators import Estimator
+from opd_async.config.losses import DEFAULT_LOSS, LOSSES, TOPK_LOSSES
+from opd_async.config.rewards import RewardKind
 from opd_async.config.section import NonNegative, Positive, Seconds, Section, StepsOr0
 
 
@@ -35,8 +37,8 @@ class OpdSection(Section):
     """Which step's checkpoint in `teacher_load`; null takes the newest."""
     teacher_offload: bool = False
     """`megatron`: keep the teacher's weights in host memory while it is not computing."""
-    loss: str = Field(default="reverse_kl", examples=["reverse_kl", "forward_kl_topk"])
-    """One of `opd_async.config.loss_names.LOSSES`."""
+    loss: str = Field(default=DEFAULT_LOSS, examples=list(LOSSES)[:3])
+    """One of `opd_async.config.losses.LOSSES`."""
     topk: Positive = 64
     """How many of the teacher's most likely tokens the losses on its top-k use; no others ask for them."""
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
@@ -71,18 +73,6 @@ class OpdSection(Section):
         return self.topk if self.on_engines and self.loss in TOPK_LOSSES else 0
 
 
-class RewardKind(StrEnum):
-    """How a response is judged."""
-
-    NONE = "none"
-    MATH = "math"
-    """1 where math-verify finds the label's value in the response, else 0."""
-    EXACT_MATCH = "exact_match"
-    """1 where the response ended and `evaluation.answer_pattern` finds the label, else 0."""
-    PYTHON = "python"
-    """A number that the user's own async function returns."""
-
-
 class RewardSection(Section):
     """What a response earns once it has ended, judged in processes beside each rollout actor."""
 
@@ -96,36 +86,6 @@ class RewardSection(Section):
     """`python`: calls at once in one process; the other kinds judge one response at a time."""
     timeout_s: Seconds = 10.0
     """A judgement that takes longer is given up: the response has no reward, and that is counted."""
-
-
-class Estimator(StrEnum):
-    """How rewards become advantages, and through which ratio they act. See `opd_async.estimators.advantages`."""
-
-    NONE = "none"
-    GRPO = "grpo"
-    GSPO = "gspo"
-    """GRPO's advantage; the ratio is that of the whole response."""
-    CISPO = "cispo"
-    """GRPO's advantage; the ratio is a truncated weight without gradient."""
-    REINFORCE_PLUS_PLUS = "reinforce_plus_plus"
-    REINFORCE_PLUS_PLUS_BASELINE = "reinforce_plus_plus_baseline"
-    PPO = "ppo"
-    """Generalised advantage estimation with the values of a critic, which the learner holds (`learner.critic`)."""
-
-    @property
-    def needs_groups(self) -> bool:
-        """Whether several responses to one prompt are compared."""
-        return self not in (Estimator.NONE, Estimator.REINFORCE_PLUS_PLUS, Estimator.PPO)
-
-    @property
-    def discounts(self) -> bool:
-        """Whether a token's distance from the reward matters."""
-        return self in (Estimator.REINFORCE_PLUS_PLUS, Estimator.PPO)
-
-    @property
-    def ratio(self) -> Literal["token", "sequence", "truncated"]:
-        """The form of the importance ratio in the loss (`learner.surrogate`)."""
-        return {Estimator.GSPO: "sequence", Estimator.CISPO: "truncated"}.get(self, "token")  # type: ignore[return-value]
 
 
 class CriticSection(Section):

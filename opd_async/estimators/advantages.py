@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_async.config.learning import AdvantageSection, Estimator
+from opd_async.config.estimators import Estimator
+from opd_async.config.learning import AdvantageSection
 
 Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
@@ -42,9 +43,9 @@ def estimate(outcomes: Sequence[Outcome], section: AdvantageSection) -> list[Flo
     `outcomes` are those of a whole step, with whole groups in it. All zero for the estimator `none`, and for `ppo`,
     whose advantages are made where the values are (`opd_async.estimators.gae`).
     """
-    if section.estimator in (Estimator.NONE, Estimator.PPO):
+    if section.estimator not in FUNCTIONS:
         return [np.zeros(outcome.tokens, np.float32) for outcome in outcomes]
-    return [values.astype(np.float32) for values in ESTIMATORS[section.estimator](outcomes, section)]
+    return [values.astype(np.float32) for values in FUNCTIONS[section.estimator](outcomes, section)]
 
 
 def flat_groups(outcomes: Sequence[Outcome]) -> float:
@@ -134,7 +135,7 @@ def _whitened(outcomes: Sequence[Outcome], values: list[Float64]) -> list[Float6
     ]
 
 
-ESTIMATORS: dict[Estimator, Callable[[Sequence[Outcome], AdvantageSection], list[Float64]]] = {
+FUNCTIONS: dict[Estimator, Callable[[Sequence[Outcome], AdvantageSection], list[Float64]]] = {
     Estimator.GRPO: group_relative,
     Estimator.GSPO: group_relative,
     Estimator.CISPO: group_relative,

@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from opd_async.config.learning import Estimator
 from opd_async.config.topology import EngineSection, Topology, TrainOn
 from opd_async.errors import InputError
 from opd_async.forecast.cost_model import (
@@ -59,7 +58,7 @@ class Models:
         self.student: Decoder = read_decoder(topology.models.student.path)
         self.teachers = [read_decoder(model.path) for _, model, _ in topology.engine_sides[1:]]
         self.critic: Decoder | None = None
-        if topology.advantage.estimator is Estimator.PPO:
+        if topology.advantage.estimator.facts.critic:
             self.critic = read_decoder(critic) if critic is not None else self.student
 
     @property

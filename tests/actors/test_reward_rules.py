@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from opd_async.actors.rewards.rules import Response, Rule, UnusableRewardError, load_rule
-from opd_async.config.learning import RewardKind
+from opd_async.config.rewards import RewardKind
 from opd_async.errors import InputError
 
 

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_async.config.learning import AdvantageSection, Estimator
-from opd_async.estimators.advantages import ESTIMATORS, Outcome, estimate, flat_groups
+from opd_async.config.estimators import Estimator
+from opd_async.config.learning import AdvantageSection
+from opd_async.estimators.advantages import FUNCTIONS, Outcome, estimate, flat_groups
 
-GROUPED = [estimator for estimator in Estimator if estimator.needs_groups]
-LEARNING = list(ESTIMATORS)
+GROUPED = [estimator for estimator in Estimator if estimator.facts.groups]
+LEARNING = list(FUNCTIONS)
 
 
 def advantages(outcomes: list[Outcome], estimator: Estimator, **options: object) -> list[list[float]]:
@@ -75,7 +76,7 @@ def test_an_empty_response_counts_in_its_group_and_has_no_token(estimator: Estim
     assert found[0] == [] and found[1][0] > 0 > found[2][0]
     assert advantages([Outcome(0, 0.0, 0)], estimator) == [[]]
     assert advantages([], estimator) == []
-    if estimator.needs_groups:
+    if estimator.facts.groups:
         without = advantages([Outcome(0, 1.0, 2), Outcome(0, 0.0, 2)], estimator, normalize_std=False)
         kept = advantages([Outcome(0, 0.0, 0), Outcome(0, 1.0, 2), Outcome(0, 0.0, 2)], estimator, normalize_std=False)
         assert estimator is Estimator.REINFORCE_PLUS_PLUS_BASELINE or kept[1][0] > without[0][0]
@@ -94,7 +95,7 @@ def test_a_response_without_a_reward_is_not_one_with_a_reward_of_zero(estimator:
 @pytest.mark.parametrize("estimator", [Estimator.NONE, Estimator.PPO])
 def test_what_is_not_made_here_is_zero(estimator: Estimator) -> None:
     assert advantages(TWO_GROUPS, estimator) == [[0.0] * outcome.tokens for outcome in TWO_GROUPS]
-    assert set(ESTIMATORS) == set(Estimator) - {Estimator.NONE, Estimator.PPO}
+    assert set(FUNCTIONS) == set(Estimator) - {Estimator.NONE, Estimator.PPO}
 
 
 @st.composite
@@ -112,7 +113,7 @@ def test_scale_and_order_do_not_matter(
     outcomes: list[Outcome], scale: float, shift: float, estimator: Estimator
 ) -> None:
     """Rewards in other units, and for group baselines from another zero, are the same advantages; so is any order."""
-    moved = shift if estimator.needs_groups else 0.0
+    moved = shift if estimator.facts.groups else 0.0
     other = [Outcome(o.group, None if o.reward is None else scale * o.reward + moved, o.tokens) for o in outcomes]
     found, scaled = advantages(outcomes, estimator), advantages(other, estimator)
     np.testing.assert_allclose(np.concatenate(scaled), np.concatenate(found), atol=1e-4)

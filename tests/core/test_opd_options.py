@@ -10,7 +10,7 @@ from small_runs import make_model, small_topology, topology_data, write_topology
 from opd_async.checks.validation import validate
 from opd_async.command import parse_arguments
 from opd_async.config.learning import OpdType
-from opd_async.config.loss_names import FULL_LOSSES, GIVEN_LOSSES, LOSSES, TOPK_LOSSES
+from opd_async.config.losses import FULL_LOSSES, GIVEN_LOSSES, LOSSES, TOPK_LOSSES
 from opd_async.config.slime_flags import opd_overrides
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology

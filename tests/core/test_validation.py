@@ -14,8 +14,8 @@ from small_runs import WORDS, make_model, small_topology, topology_data, write_j
 
 from opd_async.checks.inputs import read_inputs
 from opd_async.checks.validation import validate, warnings
-from opd_async.config.learning import Estimator
-from opd_async.config.loss_names import FULL_LOSSES, GIVEN_LOSSES, LOSSES, REFUSED
+from opd_async.config.estimators import Estimator
+from opd_async.config.losses import FULL_LOSSES, GIVEN_LOSSES, LOSSES, REFUSED
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology
 from opd_async.errors import InputError

@@ -22,7 +22,7 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 from tiny_learner import EMPTY, learner_config, micro_batch, split, step_batch
 
-from opd_async.config.loss_names import FULL_LOSSES, TOPK_LOSSES
+from opd_async.config.losses import FULL_LOSSES, TOPK_LOSSES
 from opd_async.learner import resume
 from opd_async.learner.config import CriticConfig, LearnerConfig, LossConfig, ParallelConfig, TeacherConfig
 from opd_async.learner.convert import hf_to_megatron, megatron_to_hf

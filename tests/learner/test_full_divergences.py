@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_async.config.loss_names import FULL_LOSSES
+from opd_async.config.losses import FULL_LOSSES
 from opd_async.learner.config import LossConfig
 from opd_async.learner.distributed.parallel import Place
 from opd_async.learner.losses.full_divergences import RowDivergences, row_divergences

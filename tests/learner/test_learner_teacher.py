@@ -23,7 +23,7 @@ from tiny_learner import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from opd_async.config.loss_names import FULL_LOSSES, SAMPLED_LOSSES
+from opd_async.config.losses import FULL_LOSSES, SAMPLED_LOSSES
 from opd_async.learner import resume
 from opd_async.learner import teacher as teacher_module
 from opd_async.learner.config import LearnerConfig, LossConfig, ParallelConfig, TeacherConfig

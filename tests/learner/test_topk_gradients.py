@@ -9,7 +9,7 @@ import torch
 from tiny_learner import assert_close, hf_gradients, learner_config, micro_batch, step_batch, write_model
 from transformers import AutoModelForCausalLM
 
-from opd_async.config.loss_names import TOPK_LOSSES
+from opd_async.config.losses import TOPK_LOSSES
 from opd_async.learner.config import LossConfig
 from opd_async.learner.distributed.parallel import Place
 from opd_async.learner.losses.divergences import DIVERGENCES, Cells

@@ -21,7 +21,7 @@ from tiny_learner import (
     write_model,
 )
 
-from opd_async.config.loss_names import TOPK_LOSSES
+from opd_async.config.losses import TOPK_LOSSES
 from opd_async.learner.config import LossConfig, OptimConfig, ParallelConfig, TeacherConfig
 from opd_async.learner.distributed.parallel import Place
 from opd_async.learner.errors import LearnerError, ModelError

@@ -1,0 +1,69 @@
+"""Whether a loss gets what it needs, and which options of `opd` do nothing to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from opd_async.config.learning import OpdSection
+from opd_async.config.losses import (
+    RATIO_LOSSES,
+    SAMPLED_LOSSES,
+    WHOLE_RESPONSE_LOSSES,
+    idle_options,
+    loss_problem,
+    teacher_problem,
+)
+from opd_async.config.schema_text import found
+from opd_async.config.topology import Topology, TrainOn
+from opd_async.data.model_folder import try_model
+
+OLD_FOR_RATIOS = 2
+"""Steps of age from which losses on the sampled token are warned about: `python -m bench.learning --part staleness`."""
+
+
+def loss_problems(topology: Topology) -> Iterator[str]:
+    """Every reason why `opd.loss` could not be computed."""
+    opd = topology.opd
+    if problem := loss_problem(opd.loss) or (teacher_problem(opd.loss, opd.in_learner) if opd.use_opd else None):
+        yield f"opd.loss: {problem}"
+    if topology.opd.loss in WHOLE_RESPONSE_LOSSES and topology.schedule.train_on is TrainOn.TOKENS:
+        yield (
+            f"schedule.train_on: tokens, but {topology.opd.loss} weighs a token by what follows it, so it needs whole "
+            "responses; write samples"
+        )
+    facts = try_model(topology.models.student.path)
+    if facts and topology.opd.wire_topk >= facts.vocab_size:
+        yield (
+            f"opd.topk: {topology.opd.topk}, but the vocabulary has {facts.vocab_size} tokens, and some must be left "
+            f"outside; write at most {facts.vocab_size - 1}"
+        )
+
+
+def loss_warnings(topology: Topology) -> Iterator[str]:
+    """What a loss allows, but does not mean; for topologies in which `loss_problems` finds nothing."""
+    schedule = topology.schedule
+    yield from _idle_options(topology)
+    if schedule.max_staleness >= 1 and topology.opd.clip_ratio is None and topology.opd.loss in RATIO_LOSSES:
+        yield (
+            f"opd.clip_ratio: off with schedule.max_staleness {schedule.max_staleness}; unclipped importance ratios "
+            "can make the student collapse when tokens are not of the current step; write 0.2"
+        )
+    if schedule.max_staleness >= OLD_FOR_RATIOS and topology.opd.use_opd and topology.opd.loss in SAMPLED_LOSSES:
+        yield (
+            f"schedule.max_staleness: {schedule.max_staleness} with opd.loss {topology.opd.loss}, whose signal is the "
+            "sampled token and its importance ratio: students that move fast have collapsed at this age, and not with "
+            "losses on the top-k or the whole vocabulary (docs/learning.md); write opd.loss jsd_topk, or at most "
+            f"{OLD_FOR_RATIOS - 1}"
+        )
+
+
+def _idle_options(topology: Topology) -> Iterator[str]:
+    """Keys of `opd` that are written and do nothing to this loss; a run's saved topology has every key."""
+    opd, advantage = topology.opd, topology.advantage
+    if not opd.use_opd:
+        return
+    ratio = advantage.estimator.facts.rewards or advantage.reference_kl_coef > 0.0
+    for key in idle_options(opd.loss, ratio=ratio):
+        value, usual = getattr(opd, key), OpdSection.model_fields[key].default
+        if value not in (usual, None):
+            yield f"opd.{key}: {found(value)} has no part in {opd.loss}; write {found(usual)}, or leave it out"
