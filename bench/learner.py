@@ -151,10 +151,10 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> Row:
     teacher = None
     if form.teacher:
         hf_to_megatron(folder / "teacher", folder / "megatron", ParallelConfig())
-        teacher = TeacherConfig(folder / "teacher", folder / "megatron")
+        teacher = TeacherConfig(model_path=folder / "teacher", load=folder / "megatron")
     config = LearnerConfig(
-        folder / "student",
-        options.dtype,
+        model_path=folder / "student",
+        dtype=options.dtype,
         loss=LossConfig(loss=form.loss),
         logprob_chunk_rows=options.chunk_rows,
         teacher=teacher,

@@ -144,7 +144,7 @@ def measure(layers: int, hidden: int, vocab: int, count: int, bucket_mib: int, r
         addresses = stack.enter_context(engines(folder, count))
         parallel.start(ParallelConfig(), seed=0)
         stack.callback(parallel.stop)
-        model = Trainer(LearnerConfig(folder)).model
+        model = Trainer(LearnerConfig(model_path=folder)).model
         total = sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize
         sizes = bucket_sizes(total, bucket_bytes)
         sender = WeightSender(

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from opd_async.config.losses import MISMATCH_BOUNDS, Mismatch
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
     """Sizes of the parallel axes; the data-parallel size is what remains of the world size."""
 
@@ -29,7 +31,7 @@ class ParallelConfig:
         return self.tensor if self.expert == 1 else 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
     """AdamW (decoupled weight decay) and its learning-rate schedule; steps are optimizer steps."""
 
@@ -48,9 +50,9 @@ class OptimConfig:
     """The decay ends at this share of `lr`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
-    """The distillation term. Formulas: `learner.losses`, `learner.divergences`, `learner.full_divergences`."""
+    """The distillation term. Formulas: `learner.losses`."""
 
     loss: str = "reverse_kl"
     """One of `opd_async.config.losses.LOSSES`."""
@@ -61,12 +63,14 @@ class LossConfig:
     """PPO-style clip of the importance ratio at 1 - clip_ratio and (but for `clip_high`) 1 + clip_ratio; None: none."""
     signal_clamp: float | None = None
     """|log q - log p| is clamped to this, nats; None switches the clamp off."""
-    mismatch: Literal["none", "tis", "icepop"] = "none"
-    mismatch_low: float = 0.5
-    mismatch_high: float = 5.0
-    """Bounds on the ratio to the behaviour policy that the mismatch gate uses."""
+    mismatch: Mismatch = "none"
+    mismatch_low: float | None = None
+    mismatch_high: float | None = None
+    """Bounds on the ratio to the behaviour policy that `mismatch` uses; None: those of `MISMATCH_BOUNDS`."""
+    given: bool = False
+    """Whether some responses come from a data set: their behaviour logprobs are exactly 0."""
     ratio: Literal["token", "sequence", "truncated"] = "token"
-    """The form of the ratio through which advantages act. See `learner.surrogate`."""
+    """The form of the ratio through which advantages act. See `learner.losses.surrogate`."""
     clip_high: float | None = None
     """The clip's upper side; None: as `clip_ratio`."""
     dual_clip: float | None = None
@@ -76,8 +80,17 @@ class LossConfig:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; not for losses on the whole vocabulary."""
 
+    @property
+    def mismatch_bounds(self) -> tuple[float, float]:
+        """The lower and the upper bound on the ratio to the behaviour policy, where `mismatch` is not `none`."""
+        low, high = MISMATCH_BOUNDS[self.mismatch]
+        return (
+            low if self.mismatch_low is None else self.mismatch_low,
+            high if self.mismatch_high is None else self.mismatch_high,
+        )
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherConfig:
     """A teacher in the learner's own ranks. See `learner.teacher`."""
 
@@ -89,7 +102,7 @@ class TeacherConfig:
     """Keep its weights in host memory while it is not computing."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CriticConfig:
     """The model that learns what a prefix is worth, and what is made of its values. See `learner.critic`."""
 
@@ -108,7 +121,7 @@ class CriticConfig:
     lam: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
     """Everything a learner rank needs besides its data."""
 

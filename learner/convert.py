@@ -76,7 +76,9 @@ def _model(path: Path, dtype: str, parallel_config: ParallelConfig) -> DecoderMo
     """This rank's part of the model in `path`, with weights still to be filled in."""
     if dtype not in DTYPES:
         raise InputError(f"weights in {dtype} cannot be converted (only {' and '.join(DTYPES)}); cast them first")
-    config = LearnerConfig(path, dtype="bfloat16" if dtype == "bfloat16" else "float32", parallel=parallel_config)
+    config = LearnerConfig(
+        model_path=path, dtype="bfloat16" if dtype == "bfloat16" else "float32", parallel=parallel_config
+    )
     with on_this_device():
         model: DecoderModel = build_model(read_shape(path), config).to(this_device())
     return model
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         _check(options)
-        sizes = ParallelConfig(options.tp, options.pp, expert=options.ep)
+        sizes = ParallelConfig(tensor=options.tp, pipeline=options.pp, expert=options.ep)
         place = parallel.start(sizes, seed=0)
         try:
             if options.command == "hf-to-megatron":

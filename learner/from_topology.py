@@ -13,23 +13,29 @@ def learner_config(topology: Topology) -> LearnerConfig:
     """The learner's part of a topology."""
     section, critic = topology.learner, critic_config(topology)
     return LearnerConfig(
-        topology.models.student.path,
-        section.dtype,
-        ParallelConfig(
-            section.tensor_parallel,
-            section.pipeline_parallel,
-            section.context_parallel,
-            section.expert_parallel,
-            topology.supervisor.step_deadline_s,
-        ),
-        optim_config(topology, topology.schedule.steps - (critic.only_steps if critic is not None else 0)),
-        loss_config(topology),
-        section.logprob_chunk_rows,
-        section.recompute,
-        topology.seed,
-        teacher_config(topology),
-        reference_config(topology),
-        critic,
+        model_path=topology.models.student.path,
+        dtype=section.dtype,
+        parallel=parallel_config(topology),
+        optim=optim_config(topology, topology.schedule.steps - (critic.only_steps if critic is not None else 0)),
+        loss=loss_config(topology),
+        logprob_chunk_rows=section.logprob_chunk_rows,
+        recompute=section.recompute,
+        seed=topology.seed,
+        teacher=teacher_config(topology),
+        reference=reference_config(topology),
+        critic=critic,
+    )
+
+
+def parallel_config(topology: Topology) -> ParallelConfig:
+    """How the learner's models are split over its ranks."""
+    section = topology.learner
+    return ParallelConfig(
+        tensor=section.tensor_parallel,
+        pipeline=section.pipeline_parallel,
+        context=section.context_parallel,
+        expert=section.expert_parallel,
+        timeout_s=topology.supervisor.step_deadline_s,
     )
 
 
@@ -37,16 +43,16 @@ def optim_config(topology: Topology, steps: int) -> OptimConfig:
     """The optimizer of a model that is trained for so many steps."""
     optimizer = topology.learner.optimizer
     return OptimConfig(
-        optimizer.lr,
-        optimizer.beta1,
-        optimizer.beta2,
-        optimizer.eps,
-        optimizer.weight_decay,
-        optimizer.clip_grad,
-        optimizer.warmup_steps,
-        steps,
-        optimizer.decay,
-        optimizer.min_lr_ratio,
+        lr=optimizer.lr,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        clip_grad=optimizer.clip_grad,
+        warmup_steps=optimizer.warmup_steps,
+        total_steps=steps,
+        decay=optimizer.decay,
+        min_lr_ratio=optimizer.min_lr_ratio,
     )
 
 
@@ -54,12 +60,15 @@ def loss_config(topology: Topology) -> LossConfig:
     """What the student learns from, and through which ratio."""
     opd, advantage = topology.opd, topology.advantage
     return LossConfig(
-        opd.loss if opd.use_opd else "reverse_kl",  # which is nothing but the estimator's part without a teacher
-        opd.jsd_beta,
-        opd.kl_coef,
-        advantage.clip_low if advantage.clip_low is not None else opd.clip_ratio,
-        opd.signal_clamp,
-        opd.mismatch,
+        loss=opd.loss if opd.use_opd else "reverse_kl",  # which is nothing but the estimator's part without a teacher
+        jsd_beta=opd.jsd_beta,
+        kl_coef=opd.kl_coef,
+        clip_ratio=advantage.clip_low if advantage.clip_low is not None else opd.clip_ratio,
+        signal_clamp=opd.signal_clamp,
+        mismatch=opd.mismatch,
+        mismatch_low=opd.mismatch_low,
+        mismatch_high=opd.mismatch_high,
+        given=opd.gkd_lambda < 1.0,
         ratio=advantage.estimator.facts.ratio,
         clip_high=advantage.clip_high,
         dual_clip=advantage.dual_clip,
@@ -74,7 +83,8 @@ def teacher_config(topology: Topology) -> TeacherConfig | None:
     if not opd.in_learner or opd.teacher_load is None:
         return None
     shape_of = models.teacher or models.student
-    return TeacherConfig(shape_of.path, shards(opd.teacher_load, opd.teacher_ckpt_step), opd.teacher_offload)
+    load = shards(opd.teacher_load, opd.teacher_ckpt_step)
+    return TeacherConfig(model_path=shape_of.path, load=load, offload=opd.teacher_offload)
 
 
 def reference_config(topology: Topology) -> TeacherConfig | None:
@@ -84,7 +94,8 @@ def reference_config(topology: Topology) -> TeacherConfig | None:
         return None
     load = advantage.reference_load or topology.learner.load
     # it is needed once in a step: between steps its weights make room
-    return TeacherConfig(topology.models.student.path, None if load is None else shards(load), offload=True)
+    shape_of = topology.models.student
+    return TeacherConfig(model_path=shape_of.path, load=None if load is None else shards(load), offload=True)
 
 
 def critic_config(topology: Topology) -> CriticConfig | None:
@@ -95,12 +106,12 @@ def critic_config(topology: Topology) -> CriticConfig | None:
     optim = optim_config(topology, topology.schedule.steps)
     load = critic.load or (topology.learner.load if critic.path is None else None)
     return CriticConfig(
-        critic.path or topology.models.student.path,
-        None if load is None else shards(load),
-        optim if critic.lr is None else dataclasses.replace(optim, lr=critic.lr),
-        critic.value_clip,
-        critic.updates,
-        critic.only_steps,
-        advantage.gamma,
-        advantage.lam,
+        model_path=critic.path or topology.models.student.path,
+        load=None if load is None else shards(load),
+        optim=optim if critic.lr is None else dataclasses.replace(optim, lr=critic.lr),
+        value_clip=critic.value_clip,
+        updates=critic.updates,
+        only_steps=critic.only_steps,
+        gamma=advantage.gamma,
+        lam=advantage.lam,
     )

@@ -11,7 +11,6 @@ torchrun ends the others: the run goes back to the last checkpoint.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import sys
@@ -142,13 +141,13 @@ class Rank:
             return
         idle_s, self._idle_s = self._idle_s, 0.0
         result = self._trainer.step(from_message(command))
-        stats = {name: float(value) for name, value in dataclasses.asdict(result).items()}
+        stats = result.known()
         self._metrics["opd_learner_steps_total"].inc()
         self._metrics["opd_learner_tokens_total"].inc(result.tokens)
         self._metrics["opd_learner_step_seconds"].observe(result.seconds)
         self._metrics["opd_learner_idle_seconds_total"].inc(idle_s)
         for gauge in ("loss", "grad_norm", "learning_rate", "reverse_kl", "ratio_std", "clipped_share"):
-            self._metrics[f"opd_learner_{gauge}"].set(stats[gauge])
+            self._metrics[f"opd_learner_{gauge}"].set(stats.get(gauge))
         self._link.reply("Train", result.version, None, stats | {"idle_s": idle_s})
 
     def _sync(self, command: m.SyncWeights) -> None:

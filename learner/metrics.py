@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,72 +11,123 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from opd_async.learner.losses.sampled import MAXIMA, SUMS
+SUMS = (
+    *("loss", "reverse_kl", "k3", "ratio", "squared_deviation", "clipped", "gated", "clamped", "staleness"),
+    *("student_support", "teacher_support", "entropy", "reference_kl"),
+)
+"""What losses may report as a sum over rows (`LossOutput.sums`)."""
+MAXIMA = ("ratio", "staleness")
+"""What losses report as a maximum over rows, at least 0."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """What one step did, over all ranks. Means are per trained token; logprobs and KL in nats."""
+    """What one step did, over all ranks. Means are per trained token; logprobs and KL in nats.
+
+    None stands for what was not computed: it is left out of files and metrics.
+    """
 
     version: int
     """Weight version after the step."""
     tokens: int
-    loss: float
-    reverse_kl: float
-    """Mean of log p - log q on the sampled tokens: the estimate of KL(student || teacher)."""
-    k3: float
-    """The same KL by the low-variance estimator exp(d) - d - 1, d = log q - log p."""
-    ratio_mean: float
-    ratio_std: float
+    loss: float | None = None
+    """This and all that follow but the seconds are None in a step without a token."""
+    reverse_kl: float | None = None
+    """KL(student || teacher) at the prefixes of the step: exact where the loss is that over the whole vocabulary, else
+    the mean of rho (log p - log q) on the sampled tokens, rho = p / mu. None without a teacher, or a sampled token."""
+    k3: float | None = None
+    """The same KL by the low-variance estimator rho (exp(d) - d - 1), d = log q - log p."""
+    ratio_mean: float | None = None
+    """Of the sampled tokens, as all ratios: None where a data set gives every token."""
+    ratio_std: float | None = None
     """Root mean square of rho - 1."""
-    ratio_max: float
-    clipped_share: float
-    gated_share: float
-    clamped_share: float
-    staleness_mean: float
+    ratio_max: float | None = None
+    clipped_share: float | None = None
+    gated_share: float | None = None
+    """Of tokens that `opd.mismatch` dropped, or whose ratio it cut."""
+    clamped_share: float | None = None
+    staleness_mean: float | None = None
     """Optimizer steps."""
-    staleness_max: int
-    student_support: float
-    """Mean probability that the student gives to the teacher's top-k; 0 for losses on the sampled token."""
-    teacher_support: float
+    staleness_max: int | None = None
+    student_support: float | None = None
+    """Mean probability that the student gives to the teacher's top-k; None for losses without one."""
+    teacher_support: float | None = None
     """The same for the teacher: what the top-k leaves out is 1 minus this."""
-    entropy: float
-    """Mean entropy of the student, nats; 0 unless there is a bonus for it."""
-    reference_kl: float
-    """Mean of log p minus the reference's on the sampled tokens; 0 without one."""
-    grad_norm: float
-    """Before clipping; 0 in a step that trains the critic alone, as is the learning rate."""
-    learning_rate: float
-    seconds: float
-    value_loss: float = 0.0
-    """This and the following are 0 without a critic. Means over tokens whose response has a reward, at the beginning of
-    the step: half the squared difference between value and return."""
-    value_mean: float = 0.0
-    explained_variance: float = 0.0
-    """Of the returns, by the values."""
-    value_clipped_share: float = 0.0
+    entropy: float | None = None
+    """Mean entropy of the student, nats; None unless there is a bonus for it."""
+    reference_kl: float | None = None
+    """KL(student || reference) by the mean of rho (log p - log p_ref) on the sampled tokens; None without one."""
+    grad_norm: float | None = None
+    """Before clipping; None in a step that trains the critic alone."""
+    learning_rate: float | None = None
+    """0 in such a step."""
+    seconds: float = 0.0
+    value_loss: float | None = None
+    """This and the following are None without a critic. Means over tokens whose response has a reward, at the beginning
+    of the step: half the squared difference between value and return. None where no response has a reward."""
+    value_mean: float | None = None
+    explained_variance: float | None = None
+    """Of the returns, by the values; None where returns do not differ."""
+    value_clipped_share: float | None = None
     """In the step's last update of the critic."""
-    critic_grad_norm: float = 0.0
+    critic_grad_norm: float | None = None
     """Before clipping, of that update."""
 
+    def known(self) -> dict[str, float]:
+        """What was computed, by name."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {name: float(value) for name, value in values.items() if value is not None}
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """Sums and maxima over all micro-batches and data-parallel ranks, by the names of `SUMS` and `MAXIMA`."""
+    """Sums and maxima over all micro-batches and data-parallel ranks."""
 
     sums: dict[str, float]
+    """By the names of `SUMS`; 0 where nothing was reported."""
+    rows: dict[str, float]
+    """Over how many rows each sum is."""
     maxima: dict[str, float]
+    """By the names of `MAXIMA`."""
+
+    @property
+    def tokens(self) -> int:
+        """How many rows were trained."""
+        return int(self.rows["loss"])
+
+    def mean(self, name: str) -> float | None:
+        """The sum of that name per row; None where no row has it."""
+        return self.sums[name] / self.rows[name] if self.rows[name] else None
 
 
-def reduce_over_ranks(reports: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Totals:
-    """Add up the (sums, maxima) that the last pipeline stage reported per micro-batch; a collective of all ranks."""
-    sums = reduce_sums([micro_sums for micro_sums, _ in reports], len(SUMS), device)
+Report = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+"""`LossOutput.sums` and `LossOutput.maxima` of a micro-batch."""
+
+
+def reduce_over_ranks(reports: Sequence[Report], device: torch.device) -> Totals:
+    """Add up what the last pipeline stage reported per micro-batch; a collective of all ranks.
+
+    Raises `KeyError` for a name that is not in `SUMS`.
+    """
+    flat = reduce_sums([_vector(sums) for sums, _ in reports], 2 * len(SUMS), device)
     maxima = torch.zeros(len(MAXIMA), dtype=torch.float64, device=device)
-    for _, micro_maxima in reports:
-        maxima = torch.maximum(maxima, micro_maxima)
+    for _, of_batch in reports:
+        maxima = torch.maximum(maxima, torch.stack([of_batch[name] for name in MAXIMA]))
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
     _from_last_stage(maxima)
-    return Totals(dict(zip(SUMS, sums, strict=True)), dict(zip(MAXIMA, maxima.tolist(), strict=True)))
+    return Totals(
+        sums=dict(zip(SUMS, flat[::2], strict=True)),
+        rows=dict(zip(SUMS, flat[1::2], strict=True)),
+        maxima=dict(zip(MAXIMA, maxima.tolist(), strict=True)),
+    )
+
+
+def _vector(sums: Mapping[str, Tensor]) -> Tensor:
+    """float64[2 len(SUMS)]: sum and rows of each name in turn, zero for those that are not there."""
+    if unknown := set(sums) - set(SUMS):
+        raise KeyError(f"{', '.join(sorted(unknown))}: reported by a loss, and not in opd_async.learner.metrics.SUMS")
+    nothing = torch.zeros_like(sums["loss"])
+    return torch.cat([sums.get(name, nothing) for name in SUMS])
 
 
 def reduce_sums(reports: Sequence[Tensor], size: int, device: torch.device) -> list[float]:
@@ -97,39 +147,30 @@ def _from_last_stage(tensor: Tensor) -> None:
         dist.broadcast(tensor, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
 
 
-def step_metrics(version: int, totals: Totals, grad_norm: float, learning_rate: float, seconds: float) -> StepMetrics:
-    """The report of a step that led to weight version `version`."""
-    tokens = int(totals.sums["tokens"])
-    mean = {name: value / tokens for name, value in totals.sums.items()}
+def step_metrics(
+    version: int, totals: Totals, *, grad_norm: float | None, learning_rate: float, seconds: float
+) -> StepMetrics:
+    """The report of a step that led to weight version `version`, without what the critic says."""
+    squared_deviation = totals.mean("squared_deviation")
     return StepMetrics(
         version=version,
-        tokens=tokens,
-        loss=mean["loss"],
-        reverse_kl=mean["reverse_kl"],
-        k3=mean["k3"],
-        ratio_mean=mean["ratio"],
-        ratio_std=math.sqrt(mean["squared_deviation"]),
-        ratio_max=totals.maxima["ratio"],
-        clipped_share=mean["clipped"],
-        gated_share=mean["gated"],
-        clamped_share=mean["clamped"],
-        staleness_mean=mean["staleness"],
+        tokens=totals.tokens,
+        loss=totals.mean("loss"),
+        reverse_kl=totals.mean("reverse_kl"),
+        k3=totals.mean("k3"),
+        ratio_mean=totals.mean("ratio"),
+        ratio_std=None if squared_deviation is None else math.sqrt(squared_deviation),
+        ratio_max=totals.maxima["ratio"] if totals.rows["ratio"] else None,
+        clipped_share=totals.mean("clipped"),
+        gated_share=totals.mean("gated"),
+        clamped_share=totals.mean("clamped"),
+        staleness_mean=totals.mean("staleness"),
         staleness_max=int(totals.maxima["staleness"]),
-        student_support=mean["student_support"],
-        teacher_support=mean["teacher_support"],
-        entropy=mean["entropy"],
-        reference_kl=mean["reference_kl"],
+        student_support=totals.mean("student_support"),
+        teacher_support=totals.mean("teacher_support"),
+        entropy=totals.mean("entropy"),
+        reference_kl=totals.mean("reference_kl"),
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         seconds=seconds,
     )
-
-
-def empty_metrics(version: int) -> StepMetrics:
-    """The report of a step without a token, which led to weight version `version`: all figures zero."""
-    return StepMetrics(version, 0, **dict.fromkeys(_FIGURES, 0.0), staleness_max=0)
-
-
-_FIGURES = tuple(
-    field.name for field in dataclasses.fields(StepMetrics) if field.name not in ("version", "tokens", "staleness_max")
-)

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from opd_async.learner.errors import LearnerError
+from opd_async.learner.metrics import Report
 from opd_async.transport.step_batch import StepBatch
 
 
@@ -28,7 +29,7 @@ class OpenStep:
     """What the loss of every part is divided by; 0 while no part had a token."""
     tokens: int = 0
     seconds: float = 0.0
-    reports: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    reports: list[Report] = field(default_factory=list)
     """Of every micro-batch: sums and maxima; on the last pipeline stage."""
     held: list[StepBatch] = field(default_factory=list)
     """Parts that wait for the last one."""

@@ -45,7 +45,10 @@ def finalize(model: list[Any], _num_tokens: Tensor | None, **options: Any) -> No
 
 
 def make_optimizer(ddp: Any, config: OptimConfig, *, bf16: bool) -> Any:
-    """AdamW over data-parallel shards; with `bf16` weights it keeps float32 master weights."""
+    """AdamW over data-parallel shards; with `bf16` weights it keeps float32 master weights.
+
+    Matrices and embeddings decay; norms and biases, which have one dimension, do not.
+    """
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -60,7 +63,11 @@ def make_optimizer(ddp: Any, config: OptimConfig, *, bf16: bool) -> Any:
         use_distributed_optimizer=True,
     )
     with quiet(), on_this_device():
-        return get_megatron_optimizer(optimizer_config, [ddp])
+        optimizer = get_megatron_optimizer(optimizer_config, [ddp])
+    for group in optimizer.param_groups:
+        # the library leaves this to its own scheduler of learning rates, which is not used here
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    return optimizer
 
 
 def apply_gradient(optimizer: Any, rate: float, clip: float) -> float:

@@ -26,7 +26,7 @@ from opd_async.learner.config import LearnerConfig, TeacherConfig
 from opd_async.learner.distributed.cpu import on_this_device, this_device
 from opd_async.learner.errors import CheckpointError, ModelError
 from opd_async.learner.hf.io import load_hf
-from opd_async.learner.losses.logprobs import row_logprobs
+from opd_async.learner.losses.logprobs import Head, row_logprobs
 from opd_async.learner.model.architecture import read_shape
 from opd_async.learner.model.context import all_rows
 from opd_async.learner.model.decoder import DecoderModel, build_model
@@ -43,8 +43,8 @@ class TeacherRows:
     hidden_OY: Tensor | None = None
     """[O, Y]: hidden states of the rows that this rank holds (all, without context parallelism), normed and ready for
     the head; None where the sampled tokens are enough."""
-    head_VY: Tensor | None = None
-    """[padded vocab / tensor size, Y]: this rank's rows of the teacher's LM head, shared by all micro-batches."""
+    head: Head | None = None
+    """The teacher's LM head, whose weights are shared by all micro-batches."""
 
 
 class Teacher:
@@ -93,25 +93,28 @@ class Teacher:
             )
 
     def _report(self, packed: PackedBatch, hidden: Tensor, loss: str) -> TeacherRows:
-        hidden_OY, head_VY = hidden[packed.rows_O, 0], self.model.head_weight().detach()
+        hidden_OY, head = hidden[packed.rows_O, 0], head_of(self.model, self._config)
         if loss in FULL_LOSSES:
-            return TeacherRows(hidden_OY=hidden_OY, head_VY=head_VY)
-        found = row_logprobs(
-            hidden_OY,
-            head_VY,
-            packed.own(packed.targets_R),
-            vocab=self.shape.vocab,
-            chunk_rows=self._config.logprob_chunk_rows,
-            group=parallel_state.get_tensor_model_parallel_group(),
-        )
+            return TeacherRows(hidden_OY=hidden_OY, head=head)
+        found = row_logprobs(hidden_OY, head, packed.own(packed.targets_R))
         return TeacherRows(logprobs_R=all_rows(found.sampled_R, packed.own_O, len(packed.targets_R)))
+
+
+def head_of(model: DecoderModel, config: LearnerConfig) -> Head:
+    """The LM head of a model on the last pipeline stage."""
+    return Head(
+        weight=model.head_weight(),
+        vocab=model.shape.vocab,
+        group=parallel_state.get_tensor_model_parallel_group(),
+        chunk_rows=config.logprob_chunk_rows,
+    )
 
 
 class HostWeights:
     """A model whose weights live in host memory, but for the time of a block. They never change.
 
     Nothing is copied back: the host keeps its copy, and what the device held is freed, except for what something else
-    still refers to, as `TeacherRows.head_VY` does until the step is over. Where the device is the CPU, both are one.
+    still refers to, as `TeacherRows.head` does until the step is over. Where the device is the CPU, both are one.
     """
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:

@@ -32,7 +32,7 @@ from opd_async.learner.losses.full_divergences import row_divergences
 from opd_async.learner.losses.logprobs import RowLogprobs, row_logprobs
 from opd_async.learner.losses.objective import full_objective, objective, support_of
 from opd_async.learner.losses.sampled import LossOutput
-from opd_async.learner.metrics import StepMetrics, Totals, empty_metrics, reduce_over_ranks, step_metrics
+from opd_async.learner.metrics import StepMetrics, Totals, reduce_over_ranks, step_metrics
 from opd_async.learner.model.architecture import read_shape
 from opd_async.learner.model.attention import has_varlen
 from opd_async.learner.model.context import everywhere
@@ -41,7 +41,7 @@ from opd_async.learner.model.layout import PackedBatch, lay_out
 from opd_async.learner.model.pipeline import run_schedule
 from opd_async.learner.open_step import OpenStep, rescale, without_sums
 from opd_async.learner.optimizer import apply_gradient, finalize, learning_rate, make_optimizer, wrap
-from opd_async.learner.teacher import Teacher, TeacherRows
+from opd_async.learner.teacher import Teacher, TeacherRows, head_of
 from opd_async.transport.step_batch import MicroBatch, StepBatch
 
 PADDING_SLACK = 0.125
@@ -97,14 +97,15 @@ class Trainer:
             batch, self._open = self._open.whole(batch), OpenStep()
         if self._open.tokens + batch.loss_tokens == 0:  # only empty responses: nothing to learn, but the step counts
             self.version, self._open = self.version + 1, OpenStep()
-            return empty_metrics(self.version)
+            return StepMetrics(version=self.version, tokens=0)
         own_step = self.version - (self.config.critic.only_steps if self.config.critic is not None else 0)
         totals = self.gradients(batch, train=own_step >= 0)
         rate = learning_rate(own_step, self.config.optim) if own_step >= 0 else 0.0
-        grad_norm = self._update(rate) if own_step >= 0 else 0.0
+        grad_norm = self._update(rate) if own_step >= 0 else None
         values = self.critic.update(self.version) if self.critic is not None else {}
         self.version += 1
-        metrics = step_metrics(self.version, totals, grad_norm, rate, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        metrics = step_metrics(self.version, totals, grad_norm=grad_norm, learning_rate=rate, seconds=seconds)
         return replace(metrics, **values)
 
     def gradients(self, batch: StepBatch, *, train: bool = True) -> Totals:
@@ -116,9 +117,9 @@ class Trainer:
         self._differentiate(done, batch, train=train, last=True)
         rescale(self.ddp, done.denominator / done.tokens)
         totals = reduce_over_ranks(done.reports, self.device)
-        if totals.sums["tokens"] != done.tokens:
+        if totals.tokens != done.tokens:
             raise LearnerError(
-                f"the ranks hold {totals.sums['tokens']:.0f} rows for weight version {batch.version}, but the batch "
+                f"the ranks hold {totals.tokens} rows for weight version {batch.version}, but the batch "
                 f"says {done.tokens} loss tokens"
             )
         if not math.isfinite(totals.sums["loss"]):
@@ -179,18 +180,15 @@ class Trainer:
         if teacher.logprobs_R is not None:
             packed = replace(packed, teacher_R=teacher.logprobs_R)
             return objective(packed, self._logprobs(packed, hidden, train=True), self.config.loss)
-        assert teacher.hidden_OY is not None and teacher.head_VY is not None
+        assert teacher.hidden_OY is not None and teacher.head is not None
         found = row_divergences(
             hidden[packed.rows_O, 0],
-            self.model.head_weight(),
+            head_of(self.model, self.config),
             teacher.hidden_OY,
-            teacher.head_VY,
+            teacher.head,
             packed.own(packed.targets_R),
-            self.config.loss.loss,
+            loss=self.config.loss.loss,
             beta=self.config.loss.jsd_beta,
-            vocab=self.shape.vocab,
-            chunk_rows=self.config.logprob_chunk_rows,
-            group=parallel_state.get_tensor_model_parallel_group(),
         )
         return full_objective(packed, everywhere(found, packed.own_O, len(packed.targets_R)), self.config.loss)
 
@@ -199,14 +197,11 @@ class Trainer:
         support_RK, tail = support_of(packed, self.config.loss) if train else (None, False)
         found = row_logprobs(
             hidden[packed.rows_O, 0],
-            self.model.head_weight(),
+            head_of(self.model, self.config),
             packed.own(packed.targets_R),
             None if support_RK is None else packed.own(support_RK),
             tail=tail,
             entropy=train and self.config.loss.entropy_coef > 0.0,
-            vocab=self.shape.vocab,
-            chunk_rows=self.config.logprob_chunk_rows,
-            group=parallel_state.get_tensor_model_parallel_group(),
         )
         return everywhere(found, packed.own_O, len(packed.targets_R))
 

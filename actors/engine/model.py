@@ -21,6 +21,9 @@ from opd_async.actors.engine import sampler
 from opd_async.actors.engine.batch import Batch, SampleRows, ScoreRows
 from opd_async.actors.engine.kv import ATTENTION_NAME, PagedCache, place_groups
 from opd_async.actors.engine.request import FloatArray, TopRows
+from opd_async.data.model_folder import try_config
+from opd_async.data.rope import rope_problem
+from opd_async.errors import InputError
 
 # LM head rows x vocabulary held at once, in float32 elements (256 MiB).
 LOGITS_ELEMENTS = 1 << 26
@@ -55,8 +58,13 @@ class ModelRunner:
     """A causal LM with its KV pool."""
 
     def __init__(self, path: Path, *, dtype: str, device: str, pool_tokens: int | None, seed: int) -> None:
-        """Load the model from a Hugging Face folder; `pool_tokens` None takes a default."""
+        """Load the model from a Hugging Face folder; `pool_tokens` None takes a default.
+
+        Raises `InputError` for a model whose rotary angles depend on the length of a call.
+        """
         transformers_logging.disable_progress_bar()
+        if problem := rope_problem(try_config(path)):
+            raise InputError(f"{path}: {problem}")
         self.config = AutoConfig.from_pretrained(path)
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.device = torch.device(device)

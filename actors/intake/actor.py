@@ -194,7 +194,7 @@ class Intake:
         stats, staleness = describe_step(segments, version)
         if self._topology.reward.kind is not RewardKind.NONE:
             stats |= describe_rewards(outcomes)
-            self._metrics["opd_intake_reward_mean"].set(stats.get("reward_mean", 0.0))
+            self._metrics["opd_intake_reward_mean"].set(stats.get("reward_mean"))
         self._record(version, segments, stats, staleness)
         await self._role.control.send(m.StepStarted(version, stats, staleness, *_columns(taken)))
         # in a thread: a step of a million tokens would hold up everything that arrives meanwhile

@@ -124,7 +124,9 @@ class Critic:
             reports = self._differentiate(packs, again)
             sums = dict(zip(VALUE_SUMS, reduce_sums(reports, len(VALUE_SUMS), self._device), strict=True))
             norm = self._apply(rate)
-        rows, first = max(sums["rows"], 1.0), self._sums
+        rows, first = sums["rows"], self._sums
+        if not rows:  # no response has a reward
+            return {"critic_grad_norm": norm}
         return {
             "value_loss": first["loss"] / rows,
             "value_mean": first["value"] / rows,
@@ -183,10 +185,10 @@ def _moments(estimates: Estimates, like: Tensor) -> Tensor:
     return like.new_tensor([advantages_R.sum(), (advantages_R**2).sum()])
 
 
-def explained_variance(sums: dict[str, float]) -> float:
+def explained_variance(sums: dict[str, float]) -> float | None:
     """1 - var(return - value) / var(return) over the step's rows: 1 for a critic that is always right, 0 for one that
-    says the same of every prefix. 0 where returns do not differ."""
+    says the same of every prefix. None where returns do not differ: there is nothing to explain."""
     rows = max(sums["rows"], 1.0)
     variance = sums["squared_return"] / rows - (sums["return"] / rows) ** 2
     left = sums["squared_error"] / rows - (sums["error"] / rows) ** 2
-    return 1.0 - left / variance if variance > 1e-12 else 0.0
+    return 1.0 - left / variance if variance > 1e-12 else None

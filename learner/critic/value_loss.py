@@ -38,7 +38,7 @@ def value_loss(values_R: Tensor, rows: ValueRows, clip: float | None) -> tuple[T
 
     A value that has left V_old by more than `clip` towards its return has no gradient any more; one that was moved away
     from it still has. The first update of a step starts at V_old, where the bound cannot act.
-    Source: the PPO of OpenAI's baselines; 1707.06347 has no such clip.
+    Source: the PPO of OpenAI's baselines, 1/2 included; slime leaves the 1/2 out, and 1707.06347 has no such clip.
     """
     error_R = (values_R - rows.returns_R).square()
     clipped_R = torch.zeros_like(rows.known_R)

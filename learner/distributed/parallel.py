@@ -18,7 +18,7 @@ from opd_async.learner.distributed.cpu import on_this_device
 from opd_async.learner.errors import LearnerError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where this process stands: its global rank and its coordinates on the parallel axes."""
 
@@ -63,12 +63,12 @@ def start(config: ParallelConfig, seed: int) -> Place:
     )
     _seed(seed)
     return Place(
-        rank,
-        world_size,
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
+        rank=rank,
+        world_size=world_size,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
     )
 
 

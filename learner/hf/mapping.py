@@ -21,7 +21,7 @@ Join = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 """Parts of all tensor ranks, in rank order -> full Hugging Face tensors."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
     """One Megatron parameter."""
 
@@ -103,18 +103,26 @@ def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 def _whole(stage: int, name: str, hf_name: str, *size: int) -> Slot:
     """The same tensor on every tensor-parallel rank."""
-    return Slot(stage, name, (hf_name,), (size,), lambda full, *_: full[0], lambda parts: (parts[0],), sharded=False)
+    return Slot(
+        stage=stage,
+        name=name,
+        hf_names=(hf_name,),
+        hf_shapes=(size,),
+        split=lambda full, *_: full[0],
+        join=lambda parts: (parts[0],),
+        sharded=False,
+    )
 
 
 def _columns(stage: int, name: str, hf_name: str, hf_shape: tuple[int, int]) -> Slot:
     """Input channels split over ranks."""
     return Slot(
-        stage,
-        name,
-        (hf_name,),
-        (hf_shape,),
-        lambda full, rank, size: full[0].chunk(size, dim=1)[rank],
-        lambda parts: (_joined(parts, dim=1),),
+        stage=stage,
+        name=name,
+        hf_names=(hf_name,),
+        hf_shapes=(hf_shape,),
+        split=lambda full, rank, size: full[0].chunk(size, dim=1)[rank],
+        join=lambda parts: (_joined(parts, dim=1),),
     )
 
 
@@ -128,7 +136,8 @@ def _vocab_rows(shape: ModelShape, stage: int, name: str, hf_name: str) -> Slot:
     def join(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (_joined(parts)[: shape.vocab],)
 
-    return Slot(stage, name, (hf_name,), ((shape.vocab, shape.hidden),), split, join)
+    hf_shapes = ((shape.vocab, shape.hidden),)
+    return Slot(stage=stage, name=name, hf_names=(hf_name,), hf_shapes=hf_shapes, split=split, join=join)
 
 
 def _gate_up(hidden: int, ffn: int, stage: int, name: str, theirs: str) -> Slot:
@@ -142,7 +151,8 @@ def _gate_up(hidden: int, ffn: int, stage: int, name: str, theirs: str) -> Slot:
         return tuple(_joined([half[index] for half in halves]) for index in range(2))
 
     hf_names = (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight")
-    return Slot(stage, name, hf_names, ((ffn, hidden),) * 2, split, join)
+    hf_shapes = ((ffn, hidden),) * 2
+    return Slot(stage=stage, name=name, hf_names=hf_names, hf_shapes=hf_shapes, split=split, join=join)
 
 
 def _qkv(shape: ModelShape, stage: int, ours: str, theirs: str, kind: str) -> Slot:
@@ -163,4 +173,4 @@ def _qkv(shape: ModelShape, stage: int, ours: str, theirs: str, kind: str) -> Sl
 
     hf_names = tuple(f"{theirs}{name}_proj.{kind}" for name in "qkv")
     hf_shapes = tuple((shape.kv_heads * n, *inputs) for n in rows)
-    return Slot(stage, f"{ours}{kind}", hf_names, hf_shapes, split, join)
+    return Slot(stage=stage, name=f"{ours}{kind}", hf_names=hf_names, hf_shapes=hf_shapes, split=split, join=join)

@@ -2,7 +2,7 @@
 
 S the support: the teacher's k most likely ids of each row; p, q the probabilities of student (current weights) and
 teacher; the tail is everything outside S, one cell of probability 1 - sum_S p, respectively 1 - sum_S q.
-R rows, K = k ids, C = k + 1 cells (S, then the tail). All are nats per row, float32[R], with exact gradients in p.
+K = k ids, D = k + 1 cells (S, then the tail). All are nats per row, float32[R], with exact gradients in p.
 
 None of them looks at the sampled token (`minillm_topk` adds a part that does): each is a function of the prefix alone.
 So no importance ratio belongs to them, and an old token costs no correctness at its own position: all that staleness
@@ -37,10 +37,10 @@ class Cells:
     """log q of S."""
 
     def with_tail(self) -> tuple[Tensor, Tensor]:
-        """log p and log q of all cells: float32[R, C] each."""
+        """log p and log q of all cells: float32[R, D] each."""
         assert self.student_tail_R is not None
-        student_RC = torch.cat([self.student_RK, self.student_tail_R[:, None]], 1)
-        return student_RC, torch.cat([self.teacher_RK, tail_logprob(self.teacher_RK)[:, None]], 1)
+        student_RD = torch.cat([self.student_RK, self.student_tail_R[:, None]], 1)
+        return student_RD, torch.cat([self.teacher_RK, tail_logprob(self.teacher_RK)[:, None]], 1)
 
 
 def tail_logprob(logprobs_RK: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ def forward_kl_topk(cells: Cells, config: LossConfig) -> Tensor:
     Source: GKD (2306.13649) with D = forward KL; the tail bucket as in TRL. Staleness: prefixes only (see the module).
     On the wire: top-k ids and logprobs of the teacher, 8 k bytes per token.
     """
-    student_RC, teacher_RC = cells.with_tail()
-    return (teacher_RC.exp() * (teacher_RC - student_RC)).sum(-1)
+    student_RD, teacher_RD = cells.with_tail()
+    return (teacher_RD.exp() * (teacher_RD - student_RD)).sum(-1)
 
 
 def reverse_kl_topk(cells: Cells, config: LossConfig) -> Tensor:
@@ -92,11 +92,11 @@ def jsd_topk(cells: Cells, config: LossConfig) -> Tensor:
     Source: GKD (2306.13649), in whose notation beta weights the teacher. Staleness: prefixes only (see the module).
     On the wire: top-k ids and logprobs of the teacher, 8 k bytes per token.
     """
-    student_RC, teacher_RC = cells.with_tail()
+    student_RD, teacher_RD = cells.with_tail()
     beta = config.jsd_beta
-    mixture_RC = torch.logaddexp(teacher_RC + math.log(beta), student_RC + math.log1p(-beta))
-    from_teacher_R = (teacher_RC.exp() * (teacher_RC - mixture_RC)).sum(-1)
-    from_student_R = (student_RC.exp() * (student_RC - mixture_RC)).sum(-1)
+    mixture_RD = torch.logaddexp(teacher_RD + math.log(beta), student_RD + math.log1p(-beta))
+    from_teacher_R = (teacher_RD.exp() * (teacher_RD - mixture_RD)).sum(-1)
+    from_student_R = (student_RD.exp() * (student_RD - mixture_RD)).sum(-1)
     return beta * from_teacher_R + (1.0 - beta) * from_student_R
 
 
@@ -114,8 +114,8 @@ def minillm_topk(cells: Cells, config: LossConfig) -> Tensor:
     importance ratio, clipped, corrects the choice of the token alone. Needs whole responses (`train_on: samples`).
     On the wire: top-k ids and logprobs of the teacher, 8 k bytes per token, and its logprob of the sampled token.
     """
-    student_RC, teacher_RC = cells.with_tail()
-    return (student_RC.exp() * (student_RC - teacher_RC)).sum(-1)
+    student_RD, teacher_RD = cells.with_tail()
+    return (student_RD.exp() * (student_RD - teacher_RD)).sum(-1)
 
 
 def long_returns(signal_R: Tensor, sequence_R: Tensor) -> Tensor:

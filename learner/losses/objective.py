@@ -1,14 +1,16 @@
 """From the rows of a micro-batch to its loss, as the configuration names it.
 
-    sampled token:   reverse_kl, reverse_kl_behaviour, sft       -> learner.losses
-    teacher top-k:   forward_kl_topk, reverse_kl_topk, jsd_topk  -> learner.divergences
-    full vocabulary: forward_kl_full, reverse_kl_full, jsd_full -> learner.full_divergences
+    sampled token:   reverse_kl, reverse_kl_behaviour, sft       -> learner.losses.sampled
+    teacher top-k:   forward_kl_topk, reverse_kl_topk, jsd_topk  -> learner.losses.divergences
+    full vocabulary: forward_kl_full, reverse_kl_full, jsd_full  -> learner.losses.full_divergences
     both:            minillm_topk, minillm_full                  -> a divergence, and returns on the sampled token
 
 The estimator's advantage, and the pull towards a reference model, are a policy gradient beside any of them.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,13 +22,14 @@ from opd_async.learner.losses.divergences import DIVERGENCES, Cells, long_return
 from opd_async.learner.losses.full_divergences import RowDivergences
 from opd_async.learner.losses.logprobs import RowLogprobs
 from opd_async.learner.losses.sampled import (
-    SUMS,
     LossOutput,
     Rows,
     policy_gradient,
+    ratio,
     reverse_kl,
     reverse_kl_behaviour,
     sft,
+    summed,
     weighted,
 )
 from opd_async.learner.model.layout import PackedBatch
@@ -50,39 +53,45 @@ def support_of(packed: PackedBatch, config: LossConfig) -> tuple[Tensor | None, 
 
 def objective(packed: PackedBatch, logprobs: RowLogprobs, config: LossConfig) -> LossOutput:
     """The configured loss of a micro-batch, summed over its rows. `logprobs` are those that `support_of` asks for."""
-    # without a teacher the student stands in for it: no signal, and no divergence to report
-    teacher_R = logprobs.sampled_R.detach() if packed.teacher_R is None else packed.teacher_R
-    rows = _rows(packed, logprobs.sampled_R, teacher_R, config)
+    rows = _rows(packed, logprobs.sampled_R, packed.teacher_R, config)
     if config.loss in SAMPLED:
         output = SAMPLED[config.loss](rows, config)
-        return _with_reference(_plus_entropy(output, logprobs.entropy_R, packed.weights_R, config), packed, logprobs)
-    assert logprobs.support_RK is not None
-    teacher_RK = packed.topk_logprobs_RK if packed.topk_logprobs_RK is not None else logprobs.support_RK.detach()
-    cells = Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK)
-    output = with_divergence(rows, _later_signals(rows, packed, config), cells, config)
-    return _with_reference(_plus_entropy(output, logprobs.entropy_R, packed.weights_R, config), packed, logprobs)
+    else:
+        assert logprobs.support_RK is not None
+        teacher_RK = packed.topk_logprobs_RK if packed.topk_logprobs_RK is not None else logprobs.support_RK.detach()
+        cells = Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK)
+        output = with_divergence(rows, _later_signals(rows, packed, config), cells, config)
+    return _plus_entropy(_with_reference(output, packed, logprobs), logprobs.entropy_R, packed.weights_R, config)
 
 
 def full_objective(packed: PackedBatch, found: RowDivergences, config: LossConfig) -> LossOutput:
     """As `objective`, for the losses on the whole vocabulary; what `packed` says of the teacher is not looked at."""
     rows = _rows(packed, found.sampled_R, found.teacher_R, config)
-    estimator = policy_gradient(rows, _later_signals(rows, packed, config), config)
-    output = _plus_divergence(estimator, found.divergence_R, packed.weights_R, config)
+    output = policy_gradient(rows, _later_signals(rows, packed, config), config)
+    output = output.plus(config.kl_coef * weighted(found.divergence_R, packed.weights_R).sum())
+    if LOSSES[config.loss].student_kl:
+        output = replace(output, sums=output.sums | {"reverse_kl": summed(found.divergence_R.detach())})
     return _with_reference(output, packed, found)
 
 
-def _rows(packed: PackedBatch, sampled_R: Tensor, teacher_R: Tensor, config: LossConfig) -> Rows:
+def _rows(packed: PackedBatch, sampled_R: Tensor, teacher_R: Tensor | None, config: LossConfig) -> Rows:
     """The micro-batch's rows, with the logprobs float32[R] that student and teacher give to the sampled tokens."""
-    advantages_R = _advantages(packed, sampled_R, config)
-    of_batch = (packed.staleness_R, packed.sequence_R, packed.weights_R)
-    return Rows(sampled_R, packed.behaviour_R, teacher_R, advantages_R, *of_batch)
+    return Rows(
+        logprobs_R=sampled_R,
+        behaviour_R=packed.behaviour_R,
+        teacher_R=teacher_R,
+        advantages_R=_advantages(packed, sampled_R, config),
+        staleness_R=packed.staleness_R,
+        sequence_R=packed.sequence_R,
+        weights_R=packed.weights_R,
+    )
 
 
 def _later_signals(rows: Rows, packed: PackedBatch, config: LossConfig) -> Tensor:
     """The signal on the sampled token beside a divergence, float32[R]: MiniLLM's returns, else nothing."""
     if LOSSES[config.loss].whole:
-        return long_returns(rows.teacher_R - rows.logprobs_R.detach(), packed.sequence_R)
-    return torch.zeros_like(rows.teacher_R)
+        return long_returns(rows.signal_R(rows.logprobs_R), packed.sequence_R)
+    return torch.zeros_like(rows.behaviour_R)
 
 
 def with_divergence(rows: Rows, signal_R: Tensor, cells: Cells, config: LossConfig) -> LossOutput:
@@ -91,21 +100,12 @@ def with_divergence(rows: Rows, signal_R: Tensor, cells: Cells, config: LossConf
     The importance ratio acts on advantage and signal; the divergence depends on the prefix only. `signal_clamp` bounds
     the signal alone: clamping terms of a divergence can turn its sign.
     """
-    estimator = policy_gradient(rows, signal_R, config)
-    output = _plus_divergence(estimator, DIVERGENCES[config.loss](cells, config), rows.weights_R, config)
-    output.sums[SUMS.index("student_support")] = cells.student_RK.detach().exp().sum()
-    output.sums[SUMS.index("teacher_support")] = cells.teacher_RK.exp().sum()
-    return output
-
-
-def _plus_divergence(
-    estimator: LossOutput, divergence_R: Tensor, weights_R: Tensor | None, config: LossConfig
-) -> LossOutput:
-    """The estimator's loss plus kl_coef times the divergence, summed over rows."""
-    loss = estimator.loss + config.kl_coef * weighted(divergence_R, weights_R).sum()
-    sums = estimator.sums.clone()
-    sums[SUMS.index("loss")] = loss.detach()
-    return LossOutput(loss, sums, estimator.maxima)
+    divergence_R = DIVERGENCES[config.loss](cells, config)
+    return policy_gradient(rows, signal_R, config).plus(
+        config.kl_coef * weighted(divergence_R, rows.weights_R).sum(),
+        student_support=summed(cells.student_RK.detach().exp().sum(-1)),
+        teacher_support=summed(cells.teacher_RK.exp().sum(-1)),
+    )
 
 
 def _plus_entropy(
@@ -117,11 +117,8 @@ def _plus_entropy(
     """
     if entropy_R is None:
         return output
-    loss = output.loss - config.entropy_coef * weighted(entropy_R, weights_R).sum()
-    sums = output.sums.clone()
-    sums[SUMS.index("loss")] = loss.detach()
-    sums[SUMS.index("entropy")] = entropy_R.detach().sum()
-    return LossOutput(loss, sums, output.maxima)
+    bonus = config.entropy_coef * weighted(entropy_R, weights_R).sum()
+    return output.plus(-bonus, entropy=summed(entropy_R))
 
 
 def _advantages(packed: PackedBatch, sampled_R: Tensor, config: LossConfig) -> Tensor:
@@ -137,8 +134,13 @@ def _advantages(packed: PackedBatch, sampled_R: Tensor, config: LossConfig) -> T
 
 
 def _with_reference(output: LossOutput, packed: PackedBatch, found: RowLogprobs | RowDivergences) -> LossOutput:
-    """The same output with the KL to the reference among what is reported, where there is one."""
-    if packed.reference_R is not None:
-        difference_R = found.sampled_R.detach() - packed.reference_R
-        output.sums[SUMS.index("reference_kl")] = difference_R.double().sum()
-    return output
+    """The same output with the KL to the reference among what is reported, where there is one.
+
+    As that to the teacher, it is an estimate of the present student's own: rho (log p - log p_ref), rho = p / mu.
+    """
+    if packed.reference_R is None:
+        return output
+    difference_R = found.sampled_R.detach() - packed.reference_R
+    return replace(
+        output, sums=output.sums | {"reference_kl": summed(ratio(found.sampled_R, packed.behaviour_R) * difference_R)}
+    )

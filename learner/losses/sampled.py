@@ -6,7 +6,7 @@ R trained rows; p the student (current weights), mu the behaviour policy that sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from opd_async.learner.losses.surrogate import surrogate
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: large enough never to act on a sane ratio, small enough not to overflow
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
     """The R trained rows of a micro-batch. float32[R] in nats where nothing else is said; only `logprobs_R` has a
     gradient."""
@@ -26,8 +26,8 @@ class Rows:
     """log p of the sampled token."""
     behaviour_R: Tensor
     """log mu, as the engine reported it."""
-    teacher_R: Tensor
-    """log q."""
+    teacher_R: Tensor | None
+    """log q; None without a teacher."""
     advantages_R: Tensor
     """The estimator's, as the learner adds it to the signal; 0 without one."""
     staleness_R: Tensor
@@ -37,36 +37,37 @@ class Rows:
     weights_R: Tensor | None = None
     """How often a row counts in the loss (None: once); what is reported of ratios does not look at it."""
 
+    def signal_R(self, of_R: Tensor) -> Tensor:
+        """log q minus `of_R`, float32[R], without gradient; 0 without a teacher."""
+        return torch.zeros_like(self.behaviour_R) if self.teacher_R is None else self.teacher_R - of_R.detach()
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossOutput:
-    """The loss of one micro-batch, summed over its rows, and sums and maxima to report (see `SUMS` and `MAXIMA`)."""
+    """The loss of one micro-batch, summed over its rows, and what is reported of it, by name (`learner.metrics`)."""
 
     loss: Tensor
     """float32 scalar with gradient: sum over rows, to be divided by the step's token count."""
-    sums: Tensor
-    """float64[len(SUMS)]"""
-    maxima: Tensor
-    """float64[len(MAXIMA)]"""
+    sums: dict[str, Tensor]
+    """float64[2] each: the sum over rows, and over how many rows. What was not computed is not in it."""
+    maxima: dict[str, Tensor]
+    """float64 scalars; 0 for no rows."""
+
+    def plus(self, loss: Tensor, **sums: Tensor) -> LossOutput:
+        """The same with a further term of the loss, summed over the same rows, and further sums."""
+        total = self.loss + loss
+        counted = torch.stack([total.detach().double(), self.sums["loss"][1]])
+        return replace(self, loss=total, sums=self.sums | {"loss": counted} | sums)
 
 
-SUMS = (
-    "tokens",
-    "loss",
-    "reverse_kl",
-    "k3",
-    "ratio",
-    "squared_deviation",
-    "clipped",
-    "gated",
-    "clamped",
-    "staleness",
-    "student_support",
-    "teacher_support",
-    "entropy",
-    "reference_kl",
-)
-MAXIMA = ("ratio", "staleness")
+@torch.no_grad()
+def summed(values_R: Tensor, among_R: Tensor | None = None) -> Tensor:
+    """float64[2]: the sum of `values_R`, and how many they are; with `among_R` bool[R], of those where it is true."""
+    values_R = values_R.double()
+    if among_R is None:
+        among_R = torch.ones_like(values_R, dtype=torch.bool)
+    # not a product: 0 * inf is NaN
+    return torch.stack([values_R.where(among_R, 0.0).sum(), among_R.double().sum()])
 
 
 def reverse_kl(rows: Rows, config: LossConfig) -> LossOutput:
@@ -85,24 +86,25 @@ def reverse_kl(rows: Rows, config: LossConfig) -> LossOutput:
     Staleness: rho corrects the choice of the token; the distribution of prefixes stays that of older weights.
     On the wire: the teacher's logprob of the sampled token.
 
-    The mismatch gate acts on the same ratio without gradient: `tis` truncates it to [low, high], `icepop` drops rows
-    outside [low, high].
+    `mismatch` acts on the same ratio (`learner.losses.surrogate`): with `tis` it is a truncated weight instead of a
+    clipped ratio, `icepop` drops rows.
     """
-    return policy_gradient(rows, rows.teacher_R - rows.logprobs_R.detach(), config)
+    return policy_gradient(rows, rows.signal_R(rows.logprobs_R), config)
 
 
 def reverse_kl_behaviour(rows: Rows, config: LossConfig) -> LossOutput:
-    """slime's form of the reverse KL: an advantage fixed when the token was sampled, under PPO's clip. To compare with.
+    """The reverse KL with an advantage fixed when the token was sampled, under PPO's clip. To compare with.
 
         A    = kl_coef * clamp(log q - log mu, +-signal_clamp) + advantage       mu instead of the current p
         loss = -min(rho * A, clip(rho, 1 - eps, 1 + eps) * A)
 
     Estimates: on-policy (p = mu) the gradient of KL(p || q), as `reverse_kl`. Off-policy it does not: the expectation
     is sum_y p(y) (log q - log mu)(y) d log p(y), the gradient of KL(p || q) - KL(p || mu), which also drives
-    the student away from the weights that sampled. Source: slime's on-policy distillation (an additive KL penalty on
-    the advantage). Staleness and what is on the wire: as `reverse_kl`.
+    the student away from the weights that sampled. Source: slime's on-policy distillation under
+    `--use-rollout-logprobs`, an additive KL penalty on the advantage; its default computes log p again before the step,
+    in place of log mu, and has a ratio of 1. Staleness and what is on the wire: as `reverse_kl`.
     """
-    return policy_gradient(rows, rows.teacher_R - rows.behaviour_R, config)
+    return policy_gradient(rows, rows.signal_R(rows.behaviour_R), config)
 
 
 def sft(rows: Rows, config: LossConfig) -> LossOutput:
@@ -115,23 +117,33 @@ def sft(rows: Rows, config: LossConfig) -> LossOutput:
     given token has none, whatever weights it waited for. On the wire: the token; the teacher's logprob is reported.
     There is no importance ratio, so neither clip, clamp nor gate act.
     """
-    output = policy_gradient(rows, torch.zeros_like(rows.teacher_R), config)
-    loss = output.loss - config.kl_coef * weighted(rows.logprobs_R, rows.weights_R).sum()
-    output.sums[SUMS.index("loss")] = loss.detach()
-    return LossOutput(loss, output.sums, output.maxima)
+    output = policy_gradient(rows, torch.zeros_like(rows.behaviour_R), config)
+    return output.plus(-config.kl_coef * weighted(rows.logprobs_R, rows.weights_R).sum())
 
 
 def policy_gradient(rows: Rows, signal_R: Tensor, config: LossConfig) -> LossOutput:
-    """The surrogate that `config.ratio` names, for any signal float32[R] without gradient."""
+    """The surrogate that `config.ratio` and `config.mismatch` name, for any signal float32[R] without gradient."""
     advantage_R = config.kl_coef * _clamped(signal_R, config.signal_clamp) + rows.advantages_R
-    ratio_R = (rows.logprobs_R - rows.behaviour_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    gate_R = _gate(ratio_R.detach(), config)
+    ratio_R = ratio(rows.logprobs_R, rows.behaviour_R)
     acting = surrogate(rows.logprobs_R, ratio_R, advantage_R, rows.sequence_R, config)
-    loss = -weighted(gate_R * acting.objective_R, rows.weights_R).sum()
+    loss = -weighted(acting.objective_R, rows.weights_R).sum()
     clamped_R = signal_R.abs() > (torch.inf if config.signal_clamp is None else config.signal_clamp)
-    events = (acting.clipped_R, gate_R != 1.0, clamped_R)
-    sums = _sums(loss, rows.teacher_R - rows.logprobs_R.detach(), ratio_R, events, rows.staleness_R)
-    return LossOutput(loss, sums, _maxima(ratio_R, rows.staleness_R))
+    sums = {
+        "loss": torch.stack([loss.detach().double(), loss.new_tensor(len(ratio_R), dtype=torch.float64)]),
+        "clipped": summed(acting.clipped_R),
+        "gated": summed(acting.gated_R),
+        "clamped": summed(clamped_R),
+        "staleness": summed(rows.staleness_R),
+    }
+    sums |= _of_sampled_tokens(rows, ratio_R.detach(), config)
+    sampled_R = ratio_R if (own_R := _sampled(rows, config)) is None else ratio_R[own_R]
+    maxima = {"ratio": _largest(sampled_R), "staleness": _largest(rows.staleness_R)}
+    return LossOutput(loss=loss, sums=sums, maxima=maxima)
+
+
+def ratio(logprobs_R: Tensor, behaviour_R: Tensor) -> Tensor:
+    """rho = p / mu, float32[R], with the gradient of `logprobs_R`."""
+    return (logprobs_R - behaviour_R).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def weighted(loss_R: Tensor, weights_R: Tensor | None) -> Tensor:
@@ -143,44 +155,33 @@ def _clamped(signal_R: Tensor, bound: float | None) -> Tensor:
     return signal_R if bound is None else signal_R.clamp(-bound, bound)
 
 
-def _gate(ratio_R: Tensor, config: LossConfig) -> Tensor:
-    """float32[R]: the factor that turns the ratio into the ratio that the gate lets through."""
-    if config.mismatch == "tis":
-        return ratio_R.clamp(config.mismatch_low, config.mismatch_high) / ratio_R
-    if config.mismatch == "icepop":
-        return ((ratio_R >= config.mismatch_low) & (ratio_R <= config.mismatch_high)).float()
-    return torch.ones_like(ratio_R)
-
-
 @torch.no_grad()
-def _sums(
-    loss: Tensor, difference_R: Tensor, ratio_R: Tensor, events: tuple[Tensor, Tensor, Tensor], staleness_R: Tensor
-) -> Tensor:
-    """float64[len(SUMS)], in the order of SUMS; support, entropy and reference are not this module's.
+def _of_sampled_tokens(rows: Rows, ratio_R: Tensor, config: LossConfig) -> dict[str, Tensor]:
+    """What is estimated from tokens that the student sampled: its KL to the teacher, and the spread of the ratio.
 
-    `events` are clipped, gated, clamped; `difference_R` = log q - log p = d; `k3` = exp(d) - d - 1 (Schulman, 2020).
+        reverse_kl    rho (log p - log q)                                E_{y ~ mu} = KL(p || q) at each prefix
+        k3            rho (exp(d) - d - 1), d = log q - log p            the same (Schulman, 2020)
+
+    rho = p / mu weighs a token of older weights as the present student would have it: without it the mean is that of
+    KL(mu || q) - KL(mu || p).
     """
-    difference_R, ratio_R = difference_R.double(), ratio_R.double()
-    bounded_R = difference_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    nothing = ratio_R.new_zeros(())
-    return torch.stack(
-        [
-            torch.ones_like(ratio_R).sum(),
-            loss.double(),
-            -difference_R.sum(),
-            (bounded_R.exp() - bounded_R - 1.0).sum(),
-            ratio_R.sum(),
-            (ratio_R - 1.0).square().sum(),
-            *(event_R.double().sum() for event_R in events),
-            staleness_R.double().sum(),
-            *[nothing] * 4,
-        ]
-    )
+    sampled_R = _sampled(rows, config)
+    ratio_R = ratio_R.double()
+    sums = {"ratio": summed(ratio_R, sampled_R), "squared_deviation": summed((ratio_R - 1.0).square(), sampled_R)}
+    if rows.teacher_R is not None:
+        difference_R = (rows.teacher_R - rows.logprobs_R).double()
+        bounded_R = difference_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        sums["reverse_kl"] = summed(-ratio_R * difference_R, sampled_R)
+        sums["k3"] = summed(ratio_R * (bounded_R.exp() - bounded_R - 1.0), sampled_R)
+    return sums
+
+
+def _sampled(rows: Rows, config: LossConfig) -> Tensor | None:
+    """bool[R]: whose tokens the student sampled. Those that a data set gives have a log mu of exactly 0. None: all."""
+    return rows.behaviour_R != 0.0 if config.given else None
 
 
 @torch.no_grad()
-def _maxima(ratio_R: Tensor, staleness_R: Tensor) -> Tensor:
-    """float64[len(MAXIMA)], in the order of MAXIMA; zero for no rows."""
-    if not len(ratio_R):
-        return torch.zeros(len(MAXIMA), dtype=torch.float64, device=ratio_R.device)
-    return torch.stack([ratio_R.max().double(), staleness_R.max().double()])
+def _largest(values_R: Tensor) -> Tensor:
+    """float64 scalar; zero for no rows."""
+    return values_R.max().double() if len(values_R) else torch.zeros((), dtype=torch.float64, device=values_R.device)

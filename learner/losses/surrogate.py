@@ -7,6 +7,9 @@ gradient; rho = p / mu of a token, eps_low and eps_high the clip. All objectives
     sequence   the same with s_t = sg(s) p / sg(p) for rho, s = exp(mean of log p - log mu over the response)
     truncated  sg(clip(rho, 1 - eps_low, 1 + eps_high)) A log p
 
+    mismatch tis     sg(clamp(rho, low, high)) A log p in place of `token`: the bounds of TIS, not those of the clip
+    mismatch icepop  any of the three where low <= rho <= high, else 0
+
 A is whatever one row is worth: the estimator's advantage plus the distillation signal.
 """
 
@@ -22,21 +25,32 @@ from opd_async.learner.config import LossConfig
 
 @dataclass(frozen=True, slots=True)
 class Surrogate:
-    """The objective of each row, float32[R], with gradient; and where the clip took a row's gradient or cut its weight,
-    bool[R]."""
+    """The objective of each row, float32[R], with gradient; bool[R] where the clip took a row's gradient or cut its
+    weight, and where `mismatch` cut its weight or dropped it."""
 
     objective_R: Tensor
     clipped_R: Tensor
+    gated_R: Tensor
 
 
 def surrogate(
     logprobs_R: Tensor, ratio_R: Tensor, advantage_R: Tensor, sequence_R: Tensor | None, config: LossConfig
 ) -> Surrogate:
-    """The objective that `config.ratio` names. `ratio_R` is rho with gradient; `advantage_R` float32[R] has none.
+    """The objective that `config.ratio` and `config.mismatch` name. `ratio_R` is rho with gradient; `advantage_R`
+    float32[R] has none.
 
     `sequence_R` int64[R], ascending, says which response a row belongs to; only `sequence` needs it, with every row of
     each response. `ValueError` without it.
     """
+    if config.mismatch == "tis":
+        return tis(logprobs_R, ratio_R, advantage_R, config)
+    found = _of_ratio(logprobs_R, ratio_R, advantage_R, sequence_R, config)
+    return icepop(found, ratio_R.detach(), config) if config.mismatch == "icepop" else found
+
+
+def _of_ratio(
+    logprobs_R: Tensor, ratio_R: Tensor, advantage_R: Tensor, sequence_R: Tensor | None, config: LossConfig
+) -> Surrogate:
     if config.ratio == "truncated":
         return truncated(logprobs_R, ratio_R, advantage_R, config)
     if config.ratio == "sequence":
@@ -65,7 +79,7 @@ def clipped(ratio_R: Tensor, advantage_R: Tensor, config: LossConfig) -> Surroga
         deep_R = (advantage_R < 0) & (objective_R.detach() < least_R)
         clipped_R = clipped_R | deep_R
         objective_R = torch.where(deep_R, least_R, objective_R)
-    return Surrogate(objective_R, clipped_R)
+    return Surrogate(objective_R, clipped_R, torch.zeros_like(clipped_R))
 
 
 def sequence_ratio(logprobs_R: Tensor, ratio_R: Tensor, sequence_R: Tensor) -> Tensor:
@@ -76,7 +90,8 @@ def sequence_ratio(logprobs_R: Tensor, ratio_R: Tensor, sequence_R: Tensor) -> T
     Estimates: the weight of a response whose choice is corrected as a whole, as a geometric mean, so that one token
     cannot blow it up; a biased but even correction. With one advantage for all tokens of a response the sum of s_t A is
     GSPO's objective up to its 1 / T: the loss here is a mean over tokens, so long responses weigh more. With the
-    distillation signal, which differs by token, it is the token form of the same paper.
+    distillation signal, which differs by token, it is the token form of the same paper: each token keeps its own
+    credit, where slime's ratio of the whole response gives all of them the response's mean.
     Source: GSPO (2507.18071), equations 7 and 14.
     """
     log_ratio_R = ratio_R.detach().log()
@@ -97,12 +112,46 @@ def truncated(logprobs_R: Tensor, ratio_R: Tensor, advantage_R: Tensor, config: 
     Source: CISPO (MiniMax-M1, 2506.13585).
     """
     weight_R = _within(ratio_R.detach(), config)
-    objective_R = weight_R * advantage_R * (logprobs_R - logprobs_R.detach()).exp()
-    return Surrogate(objective_R, weight_R != ratio_R.detach())
+    clipped_R = weight_R != ratio_R.detach()
+    return Surrogate(_weighing(weight_R, advantage_R, logprobs_R), clipped_R, torch.zeros_like(clipped_R))
+
+
+def tis(logprobs_R: Tensor, ratio_R: Tensor, advantage_R: Tensor, config: LossConfig) -> Surrogate:
+    """Truncated importance sampling: a weight between two bounds, through which no gradient flows.
+
+        sg(clamp(rho, low, high)) A log p        low 0, high 2 where nothing else is written
+
+    Estimates: the off-policy policy gradient with weights cut at the bounds: biased where they cut, and every row keeps
+    its gradient. One ratio corrects for the engine's arithmetic and for the age of the weights. There is no clip
+    beside it: in slime and verl the clip acts on p / p_old, with p_old the learner's own logprob at the beginning of
+    the step. That ratio is 1 in the first update on a batch, and here every batch has one update.
+    Source: slime's and verl's truncated importance sampling.
+    """
+    low, high = config.mismatch_bounds
+    weight_R = ratio_R.detach().clamp(low, high)
+    gated_R = weight_R != ratio_R.detach()
+    return Surrogate(_weighing(weight_R, advantage_R, logprobs_R), torch.zeros_like(gated_R), gated_R)
+
+
+def icepop(found: Surrogate, ratio_R: Tensor, config: LossConfig) -> Surrogate:
+    """The same objective without the rows whose ratio float32[R] lies outside the bounds: they teach nothing.
+
+    Estimates: as `found` does, on the rows that are left. The clip goes on acting on these. The bounds are 0.5 and 5
+    where nothing else is written. Source: IcePop, as in MiMo's distillation.
+    """
+    low, high = config.mismatch_bounds
+    inside_R = (ratio_R >= low) & (ratio_R <= high)
+    # not a product: 0 * inf is NaN
+    return Surrogate(found.objective_R.where(inside_R, 0.0), found.clipped_R & inside_R, ~inside_R)
+
+
+def _weighing(weight_R: Tensor, advantage_R: Tensor, logprobs_R: Tensor) -> Tensor:
+    """float32[R]: weight x advantage, with the gradient of weight x advantage x log p."""
+    return weight_R * advantage_R * (logprobs_R - logprobs_R.detach()).exp()
 
 
 def _within(ratio_R: Tensor, config: LossConfig) -> Tensor:
-    """The ratio between the clip's sides, as far as there are any."""
+    """The ratio between the sides that the clip has."""
     low, high = config.clip_ratio, config.clip_high if config.clip_high is not None else config.clip_ratio
     return ratio_R.clamp(
         0.0 if low is None else max(1.0 - low, 0.0),  # no ratio is below zero

@@ -1,6 +1,6 @@
 """Causal attention over packed sequences, for Megatron's layer spec.
 
-Shapes: P packed tokens, H query heads and K key/value heads of this rank, D channels per head. With context parallelism
+Shapes: P packed tokens, H query heads and G key/value heads of this rank, E channels per head. With context parallelism
 P are this rank's tokens; keys and values are gathered from the other ranks of its group.
 """
 
@@ -50,28 +50,28 @@ class PackedAttention(MegatronModule):
         packed_seq_params: Packing,
         **_unused: Any,
     ) -> Tensor:
-        """`query` [P, 1, H, D], `key` and `value` [P, 1, K, D] -> [P, 1, H * D]."""
-        query_PHD, key_PKD, value_PKD = query[:, 0], key[:, 0], value[:, 0]
+        """`query` [P, 1, H, E], `key` and `value` [P, 1, G, E] -> [P, 1, H * E]."""
+        query_PHE, key_PGE, value_PGE = query[:, 0], key[:, 0], value[:, 0]
         if packed_seq_params.pieces[0].keys is not None:
             group = parallel_state.get_context_parallel_group()
             # the way back scatters and adds up what every rank's queries have asked of a key
-            key_PKD = gather_from_sequence_parallel_region(key_PKD.contiguous(), group=group)
-            value_PKD = gather_from_sequence_parallel_region(value_PKD.contiguous(), group=group)
+            key_PGE = gather_from_sequence_parallel_region(key_PGE.contiguous(), group=group)
+            value_PGE = gather_from_sequence_parallel_region(value_PGE.contiguous(), group=group)
         attend = self._varlen if has_varlen(query.device, query.dtype) else self._grouped
         outputs = []
         for piece in packed_seq_params.pieces:
-            keys, values = (t if piece.keys is None else t[piece.keys] for t in (key_PKD, value_PKD))
-            outputs.append(attend(query_PHD, keys, values, piece))
-        output_PHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return output_PHD.reshape(query.shape[0], 1, -1)
+            keys, values = (t if piece.keys is None else t[piece.keys] for t in (key_PGE, value_PGE))
+            outputs.append(attend(query_PHE, keys, values, piece))
+        output_PHE = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return output_PHE.reshape(query.shape[0], 1, -1)
 
-    def _varlen(self, query_PHD: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
+    def _varlen(self, query_PHE: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # imports flash attention, CUDA only
 
         first = piece.segments[0].start
         end = piece.segments[-1].start + piece.segments[-1].count * piece.segments[-1].length
         output = varlen_attn(
-            query_PHD[first:end],
+            query_PHE[first:end],
             keys,
             values,
             piece.query_bounds,
@@ -79,22 +79,22 @@ class PackedAttention(MegatronModule):
             *piece.longest,
             scale=self.scale,
             window_size=(-1, 0),  # causal, where the last query of a sequence sees its last key
-            enable_gqa=query_PHD.shape[1] != keys.shape[1],
+            enable_gqa=query_PHE.shape[1] != keys.shape[1],
         )
         assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are asked for
         return output
 
-    def _grouped(self, query_PHD: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
+    def _grouped(self, query_PHE: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
         """One call per group of sequences that share a slot length; the views cost nothing."""
         outputs = []
         for segment in piece.segments:
-            query_NHLD = _batched(query_PHD, segment.start, segment.count, segment.length)
+            query_NHLD = _batched(query_PHE, segment.start, segment.count, segment.length)
             key_NKLD, value_NKLD = (
                 _batched(t, segment.first_key, segment.count, segment.reach) for t in (keys, values)
             )
             mask = None
             if segment.length < segment.reach:
-                mask = torch.ones(segment.length, segment.reach, dtype=torch.bool, device=query_PHD.device)
+                mask = torch.ones(segment.length, segment.reach, dtype=torch.bool, device=query_PHE.device)
                 mask = mask.tril(segment.reach - segment.length)
             output_NHLD = functional.scaled_dot_product_attention(
                 query_NHLD,
@@ -103,7 +103,7 @@ class PackedAttention(MegatronModule):
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=self.scale,
-                enable_gqa=query_PHD.shape[1] != keys.shape[1],
+                enable_gqa=query_PHE.shape[1] != keys.shape[1],
             )
             outputs.append(output_NHLD.transpose(1, 2).flatten(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -1,8 +1,8 @@
 """Which tokens of a laid-out micro-batch a rank of a context group holds, and which keys its queries see.
 
-    a sequence in 2 C chunks, C ranks    rank 0: chunks 0 and 2C-1    rank 1: chunks 1 and 2C-2    ...
+    a sequence in 2 W chunks, W ranks    rank 0: chunks 0 and 2W-1    rank 1: chunks 1 and 2W-2    ...
 
-    T  tokens of the whole layout    P  tokens of this rank: T / C    R  rows of the micro-batch    O  rows on this rank
+    T  tokens of the whole layout    P  tokens of this rank: T / W    R  rows of the micro-batch    O  rows on this rank
 
 A late chunk sees many keys and an early one few: one of each makes the ranks equal in work. Attention is exact: keys
 and values of all ranks are gathered, queries stay where they are, and each of the two runs of chunks sees the prefix
@@ -47,7 +47,7 @@ class Piece:
 
     segments: tuple[Segment, ...]
     keys: Tensor | None
-    """int64[K]: which gathered tokens the keys are; None: this rank's own, all of them."""
+    """int64[keys]: which gathered tokens the keys are; None: this rank's own, all of them."""
     query_bounds: Tensor
     """int32[N+1]: where sequences begin among the run's queries, for variable-length kernels."""
     key_bounds: Tensor

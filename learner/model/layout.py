@@ -36,7 +36,7 @@ class Packing(PackedSeqParams):
     pieces: tuple[Piece, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
     """A micro-batch on the model's device. Row arrays keep the order of the micro-batch."""
 
@@ -107,20 +107,20 @@ def lay_out(
         rows_O, own_O = _held_rows(rows_O, held_P, total)
     scored = len(batch.teacher_logprobs) == len(batch.rows)
     return PackedBatch(
-        torch.from_numpy(token_ids)[None].to(device),
-        torch.from_numpy(positions).to(device),
-        Packing(qkv_format="sbhd", pieces=pieces),
-        torch.from_numpy(rows_O).to(device),
-        None if own_O is None else torch.from_numpy(own_O).to(device),
-        torch.from_numpy(batch.token_ids[batch.rows + 1].astype(np.int64)).to(device),
-        torch.tensor(batch.behaviour_logprobs, device=device),
-        torch.tensor(batch.teacher_logprobs, device=device) if scored else None,
-        torch.tensor(batch.advantages, device=device),
-        torch.tensor(batch.staleness, device=device),
-        torch.from_numpy(np.searchsorted(batch.cu_seqlens, batch.rows, side="right") - 1).to(device),
-        None if batch.topk is None else torch.from_numpy(batch.topk.ids.astype(np.int64)).to(device),
-        None if batch.topk is None else torch.tensor(batch.topk.logprobs, device=device),
-        None if batch.weights is None else torch.tensor(batch.weights, device=device),
+        token_ids_P=torch.from_numpy(token_ids)[None].to(device),
+        positions_P=torch.from_numpy(positions).to(device),
+        packing=Packing(qkv_format="sbhd", pieces=pieces),
+        rows_O=torch.from_numpy(rows_O).to(device),
+        own_O=None if own_O is None else torch.from_numpy(own_O).to(device),
+        targets_R=torch.from_numpy(batch.token_ids[batch.rows + 1].astype(np.int64)).to(device),
+        behaviour_R=torch.tensor(batch.behaviour_logprobs, device=device),
+        teacher_R=torch.tensor(batch.teacher_logprobs, device=device) if scored else None,
+        advantages_R=torch.tensor(batch.advantages, device=device),
+        staleness_R=torch.tensor(batch.staleness, device=device),
+        sequence_R=torch.from_numpy(np.searchsorted(batch.cu_seqlens, batch.rows, side="right") - 1).to(device),
+        topk_ids_RK=None if batch.topk is None else torch.from_numpy(batch.topk.ids.astype(np.int64)).to(device),
+        topk_logprobs_RK=None if batch.topk is None else torch.tensor(batch.topk.logprobs, device=device),
+        weights_R=None if batch.weights is None else torch.tensor(batch.weights, device=device),
         rewards_N=batch.rewards,
     )
 

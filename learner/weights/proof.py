@@ -37,10 +37,17 @@ def make_proof(trainer: Trainer, max_tokens: int) -> Proof:
     """Logprobs of a random text of at most `max_tokens` under the current weights. All ranks call it."""
     count = min(TOKENS, max_tokens)
     ids = np.random.default_rng(trainer.version).integers(0, trainer.shape.vocab, count).astype(np.int32)
-    rows = np.arange(count - 1, dtype=np.int32)
     zeros = np.zeros(count - 1, np.float32)
-    ends = np.array([0, count], np.int32)
-    reports = trainer.logprobs([MicroBatch(ids, ends, rows, zeros, zeros, zeros, zeros.astype(np.int32))])
+    batch = MicroBatch(
+        token_ids=ids,
+        cu_seqlens=np.array([0, count], np.int32),
+        rows=np.arange(count - 1, dtype=np.int32),
+        behaviour_logprobs=zeros,
+        teacher_logprobs=zeros,
+        advantages=zeros,
+        staleness=zeros.astype(np.int32),
+    )
+    reports = trainer.logprobs([batch])
     logprobs_R = reports[0].detach().float() if reports else torch.zeros(count - 1, device=trainer.device)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:  # only the last stage has them
         last = parallel_state.get_pipeline_model_parallel_last_rank()

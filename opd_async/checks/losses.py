@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from opd_async.config.learning import OpdSection
 from opd_async.config.losses import (
+    MISMATCH_BOUNDS,
     RATIO_LOSSES,
     SAMPLED_LOSSES,
     WHOLE_RESPONSE_LOSSES,
@@ -24,6 +25,7 @@ OLD_FOR_RATIOS = 2
 def loss_problems(topology: Topology) -> Iterator[str]:
     """Every reason why `opd.loss` could not be computed."""
     opd = topology.opd
+    yield from _mismatch_problems(topology)
     if problem := loss_problem(opd.loss) or (teacher_problem(opd.loss, opd.in_learner) if opd.use_opd else None):
         yield f"opd.loss: {problem}"
     if topology.opd.loss in WHOLE_RESPONSE_LOSSES and topology.schedule.train_on is TrainOn.TOKENS:
@@ -39,11 +41,37 @@ def loss_problems(topology: Topology) -> Iterator[str]:
         )
 
 
+def _mismatch_problems(topology: Topology) -> Iterator[str]:
+    """Bounds of the ratio without a use, or the wrong way round; sides of a clip that TIS takes the place of."""
+    opd, advantage = topology.opd, topology.advantage
+    if opd.mismatch == "none":
+        for key in ("mismatch_low", "mismatch_high"):
+            if (value := getattr(opd, key)) is not None:
+                yield f"opd.{key}: {value:g}, but opd.mismatch is none; remove it, or write opd.mismatch: tis or icepop"
+        return
+    usual_low, usual_high = MISMATCH_BOUNDS[opd.mismatch]
+    low = usual_low if opd.mismatch_low is None else opd.mismatch_low
+    high = usual_high if opd.mismatch_high is None else opd.mismatch_high
+    if low >= high:
+        yield (
+            f"opd.mismatch_low: {low:g} is not below opd.mismatch_high, {high:g} ({opd.mismatch}); write "
+            f"{usual_low:g} and {usual_high:g}"
+        )
+    if opd.mismatch == "tis":
+        for key in ("clip_low", "clip_high", "dual_clip"):
+            if (value := getattr(advantage, key)) is not None:
+                yield (
+                    f"advantage.{key}: {value:g}, but opd.mismatch tis takes the place of the clip; write null, or "
+                    "bounds into opd.mismatch_low and opd.mismatch_high"
+                )
+
+
 def loss_warnings(topology: Topology) -> Iterator[str]:
     """What a loss allows, but does not mean; for topologies in which `loss_problems` finds nothing."""
     schedule = topology.schedule
     yield from _idle_options(topology)
-    if schedule.max_staleness >= 1 and topology.opd.clip_ratio is None and topology.opd.loss in RATIO_LOSSES:
+    no_clip = topology.opd.clip_ratio is None and topology.opd.mismatch != "tis"  # which is another bound
+    if schedule.max_staleness >= 1 and no_clip and topology.opd.loss in RATIO_LOSSES:
         yield (
             f"opd.clip_ratio: off with schedule.max_staleness {schedule.max_staleness}; unclipped importance ratios "
             "can make the student collapse when tokens are not of the current step; write 0.2"

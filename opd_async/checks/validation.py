@@ -16,7 +16,8 @@ from opd_async.checks.reward import reward_problems
 from opd_async.checks.teacher import opd_problems
 from opd_async.checks.weights import weight_problems
 from opd_async.config.topology import EngineKind, EngineSection, ModelSection, Topology, TrainOn
-from opd_async.data.model_folder import ModelFacts, folder_problems, try_model
+from opd_async.data.model_folder import ModelFacts, folder_problems, try_config, try_model
+from opd_async.data.rope import rope_problem
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.engines.sglang import version_problem
 from opd_async.errors import InputError
@@ -34,6 +35,7 @@ def validate(topology: Topology) -> list[str]:
     return [
         *opd_problems(topology),
         *_model_problems(topology),
+        *_rope_problems(topology),
         *_data_problems(topology),
         *_schedule_problems(topology),
         *_engine_problems(topology),
@@ -134,6 +136,13 @@ def _schedule_problems(topology: Topology) -> Iterator[str]:
             f"schedule.samples_per_step: {samples} is not a multiple of rollout.group_size {group}, and a step takes "
             f"whole groups; write {max(samples - samples % group, group)}"
         )
+
+
+def _rope_problems(topology: Topology) -> Iterator[str]:
+    """Models whose rotary angles the embedded engine could not follow."""
+    for side, model, section in topology.engine_sides:
+        if section.kind is EngineKind.EMBEDDED and (problem := rope_problem(try_config(model.path))):
+            yield f"models.{side}.path: {problem}"
 
 
 def _engine_problems(topology: Topology) -> Iterator[str]:

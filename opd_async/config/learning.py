@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
 from opd_async.config.estimators import Estimator
-from opd_async.config.losses import DEFAULT_LOSS, LOSSES, TOPK_LOSSES
+from opd_async.config.losses import DEFAULT_LOSS, LOSSES, TOPK_LOSSES, Mismatch
 from opd_async.config.rewards import RewardKind
 from opd_async.config.section import NonNegative, Positive, Seconds, Section, StepsOr0
 
@@ -53,9 +52,13 @@ class OpdSection(Section):
     """|log q - log p| is clamped to this; null switches the clamp off."""
     clip_ratio: float | None = Field(default=0.2, gt=0, lt=1)
     """PPO-style clip of the importance ratio; null switches it off."""
-    mismatch: Literal["none", "tis", "icepop"] = "none"
-    """Gate on the ratio of the learner's probability of a token to the engine's. `tis` cuts the ratio at bounds;
-    `icepop` leaves out tokens whose ratio is outside them."""
+    mismatch: Mismatch = "none"
+    """What is done about rows whose p / mu lies outside of two bounds: `tis` truncates the ratio to them, in place of
+    the clip; `icepop` drops the rows."""
+    mismatch_low: float | None = Field(default=None, ge=0)
+    """Null stands for 0 with `tis` and 0.5 with `icepop`."""
+    mismatch_high: float | None = Field(default=None, gt=0)
+    """Null stands for 2 with `tis` and 5 with `icepop`."""
 
     @property
     def on_engines(self) -> bool:

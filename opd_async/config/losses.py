@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 
 class Needs(StrEnum):
@@ -34,6 +35,8 @@ class LossFacts:
     """Whether the signal on a token depends on what follows it, so that it needs whole responses."""
     given: bool = False
     """Whether it is for responses from a data set alone: on the student's own its expected gradient is zero."""
+    student_kl: bool = False
+    """Whether its divergence is KL(p || q) over the whole vocabulary: then reported in place of an estimate."""
     tail: bool = False
     """Whether it compares the probability outside the top-k too."""
     twin: str | None = None
@@ -108,6 +111,7 @@ LOSSES: dict[str, LossFacts] = {
     ),
     "reverse_kl_full": LossFacts(
         needs=Needs.FULL,
+        student_kl=True,
         twin="reverse_kl_topk",
         formula="sum_v p log(p / q)",
         looks_at="every *v*",
@@ -125,6 +129,7 @@ LOSSES: dict[str, LossFacts] = {
         needs=Needs.FULL,
         ratio=True,
         whole=True,
+        student_kl=True,
         twin="minillm_topk",
         formula="sum_v p log(p / q), and -rho clip(...) sg(mean of later log q - log p) on *y*",
         looks_at="every *v*, *y*",
@@ -138,6 +143,11 @@ LOSSES: dict[str, LossFacts] = {
     ),
 }
 DEFAULT_LOSS = "reverse_kl"
+
+Mismatch = Literal["none", "tis", "icepop"]
+MISMATCH_BOUNDS: dict[Mismatch, tuple[float, float]] = {"tis": (0.0, 2.0), "icepop": (0.5, 5.0)}
+"""`opd.mismatch`: the bounds on p / mu where `opd.mismatch_low` and `opd.mismatch_high` say nothing. TIS' are slime's
+(`--tis-clip-low`, `--tis-clip`), IcePop's those of MiMo."""
 
 TOPK_LOSSES = frozenset(name for name, facts in LOSSES.items() if facts.needs is Needs.TOPK)
 """Those that need the teacher's top-k on the wire."""

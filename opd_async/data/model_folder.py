@@ -59,6 +59,14 @@ def read_model(folder: Path) -> ModelFacts:
     )
 
 
+def try_config(folder: Path) -> dict[str, Any]:
+    """`config.json` as it is; empty where it cannot be read, for checks that leave saying why to `folder_problems`."""
+    try:
+        return _read_object(folder / "config.json")
+    except InputError:
+        return {}
+
+
 def try_model(folder: Path) -> ModelFacts | None:
     """As `read_model`; None where it raises, for checks that leave it to `folder_problems` to say why."""
     try:

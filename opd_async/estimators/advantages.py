@@ -81,7 +81,8 @@ def reinforce_plus_plus(outcomes: Sequence[Outcome], section: AdvantageSection) 
 
     Estimates: the return behind each token, with the step's mean for a baseline, in units of the step's spread; prompts
     are not told apart, so an easy prompt's responses look good.
-    Source: REINFORCE++ (2501.03262), without its penalty towards a reference model, which this system does not have.
+    Source: REINFORCE++ (2501.03262), without its penalty towards a reference model inside the return: here that is a
+    signal beside the advantage (`advantage.reference_kl_coef`, `learner.losses.objective`).
     """
     returns = [
         (outcome.reward or 0.0) * section.gamma ** np.arange(outcome.tokens - 1, -1, -1, dtype=np.float64)
@@ -123,7 +124,10 @@ def _centred(outcomes: Sequence[Outcome]) -> Float64:
 
 
 def _whitened(outcomes: Sequence[Outcome], values: list[Float64]) -> list[Float64]:
-    """Mean 0 and variance 1 over all tokens of responses with a reward; 0 on the others."""
+    """Mean 0 and variance 1 over all tokens of responses with a reward; 0 on the others.
+
+    The variance is that of the population; slime's is divided by n - 1 instead, n tokens.
+    """
     known = [value for outcome, value in zip(outcomes, values, strict=True) if outcome.reward is not None]
     flat = np.concatenate(known) if known else np.zeros(0)
     if not len(flat) or flat.min() == flat.max():

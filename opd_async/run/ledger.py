@@ -207,7 +207,7 @@ class Ledger:
         total[: len(counts)] += counts
         self.staleness = total
         reverse_kl = row.get("learner_reverse_kl")
-        if reverse_kl is not None and self.plan.topology.opd.use_opd:
+        if reverse_kl is not None:
             self.reverse_kl.append((row["step"], reverse_kl))
 
     def evaluation(self, evaluation: Evaluation, who: str) -> None:

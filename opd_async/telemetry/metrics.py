@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from opd_async.errors import OpdError
@@ -49,6 +49,8 @@ class Metric:
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    absent: bool = False
+    """A gauge that has no value until it is set, and none while it is set to None: what was not computed is not 0."""
 
     @property
     def role(self) -> str:
@@ -68,6 +70,10 @@ def _counter(name: str, text: str, *labels: str) -> Metric:
 
 def _gauge(name: str, text: str, *labels: str) -> Metric:
     return Metric(name, MetricKind.GAUGE, text, labels)
+
+
+def _figure(name: str, text: str) -> Metric:
+    return Metric(name, MetricKind.GAUGE, f"{text} Absent where it is not computed.", absent=True)
 
 
 def _histogram(name: str, text: str, buckets: tuple[float, ...]) -> Metric:
@@ -134,7 +140,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _gauge("opd_intake_backlog_tokens", "Scored tokens that wait to be trained."),
     _counter("opd_intake_duplicates_total", "Chunks received more than once."),
     _counter("opd_intake_malformed_total", "Frames dropped because they do not decode to the schema.", "kind"),
-    _gauge("opd_intake_reward_mean", "Mean reward of the responses that the last step completed."),
+    _figure("opd_intake_reward_mean", "Mean reward of the responses that the last step completed."),
     _counter("opd_intake_steps_total", "Steps planned."),
     _counter("opd_intake_cuts_total", "Responses trained in part because of a deadline."),
     _histogram("opd_intake_staleness_steps", "Age of each token when it is trained, in steps.", _STALENESS),
@@ -145,12 +151,17 @@ CATALOGUE: tuple[Metric, ...] = (
     _histogram("opd_learner_step_seconds", "Forward, backward and update of a step.", _SECONDS),
     _counter("opd_learner_idle_seconds_total", "Time spent waiting for a step's tokens."),
     _histogram("opd_learner_weight_sync_seconds", "Sending the weights to all engines.", _SECONDS),
-    _gauge("opd_learner_loss", "Loss of the last step, a mean over its tokens."),
-    _gauge("opd_learner_grad_norm", "Norm of the last step's gradient before clipping."),
-    _gauge("opd_learner_learning_rate", "Learning rate of the last step."),
-    _gauge("opd_learner_reverse_kl", "Mean of log p(student) - log q(teacher) over the last step's tokens, in nats."),
-    _gauge("opd_learner_ratio_std", "Spread of the importance ratio over the last step's tokens."),
-    _gauge("opd_learner_clipped_share", "Share of the last step's tokens whose importance ratio was clipped."),
+    _figure("opd_learner_loss", "Loss of the last step, a mean over its tokens."),
+    _figure("opd_learner_grad_norm", "Norm of the last step's gradient before clipping."),
+    _figure("opd_learner_learning_rate", "Learning rate of the last step."),
+    _figure(
+        "opd_learner_reverse_kl",
+        "KL(p ‖ q) of the present student p and the teacher q at the last step's prefixes, in nats: exact with "
+        "`reverse_kl_full` and `minillm_full`, else estimated by the mean of p/mu (log p - log q) over the tokens that "
+        "weights mu sampled.",
+    ),
+    _figure("opd_learner_ratio_std", "Root mean square of p/mu - 1 over the last step's sampled tokens."),
+    _figure("opd_learner_clipped_share", "Share of the last step's tokens whose importance ratio was clipped."),
 )
 ROLES: tuple[str, ...] = tuple(dict.fromkeys(metric.role for metric in CATALOGUE))
 
@@ -180,10 +191,28 @@ class Histogram(Collector):
         yield HistogramMetricFamily(self._metric.name, self._metric.help, buckets=cumulative, sum_value=total)
 
 
+class Figure(Collector):
+    """A gauge that may have no value, and is then no series."""
+
+    def __init__(self, metric: Metric, registry: CollectorRegistry) -> None:
+        self._metric = metric
+        self._value: float | None = None
+        registry.register(self)
+
+    def set(self, value: float | None) -> None:
+        """Take the value; None for what was not computed."""
+        self._value = value
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """The value, where there is one."""
+        yield GaugeMetricFamily(self._metric.name, self._metric.help, value=self._value)
+
+
 class RoleMetrics:
     """The metrics of one process, in a registry of their own: `metrics["opd_rollout_tokens_total"].inc(512)`.
 
-    Counters and gauges are those of `prometheus_client`; histograms are `Histogram`. Safe to use from any thread.
+    Counters and gauges are those of `prometheus_client`; histograms are `Histogram`, gauges without a value `Figure`.
+    Safe to use from any thread.
     """
 
     def __init__(self, role: str) -> None:
@@ -224,7 +253,9 @@ class RoleMetrics:
             server.server_close()
             thread.join()
 
-    def _make(self, metric: Metric) -> Counter | Gauge | Histogram:
+    def _make(self, metric: Metric) -> Counter | Gauge | Histogram | Figure:
+        if metric.absent:
+            return Figure(metric, self.registry)
         if metric.kind is MetricKind.HISTOGRAM:
             return Histogram(metric, self.registry)
         kind = Counter if metric.kind is MetricKind.COUNTER else Gauge

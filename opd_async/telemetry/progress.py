@@ -37,12 +37,11 @@ class Progress:
         rate = self._tokens / max(now - self._since, 1e-9)
         ages = started.staleness_counts
         mean_age = float(np.arange(len(ages)) @ ages / max(ages.sum(), 1))
-        # without a teacher the figure is 0 by definition
-        kl = f"reverse KL {learner['reverse_kl']:.4f}  " if learner.get("reverse_kl") else ""
+        kl = f"reverse KL {learner['reverse_kl']:.4f}  " if "reverse_kl" in learner else ""
+        spread = f"ratio spread {learner['ratio_std']:.3f}  " if "ratio_std" in learner else ""
         reward = f"reward {started.stats['reward_mean']:.3f}  " if "reward_mean" in started.stats else ""
         self.say(
-            f"step {step:>4}/{self._steps}  {reward}{kl}"
-            f"ratio spread {learner.get('ratio_std', float('nan')):.3f}  "
+            f"step {step:>4}/{self._steps}  {reward}{kl}{spread}"
             f"staleness {mean_age:.2f} (max {len(ages) - 1})  {rate:,.0f} tokens/s  cuts {started.stats['cuts']:.0f}"
         )
         self._last, self._tokens, self._since = now, 0.0, now

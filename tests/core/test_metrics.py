@@ -79,6 +79,19 @@ def test_values_arrive() -> None:
     assert found["opd_teacher_batch_tokens_sum"] == 64 + 2e9
 
 
+def test_what_was_not_computed_has_no_series() -> None:
+    """Neither before the first step nor after one without it: not 0, which would be a figure like any other."""
+    metrics = RoleMetrics("learner")
+    figures = {metric.name for metric in CATALOGUE if metric.absent}
+    assert {"opd_intake_reward_mean", "opd_learner_reverse_kl", "opd_learner_loss"} <= figures
+    for value in (None, 0.0, 0.25, None):
+        metrics["opd_learner_reverse_kl"].set(value)
+        found = samples(generate_latest(metrics.registry).decode())
+        assert found.get("opd_learner_reverse_kl") == value
+        assert "opd_learner_loss" not in found
+    assert "opd_intake_reward_mean" not in samples(generate_latest(RoleMetrics("intake").registry).decode())
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 1000)), max_size=20))
 def test_staleness_is_counted_by_token(observations: list[tuple[int, int]]) -> None:

@@ -20,6 +20,8 @@ from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology
 from opd_async.errors import InputError
 
+GRPO = ("advantage.estimator=grpo", "reward.kind=exact_match", "schedule.train_on=samples", "rollout.group_size=2")
+
 
 def problems(root: Path, *overrides: str) -> list[str]:
     return validate(small_topology(root, *overrides))
@@ -138,6 +140,30 @@ def test_losses_that_estimate_something_else_are_refused_with_the_reason(tmp_pat
     reason, instead = REFUSED[name]
     assert problems(tmp_path, f"opd.loss={name}") == [f"opd.loss: {name} is refused: {reason}; write {instead}"]
     assert any(loss in instead for loss in LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["opd.mismatch_low=0.1"], ["opd.mismatch_low: 0.1, but opd.mismatch is none; remove it, or write"]),
+        (["opd.mismatch=tis", "opd.mismatch_low=0.1", "opd.mismatch_high=3"], []),
+        (["opd.mismatch=tis", "opd.mismatch_low=2"], ["opd.mismatch_low: 2 is not below opd.mismatch_high, 2 (tis);"]),
+        (["opd.mismatch=icepop", "opd.mismatch_high=0.4"], ["opd.mismatch_low: 0.5 is not below opd.mismatch_high"]),
+        (
+            [*GRPO, "opd.mismatch=tis", "advantage.clip_high=0.3", "advantage.dual_clip=3"],
+            [
+                "advantage.clip_high: 0.3, but opd.mismatch tis takes the place of the clip; write null, or bounds",
+                "advantage.dual_clip: 3, but opd.mismatch tis takes the place of the clip",
+            ],
+        ),
+        ([*GRPO, "opd.mismatch=icepop", "advantage.clip_high=0.3"], []),
+    ],
+)
+def test_bounds_of_the_ratio(tmp_path: Path, overrides: list[str], expected: list[str]) -> None:
+    found = problems(tmp_path, *overrides)
+    assert [line.startswith(start) for line, start in zip(found, expected, strict=True)] == [True] * len(expected), (
+        found
+    )
 
 
 def test_losses_that_exist(tmp_path: Path) -> None:
@@ -309,6 +335,8 @@ def test_warnings(tmp_path: Path) -> None:
     topk = ("opd.loss=forward_kl_topk", "opd.topk=8")
     assert of(*topk, "schedule.max_staleness=4", "opd.clip_ratio=null") == []
     assert of(*topk, "opd.signal_clamp=3") == ["opd.signal_clamp"]
+    assert of("schedule.max_staleness=1", "opd.clip_ratio=null", "opd.mismatch=tis") == []
+    assert of("schedule.max_staleness=1", "opd.clip_ratio=null", "opd.mismatch=icepop") == ["opd.clip_ratio"]
     assert of("evaluation.every_steps=2") == ["evaluation.every_steps"]
     assert of("learner.optimizer.warmup_steps=10") == ["learner.optimizer.warmup_steps"]
     assert of(*GRPO, "advantage.estimator=gspo") == ["advantage.clip_low"]
@@ -337,9 +365,6 @@ def test_rewards_are_loaded_before_the_start(tmp_path: Path) -> None:
     assert found.startswith("reward.function: no_such_module:judge cannot be loaded (ModuleNotFoundError")
     (found,) = problems(tmp_path, "reward.kind=exact_match", "evaluation.answer_pattern=abc")
     assert found.startswith("evaluation.answer_pattern: 'abc' has no group")
-
-
-GRPO = ("advantage.estimator=grpo", "reward.kind=exact_match", "schedule.train_on=samples", "rollout.group_size=2")
 
 
 @pytest.mark.parametrize(

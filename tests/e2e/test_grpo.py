@@ -53,10 +53,13 @@ def test_rewards_alone_are_learnt_from(tmp_path: Path, estimator: str) -> None:
     for row in rows:
         assert (row["rewarded"], row["unrewarded"]) == (SAMPLES, 0)
         assert 0.0 < row["reward_mean"] < 1.0 and 0.0 <= row["flat_groups"] <= 1.0
-        assert row["learner_reverse_kl"] == row["learner_k3"] == 0.0
+        # nobody teaches: nothing is said of a teacher, nor of what this run has no part for
+        absent = {"reverse_kl", "k3", "student_support", "teacher_support", "entropy", "reference_kl"}
+        assert not {f"learner_{name}" for name in absent} & set(row)
+        assert ("learner_value_loss" in row) is (estimator == "ppo")
     only = CRITIC_ONLY if estimator == "ppo" else 0
-    assert [row["learner_grad_norm"] > 0.0 for row in rows] == [False] * only + [True] * (STEPS - only)
-    assert all((row["learner_critic_grad_norm"] > 0.0) == (estimator == "ppo") for row in rows)
+    assert ["learner_grad_norm" in row for row in rows] == [False] * only + [True] * (STEPS - only)
+    assert all((row.get("learner_critic_grad_norm", 0.0) > 0.0) == (estimator == "ppo") for row in rows)
     if estimator == "ppo":
         # each batch has a mean reward of its own, which moves the loss more than five steps do; the values only rise
         values = [row["learner_value_mean"] for row in rows]

@@ -19,6 +19,7 @@ from opd_async.actors.engine.model import ModelRunner
 from opd_async.actors.engine.request import LogprobSpec, Request
 from opd_async.actors.engine.sampling import SamplingParams
 from opd_async.actors.engine.scheduler import Limits
+from opd_async.errors import InputError
 
 
 def make_runner(folder: Path, pool: int, dtype: str = "float32") -> ModelRunner:
@@ -189,3 +190,39 @@ def test_a_model_failure_ends_the_loop(model_folder: Path) -> None:
 
 def test_threads_of_torch_are_those_asked_for() -> None:
     assert torch.get_num_threads() == 1
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 2.0},
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "dynamic": {"factor": 4.0},
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "original_max_position_embeddings": 32},
+}
+
+
+@pytest.mark.parametrize("kind", list(ROPES))
+def test_scores_do_not_depend_on_how_a_sequence_is_cut(kind: str, tmp_path: Path) -> None:
+    """Three parts of a sequence longer than the original context, beside the whole; or the model is refused."""
+    options = {"rope_type": kind, "rope_theta": 1e4} | ROPES[kind]
+    folder = make_model(tmp_path / kind, max_position_embeddings=64, rope_parameters=options)
+    if kind in ("dynamic", "longrope"):
+        with pytest.raises(InputError, match=f"rope_type {kind}, whose angles depend on the length of a call"):
+            make_runner(folder, 1024)
+        return
+    ids = np.random.default_rng(0).integers(0, 96, 200).tolist()
+    reference = load_reference(folder)
+    for budget in (70, 512):
+        request = make_request("r", ids, 4, start=0)
+
+        async def use(core: EngineCore, request: Request = request) -> None:
+            core.submit(request)
+            await finished([request])
+
+        host(make_runner(folder, 1024), use, pool_tokens=1024, prefill_budget=budget)
+        check_greedy(reference, request)

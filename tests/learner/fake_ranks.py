@@ -32,7 +32,7 @@ def check(folder: Path, rank: int) -> int:
     parallel_state.initialize_model_parallel(LAYOUT.tensor, LAYOUT.pipeline, create_gloo_process_groups=False)
     shape = read_shape(folder)
     with torch.device("meta"):
-        model = build_model(shape, LearnerConfig(folder, parallel=LAYOUT))
+        model = build_model(shape, LearnerConfig(model_path=folder, parallel=LAYOUT))
     there = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     mapped = {}
     for name, slot in local_slots(model):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opd_async.learner.losses.full_divergences import row_divergences
+from opd_async.learner.losses.logprobs import Head
 
 STUDENT = [2.0, 1.0, 0.5, -0.5, -1.0]
 TEACHER = [1.5, 1.8, -0.2, 0.3, -1.2]
@@ -68,9 +69,10 @@ class Problem:
         """The same by the learner; heads are cut between the ranks of `group`, and the gradient put together again."""
         hidden, head = self.hidden.clone().requires_grad_(), self.head.chunk(group.size())[group.rank()].clone()
         head.requires_grad_()
-        options: dict[str, Any] = {"beta": beta, "vocab": self.vocab, "chunk_rows": chunk_rows, "group": group}
-        teacher_head = self.teacher_head.chunk(group.size())[group.rank()]
-        rows = row_divergences(hidden, head, self.teacher_hidden, teacher_head, self.targets, loss, **options)
+        options: dict[str, Any] = {"vocab": self.vocab, "chunk_rows": chunk_rows, "group": group}
+        own, theirs = Head(weight=head, **options), self.teacher_head.chunk(group.size())[group.rank()]
+        teacher_head = Head(weight=theirs, **options)
+        rows = row_divergences(hidden, own, self.teacher_hidden, teacher_head, self.targets, loss=loss, beta=beta)
         (self.mix[0] * rows.sampled_R + self.mix[1] * rows.divergence_R).sum().backward()
         assert hidden.grad is not None and head.grad is not None and not rows.teacher_R.requires_grad
         parts = [torch.empty_like(head.grad) for _ in range(group.size())]

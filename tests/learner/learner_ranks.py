@@ -145,7 +145,9 @@ def with_experts(config: LearnerConfig, place: parallel.Place, results: Path) ->
 
 def with_critic(config: LearnerConfig) -> Trainer:
     """A trainer whose critic is of the student's shape, and takes two updates in each step."""
-    critic = CriticConfig(config.model_path, optim=config.optim, value_clip=0.05, updates=2, only_steps=1, lam=0.9)
+    critic = CriticConfig(
+        model_path=config.model_path, optim=config.optim, value_clip=0.05, updates=2, only_steps=1, lam=0.9
+    )
     return Trainer(replace(config, critic=critic))
 
 

@@ -16,6 +16,7 @@ from opd_async.config.losses import FULL_LOSSES
 from opd_async.learner.config import LossConfig
 from opd_async.learner.distributed.parallel import Place
 from opd_async.learner.losses.full_divergences import RowDivergences, row_divergences
+from opd_async.learner.losses.logprobs import Head
 from opd_async.learner.losses.objective import full_objective
 from opd_async.learner.model.layout import PackedBatch, Packing
 
@@ -27,9 +28,8 @@ def world() -> dist.ProcessGroup:
 def of_logits(loss: str, student: Tensor, teacher: Tensor, targets: Tensor, beta: float = 0.5) -> RowDivergences:
     """With the identity for a head, hidden states are logits."""
     vocab = student.shape[1]
-    head = torch.eye(vocab)
-    options = {"beta": beta, "vocab": vocab, "chunk_rows": 2, "group": world()}
-    return row_divergences(student, head, teacher, head, targets, loss, **options)  # type: ignore[arg-type]
+    head = Head(weight=torch.eye(vocab), vocab=vocab, chunk_rows=2, group=world())
+    return row_divergences(student, head, teacher, head, targets, loss=loss, beta=beta)
 
 
 @pytest.mark.parametrize("loss", sorted(GOLDEN))

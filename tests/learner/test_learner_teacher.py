@@ -44,7 +44,7 @@ def teacher(alone: Place, tmp_path_factory: pytest.TempPathFactory) -> TeacherCo
     folder = tmp_path_factory.mktemp("teacher")
     hf = write_model(folder / "hf", "teacher")
     hf_to_megatron(hf, folder / "megatron", ParallelConfig())
-    return TeacherConfig(hf, folder / "megatron")
+    return TeacherConfig(model_path=hf, load=folder / "megatron")
 
 
 def config_of(model_path: Path, teacher: TeacherConfig, loss: str, **changes: object) -> LearnerConfig:

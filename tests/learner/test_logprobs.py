@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opd_async.learner.distributed.parallel import Place
-from opd_async.learner.losses.logprobs import row_logprobs
+from opd_async.learner.losses.logprobs import Head, row_logprobs
 
 ROWS, HIDDEN, VOCAB = 11, 8, 19
 
@@ -33,9 +33,9 @@ def test_values_and_gradients(alone: Place, chunk_rows: int, padding: int) -> No
 
     hidden.requires_grad_()
     weight.requires_grad_()
-    found = row_logprobs(
-        hidden, weight, targets, vocab=VOCAB, chunk_rows=chunk_rows, group=dist.group.WORLD or dist.new_group()
-    ).sampled_R
+    group = dist.group.WORLD or dist.new_group()
+    head = Head(weight=weight, vocab=VOCAB, chunk_rows=chunk_rows, group=group)
+    found = row_logprobs(hidden, head, targets).sampled_R
     (found * mix).sum().backward()
     torch.testing.assert_close(found.double(), expected, rtol=0.0, atol=1e-5)
     assert hidden.grad is not None and weight.grad is not None
@@ -49,7 +49,8 @@ def test_no_rows_give_zero_gradients(alone: Place) -> None:
     weight.requires_grad_()
     none = hidden[:0].requires_grad_()
     group = dist.group.WORLD or dist.new_group()
-    found = row_logprobs(none, weight, targets[:0], vocab=VOCAB, chunk_rows=4, group=group).sampled_R
+    head = Head(weight=weight, vocab=VOCAB, chunk_rows=4, group=group)
+    found = row_logprobs(none, head, targets[:0]).sampled_R
     found.sum().backward()
     assert found.shape == (0,)
     assert weight.grad is not None and not weight.grad.any()

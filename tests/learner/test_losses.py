@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opd_async.learner.config import LossConfig
-from opd_async.learner.losses.sampled import MAXIMA, SUMS, LossOutput, Rows, reverse_kl, reverse_kl_behaviour, sft
+from opd_async.learner.losses.sampled import LossOutput, Rows, reverse_kl, reverse_kl_behaviour, sft
 
 STUDENT = [2.0, 1.0, 0.5, -0.5, -1.0]
 TEACHER = [1.5, 1.8, -0.2, 0.3, -1.2]
@@ -23,7 +24,14 @@ UNCLIPPED = LossConfig(clip_ratio=None)
 def loss_of(logprobs: Tensor, behaviour: Tensor, teacher: Tensor, config: LossConfig, **changes: Tensor) -> LossOutput:
     advantages = changes.get("advantages", torch.zeros(len(logprobs)))
     staleness = changes.get("staleness", torch.zeros(len(logprobs), dtype=torch.int32))
-    return reverse_kl(Rows(logprobs, behaviour, teacher, advantages, staleness), config)
+    rows = Rows(
+        logprobs_R=logprobs,
+        behaviour_R=behaviour,
+        teacher_R=teacher,
+        advantages_R=advantages,
+        staleness_R=staleness,
+    )
+    return reverse_kl(rows, config)
 
 
 def expected_gradient(
@@ -36,8 +44,13 @@ def expected_gradient(
     total = torch.zeros((), dtype=torch.float64)
     for token in range(len(student)):
         row = slice(token, token + 1)
-        nothing = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
-        rows = Rows(logits.log_softmax(-1)[row], mu[row], q[row], *nothing)
+        rows = Rows(
+            logprobs_R=logits.log_softmax(-1)[row],
+            behaviour_R=mu[row],
+            teacher_R=q[row],
+            advantages_R=torch.zeros(1),
+            staleness_R=torch.zeros(1, dtype=torch.int32),
+        )
         total = total + mu[token].exp() * loss(rows, config).loss
     (gradient,) = torch.autograd.grad(total, logits)
     return gradient
@@ -123,7 +136,7 @@ def test_the_clip_stops_a_token_that_has_moved_far_enough(log_ratio: float, adva
     output.loss.backward()
     assert logprobs.grad is not None
     assert bool(logprobs.grad.any()) is moves
-    assert output.sums[SUMS.index("clipped")] == (not moves)
+    assert output.sums["clipped"][0] == (not moves)
 
 
 def test_the_signal_clamp_bounds_what_one_token_can_ask_for() -> None:
@@ -133,61 +146,137 @@ def test_the_signal_clamp_bounds_what_one_token_can_ask_for() -> None:
     )
     output.loss.backward()
     torch.testing.assert_close(logprobs.grad, torch.tensor([3.0, 1.0]))
-    assert output.sums[SUMS.index("clamped")] == 1
+    assert output.sums["clamped"][0] == 1
+
+
+def mismatched(log_ratios: list[float], config: LossConfig, advantage: float = 1.0) -> tuple[list[float], list[float]]:
+    """The weight of each row's gradient, and how many rows were gated and clipped."""
+    ratios = torch.tensor(log_ratios)
+    logprobs = torch.full((len(ratios),), -1.0, requires_grad=True)
+    output = loss_of(logprobs, -1.0 - ratios, logprobs.detach() + advantage, config)
+    output.loss.backward()
+    assert logprobs.grad is not None
+    counts = [float(output.sums[name][0]) for name in ("gated", "clipped")]
+    return (-logprobs.grad / advantage).tolist(), counts
 
 
 def test_mismatch_gates() -> None:
-    log_ratios = torch.tensor([0.05, -2.0, 1.8, 0.7])
-    expected = {
-        "none": [1.051271, 0.135335, 6.049647, 2.013753],
-        "tis": [1.051271, 0.5, 5.0, 2.013753],
-        "icepop": [1.051271, 0.0, 0.0, 2.013753],
-    }
-    for name, weights in expected.items():
-        logprobs = torch.full((4,), -1.0, requires_grad=True)
-        config = LossConfig(clip_ratio=None, mismatch=name)  # type: ignore[arg-type]
-        output = loss_of(logprobs, -1.0 - log_ratios, torch.zeros(4), config)
-        output.loss.backward()
-        assert logprobs.grad is not None
-        torch.testing.assert_close(-logprobs.grad, torch.tensor(weights), rtol=0.0, atol=1e-5)
-        assert output.sums[SUMS.index("gated")] == (0 if name == "none" else 2)
+    """log rho of .05, -2, 1.8, .7: bounds of slime's TIS, of IcePop, and written ones."""
+    plain = [1.051271, 0.135335, 6.049647, 2.013753]
+    cases = [
+        (LossConfig(mismatch="none", clip_ratio=None), plain, 0),
+        (LossConfig(mismatch="tis"), [1.051271, 0.135335, 2.0, 2.0], 2),
+        (LossConfig(mismatch="tis", mismatch_low=0.5, mismatch_high=5.0), [1.051271, 0.5, 5.0, 2.013753], 2),
+        (LossConfig(mismatch="icepop", clip_ratio=None), [1.051271, 0.0, 0.0, 2.013753], 2),
+        (LossConfig(mismatch="icepop", mismatch_high=2.0, clip_ratio=None), [1.051271, 0.0, 0.0, 0.0], 3),
+        (LossConfig(mismatch="icepop", mismatch_low=0.0, clip_ratio=None), [1.051271, 0.135335, 0.0, 2.013753], 1),
+    ]
+    for config, weights, gated in cases:
+        found, counts = mismatched([0.05, -2.0, 1.8, 0.7], config)
+        assert found == pytest.approx(weights, abs=1e-5), config
+        assert counts == [gated, 0], config
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_tis_is_a_weight_between_its_bounds_and_no_clip_takes_its_gradient(advantage: float) -> None:
+    """As slime and verl have it: min(rho, C), whatever the sign; rows far below count little, not half."""
+    ratios = [1.3, 0.7, 0.01, 2.5]
+    logs = [math.log(ratio) for ratio in ratios]
+    found, counts = mismatched(logs, LossConfig(mismatch="tis", dual_clip=3.0), advantage)
+    assert found == pytest.approx([1.3, 0.7, 0.01, 2.0], rel=1e-5)
+    assert counts == [1, 0]
+    # IcePop drops rows; the clip goes on acting on those that are left
+    found, counts = mismatched(logs, LossConfig(mismatch="icepop"), advantage)
+    expected = [0.0, 0.7, 0.0, 0.0] if advantage > 0 else [1.3, 0.0, 0.0, 2.5]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert counts == [1, 2 if advantage > 0 else 1]
 
 
 def test_what_is_reported() -> None:
     logprobs, behaviour = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -2.5])
     teacher = torch.tensor([-1.5, -1.0])
     output = loss_of(logprobs, behaviour, teacher, UNCLIPPED, staleness=torch.tensor([0, 2], dtype=torch.int32))
-    sums = dict(zip(SUMS, output.sums.tolist(), strict=True))
     half = math.exp(0.5)
-    assert sums == {
-        "tokens": 2.0,
-        "loss": pytest.approx(0.5 - half, rel=1e-6),
-        "reverse_kl": pytest.approx(0.5 - 1.0),
-        "k3": pytest.approx(math.exp(-0.5) + 0.5 - 1.0 + math.exp(1.0) - 1.0 - 1.0),
-        "ratio": pytest.approx(1.0 + half),
-        "squared_deviation": pytest.approx((half - 1.0) ** 2),
-        "clipped": 0.0,
-        "gated": 0.0,
-        "clamped": 0.0,
-        "staleness": 2.0,
-        "student_support": 0.0,
-        "teacher_support": 0.0,
-        "entropy": 0.0,
-        "reference_kl": 0.0,
+    assert {name: value.tolist() for name, value in output.sums.items()} == {
+        "loss": [pytest.approx(0.5 - half, rel=1e-6), 2.0],
+        "reverse_kl": [pytest.approx(0.5 - half * 1.0), 2.0],
+        "k3": [pytest.approx(math.exp(-0.5) + 0.5 - 1.0 + half * (math.exp(1.0) - 1.0 - 1.0)), 2.0],
+        "ratio": [pytest.approx(1.0 + half), 2.0],
+        "squared_deviation": [pytest.approx((half - 1.0) ** 2), 2.0],
+        "clipped": [0.0, 2.0],
+        "gated": [0.0, 2.0],
+        "clamped": [0.0, 2.0],
+        "staleness": [2.0, 2.0],
     }
-    assert dict(zip(MAXIMA, output.maxima.tolist(), strict=True)) == {"ratio": pytest.approx(half), "staleness": 2.0}
+    assert {name: value.item() for name, value in output.maxima.items()} == {
+        "ratio": pytest.approx(half),
+        "staleness": 2.0,
+    }
+
+
+def of_tokens(student: list[float], behaviour: list[float], teacher: list[float], loss: Any) -> dict[str, float]:
+    """What is reported of infinitely many tokens of `behaviour`; all three are probabilities."""
+    p, mu, q = (torch.tensor(values, dtype=torch.float64).log() for values in (student, behaviour, teacher))
+    total = {"reverse_kl": 0.0, "k3": 0.0}
+    for token in range(len(p)):
+        row = slice(token, token + 1)
+        rows = Rows(
+            logprobs_R=p[row],
+            behaviour_R=mu[row],
+            teacher_R=q[row],
+            advantages_R=torch.zeros(1),
+            staleness_R=torch.zeros(1, dtype=torch.int32),
+        )
+        sums = loss(rows, LossConfig()).sums
+        total = {name: total[name] + float(mu[token].exp() * sums[name][0]) for name in total}
+    return total
+
+
+@pytest.mark.parametrize("loss", [reverse_kl, reverse_kl_behaviour])
+def test_the_reported_kl_is_the_students_own_however_old_the_tokens_are(loss: Any) -> None:
+    """Without the ratio it would be KL(mu || q) - KL(mu || p), .183 for .024 here."""
+    p, mu, q = [0.6, 0.25, 0.15], [0.3, 0.3, 0.4], [0.7, 0.2, 0.1]
+    exact = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert exact == pytest.approx(0.024, abs=1e-3)
+    assert of_tokens(p, mu, q, loss) == {"reverse_kl": pytest.approx(exact), "k3": pytest.approx(exact)}
+
+
+def test_nothing_is_reported_of_a_teacher_that_is_not_there_or_of_tokens_that_nobody_sampled() -> None:
+    logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    rows = Rows(
+        logprobs_R=logprobs,
+        behaviour_R=torch.tensor([-1.0, 0.0, -2.5]),  # the second one is given
+        teacher_R=None,
+        advantages_R=torch.ones(3),
+        staleness_R=torch.zeros(3, dtype=torch.int32),
+    )
+    alone = reverse_kl(rows, LossConfig())
+    assert not {"reverse_kl", "k3"} & set(alone.sums)
+    assert float(alone.loss.detach()) == pytest.approx(-(1.0 + math.exp(-2.0) + math.exp(-0.5)))
+    taught = replace(rows, teacher_R=torch.tensor([-2.0, -9.0, -1.0]))
+    for has_given, count, kl in ((False, 3.0, 1.0 + 7.0 * math.exp(-2.0)), (True, 2.0, 1.0)):
+        sums = reverse_kl(taught, LossConfig(given=has_given)).sums
+        assert sums["reverse_kl"].tolist() == [pytest.approx(kl - 2.0 * math.exp(-0.5)), count]
+        assert {name: sums[name][1] for name in ("k3", "ratio", "squared_deviation")} == dict.fromkeys(
+            ("k3", "ratio", "squared_deviation"), count
+        )
+        assert sums["loss"][1] == sums["clipped"][1] == 3.0
+    nobody = replace(taught, behaviour_R=torch.zeros(3))
+    output = reverse_kl(nobody, LossConfig(given=True))
+    assert output.sums["ratio"].tolist() == output.sums["reverse_kl"].tolist() == [0.0, 0.0]
+    assert output.maxima["ratio"] == 0.0
 
 
 def test_extreme_logprobs_stay_finite() -> None:
     logprobs = torch.tensor([-1.0, -500.0], requires_grad=True)
     output = loss_of(logprobs, torch.tensor([-500.0, -1.0]), torch.tensor([-300.0, -1.0]), LossConfig())
     output.loss.backward()
-    assert torch.isfinite(output.sums).all()
+    assert all(torch.isfinite(value).all() for value in output.sums.values())
     assert logprobs.grad is not None and torch.isfinite(logprobs.grad).all()
 
 
 def test_no_rows_report_zeros() -> None:
     none = torch.zeros(0, requires_grad=True)
     output = loss_of(none, torch.zeros(0), torch.zeros(0), LossConfig())
-    assert not output.sums.any() and not output.maxima.any()
+    assert not any(value.any() for value in (*output.sums.values(), *output.maxima.values()))
     output.loss.backward()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_learner import EMPTY, assert_close, hf_gradients, learner_config, micro_batch, split, step_batch, write_model
 
-from opd_async.config.loss_names import FULL_LOSSES, TOPK_LOSSES
+from opd_async.config.losses import FULL_LOSSES, TOPK_LOSSES
 from opd_async.learner.config import CriticConfig, LearnerConfig, LossConfig, OptimConfig, ParallelConfig, TeacherConfig
 from opd_async.learner.convert import hf_to_megatron
 from opd_async.learner.distributed.parallel import Place
@@ -35,7 +35,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, alone: Place) -> TeacherCo
     folder = tmp_path_factory.mktemp("teacher")
     path = write_model(folder / "hf", "teacher")
     hf_to_megatron(path, folder / "megatron", ParallelConfig())
-    return TeacherConfig(path, folder / "megatron")
+    return TeacherConfig(model_path=path, load=folder / "megatron")
 
 
 def parts_of(version: int) -> list[StepBatch]:
@@ -85,7 +85,9 @@ def test_a_reference(alone: Place, model_path: Path, teacher: TeacherConfig) -> 
 
 def test_a_critic(alone: Place, model_path: Path) -> None:
     """Advantages are whitened over the step, not over its parts."""
-    critic = CriticConfig(model_path, optim=OptimConfig(lr=1e-3, total_steps=10), value_clip=0.05, updates=2, lam=0.9)
+    critic = CriticConfig(
+        model_path=model_path, optim=OptimConfig(lr=1e-3, total_steps=10), value_clip=0.05, updates=2, lam=0.9
+    )
     check(replace(learner_config(model_path), critic=critic))
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from opd_async.learner.distributed.parallel import Place
-from opd_async.learner.losses.logprobs import row_logprobs
+from opd_async.learner.losses.logprobs import Head, row_logprobs
 
 ROWS, HIDDEN, VOCAB, K = 11, 8, 19, 5
 
@@ -36,8 +36,8 @@ def test_values_and_gradients(alone: Place, chunk_rows: int, padding: int, scale
     hidden.requires_grad_()
     weight.requires_grad_()
     group = dist.group.WORLD or dist.new_group()
-    options = {"tail": True, "entropy": True, "vocab": VOCAB, "chunk_rows": chunk_rows}
-    found = row_logprobs(hidden, weight, targets, support, **options, group=group)  # type: ignore[arg-type]
+    head = Head(weight=weight, vocab=VOCAB, chunk_rows=chunk_rows, group=group)
+    found = row_logprobs(hidden, head, targets, support, tail=True, entropy=True)
     assert found.support_RK is not None and found.tail_R is not None and found.entropy_R is not None
     values = torch.cat([found.sampled_R[:, None], found.support_RK, found.tail_R[:, None], found.entropy_R[:, None]], 1)
     (values * mix).sum().backward()
@@ -53,7 +53,8 @@ def test_no_rows_give_zero_gradients(alone: Place) -> None:
     weight = torch.ones(VOCAB, HIDDEN, requires_grad=True)
     none, no_id = torch.zeros(0, HIDDEN, requires_grad=True), torch.zeros(0, dtype=torch.int64)
     group = dist.group.WORLD or dist.new_group()
-    found = row_logprobs(none, weight, no_id, no_id[:, None], tail=True, vocab=VOCAB, chunk_rows=4, group=group)
+    head = Head(weight=weight, vocab=VOCAB, chunk_rows=4, group=group)
+    found = row_logprobs(none, head, no_id, no_id[:, None], tail=True)
     assert found.support_RK is not None and found.tail_R is not None
     (found.support_RK.sum() + found.tail_R.sum() + found.sampled_R.sum()).backward()
     assert (found.support_RK.shape, found.tail_R.shape) == ((0, 1), (0,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opd_async.learner.config import LossConfig
-from opd_async.learner.losses.sampled import SUMS, Rows, policy_gradient, reverse_kl
+from opd_async.learner.losses.sampled import Rows, policy_gradient, reverse_kl
 from opd_async.learner.losses.surrogate import clipped, sequence_ratio, surrogate
 
 RATIOS = ("token", "sequence", "truncated")
@@ -110,12 +111,12 @@ def test_on_policy_every_form_is_the_policy_gradient(
         logprobs = values.log_softmax(-1)
         config = LossConfig(ratio=form, kl_coef=0.5)  # type: ignore[arg-type]
         rows = Rows(
-            logprobs,
-            logprobs.detach(),
-            torch.tensor(teacher, dtype=torch.float64),
-            torch.tensor(advantages, dtype=torch.float64),
-            torch.zeros(6, dtype=torch.int32),
-            torch.tensor([0, 0, 0, 1, 1, 1]),
+            logprobs_R=logprobs,
+            behaviour_R=logprobs.detach(),
+            teacher_R=torch.tensor(teacher, dtype=torch.float64),
+            advantages_R=torch.tensor(advantages, dtype=torch.float64),
+            staleness_R=torch.zeros(6, dtype=torch.int32),
+            sequence_R=torch.tensor([0, 0, 0, 1, 1, 1]),
         )
         output = reverse_kl(rows, config)
         gradients.append(torch.autograd.grad(output.loss, values)[0])
@@ -125,14 +126,20 @@ def test_on_policy_every_form_is_the_policy_gradient(
 def test_the_signal_is_added_to_the_advantage_unscaled_and_unscaling() -> None:
     """The estimator's part and the teacher's add up: each is what it would be without the other."""
     logprobs = torch.tensor([-1.0, -2.0, -0.7], dtype=torch.float64, requires_grad=True)
-    logprobs_of = (logprobs, logprobs.detach() - 0.05, logprobs.detach())
-    staleness, sequence = torch.zeros(3, dtype=torch.int32), torch.tensor([0, 0, 1])
+    plain = Rows(
+        logprobs_R=logprobs,
+        behaviour_R=logprobs.detach() - 0.05,
+        teacher_R=logprobs.detach(),
+        advantages_R=torch.zeros(3, dtype=torch.float64),
+        staleness_R=torch.zeros(3, dtype=torch.int32),
+        sequence_R=torch.tensor([0, 0, 1]),
+    )
     advantage = torch.tensor([3.0, -1.0, 0.5], dtype=torch.float64)
     signal = torch.tensor([-0.2, 0.9, 0.1], dtype=torch.float64)
     nothing = torch.zeros_like(signal)
 
     def gradient(advantage: Tensor, signal: Tensor, config: LossConfig) -> Tensor:
-        loss = policy_gradient(Rows(*logprobs_of, advantage, staleness, sequence), signal, config).loss
+        loss = policy_gradient(replace(plain, advantages_R=advantage), signal, config).loss
         return torch.autograd.grad(loss, logprobs)[0]
 
     for ratio in RATIOS:
@@ -144,7 +151,13 @@ def test_the_signal_is_added_to_the_advantage_unscaled_and_unscaling() -> None:
 
 def test_what_is_clipped_is_reported() -> None:
     logprobs = torch.tensor([0.5, 0.0], requires_grad=True)
-    rows = Rows(logprobs, torch.zeros(2), torch.zeros(2), torch.ones(2), torch.zeros(2, dtype=torch.int32))
+    rows = Rows(
+        logprobs_R=logprobs,
+        behaviour_R=torch.zeros(2),
+        teacher_R=torch.zeros(2),
+        advantages_R=torch.ones(2),
+        staleness_R=torch.zeros(2, dtype=torch.int32),
+    )
     output = policy_gradient(rows, torch.zeros(2), LossConfig(clip_ratio=0.2))
-    assert output.sums[SUMS.index("clipped")] == 1.0
+    assert output.sums["clipped"].tolist() == [1.0, 2.0]
     assert clipped(torch.ones(0), torch.ones(0), LossConfig()).objective_R.shape == (0,)

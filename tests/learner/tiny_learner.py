@@ -155,7 +155,7 @@ def take(batch: MicroBatch, rows: Any, start: int, end: int) -> MicroBatch:
 def learner_config(model_path: Path, **changes: Any) -> LearnerConfig:
     """Large steps, so that a wrong optimizer state shows within two of them."""
     optim = OptimConfig(lr=3e-3, weight_decay=0.01, warmup_steps=2, total_steps=10, decay="linear")
-    return replace(LearnerConfig(model_path, optim=optim, logprob_chunk_rows=7), **changes)
+    return replace(LearnerConfig(model_path=model_path, optim=optim, logprob_chunk_rows=7), **changes)
 
 
 def hf_gradients(trainer: Trainer, batch: StepBatch) -> dict[str, torch.Tensor]:
