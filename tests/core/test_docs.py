@@ -18,6 +18,7 @@ from rooms import page as modules_page
 
 from opd_async.actors.intake.report import describe_rewards, describe_step
 from opd_async.checks.host import device_problems
+from opd_async.cli.main import COMMANDS
 from opd_async.command import parse_arguments
 from opd_async.config.schema_text import keys_at, schema_at
 from opd_async.config.topology import Topology
@@ -45,6 +46,7 @@ SGLANG_FLAGS = {
 }
 """Options of SGLang's servers that a page gives advice on."""
 
+RUNNING = ROOT / "docs/running.md"
 LEAST: dict[str, Any] = {
     "name": "part",
     "models": {"student": {"path": "s"}, "teacher": {"path": "t"}},
@@ -204,6 +206,18 @@ def test_options_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_commands_of_opd_exist(page: Path) -> None:
+    texts = [*spans(page), *blocks(page, "", "sh", "bash")]
+    used = {name for text in texts for name in re.findall(r"(?:^|bin/)opd ([a-z]+)", text, re.MULTILINE)}
+    assert used <= set(COMMANDS), used - set(COMMANDS)
+
+
+def test_the_page_on_running_has_every_command() -> None:
+    table = RUNNING.read_text().partition("\n## The command `opd`\n")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `opd (\w+)", table, re.MULTILINE)) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_commands_exist(page: Path) -> None:
     """`make X` and `python -m X`."""
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -227,9 +241,6 @@ def test_paths_exist(page: Path) -> None:
         if path and not (ROOT / text).exists():
             wrong.append(text)
     assert wrong == []
-
-
-RUNNING = ROOT / "docs/running.md"
 
 
 def test_the_page_on_running_lists_what_a_run_leaves() -> None:
