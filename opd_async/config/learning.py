@@ -37,7 +37,7 @@ class OpdSection(Section):
     teacher_offload: bool = False
     """`megatron`: keep the teacher's weights in host memory while it is not computing."""
     loss: str = Field(default=DEFAULT_LOSS, examples=list(LOSSES)[:3])
-    """One of `opd_async.config.losses.LOSSES`."""
+    """Name of the loss. docs/learning.md says what each of them is, and which to use."""
     topk: Positive = 64
     """How many of the teacher's most likely tokens the losses on its top-k use; no others ask for them."""
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
@@ -53,12 +53,12 @@ class OpdSection(Section):
     clip_ratio: float | None = Field(default=0.2, gt=0, lt=1)
     """PPO-style clip of the importance ratio; null switches it off."""
     mismatch: Mismatch = "none"
-    """What is done about rows whose p / mu lies outside of two bounds: `tis` truncates the ratio to them, in place of
-    the clip; `icepop` drops the rows."""
+    """What to do with a token whose ratio p / mu, of learner to engine, lies outside two bounds. `tis` truncates the
+    ratio to them, in place of the clip; `icepop` drops the token."""
     mismatch_low: float | None = Field(default=None, ge=0)
-    """Null stands for 0 with `tis` and 0.5 with `icepop`."""
+    """Lower bound of that ratio. Null stands for 0 with `tis` and 0.5 with `icepop`."""
     mismatch_high: float | None = Field(default=None, gt=0)
-    """Null stands for 2 with `tis` and 5 with `icepop`."""
+    """Upper bound of that ratio. Null stands for 2 with `tis` and 5 with `icepop`."""
 
     @property
     def on_engines(self) -> bool:
