@@ -104,6 +104,14 @@ def test_every_word_of_the_glossary_names_its_file() -> None:
         assert (ROOT / row[3].strip(" `")).is_file(), row[1]
 
 
+def test_every_step_of_a_token_names_the_files_to_open() -> None:
+    text = (ROOT / "docs/architecture.md").read_text().partition("\n## The life of a token\n")[2].partition("\n## ")[0]
+    steps = re.split(r"^\d+\. ", text, flags=re.MULTILINE)[1:]
+    assert len(steps) > 10
+    for step in steps:
+        assert any(path.endswith(".py") and (ROOT / path).is_file() for path in CODE.findall(step)), step
+
+
 def test_every_message_is_listed() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     table = text.partition("\n## Messages\n")[2].partition("\n## ")[0]
