@@ -149,6 +149,18 @@ def test_the_signal_clamp_bounds_what_one_token_can_ask_for() -> None:
     assert output.sums["clamped"][0] == 1
 
 
+def test_the_signal_is_clamped_before_it_is_weighed_and_advantages_are_not() -> None:
+    """kl_coef * clamp(signal) + advantage: of a signal of -8, clamped to 3, half; behind kl_coef it would be 3."""
+    logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    config = LossConfig(signal_clamp=3.0, kl_coef=0.5, clip_ratio=None)
+    output = loss_of(
+        logprobs, logprobs.detach(), torch.tensor([-9.0, 8.0]), config, advantages=torch.tensor([-7.0, 0.0])
+    )
+    output.loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([1.5 + 7.0, -1.5]))
+    assert output.sums["clamped"].tolist() == [2.0, 2.0]
+
+
 def mismatched(log_ratios: list[float], config: LossConfig, advantage: float = 1.0) -> tuple[list[float], list[float]]:
     """The weight of each row's gradient, and how many rows were gated and clipped."""
     ratios = torch.tensor(log_ratios)
