@@ -39,6 +39,12 @@ def test_group_relative(estimator: Estimator) -> None:
     assert [values[0] for values in plain] == pytest.approx([2 / 3, -1 / 3, -1 / 3, 1.0, -1.0])
 
 
+def test_rewards_that_hardly_differ_are_divided_by_hardly_less_than_the_epsilon() -> None:
+    """Rewards of 0 and 2e-6: a deviation of sqrt(2) 1e-6, and as much again nearly by the epsilon."""
+    found = advantages([Outcome(0, 0.0, 1), Outcome(0, 2e-6, 1)], Estimator.GRPO)
+    assert found[1][0] == pytest.approx(1.0 / (math.sqrt(2.0) + 1.0), rel=1e-5)
+
+
 def test_reinforce_plus_plus_discounts_and_whitens_over_tokens() -> None:
     outcomes = [Outcome(0, 1.0, 3), Outcome(1, -1.0, 1)]
     returns = np.array([0.25, 0.5, 1.0, -1.0])

@@ -68,6 +68,10 @@ def test_whitening_leaves_out_what_has_no_reward() -> None:
     found = gae(np.array([0.0, 1.0, 7.0]), np.array([0, 1, 2]), np.array([2.0, 5.0, np.nan]), gamma=1.0, lam=1.0)
     assert found.advantages_R.tolist() == [2.0, 4.0, 0.0]
     assert whitened(found, 3.0, 1.0).tolist() == pytest.approx([-1.0, 1.0, 0.0])
+    assert whitened(found, 3.0, 0.25).tolist() == pytest.approx([-2.0, 2.0, 0.0])
+    # a variance of nothing, or rounded below it, leaves the epsilon: sqrt(1e-8)
+    for variance in (0.0, -1e-3):
+        assert whitened(found, 3.0, variance).tolist() == pytest.approx([-1e4, 1e4, 0.0])
     assert whitened(found, 3.0, 0.0)[2] == 0.0
     nothing = gae(np.zeros(0), np.zeros(0, np.int64), np.zeros(0), gamma=1.0, lam=1.0)
     assert len(nothing.advantages_R) == len(whitened(nothing, 0.0, 0.0)) == 0

@@ -64,9 +64,8 @@ def check(config: LearnerConfig) -> None:
             assert many.version == version
         found, expected = many.step(last), one.step(at_once(version))
         assert (found.version, found.tokens) == (version + 1, expected.tokens)
-        names = ("loss", "reverse_kl", "grad_norm", "ratio_max", "staleness_max", "value_loss", "critic_grad_norm")
-        for name in names:
-            assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-5, abs=1e-5), name
+        known = found.known() | {"seconds": 0.0}
+        assert known == pytest.approx(expected.known() | {"seconds": 0.0}, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

@@ -50,9 +50,9 @@ def test_the_clip_has_two_sides_of_their_own() -> None:
 
 def test_dual_clip_bounds_what_a_negative_advantage_can_ask_for() -> None:
     logs = [math.log(ratio) for ratio in (2.0, 5.0, 5.0)]
-    values, gradients, cut = acting(logs, [-1.0, -1.0, 1.0], clip_ratio=0.2, dual_clip=3.0)
-    close(values, [-2.0, -3.0, 1.2])
-    close(gradients, [-2.0, 0.0, 0.0])
+    values, gradients, cut = acting(logs, [-2.0, -2.0, 1.0], clip_ratio=0.2, dual_clip=3.0)
+    close(values, [-4.0, -6.0, 1.2])
+    close(gradients, [-4.0, 0.0, 0.0])
     assert cut == [False, True, True]
 
 
