@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import zmq.asyncio
+from deadlines import patience
 
 from opd_async.actors.client import guard
 from opd_async.config.topology import ONE_TEACHER, Topology
@@ -91,11 +93,12 @@ async def fake_role(plan: Plan, kind: RoleKind) -> AsyncIterator[tuple[Role, Dis
 
 async def until(true: Callable[[], bool], what: str, deadline_s: float = 20.0) -> None:
     """Wait for something that a loop of the actor brings about."""
-    for _ in range(round(deadline_s / POLL_S)):
+    give_up = time.monotonic() + patience(deadline_s)
+    while time.monotonic() < give_up:
         if true():
             return
         await asyncio.sleep(POLL_S)
-    raise AssertionError(f"{what}: not within {deadline_s:.0f} s")
+    raise AssertionError(f"{what}: not within {patience(deadline_s):.0f} s")
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import zmq.asyncio
+from deadlines import patience
 
 from opd_async.actors.rollout.downstream import Downstream, unscored
 from opd_async.config.topology import Topology
@@ -56,7 +57,7 @@ async def delivered(use_opd: bool) -> list[list[object]]:
         for prompt_id in range(20):
             teacher = "math" if prompt_id % 4 else "code"
             await downstream.send(downstream.route(prompt_id, teacher), chunk(prompt_id, teacher=teacher))
-        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(patience(20)), asyncio.TaskGroup() as group:
 
             async def collect(index: int) -> None:
                 while True:

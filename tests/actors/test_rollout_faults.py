@@ -11,6 +11,7 @@ import aiohttp
 import numpy as np
 import pytest
 import zmq.asyncio
+from deadlines import patience
 from fake_role import Dispatcher, fake_role, hurry, make_plan, until, value
 from faulty_engine import FAULTS, VOCAB, FaultyEngine, continuation
 
@@ -62,7 +63,7 @@ async def rollout(
     engine: FaultyEngine, samples: int = SAMPLES, deadline_s: float = 60.0, teachers: tuple[str, ...] = (NOBODY,)
 ) -> AsyncIterator[Running]:
     """`deadline_s`: how long an engine may be out."""
-    section = {"request_deadline_s": 0.3, "chunk_tokens": 4, "sampling": {"max_response_tokens": TOKENS}}
+    section = {"request_deadline_s": patience(0.05), "chunk_tokens": 4, "sampling": {"max_response_tokens": TOKENS}}
     plan = make_plan(VOCAB, (engine.url,), teachers, rollout=section, supervisor={"start_deadline_s": deadline_s})
     async with (
         aiohttp.ClientSession(connector=new_connector()) as session,

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import aiohttp
 import numpy as np
 import pytest
+from deadlines import patience
 from fake_role import Dispatcher, fake_role, hurry, make_plan, until, value
 from faulty_engine import FAULTS, VOCAB, FaultyEngine, continuation, scores_of
 
@@ -89,7 +90,7 @@ class Teacher:
 
 @asynccontextmanager
 async def teacher(*engines: FaultyEngine, deadline_s: float = 60.0, **settings: object) -> AsyncIterator[Teacher]:
-    section = {"request_deadline_s": 0.3, "batch_tokens": 2 * CHUNK, "max_wait_ms": 5.0} | settings
+    section = {"request_deadline_s": patience(0.05), "batch_tokens": 2 * CHUNK, "max_wait_ms": 5.0} | settings
     sections = {"teacher": section, "rollout": {"chunk_tokens": CHUNK}, "supervisor": {"start_deadline_s": deadline_s}}
     plan = make_plan(VOCAB, ("http://127.0.0.1:1",), tuple(engine.url for engine in engines), **sections)
     async with (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from deadlines import patience
 
 from opd_async.actors.engine.batch import Batch
 from opd_async.actors.engine.request import LogprobSpec, Request
@@ -62,7 +63,7 @@ def test_real_roles_run_on_simulated_devices(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     options = ["--slots", str(SMALL.slots), "--lengths", SMALL.lengths, "--scale", str(SMALL.scale), "--steps", "7"]
     command = [sys.executable, "-m", "opd_async.bench.crosscheck", *options, "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(240), check=False)
     assert done.returncode == 0, done.stderr
     written = json.loads(file.read_text())
     for clock in ("virtual", "real"):

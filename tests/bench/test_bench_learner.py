@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from deadlines import patience
+
 from opd_async.bench import learner
 
 TINY = ["--layers", "2", "--hidden", "128", "--vocab", "64", "--tokens", "96", "--longest", "32", "--steps", "1"]
@@ -27,7 +29,7 @@ def test_a_teacher_inside_costs_four_forwards(tmp_path: Path) -> None:
         "--folder",
         str(tmp_path),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(120), check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     row = learner.row_of(done.stdout)
     padding = row.student_forward - 1.0

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from deadlines import patience
 
 from opd_async.bench.teacher.__main__ import row_of, table
 from opd_async.bench.teacher.scoring import Round, cuts
@@ -40,7 +41,7 @@ def test_both_modes_score_every_token(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "opd_async.bench.teacher", *model, *work, "--responses", "6", "--rounds", "1"]
     file = tmp_path / "figures.json"
     done = subprocess.run(
-        [*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+        [*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=patience(200), check=False
     )
     assert done.returncode == 0, done.stderr
     streamed, whole = json.loads(file.read_text())["rows"]

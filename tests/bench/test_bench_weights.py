@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from deadlines import patience
 
 from opd_async.bench import weights
 
@@ -26,7 +27,7 @@ def test_both_ways_are_measured(tmp_path: Path) -> None:
         "--json",
         str(tmp_path / "figures.json"),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience(200), check=False)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["engines"] == 2 and figures["bytes"] > 1 << 20

@@ -23,6 +23,7 @@ import aiohttp
 import numpy as np
 import psutil
 import torch
+from deadlines import patience
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
@@ -114,7 +115,7 @@ class Server:
     def _call(self, path: str, data: bytes | None, key: str) -> Any:
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, data, headers)
-        with urllib.request.urlopen(request, timeout=60.0) as reply:
+        with urllib.request.urlopen(request, timeout=patience(60.0)) as reply:
             kind, text = reply.headers.get_content_type(), reply.read()
         return json.loads(text) if kind == "application/json" and text else None
 
@@ -148,7 +149,7 @@ def running(model: Path, log: Path, settings: EngineSection = SETTINGS, **enviro
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        psutil.wait_procs(family, timeout=20)
+        psutil.wait_procs(family, timeout=patience(20))
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

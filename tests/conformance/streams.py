@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass, field
 
 import numpy as np
+from deadlines import patience
 from numpy.typing import NDArray
 from server_under_test import sampling
 
@@ -75,7 +76,7 @@ class Crowd:
 
     async def until_each_has(self, tokens: int) -> None:
         """Return once every stream has so many tokens."""
-        async with asyncio.timeout(60.0), self.changed:
+        async with asyncio.timeout(patience(60.0)), self.changed:
             await self.changed.wait_for(lambda: all(len(stream.tokens) >= tokens for stream in self.streams))
 
     async def drain(self) -> None:
@@ -84,7 +85,7 @@ class Crowd:
 
     async def finish(self) -> None:
         """Read all to their ends."""
-        async with asyncio.timeout(120.0):
+        async with asyncio.timeout(patience(120.0)):
             await asyncio.gather(*self._tasks)
 
     async def abandon(self) -> None:

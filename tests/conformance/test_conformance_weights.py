@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deadlines import patience
 from server_under_test import CONTEXT, KIND, VERSION, Server, prompt, reference_logprobs
 from streams import Crowd, Stream
 from transformers import PreTrainedModel
@@ -176,7 +177,7 @@ def test_weights_by_way_of_files(
             source=folder / "first",
             specs=specs,
             dtype=torch.float32,
-            timeout_s=60.0,
+            timeout_s=patience(60.0),
         )
         report, difference = sent_and_scored(server, sender, second, version)
         assert difference < EXACT and report.bytes == sum(4 * np.prod(shape) for _, shape in specs)
@@ -186,5 +187,5 @@ def test_weights_by_way_of_files(
 if KIND is EngineKind.SGLANG:  # handles are pickled, which the embedded engine does not read
 
     def test_weights_by_way_of_the_learners_memory(server: Server, trainer: Trainer, second: PreTrainedModel) -> None:
-        sender = TensorSender([trainer.engine], bucket_bytes=40_000, timeout_s=60.0)
+        sender = TensorSender([trainer.engine], bucket_bytes=40_000, timeout_s=patience(60.0))
         assert sent_and_scored(server, sender, second, 103)[1] < EXACT

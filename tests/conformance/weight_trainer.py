@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+from deadlines import patience
 from server_under_test import ADMIN_KEY, API_KEY, Server
 from transformers import PreTrainedModel
 
@@ -20,7 +21,7 @@ class Trainer:
         self._versions = itertools.count(1)
         self._groups = itertools.count()
         # small buckets, so that an update takes several broadcasts, of tensors and of flattened buckets
-        options = {"backend": "gloo", "bind_host": "127.0.0.1", "timeout_s": 60.0}
+        options = {"backend": "gloo", "bind_host": "127.0.0.1", "timeout_s": patience(60.0)}
         self.sender = WeightSender([self.engine], bucket_bytes=40_000, direct_bytes=5_000, **options)
         self.connect()
 

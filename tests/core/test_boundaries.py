@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from deadlines import patience
 from rooms import ORDER, ROOT, modules
 
 HEAVY = ("torch", "transformers", "megatron", "sglang")
@@ -38,7 +39,9 @@ for name in {core_modules()!r}:
     found = sorted(set({HEAVY!r}) & set(sys.modules))
     assert not found, f"{{name}} imports {{found}}"
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=patience(300), check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import zmq
 import zmq.asyncio
+from deadlines import patience
 
 from opd_async.errors import OpdError, RoleError
 from opd_async.plan.free_ports import free_ports
@@ -19,7 +20,7 @@ from opd_async.transport.channels import ControlClient, ControlServer, Pull, Pus
 from opd_async.transport.messages import Failure, Hello, Lease, Stop
 from opd_async.transport.wire import encode
 
-WAIT_S = 20.0
+WAIT_S = patience(20.0)
 
 
 def free_address() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from deadlines import patience
 from small_runs import small_topology
 
 from opd_async.run import checkpoints
@@ -37,7 +38,7 @@ class FakeDispatcher:
         self.asked.put_nowait(message)
 
     async def next_question(self) -> None:
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(patience(20.0)):
             await self.asked.get()
 
     def answer(self, error: str | None = None) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from deadlines import patience
 
 from opd_async.errors import DeadlineError, RoleError
 from opd_async.transport.mailbox import MAX_UNREAD, Mailbox
 
-LONG_S = 20.0
+LONG_S = patience(20.0)
 
 
 def play(scene: Callable[[Mailbox], Coroutine[Any, Any, None]]) -> None:

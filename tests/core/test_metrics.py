@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from deadlines import patience
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
@@ -24,7 +25,7 @@ NAMES = {metric.name for metric in CATALOGUE}
 
 def scrape(port: int) -> str:
     """What Prometheus would read."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=patience(30)) as reply:
         text: bytes = reply.read()
         return text.decode()
 

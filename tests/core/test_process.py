@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+from deadlines import patience
 
 from opd_async.errors import DeadlineError, InputError, OpdError, RoleError
 from opd_async.process import (
@@ -58,7 +59,7 @@ run_role(main)
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patience(60),
         env={**os.environ, **(env or {})},
         check=False,
     )
@@ -109,7 +110,9 @@ def test_a_parent_that_is_gone_is_refused() -> None:
 def test_a_grandparent_counts_as_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPD_PARENT_PID", str(os.getpid()))
     inner = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {TIED!r}], check=True)"
-    done = subprocess.run([sys.executable, "-c", inner], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", inner], capture_output=True, text=True, timeout=patience(60), check=True
+    )
     assert done.stdout == "tied\n"
 
 
@@ -128,7 +131,7 @@ def test_stop_event(number: signal.Signals) -> None:
         event = stop_event(asyncio.get_running_loop())
         assert not event.is_set()
         os.kill(os.getpid(), number)
-        await asyncio.wait_for(event.wait(), 60)
+        await asyncio.wait_for(event.wait(), patience(60))
 
     asyncio.run(main())
 

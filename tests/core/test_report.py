@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from deadlines import patience
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -173,4 +174,4 @@ def test_a_picture_of_one_panel_and_of_nothing(tmp_path: Path) -> None:
 
 def test_plots_load_matplotlib_only_when_they_draw() -> None:
     code = "import sys, opd_async.telemetry.plots; sys.exit('matplotlib' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=patience(60))

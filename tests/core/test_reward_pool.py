@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from deadlines import patience
 from small_runs import small_topology
 
 from opd_async.actors.rewards import pool as reward_pool
@@ -54,7 +55,7 @@ def with_pool(root: Path, work: Callable[[Judge], Awaitable[None]], *overrides: 
 
     async def main() -> None:
         pool = RewardPool(plan.topology.reward, file)
-        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(patience(60)), asyncio.TaskGroup() as group:
             task = group.create_task(pool.run())
             await work(lambda label: pool.reward(ids("ab"), ids("abc"), label, '{"points": 0.5}', True))
             task.cancel()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deadlines import patience
 from small_runs import small_topology, write_json, write_lines
 
 from opd_async.checks.inputs import read_inputs
@@ -241,7 +242,7 @@ def test_the_lock_ends_with_a_killed_process(tmp_path: Path) -> None:
         assert holder.stdout.readline() == "held\n"
         assert f"process {holder.pid} is running in this folder" in refused(plan, resume=True)
         holder.kill()
-        holder.wait(timeout=30)
+        holder.wait(timeout=patience(30))
     prepare(plan, resume=True).release()
 
 

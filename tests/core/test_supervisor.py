@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import uvloop
+from deadlines import patience
 
 from opd_async.cluster.supervisor import Exit, ProcessSpec, Supervisor
 from opd_async.errors import RoleError, StateError
@@ -50,7 +51,7 @@ def spec(tmp_path: Path, code: str, name: str = "rollout-0", **env: str) -> Proc
 
 def wait_until(condition: Callable[[], bool]) -> None:
     """Look again and again, for a minute at most."""
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + patience(PATIENCE_S)
     while not condition():
         assert time.monotonic() < end, "condition did not come true within a minute"
         time.sleep(0.02)
@@ -69,7 +70,7 @@ def supervised(
     echoed: list[str] = []
 
     async def main() -> None:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(patience(PATIENCE_S)):
             policy = everything if verbose else is_loud
             async with Supervisor(echoed.append, deadline_s, policy) as supervisor:
                 await body(supervisor, echoed)

@@ -16,12 +16,20 @@ from typing import Any
 
 import psutil
 import yaml
+from deadlines import patience
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 256
 STOP = 2
 MAX_RESPONSE = 200
 SLOTS = 8
+DEADLINES = {
+    "start_deadline_s": patience(60),
+    "stop_deadline_s": patience(10),
+    "heartbeat_deadline_s": patience(30),
+    "step_deadline_s": patience(120),
+}
+"""No run of these tests ends because the machine is slow."""
 
 
 def make_inputs(folder: Path, student_layers: int = 2) -> Path:
@@ -79,7 +87,7 @@ def topology(inputs: Path, runs: Path, **changes: Any) -> dict[str, Any]:
         "schedule": {"steps": 8, "tokens_per_step": 256, "max_staleness": 1},
         "learner": {"micro_batch_tokens": 2048, "optimizer": {"lr": 1e-3}},
         "checkpoint": {"every_steps": 3, "export_hf": False},
-        "supervisor": {"restarts": 3, "backoff_s": 0.2},
+        "supervisor": {"restarts": 3, "backoff_s": 0.2, **DEADLINES},
     }
     for path, value in changes.items():
         *parents, key = path.split("__")
@@ -144,7 +152,7 @@ class Launch:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        psutil.wait_procs(family, timeout=20)
+        psutil.wait_procs(family, timeout=patience(20))
 
     def family(self) -> list[psutil.Process]:
         """Every process below the launcher."""
@@ -173,9 +181,9 @@ class Launch:
     def wait(self, deadline_s: float = 150.0) -> int:
         """Its exit code."""
         try:
-            return self.process.wait(deadline_s)
+            return self.process.wait(patience(deadline_s))
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the run did not end within {deadline_s} s:\n{self.text()}") from None
+            raise AssertionError(f"the run did not end within {patience(deadline_s):.0f} s:\n{self.text()}") from None
 
     def wait_for_steps(self, folder: Path, count: int) -> None:
         """Return once `count` steps are in metrics.jsonl."""
@@ -183,9 +191,11 @@ class Launch:
 
     def wait_for_text(self, words: str, deadline_s: float = 30.0) -> None:
         """Return once the launcher has printed `words`."""
-        give_up = time.monotonic() + deadline_s
+        give_up = time.monotonic() + patience(deadline_s)
         while words not in self.text():
-            assert time.monotonic() < give_up, f"{words!r} was not printed within {deadline_s} s:\n{self.text()}"
+            assert time.monotonic() < give_up, (
+                f"{words!r} was not printed within {patience(deadline_s):.0f} s:\n{self.text()}"
+            )
             time.sleep(0.05)
 
     def interrupt(self, number: int = signal.SIGINT) -> None:

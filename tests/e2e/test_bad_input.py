@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from deadlines import patience
 from harness import ROOT, left_running, topology, write_topology
 
 Edit = Callable[[dict[str, Any], Path], None]
@@ -20,7 +21,7 @@ Edit = Callable[[dict[str, Any], Path], None]
 
 def launch(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "opd_async.launch", "--topology", str(file), *options]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=patience(60))
 
 
 def refused(file: Path, *options: str) -> str:

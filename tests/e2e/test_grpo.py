@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from deadlines import patience
 from harness import ROOT, Launch, check_trained, steps
 
 SAMPLES, STEPS, CRITIC_ONLY = 64, 5, 2
@@ -21,7 +22,7 @@ WAYS = {
 @pytest.mark.parametrize("estimator", WAYS)
 def test_rewards_alone_are_learnt_from(tmp_path: Path, estimator: str) -> None:
     make_data = [sys.executable, "examples/addition/make_data.py", "--out", str(tmp_path), "--train", "2000"]
-    subprocess.run([*make_data, "--held-out", "50"], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([*make_data, "--held-out", "50"], cwd=ROOT, check=True, timeout=patience(60))
     changes = {
         "run_dir": tmp_path,
         "data.train.path": tmp_path / "train.jsonl",

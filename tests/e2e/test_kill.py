@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import psutil
+from deadlines import patience
 from harness import SLOTS, Launch, check_trained, left_running, steps, topology, write_topology
 
 STEPS = 26
@@ -57,7 +58,7 @@ def test_resume_after_the_whole_run_was_killed(inputs: Path, tmp_path: Path) -> 
             run.wait_for_steps(folder, len(steps(folder)) + moments.randrange(4))
             family = run.family()
             run.process.kill()
-            psutil.wait_procs(family, timeout=20)
+            psutil.wait_procs(family, timeout=patience(20))
             assert not [process for process in family if process.is_running() and process.status() != "zombie"]
         options = ("--resume",)
     with Launch(file, "--resume") as run:

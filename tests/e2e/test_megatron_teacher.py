@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from deadlines import patience
 from harness import ROOT, Launch, check_trained, steps, topology, write_topology
 
 
@@ -15,7 +16,7 @@ def convert(inputs: Path, out: Path) -> Path:
     """The teacher as a Megatron checkpoint."""
     command = ["-m", "opd_async.learner.convert", "hf-to-megatron", "--hf", str(inputs / "teacher"), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, timeout=patience(120))
     return out
 
 

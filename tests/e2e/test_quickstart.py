@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from deadlines import patience
 from harness import ROOT, Launch, check_trained, topology, write_topology
 
 
 @pytest.mark.parametrize("max_staleness", [1, 0])
 def test_quickstart_in_small(tmp_path: Path, max_staleness: int) -> None:
     make_data = [sys.executable, "examples/addition/make_data.py", "--out", str(tmp_path), "--train", "2000"]
-    subprocess.run([*make_data, "--held-out", "100"], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([*make_data, "--held-out", "100"], cwd=ROOT, check=True, timeout=patience(60))
     changes = {
         "run_dir": tmp_path,
         "data.train.path": tmp_path / "train.jsonl",
@@ -73,7 +74,9 @@ def test_several_of_everything(inputs: Path, tmp_path: Path, train_on: str) -> N
     if train_on == "tokens":
         values["learner"]["load"] = str(tmp_path / "megatron")
         words = ["hf-to-megatron", "--hf", str(inputs / "student"), "--out", values["learner"]["load"]]
-        subprocess.run([sys.executable, "-m", "opd_async.learner.convert", *words], cwd=ROOT, check=True, timeout=60)
+        subprocess.run(
+            [sys.executable, "-m", "opd_async.learner.convert", *words], cwd=ROOT, check=True, timeout=patience(60)
+        )
     with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
         assert run.wait() == 0, run.text()
     ranges = check_trained(tmp_path / "run", 1, 4)

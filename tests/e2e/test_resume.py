@@ -5,8 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
-from harness import ROOT, Launch, check_trained, command, environment, left_running, steps, topology, write_topology
+import pytest
+from harness import (
+    ROOT,
+    Launch,
+    check_trained,
+    command,
+    environment,
+    left_running,
+    rows,
+    steps,
+    topology,
+    write_topology,
+)
 
 
 def test_a_run_goes_on_split_in_other_ways(inputs: Path, tmp_path: Path) -> None:
@@ -56,3 +69,33 @@ def test_a_swapped_prompts_file_is_refused(inputs: Path, tmp_path: Path) -> None
         f"the run began with other content in these; bring it back, or choose another name:\n  data.train: {prompts}"
         in (ended.stderr)
     )
+
+
+def test_evaluations_over_launches(inputs: Path, tmp_path: Path) -> None:
+    """The one that a stop came before is made up for, and a finished run that is resumed adds no row."""
+    values = topology(inputs, tmp_path, schedule__steps=1000)
+    values["data"]["held_out"] = {"path": str(inputs / "prompts.jsonl")}
+    values["evaluation"] = {"every_steps": 3, "prompts": 20, "during_prompts": 8}
+    file, folder = write_topology(values, tmp_path / "run.yaml"), tmp_path / "run"
+    with Launch(file) as run:
+        run.wait_for_steps(folder, 3)  # the evaluation after it begins
+        run.interrupt()
+        assert run.wait() == 130, run.text()
+    stopped = len(steps(folder))
+    for _ in range(2):
+        with Launch(file, "--resume", "--set", f"schedule.steps={stopped + 2}") as run:
+            assert run.wait() == 0, run.text()
+        found = [(row["evaluation"], row["step"], row["prompts"]) for row in evaluations(folder)]
+        during = [step for who, step, prompts in found if (who, prompts) == ("student", 8)]
+        assert [step - step % 3 for step in during] == list(range(3, stopped + 2, 3)), "one for each that was due"
+        others = [row for row in found if row[2] != 8]
+        assert sorted(others) == [("student", 0, 20), ("student", stopped + 2, 20), ("teacher", 0, 20)]
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert (report["steps"], report["this_launch"]["steps"]) == (stopped + 2, 0)
+    assert report["student_after"]["step"] == stopped + 2
+    assert report["seconds"] == pytest.approx(sum(row["seconds"] for row in steps(folder)))
+    assert f"run, the whole run: {stopped + 2} steps in" in run.text() and "this launch: no step" in run.text()
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    return [row for row in rows(folder / "metrics.jsonl") if "evaluation" in row]

@@ -17,6 +17,7 @@ from typing import Any
 
 import aiohttp
 import torch
+from deadlines import patience
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from opd_async.plan.free_ports import free_ports
@@ -80,7 +81,7 @@ class Server:
         headers = {"Authorization": f"Bearer {key or _key_for(path)}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as reply:
+            with urllib.request.urlopen(request, timeout=timeout if timeout < 1.0 else patience(timeout)) as reply:
                 return reply.status, _decode(reply.read())
         except urllib.error.HTTPError as error:
             with error:
@@ -129,7 +130,7 @@ def running(model: Path, *flags: str) -> Iterator[Server]:
         command(model, port, *flags), stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert process.stdout is not None
-    deadline = Timer(START_SECONDS, process.kill)
+    deadline = Timer(patience(START_SECONDS), process.kill)
     deadline.start()
     try:
         line = process.stdout.readline()
@@ -137,11 +138,11 @@ def running(model: Path, *flags: str) -> Iterator[Server]:
         assert line.startswith("engine ready"), f"engine did not start: {line!r}"
         yield Server(f"http://127.0.0.1:{port}", process)
         process.terminate()
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=patience(30)) == 0
     finally:
         deadline.cancel()
         process.kill()
-        process.wait(timeout=30)
+        process.wait(timeout=patience(30))
         process.stdout.close()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import torch
 import torch.distributed as dist
+from deadlines import patience
 from engine_harness import Server, control, free_port
 from torch.distributed import distributed_c10d as c10d
 
@@ -40,7 +41,7 @@ class Trainer:
         assert status == 200, answer
 
     def _join(self) -> None:
-        timeout = timedelta(seconds=30)
+        timeout = timedelta(seconds=patience(30))
         store = dist.TCPStore("127.0.0.1", self.port, 2, is_master=True, wait_for_workers=False, timeout=timeout)
         prefix = c10d.PrefixStore(self.name, store)
         self.group, _ = c10d._new_process_group_helper(

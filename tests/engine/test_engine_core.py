@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deadlines import patience
 from engine_harness import load_reference, make_model, reference_logprobs
 
 from opd_async.actors.engine.core import EngineCore, PauseMode
@@ -31,7 +32,7 @@ def host(runner: ModelRunner, use: Callable[[EngineCore], Awaitable[None]], **li
 
     async def main() -> EngineCore:
         core = EngineCore(runner, Limits(**({"context_length": 256} | limits)), "v0", EngineMetrics())
-        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(patience(60)), asyncio.TaskGroup() as tasks:
             loop = tasks.create_task(core.run())
             await use(core)
             loop.cancel()

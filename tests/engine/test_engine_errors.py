@@ -8,6 +8,7 @@ import urllib.request
 from typing import Any
 
 import pytest
+from deadlines import patience
 from engine_harness import ADMIN_KEY, API_KEY, Server, free_port
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -66,7 +67,7 @@ def test_unknown_sampling_keys_are_refused_and_unknown_top_level_keys_ignored(se
 def test_a_body_that_is_not_json(server: Server) -> None:
     request = urllib.request.Request(server.url + "/generate", b"{", {"Authorization": f"Bearer {API_KEY}"})
     with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request, timeout=30)
+        urllib.request.urlopen(request, timeout=patience(30))
     with caught.value as error:
         assert error.code == 400
         assert "not JSON" in json.loads(error.read())["error"]["message"]

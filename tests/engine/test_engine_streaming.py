@@ -9,6 +9,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
+from deadlines import patience
 from engine_harness import Server, control, events, reference_logprobs
 from transformers import PreTrainedModel
 
@@ -29,7 +30,7 @@ async def collect(session: aiohttp.ClientSession, server: Server, **body: Any) -
 
 async def wait_load(server: Server, field: str, value: int) -> None:
     """Poll the engine until it reports `value`; it has no other way to tell that a request arrived or left."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(patience(30)):
         while True:
             load = await asyncio.to_thread(server.call, "/v1/loads")
             if load[1]["loads"][0][field] == value:

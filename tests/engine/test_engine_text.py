@@ -12,6 +12,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
+from deadlines import patience
 from engine_harness import START_SECONDS, Server, command, events, free_port, make_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -124,9 +125,9 @@ def test_text_over_http_then_the_engine_dies_with_its_parent(folder: Path, codec
         assert status == 200
         assert "opd_engine_generated_tokens_total" in text
         parent.send_signal(signal.SIGKILL)
-        parent.wait(timeout=START_SECONDS)
+        parent.wait(timeout=patience(START_SECONDS))
     try:
-        child.wait(timeout=30)
+        child.wait(timeout=patience(30))
     except psutil.NoSuchProcess:
         return
     assert not child.is_running()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from deadlines import patience
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_data import main, write_data
@@ -136,7 +137,7 @@ def test_broken_lines_are_named(tmp_path: Path, line: str) -> None:
 
 def test_command_line(addition: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(addition / "make_data.py"), "--out", str(tmp_path), "--train", "10"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(60), check=True)
     assert done.stdout.split() == [str(tmp_path / "train.jsonl"), str(tmp_path / "held_out.jsonl")]
     assert len(list(read_rows(tmp_path / "held_out.jsonl"))) == 1000
 

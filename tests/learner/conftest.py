@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deadlines import patience
 from tiny_learner import write_model
 
 from opd_async.learner.config import ParallelConfig
@@ -33,7 +34,7 @@ def alone() -> Iterator[parallel.Place]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE"):
             patch.delenv(name, raising=False)
-        place = parallel.start(ParallelConfig(timeout_s=60), seed=0)
+        place = parallel.start(ParallelConfig(timeout_s=patience(60)), seed=0)
     yield place
     parallel.stop()
 

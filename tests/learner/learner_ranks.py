@@ -1,9 +1,10 @@
-"""Two learner ranks that go through several layouts; started by torchrun from test_ranks.
+"""Two learner ranks that put all models through one layout; started by torchrun from test_ranks.
 
-    torchrun --nproc-per-node 2 learner_ranks.py <folder of models> <folder for results>
+    torchrun --nproc-per-node 2 learner_ranks.py <folder of models> <folder for results> <layout>
 
-`<results>/teacher` is a Hugging Face folder, `<results>/teacher-megatron` its checkpoint. Rank 0 writes `results.json`:
-for each model and layout what the steps reported, and whether exports were exact.
+`<results>/teacher` is a Hugging Face folder, `<results>/teacher-megatron` its checkpoint; the layout before this one
+has left its own there. Rank 0 writes `<layout>.json`: for each model what the steps reported, and whether exports were
+exact.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deadlines import patience
 from full_fixtures import furthest
 from megatron.core import parallel_state
 from safetensors.torch import load_file
@@ -32,11 +34,11 @@ from opd_async.learner.trainer import Trainer
 from opd_async.transport.step_batch import MicroBatch
 
 LAYOUTS = {
-    "tensor": ParallelConfig(tensor=2, timeout_s=60),
-    "pipeline": ParallelConfig(pipeline=2, timeout_s=60),
-    "data": ParallelConfig(timeout_s=60),
-    "context": ParallelConfig(context=2, timeout_s=60),
-    "expert": ParallelConfig(expert=2, timeout_s=60),
+    "tensor": ParallelConfig(tensor=2, timeout_s=patience(60)),
+    "pipeline": ParallelConfig(pipeline=2, timeout_s=patience(60)),
+    "data": ParallelConfig(timeout_s=patience(60)),
+    "context": ParallelConfig(context=2, timeout_s=patience(60)),
+    "expert": ParallelConfig(expert=2, timeout_s=patience(60)),
 }
 BRIEF = ("qwen2",)
 """Models of which only steps and exports are looked at: what sets them apart is their weights."""
@@ -213,22 +215,19 @@ def resumptions(
 
 
 def main() -> None:
-    """All models through all layouts."""
+    """All models through one layout."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    models, results = Path(sys.argv[1]), Path(sys.argv[2])
-    reports = {
-        f"{model.name} {name}": run_layout(name, model, results)
-        for model in sorted(models.iterdir())
-        for name in layouts(model.name)
-    }
+    models, results, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    tried = [model for model in sorted(models.iterdir()) if name in layouts(model.name)]
+    reports = {model.name: run_layout(name, model, results) for model in tried}
     # the last stage of a pipeline is not rank 0, and only that stage knows the log-probabilities
     everyone: list[Any] = [None, None]
-    dist.all_gather_object(everyone, {key: report["logprobs"] for key, report in reports.items()})
+    dist.all_gather_object(everyone, {kind: report["logprobs"] for kind, report in reports.items()})
     if dist.get_rank() == 0:
-        for key, report in reports.items():
-            report["logprobs"] = everyone[0][key] or everyone[1][key]
-        (results / "results.json").write_text(json.dumps(reports), encoding="utf-8")
+        for kind, report in reports.items():
+            report["logprobs"] = everyone[0][kind] or everyone[1][kind]
+        (results / f"{name}.json").write_text(json.dumps(reports), encoding="utf-8")
     dist.barrier()
     parallel.stop()
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from deadlines import patience
 
 from opd_async.learner.errors import WeightSyncError
 from opd_async.learner.weights.engine_http import EngineAddress, call
@@ -58,35 +59,35 @@ def address(server: ThreadingHTTPServer, **keys: str) -> EngineAddress:
 
 def test_answers(server: ThreadingHTTPServer) -> None:
     engine = address(server)
-    assert call(engine, "POST", "/ok", {}, timeout_s=5) == {"success": True, "n": 1}
-    assert call(engine, "POST", "/text", None, timeout_s=5) == {}
-    assert call(engine, "POST", "/unknown", {}, timeout_s=5) is None
+    assert call(engine, "POST", "/ok", {}, timeout_s=patience(5)) == {"success": True, "n": 1}
+    assert call(engine, "POST", "/text", None, timeout_s=patience(5)) == {}
+    assert call(engine, "POST", "/unknown", {}, timeout_s=patience(5)) is None
 
 
 @pytest.mark.parametrize(("path", "reason"), [("/refused", "not now"), ("/failed", "half done"), ("/broken", "oops")])
 def test_refusals_name_the_engine_and_its_reason(server: ThreadingHTTPServer, path: str, reason: str) -> None:
     engine = address(server)
     with pytest.raises(WeightSyncError, match=f"{engine.url} refused POST {path}: .*{reason}"):
-        call(engine, "POST", path, {}, timeout_s=5)
+        call(engine, "POST", path, {}, timeout_s=patience(5))
 
 
 def test_each_route_gets_its_key(server: ThreadingHTTPServer) -> None:
-    call(address(server, admin_key="a", api_key="b"), "POST", "/ok", {}, timeout_s=5)
-    call(address(server, admin_key="a", api_key="b"), "POST", "/ok", {}, timeout_s=5, admin=False)
-    call(address(server, api_key="b"), "POST", "/ok", {}, timeout_s=5)
-    call(address(server, admin_key="a"), "POST", "/ok", {}, timeout_s=5, admin=False)
+    call(address(server, admin_key="a", api_key="b"), "POST", "/ok", {}, timeout_s=patience(5))
+    call(address(server, admin_key="a", api_key="b"), "POST", "/ok", {}, timeout_s=patience(5), admin=False)
+    call(address(server, api_key="b"), "POST", "/ok", {}, timeout_s=patience(5))
+    call(address(server, admin_key="a"), "POST", "/ok", {}, timeout_s=patience(5), admin=False)
     assert server.keys == ["Bearer a", "Bearer b", "Bearer b", None]  # type: ignore[attr-defined]
 
 
 def test_a_route_that_is_too_new_is_none_whatever_the_keys(server: ThreadingHTTPServer) -> None:
     engine = address(server, admin_key="a", api_key="b")
-    assert call(engine, "POST", ADMIN_KEY_REFUSED, {}, timeout_s=5) is None
-    assert call(address(server, admin_key="a"), "POST", ADMIN_KEY_REFUSED, {}, timeout_s=5) is None
+    assert call(engine, "POST", ADMIN_KEY_REFUSED, {}, timeout_s=patience(5)) is None
+    assert call(address(server, admin_key="a"), "POST", ADMIN_KEY_REFUSED, {}, timeout_s=patience(5)) is None
 
 
 def test_a_wrong_key_is_a_refusal(server: ThreadingHTTPServer) -> None:
     with pytest.raises(WeightSyncError, match="status 401"):
-        call(address(server, admin_key="a", api_key="a"), "POST", ADMIN_KEY_REFUSED, {}, timeout_s=5)
+        call(address(server, admin_key="a", api_key="a"), "POST", ADMIN_KEY_REFUSED, {}, timeout_s=patience(5))
 
 
 def test_silence_ends_at_the_deadline() -> None:
@@ -95,4 +96,4 @@ def test_silence_ends_at_the_deadline() -> None:
         with pytest.raises(WeightSyncError, match=rf"{engine.url} did not answer POST /x: TimeoutError.*is it alive\?"):
             call(engine, "POST", "/x", {}, timeout_s=0.2)
     with pytest.raises(WeightSyncError, match="did not answer GET /x: ConnectionRefusedError"):
-        call(engine, "GET", "/x", None, timeout_s=5)
+        call(engine, "GET", "/x", None, timeout_s=patience(5))

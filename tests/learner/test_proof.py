@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deadlines import patience
 from tiny_learner import learner_config
 from transformers import AutoModelForCausalLM
 
@@ -65,7 +66,7 @@ def test_the_proof_is_what_transformers_computes(alone: Place, model_path: Path)
 @pytest.mark.parametrize(("dtypes", "off"), [(FLOATS, 1e-4), (("float32", "bfloat16"), 0.05)])
 def test_rounding_passes(dtypes: tuple[str, str], off: float) -> None:
     with engine(scores(-1.0 + off, -2.0 - off)) as address:
-        assert check_proof(address, PROOF, dtypes, timeout_s=10.0) == pytest.approx(off, rel=1e-3)
+        assert check_proof(address, PROOF, dtypes, timeout_s=patience(10.0)) == pytest.approx(off, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -81,4 +82,4 @@ def test_rounding_passes(dtypes: tuple[str, str], off: float) -> None:
 )
 def test_other_weights_are_found(answer: Any, reason: str) -> None:
     with engine(answer) as address, pytest.raises(WeightSyncError, match=reason):
-        check_proof(address, PROOF, FLOATS, timeout_s=10.0)
+        check_proof(address, PROOF, FLOATS, timeout_s=patience(10.0))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from deadlines import patience
 from learner_ranks import (
     BRIEF,
     LAYOUTS,
@@ -40,47 +41,75 @@ from opd_async.learner.trainer import Trainer
 HERE = Path(__file__).parent
 KINDS = ("qwen3-tied", "qwen3-moe", *BRIEF)
 PAIRS = [(kind, layout) for kind in KINDS for layout in layouts(kind)]
-TIMEOUT_S = 220.0
+TIMEOUT_S = 120.0
+
+
+class Jobs:
+    """A torchrun for each layout, all models in it, when it is first asked for: starting ranks is what takes time.
+
+    A layout reads what the one before it has saved, which is run first. Each has a deadline of its own.
+    """
+
+    def __init__(self, models: Path, results: Path) -> None:
+        self.models, self.results = models, results
+        self._done: dict[str, dict[str, Any]] = {}
+
+    def of(self, layout: str) -> dict[str, Any]:
+        """What the ranks have reported of each model."""
+        for name in list(LAYOUTS)[: list(LAYOUTS).index(layout) + 1]:
+            if name not in self._done:
+                self._run(name)
+                self._done[name] = json.loads((self.results / f"{name}.json").read_text(encoding="utf-8"))
+        return self._done[layout]
+
+    def _run(self, layout: str) -> None:
+        path = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1])])
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run(
+            [*command, str(HERE / "learner_ranks.py"), str(self.models), str(self.results), layout],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=patience(TIMEOUT_S),
+            check=False,
+        )
+        assert done.returncode == 0, f"{layout}: {done.stderr[-4000:]}"
 
 
 @pytest.fixture(scope="module")
-def job(alone: Place, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """One torchrun for all layouts: starting ranks is what takes time. (folder of models, folder of results)"""
+def jobs(alone: Place, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """The models, converted by one rank, and nothing run yet."""
     models, results = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("results")
     for kind in KINDS:
         write_model(models / kind, kind)
         if kind not in BRIEF:
             hf_to_megatron(models / kind, results / f"{kind}-alone-converted", ParallelConfig())
     hf_to_megatron(write_model(results / "teacher", "teacher"), results / "teacher-megatron", ParallelConfig())
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(HERE / "learner_ranks.py"), str(models), str(results)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return models, results
+    return Jobs(models, results)
+
+
+class Reports(dict[str, Any]):
+    """What is reported of a model, by layout: a layout is run when somebody asks for it."""
+
+    def __init__(self, jobs: Jobs, kind: str) -> None:
+        super().__init__()
+        self._jobs, self._kind = jobs, kind
+
+    def __missing__(self, layout: str) -> Any:
+        return self._jobs.of(layout)[self._kind]
 
 
 class Runs:
     """Per model: one rank's own run (after STEPS steps), and every report on the same model, `alone` among them."""
 
-    def __init__(self, alone: Place, job: tuple[Path, Path]) -> None:
-        self.models, self.results = job
+    def __init__(self, alone: Place, jobs: Jobs) -> None:
+        self.jobs, self.models, self.results = jobs, jobs.models, jobs.results
         self._alone = alone
-        self._everything = json.loads((self.results / "results.json").read_text(encoding="utf-8"))
         self._known: dict[str, tuple[Trainer, dict[str, Any]]] = {}
 
     def of(self, kind: str) -> tuple[Trainer, dict[str, Any]]:
         if kind not in self._known:
-            reports = {name: self._everything[f"{kind} {name}"] for name in layouts(kind)}
+            reports = Reports(self.jobs, kind)
             trainer = Trainer(learner_config(self.models / kind))
             own = {"logprobs": [tensor.tolist() for tensor in trainer.logprobs([data(0)[0]])]}
             reports["alone"] = own | {"steps": steps(trainer, self._alone, STEPS)}
@@ -89,8 +118,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(alone: Place, job: tuple[Path, Path]) -> Runs:
-    return Runs(alone, job)
+def runs(alone: Place, jobs: Jobs) -> Runs:
+    return Runs(alone, jobs)
 
 
 @pytest.mark.parametrize(("kind", "layout"), PAIRS)
@@ -128,26 +157,24 @@ def test_a_critic_is_split_as_the_student_and_resumes_anywhere(alone: Place, run
         torch.testing.assert_close(after, expected[SAVED_AT:], rtol=0.0, atol=1e-5, msg=layout)
 
 
-def test_every_layout_computes_the_same_losses(alone: Place, job: tuple[Path, Path]) -> None:
+def test_every_layout_computes_the_same_losses(alone: Place, runs: Runs) -> None:
     """Those on the top-k, and those of a teacher inside, which is split like the student."""
-    models, results = job
-    everything = json.loads((results / "results.json").read_text(encoding="utf-8"))
-    expected = losses(learner_config(models / WITH_LOSSES), alone, results)
+    expected = losses(learner_config(runs.models / WITH_LOSSES), alone, runs.results)
     assert len(expected) >= 9
     for layout in layouts(WITH_LOSSES):
-        found = everything[f"{WITH_LOSSES} {layout}"]["losses"]
+        found = runs.jobs.of(layout)[WITH_LOSSES]["losses"]
         assert found.keys() == expected.keys()
         for name in expected:
             left, right, where = torch.tensor(found[name]), torch.tensor(expected[name]), f"{name}, {layout}"
             torch.testing.assert_close(left, right, rtol=0.0, atol=1e-5, msg=lambda text, w=where: f"{w}: {text}")
-        assert max(everything[f"{WITH_LOSSES} {layout}"]["furthest"].values()) < 1e-5
+        assert max(runs.jobs.of(layout)[WITH_LOSSES]["furthest"].values()) < 1e-5
 
 
 @pytest.mark.parametrize(("kind", "layout"), PAIRS)
-def test_a_layout_exports_every_weight(runs: Runs, kind: str, job: tuple[Path, Path], layout: str) -> None:
+def test_a_layout_exports_every_weight(runs: Runs, kind: str, layout: str) -> None:
     trainer, reports = runs.of(kind)
     assert reports[layout]["exact"]
-    ours = load_file(job[1] / f"{trainer.config.model_path.name}-{layout}-hf" / "model.safetensors")
+    ours = load_file(runs.results / f"{trainer.config.model_path.name}-{layout}-hf" / "model.safetensors")
     theirs = dict(_weights(trainer))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -155,11 +182,9 @@ def test_a_layout_exports_every_weight(runs: Runs, kind: str, job: tuple[Path, P
 
 
 @pytest.mark.parametrize(("kind", "layout"), [pair for pair in PAIRS if pair[0] not in BRIEF])
-def test_a_conversion_in_a_layout_is_read_by_every_other(
-    runs: Runs, kind: str, job: tuple[Path, Path], tmp_path: Path, layout: str
-) -> None:
+def test_a_conversion_in_a_layout_is_read_by_every_other(runs: Runs, kind: str, tmp_path: Path, layout: str) -> None:
     trainer, reports = runs.of(kind)
-    models, results = job
+    models, results = runs.models, runs.results
     assert reports[layout]["converted"]
     loaded = Trainer(trainer.config)
     with torch.no_grad():
@@ -183,9 +208,7 @@ def _weights(trainer: Trainer) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "layout"), [pair for pair in PAIRS if pair[0] not in BRIEF])
-def test_a_checkpoint_of_any_layout_resumes_in_any_other(
-    runs: Runs, kind: str, job: tuple[Path, Path], alone: Place, layout: str
-) -> None:
+def test_a_checkpoint_of_any_layout_resumes_in_any_other(runs: Runs, kind: str, alone: Place, layout: str) -> None:
     trainer, reports = runs.of(kind)
     expected = torch.tensor(reports["alone"]["steps"][SAVED_AT:])
     assert len(expected) >= 3
@@ -194,7 +217,7 @@ def test_a_checkpoint_of_any_layout_resumes_in_any_other(
             torch.testing.assert_close(torch.tensor(found), expected, rtol=0.0, atol=1e-5, msg=name)
     # what the job saved, resumed by one rank
     resumed = Trainer(trainer.config)
-    resume.load(resumed, job[1] / f"{trainer.config.model_path.name}-{layout}")
+    resume.load(resumed, runs.results / f"{trainer.config.model_path.name}-{layout}")
     torch.testing.assert_close(torch.tensor(steps(resumed, alone, STEPS)), expected, rtol=0.0, atol=1e-5)
 
 

@@ -14,6 +14,7 @@ from threading import Timer
 
 import pytest
 import torch
+from deadlines import patience
 from tiny_learner import VOCAB, learner_config, write_model
 from torch import Tensor
 
@@ -26,8 +27,8 @@ from opd_async.learner.weights.broadcast import WeightSender
 from opd_async.learner.weights.engine_http import EngineAddress, call
 from opd_async.plan.free_ports import free_ports
 
-START_SECONDS = 90.0
-TIMEOUT_S = 20.0
+START_SECONDS = patience(90.0)
+TIMEOUT_S = patience(20.0)
 groups = (f"group-{number}" for number in itertools.count())
 
 
@@ -37,7 +38,13 @@ class Engine:
     def __init__(self, model: Path) -> None:
         [port] = free_ports("127.0.0.1", 1)
         self.address = EngineAddress(f"http://127.0.0.1:{port}", "admin", "user")
-        options = {"model-path": model, "port": port, "api-key": "user", "admin-api-key": "admin", "weight-timeout": 20}
+        options = {
+            "model-path": model,
+            "port": port,
+            "api-key": "user",
+            "admin-api-key": "admin",
+            "weight-timeout": round(TIMEOUT_S),
+        }
         flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "opd_async.actors.engine.server", *flags],

@@ -1,0 +1,16 @@
+"""What holds for every test: its deadline grows with the load of the machine."""
+
+from __future__ import annotations
+
+import pytest
+from deadlines import patience
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give each test the time that its folder or the configuration allows, on a machine as busy as this one."""
+    usual = float(config.getoption("timeout") or config.getini("timeout"))
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        seconds = usual if marker is None else float(marker.args[0])
+        item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
