@@ -159,6 +159,8 @@ def test_the_signal_is_clamped_before_it_is_weighed_and_advantages_are_not() -> 
     output.loss.backward()
     torch.testing.assert_close(logprobs.grad, torch.tensor([1.5 + 7.0, -1.5]))
     assert output.sums["clamped"].tolist() == [2.0, 2.0]
+    at_the_bound = loss_of(logprobs, logprobs.detach(), torch.tensor([-4.0, 2.0]), config)
+    assert at_the_bound.sums["clamped"].tolist() == [0.0, 2.0]
 
 
 def mismatched(log_ratios: list[float], config: LossConfig, advantage: float = 1.0) -> tuple[list[float], list[float]]:
