@@ -65,7 +65,7 @@ def megatron_to_hf(folder: Path, source: Path, out: Path, parallel_config: Paral
     `folder` is any that `opd_async.run.checkpoints.shards` takes; it is verified first, and nothing in it changes.
     All ranks call it. Raises `InputError` if it is cut short, `CheckpointError` if it is not of the model of `source`.
     """
-    shards = checkpoints.shards(folder)
+    shards = checkpoints.shards(folder, thorough=True)
     stored = str(model_checkpoint.stored_dtype(shards)).removeprefix("torch.")
     model = _model(source, stored, parallel_config)
     model_checkpoint.load_model(model, shards)

@@ -22,6 +22,7 @@ import torch
 import zmq
 
 from opd_async.errors import DeadlineError, WireError
+from opd_async.keys import incarnation
 from opd_async.learner import resume
 from opd_async.learner.distributed import parallel
 from opd_async.learner.errors import WeightSyncError
@@ -34,15 +35,25 @@ from opd_async.learner.weights.proof import Proof, check_proof, make_proof
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.process import configure_logging, die_with_parent, report_failure
 from opd_async.role import role_arguments
-from opd_async.run.checkpoints import SHARDS, latest, shards
+from opd_async.run.checkpoints import SHARDS, chosen, shards
 from opd_async.scheduling.packing import from_message
 from opd_async.telemetry.metrics import RoleMetrics
 from opd_async.transport import messages as m
-from opd_async.transport.wire import decode, encode
+from opd_async.transport.bounds import receive
+from opd_async.transport.door import Passport
+from opd_async.transport.wire import encode
 
 log = logging.getLogger(__name__)
 
 LINGER_MS = 2000
+
+
+def _introduce(socket: zmq.Socket[Any], name: str) -> None:
+    """Give a socket its name; with the keys of the run where there is a launcher."""
+    passport = Passport.of_environment(name)
+    socket.routing_id = name.encode() if passport is None else passport.routing_id
+    if passport is not None:
+        passport.show(socket)
 
 
 class Link:
@@ -51,20 +62,20 @@ class Link:
     def __init__(self, plan: Plan, rank: int) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
         self._commands = self._context.socket(zmq.DEALER)
-        self._commands.routing_id = f"rank-{rank}".encode()
+        _introduce(self._commands, f"rank-{rank}")
         self._commands.connect(plan.batches)
         self._replies = None
         self._name = plan.role(RoleKind.LEARNER, 0).name
         self._deadline_s = plan.topology.supervisor.step_deadline_s
         if rank == 0:
             self._replies = self._context.socket(zmq.DEALER)
-            self._replies.routing_id = self._name.encode()
+            _introduce(self._replies, self._name)
             self._replies.connect(plan.control)
         self._rank = rank
 
     def hello(self) -> None:
         """The model is loaded: commands may come."""
-        hello = m.Hello(self._name, os.getpid())
+        hello = m.Hello(self._name, incarnation())
         self._commands.send_multipart(encode(hello))
         if self._replies is not None:
             self._replies.send_multipart(encode(hello))
@@ -87,7 +98,7 @@ class Link:
             if left_ms <= 0 or not self._commands.poll(left_ms):
                 raise DeadlineError(f"rank {self._rank}: no command of the intake in {2 * self._deadline_s:.0f} s")
             try:
-                return decode(self._commands.recv_multipart())
+                return receive(self._commands.recv_multipart())
             except WireError as error:
                 log.warning("dropped a malformed command: %s", error)
 
@@ -205,7 +216,7 @@ def run(plan: Plan) -> None:
     link = Link(plan, place.rank)
     try:
         trainer = Trainer(config)
-        if (folder := latest(plan.run_folder / "checkpoints")) is not None:
+        if (folder := chosen(plan.run_folder / "checkpoints")) is not None:
             resume.load(trainer, folder / SHARDS)
             log.info("resumed from %s", folder)
         elif (folder := plan.topology.learner.load) is not None:

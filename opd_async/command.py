@@ -16,14 +16,13 @@ import uvloop
 from opd_async.checks.inputs import examine
 from opd_async.config.slime_flags import opd_overrides
 from opd_async.config.topology_file import load_topology
-from opd_async.errors import OpdError
+from opd_async.errors import InputError, OpdError
 from opd_async.forecast.advice import plan_text
 from opd_async.forecast.flags import site
 from opd_async.options import add_run_arguments
 from opd_async.plan.plan import Plan
 from opd_async.plan.resolve import describe_plan, make_plan
 from opd_async.process import configure_logging, leaves, report_failure
-from opd_async.run import checkpoints
 from opd_async.run.closing import InterruptedRun, finish
 from opd_async.run.fingerprints import fingerprints
 from opd_async.run.lifecycle import Inputs, Lifecycle
@@ -59,6 +58,11 @@ def launch(arguments: argparse.Namespace, terminal: Terminal | None = None) -> N
     """Everything that the command line asks for; raises `OpdError`."""
     say = echo if terminal is None else terminal.say
     overrides = [*arguments.set, *opd_overrides(arguments)]
+    for setting in arguments.set:
+        if (key := setting.partition("=")[0].strip()).endswith("api_key"):
+            raise InputError(
+                f"--set {key}: every process of this machine can read it in the command line; write it into the file"
+            )
     if arguments.plan:
         say(plan_text(load_topology(arguments.topology, overrides), site(arguments)))
         return
@@ -74,8 +78,6 @@ def launch(arguments: argparse.Namespace, terminal: Terminal | None = None) -> N
 def execute(plan: Plan, inputs: Inputs, arguments: argparse.Namespace, terminal: Terminal | None = None) -> None:
     """Run the plan to its end; raises `InterruptedRun` behind the report when a signal has ended it."""
     say = echo if terminal is None else terminal.say
-    if arguments.resume:
-        checkpoints.latest(plan.run_folder / "checkpoints")  # a checkpoint that was cut short is an error by itself
     found = fingerprints(plan.topology, inputs.prompts, inputs.held_out, inputs.completions)
     with prepare(plan, arguments.resume, arguments.overwrite, found, arguments.change_lr) as folder:
         if terminal is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -20,10 +19,12 @@ from typing import Any
 import zmq.asyncio
 
 from opd_async.errors import InputError
+from opd_async.keys import RunKeys, incarnation
 from opd_async.plan.plan import Plan, RoleKind, RolePlan
 from opd_async.process import configure_logging, stop_event
 from opd_async.telemetry.metrics import RoleMetrics, loop_lag
 from opd_async.transport.channels import ControlClient
+from opd_async.transport.door import Door, Passport
 from opd_async.transport.messages import Heartbeat, Hello
 
 HEARTBEAT_S = 0.5
@@ -32,11 +33,13 @@ ATTEMPT_FLOOR_ENV = "OPD_ATTEMPT_FLOOR"
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan file that the launcher wrote; `InputError` when it is not one."""
+    """The plan that the launcher wrote, with the keys of this process's environment; `InputError` when it is none."""
     try:
-        return Plan.model_validate_json(path.read_bytes())
+        plan = Plan.model_validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a plan ({error}); roles are started by opd_async.launch") from None
+    keys = RunKeys.of_environment()
+    return plan if keys is None else plan.with_keys(keys)
 
 
 @dataclass(slots=True)
@@ -73,6 +76,8 @@ class Role:
     signalled: asyncio.Event
     counters: dict[str, float] = field(default_factory=dict)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    door: Door | None = None
+    """Who may connect to the sockets that this role binds."""
     refresh: Callable[[], None] = lambda: None
     """Brings counters up to date before each heartbeat."""
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -81,6 +86,21 @@ class Role:
     def name(self) -> str:
         """The role's name in the plan."""
         return self.mine.name
+
+    @property
+    def passport(self) -> Passport | None:
+        """What the role shows where it connects."""
+        return Passport.of_environment(self.name)
+
+    def guard(self) -> Door:
+        """Begin to watch who connects to the sockets that this role binds."""
+        self.door = Door(self.context, self.plan.peers, self._stranger)
+        self.spawn(self.door.keep(), "door")
+        return self.door
+
+    def _stranger(self) -> None:
+        self.count("strangers")
+        self.metrics[f"opd_{self.mine.kind.value}_strangers_total"].inc()
 
     def count(self, counter: str, amount: float = 1.0) -> None:
         """Add to one of the totals that the dispatcher sees."""
@@ -113,11 +133,11 @@ class Role:
         context = zmq.asyncio.Context()
         with (
             metrics.serve(mine.host, mine.ports["metrics"]),
-            ControlClient(context, plan.control, mine.name) as control,
+            ControlClient(context, plan.control, mine.name, passport=Passport.of_environment(mine.name)) as control,
         ):
             async with asyncio.TaskGroup() as group:
                 role = cls(plan, mine, context, control, metrics, group, signalled)
-                await control.send(Hello(mine.name, os.getpid()))
+                await control.send(Hello(mine.name, incarnation()))
                 role.spawn(role._heartbeats(), "heartbeats")
                 role.spawn(loop_lag(metrics[f"opd_{kind.value}_loop_lag_seconds"]), "loop-lag")
                 try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import orjson
 from aiohttp import web
 
 from opd_async.actors.engine.config import EngineConfig
@@ -18,9 +20,16 @@ from opd_async.actors.engine.groups import WeightGroups
 from opd_async.actors.engine.metrics import EngineMetrics
 from opd_async.actors.engine.parse import ModelLimits
 from opd_async.actors.engine.text import TextCodec
+from opd_async.actors.engine.threads import in_thread
 from opd_async.actors.engine.weights import ModelWeights
 
 ENGINE: web.AppKey[Engine]
+T = TypeVar("T")
+
+MAX_BODY_BYTES = 32 << 20
+"""A batch of long prompts: about 8 bytes a token. `score_batches.MAX_CONTEXT_TOKENS` stays below it."""
+INLINE_BYTES = 1 << 16
+"""Bodies up to here are parsed where they arrive, in a millisecond at most."""
 
 
 @dataclass(slots=True)
@@ -46,12 +55,24 @@ ENGINE = web.AppKey("engine", Engine)
 
 
 async def read_json(request: web.Request) -> Any:
-    """The request's JSON body. Raises ApiError (400) when it is not JSON."""
-    raw = await request.read()
+    """The request's JSON body, parsed in a thread if it is large.
+
+    Raises ApiError: 413 for a body beyond `MAX_BODY_BYTES`, 400 for one that is not JSON or nested too deeply.
+    """
     try:
-        return json.loads(raw)
+        raw = await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        text = f"the body of {request.path} is larger than {MAX_BODY_BYTES} bytes; send fewer sequences at once"
+        raise ApiError(text, HTTPStatus.REQUEST_ENTITY_TOO_LARGE) from None
+    try:
+        return await off_loop(len(raw), partial(orjson.loads, raw))
     except ValueError as error:
         raise ApiError(f"the body of {request.path} is not JSON: {error}") from error
+
+
+async def off_loop(size: int, function: Callable[[], T]) -> T:
+    """The result of `function`, in a thread if its input of `size` bytes would hold others up."""
+    return function() if size <= INLINE_BYTES else await in_thread("parse", function)
 
 
 async def read_object(request: web.Request) -> dict[str, Any]:
@@ -82,6 +103,9 @@ async def errors_to_json(request: web.Request, handler: Any) -> web.StreamRespon
         response: web.StreamResponse = await handler(request)
     except ApiError as error:
         return web.json_response(error.payload(), status=error.status)
+    except RecursionError:  # of whoever walks through a value that is nested as deeply as the parser lets it be
+        refusal = ApiError(f"the body of {request.path} is nested too deeply")
+        return web.json_response(refusal.payload(), status=refusal.status)
     return response
 
 

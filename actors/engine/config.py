@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+from opd_async.keys import ADMIN_API_KEY_ENV, API_KEY_ENV
 
 VERSION = "0.1.0"
 
@@ -51,6 +54,8 @@ _HELP = {
     "threads": "torch threads of the model",
 }
 _TYPES = {"model_path": Path, "port": int, "metrics_port": int, "weight_timeout": float, "seed": int, "threads": int}
+_FROM_ENVIRONMENT = {"api_key": API_KEY_ENV, "admin_api_key": ADMIN_API_KEY_ENV}
+"""Every process of the machine can read a command line."""
 _COUNTS = {
     "max_total_tokens",
     "max_running_requests",
@@ -74,6 +79,9 @@ def parse_args(argv: Sequence[str] | None = None) -> EngineConfig:
             parser.add_argument(flag, action="store_true", help=text)
         elif item.name == "model_path":
             parser.add_argument(flag, type=Path, required=True, help=text)
+        elif item.name in _FROM_ENVIRONMENT:
+            variable = _FROM_ENVIRONMENT[item.name]
+            parser.add_argument(flag, default=os.environ.get(variable), help=f"{text} (default: ${variable})")
         else:
             kind = _positive if item.name in _COUNTS else _TYPES.get(item.name, str)
             parser.add_argument(flag, type=kind, default=item.default, help=text)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
+MAX_MESSAGE = 1000
+"""Characters: messages repeat what was sent, which may be long."""
+
 
 class ApiError(Exception):
     """A request that cannot be served; `status` is the HTTP status, `str(error)` the message for the user."""
 
     def __init__(self, message: str, status: int = HTTPStatus.BAD_REQUEST, *, bare: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}...")
         self.status = int(status)
         self._bare = bare
 

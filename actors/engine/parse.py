@@ -17,6 +17,10 @@ from opd_async.actors.engine.errors import ApiError
 from opd_async.actors.engine.request import LogprobSpec, Request
 from opd_async.actors.engine.sampling import SamplingParams, parse_sampling_params
 
+MAX_PROMPTS = 4096
+"""Sequences of one request; `score_batches.MAX_SAMPLES` stays below it."""
+LONGEST_TOKEN = 256
+"""Characters: a text with more than so many for each token of the context is not even encoded."""
 _UNSUPPORTED = (
     "return_sampling_mask",
     "return_hidden_states",
@@ -135,6 +139,7 @@ def _prompts(body: dict[str, Any], limits: ModelLimits) -> tuple[list[list[int]]
         raise ApiError("input_ids must be a non-empty list of token ids, or a list of such lists")
     batch = isinstance(ids[0], list)
     prompts: list[list[int]] = ids if batch else [ids]
+    _check_count(prompts, "input_ids")
     for prompt in prompts:
         _check_ids(prompt, "input_ids", limits.vocab_size)
     return prompts, batch
@@ -144,12 +149,21 @@ def _encode(text: object, limits: ModelLimits) -> tuple[list[list[int]], bool]:
     texts: list[Any] = text if isinstance(text, list) else [text]
     if not texts or not all(isinstance(item, str) for item in texts):
         raise ApiError("text must be a string or a non-empty list of strings")
+    _check_count(texts, "text")
     if limits.encode is None:
         raise ApiError("this engine has no tokenizer and cannot accept text prompts: send input_ids")
+    longest = max(map(len, texts))
+    if longest > limits.context_length * LONGEST_TOKEN:
+        raise ApiError(f"a text of {longest} characters cannot fit the context of {limits.context_length} tokens")
     prompts = [limits.encode(item) for item in texts]
     if not all(prompts):
         raise ApiError("a text prompt encodes to no token")
     return prompts, isinstance(text, list)
+
+
+def _check_count(prompts: list[Any], name: str) -> None:
+    if len(prompts) > MAX_PROMPTS:
+        raise ApiError(f"{name} holds {len(prompts)} sequences, a request may hold {MAX_PROMPTS}; send several")
 
 
 def _check_ids(ids: object, name: str, vocab_size: int) -> None:

@@ -19,7 +19,7 @@ from functools import partial
 from aiohttp import web
 
 from opd_async.actors.engine import response
-from opd_async.actors.engine.app import ENGINE, Engine, read_json
+from opd_async.actors.engine.app import ENGINE, MAX_BODY_BYTES, Engine, off_loop, read_json
 from opd_async.actors.engine.errors import ApiError
 from opd_async.actors.engine.parse import GenerateCall, parse_generate
 from opd_async.actors.engine.request import Request
@@ -31,7 +31,7 @@ async def generate(http: web.Request) -> web.StreamResponse:
     engine = http.app[ENGINE]
     body = await read_json(http)
     try:
-        call = parse_generate(body, engine.limits)
+        call = await off_loop(http.content_length or MAX_BODY_BYTES, partial(parse_generate, body, engine.limits))
     except ApiError as error:
         # A streaming client reads events, so even a refusal is one.
         if isinstance(body, dict) and body.get("stream") is True:

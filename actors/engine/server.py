@@ -26,7 +26,7 @@ import torch
 import uvloop
 from aiohttp import web
 
-from opd_async.actors.engine.app import ENGINE, Engine, check_keys, errors_to_json
+from opd_async.actors.engine.app import ENGINE, MAX_BODY_BYTES, Engine, check_keys, errors_to_json
 from opd_async.actors.engine.auth import Keys
 from opd_async.actors.engine.config import EngineConfig, parse_args
 from opd_async.actors.engine.core import EngineCore
@@ -43,8 +43,6 @@ from opd_async.actors.engine.weights import ModelWeights
 from opd_async.errors import RoleError
 from opd_async.process import configure_logging, die_with_parent, report_failure, stop_event
 
-# A batch of long prompts as JSON text: about six bytes per token.
-MAX_BODY_BYTES = 1 << 30
 # How long the interpreter lets one thread run while the other wants to: short, since steps are a few milliseconds.
 SWITCH_SECONDS = 0.0005
 

@@ -32,13 +32,15 @@ from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import ScheduleSection, TrainOn
 from opd_async.data.jsonl import JsonlRecord, read_jsonl
 from opd_async.estimators.advantages import Outcome, estimate
+from opd_async.plan.chunk_bounds import ChunkBounds
 from opd_async.plan.plan import RoleKind
 from opd_async.role import ATTEMPT_FLOOR_ENV, Role, role_arguments
-from opd_async.run.checkpoints import latest
+from opd_async.run.checkpoints import chosen
 from opd_async.scheduling import frontier, packing
 from opd_async.scheduling.assembly import Assembler, Sample, Segment, Verdict
 from opd_async.scheduling.step_policy import DeadlineCuts, Planner, WholeSamples
 from opd_async.transport import messages as m
+from opd_async.transport.bounds import MAX_COUNT
 from opd_async.transport.channels import Pull
 
 log = logging.getLogger(__name__)
@@ -76,21 +78,24 @@ class Intake:
         self._assembler = Assembler()
         self._version: int | None = None
         self._planned = 0
+        self._attempt_floor = 0
         self._drain_asked = False
         self._news = asyncio.Event()
         self._touched: set[int] = set()
         self._finished_elsewhere: dict[int, tuple[int, int, int]] = {}
         self._latencies = LatencyReservoir()
-        self._pull = Pull(role.context, plan.scored, self._malformed_frame)
-        self.ranks = LearnerRanks(role.context, plan, self._malformed_frame)
+        self._door = role.guard()
+        self._bounds = ChunkBounds(plan, self._door.keys)
+        self._pull = Pull(role.context, plan.scored, self._malformed_frame, door=self._door)
+        self.ranks = LearnerRanks(role.context, plan, self._malformed_frame, self._door)
         self._log_path = plan.run_folder / "trained.jsonl"
         self._log: JsonlRecord | None = None
 
     async def restore(self) -> None:
         """Go back to the newest checkpoint, or to nothing, and tell the dispatcher what has been trained."""
-        folder = latest(self._role.plan.run_folder / "checkpoints")
+        folder = chosen(self._role.plan.run_folder / "checkpoints")
         state = frontier.load(folder) if folder is not None else frontier.empty(0)
-        floor = int(os.environ.get(ATTEMPT_FLOOR_ENV, "0"))
+        floor = self._attempt_floor = int(os.environ.get(ATTEMPT_FLOOR_ENV, "0"))
         opd = self._topology.opd
         self._assembler = frontier.restore(state, floor, opd.wire_topk, opd.on_engines)
         self._planned = state.version
@@ -107,15 +112,29 @@ class Intake:
     async def receive(self) -> None:
         """Take scored chunks in."""
         while True:
-            chunk = await self._pull.receive()
+            sender, chunk = await self._pull.receive_from()
             if not isinstance(chunk, m.ScoredChunk):
                 self._malformed_frame(f"a {type(chunk).__name__} among scored chunks")
                 continue
-            verdict = self._assembler.add(chunk)
+            if problem := self._unbelievable(sender, chunk):
+                log.warning("dropped a chunk of sample %d: %s", chunk.sample_id, problem)
+                self._count(Verdict.MALFORMED, chunk)
+                continue
+            verdict = self._assembler.add(chunk, self._oldest())
             self._count(verdict, chunk)
             if verdict is Verdict.ACCEPTED or verdict is Verdict.DUPLICATE:
                 self._touched.add(chunk.sample_id)
                 self._news.set()
+
+    def _unbelievable(self, sender: str | None, chunk: m.ScoredChunk) -> str | None:
+        """Why a chunk cannot be; what an earlier launch of the learner left under way may be, and is dropped later."""
+        left_over = chunk.attempt < self._attempt_floor
+        return self._bounds.of_scored(sender, chunk, newest=MAX_COUNT if left_over else self._planned)
+
+    def _oldest(self) -> int:
+        """No token of older weights may be new: every step so far waited for them."""
+        schedule = self._topology.schedule
+        return max(self._planned - schedule.max_staleness - 1, 0) if schedule.train_on is TrainOn.TOKENS else 0
 
     def _count(self, verdict: Verdict, chunk: m.ScoredChunk) -> None:
         if verdict is Verdict.ACCEPTED or verdict is Verdict.EARLY:
@@ -295,6 +314,7 @@ class Intake:
         """Close sockets and the log."""
         self._pull.close()
         self.ranks.close()
+        self._door.close()
         if self._log is not None:
             self._log.close()
 

@@ -11,6 +11,7 @@ import zmq.asyncio
 from opd_async.errors import DeadlineError
 from opd_async.plan.plan import Plan
 from opd_async.transport.channels import ControlServer
+from opd_async.transport.door import Door
 from opd_async.transport.messages import Message, Train
 
 log = logging.getLogger(__name__)
@@ -19,17 +20,22 @@ log = logging.getLogger(__name__)
 class LearnerRanks:
     """All ranks of the learner; nothing is sent before all of them are there."""
 
-    def __init__(self, context: zmq.asyncio.Context, plan: Plan, malformed: Callable[[str], None]) -> None:
+    def __init__(self, context: zmq.asyncio.Context, plan: Plan, malformed: Callable[[str], None], door: Door) -> None:
         self._learner = plan.topology.learner
         self._deadline_s = plan.topology.supervisor.start_deadline_s
-        self._server = ControlServer(context, plan.batches, malformed)
+        self._names = {f"rank-{rank}" for rank in range(self._learner.ranks)}
+        self._malformed = malformed
+        self._server = ControlServer(context, plan.batches, malformed, door)
         self._up: set[str] = set()
         self._all_up = asyncio.Event()
 
     async def collect(self) -> None:
         """Collect the hellos of the ranks."""
         while True:
-            rank, _ = await self._server.receive()
+            rank, message = await self._server.receive()
+            if rank not in self._names:
+                self._malformed(f"a {type(message).__name__} of {rank!r:.80}, which is no rank")
+                continue
             self._up.add(rank)
             if len(self._up) == self._learner.ranks:
                 self._all_up.set()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import socket
 import sys
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from opd_async.actors.rewards.worker import READY, TIMED_OUT, frame, read_frame
 from opd_async.config.learning import RewardSection
 from opd_async.errors import RoleError
+from opd_async.keys import is_key
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +146,11 @@ class RewardPool:
         command = (sys.executable, "-m", "opd_async.actors.rewards.worker", "--plan", str(self._plan_file))
         with theirs:
             process = await asyncio.create_subprocess_exec(
-                *(*command, "--fd", str(theirs.fileno())), pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL
+                *(*command, "--fd", str(theirs.fileno())),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                # a reward may be anybody's function
+                env={name: value for name, value in os.environ.items() if not is_key(name)},
             )
         reader, writer = await asyncio.open_unix_connection(sock=mine)
         worker = _Worker(process, writer)

@@ -8,6 +8,7 @@ import zmq.asyncio
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.scheduling.routing import rendezvous
 from opd_async.transport.channels import Push
+from opd_async.transport.door import Passport
 from opd_async.transport.messages import Chunk, ScoredChunk
 
 
@@ -18,7 +19,8 @@ class Downstream:
         """`sender` is the rollout actor's name, which stands in for a teacher's in chunks that nobody scored."""
         self._scored = plan.topology.opd.on_engines
         self._sender = sender
-        self._pushes = [Push(context, address) for address in (plan.chunks if self._scored else (plan.scored,))]
+        addresses, passport = plan.chunks if self._scored else (plan.scored,), Passport.of_environment(sender)
+        self._pushes = [Push(context, address, passport=passport) for address in addresses]
         self._teachers = [role.teacher for role in plan.of_kind(RoleKind.TEACHER)]
 
     def route(self, prompt_id: int, teacher: str) -> int:

@@ -184,6 +184,7 @@ class Generation:
             np.concatenate(logprobs) if logprobs else np.zeros(0, np.float32),
             reward=self._reward if finish is not None else None,
             teacher=self.lease.teacher,
+            grant=self.lease.grant,
         )
         self._sent_end = chunk.end
         self._pending_tokens -= len(chunk.token_ids)

@@ -32,6 +32,7 @@ from opd_async.actors.teacher.lane import Lane, Request
 from opd_async.config.topology import TrainOn
 from opd_async.engines.probe import wait_until_ready
 from opd_async.errors import EngineError, RoleError
+from opd_async.plan.chunk_bounds import ChunkBounds
 from opd_async.plan.plan import RoleKind
 from opd_async.role import IdleClock, Role, role_arguments
 from opd_async.scheduling.cache_share import CutPoints
@@ -61,8 +62,10 @@ class TeacherActor:
         self._room = asyncio.Event()
         self._idle = IdleClock()
         role.refresh = self._refresh
-        self._pull = Pull(role.context, plan.chunks[role.mine.index], self._malformed)
-        self._push = Push(role.context, plan.scored)
+        self._door = role.guard()
+        self._bounds = ChunkBounds(plan, self._door.keys)
+        self._pull = Pull(role.context, plan.chunks[role.mine.index], self._malformed, door=self._door)
+        self._push = Push(role.context, plan.scored, passport=role.passport)
 
     def _client(self, session: aiohttp.ClientSession, url: str) -> EngineClient:
         section, settings = self._role.plan.section(url), self._topology.teacher
@@ -105,9 +108,13 @@ class TeacherActor:
         """Take chunks in; wait while too much is queued."""
         limit = MAX_QUEUE_BATCHES * self._topology.teacher.batch_tokens * len(self._lanes)
         while True:
-            chunk = await self._pull.receive()
+            sender, chunk = await self._pull.receive_from()
             if not isinstance(chunk, m.Chunk) or chunk.teacher != self._role.mine.teacher:
                 self._malformed(f"a {type(chunk).__name__}, or of another teacher")
+                continue
+            if problem := self._bounds.of_chunk(sender, chunk):
+                log.warning("dropped a chunk of sample %d: %s", chunk.sample_id, problem)
+                self._malformed(problem)
                 continue
             if self._known(chunk):
                 self._queue(self._points.offer(chunk, self._lane(chunk.prompt_id).cache.coarse))
@@ -246,6 +253,7 @@ class TeacherActor:
         """Close the sockets; scored chunks may still leave."""
         self._pull.close()
         self._push.close()
+        self._door.close()
 
 
 def _scored(chunk: m.Chunk, scores: Scores | None, at: int, teacher_id: str, latency_s: float) -> m.ScoredChunk:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,13 @@ import zmq.asyncio
 from opd_async.bench.crosscheck.scenario import Scenario, add_arguments
 from opd_async.errors import RoleError
 from opd_async.forecast.cost_model import TrainCost
+from opd_async.keys import incarnation
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.process import run_role
 from opd_async.role import read_plan
 from opd_async.transport import messages as m
 from opd_async.transport.channels import ControlClient
+from opd_async.transport.door import Passport
 
 UPDATE_DEADLINE_S = 60.0
 
@@ -51,13 +52,13 @@ class SimulatedLearner:
         self._cost = scenario.workload().train
         context = zmq.asyncio.Context()
         self._name = plan.role(RoleKind.LEARNER, 0).name
-        self._commands = ControlClient(context, plan.batches, "rank-0")
-        self._replies = ControlClient(context, plan.control, self._name)
+        self._commands = ControlClient(context, plan.batches, "rank-0", passport=Passport.of_environment("rank-0"))
+        self._replies = ControlClient(context, plan.control, self._name, passport=Passport.of_environment(self._name))
         self._version = 0
 
     async def obey(self) -> None:
         """Commands until Stop."""
-        hello = m.Hello(self._name, os.getpid())
+        hello = m.Hello(self._name, incarnation())
         await self._commands.send(hello)
         await self._replies.send(hello)
         spent = {"idle_s": 0.0, "seconds": 0.0}
@@ -116,8 +117,10 @@ async def main() -> None:
     parser.add_argument("--plan", type=Path, required=True)
     add_arguments(parser)
     options = parser.parse_args()
-    async with aiohttp.ClientSession() as session:
-        learner = SimulatedLearner(read_plan(options.plan), Scenario.of(options), session)
+    plan = read_plan(options.plan)
+    headers = {"Authorization": f"Bearer {plan.topology.engines.student.admin_api_key}"}
+    async with aiohttp.ClientSession(headers=headers) as session:
+        learner = SimulatedLearner(plan, Scenario.of(options), session)
         try:
             await learner.obey()
         finally:

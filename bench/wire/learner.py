@@ -6,7 +6,6 @@ SyncWeights -> the null engines hear the version
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 
 import aiohttp
@@ -15,10 +14,12 @@ import zmq.asyncio
 
 from opd_async.bench.wire.pattern import LOGPROBS, PROMPT_TOKENS, SCORES, TOKENS
 from opd_async.errors import RoleError
+from opd_async.keys import incarnation
 from opd_async.plan.plan import Plan, RolePlan
 from opd_async.scheduling.packing import from_message
 from opd_async.transport import messages as m
 from opd_async.transport.channels import ControlClient
+from opd_async.transport.door import Passport
 from opd_async.transport.step_batch import MicroBatch
 
 
@@ -57,11 +58,11 @@ async def obey(plan: Plan, mine: RolePlan) -> None:
     """Commands until Stop."""
     context, account, version = zmq.asyncio.Context(), Account(), 0
     with (
-        ControlClient(context, plan.batches, "rank-0") as commands,
-        ControlClient(context, plan.control, mine.name) as up,
+        ControlClient(context, plan.batches, "rank-0", passport=Passport.of_environment("rank-0")) as commands,
+        ControlClient(context, plan.control, mine.name, passport=Passport.of_environment(mine.name)) as up,
     ):
         for channel in (commands, up):
-            await channel.send(m.Hello(mine.name, os.getpid()))
+            await channel.send(m.Hello(mine.name, incarnation()))
         async with aiohttp.ClientSession(raise_for_status=True) as session:
             while True:
                 command = await commands.receive()

@@ -15,9 +15,12 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from opd_async.learner.checkpoints import unpickle
+
 
 def install() -> None:
     """Patch the library once; call it before the first save or load."""
+    unpickle.install()
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()  # in place of a manager process, which takes seconds to start
         filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_this_process)

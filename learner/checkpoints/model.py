@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from opd_async.learner.checkpoints import fixes as checkpoint_fixes
+from opd_async.learner.checkpoints.unpickle import plain
 from opd_async.learner.distributed.cpu import on_this_device, quiet
 from opd_async.learner.errors import CheckpointError
 from opd_async.learner.model.decoder import DecoderModel
 
 EMBEDDING = "embedding.word_embeddings.weight"
-UNREADABLE = (CheckpointingException, CheckpointException, OSError, KeyError, RuntimeError)
+UNREADABLE = (CheckpointingException, CheckpointException, OSError, KeyError, RuntimeError, UnpicklingError)
 
 
 def save_model(model: DecoderModel, folder: Path) -> None:
@@ -49,6 +51,7 @@ def load_model(model: DecoderModel, folder: Path, prefix: str = "", without: Col
     `prefix` is before their names in the checkpoint; the parameters `without` stay as they are. Raises
     `CheckpointError` if the folder is not a checkpoint, is unreadable, or is of another model.
     """
+    checkpoint_fixes.install()
     try:
         with quiet(), on_this_device():
             state = _weights(model, prefix)
@@ -78,11 +81,14 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def _stored(folder: Path) -> dict[str, Any]:
     """Descriptions of the tensors in a checkpoint, by name."""
+    checkpoint_fixes.install()
     try:
         with quiet():
             stored: dict[str, Any] = dist_checkpointing.load_tensors_metadata(str(folder))
     except UNREADABLE as error:
-        raise CheckpointError(f"{folder} is not a Megatron checkpoint (torch_dist) of a model: {error}") from error
+        raise CheckpointError(
+            f"{folder} is not a Megatron checkpoint (torch_dist) of a model: {cause(error)}"
+        ) from error
     return stored
 
 
@@ -107,7 +113,8 @@ def _own_bytes(tensor: Tensor) -> Tensor:
     return storage.view(tensor.dtype).view(tensor.shape)
 
 
-def cause(error: BaseException) -> BaseException:
+def cause(error: BaseException) -> str:
     """The first rank's own error, where torch has wrapped those of all ranks with their tracebacks."""
     failures = error.failures if isinstance(error, CheckpointException) else {}
-    return next((failure for failure, _traceback in failures.values()), error)
+    first = next((failure for failure, _traceback in failures.values()), error)
+    return plain(first)

@@ -57,7 +57,7 @@ def _reference_problems(topology: Topology) -> Iterator[str]:
     if not section.reference_kl_coef:
         yield "advantage.reference_load: given, but advantage.reference_kl_coef is 0; remove it, or write a coefficient"
     try:
-        shards(section.reference_load)
+        shards(section.reference_load, thorough=True)
     except InputError as error:
         yield f"advantage.reference_load: {error}"
 
@@ -72,7 +72,7 @@ def _critic_problems(topology: Topology) -> Iterator[str]:
         return
     if critic.load is not None:
         try:
-            shards(critic.load)
+            shards(critic.load, thorough=True)
         except InputError as error:
             yield f"advantage.critic.load: {error}"
     if critic.path is None:

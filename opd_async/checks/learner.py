@@ -20,7 +20,7 @@ def learner_problems(topology: Topology) -> Iterator[str]:
         )
     if learner.load is not None:
         try:
-            shards(learner.load)
+            shards(learner.load, thorough=True)
         except InputError as error:
             yield f"learner.load: {error}"
     models = [("student", topology.models.student)]

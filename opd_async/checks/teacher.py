@@ -86,6 +86,6 @@ def _megatron_problems(topology: Topology) -> Iterator[str]:
         )
         return
     try:
-        shards(opd.teacher_load, opd.teacher_ckpt_step)
+        shards(opd.teacher_load, opd.teacher_ckpt_step, thorough=True)
     except InputError as error:
         yield f"opd.teacher_load: {error}"

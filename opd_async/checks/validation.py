@@ -198,11 +198,25 @@ def _url_problems(path: str, section: EngineSection) -> Iterator[str]:
         yield f"{path}.urls: the same URL twice; write one for each engine"
 
 
+KEY_ARGUMENTS = {"--api-key": "api_key of the section", "--admin-api-key": "admin_api_key of the section"}
+"""SGLang's options that hold a secret, and what stands for them."""
+
+
 def _sglang_problems(path: str, section: EngineSection) -> Iterator[str]:
     if section.kind is not EngineKind.SGLANG:
         if section.python is not None or section.args:
             yield f"{path}.python, {path}.args: only for kind sglang, this is {section.kind}; remove them"
-    elif section.python is None:
+        return
+    given = {arg.partition("=")[0] for arg in section.args}
+    for flag, key in KEY_ARGUMENTS.items():
+        if flag in given:
+            yield (
+                f"{path}.args: {flag}, which every process of this machine could read in the server's command line; "
+                f"write {key}"
+            )
+    if "--config" in given:
+        yield f"{path}.args: --config, by which the run hands over its keys; write its settings as arguments"
+    if section.python is None:
         yield f"{path}.python: missing; write the Python that has SGLang, such as .venv-sglang/bin/python"
     elif problem := version_problem(section.python):
         yield f"{path}.python: {problem}"

@@ -7,15 +7,21 @@ stop order   rollout actors, teacher actors, learner, intake, student engines, t
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from opd_async.cluster.supervisor import Exit, ProcessSpec, Supervisor
+from opd_async.config.topology import EngineKind, EngineSection
 from opd_async.engines.info import engine_problem
 from opd_async.engines.probe import wait_until_ready
+from opd_async.engines.sglang import keys_yaml
 from opd_async.errors import RoleError
+from opd_async.files import PRIVATE, write_atomically
+from opd_async.keys import INCARNATION_ENV, RunKeys, engine_environment, new_incarnation
 from opd_async.plan.plan import Plan, RoleKind, RolePlan
+from opd_async.plan.resolve import KEYS_FOLDER
 from opd_async.scheduling.restarts import RestartBudget
 
 STOP_ORDER = (
@@ -31,10 +37,13 @@ STOP_ORDER = (
 class Fleet:
     """Starts and stops roles by name; knows which engines answer."""
 
-    def __init__(self, plan: Plan, supervisor: Supervisor, echo: Callable[[str], None]) -> None:
+    def __init__(self, plan: Plan, supervisor: Supervisor, echo: Callable[[str], None], keys: RunKeys) -> None:
+        """`plan` has the keys already (`Plan.with_keys`)."""
         self.plan = plan
         self.supervisor = supervisor
         self._echo = echo
+        self.keys = keys
+        self._incarnations: dict[str, str] = {}
         settings = plan.topology.supervisor
         self._budget = RestartBudget(settings.restarts, settings.backoff_s, time.monotonic)
         self._roles = {role.name: role for role in plan.roles}
@@ -50,24 +59,58 @@ class Fleet:
         return self._roles[name]
 
     async def start(self, name: str, env: dict[str, str] | None = None) -> None:
-        """Start one role."""
+        """Start one role, with `env` beside the environment that it always has."""
         role = self._roles[name]
         threads = self._threads(role)
-        settings = {"OMP_NUM_THREADS": str(threads), **role.env, **(env or {})}
-        await self.supervisor.start(ProcessSpec(name, role.command, settings, self._logs / f"{name}.log"))
+        self._incarnations[name] = new_incarnation()
+        settings = {"OMP_NUM_THREADS": str(threads), **role.env, **self._key_variables(role), **(env or {})}
+        settings[INCARNATION_ENV] = self._incarnations[name]
+        log = self._logs / f"{name}.log"
+        await self.supervisor.start(ProcessSpec(name, role.command, settings, log, self._secrets()))
+
+    def incarnation(self, name: str) -> str | None:
+        """Which start of a role is the current one; None for a role that was never started."""
+        return self._incarnations.get(name)
+
+    def _engine(self, role: RolePlan) -> EngineSection | None:
+        """The section of an engine; None for other roles."""
+        if role.kind is RoleKind.STUDENT_ENGINE:
+            return self.plan.topology.engines.student
+        return self.plan.topology.teachers[role.teacher][1] if role.kind is RoleKind.TEACHER_ENGINE else None
 
     def _threads(self, role: RolePlan) -> int:
-        topology = self.plan.topology
+        engine = self._engine(role)
         if role.kind is RoleKind.LEARNER:
-            return topology.learner.threads
-        if role.kind is RoleKind.STUDENT_ENGINE:
-            return topology.engines.student.threads
-        return topology.teachers[role.teacher][1].threads if role.kind is RoleKind.TEACHER_ENGINE else 1
+            return self.plan.topology.learner.threads
+        return 1 if engine is None else engine.threads
 
-    async def start_all(self) -> None:
-        """Start every role; they wait for one another."""
+    def _key_variables(self, role: RolePlan) -> dict[str, str]:
+        """A role's keys as environment variables: an engine has its own, every other role those of the run."""
+        engine = self._engine(role)
+        if engine is None:
+            return self.keys.environment()
+        if engine.kind is not EngineKind.SGLANG:
+            return engine_environment(engine.api_key, engine.admin_api_key)
+        folder = self.plan.run_folder / KEYS_FOLDER
+        folder.mkdir(mode=0o700, exist_ok=True)
+        write_atomically(folder / f"{role.name}.yaml", keys_yaml(engine.api_key, engine.admin_api_key), PRIVATE)
+        return {}
+
+    def _secrets(self) -> tuple[str, ...]:
+        """Every key of the run: what no log may show."""
+        sections = (section for _, _, section in self.plan.topology.engine_sides)
+        given = (key for section in sections for key in (section.api_key, section.admin_api_key))
+        everything = {key for key in (*given, *self.keys.environment().values()) if key}
+        return tuple(sorted(everything, key=len, reverse=True))  # none is cut by one that begins like it
+
+    def forget_keys(self) -> None:
+        """Remove the files that hold keys: nobody starts any more."""
+        shutil.rmtree(self.plan.run_folder / KEYS_FOLDER, ignore_errors=True)
+
+    async def start_all(self, env: dict[str, str] | None = None) -> None:
+        """Start every role; they wait for one another. `env` as in `start`, for all of them."""
         for role in self.plan.roles:
-            await self.start(role.name)
+            await self.start(role.name, env)
 
     async def await_restart(self, ended: Exit) -> None:
         """Spend one restart of the role and wait its backoff; `RoleError` with its last lines when none is left."""

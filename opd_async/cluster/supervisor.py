@@ -45,12 +45,16 @@ LOG_DEADLINE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """What to start: `env` is added to the supervisor's environment, `log_path` is appended to."""
+    """What to start: `env` is added to the supervisor's environment, `log_path` is appended to.
+
+    `secrets` are keys that the log must not show, whatever the role prints.
+    """
 
     name: str
     command: tuple[str, ...]
     env: Mapping[str, str]
     log_path: Path
+    secrets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +140,7 @@ class Supervisor:
             raise StateError(f"{spec.name} is running already")
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         header = f"{spec.name} started {started}: {' '.join(shlex.join(spec.command).split())}"
-        role = _Role(spec, RoleLog(spec.name, spec.log_path, header, self._echo, self._echo_line))
+        role = _Role(spec, RoleLog(spec.name, spec.log_path, header, self._echo, self._echo_line, spec.secrets))
         self._roles[spec.name] = role  # before the first await, so that two starts of one role cannot cross
         read_fd, write_fd = os.pipe()
         try:

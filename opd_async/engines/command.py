@@ -11,14 +11,23 @@ from opd_async.engines.sglang import server_command, server_environment
 
 
 def engine_command(
-    section: EngineSection, model: Path, devices: Sequence[str], host: str, ports: dict[str, int], seed: int
+    section: EngineSection,
+    model: Path,
+    devices: Sequence[str],
+    host: str,
+    ports: dict[str, int],
+    seed: int,
+    keys_file: Path | None = None,
 ) -> tuple[str, ...]:
     """The command of one replica on its `devices`; `ports` has `http`, and `metrics` for the embedded engine.
+
+    It holds no keys, because every process of the machine can read it: the embedded engine has them in its environment,
+    SGLang in `keys_file`.
 
     Replicas need different seeds: they must not sample the same random numbers.
     """
     if section.kind is EngineKind.SGLANG:
-        return server_command(section, model, devices, host, ports["http"], seed)
+        return server_command(section, model, devices, host, ports["http"], seed, keys_file)
     options: dict[str, object] = {
         "--model-path": model,
         "--host": host,
@@ -30,8 +39,6 @@ def engine_command(
         "--context-length": section.context_tokens,
         "--threads": section.threads,
         "--seed": seed,
-        "--api-key": section.api_key,
-        "--admin-api-key": section.admin_api_key,
         "--metrics-port": ports["metrics"],
     }
     given = [text for name, value in options.items() if value is not None for text in (name, str(value))]

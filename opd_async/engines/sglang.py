@@ -5,6 +5,7 @@ SGLang lives in a Python environment of its own (`engines.<side>.python`); nothi
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Sequence
@@ -59,7 +60,13 @@ def version_problem(python: Path) -> str | None:
 
 
 def server_command(
-    section: EngineSection, model: Path, devices: Sequence[str], host: str, port: int, seed: int
+    section: EngineSection,
+    model: Path,
+    devices: Sequence[str],
+    host: str,
+    port: int,
+    seed: int,
+    keys_file: Path | None,
 ) -> tuple[str, ...]:
     """The command of one server. On `cuda:N` SGLang chooses its own kernels; `section.args` come last and win."""
     on_cpu = devices[0] == "cpu"
@@ -76,8 +83,8 @@ def server_command(
         "--tp-size": len(devices),
         # Not a number, so that it is never taken for a version of the learner's.
         "--weight-version": "start",
-        "--api-key": section.api_key,
-        "--admin-api-key": section.admin_api_key,
+        # The only way to hand it keys that is not its command line (`keys_yaml`).
+        "--config": keys_file,
     }
     given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
     flags = [
@@ -89,6 +96,12 @@ def server_command(
         *(_CPU_FLAGS if on_cpu else ()),
     ]
     return (str(section.python), "-m", "sglang.launch_server", *given, *flags, *section.args)
+
+
+def keys_yaml(api_key: str | None, admin_api_key: str | None) -> str:
+    """What `keys_file` of a server holds: a mapping of options to their values, JSON being YAML too."""
+    given = {"api-key": api_key, "admin-api-key": admin_api_key}
+    return json.dumps({option: key for option, key in given.items() if key is not None})
 
 
 def server_environment(section: EngineSection, devices: Sequence[str], spare_port: int) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from opd_async.config.section import Section
 from opd_async.config.topology import EngineSection, Topology
+from opd_async.keys import RunKeys
 
 
 class RoleKind(StrEnum):
@@ -81,6 +82,35 @@ class Plan(Section):
             if url in urls:
                 return self.topology.teachers[name][1]
         return self.topology.engines.student
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Everybody who may connect to a socket of the run: roles, and the ranks of the learner."""
+        ranks = (f"rank-{rank}" for rank in range(self.topology.learner.ranks))
+        return (*(role.name for role in self.roles), *ranks)
+
+    def with_keys(self, keys: RunKeys) -> Plan:
+        """The same plan; engines that the run starts and that the topology gives no keys have those of the run.
+
+        A router in front of engines knows no key of the run, so there only the topology gives an `api_key`.
+        """
+        engines = self.topology.engines
+
+        def keyed(section: EngineSection) -> EngineSection:
+            if not section.started:
+                return section
+            api = section.api_key or (None if section.router else keys.api)
+            return section.model_copy(update={"api_key": api, "admin_api_key": section.admin_api_key or keys.admin})
+
+        # teachers that leave their section out have it by default, so each gets one of its own
+        several = {name: engines.teachers.get(name, EngineSection()) for name in self.topology.models.teachers}
+        update = {
+            "student": keyed(engines.student),
+            "teacher": keyed(engines.teacher),
+            "teachers": {name: keyed(section) for name, section in several.items()},
+        }
+        topology = self.topology.model_copy(update={"engines": engines.model_copy(update=update)})
+        return self.model_copy(update={"topology": topology})
 
     def engines_of(self, actor: RolePlan) -> tuple[str, ...]:
         """The engines that a teacher actor drives: every n-th of its teacher's, who has n actors."""

@@ -20,6 +20,8 @@ from opd_async.plan.plan import Plan, RoleKind, RolePlan
 
 LAUNCHER = "launcher"
 PLAN_FILE = "plan.json"
+KEYS_FOLDER = "keys"
+"""Below the run's folder, while the run lasts: the keys of engines that take them from a file only."""
 LAST_PORT = 65535
 _SECRETS = ("--api-key", "--admin-api-key")
 
@@ -137,7 +139,8 @@ def _role(topology: Topology, kind: RoleKind, index: int, ports: dict[PortKey, i
             if section.kind is EngineKind.SGLANG:
                 own["metrics"] = own["http"]  # SGLang serves them beside its API
             seed = topology.seed + index
-            command = engine_command(section, model.path, devices, topology.network.bind, own, seed)
+            keys_file = topology.folder / KEYS_FOLDER / f"{_name(kind, index)}.yaml"
+            command = engine_command(section, model.path, devices, topology.network.bind, own, seed, keys_file)
         case RoleKind.LEARNER:
             devices = rank_devices(topology)
             # each rank takes the CUDA device of its local rank among those that it can see

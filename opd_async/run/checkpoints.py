@@ -1,9 +1,11 @@
 """Checkpoint folders: written by several processes, complete only once sealed.
 
     checkpoints/step_00000050/   files of the learner, the intake, the launcher ...
-                 complete.json   {"step": 50, "files": {relative path: bytes}}, written last
+                 complete.json   {"step": 50, "files": {relative path: {"bytes": n, "blake2b": checksum}},
+                                 "seal": checksum of all that}, written last
 
-A folder without `complete.json` is what a crash left, and is never resumed from.
+A folder without `complete.json` is what a crash left, and is never resumed from. One whose files are not those that
+were sealed is damaged: it is set aside, and the one before is taken.
 """
 
 from __future__ import annotations
@@ -12,14 +14,19 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from opd_async.errors import InputError
-from opd_async.files import write_atomically
+from opd_async.files import checksum, checksums, write_atomically
 
 MARKER = "complete.json"
 SHARDS = "learner"
 """Sub-folder of a checkpoint for Megatron's files."""
+CHOSEN_ENV = "OPD_CHECKPOINT"
+"""Set for roles: the name of the checkpoint that they go on from, empty for none."""
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -37,42 +44,68 @@ def seal(folder: Path, step: int) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != marker)
     for path in [*files, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
         _sync(path)
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    write_atomically(marker, json.dumps({"step": step, "files": sizes}, indent=1))
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "blake2b": text}
+        for path, text in zip(files, checksums(files), strict=True)
+    }
+    content = {"step": step, "files": entries}
+    write_atomically(marker, json.dumps({**content, "seal": _seal_of(content)}, indent=1))
     # The marker's own name, and the folder's, must survive a power cut too.
     _sync(folder)
     _sync(folder.parent)
 
 
-def verify(folder: Path) -> int:
-    """The step of a sealed checkpoint, after checking that each of its files has the size it was sealed with.
+def _seal_of(content: Mapping[str, Any]) -> str:
+    return checksum(json.dumps(content, sort_keys=True).encode()).hex()
 
-    Raises `InputError` that names the first missing or short file and what to do.
+
+def verify(folder: Path, thorough: bool = True) -> int:
+    """The step of a sealed checkpoint, after checking that it is the one that was sealed: its marker, the size of each
+    file and, if `thorough`, the checksum of each.
+
+    Raises `InputError` that names the first file that is missing or another, and what to do.
     """
     remedy = f"remove the folder {folder} to resume from the checkpoint before it"
+    marker = folder / MARKER
     try:
-        marker = json.loads((folder / MARKER).read_bytes())
-        step, files = int(marker["step"]), dict(marker["files"])
+        content = json.loads(marker.read_bytes())
+        written = content.pop("seal")
+        if written != _seal_of(content):
+            raise InputError(f"{marker}: is damaged, its own checksum is another; {remedy}")
+        step = int(content["step"])
+        files = {str(name): (int(entry["bytes"]), str(entry["blake2b"])) for name, entry in content["files"].items()}
     except OSError as error:
-        raise InputError(f"{folder / MARKER}: cannot be read ({error.strerror}); {remedy}") from None
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{folder / MARKER}: is not a checkpoint marker; {remedy}") from None
+        raise InputError(f"{marker}: cannot be read ({error.strerror}); {remedy}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise InputError(f"{marker}: is not a checkpoint marker; {remedy}") from None
     if folder.name != step_folder(folder.parent, step).name:
-        raise InputError(f"{folder / MARKER}: was written for step {step}, not for this folder; {remedy}")
-    for name, size in files.items():
+        raise InputError(f"{marker}: was written for step {step}, not for this folder; {remedy}")
+    for name, (size, _) in files.items():
         path = folder / name
         if not path.is_file():
             raise InputError(f"{path}: missing from the checkpoint; {remedy}")
         if path.stat().st_size != size:
             raise InputError(f"{path}: {path.stat().st_size} bytes instead of {size}, cut short or changed; {remedy}")
+    if thorough:
+        _verify_contents(folder, {name: text for name, (_, text) in files.items()}, remedy)
     return step
 
 
-def shards(folder: Path, step: int | None = None) -> Path:
+def _verify_contents(folder: Path, expected: Mapping[str, str], remedy: str) -> None:
+    try:
+        found = checksums([folder / name for name in expected])
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); {remedy}") from None
+    for (name, text), now in zip(expected.items(), found, strict=True):
+        if text != now:
+            raise InputError(f"{folder / name}: is damaged, its checksum is not that of the seal; {remedy}")
+
+
+def shards(folder: Path, step: int | None = None, thorough: bool = False) -> Path:
     """The folder with Megatron's files in `folder`: a run's, its `checkpoints`, one step of them, or Megatron's own.
 
-    Of several steps it is that of `step`, or the newest. Sealed ones are verified, by name and size only. Raises
-    `InputError` that says what `folder` lacks.
+    Of several steps it is that of `step`, or the newest. Sealed ones are verified, by checksum if `thorough` (once,
+    in the launcher: the ranks that read it follow). Raises `InputError` that says what `folder` lacks.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the folder of a Megatron checkpoint")
@@ -83,9 +116,10 @@ def shards(folder: Path, step: int | None = None) -> Path:
             there = ", ".join(str(_step(sealed)) for sealed in _by_step(under, sealed=True)) or "none"
             raise InputError(f"{folder}: has no complete checkpoint at step {step}; those that it has: {there}")
     else:
-        chosen = latest(under) or folder
+        sealed = _by_step(under, sealed=True)
+        chosen = sealed[-1] if sealed else folder
     if (chosen / SHARDS).is_dir():
-        verify(chosen)
+        verify(chosen, thorough)
         chosen /= SHARDS
     if not (chosen / ".metadata").is_file():
         raise InputError(
@@ -95,16 +129,59 @@ def shards(folder: Path, step: int | None = None) -> Path:
     return chosen
 
 
-def latest(root: Path) -> Path | None:
-    """The newest sealed checkpoint, verified; None if there is none.
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """The newest sealed checkpoint that is whole, None if none was ever sealed, and newer ones that are damaged."""
 
-    Raises `InputError` if the newest sealed one fails `verify`: going back further is the user's decision.
+    folder: Path | None
+    damaged: tuple[tuple[Path, str], ...] = ()
+    """Folder and what is wrong with it."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What roles are told of it."""
+        return {CHOSEN_ENV: "" if self.folder is None else self.folder.name}
+
+    @property
+    def step(self) -> int:
+        """The step to go on from."""
+        return 0 if self.folder is None else _step(self.folder)
+
+
+def newest(root: Path) -> Newest:
+    """Look for a checkpoint to go on from, by checksums, from the newest back.
+
+    Raises `InputError`, which names every one, if there are some and all are damaged: to begin anew is the user's
+    decision.
     """
-    sealed = _by_step(root, sealed=True)
-    if not sealed:
-        return None
-    verify(sealed[-1])
-    return sealed[-1]
+    damaged: list[tuple[Path, str]] = []
+    for folder in reversed(_by_step(root, sealed=True)):
+        try:
+            verify(folder)
+        except InputError as error:
+            damaged.append((folder, str(error)))
+            continue
+        return Newest(folder, tuple(damaged))
+    if damaged:
+        raise InputError("\n".join(("every checkpoint is damaged:", *(f"  {text}" for _, text in damaged))))
+    return Newest(None)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that its step can be saved again and it is there to be looked at."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    return folder.rename(aside)
+
+
+def chosen(root: Path, environment: Mapping[str, str] = os.environ) -> Path | None:
+    """The checkpoint that a role goes on from, None for a beginning: the one that the launcher has verified, so that
+    all take the same; without a launcher the newest by name."""
+    name = environment.get(CHOSEN_ENV)
+    if name is None:
+        sealed = _by_step(root, sealed=True)
+        return sealed[-1] if sealed else None
+    return root / name if name else None
 
 
 def prune(root: Path, keep: int) -> list[Path]:

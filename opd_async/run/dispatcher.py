@@ -31,13 +31,16 @@ from opd_async.data.prompts import Prompt
 from opd_async.errors import OpdError, RoleError
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.barrier import Barrier
+from opd_async.run.control_bounds import ControlBounds
 from opd_async.run.evaluator import EVAL_IDS
 from opd_async.run.ledger import Ledger
 from opd_async.scheduling.admission import hold_tokens
+from opd_async.scheduling.grants import Grants
 from opd_async.scheduling.leases import LeaseBook
 from opd_async.telemetry.metrics import RoleMetrics
 from opd_async.transport import messages as m
 from opd_async.transport.channels import ControlServer
+from opd_async.transport.door import Door
 from opd_async.transport.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
@@ -67,16 +70,19 @@ class Dispatcher:
         self.ledger = ledger
         self.metrics = metrics
         self.mailbox = Mailbox()
-        self.server = ControlServer(context, plan.control)
+        self.door = Door(context, plan.peers, self._stranger, fleet.keys)
+        self.server = ControlServer(context, plan.control, self._malformed, door=self.door, expected=fleet.incarnation)
         self.barrier = Barrier(self)
         self.book: LeaseBook | None = None
         self.version = -1
         self.learner_lost = asyncio.Event()
         self.failed: asyncio.Future[OpdError] = asyncio.get_running_loop().create_future()
         self.on_eval_done: Callable[[m.EvalDone], None] = lambda done: None
+        self._grants = Grants(fleet.keys)
+        self._bounds = ControlBounds(self)
         self._prompts = prompts
         self._mix = mix
-        self._pids: dict[str, int] = {}
+        self._incarnations: dict[str, str] = {}
         self._heard: dict[str, float] = {}
         self._up: set[str] = set()
         self._lease_news = asyncio.Event()
@@ -133,6 +139,7 @@ class Dispatcher:
         """Start the loops in `group`; `stop_loops` ends them."""
         self._group = group
         loops = {"receive": self.receive, "deaths": self.deaths, "leasing": self.leasing, "watch": self.watch}
+        loops["door"] = self.door.keep
         for name, loop in loops.items():
             self.spawn(loop(), name)
 
@@ -143,6 +150,22 @@ class Dispatcher:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def _stranger(self) -> None:
+        mine = self.ledger.roles["launcher"].now
+        mine["strangers"] = mine.get("strangers", 0.0) + 1
+        self.metrics["opd_launcher_strangers_total"].inc()
+
+    def _malformed(self, reason: str) -> None:
+        mine = self.ledger.roles["launcher"].now
+        mine["malformed_frames"] = mine.get("malformed_frames", 0.0) + 1
+        self.metrics["opd_launcher_malformed_total"].inc()
+        log.warning("dropped %s", reason)
+
+    def close(self) -> None:
+        """Close the sockets."""
+        self.server.close()
+        self.door.close()
 
     def stop_loops(self) -> None:
         """Cancel everything that was spawned."""
@@ -162,6 +185,9 @@ class Dispatcher:
         """Dispatch every message."""
         while True:
             role, message = await self.server.receive()
+            if problem := self._bounds.problem(role, message):
+                self._malformed(f"a {type(message).__name__} of {role}: {problem}")
+                continue
             self._heard[role] = time.monotonic()
             match message:
                 case m.Heartbeat():
@@ -197,8 +223,8 @@ class Dispatcher:
                     log.warning("ignored a %s of %s", type(message).__name__, role)
 
     async def _hello(self, role: str, hello: m.Hello) -> None:
-        restarted = self._pids.get(role, hello.pid) != hello.pid
-        self._pids[role] = hello.pid
+        restarted = self._incarnations.get(role, hello.incarnation) != hello.incarnation
+        self._incarnations[role] = hello.incarnation
         self._up.add(role)
         if restarted:
             self.ledger.roles[role].restart()
@@ -275,6 +301,7 @@ class Dispatcher:
                 prompt.metadata_json,
                 teacher=prompt.teacher,
                 given=None if given is None else given.response,
+                grant=self._grants.of(spec.sample_id, spec.attempt, self.fleet.role(actor).index),
             )
             await self.server.send(actor, lease)
 

@@ -39,6 +39,7 @@ SHOWN_COUNTERS = (
     "teacher_retries",
     "canaries_failed",
     "orphan_chunks",
+    "strangers",
     "malformed_frames",
     "malformed_chunks",
     "duplicate_chunks",

@@ -31,6 +31,7 @@ from opd_async.cluster.supervisor import Supervisor
 from opd_async.data.completions import CompletionSet, Mix
 from opd_async.data.prompts import PromptSet
 from opd_async.data.tokenizer import Tokenizer
+from opd_async.keys import RunKeys
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.role import ATTEMPT_FLOOR_ENV
 from opd_async.run import checkpoints
@@ -64,7 +65,8 @@ class Lifecycle:
     """Owns one launch."""
 
     def __init__(self, plan: Plan, inputs: Inputs, echo: Callable[[str], None], signals: Signals) -> None:
-        self._plan = plan
+        self._keys = RunKeys.draw()
+        self._plan = plan = plan.with_keys(self._keys)
         self._inputs = inputs
         self._progress = Progress(echo, plan.topology.schedule.steps)
         self._echo = echo
@@ -72,6 +74,7 @@ class Lifecycle:
         self._recoveries = 0
         self._over = False
         self._dispatcher: Dispatcher | None = None
+        self._checkpoint = checkpoints.Newest(None)
         self.ledger: Ledger | None = None
         signals.on_first = self._acknowledge
 
@@ -100,18 +103,19 @@ class Lifecycle:
         No process survives it.
         """
         plan = self._plan
+        self._checkpoint = await asyncio.to_thread(self._go_back)
         metrics = RoleMetrics("launcher")
         self._write_targets()
         stop_deadline_s = plan.topology.supervisor.stop_deadline_s
         self.ledger = ledger = Ledger(plan, skipped_prompts=self._inputs.prompts.skipped_too_long)
-        ledger.rewind(self.checkpointed_version())
+        ledger.rewind(self._checkpoint.step)
         with (
             zmq.asyncio.Context() as context,
             contextlib.closing(ledger),
             metrics.serve(plan.topology.network.bind, plan.launcher_metrics_port),
         ):
             async with Supervisor(self._echo, stop_deadline_s) as supervisor:
-                fleet = Fleet(plan, supervisor, self._progress.say)
+                fleet = Fleet(plan, supervisor, self._progress.say, self._keys)
                 prompts, topology = self._inputs.prompts.prompts, plan.topology
                 given = self._inputs.completions.completions
                 mix = Mix(given, topology.opd.gkd_lambda, topology.seed, topology.data.shuffle)
@@ -119,13 +123,24 @@ class Lifecycle:
                 try:
                     await self._conduct(dispatcher, fleet)
                 finally:
-                    dispatcher.server.close()
+                    dispatcher.close()
+                    fleet.forget_keys()
             return ledger.report(fleet.restarts)
 
     def checkpointed_version(self) -> int:
         """Step of the newest complete checkpoint; 0 where there is none."""
-        folder = checkpoints.latest(self._plan.run_folder / "checkpoints")
-        return checkpoints.verify(folder) if folder is not None else 0
+        folder = checkpoints.chosen(self._plan.run_folder / "checkpoints", {})
+        return checkpoints.verify(folder, thorough=False) if folder is not None else 0
+
+    def _go_back(self) -> checkpoints.Newest:
+        """The newest checkpoint that is whole; newer ones that are damaged are named and set aside."""
+        found = checkpoints.newest(self._plan.run_folder / "checkpoints")
+        for folder, problem in found.damaged:
+            aside = checkpoints.set_aside(folder)
+            self._echo(
+                f"warning: {problem.partition('; remove')[0]}; kept as {aside.name}, going back to step {found.step}"
+            )
+        return found
 
     def _write_targets(self) -> None:
         host = self._plan.topology.network.bind
@@ -143,7 +158,7 @@ class Lifecycle:
             dispatcher.spawn(loop_lag(dispatcher.metrics["opd_launcher_loop_lag_seconds"]), "loop-lag")
             try:
                 self._progress.say(f"starting {len(self._plan.roles)} processes; logs in {fleet.log_folder()}")
-                await fleet.start_all()
+                await fleet.start_all(self._checkpoint.environment)
                 await self._lead(dispatcher, fleet)
             finally:
                 dispatcher.stop_loops()
@@ -183,9 +198,10 @@ class Lifecycle:
         dispatcher.forget()
         script.abandon_evaluation()
         await script.forget_samples()
-        await fleet.start(intake, {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
-        await fleet.start(learner)
-        version = self.checkpointed_version()
+        self._checkpoint = await asyncio.to_thread(self._go_back)
+        env, version = self._checkpoint.environment, self._checkpoint.step
+        await fleet.start(intake, env | {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
+        await fleet.start(learner, env)
         dispatcher.ledger.rewind(version)
         self._progress.say(f"learner and intake start again from step {version}")
 

@@ -21,9 +21,9 @@ from opd_async.config.resuming import Change, content_of, may_change
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import dump_topology, load_topology
 from opd_async.errors import InputError
-from opd_async.files import write_atomically
+from opd_async.files import PRIVATE, write_atomically
 from opd_async.plan.plan import Plan
-from opd_async.plan.resolve import PLAN_FILE
+from opd_async.plan.resolve import KEYS_FOLDER, PLAN_FILE
 from opd_async.run import fingerprints
 
 TOPOLOGY_FILE = "topology.yaml"
@@ -40,6 +40,7 @@ MADE_BY_RUNS = (
     "checkpoints",
     "export",
     "logs",
+    KEYS_FOLDER,
 )
 """Files and folders that a run writes into its folder: the only ones that `--overwrite` removes."""
 
@@ -95,8 +96,7 @@ def prepare(
         if known := before.now or before.saved:
             files[fingerprints.INPUTS_FILE] = json.dumps(known, indent=1)
         for name, text in files.items():
-            write_atomically(path / name, text)
-            (path / name).chmod(0o600)  # both hold the engines' keys
+            write_atomically(path / name, text, PRIVATE)  # they hold keys that the topology gives
     except OSError as error:
         folder.release()
         raise InputError(f"{path}: cannot be written: {error}") from None

@@ -16,7 +16,6 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_async.errors import StateError
 from opd_async.estimators.topk import TopK, join
 from opd_async.scheduling.intervals import IntervalSet
 from opd_async.transport.messages import ScoredChunk
@@ -51,6 +50,10 @@ class Piece:
     topk: TopK | None = None
 
 
+MAX_EARLY = 256
+"""Chunks of one sample that wait for one before them; further ones are dropped, and come again."""
+
+
 @dataclass(slots=True)
 class Sample:
     """One response on its way through scoring and training; positions count response tokens."""
@@ -71,6 +74,8 @@ class Sample:
     """Known with `finish`, where the topology has a reward and the response could be judged."""
     teacher: str = ""
     """Who scored it."""
+    version: int = 0
+    """Of the newest scored token."""
     early: dict[int, ScoredChunk] = field(default_factory=dict)
     order: int = 0
     """When the response finished, relative to others."""
@@ -144,8 +149,11 @@ class Assembler:
         sample.trained_end = sample.scored_end = len(trained)
         self.samples[sample_id] = sample
 
-    def add(self, chunk: ScoredChunk) -> Verdict:
-        """Take one scored chunk; whatever the verdict, the state stays consistent."""
+    def add(self, chunk: ScoredChunk, oldest: int = 0) -> Verdict:
+        """Take one scored chunk; whatever the verdict, the state stays consistent.
+
+        New tokens of weights before `oldest`, or before those of the sample's earlier tokens, cannot be: malformed.
+        """
         if not _well_formed(chunk, self._topk, self._teacher):
             return Verdict.MALFORMED
         if chunk.sample_id in self.completed:
@@ -165,11 +173,17 @@ class Assembler:
             return Verdict.ORPHAN
         if chunk.start < sample.scored_end or sample.finish is not None or chunk.start in sample.early:
             return Verdict.DUPLICATE
+        if len(chunk.token_ids) and chunk.weight_version < max(sample.version, oldest):
+            return Verdict.MALFORMED
         if chunk.start > sample.scored_end:
+            if len(sample.early) >= MAX_EARLY:
+                return Verdict.ORPHAN
             sample.early[chunk.start] = chunk
             return Verdict.EARLY
         self._append(sample, chunk)
         while sample.finish is None and (following := sample.early.pop(sample.scored_end, None)) is not None:
+            if len(following.token_ids) and following.weight_version < sample.version:
+                break
             self._append(sample, following)
         return Verdict.ACCEPTED
 
@@ -185,12 +199,10 @@ class Assembler:
 
     def _append(self, sample: Sample, chunk: ScoredChunk) -> None:
         if len(chunk.token_ids):
-            if sample.untrained and sample.untrained[-1].version > chunk.weight_version:
-                raise StateError(f"sample {sample.sample_id}: version {chunk.weight_version} after a later one")
             topk = TopK.of(chunk.topk_ids, chunk.topk_logprobs)
             piece = Piece(chunk.weight_version, chunk.token_ids, chunk.behaviour_logprobs, chunk.teacher_logprobs, topk)
             sample.untrained.append(piece)
-            sample.scored_end = chunk.end
+            sample.scored_end, sample.version = chunk.end, chunk.weight_version
         sample.actor, sample.teacher = chunk.actor, chunk.teacher
         if chunk.finish is not None:
             sample.finish, sample.reward = chunk.finish, chunk.reward

@@ -12,11 +12,12 @@ import msgpack
 import numpy as np
 
 from opd_async.errors import InputError, WireError
-from opd_async.files import write_atomically
+from opd_async.files import CHECKSUM_BYTES, checksum, write_atomically
 from opd_async.scheduling.assembly import Assembler
 from opd_async.scheduling.intervals import IntervalSet
+from opd_async.transport.bounds import receive
 from opd_async.transport.messages import Frontier
-from opd_async.transport.wire import decode, encode
+from opd_async.transport.wire import encode
 
 FILE_NAME = "frontier.msgpack"
 
@@ -52,19 +53,24 @@ def restore(frontier: Frontier, attempt_floor: int = 0, topk: int = 0, teacher: 
 
 
 def save(frontier: Frontier, folder: Path) -> None:
-    """Write `folder/frontier.msgpack` atomically, making the folder if need be."""
+    """Write `folder/frontier.msgpack` atomically, making the folder if need be: its checksum, then its frames."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / FILE_NAME, msgpack.packb([bytes(frame) for frame in encode(frontier)]))
+    content = msgpack.packb([bytes(frame) for frame in encode(frontier)])
+    write_atomically(folder / FILE_NAME, checksum(content) + content)
 
 
 def load(folder: Path) -> Frontier:
     """Read what `save` wrote; `InputError` names the file when it cannot be used."""
     path = folder / FILE_NAME
     try:
-        frames = msgpack.unpackb(path.read_bytes())
+        raw = path.read_bytes()
+        written, content = raw[:CHECKSUM_BYTES], raw[CHECKSUM_BYTES:]
+        if written != checksum(content):
+            raise ValueError("damaged: its checksum is another")
+        frames = msgpack.unpackb(content)
         if not isinstance(frames, list) or not all(isinstance(frame, bytes) for frame in frames):
             raise ValueError("not a list of frames")
-        frontier = decode(frames)
+        frontier = receive(frames)
     except (OSError, ValueError, WireError) as error:
         raise InputError(f"{path}: not a readable frontier ({error}); resume from an earlier checkpoint") from None
     if not isinstance(frontier, Frontier):

@@ -169,6 +169,11 @@ class LeaseBook:
             self._waiting_tokens -= active.response_tokens - active.trained_end
         del self._active[active.spec.sample_id]
 
+    def holder(self, sample_id: int) -> str | None:
+        """The actor that a sample is leased to; None if it is leased to nobody."""
+        active = self._active.get(sample_id)
+        return None if active is None else active.actor
+
     def held_by(self, actor: str) -> list[LeaseSpec]:
         """Leases of an actor whose responses or chunks may be lost with it."""
         return [active.spec for active in self._active.values() if active.actor == actor]

@@ -16,6 +16,11 @@ from dataclasses import dataclass, field
 
 from opd_async.transport.messages import Chunk
 
+MAX_SAMPLES = 2048
+"""Samples of one batch, and `MAX_CONTEXT_TOKENS` all their tokens, prompts and earlier responses included: an engine
+refuses larger requests, which would keep it busy with parsing."""
+MAX_CONTEXT_TOKENS = 2 << 20
+
 
 @dataclass(slots=True)
 class ScoreItem:
@@ -27,6 +32,11 @@ class ScoreItem:
     chunks: list[Chunk] = field(default_factory=list)
     new_tokens: int = 0
     """Tokens to score."""
+
+    @property
+    def context(self) -> int:
+        """Tokens of the sample up to its last chunk's end: what a request carries."""
+        return self.chunks[-1].prompt_tokens + self.chunks[-1].end
 
     def add(self, chunk: Chunk) -> None:
         """Put one chunk between the others by its position, and count its tokens."""
@@ -69,13 +79,15 @@ class TokenBudgetBatcher:
         if due is None or (self._free_tokens < self.batch_tokens and now < due):
             return []
         batch: list[ScoreItem] = []
-        tokens = 0
+        tokens = context = 0
         free = [item for item in self._waiting.values() if item.sample_id not in self._in_flight]
         for item in sorted(free, key=_urgency):
-            if batch and tokens + item.new_tokens > self.batch_tokens:
+            full = tokens + item.new_tokens > self.batch_tokens or context + item.context > MAX_CONTEXT_TOKENS
+            if batch and (full or len(batch) == MAX_SAMPLES):
                 break
             batch.append(item)
             tokens += item.new_tokens
+            context += item.context
             del self._waiting[item.sample_id]
         self._free_tokens -= tokens
         self.waiting_tokens -= tokens

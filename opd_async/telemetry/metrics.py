@@ -84,6 +84,11 @@ def _lag(role: str) -> Metric:
     return _histogram(f"opd_{role}_loop_lag_seconds", "How late the event loop woke up from a sleep.", _LAG)
 
 
+def _strangers(role: str) -> Metric:
+    text = "Connections and messages refused: no key of this run, or another's name."
+    return _counter(f"opd_{role}_strangers_total", text)
+
+
 CATALOGUE: tuple[Metric, ...] = (
     _gauge("opd_launcher_step", "Optimizer steps taken."),
     _gauge("opd_launcher_weight_version", "Weight version that every student engine has loaded."),
@@ -91,6 +96,8 @@ CATALOGUE: tuple[Metric, ...] = (
     _counter("opd_launcher_restarts_total", "Restarts of a role's process.", "role"),
     _counter("opd_launcher_trained_tokens_total", "Response tokens trained."),
     _counter("opd_launcher_failures_total", "Failures that roles reported.", "kind"),
+    _strangers("launcher"),
+    _counter("opd_launcher_malformed_total", "Messages dropped because they do not decode, or say what cannot be."),
     _lag("launcher"),
     _counter("opd_rollout_tokens_total", "Response tokens generated."),
     _counter("opd_rollout_chunks_total", "Chunks sent to teachers, resent ones not counted."),
@@ -124,6 +131,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _gauge("opd_teacher_queue_tokens", "New tokens that wait for a scoring batch."),
     _counter("opd_teacher_idle_seconds_total", "Time without any scoring batch in flight."),
     _histogram("opd_teacher_score_latency_seconds", "From the last token of a sample to its score.", _SECONDS),
+    _strangers("teacher"),
     _counter("opd_teacher_malformed_total", "Frames dropped because they do not decode to the schema.", "kind"),
     _gauge(
         "opd_teacher_held_tokens",
@@ -139,6 +147,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _counter("opd_intake_scored_tokens_total", "Scored tokens received, duplicates not counted."),
     _gauge("opd_intake_backlog_tokens", "Scored tokens that wait to be trained."),
     _counter("opd_intake_duplicates_total", "Chunks received more than once."),
+    _strangers("intake"),
     _counter("opd_intake_malformed_total", "Frames dropped because they do not decode to the schema.", "kind"),
     _figure("opd_intake_reward_mean", "Mean reward of the responses that the last step completed."),
     _counter("opd_intake_steps_total", "Steps planned."),

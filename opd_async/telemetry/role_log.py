@@ -11,9 +11,11 @@ import asyncio
 import os
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+from opd_async.files import PRIVATE
 
 TAIL_LINES = 30
 MAX_LINE_BYTES = 8192
@@ -77,22 +79,34 @@ class RoleLog:
     """One start's share of a log file, appended under a header line. Use `follow` once, then `close`."""
 
     def __init__(
-        self, name: str, path: Path, header: str, echo: Callable[[str], None], echo_line: Callable[[str], bool]
+        self,
+        name: str,
+        path: Path,
+        header: str,
+        echo: Callable[[str], None],
+        echo_line: Callable[[str], bool],
+        secrets: Sequence[str] = (),
     ) -> None:
-        """Open `path` for appending; when that fails, `echo` is told, and the role goes on without a log."""
+        """Open `path` for appending; when that fails, `echo` is told, and the role goes on without a log.
+
+        `secrets` show as `***` wherever they are printed.
+        """
         self._name = name
         self._path = path
         self._echo = echo
         self._echo_line = echo_line
+        self._secrets = re.compile("|".join(map(re.escape, secrets))) if secrets else None
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._broken = False
         self._file: BinaryIO | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)
+            # prompts and tracebacks are the owner's affair, also on a shared machine
+            self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE), "ab", 0)
+            os.fchmod(self._file.fileno(), PRIVATE)
         except OSError as error:
             self._complain(error)
-        self._append(f"=== {header}\n")
+        self._append(f"=== {self._masked(header)}\n")
 
     @property
     def tail(self) -> tuple[str, ...]:
@@ -117,6 +131,9 @@ class RoleLog:
             self._file_lines(splitter.close())
             transport.close()
 
+    def _masked(self, line: str) -> str:
+        return line if self._secrets is None else self._secrets.sub("***", line)
+
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
@@ -139,6 +156,7 @@ class RoleLog:
     def _file_lines(self, lines: list[str]) -> None:
         if not lines:
             return
+        lines = [self._masked(line) for line in lines]
         self._tail.extend(lines)
         self._append("".join(f"{line}\n" for line in lines))
         for line in lines:

@@ -21,7 +21,9 @@ import zmq
 import zmq.asyncio
 
 from opd_async.errors import OpdError, RoleError, WireError
-from opd_async.transport.wire import decode, encode
+from opd_async.transport.bounds import receive
+from opd_async.transport.door import Door, Passport, sender_of
+from opd_async.transport.wire import encode
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class Channel:
 
     def _decode(self, frames: list[bytes | memoryview], peer: str) -> Any | None:
         try:
-            return decode(frames)
+            return receive(frames)
         except WireError as error:
             log.warning("dropped a malformed message from %s: %s", peer, error)
             self._on_malformed(str(error))
@@ -84,9 +86,18 @@ def _bind(socket: zmq.asyncio.Socket, address: str) -> None:
 class Push(Channel):
     """Sends to one receiver; `send` waits while the receiver's and its own queues are full: that is backpressure."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, high_water_mark: int = HIGH_WATER_MARK) -> None:
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        address: str,
+        high_water_mark: int = HIGH_WATER_MARK,
+        passport: Passport | None = None,
+    ) -> None:
+        """Shows `passport` where the launcher gave keys."""
         socket = context.socket(zmq.PUSH)
         socket.sndhwm = high_water_mark
+        if passport is not None:
+            passport.show(socket)
         socket.connect(address)
         super().__init__(socket, address)
 
@@ -104,29 +115,55 @@ class Pull(Channel):
         address: str,
         on_malformed: OnMalformed = _ignore,
         high_water_mark: int = HIGH_WATER_MARK,
+        door: Door | None = None,
     ) -> None:
+        """Only roles that `door` knows may connect; anybody without one."""
         socket = context.socket(zmq.PULL)
         socket.rcvhwm = high_water_mark
+        if door is not None:
+            door.guard(socket, address)
         _bind(socket, address)
         super().__init__(socket, address, on_malformed)
 
     async def receive(self) -> Any:
         """The next well-formed message; waits as long as there is none."""
+        return (await self.receive_from())[1]
+
+    async def receive_from(self) -> tuple[str | None, Any]:
+        """The same with the role whose key came with it, None where there is no door."""
         while True:
             frames = await self._receive()
-            message = self._decode([frame.buffer for frame in frames], self.address)
+            sender = sender_of(frames[0])
+            message = self._decode([frame.buffer for frame in frames], sender or self.address)
             if message is not None:
-                return message
+                return sender, message
 
 
 class ControlServer(Channel):
-    """One end for every role: messages go out by role name and come in with it."""
+    """One end for every role: messages go out by role name and come in with it.
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, on_malformed: OnMalformed = _ignore) -> None:
+    With a `door` a name belongs to the role whose key came with the connection, and to one incarnation of it: the one
+    that `expected` says was started, else the first that speaks. What any other says in that name is counted by the
+    door and dropped. Without a door whoever connects last has the name.
+    """
+
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        address: str,
+        on_malformed: OnMalformed = _ignore,
+        door: Door | None = None,
+        expected: Callable[[str], str | None] | None = None,
+    ) -> None:
         socket = context.socket(zmq.ROUTER)
         socket.router_mandatory = 1  # a message to a role that is not there must fail, not vanish
-        socket.router_handover = 1  # a restarted role takes its name over from the dead one
+        socket.router_handover = 1  # a role that reconnects takes its name over from a connection that is half dead
         socket.sndhwm = socket.rcvhwm = HIGH_WATER_MARK
+        if door is not None:
+            door.guard(socket, address)
+        self._door = door if door is not None and door.keys is not None else None
+        self._expected = expected
+        self._routes: dict[str, bytes] = {}
         _bind(socket, address)
         super().__init__(socket, address, on_malformed)
 
@@ -136,7 +173,8 @@ class ControlServer(Channel):
         Never waits, or one role that does not read would hold up all others: `RoleError` when its queue is full.
         """
         try:
-            await self._socket.send_multipart([role.encode(), *encode(message)], flags=zmq.NOBLOCK, copy=False)
+            route = self._routes.get(role, role.encode())
+            await self._socket.send_multipart([route, *encode(message)], flags=zmq.NOBLOCK, copy=False)
         except zmq.Again:
             raise RoleError(f"{role} has left {HIGH_WATER_MARK} messages unread; see its log") from None
         except zmq.ZMQError as error:
@@ -149,20 +187,43 @@ class ControlServer(Channel):
         """The next (role, message)."""
         while True:
             frames = await self._receive()
-            role = bytes(frames[0].buffer).decode(errors="replace")
-            message = self._decode([frame.buffer for frame in frames[1:]], role)
-            if message is not None:
+            role = self._claim(frames[0])
+            message = self._decode([frame.buffer for frame in frames[1:]], role) if role is not None else None
+            if role is not None and message is not None:
                 return role, message
+
+    def _claim(self, identity: zmq.Frame) -> str | None:
+        """The role that a connection speaks for; None if the name is not its own."""
+        route = bytes(identity.buffer)
+        role, _, incarnation = route.decode(errors="replace").partition("/")
+        if self._door is None:
+            return role
+        expected = incarnation if self._expected is None else self._expected(role)
+        bound = self._routes.get(role) if self._expected is None else None
+        if role != sender_of(identity) or incarnation != expected or bound not in (None, route):
+            self._door.refuse(self.address, f"it claims to be {role!r:.60}, which it is not, or not any more")
+            return None
+        self._routes[role] = route
+        return role
 
 
 class ControlClient(Channel):
     """A role's end of a `ControlServer`."""
 
     def __init__(
-        self, context: zmq.asyncio.Context, address: str, role: str, on_malformed: OnMalformed = _ignore
+        self,
+        context: zmq.asyncio.Context,
+        address: str,
+        role: str,
+        on_malformed: OnMalformed = _ignore,
+        passport: Passport | None = None,
     ) -> None:
+        """Shows `passport` where the launcher gave keys, else the name alone."""
         socket = context.socket(zmq.DEALER)
         socket.routing_id = role.encode()
+        if passport is not None:
+            socket.routing_id = passport.routing_id
+            passport.show(socket)
         socket.sndhwm = socket.rcvhwm = HIGH_WATER_MARK
         socket.connect(address)
         super().__init__(socket, address, on_malformed)

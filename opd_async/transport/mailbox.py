@@ -10,10 +10,12 @@ from typing import Any
 from opd_async.errors import DeadlineError
 
 MAX_UNREAD = 64
+MAX_KEYS = 1024
+"""Of unread messages: nobody waits for more than a handful at once."""
 
 
 class Mailbox:
-    """Messages by key. `deliver` never blocks; unread messages of one key are bounded, the oldest go first."""
+    """Messages by key. `deliver` never blocks; unread messages of a key, and keys, are bounded: the oldest go first."""
 
     def __init__(self) -> None:
         self._unread: dict[Hashable, deque[Any]] = {}
@@ -22,6 +24,8 @@ class Mailbox:
 
     def deliver(self, key: Hashable, message: Any) -> None:
         """Hand `message` to whoever waits for `key`, now or next."""
+        if key not in self._unread and len(self._unread) >= MAX_KEYS:
+            del self._unread[next(iter(self._unread))]
         self._unread.setdefault(key, deque(maxlen=MAX_UNREAD)).append(message)
         self._wake(key)
 

@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from opd_async.actors.client.engine_client import EngineClient, Sampling
 from opd_async.config.topology import EngineKind, EngineSection
 from opd_async.engines.command import engine_command, engine_environment
-from opd_async.engines.sglang import installed_version
+from opd_async.engines.sglang import installed_version, keys_yaml
+from opd_async.keys import engine_environment as key_variables
 from opd_async.plan.free_ports import free_ports
 
 KIND = EngineKind(os.environ.get("OPD_TEST_ENGINE", "embedded"))
@@ -131,14 +132,18 @@ def running(model: Path, log: Path, settings: EngineSection = SETTINGS, **enviro
     """Start a server with the command of a run, wait until it answers, and end it with all its children."""
     port, spare = free_ports("127.0.0.1", 2)
     devices = ("cpu",) * settings.tensor_parallel
-    command = engine_command(settings, model, devices, "127.0.0.1", {"http": port, "metrics": spare}, seed=0)
+    keys_file = log.with_suffix(".yaml")
+    keys_file.write_text(keys_yaml(settings.api_key, settings.admin_api_key))
+    command = engine_command(settings, model, devices, "127.0.0.1", {"http": port, "metrics": spare}, 0, keys_file)
+    variables = engine_environment(settings, devices, spare)
+    variables |= key_variables(settings.api_key, settings.admin_api_key)
     with log.open("w") as out:
         process = subprocess.Popen(
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | engine_environment(settings, devices, spare) | environment,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables | environment,
             start_new_session=True,
         )
     try:

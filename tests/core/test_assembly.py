@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from scored_chunks import PROMPT, context_to, held, scored, token_ids
 
-from opd_async.errors import StateError
 from opd_async.scheduling.assembly import Assembler, Sample, Verdict
 from opd_async.scheduling.intervals import IntervalSet
 
@@ -166,11 +165,11 @@ def test_a_top_k_that_was_not_asked_for_or_is_none_is_refused(wanted: int, field
     assert box.add(dataclasses.replace(scored(3, 0, 2, context=True), **fields)) is Verdict.MALFORMED
 
 
-def test_a_version_that_goes_back_is_a_defect() -> None:
+def test_a_version_that_goes_back_is_refused() -> None:
     box = assembler()
     held(box, 3, 2, weight_version=2)
-    with pytest.raises(StateError, match="version 1 after a later one"):
-        box.add(scored(3, 2, 4, weight_version=1))
+    assert box.add(scored(3, 2, 4, weight_version=1)) is Verdict.MALFORMED
+    assert box.samples[3].scored_end == 2
 
 
 # --- attempts --------------------------------------------------------------------------------------------------------

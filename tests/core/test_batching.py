@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored_chunks import chunk
 
-from opd_async.scheduling.score_batches import ScoreItem, TokenBudgetBatcher
+from opd_async.scheduling.score_batches import MAX_CONTEXT_TOKENS, MAX_SAMPLES, ScoreItem, TokenBudgetBatcher
 
 
 def shown(batch: list[ScoreItem]) -> list[tuple[int, list[tuple[int, int]]]]:
@@ -149,3 +149,15 @@ def test_behaves_like_the_model(batch_tokens: int, moves: list[tuple[str, int, i
             if batch:
                 in_flight.append([item.sample_id for item in batch])
         assert batcher.waiting_tokens == sum(tokens for _, tokens in waiting.values())
+
+
+def test_a_batch_is_no_larger_than_an_engine_takes() -> None:
+    many = TokenBudgetBatcher(10 * MAX_SAMPLES, 1.0)
+    for sample_id in range(MAX_SAMPLES + 1):
+        many.add(chunk(sample_id, 0, 1), 0.0)
+    assert [len(many.take(9.0)), len(many.take(9.0))] == [MAX_SAMPLES, 1]
+    long = TokenBudgetBatcher(100, 1.0)
+    for sample_id in range(3):
+        long.add(chunk(sample_id, 0, 1, prompt_tokens=MAX_CONTEXT_TOKENS // 2 - 1), 0.0)
+    assert [len(long.take(9.0)), len(long.take(9.0))] == [2, 1]
+    assert (long.waiting_tokens, long.take(9.0)) == (0, [])

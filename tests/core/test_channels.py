@@ -52,10 +52,10 @@ def lease(sample_id: int, tokens: int = 3) -> Lease:
     return Lease(sample_id, 0, 0, "train", 1.0, "", ids, ids[:0])
 
 
-async def hello(client: ControlClient, server: ControlServer, name: str, pid: int) -> None:
+async def hello(client: ControlClient, server: ControlServer, name: str, incarnation: str) -> None:
     """Introduce a client, as roles do: from then on the server can reach it."""
-    await client.send(Hello(name, pid))
-    assert await server.receive() == (name, Hello(name, pid))
+    await client.send(Hello(name, incarnation))
+    assert await server.receive() == (name, Hello(name, incarnation))
 
 
 def test_pushed_messages_arrive_whole_and_in_order() -> None:
@@ -132,9 +132,9 @@ def test_the_control_server_survives_garbage() -> None:
             stranger.connect(address)
             await stranger.send_multipart([b"what", b"is this"])
             await stranger.send(b"")
-            await stranger.send_multipart(encode(Hello("x", 1)))
+            await stranger.send_multipart(encode(Hello("x", "1")))
             role, message = await server.receive()
-            assert message == Hello("x", 1)
+            assert message == Hello("x", "1")
             assert role == "\ufffd\ufffd"
             stranger.close(linger=0)
 
@@ -150,7 +150,7 @@ def test_a_client_drops_garbage_too() -> None:
             ControlServer(context, address) as server,
             ControlClient(context, address, "teacher-0", reasons.append) as client,
         ):
-            await hello(client, server, "teacher-0", 1)
+            await hello(client, server, "teacher-0", "1")
             await server._socket.send_multipart([b"teacher-0", b"garbage"])
             assert await server.send("teacher-0", Stop("over"))
             assert await client.receive() == Stop("over")
@@ -201,7 +201,7 @@ def test_sending_to_an_absent_role_says_so() -> None:
         with ControlServer(context, address) as server:
             assert not await server.send("rollout-0", Stop("nobody is there"))
             with ControlClient(context, address, "rollout-0") as client:
-                await hello(client, server, "rollout-0", 1)
+                await hello(client, server, "rollout-0", "1")
                 assert await server.send("rollout-0", Stop("hello"))
                 assert await client.receive() == Stop("hello")
             while await server.send("rollout-0", Stop("gone")):  # noqa: ASYNC110  until the socket has heard of it
@@ -217,8 +217,8 @@ def test_roles_are_told_apart() -> None:
             ControlClient(context, address, "rollout-0") as one,
             ControlClient(context, address, "rollout-1") as two,
         ):
-            await hello(one, server, "rollout-0", 1)
-            await hello(two, server, "rollout-1", 2)
+            await hello(one, server, "rollout-0", "1")
+            await hello(two, server, "rollout-1", "2")
             await server.send("rollout-1", Stop("b"))
             await server.send("rollout-0", Stop("a"))
             assert (await one.receive(), await two.receive()) == (Stop("a"), Stop("b"))
@@ -231,9 +231,9 @@ def test_roles_are_told_apart() -> None:
 def test_a_restarted_role_takes_its_name_over() -> None:
     async def scene(context: zmq.asyncio.Context, address: str) -> None:
         with ControlServer(context, address) as server, ControlClient(context, address, "teacher-0") as dead:
-            await hello(dead, server, "teacher-0", 1)
+            await hello(dead, server, "teacher-0", "1")
             with ControlClient(context, address, "teacher-0") as alive:
-                await hello(alive, server, "teacher-0", 2)
+                await hello(alive, server, "teacher-0", "2")
                 assert await server.send("teacher-0", Stop("for the living"))
                 assert await alive.receive() == Stop("for the living")
 
@@ -250,8 +250,8 @@ def test_a_role_that_does_not_read_is_named(monkeypatch: pytest.MonkeyPatch) -> 
             ControlClient(context, address, "rollout-0") as idle,
             ControlClient(context, address, "rollout-1") as busy,
         ):
-            await hello(idle, server, "rollout-0", 1)
-            await hello(busy, server, "rollout-1", 2)
+            await hello(idle, server, "rollout-0", "1")
+            await hello(busy, server, "rollout-1", "2")
             accepted = 0
             with pytest.raises(RoleError, match="rollout-0 has left 2 messages unread"):
                 while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 from opd_async.errors import InputError
 from opd_async.run import checkpoints
 
+CONTENT = {"frontier.msgpack": b"y" * 10, "learner/shard.bin": b"x" * 100}
+
 
 def make(root: Path, step: int, sealed: bool = True) -> Path:
     folder = checkpoints.step_folder(root, step)
     (folder / "learner").mkdir(parents=True)
-    (folder / "learner" / "shard.bin").write_bytes(b"x" * 100)
-    (folder / "frontier.msgpack").write_bytes(b"y" * 10)
+    for name, content in CONTENT.items():
+        (folder / name).write_bytes(content)
     if sealed:
         checkpoints.seal(folder, step)
     return folder
@@ -26,25 +29,29 @@ def test_seal_writes_every_file_with_its_size(tmp_path: Path) -> None:
     folder = make(tmp_path, 50)
     assert folder.name == "step_00000050"
     marker = json.loads((folder / "complete.json").read_text())
-    assert marker == {"step": 50, "files": {"frontier.msgpack": 10, "learner/shard.bin": 100}}
+    assert set(marker) == {"step", "files", "seal"} and marker["step"] == 50
+    hashes = {name: hashlib.blake2b(content, digest_size=32).hexdigest() for name, content in CONTENT.items()}
+    assert marker["files"] == {name: {"bytes": len(CONTENT[name]), "blake2b": hashes[name]} for name in CONTENT}
     assert checkpoints.verify(folder) == 50
     checkpoints.seal(folder, 50)
     assert json.loads((folder / "complete.json").read_text()) == marker
 
 
 def test_latest_is_the_newest_sealed_by_step(tmp_path: Path) -> None:
-    assert checkpoints.latest(tmp_path / "nowhere") is None
+    assert checkpoints.newest(tmp_path / "nowhere") == checkpoints.Newest(None)
     make(tmp_path, 5, sealed=False)
-    assert checkpoints.latest(tmp_path) is None
+    assert checkpoints.newest(tmp_path).folder is None and checkpoints.chosen(tmp_path, {}) is None
     for step in (9, 10, 100_000_001, 8):
         make(tmp_path, step)
     make(tmp_path, 200_000_000, sealed=False)
     (tmp_path / "step_latest").mkdir()
-    assert checkpoints.latest(tmp_path) == checkpoints.step_folder(tmp_path, 100_000_001)
+    newest = checkpoints.step_folder(tmp_path, 100_000_001)
+    assert checkpoints.newest(tmp_path).folder == checkpoints.chosen(tmp_path, {}) == newest
+    assert checkpoints.chosen(tmp_path, checkpoints.Newest(None).environment) is None
 
 
-@pytest.mark.parametrize("damage", ["short", "missing", "marker", "moved", "unreadable"])
-def test_a_damaged_newest_checkpoint_is_an_error_that_says_what_to_do(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["short", "missing", "bit", "marker", "moved", "unreadable", "renamed"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path, damage: str) -> None:
     make(tmp_path, 10)
     folder = make(tmp_path, 20)
     shard = folder / "learner" / "shard.bin"
@@ -55,6 +62,13 @@ def test_a_damaged_newest_checkpoint_is_an_error_that_says_what_to_do(tmp_path: 
         case "missing":
             shard.unlink()
             expected = f"{shard}: missing"
+        case "bit":
+            shard.write_bytes(b"x" * 50 + b"y" + b"x" * 49)
+            expected = f"{shard}: is damaged"
+        case "renamed":
+            marker = (folder / "complete.json").read_text()
+            (folder / "complete.json").write_text(marker.replace("shard.bin", "shard.bim"))
+            expected = "complete.json: is damaged"
         case "marker":
             (folder / "complete.json").write_text('{"step": 20, "fi')
             expected = "is not a checkpoint marker"
@@ -65,13 +79,38 @@ def test_a_damaged_newest_checkpoint_is_an_error_that_says_what_to_do(tmp_path: 
         case _:
             (folder / "complete.json").write_text('{"step": 20, "files": 3}')
             expected = "is not a checkpoint marker"
-    with pytest.raises(InputError) as caught:
-        checkpoints.latest(tmp_path)
-    assert expected in str(caught.value)
-    assert f"remove the folder {folder} to resume from the checkpoint before it" in str(caught.value)
-    shutil.rmtree(folder)
-    if damage != "moved":
-        assert checkpoints.latest(tmp_path) == checkpoints.step_folder(tmp_path, 10)
+    found = checkpoints.newest(tmp_path)
+    [(named, problem)] = found.damaged
+    assert named == folder and expected in problem
+    assert f"remove the folder {folder} to resume from the checkpoint before it" in problem
+    before = checkpoints.step_folder(tmp_path, 20 if damage == "moved" else 10)
+    assert (found.folder, found.environment) == (before, {"OPD_CHECKPOINT": before.name})
+    assert checkpoints.chosen(tmp_path, found.environment) == before
+    aside = checkpoints.set_aside(folder)
+    assert aside.is_dir() and not folder.exists()
+    assert checkpoints.newest(tmp_path) == checkpoints.Newest(before)
+
+
+def test_nothing_is_begun_anew_when_every_checkpoint_is_damaged(tmp_path: Path) -> None:
+    for step in (10, 20):
+        (make(tmp_path, step) / "frontier.msgpack").unlink()
+    with pytest.raises(InputError, match=r"every checkpoint is damaged") as caught:
+        checkpoints.newest(tmp_path)
+    assert all(f"step_000000{step}" in str(caught.value) for step in (10, 20))
+
+
+def test_every_flipped_bit_of_a_marker_is_noticed(tmp_path: Path) -> None:
+    folder = make(tmp_path, 7)
+    whole = (folder / "complete.json").read_bytes()
+    for position in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        (folder / "complete.json").write_bytes(bytes(damaged))
+        try:
+            assert checkpoints.verify(folder) == 7
+        except InputError:
+            continue
+        assert json.loads(damaged) == json.loads(whole)  # a space that became another
 
 
 def test_verify_refuses_an_unsealed_folder(tmp_path: Path) -> None:

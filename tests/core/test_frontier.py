@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scored_chunks import context_to, frontier_of, held, scored, token_ids
 
 from opd_async.errors import InputError
+from opd_async.files import checksum
 from opd_async.scheduling import frontier
 from opd_async.scheduling.assembly import Assembler, Verdict
 from opd_async.transport.messages import Frontier, Stop
@@ -94,9 +95,24 @@ def test_restoring_and_taking_a_snapshot_are_inverse(
     ],
 )
 def test_a_damaged_file_is_a_clear_error(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / frontier.FILE_NAME).write_bytes(content)
-    with pytest.raises(InputError, match=r"frontier\.msgpack"):
-        frontier.load(tmp_path)
+    for written in (content, checksum(content) + content):
+        (tmp_path / frontier.FILE_NAME).write_bytes(written)
+        with pytest.raises(InputError, match=r"frontier\.msgpack"):
+            frontier.load(tmp_path)
+
+
+def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
+    frontier.save(frontier_of(4, [(0, 9), (12, 40)], {41: [1, 2, 3], 43: [7]}), tmp_path)
+    path = tmp_path / frontier.FILE_NAME
+    whole = path.read_bytes()
+    for position in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(InputError, match="its checksum is another"):
+            frontier.load(tmp_path)
+    path.write_bytes(whole)
+    assert frontier.load(tmp_path).version == 4
 
 
 def test_a_missing_file_is_a_clear_error(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def test_the_plan_starts_servers(tmp_path: Path) -> None:
     assert options["--port"] == str(role.ports["http"]) == plan.student_engines[1].rsplit(":", 1)[1]
     assert options["--random-seed"] == str(topology.seed + 1)
     assert options["--context-length"] == str(topology.engines.student.context_tokens + 8)
-    assert options["--api-key"] == "s3cret" and "--admin-api-key" not in options
+    assert options["--config"] == str(plan.run_folder / "keys" / "student-engine-1.yaml")
+    assert not any("s3cret" in word for word in role.command)
     assert "--device" in role.command and "--incremental-streaming-output" in role.command
     assert role.env["SGLANG_USE_CPU_ENGINE"] == "1"
     assert role.ports["metrics"] == role.ports["http"]

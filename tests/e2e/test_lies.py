@@ -1,4 +1,4 @@
-"""Engines that answer nonsense and strangers that send garbage: counted, asked again, never trained on."""
+"""Engines that answer nonsense and roles that send garbage: counted, asked again, never trained on."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import zmq
 from harness import SLOTS, Launch, check_trained, topology, write_topology
 from lies import embedded_engine, liar
 
+from opd_async.keys import RunKeys
 from opd_async.plan.plan import Plan
+from opd_async.transport.door import Passport
 from opd_async.transport.wire import SCHEMA_VERSION
 
 STEPS = 8
 
 
-def send_garbage(plan: Plan) -> int:
-    """Malformed frames to every listening socket of the run; returns how many."""
+def send_garbage(plan: Plan, keys: RunKeys) -> int:
+    """Malformed frames to both sockets for chunks, from roles that have gone mad; returns how many to each."""
     garbage = [
         [b"not msgpack"],
         [b""],
@@ -25,9 +27,10 @@ def send_garbage(plan: Plan) -> int:
         [bytes([0x94, SCHEMA_VERSION]) + b"\xa6Nobody\x80\x90"],
     ]
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    for address, kind in ((plan.scored, zmq.PUSH), (plan.chunks[0], zmq.PUSH), (plan.control, zmq.DEALER)):
-        with context.socket(kind) as sender:
+    for address, name in ((plan.scored, "teacher-0"), (plan.chunks[0], "rollout-0")):
+        with context.socket(zmq.PUSH) as sender:
             sender.linger = 2000
+            Passport(name, keys, "mad").show(sender)
             sender.connect(address)
             for frames in garbage:
                 sender.send_multipart(frames)
@@ -58,7 +61,9 @@ def test_lies_and_garbage(inputs: Path, tmp_path: Path) -> None:
         with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
             folder = tmp_path / "run"
             run.wait_for_steps(folder, 1)
-            garbage = send_garbage(Plan.model_validate_json((folder / "plan.json").read_bytes()))
+            keys = RunKeys.of_environment(run.find("actors.rollout").environ())
+            assert keys is not None
+            garbage = send_garbage(Plan.model_validate_json((folder / "plan.json").read_bytes()), keys)
             assert run.wait() == 0, run.text()
     check_trained(folder, 1, STEPS)
     report = json.loads((folder / "report.json").read_text())

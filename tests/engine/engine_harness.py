@@ -20,6 +20,7 @@ import torch
 from deadlines import patience
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
+from opd_async.keys import engine_environment
 from opd_async.plan.free_ports import free_ports
 
 API_KEY, ADMIN_KEY = "key-for-generation", "key-for-control"
@@ -107,8 +108,7 @@ def _decode(raw: bytes) -> Any:
 
 
 def command(model: Path, port: int, *flags: str) -> list[str]:
-    """The command line of an engine with both keys set."""
-    keys = ("--api-key", API_KEY, "--admin-api-key", ADMIN_KEY)
+    """The command line of an engine."""
     return [
         sys.executable,
         "-m",
@@ -117,7 +117,6 @@ def command(model: Path, port: int, *flags: str) -> list[str]:
         str(model),
         "--port",
         str(port),
-        *keys,
         *flags,
     ]
 
@@ -127,7 +126,10 @@ def running(model: Path, *flags: str) -> Iterator[Server]:
     """Start an engine, wait until it is ready, and stop it by SIGTERM; it must then exit with 0."""
     port = free_port()
     process = subprocess.Popen(
-        command(model, port, *flags), stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command(model, port, *flags),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | engine_environment(API_KEY, ADMIN_KEY),
     )
     assert process.stdout is not None
     deadline = Timer(patience(START_SECONDS), process.kill)

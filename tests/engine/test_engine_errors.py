@@ -11,6 +11,8 @@ import pytest
 from deadlines import patience
 from engine_harness import ADMIN_KEY, API_KEY, Server, free_port
 
+from opd_async.actors.engine.app import MAX_BODY_BYTES
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({}, "Either text or input_ids"),
     ({"input_ids": [1], "text": "x"}, "Either text or input_ids"),
@@ -80,6 +82,47 @@ def test_a_refused_stream_is_an_error_event(server: Server) -> None:
     error = json.loads(first.removeprefix("data: "))["error"]
     assert (error["code"], error["type"], error["retryable"]) == (400, "invalid_request_error", False)
     assert last == "data: [DONE]"
+
+
+def post_raw(server: Server, raw: bytes, key: str = API_KEY) -> tuple[int, str]:
+    """Status and text of a POST /generate with exactly these bytes."""
+    request = urllib.request.Request(server.url + "/generate", raw, {"Authorization": f"Bearer {key}"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"[" * 100_000,
+        b'{"input_ids": ' + b"[" * 1000 + b"]" * 1000 + b"}",
+        b'{"input_ids": [1], "return_logprob": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"input_ids": [1], "sampling_params": ' + b'{"a": ' * 900 + b"1" + b"}" * 901,
+        b'{"input_ids": [1e999]}',
+        b'{"input_ids": [' + b"9" * 5000 + b"]}",
+        b'{"input_ids": [NaN]}',
+        b'{"input_ids": ["\xff"]}',
+        b'{"input_ids": [' + b"[1]," * 200_000 + b"[1]]}",
+        b'{"input_ids": [' + b"1," * 3_000_000 + b"1]}",
+        b'{"text": ["' + b'a", "' * 200_000 + b'a"]}',
+    ],
+    ids=["open", "deep ids", "deep flag", "deep sampling", "infinite", "long", "nan", "utf8", "many", "ids", "texts"],
+)
+def test_absurd_bodies_are_refused_in_few_words(server: Server, raw: bytes) -> None:
+    status, text = post_raw(server, raw)
+    assert (status, "error" in json.loads(text)) == (400, True)
+    assert len(text) < 2000
+    assert server.call("/ping")[0] == 200
+
+
+def test_a_body_beyond_the_limit_is_refused(server: Server) -> None:
+    status, text = post_raw(server, b" " * (MAX_BODY_BYTES + 1))
+    assert (status, json.loads(text)["error"]["code"]) == (413, 413)
+    assert post_raw(server, b"[" * 10, key="guessed")[0] == 401
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,11 @@ def test_a_checkpoint_that_was_cut_short_is_refused_by_name(alone: Place, model_
     steps(trainer, 1)
     resume.save(trainer, folder / "learner")
     checkpoints.seal(folder, 1)
-    assert checkpoints.latest(tmp_path) == folder
+    assert checkpoints.newest(tmp_path).folder == folder
     shard = folder / "learner" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(InputError, match=r"__0_0\.distcp"):
-        checkpoints.latest(tmp_path)
+        checkpoints.newest(tmp_path)
 
 
 def test_saving_again_replaces_what_an_interrupted_save_left(alone: Place, model_path: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ response tokens from 0. Logprobs are natural logarithms. Versions count optimize
 
 from typing import Any
 
+from opd_async.transport.kinds import Finish, LeaseKind
 from opd_async.transport.messages.generation import (
     EngineDown,
     EvalDone,
@@ -21,7 +22,6 @@ from opd_async.transport.messages.generation import (
     Resume,
     TeacherRestarted,
 )
-from opd_async.transport.messages.kinds import Finish, LeaseKind
 from opd_async.transport.messages.learner import ExportModel, LearnerReply, PartDone, SaveCheckpoint, SyncWeights
 from opd_async.transport.messages.roles import Failure, Heartbeat, Hello, Stop
 from opd_async.transport.messages.samples import Chunk, ScoredChunk, Train

@@ -28,6 +28,8 @@ class Lease:
     max_tokens: int | None = None
     teacher: str = ""
     given: Int32 | None = None
+    grant: int = 0
+    """What shows that the sample was leased, with this attempt to this actor; every chunk of it repeats it."""
 
 
 @message

@@ -10,10 +10,10 @@ from opd_async.transport.wire import message
 @message
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A role is up; `pid` tells one incarnation from the next."""
+    """A role is up; `incarnation` tells one start of it from the next, on whichever host."""
 
     role: str
-    pid: int
+    incarnation: str
 
 
 @message

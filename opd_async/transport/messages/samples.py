@@ -33,6 +33,8 @@ class Chunk:
     """With `finish`, where the topology has a reward: what the response earned, None if it could not be judged."""
     teacher: str = ""
     """The teacher that is to score it, as in `Lease`."""
+    grant: int = 0
+    """That of the `Lease`."""
 
     @property
     def end(self) -> int:
@@ -64,6 +66,7 @@ class Chunk:
             self.context,
             reward=self.reward,
             teacher=self.teacher,
+            grant=self.grant,
         )
 
 
@@ -99,6 +102,8 @@ class ScoredChunk:
     """As in `Chunk`."""
     teacher: str = ""
     """The teacher that scored it, by its own word."""
+    grant: int = 0
+    """That of the `Lease`."""
 
     @property
     def end(self) -> int:

@@ -1,0 +1,127 @@
+"""Which messages the dispatcher believes: who may say what, and what the state of the run allows.
+
+Checked before anything is done with a message, beyond the bounds of the wire (`opd_async.transport.bounds`): a role
+that has gone mad, or was restarted with old messages under way, changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from opd_async.plan.plan import Plan, RoleKind
+from opd_async.run.barrier import Barrier
+from opd_async.run.evaluator import EVAL_IDS
+from opd_async.scheduling.leases import LeaseBook
+from opd_async.transport import messages as m
+
+_EVERYBODY = frozenset(RoleKind)
+_INTAKE = frozenset({RoleKind.INTAKE})
+SPEAKERS: dict[type, frozenset[RoleKind]] = {
+    m.Hello: _EVERYBODY,
+    m.Heartbeat: _EVERYBODY,
+    m.Failure: _EVERYBODY,
+    m.LeaseDone: frozenset({RoleKind.ROLLOUT}),
+    m.EvalDone: frozenset({RoleKind.ROLLOUT}),
+    m.Paused: frozenset({RoleKind.ROLLOUT}),
+    m.ResetDone: frozenset({RoleKind.ROLLOUT, RoleKind.TEACHER}),
+    m.LearnerReply: frozenset({RoleKind.LEARNER}),
+    **dict.fromkeys((m.Acks, m.StepStarted, m.Reclaimed, m.DrainRequest, m.Frontier, m.Quiesced), _INTAKE),
+}
+"""Who may send which message to the dispatcher; nobody may send it any other."""
+
+
+class Run(Protocol):
+    """What is asked of the run."""
+
+    plan: Plan
+    barrier: Barrier
+    book: LeaseBook | None
+    version: int
+    resetting: int | None
+
+
+class ControlBounds:
+    """What the dispatcher's messages may say at this moment."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._kinds = {role.name: role.kind for role in run.plan.roles}
+        self._newest_step = 0
+
+    def problem(self, role: str, message: m.Message) -> str | None:
+        """Why a message is not believed; None if it is."""
+        kind = self._kinds.get(role)
+        if kind is None:
+            return "no role of this run"
+        if kind not in SPEAKERS.get(type(message), frozenset()):
+            return f"a {kind.value} has none to send"
+        if getattr(message, "role", role) != role:
+            return f"role {message.role!r}"
+        match message:
+            case m.Acks():
+                return self._acks(message)
+            case m.StepStarted():
+                return self._step_started(message)
+            case m.LeaseDone():
+                return self._lease_done(role, message)
+            case m.EvalDone():
+                return self._ids("token_ids", message.token_ids) or (
+                    f"sample_id {message.sample_id} is of no evaluation" if message.sample_id < EVAL_IDS else None
+                )
+            case m.Reclaimed():
+                return self._ids("tokens", message.tokens)
+            case m.Frontier():
+                return self._frontier(message)
+            case m.DrainRequest():
+                return self._due(message.version, self._run.version)
+            case m.LearnerReply() | m.Quiesced():
+                # while nothing is established the learner says from which version it goes on
+                return self._due(message.version, self._run.version, self._run.version + 1)
+        return None
+
+    def _due(self, version: int, *expected: int) -> str | None:
+        if self._run.version < 0 or version in expected:
+            return None
+        return f"version {version} while engines hold {self._run.version}"
+
+    def _ids(self, name: str, ids: np.ndarray[tuple[int], np.dtype[np.int32]]) -> str | None:
+        vocab = self._run.plan.vocab_size
+        return f"{name}: {int(ids.max())} in a vocabulary of {vocab}" if ids.size and int(ids.max()) >= vocab else None
+
+    def _acks(self, acks: m.Acks) -> str | None:
+        actors = self._run.plan.topology.rollout.replicas
+        if acks.actors.size and int(acks.actors.max()) >= actors:
+            return f"actor {int(acks.actors.max())} of {actors}"
+        if self._run.version >= 0 and acks.next_step > self._run.version + 1:
+            return f"step {acks.next_step} while engines hold weights {self._run.version}"
+        return None
+
+    def _step_started(self, started: m.StepStarted) -> str | None:
+        if self._run.book is None:
+            return "no step can start yet"
+        if len(np.unique(started.taken_ids)) != len(started.taken_ids):
+            return "a sample is taken twice"
+        if started.version < self._newest_step:
+            return f"step {started.version} after step {self._newest_step}"
+        # it may be overtaken by the learner's answer to the step, and by the weight update that follows
+        problem = self._due(started.version, self._run.version, self._run.version - 1)
+        self._newest_step = self._newest_step if problem else started.version
+        return problem
+
+    def _lease_done(self, role: str, done: m.LeaseDone) -> str | None:
+        # what was leased before the learner went back to a checkpoint is not in the book: its end says nothing
+        longest = self._run.plan.topology.engines.student.context_tokens
+        if done.response_tokens > longest:
+            return f"a response of {done.response_tokens} tokens in a context of {longest}"
+        holder = None if self._run.book is None else self._run.book.holder(done.sample_id)
+        return f"sample {done.sample_id} is leased to {holder}" if holder not in (None, role) else None
+
+    def _frontier(self, frontier: m.Frontier) -> str | None:
+        low, high = frontier.completed[:, 0], frontier.completed[:, 1]
+        if frontier.completed.shape[1] != 2 or (low >= high).any() or (low[1:] <= high[:-1]).any():
+            return "completed: no ascending intervals"
+        problem = self._ids("partial_tokens", frontier.partial_tokens)
+        self._newest_step = self._newest_step if problem else frontier.version
+        return problem

@@ -1,0 +1,181 @@
+"""What every field of every message may be, whoever sends it: `receive` checks it right behind the wire.
+
+    BOUNDS     by name of a field: a range, a length, or words. A name means the same in every message.
+    LENGTHS    by message: arrays with a row for the same things, and arrays that another one cuts into pieces
+
+What depends on the run (who may say it, which samples are leased, which versions are due) is checked by the receiver:
+`opd_async.run.control_bounds` in the launcher, `opd_async.plan.chunk_bounds` in teacher actors and intake.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from opd_async.errors import WireError
+from opd_async.transport.kinds import Finish, LeaseKind
+from opd_async.transport.wire import Frame, decode
+
+MAX_ID = 2**62 - 1
+MAX_COUNT = 2**31 - 1
+MAX_TEXT = 1 << 16
+MAX_WORDS = 1 << 20
+MAX_ENTRIES = 4096
+NEVER = 1.0e15
+"""Seconds: beyond any clock."""
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`, in a field or in every element of an array; `finite` refuses NaN."""
+
+    low: float
+    high: float
+    finite: bool = True
+
+
+class Text(NamedTuple):
+    """Text of at most `longest` characters; one of `words` if there are any."""
+
+    longest: int = MAX_TEXT
+    words: tuple[str, ...] = ()
+
+
+Bound = Range | Text
+
+_ID = Range(0, MAX_ID)
+_COUNT = Range(0, MAX_COUNT)
+_LOGPROB = Range(-1.0e30, 1.0e-3)
+_ANY = Range(-math.inf, math.inf, finite=False)
+_NAME = Text(256)
+_FLAG = Range(0, 1)
+_COMMANDS = ("Train", "SyncWeights", "SaveCheckpoint", "ExportModel")
+
+BOUNDS: dict[str, Bound] = {
+    **dict.fromkeys(("sample_id", "sample_ids", "taken_ids", "partial_ids", "prompt_id", "completed", "grant"), _ID),
+    **dict.fromkeys(("attempt", "attempts", "actor", "index", "start", "ends", "partial_ends"), _COUNT),
+    **dict.fromkeys(("taken_ends", "prompt_tokens", "response_tokens", "max_tokens", "ready_tokens"), _COUNT),
+    **dict.fromkeys(("version", "next_step", "step", "weight_version", "loss_tokens", "part"), _COUNT),
+    **dict.fromkeys(("mb_tokens", "mb_sequences", "mb_rows", "sequence_lengths", "rows", "staleness"), _COUNT),
+    **dict.fromkeys(("token_ids", "prompt", "prefix", "given", "context", "topk_ids", "tokens"), _COUNT),
+    **dict.fromkeys(("partial_tokens", "staleness_counts", "request", "token"), _ID),
+    **dict.fromkeys(("behaviour_logprobs", "teacher_logprobs"), _LOGPROB),
+    "topk_logprobs": Range(-math.inf, 1.0e-3),
+    **dict.fromkeys(("complete", "taken_complete", "verify", "last"), _FLAG),
+    **dict.fromkeys(("advantages", "weights"), Range(-1.0e30, 1.0e30)),
+    **dict.fromkeys(("rewards", "stats"), _ANY),
+    "reward": Range(-1.0e30, 1.0e30),
+    "counters": Range(-1.0e18, 1.0e18),
+    "actors": Range(-1, MAX_COUNT),
+    "temperature": Range(0, 1.0e6),
+    **dict.fromkeys(("made_at", "latency_s"), Range(0, NEVER)),
+    **dict.fromkeys(("role", "teacher", "teacher_id", "group", "incarnation"), _NAME),
+    **dict.fromkeys(("folder", "url", "engines"), Text(4096)),
+    **dict.fromkeys(("text", "reason", "error"), Text(MAX_TEXT)),
+    **dict.fromkeys(("label", "metadata"), Text(MAX_WORDS)),
+    "kind": Text(words=tuple(LeaseKind)),
+    "finish": Text(words=tuple(Finish)),
+    "command": Text(words=_COMMANDS),
+}
+"""`topk_logprobs` may be minus infinity where a teacher rules a token out; no actor (-1) made what a resume brought."""
+
+EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
+    "Acks": (("sample_ids", "attempts", "actors", "ends"),),
+    "Paused": (("sample_ids", "attempts", "ends"),),
+    "Version": (("sample_ids", "attempts", "ends"),),
+    "Drained": (("sample_ids", "attempts", "ends"),),
+    "Reclaim": (("sample_ids", "attempts"),),
+    "Reclaimed": (("sample_ids", "attempts", "ends", "complete"),),
+    "StepStarted": (("taken_ids", "taken_ends", "taken_complete"),),
+    "Frontier": (("partial_ids", "partial_ends"),),
+    "Chunk": (("token_ids", "behaviour_logprobs"),),
+    "ScoredChunk": (("token_ids", "behaviour_logprobs"),),
+    "Train": (
+        ("mb_tokens", "mb_sequences", "mb_rows"),
+        ("rows", "behaviour_logprobs", "advantages", "staleness", "weights", "topk_ids", "topk_logprobs"),
+        ("sequence_lengths", "rewards"),
+    ),
+}
+"""Arrays of a message that have as many rows as each other; those that are absent do not count."""
+PIECES: dict[str, tuple[str, str]] = {
+    "Reclaimed": ("ends", "tokens"),
+    "Frontier": ("partial_ends", "partial_tokens"),
+    "Train": ("sequence_lengths", "token_ids"),
+}
+"""The first array has the lengths of the pieces that the second is made of."""
+
+
+def receive(frames: Sequence[Frame]) -> Any:
+    """The message that `frames` hold, within its bounds. Raises `WireError`, as `decode` does, for everything else."""
+    message = decode(frames)
+    if text := problem(message):
+        raise WireError(f"{type(message).__name__}.{text}")
+    return message
+
+
+def problem(message: Any) -> str | None:
+    """What is wrong with a message, in words; None if nothing is. Types are those of the dataclass."""
+    name, values = type(message).__name__, {field.name: getattr(message, field.name) for field in fields(message)}
+    for field, value in values.items():
+        if value is not None and (bound := BOUNDS.get(field)) is not None and (text := _breaks(bound, value)):
+            return f"{field}: {text}"
+    for group in EQUAL.get(name, ()):
+        rows = {field: len(values[field]) for field in group if values.get(field) is not None}
+        if len(set(rows.values())) > 1:
+            return f"lengths that should agree: {rows}"
+    if name in PIECES:
+        lengths, whole = PIECES[name]
+        if (total := int(values[lengths].sum(dtype=np.int64))) != len(values[whole]):
+            return f"{whole}: {len(values[whole])} where {lengths} add up to {total}"
+    return _of_chunk(values) if name in ("Chunk", "ScoredChunk") else None
+
+
+def _breaks(bound: Bound, value: Any) -> str | None:
+    if isinstance(value, np.ndarray):
+        return _array_breaks(bound, value) if isinstance(bound, Range) else "numbers where text belongs"
+    if isinstance(value, list | dict):
+        if len(value) > MAX_ENTRIES:
+            return f"{len(value)} entries"
+        items = value.values() if isinstance(value, dict) else value
+        longest = max(map(len, value), default=0) if isinstance(value, dict) else 0
+        return f"a name of {longest} characters" if longest > MAX_ENTRIES else _first(bound, items)
+    if isinstance(bound, Text):
+        if len(value) > bound.longest:
+            return f"{len(value)} characters"
+        return f"{value!r:.80} is none of {bound.words}" if bound.words and value not in bound.words else None
+    # NaN is in no range
+    inside = bound.low <= value <= bound.high or not bound.finite
+    return None if inside and (not bound.finite or math.isfinite(value)) else f"{value!r:.80}"
+
+
+def _first(bound: Bound, items: Any) -> str | None:
+    return next((text for item in items if (text := _breaks(bound, item))), None)
+
+
+def _array_breaks(bound: Range, array: np.ndarray[Any, Any]) -> str | None:
+    if not array.size or not bound.finite:
+        return None
+    low, high = array.min(), array.max()  # NaN if there is one
+    return None if low >= bound.low and high <= bound.high else f"values from {low} to {high}"
+
+
+def _of_chunk(values: Mapping[str, Any]) -> str | None:
+    """What the fields of a chunk say of each other."""
+    count, start = len(values["token_ids"]), values["start"]
+    context, prompt = values["context"], values["prompt_tokens"]
+    if context is not None and len(context) != prompt + start:
+        return f"context: {len(context)} where prompt_tokens and start make {prompt + start}"
+    if start + count > MAX_COUNT:
+        return f"start: {start}"
+    if not count and values["finish"] is None:
+        return "no tokens and no end"
+    scores = len(values.get("teacher_logprobs", ()))
+    if scores not in (0, count):
+        return f"teacher_logprobs: {scores} for {count} tokens"
+    for field in ("topk_ids", "topk_logprobs"):
+        if (array := values.get(field)) is not None and len(array) != count:
+            return f"{field}: {len(array)} rows for {count} tokens"
+    return None

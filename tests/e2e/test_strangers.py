@@ -1,0 +1,116 @@
+"""Who is not of the run can change nothing: engines, sockets, and what a stranger could read of the keys."""
+
+from __future__ import annotations
+
+import json
+import stat
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import psutil
+import zmq
+from harness import Launch, check_trained, topology, write_topology
+
+from opd_async.keys import RunKeys, is_key
+from opd_async.plan.plan import Plan, RoleKind
+from opd_async.transport.door import Passport
+from opd_async.transport.messages import Failure, Frontier, Heartbeat, Hello, LeaseDone, Stop
+from opd_async.transport.wire import encode
+
+STEPS = 12
+CHANGES = ("/update_weights_from_disk", "/update_weight_version", "/pause_generation", "/abort_request", "/generate")
+
+
+def keys_of(processes: list[psutil.Process]) -> set[str]:
+    """Every key in the environment of the run's processes."""
+    return {value for process in processes for name, value in process.environ().items() if is_key(name)}
+
+
+def status(url: str, key: str | None = None) -> int:
+    """Of a POST with a small body."""
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(url, json.dumps({"model_path": "/tmp"}).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return int(reply.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def speak(plan: Plan) -> int:
+    """Well-formed messages of a leftover role of another run, and of somebody without keys, to every port of the run;
+    returns to how many ports."""
+    none, empty = np.zeros(0, np.int32), np.zeros(0, np.int64)
+    words = [
+        Hello("rollout-0", "1"),
+        Heartbeat("nobody", {"tokens": 1.0}),
+        Failure("intake-0", "a stranger's words"),
+        LeaseDone(7, 0, 3, "stop"),
+        Frontier(5, np.zeros((0, 2), np.int64), empty, none, none),
+        Stop("a stranger's reason"),
+    ]
+    ports = [
+        (plan.control, zmq.DEALER),
+        (plan.batches, zmq.DEALER),
+        (plan.scored, zmq.PUSH),
+        (plan.chunks[0], zmq.PUSH),
+    ]
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    sockets = []
+    for address, kind in ports:
+        for name in ("rollout-0", "rank-0", b"\xff\xfe"):
+            for passport in (None, Passport(str(name), RunKeys.draw(), "1")):
+                sender = context.socket(kind)
+                sender.routing_id = name.encode() if isinstance(name, str) else name
+                if passport is not None:
+                    passport.show(sender)
+                sender.connect(address)
+                for word in words:
+                    sender.send_multipart(encode(word))
+                sockets.append(sender)
+    time.sleep(3.0)  # while the run goes on: whatever a stranger can do, it has the time to
+    for sender in sockets:
+        sender.close(linger=0)
+    context.term()
+    return len(ports)
+
+
+def strangers(port: int, role: str) -> float:
+    """The counter of refused strangers of one process."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as reply:
+        lines = reply.read().decode().splitlines()
+    return sum(float(line.split()[1]) for line in lines if line.startswith(f"opd_{role}_strangers_total"))
+
+
+def test_a_run_among_strangers(inputs: Path, tmp_path: Path) -> None:
+    values = topology(inputs, tmp_path, schedule__steps=STEPS, schedule__tokens_per_step=512)
+    with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
+        folder = tmp_path / "run"
+        run.wait_for_steps(folder, 1)
+        plan = Plan.model_validate_json((folder / "plan.json").read_bytes())
+        family = run.family()
+        keys = keys_of(family)
+        assert len(keys) >= 2
+        lines = [" ".join(process.cmdline()) for process in psutil.process_iter() if process.is_running()]
+        assert not any(key in line for key in keys for line in lines)
+        for engine in (*plan.student_engines, *plan.teacher_engines):
+            assert {status(engine + path) for path in CHANGES} == {401}
+            assert {status(engine + path, "guessed") for path in CHANGES} == {401}
+        speak(plan)
+        counters = {"launcher": plan.launcher_metrics_port}
+        counters |= {kind: plan.role(RoleKind(kind), 0).ports["metrics"] for kind in ("teacher", "intake")}
+        assert all(strangers(port, role) > 0 for role, port in counters.items())
+        assert run.wait() == 0, run.text()
+    report = json.loads((folder / "report.json").read_text())
+    assert report["counters"]["strangers"] >= 3 and report["restarts"] == {}
+    assert not any("a stranger's" in path.read_text() for path in (folder / "logs").iterdir())
+    check_trained(folder, 1, STEPS)
+    files = [path for path in folder.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
+    assert not any(key.encode() in path.read_bytes() for key in keys for path in files)
+    assert not any(key in run.text() for key in keys)
+    private = [folder / "plan.json", folder / "topology.yaml", *(folder / "logs").iterdir()]
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in private)
