@@ -79,6 +79,8 @@ class LossConfig:
     """Weight of the reverse KL to the reference model."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; not for losses on the whole vocabulary."""
+    function: str | None = None
+    """`module:name` of a loss of the user's own, in place of `loss`. See `learner.losses.own`."""
 
     @property
     def mismatch_bounds(self) -> tuple[float, float]:

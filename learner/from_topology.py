@@ -74,6 +74,7 @@ def loss_config(topology: Topology) -> LossConfig:
         dual_clip=advantage.dual_clip,
         reference_kl_coef=advantage.reference_kl_coef,
         entropy_coef=advantage.entropy_coef,
+        function=opd.function,
     )
 
 

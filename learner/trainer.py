@@ -31,6 +31,7 @@ from opd_async.learner.hf.io import load_hf
 from opd_async.learner.losses.full_divergences import row_divergences
 from opd_async.learner.losses.logprobs import RowLogprobs, row_logprobs
 from opd_async.learner.losses.objective import full_objective, objective, support_of
+from opd_async.learner.losses.own import OwnLoss, with_loss
 from opd_async.learner.losses.sampled import LossOutput
 from opd_async.learner.metrics import StepMetrics, Totals, reduce_over_ranks, step_metrics
 from opd_async.learner.model.architecture import read_shape
@@ -63,6 +64,7 @@ class Trainer:
         self.ddp = wrap(self.model)
         self.optimizer = make_optimizer(self.ddp, config.optim, bf16=config.dtype == "bfloat16")
         self.critic = Critic(config, config.critic, self.shape.vocab) if config.critic is not None else None
+        self._own_loss = OwnLoss(config.loss.function) if config.loss.function is not None else None
         self.version = 0
         self._open = OpenStep()
         self.model.config.grad_scale_func = self.optimizer.scale_loss
@@ -176,10 +178,9 @@ class Trainer:
     def _objective(self, packed: PackedBatch, hidden: Tensor, teacher: TeacherRows | None) -> LossOutput:
         """The loss of a micro-batch from the last stage's hidden states [P, 1, hidden] and what the teacher said."""
         if teacher is None:
-            return objective(packed, self._logprobs(packed, hidden, train=True), self.config.loss)
+            return self._of_rows(packed, hidden)
         if teacher.logprobs_R is not None:
-            packed = replace(packed, teacher_R=teacher.logprobs_R)
-            return objective(packed, self._logprobs(packed, hidden, train=True), self.config.loss)
+            return self._of_rows(replace(packed, teacher_R=teacher.logprobs_R), hidden)
         assert teacher.hidden_OY is not None and teacher.head is not None
         found = row_divergences(
             hidden[packed.rows_O, 0],
@@ -191,6 +192,12 @@ class Trainer:
             beta=self.config.loss.jsd_beta,
         )
         return full_objective(packed, everywhere(found, packed.own_O, len(packed.targets_R)), self.config.loss)
+
+    def _of_rows(self, packed: PackedBatch, hidden: Tensor) -> LossOutput:
+        """The configured loss, or the user's own, from the logprobs of the rows."""
+        found = self._logprobs(packed, hidden, train=True)
+        output = objective(packed, found, self.config.loss)
+        return output if self._own_loss is None else with_loss(output, self._own_loss(packed, found))
 
     def _logprobs(self, packed: PackedBatch, hidden: Tensor, *, train: bool) -> RowLogprobs:
         """From the last stage's hidden states [P, 1, hidden]; the support of the loss only to `train`."""

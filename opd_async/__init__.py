@@ -16,9 +16,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from opd_async.actors.intake.filtering import FinishedGroup
     from opd_async.config.topology import Topology
     from opd_async.door import run, run_async
     from opd_async.errors import DeadlineError, InputError, OpdError, RoleError
+    from opd_async.hooks import HookError
+    from opd_async.learner.losses.own import LossOutput, LossRows
     from opd_async.run.closing import InterruptedRun
     from opd_async.telemetry.report import Evaluation, Report
 
@@ -27,8 +30,12 @@ __version__ = "0.1.0"
 __all__ = [
     "DeadlineError",
     "Evaluation",
+    "FinishedGroup",
+    "HookError",
     "InputError",
     "InterruptedRun",
+    "LossOutput",
+    "LossRows",
     "OpdError",
     "Report",
     "RoleError",
@@ -41,8 +48,12 @@ __all__ = [
 _HOMES = {
     "DeadlineError": "errors",
     "Evaluation": "telemetry.report",
+    "FinishedGroup": "actors.intake.filtering",
+    "HookError": "hooks",
     "InputError": "errors",
     "InterruptedRun": "run.closing",
+    "LossOutput": "learner.losses.own",
+    "LossRows": "learner.losses.own",
     "OpdError": "errors",
     "Report": "telemetry.report",
     "RoleError": "errors",

@@ -7,6 +7,7 @@ that a process needs.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,8 +58,43 @@ def add_working_directory() -> None:
         sys.path.append(here)
 
 
-def blame(key: str, path: str, given: str, error: BaseException) -> HookError:
-    """The error to raise where a hook raised `error`; `given` says what it was called with, such as `sample 12`."""
-    return HookError(
-        f"{key}: {path} raised {type(error).__name__}: {error} for {given}; mend the function, and go on with --resume"
-    )
+def blame(key: str, path: str, given: str, error: BaseException, then: str = "go on with --resume") -> HookError:
+    """The error to raise where a hook raised `error`; `given` says what it was called with, such as `sample 12`.
+
+    `then` is what to do once the function is mended.
+    """
+    return HookError(f"{key}: {path} raised {type(error).__name__}: {error} for {given}; mend the function, and {then}")
+
+
+def check_call(key: str, path: str, given: tuple[str, ...]) -> None:
+    """Load a hook; raises `InputError` if it cannot be called with the arguments `given`, named for the message."""
+    hook = load_hook(key, path)
+    if not callable(hook):
+        raise InputError(
+            f"{key}: {path} is {type(hook).__name__}, not a function; write one that takes ({', '.join(given)})"
+        )
+    try:
+        signature = inspect.signature(hook)
+    except ValueError:  # a function without Python source says nothing of its arguments
+        return
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        raise InputError(f"{key}: {path} takes {signature}, but is called with ({', '.join(given)}): {error}") from None
+
+
+def main(words: list[str]) -> int:
+    """Check (key, path, arguments) triples; prints a line for each problem, and returns whether there was one."""
+    add_working_directory()
+    found = 0
+    for key, path, given in zip(words[::3], words[1::3], words[2::3], strict=True):
+        try:
+            check_call(key, path, tuple(given.split(",")))
+        except InputError as problem:
+            found = 1
+            print(f"problem: {problem}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from opd_async.actors.intake.filtering import GroupFilter
 from opd_async.actors.intake.ranks import LearnerRanks
 from opd_async.actors.intake.report import LatencyReservoir, describe_rewards, describe_step
 from opd_async.config.rewards import RewardKind
@@ -75,6 +76,7 @@ class Intake:
         self._topology = plan.topology
         self._metrics = role.metrics
         self._planner = make_planner(plan.topology.schedule)
+        self._filter = GroupFilter(plan.topology.schedule.filter, plan.topology.rollout.group_size)
         self._assembler = Assembler()
         self._version: int | None = None
         self._planned = 0
@@ -206,11 +208,15 @@ class Intake:
         self._version = None
         self._planned = version + 1
         self._drain_asked = False
-        segments = [one.segment for one in taken if one.segment is not None]
-        outcomes = self._weigh(taken)
+        kept = self._filter.kept(taken)
+        segments = [one.segment for one in kept if one.segment is not None]
+        outcomes = self._weigh(kept)
         if self._topology.learner.loss_mean == "responses":
             packing.mean_over_responses(segments)
         stats, staleness = describe_step(segments, version)
+        if self._filter.there:
+            stats["filtered"] = float(len(taken) - len(kept))
+            self._metrics["opd_intake_filtered_total"].inc(len(taken) - len(kept))
         if self._topology.reward.kind is not RewardKind.NONE:
             stats |= describe_rewards(outcomes)
             self._metrics["opd_intake_reward_mean"].set(stats.get("reward_mean"))

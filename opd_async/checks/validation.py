@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from opd_async.checks.advantage import advantage_problems, advantage_warnings
 from opd_async.checks.completions import completion_problems
+from opd_async.checks.hooks import hook_problems
 from opd_async.checks.host import device_problems, network_problems
 from opd_async.checks.learner import learner_problems
 from opd_async.checks.losses import loss_problems, loss_warnings
@@ -48,6 +49,7 @@ def validate(topology: Topology) -> list[str]:
         *device_problems(topology),
         *reward_problems(topology),
         *advantage_problems(topology),
+        *hook_problems(topology),
         *network_problems(topology),
     ]
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from opd_async.config.estimators import Estimator
 from opd_async.config.losses import DEFAULT_LOSS, LOSSES, TOPK_LOSSES, Mismatch
 from opd_async.config.rewards import RewardKind
-from opd_async.config.section import NonNegative, Positive, Seconds, Section, StepsOr0
+from opd_async.config.section import HookName, NonNegative, Positive, Seconds, Section, StepsOr0
 
 
 class OpdType(StrEnum):
@@ -38,6 +38,9 @@ class OpdSection(Section):
     """`megatron`: keep the teacher's weights in host memory while it is not computing."""
     loss: str = Field(default=DEFAULT_LOSS, examples=list(LOSSES)[:3])
     """Name of the loss. docs/learning.md says what each of them is, and which to use."""
+    function: HookName | None = None
+    """A loss of your own in the place of `loss`: `module:name`, called with the rows of each micro-batch
+    (docs/hooks.md). `loss` still says what the rows bring along."""
     topk: Positive = 64
     """How many of the teacher's most likely tokens the losses on its top-k use; no others ask for them."""
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
@@ -81,7 +84,7 @@ class RewardSection(Section):
 
     kind: RewardKind = RewardKind.NONE
     """How a response is judged: not at all, by math-verify, by `evaluation.answer_pattern`, or by `function`."""
-    function: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$", examples=["my_rewards:judge"])
+    function: HookName | None = None
     """`python`: awaited with prompt, response, label and metadata by name."""
     workers: Positive = 1
     """Processes per rollout actor."""

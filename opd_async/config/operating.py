@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from opd_async.config.section import NonNegative, Positive, Seconds, Section, Steps, Tokens
+from opd_async.config.section import HookName, NonNegative, Positive, Seconds, Section, Steps, Tokens
 
 
 class CheckpointSection(Section):
@@ -52,6 +52,13 @@ class NetworkSection(Section):
     """Address on which everything listens: one of the loopback network, 127.0.0.0/8."""
     base_port: int = Field(default=0, ge=0, le=65000)
     """First of the consecutive ports that the plan uses; 0 takes free ones."""
+
+
+class TrackingSection(Section):
+    """Where figures go beside the run's own files."""
+
+    function: HookName | None = None
+    """`module:name` of a function that gets every row of `metrics.jsonl` and every event (docs/hooks.md)."""
 
 
 class SupervisorSection(Section):

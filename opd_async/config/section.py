@@ -19,6 +19,8 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$", examples=["cpu", "cuda:0"])]
 Devices = Annotated[tuple[Device, ...], Field(min_length=1)]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+/?$", examples=["http://127.0.0.1:30000"])]
+HookName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$", examples=["my_module:my_function"])]
+"""A function of the user's own (`opd_async.hooks`)."""
 TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 

@@ -23,7 +23,13 @@ from opd_async.config.generating import (
 )
 from opd_async.config.inputs import CompletionsSection, DataSection, ModelSection, ModelsSection, PromptsSection
 from opd_async.config.learning import AdvantageSection, OpdSection, RewardSection
-from opd_async.config.operating import CheckpointSection, EvaluationSection, NetworkSection, SupervisorSection
+from opd_async.config.operating import (
+    CheckpointSection,
+    EvaluationSection,
+    NetworkSection,
+    SupervisorSection,
+    TrackingSection,
+)
 from opd_async.config.section import Device, NonNegative, Section
 from opd_async.config.training import LearnerSection, OptimizerSection, PauseMode, ScheduleSection, TrainOn
 
@@ -52,6 +58,7 @@ __all__ = (
     "SupervisorSection",
     "TeacherSection",
     "Topology",
+    "TrackingSection",
     "TrainOn",
 )
 
@@ -97,6 +104,8 @@ class Topology(Section):
     """Where roles listen."""
     supervisor: SupervisorSection = SupervisorSection()
     """Restarts and deadlines."""
+    tracking: TrackingSection = TrackingSection()
+    """Where figures go beside the run's own files."""
     shared_devices: tuple[Device, ...] = ()
     """Devices that several roles may use. Each must then be told to leave memory to the others."""
 

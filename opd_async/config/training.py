@@ -8,7 +8,18 @@ from typing import Literal
 
 from pydantic import Field
 
-from opd_async.config.section import Decay, Devices, Mebibytes, Positive, Section, Share, Steps, StepsOr0, Tokens
+from opd_async.config.section import (
+    Decay,
+    Devices,
+    HookName,
+    Mebibytes,
+    Positive,
+    Section,
+    Share,
+    Steps,
+    StepsOr0,
+    Tokens,
+)
 
 
 class TrainOn(StrEnum):
@@ -48,6 +59,8 @@ class ScheduleSection(Section):
     pause_mode: PauseMode = PauseMode.IN_PLACE
     """What happens to running requests when weights change. `in_place`: they keep their key/value cache. `retract`: it
     is computed again under the new weights."""
+    filter: HookName | None = None
+    """`samples`: `module:name` of a function that says of each finished group whether it is trained (docs/hooks.md)."""
 
 
 class OptimizerSection(Section):

@@ -140,6 +140,8 @@ class Ledger:
     launch: Sums = field(default_factory=Sums)
     skipped_prompts: int = 0
     complain: Callable[[str], None] = log.warning
+    on_row: Callable[[str, dict[str, Any]], None] = lambda kind, row: None
+    """Called with each new row, `step` or `evaluation`; not with those that a resumed run writes again."""
     _writer: JsonlRecord | None = None
     _began: int | None = None
     """The step that this launch went on from."""
@@ -197,6 +199,7 @@ class Ledger:
         row |= {f"learner_{name}": value for name, value in learner.items()}
         self._add(row | {"staleness_counts": started.staleness_counts.tolist()})
         self._write(row | {"staleness_counts": started.staleness_counts.tolist()})
+        self.on_row("step", row | {"staleness_counts": started.staleness_counts.tolist()})
 
     def _add(self, row: dict[str, Any]) -> None:
         self.whole.add(row)
@@ -214,7 +217,9 @@ class Ledger:
     def evaluation(self, evaluation: Evaluation, who: str) -> None:
         """File one evaluation of the `student`, the `teacher`, or `teacher <name>` where there are several."""
         self._file(evaluation, who)
-        self._write({"time": time.time(), "evaluation": who, **evaluation.model_dump(mode="json")})
+        row = {"time": time.time(), "evaluation": who, **evaluation.model_dump(mode="json")}
+        self._write(row)
+        self.on_row("evaluation", row)
 
     def rewind(self, version: int) -> None:
         """Go back to what was measured up to `version`, on disk too: later steps will be taken again."""

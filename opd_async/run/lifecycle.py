@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ from opd_async.signals import Signals
 from opd_async.telemetry.metrics import RoleMetrics, loop_lag, write_targets
 from opd_async.telemetry.progress import Progress
 from opd_async.telemetry.report import Report
+from opd_async.telemetry.tracking import Tracker
 from opd_async.transport import messages as m
 
 GRACE_POLL_S = 0.05
@@ -109,7 +111,11 @@ class Lifecycle:
         stop_deadline_s = plan.topology.supervisor.stop_deadline_s
         self.ledger = ledger = Ledger(plan, skipped_prompts=self._inputs.prompts.skipped_too_long)
         ledger.rewind(self._checkpoint.step)
+        tracker = Tracker(plan.topology.tracking.function, self._echo)
+        ledger.on_row = tracker.track
+        self._progress.on_event = lambda text: tracker.track("event", {"time": time.time(), "event": text})
         with (
+            tracker,
             zmq.asyncio.Context() as context,
             contextlib.closing(ledger),
             metrics.serve(plan.topology.network.bind, plan.launcher_metrics_port),

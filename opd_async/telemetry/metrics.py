@@ -151,6 +151,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _counter("opd_intake_malformed_total", "Frames dropped because they do not decode to the schema.", "kind"),
     _figure("opd_intake_reward_mean", "Mean reward of the responses that the last step completed."),
     _counter("opd_intake_steps_total", "Steps planned."),
+    _counter("opd_intake_filtered_total", "Responses that `schedule.filter` kept from being trained."),
     _counter("opd_intake_cuts_total", "Responses trained in part because of a deadline."),
     _histogram("opd_intake_staleness_steps", "Age of each token when it is trained, in steps.", _STALENESS),
     _counter("opd_intake_recompute_tokens_total", "Tokens forwarded again as the prefix of a cut response."),

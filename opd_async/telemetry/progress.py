@@ -18,6 +18,8 @@ class Progress:
 
     def __init__(self, echo: Callable[[str], None], steps: int) -> None:
         self._echo = echo
+        self.on_event: Callable[[str], None] = lambda text: None
+        """Called with each line that is neither a step's nor an evaluation's."""
         self._steps = steps
         self._started = time.monotonic()
         self._last = 0.0
@@ -25,7 +27,11 @@ class Progress:
         self._since = time.monotonic()
 
     def say(self, text: str) -> None:
-        """One line with the time since the start."""
+        """Something has happened: one line with the time since the start."""
+        self._line(text)
+        self.on_event(text)
+
+    def _line(self, text: str) -> None:
         self._echo(f"[{time.monotonic() - self._started:6.1f} s] {text}")
 
     def step(self, step: int, learner: dict[str, float], started: StepStarted) -> None:
@@ -40,7 +46,7 @@ class Progress:
         kl = f"reverse KL {learner['reverse_kl']:.4f}  " if "reverse_kl" in learner else ""
         spread = f"ratio spread {learner['ratio_std']:.3f}  " if "ratio_std" in learner else ""
         reward = f"reward {started.stats['reward_mean']:.3f}  " if "reward_mean" in started.stats else ""
-        self.say(
+        self._line(
             f"step {step:>4}/{self._steps}  {reward}{kl}{spread}"
             f"staleness {mean_age:.2f} (max {len(ages) - 1})  {rate:,.0f} tokens/s  cuts {started.stats['cuts']:.0f}"
         )
@@ -50,7 +56,7 @@ class Progress:
         """An evaluation is done."""
         sampled = f"avg@{result.samples_per_prompt}" if result.samples_per_prompt > 1 else "pass@1"
         unjudged = f", {result.unjudged} not judged" if result.unjudged else ""
-        self.say(
+        self._line(
             f"{who} at step {result.step}: {sampled} {100 * result.pass_at_1:.1f} %, "
             f"greedy {100 * result.pass_at_1_greedy:.1f} % of {result.prompts} held-out prompts{unjudged}"
         )

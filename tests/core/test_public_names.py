@@ -14,8 +14,12 @@ import opd_async
 PUBLIC = [
     "DeadlineError",
     "Evaluation",
+    "FinishedGroup",
+    "HookError",
     "InputError",
     "InterruptedRun",
+    "LossOutput",
+    "LossRows",
     "OpdError",
     "Report",
     "RoleError",

@@ -1,0 +1,51 @@
+"""Whether the functions of the user's own can be loaded and called as they will be, before anything starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from opd_async.config.losses import FULL_LOSSES
+from opd_async.config.topology import Topology, TrainOn
+
+LOAD_DEADLINE_S = 60.0
+
+
+def hook_problems(topology: Topology) -> Iterator[str]:
+    """Everything wrong with `opd.function`, `schedule.filter` and `tracking.function`.
+
+    They are loaded in a process of its own, as roles will load them: this one stays as it is.
+    """
+    if topology.opd.function is not None and topology.opd.loss in FULL_LOSSES:
+        yield (
+            f"opd.function: opd.loss is {topology.opd.loss}, on the whole vocabulary, whose rows no function gets; "
+            "write reverse_kl, or a loss on the top-k"
+        )
+    if topology.schedule.filter is not None and topology.schedule.train_on is TrainOn.TOKENS:
+        yield "schedule.filter: chooses among finished groups, but steps take parts of them; write train_on: samples"
+    hooks = {
+        "opd.function": (topology.opd.function, "rows"),
+        "schedule.filter": (topology.schedule.filter, "group"),
+        "tracking.function": (topology.tracking.function, "kind,row"),
+    }
+    words = [word for key, (path, given) in hooks.items() if path is not None for word in (key, path, given)]
+    if words:
+        yield from _unloadable(words)
+
+
+def _unloadable(words: list[str]) -> list[str]:
+    """What `python -m opd_async.hooks` says of (key, path, arguments) triples."""
+    command = [sys.executable, "-m", "opd_async.hooks", *words]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_DEADLINE_S, check=False)
+    except subprocess.TimeoutExpired:
+        return [f"{words[0]}: {words[1]} was not loaded within {LOAD_DEADLINE_S:.0f} s; import less in its module"]
+    if ended.returncode not in (0, 1):
+        last = (ended.stderr.strip().splitlines() or ["no word of it"])[-1]
+        return [f"{words[0]}: {words[1]} ends the process that loads it with code {ended.returncode} ({last})"]
+    return [line.removeprefix(MARK) for line in ended.stdout.splitlines() if line.startswith(MARK)]
+
+
+MARK = "problem: "
+"""Begins a line that is a problem; what the user's modules print has other beginnings."""

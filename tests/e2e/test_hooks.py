@@ -1,0 +1,63 @@
+"""A whole run with the examples of docs/hooks.md, in a folder that also has folders named as the project's are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from harness import ROOT, left_running, rows, steps
+
+sys.path.append(str(ROOT / "tests/core"))
+from hook_examples import write_examples
+
+PATIENCE_S = 500.0
+SETTINGS = {
+    "schedule.steps": 2,
+    "schedule.train_on": "samples",
+    "schedule.samples_per_step": 32,
+    "rollout.slots": 64,
+    "rollout.group_size": 4,
+    "reward.kind": "python",
+    "reward.function": "my_hooks:judge",
+    "advantage.estimator": "grpo",
+    "opd.loss": "reverse_kl",
+    "opd.function": "my_hooks:loss",
+    "schedule.filter": "my_hooks:keep",
+    "tracking.function": "my_hooks:track",
+    "evaluation.prompts": 8,
+    "evaluation.every_steps": "null",
+    "evaluation.teacher": "false",
+}
+
+
+def opd(folder: Path, *words: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-m", "opd_async.cli", *words]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=PATIENCE_S, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def test_every_hook_of_the_page_in_one_run(tmp_path: Path) -> None:
+    for name in ("learner", "actors", "torch"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('a folder of the user')")
+    write_examples(tmp_path)
+    opd(tmp_path, "example", "quickstart")
+    opd(tmp_path, "run", *[word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")])
+    folder = tmp_path / "runs/quickstart"
+    taken = steps(folder)
+    assert [row["step"] for row in taken] == [1, 2]
+    for row, log in zip(taken, rows(folder / "trained.jsonl"), strict=True):
+        assert row["filtered"] % 4 == 0 and len(log["ranges"]) == 32 - row["filtered"]
+    assert sum(row["filtered"] for row in taken) < 64
+    tracked = [json.loads(line) for line in (tmp_path / "tracked.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in tracked if row["kind"] == "step"] == [1, 2]
+    assert [row["evaluation"] for row in tracked if row["kind"] == "evaluation"] == ["student", "student"]
+    assert any("starting 6 processes" in row["event"] for row in tracked if row["kind"] == "event")
+    assert left_running(tmp_path) == []
