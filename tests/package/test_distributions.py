@@ -99,6 +99,21 @@ asyncio.run(main())
     assert run(installed.python, "-P", "-c", code, role, cwd=tmp_path).split("\n")[0] == "0 judge is loaded"
 
 
+def test_the_command_works_beside_folders_of_the_users(installed: Installed, tmp_path: Path) -> None:
+    """What a newcomer does first, in a folder that has a `learner` of its own."""
+    (tmp_path / "learner").mkdir()
+    (tmp_path / "learner" / "__init__.py").write_text("raise RuntimeError('the user has this folder')")
+    version = run(installed.opd, "--version", cwd=tmp_path)
+    assert version.startswith("opd 0.")
+    run(installed.opd, "example", "quickstart", cwd=tmp_path)
+    plan = run(installed.opd, "check", cwd=tmp_path)
+    assert "learner-0" in plan and "rollout-0" in plan
+    said = run(installed.opd, "check", "--set", "schedule.stepps=1", cwd=tmp_path, fails=True)
+    assert "schedule.stepps: unknown key; did you mean steps?" in said
+    report = run(installed.python, "-P", "-c", "from opd_async import run, Topology; print(run.__name__)", cwd=tmp_path)
+    assert report == "run\n"
+
+
 def test_the_source_distribution_is_the_repository(source: Path) -> None:
     assert {path.name for path in (source / "opd_async").iterdir() if path.is_symlink()} == LINKED
     for name in ("README.md", "CHANGELOG.md", "LICENSE", "Makefile", "requirements/cpu.txt", "docs/modules.md"):
