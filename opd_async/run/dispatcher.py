@@ -372,9 +372,13 @@ class Dispatcher:
     async def watch(self) -> None:
         """Kill a role that has gone silent: its death is then handled like any other."""
         deadline_s = self.plan.topology.supervisor.heartbeat_deadline_s
+        looked = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_S)
-            now = time.monotonic()
+            looked, late = time.monotonic(), max(time.monotonic() - looked - 2 * WATCH_S, 0.0)
+            now = looked
+            # while this process stood still (a stopped job, a machine that slept) nobody could be heard
+            self._heard = {role: heard + late for role, heard in self._heard.items()}
             for role, heard in list(self._heard.items()):
                 talks = self.fleet.role(role).kind is not RoleKind.LEARNER
                 if talks and now - heard > deadline_s and role in self.fleet.supervisor.running:
