@@ -23,6 +23,8 @@ from collections import deque
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from opd_async.files import PRIVATE
+
 MAX_WAITING = 2000
 """Lines that wait for a terminal that does not read."""
 CLOSE_DEADLINE_S = 10.0
@@ -78,6 +80,7 @@ class Terminal:
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
         self._early: deque[str] = deque(maxlen=MAX_WAITING)
+        self._path = Path()
         self._file_failed = False
         self._writer = threading.Thread(target=self._write, name="terminal", daemon=True)
         self._writer.start()
@@ -102,9 +105,11 @@ class Terminal:
     def keep_in(self, path: Path) -> None:
         """Append everything to `path` too, what was said so far included."""
         with self._lock:
+            self._path = path
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("ab", buffering=0)
+                # what roles complain about may quote prompts: the owner's affair, as their own logs are
+                self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE), "ab", 0)
                 self._file.write(f"=== launch started {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
             except OSError as error:
                 trouble: str | None = f"log {path} cannot be written: {error.strerror}; the run goes on without it"
@@ -141,7 +146,7 @@ class Terminal:
                 if self._file_failed:
                     return
                 self._file_failed = True
-                trouble = f"log {self._file.name} cannot be written: {error.strerror}; the run goes on without it"
+                trouble = f"log {self._path} cannot be written: {error.strerror}; the run goes on without it"
         self._hand_over(self._err, trouble)
 
     def _hand_over(self, stream: _Stream, line: str) -> None:

@@ -35,6 +35,7 @@ def test_lines_go_to_their_streams_and_to_the_log(tmp_path: Path) -> None:
     with os.fdopen(out) as said, os.fdopen(err) as complained:
         assert said.read() == "before the log\none\ntwo\n" and complained.read() == "a record\n"
     assert lines(tmp_path / "logs" / "launcher.log") == ["before the log", "one", "two", "a record"]
+    assert (tmp_path / "logs" / "launcher.log").stat().st_mode & 0o077 == 0, "it may quote prompts"
 
 
 def test_a_closed_pipe_is_said_once(tmp_path: Path) -> None:
