@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import opd_async
 from opd_async.errors import InputError, OpdError
 
 NAME_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
@@ -49,6 +50,14 @@ def search_here() -> Iterator[None]:
     finally:
         if added:
             sys.path.remove(here)
+
+
+def away_from_here() -> dict[str, str]:
+    """Variables of a process that must not look for modules in the working directory before anywhere else.
+
+    Empty where this package itself is found there, and only there: in a checkout that is not installed.
+    """
+    return {} if Path(opd_async.__file__ or "").parents[1] == Path.cwd() else {"PYTHONSAFEPATH": "1"}
 
 
 def add_working_directory() -> None:

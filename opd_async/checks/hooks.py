@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 
 from opd_async.config.losses import FULL_LOSSES
 from opd_async.config.topology import Topology, TrainOn
+from opd_async.hooks import away_from_here
 
 LOAD_DEADLINE_S = 60.0
 
@@ -36,9 +38,12 @@ def hook_problems(topology: Topology) -> Iterator[str]:
 
 def _unloadable(words: list[str]) -> list[str]:
     """What `python -m opd_async.hooks` says of (key, path, arguments) triples."""
+    environment = {**os.environ, **away_from_here()}
     command = [sys.executable, "-m", "opd_async.hooks", *words]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_DEADLINE_S, check=False)
+        ended = subprocess.run(
+            command, capture_output=True, text=True, timeout=LOAD_DEADLINE_S, check=False, env=environment
+        )
     except subprocess.TimeoutExpired:
         return [f"{words[0]}: {words[1]} was not loaded within {LOAD_DEADLINE_S:.0f} s; import less in its module"]
     if ended.returncode not in (0, 1):

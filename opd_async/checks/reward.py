@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import PromptsSection, Topology
 from opd_async.data.prompts import PromptSet
 from opd_async.errors import InputError
+from opd_async.hooks import away_from_here
 
 LOAD_DEADLINE_S = 60.0
 
@@ -50,6 +52,7 @@ def _unloadable(topology: Topology) -> str | None:
             capture_output=True,
             text=True,
             timeout=LOAD_DEADLINE_S,
+            env={**os.environ, **away_from_here()},
             check=False,
         )
     except subprocess.TimeoutExpired:

@@ -30,9 +30,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import opd_async
 from opd_async.cluster.process_group import MARK_ENV, ProcessGroup
 from opd_async.errors import DeadlineError, RoleError, StateError
+from opd_async.hooks import away_from_here
 from opd_async.process import PARENT_ENV
 from opd_async.telemetry.role_log import RoleLog, is_loud
 
@@ -205,11 +205,9 @@ class Supervisor:
             raise RoleError(f"{name} is not running") from None
 
     async def _spawn(self, role: _Role, write_fd: int) -> asyncio.subprocess.Process:
-        mine = {PARENT_ENV: str(os.getpid()), MARK_ENV: role.group.mark, "PYTHONUNBUFFERED": "1"}
+        mine = {PARENT_ENV: str(os.getpid()), MARK_ENV: role.group.mark, "PYTHONUNBUFFERED": "1"} | away_from_here()
         # a log is UTF-8 whatever the user's terminal is, and no character of a prompt ends a role that prints it
         mine["PYTHONIOENCODING"] = "utf-8:backslashreplace"
-        if Path(opd_async.__file__ or "").parents[1] != Path.cwd():  # else the package is found there, and only there
-            mine["PYTHONSAFEPATH"] = "1"
         # A pipe of our own: asyncio's would make `wait` depend on strangers that hold it open.
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "opd_async.process", *role.spec.command),
