@@ -122,7 +122,7 @@ def in_parts(trainer: Trainer, place: parallel.Place) -> float:
 
 def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[str, list[tuple[float, ...]]]:
     """Two steps of each loss, with a teacher inside or without: the second starts from the gradient of the first."""
-    teacher = TeacherConfig(results / "teacher", results / "teacher-megatron")
+    teacher = TeacherConfig(model_path=results / "teacher", load=results / "teacher-megatron")
     topk = {name: replace(config, loss=LossConfig(loss=name)) for name in TOPK_LOSSES}
     inside = {
         f"{name} of a teacher inside": replace(config, loss=LossConfig(loss=name), teacher=teacher)
@@ -141,7 +141,8 @@ def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[
 
 def with_experts(config: LearnerConfig, place: parallel.Place, results: Path) -> list[tuple[float, ...]]:
     """Two steps with a mixture of experts for a teacher: what the student began with."""
-    teacher = TeacherConfig(config.model_path, results / f"{config.model_path.name}-alone-converted", offload=True)
+    converted = results / f"{config.model_path.name}-alone-converted"
+    teacher = TeacherConfig(model_path=config.model_path, load=converted, offload=True)
     return steps(Trainer(replace(config, loss=LossConfig(loss="reverse_kl_full"), teacher=teacher)), place, 2)
 
 
