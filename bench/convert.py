@@ -38,7 +38,7 @@ TINY = (2, 128, 64)
 """Layers, hidden channels and vocabulary of the model that shows what everything else takes."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One conversion: bytes of the weights, seconds, peak memory of the process, and copies of the model in it."""
 
@@ -113,7 +113,14 @@ def measure(layers: int, hidden: int, vocab: int) -> list[Row]:
         tiny = round_trip(Path(name) / "tiny", *TINY)
         rows = round_trip(Path(name) / "model", layers, hidden, vocab)
     return [
-        Row(command, nbytes / MIB, seconds, peak, base, (peak - base) * MIB / nbytes)
+        Row(
+            command=command,
+            model_mib=nbytes / MIB,
+            seconds=seconds,
+            peak_mib=peak,
+            base_mib=base,
+            copies=(peak - base) * MIB / nbytes,
+        )
         for (command, nbytes, seconds, peak), (_, _, _, base) in zip(rows, tiny, strict=True)
     ]
 

@@ -24,7 +24,7 @@ STALENESS = (1, 2, 4)
 WARMUP, STEPS = 8, 16
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """Seconds for each `tokens_per_step` trained tokens, and what was computed for each token that had to be."""
 
@@ -49,14 +49,14 @@ def compare(preset: str, workload: Workload) -> Iterator[Comparison]:
         row = Simulation(workload, deadline_cuts(staleness), Scoring.STREAMED).run(WARMUP, STEPS)
         predicted = forecast(workload, staleness)
         yield Comparison(
-            preset,
-            staleness,
-            workload.tokens_per_step / row.tokens_per_s,
-            predicted.seconds,
-            row.teacher_recompute,
-            predicted.teacher_recompute,
-            row.learner_recompute,
-            predicted.learner_recompute,
+            preset=preset,
+            max_staleness=staleness,
+            simulated_s=workload.tokens_per_step / row.tokens_per_s,
+            forecast_s=predicted.seconds,
+            simulated_teacher_recompute=row.teacher_recompute,
+            forecast_teacher_recompute=predicted.teacher_recompute,
+            simulated_learner_recompute=row.learner_recompute,
+            forecast_learner_recompute=predicted.learner_recompute,
         )
 
 

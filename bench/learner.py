@@ -76,7 +76,7 @@ FORMS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One form: tokens per second, milliseconds and added MiB of a step, and forward-equivalents for each token."""
 
@@ -112,7 +112,15 @@ def sequences(options: argparse.Namespace) -> MicroBatch:
     logprobs = -3.0 - generator.random(len(rows)).astype(np.float32)
     zeros = np.zeros(len(rows), np.float32)
     tokens = generator.integers(0, options.vocab, int(bounds[-1])).astype(np.int32)
-    return MicroBatch(tokens, bounds, rows, logprobs, logprobs, zeros, zeros.astype(np.int32))
+    return MicroBatch(
+        token_ids=tokens,
+        cu_seqlens=bounds,
+        rows=rows,
+        behaviour_logprobs=logprobs,
+        teacher_logprobs=logprobs,
+        advantages=zeros,
+        staleness=zeros.astype(np.int32),
+    )
 
 
 def passes(trainer: Trainer, batch: StepBatch) -> dict[str, float]:
@@ -176,7 +184,16 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> Row:
     once, back, taught = (counts[key] for key in ("student forward", "student backward", "teacher forward"))
     step_s, added = statistics.median(seconds), (peak - base) / MIB
     speed = len(whole.token_ids) / step_s
-    return Row(name, speed, 1000 * step_s, added, once, back, taught, once + 2.0 * back + taught)
+    return Row(
+        form=name,
+        tokens_per_s=speed,
+        step_ms=1000 * step_s,
+        peak_mib=added,
+        student_forward=once,
+        student_backward=back,
+        teacher_forward=taught,
+        equivalents=once + 2.0 * back + taught,
+    )
 
 
 def _one(batch: MicroBatch) -> tuple[int, tuple[MicroBatch]]:
@@ -187,13 +204,13 @@ def _first(batch: MicroBatch) -> MicroBatch:
     """The first sequence, to warm up on: optimizer states are made, and libraries loaded."""
     end, rows = int(batch.cu_seqlens[1]), int(np.searchsorted(batch.rows, batch.cu_seqlens[1]))
     return MicroBatch(
-        batch.token_ids[:end],
-        batch.cu_seqlens[:2],
-        batch.rows[:rows],
-        batch.behaviour_logprobs[:rows],
-        batch.teacher_logprobs[:rows],
-        batch.advantages[:rows],
-        batch.staleness[:rows],
+        token_ids=batch.token_ids[:end],
+        cu_seqlens=batch.cu_seqlens[:2],
+        rows=batch.rows[:rows],
+        behaviour_logprobs=batch.behaviour_logprobs[:rows],
+        teacher_logprobs=batch.teacher_logprobs[:rows],
+        advantages=batch.advantages[:rows],
+        staleness=batch.staleness[:rows],
     )
 
 

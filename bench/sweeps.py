@@ -31,7 +31,7 @@ OTHERS = (one_step_off(), sample_stream(1))
 Curves = dict[str, list[tuple[float, float]]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
     """One setting: its values, what each makes of the workload, the schedules, and the figure that is read off."""
 
@@ -90,43 +90,59 @@ def _fleet(engines: float) -> Workload:
 
 SWEEPS: Mapping[str, Sweep] = {
     "tail": Sweep(
-        "99th percentile of lengths",
-        (4000, 8000, 16000, 32000),
-        lambda p99: balanced(LogNormal(2000, int(p99), 2 * int(p99)), slots=SLOTS),
-        (*OTHERS, *CUTS),
+        title="99th percentile of lengths",
+        values=(4000, 8000, 16000, 32000),
+        workload=lambda p99: balanced(LogNormal(2000, int(p99), 2 * int(p99)), slots=SLOTS),
+        rules=(*OTHERS, *CUTS),
     ),
     "staleness": Sweep(
-        "S, steps",
-        (0, 1, 2, 4, 8),
-        lambda _: balanced(slots=SLOTS),
-        (sample_stream(0), whole_samples(0), deadline_cuts(0)),
+        title="S, steps",
+        values=(0, 1, 2, 4, 8),
+        workload=lambda _: balanced(slots=SLOTS),
+        rules=(sample_stream(0), whole_samples(0), deadline_cuts(0)),
         ages=True,
     ),
     "ratio": Sweep(
-        "responses a step / slots", (1, 2, 4, 8), lambda ratio: balanced(ratio=ratio, slots=SLOTS), (*OTHERS, *CUTS)
+        title="responses a step / slots",
+        values=(1, 2, 4, 8),
+        workload=lambda ratio: balanced(ratio=ratio, slots=SLOTS),
+        rules=(*OTHERS, *CUTS),
     ),
     "learner": Sweep(
-        "speed of the learner",
-        (0.5, 1, 1.25, 1.5, 2),
-        lambda speed: balanced(learner=speed, slots=SLOTS),
-        (*OTHERS, *CUTS),
+        title="speed of the learner",
+        values=(0.5, 1, 1.25, 1.5, 2),
+        workload=lambda speed: balanced(learner=speed, slots=SLOTS),
+        rules=(*OTHERS, *CUTS),
     ),
-    "split": Sweep(f"learner devices of {DEVICES}", (14, 16, 17, 18, 19, 20), _split, CUTS, "tokens_per_s"),
+    "split": Sweep(
+        title=f"learner devices of {DEVICES}",
+        values=(14, 16, 17, 18, 19, 20),
+        workload=_split,
+        rules=CUTS,
+        figure="tokens_per_s",
+    ),
     "cache": Sweep(
-        "teacher cache, tokens for each slot",
-        (1000, 2000, 4000, 8000, 16000),
-        lambda tokens: dataclasses.replace(balanced(slots=SLOTS, teacher=2.0), cache_tokens=int(tokens * SLOTS)),
-        (deadline_cuts(1), deadline_cuts(4), whole_samples(4)),
-        "teacher_recompute",
+        title="teacher cache, tokens for each slot",
+        values=(1000, 2000, 4000, 8000, 16000),
+        workload=lambda tokens: dataclasses.replace(
+            balanced(slots=SLOTS, teacher=2.0), cache_tokens=int(tokens * SLOTS)
+        ),
+        rules=(deadline_cuts(1), deadline_cuts(4), whole_samples(4)),
+        figure="teacher_recompute",
     ),
     "chunk": Sweep(
-        "chunk, tokens",
-        (64, 128, 256, 512, 1024, 2048, 4096),
-        lambda tokens: dataclasses.replace(balanced(slots=SLOTS), chunk_tokens=int(tokens)),
-        (sample_stream(1), *CUTS),
-        "score_p99_s",
+        title="chunk, tokens",
+        values=(64, 128, 256, 512, 1024, 2048, 4096),
+        workload=lambda tokens: dataclasses.replace(balanced(slots=SLOTS), chunk_tokens=int(tokens)),
+        rules=(sample_stream(1), *CUTS),
+        figure="score_p99_s",
     ),
-    "engines": Sweep("student engines", (8, 32, 128, 512, 1024), _fleet, (one_step_off(), deadline_cuts(1))),
+    "engines": Sweep(
+        title="student engines",
+        values=(8, 32, 128, 512, 1024),
+        workload=_fleet,
+        rules=(one_step_off(), deadline_cuts(1)),
+    ),
 }
 
 

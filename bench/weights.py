@@ -48,7 +48,7 @@ DEADLINE_S = 180.0
 MIB = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
     """Bytes of one update, median seconds of each way, bytes per second, and the share of the plain rate."""
 
@@ -159,7 +159,15 @@ def measure(layers: int, hidden: int, vocab: int, count: int, bucket_mib: int, r
             path.append(sender.send(hf_weights(model, torch.float32), version, checksums=False).seconds)
             plain.append(broadcast(buffers, group))
     path_s, plain_s = statistics.median(path[1:]), statistics.median(plain[1:])
-    return Figures(total, count, path_s, plain_s, total / path_s, total / plain_s, plain_s / path_s)
+    return Figures(
+        bytes=total,
+        engines=count,
+        path_s=path_s,
+        broadcast_s=plain_s,
+        path_bytes_per_s=total / path_s,
+        broadcast_bytes_per_s=total / plain_s,
+        share=plain_s / path_s,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from opd_async.learner.metrics import Report
 from opd_async.transport.step_batch import StepBatch
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class OpenStep:
     """The parts so far of the step at one weight version."""
 

@@ -49,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 async def conduct(lifecycle: Lifecycle, signals: Signals) -> Report:
-    """Run with the signals taken over."""
+    """Run with the signals taken over. On cancel: as a second signal, every role is stopped."""
     signals.install(asyncio.get_running_loop())
     return await lifecycle.run()
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import zmq.asyncio
 
+from opd_async.clock import Clock
 from opd_async.errors import InputError
 from opd_async.keys import RunKeys, incarnation
 from opd_async.plan.plan import Plan, RoleKind, RolePlan
@@ -63,7 +64,7 @@ class IdleClock:
         return self.idle_s
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Role:
     """One role process: `counters` are running totals that travel with each heartbeat."""
 
@@ -74,6 +75,7 @@ class Role:
     metrics: RoleMetrics
     group: asyncio.TaskGroup
     signalled: asyncio.Event
+    clock: Clock = field(default_factory=Clock)
     counters: dict[str, float] = field(default_factory=dict)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     door: Door | None = None
@@ -136,7 +138,15 @@ class Role:
             ControlClient(context, plan.control, mine.name, passport=Passport.of_environment(mine.name)) as control,
         ):
             async with asyncio.TaskGroup() as group:
-                role = cls(plan, mine, context, control, metrics, group, signalled)
+                role = cls(
+                    plan=plan,
+                    mine=mine,
+                    context=context,
+                    control=control,
+                    metrics=metrics,
+                    group=group,
+                    signalled=signalled,
+                )
                 await control.send(Hello(mine.name, incarnation()))
                 role.spawn(role._heartbeats(), "heartbeats")
                 role.spawn(loop_lag(metrics[f"opd_{kind.value}_loop_lag_seconds"]), "loop-lag")
@@ -146,12 +156,12 @@ class Role:
                     role.cancel()
 
     async def until_stopped(self) -> None:
-        """Wait for the dispatcher's or a signal's stop."""
+        """Wait for the dispatcher's `Stop` or a signal. On cancel: the role goes on."""
         ends = [self.spawn(_wait(event), "stop") for event in (self.stopped, self.signalled)]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
 
     def cancel(self) -> None:
-        """Cancel every loop of the role."""
+        """Cancel every loop that `spawn` started; the role's task group then ends."""
         for task in list(self._tasks):
             task.cancel()
 

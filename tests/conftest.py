@@ -1,6 +1,9 @@
-"""What holds for every test: its deadline grows with the load of the machine."""
+"""What holds for every test: its deadline grows with the machine's load, and a coroutine runs in a loop of its own."""
 
 from __future__ import annotations
+
+import asyncio
+import inspect
 
 import pytest
 from deadlines import patience
@@ -14,3 +17,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marker = item.get_closest_marker("timeout")
         seconds = usual if marker is None else float(marker.args[0])
         item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run `async def test_...`; leave all other tests to pytest."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
+    return True

@@ -25,7 +25,7 @@ from opd_async.errors import EngineError, EngineFault
 CONTROL_DEADLINE_S = 120.0
 CONNECT_DEADLINE_S = 10.0
 REQUEST_DEADLINE_S = 120.0
-"""Unless the topology says otherwise: see `EngineClient`."""
+"""Unless the topology says otherwise: see `Endpoint`."""
 MAX_ERROR_TEXT = 400
 JSON = {"Content-Type": "application/json"}
 PORTION_BYTES = 1 << 14
@@ -39,7 +39,7 @@ def new_connector() -> aiohttp.TCPConnector:
     return aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """Sampling parameters of one request; `seed` is unused by servers without deterministic sampling."""
 
@@ -51,28 +51,30 @@ class Sampling:
     stream_interval: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where an engine is, what opens it, and how long it may be silent."""
+
+    url: str
+    api_key: str | None = None
+    admin_api_key: str | None = None
+    """For pause, continue, abort and weights; None: `api_key` opens those too."""
+    deadline_s: float = REQUEST_DEADLINE_S
+    """A stream that is silent for so long, or scores that take so long, have failed."""
+
+
 class EngineClient:
     """One engine. The caller owns the session, so that connections are shared and closed in one place."""
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        url: str,
-        vocab_size: int,
-        api_key: str | None = None,
-        admin_api_key: str | None = None,
-        topk: int = 0,
-        request_deadline_s: float = REQUEST_DEADLINE_S,
-    ) -> None:
-        """`topk`: how many of the most likely tokens every score brings along. `request_deadline_s`: a stream that is
-        silent for so long, or scores that take so long, have failed."""
-        self.url = url
-        self._deadline_s = request_deadline_s
+    def __init__(self, session: aiohttp.ClientSession, endpoint: Endpoint, vocab_size: int, topk: int = 0) -> None:
+        """`topk`: how many of the most likely tokens every score brings along."""
+        self.url = endpoint.url
+        self._deadline_s = endpoint.deadline_s
         self._topk = topk
         self._session = session
         self._vocab_size = vocab_size
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        admin = admin_api_key or api_key
+        self._headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
+        admin = endpoint.admin_api_key or endpoint.api_key
         self._admin_headers = {"Authorization": f"Bearer {admin}"} if admin else {}
 
     async def stream(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import time
 from typing import Any
 
+from opd_async.clock import Clock
 from opd_async.errors import EngineError
 from opd_async.scheduling.breaker import Breaker, BreakerState
 
@@ -15,11 +14,12 @@ log = logging.getLogger(__name__)
 
 
 class Guard:
-    """Wraps a breaker with the real clock, a gauge (1 while not closed), and something to wait for."""
+    """Wraps a breaker with a clock, a gauge (1 while not closed), and something to wait for."""
 
-    def __init__(self, url: str, gauge: Any) -> None:
+    def __init__(self, url: str, gauge: Any, clock: Clock) -> None:
         self.url = url
-        self.breaker = Breaker(random.random)
+        self.breaker = Breaker(clock.random)
+        self._clock = clock
         self._gauge = gauge
         self._healthy = asyncio.Event()
         self._ailing = asyncio.Event()
@@ -28,53 +28,56 @@ class Guard:
 
     @property
     def closed(self) -> bool:
-        """Requests flow."""
+        """Whether requests flow."""
         return self.breaker.state is BreakerState.CLOSED
 
     @property
     def failing_s(self) -> float:
         """Seconds for which nothing but failures came from this engine."""
-        return self.breaker.failing_for(time.monotonic())
+        return self.breaker.failing_for(self._clock.now())
 
     async def admission(self) -> None:
-        """Wait until one request may be sent: as one of many, or as the probe."""
-        while not self.breaker.allow(time.monotonic()):
-            delay = max(self.breaker.probe_at - time.monotonic(), 0.0)
+        """Wait until one request may be sent: as one of many, or as the probe.
+
+        On cancel: no probe was begun. A caller that is let through must report how its request ends.
+        """
+        while not self.breaker.allow(self._clock.now()):
+            delay = max(self.breaker.probe_at - self._clock.now(), 0.0)
             try:
-                async with asyncio.timeout(delay):
+                async with self._clock.timeout(delay):
                     await self._healthy.wait()
             except TimeoutError:
                 pass
 
     async def until_closed(self) -> None:
-        """Wait until requests flow; for those who leave the probe to another."""
+        """Wait until requests flow, and leave the probe to another. On cancel: nothing has changed."""
         await self._healthy.wait()
 
     async def until_open(self, seconds: float) -> None:
-        """Wait until requests stop flowing, at most so long."""
+        """Wait until requests stop flowing, `seconds` at most. On cancel: nothing has changed."""
         try:
-            async with asyncio.timeout(seconds):
+            async with self._clock.timeout(seconds):
                 await self._ailing.wait()
         except TimeoutError:
             pass
 
     def succeeded(self) -> None:
-        """A request ended well."""
+        """Record a request that ended well, whenever it was sent: the breaker closes."""
         self.breaker.succeeded()
         self._moved()
 
     def failed(self, error: EngineError) -> None:
-        """A request failed."""
-        self.breaker.failed(time.monotonic())
+        """Record a failed request; the breaker opens after some in a row."""
+        self.breaker.failed(self._clock.now())
         self._moved(error)
 
     def trip(self, error: Exception) -> None:
-        """The engine must not be used, whatever it answers."""
-        self.breaker.trip(time.monotonic())
+        """Open at once: the engine must not be used, whatever it answers."""
+        self.breaker.trip(self._clock.now())
         self._moved(error)
 
     def reset(self) -> None:
-        """The engine was started anew."""
+        """Close: the engine was started anew, and earlier failures are not held against it."""
         self.breaker.reset()
         self._moved()
 

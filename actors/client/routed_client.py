@@ -37,7 +37,10 @@ class RoutedClient:
         return self._router.stream(rid, input_ids, sampling, cache_salt)
 
     async def pause(self, mode: str) -> dict[str, int]:
-        """See `EngineClient.pause`. Engines that do not answer have sent all that they ever will."""
+        """See `EngineClient.pause`. An engine that does not answer is gone: it will send no more tokens.
+
+        On cancel: some engines may be paused.
+        """
         answers = await asyncio.gather(*(engine.pause(mode) for engine in self._engines), return_exceptions=True)
         emitted: dict[str, int] = {}
         for answer in answers:
@@ -50,12 +53,12 @@ class RoutedClient:
         return emitted
 
     async def abort_all(self) -> None:
-        """See `EngineClient.abort_all`; every engine is told before an error is raised."""
+        """See `EngineClient.abort_all`; every engine is told before an error is raised. On cancel: some may be."""
         calls = (engine.abort_all() for engine in self._engines)
         _raise_first(await asyncio.gather(*calls, return_exceptions=True))
 
     async def resume(self) -> None:
-        """See `EngineClient.resume`; every engine is told before an error is raised."""
+        """See `EngineClient.resume`; every engine is told before an error is raised. On cancel: some may be."""
         calls = (engine.resume() for engine in self._engines)
         _raise_first(await asyncio.gather(*calls, return_exceptions=True))
 

@@ -15,7 +15,7 @@ from opd_async.errors import EngineError
 
 
 class StreamCursor:
-    """Follows the events of one stream."""
+    """Follows the events of one stream: how many tokens and logprobs of it were taken."""
 
     def __init__(self) -> None:
         self.received = 0

@@ -32,7 +32,7 @@ INLINE_BYTES = 1 << 16
 """Bodies up to here are parsed where they arrive, in a millisecond at most."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Engine:
     """One engine: its parts, and the little state that only the control routes use."""
 

@@ -23,7 +23,7 @@ LongArray = npt.NDArray[np.int64]
 GROUP_COST = 6000
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Group:
     """Sequences that attend together: packed tokens [first, end), padded to `q_len` queries and `kv_len` keys.
 
@@ -44,7 +44,7 @@ class Group:
     full: bool
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class SampleRows:
     """Rows whose next-token distribution is wanted, and how to sample each. A scoring request's row is not sampled."""
 
@@ -69,7 +69,7 @@ class ScoreRows:
     top: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Batch:
     """Everything the model needs for a step."""
 

@@ -13,7 +13,7 @@ from opd_async.keys import ADMIN_API_KEY_ENV, API_KEY_ENV
 VERSION = "0.1.0"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How one engine process runs. Names follow SGLang's flags; sizes are tokens, times are seconds."""
 

@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from opd_async.actors.engine.errors import WeightError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSpec:
     """Where and as whom to join: this engine is rank `rank` of `world_size`."""
 

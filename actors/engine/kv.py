@@ -20,7 +20,7 @@ from opd_async.actors.engine.batch import Batch, Group
 ATTENTION_NAME = "opd_pooled"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class DeviceGroup:
     """A Group's index arrays on the device, with its additive masks (one per sliding window in use)."""
 
@@ -106,7 +106,14 @@ def place_groups(batch: Batch, device: torch.device) -> list[DeviceGroup]:
         return None if array is None else torch.from_numpy(array).to(device)
 
     return [
-        DeviceGroup(group, put(group.kv_slots), put(group.q_pos), put(group.gather), put(group.scatter), {})
+        DeviceGroup(
+            group=group,
+            kv_slots=put(group.kv_slots),
+            q_pos=put(group.q_pos),
+            gather=put(group.gather),
+            scatter=put(group.scatter),
+            masks={},
+        )
         for group in batch.groups
     ]
 

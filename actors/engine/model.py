@@ -33,7 +33,7 @@ DEFAULT_POOL_TOKENS = 1 << 18
 DEFAULT_POOL_BYTES = 1 << 29
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class StepResult:
     """What a step found, on the host, in the row order of Batch.sample and Batch.score."""
 
@@ -155,7 +155,14 @@ class ModelRunner:
 
     def _make_cache(self) -> PagedCache:
         slots = self.pool_tokens + 1
-        return PagedCache(self._layers(), slots, self._kv_heads(), self._head_dim(), self.dtype, str(self.device))
+        return PagedCache(
+            layers=self._layers(),
+            slots=slots,
+            kv_heads=self._kv_heads(),
+            head_dim=self._head_dim(),
+            dtype=self.dtype,
+            device=str(self.device),
+        )
 
     def _layers(self) -> int:
         return int(self.config.num_hidden_layers)

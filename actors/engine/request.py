@@ -26,7 +26,7 @@ IdArray = npt.NDArray[np.int64]
 TopRows = tuple[FloatArray, IdArray]  # logprobs [rows, k], token ids [rows, k]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogprobSpec:
     """Which logprobs a request wants.
 
@@ -52,7 +52,7 @@ class VersionSpan:
     end: int
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Request:
     """A single sequence to generate from or to score."""
 

@@ -33,7 +33,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 _IGNORED = frozenset({"sampling_seed", "spaces_between_special_tokens"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one response is sampled.
 

@@ -18,21 +18,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from opd_async.actors.intake.filtering import GroupFilter
 from opd_async.actors.intake.ranks import LearnerRanks
 from opd_async.actors.intake.report import LatencyReservoir, describe_rewards, describe_step
+from opd_async.actors.intake.steps import Taken, give_advantages, pack, step_started
 from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import ScheduleSection, TrainOn
 from opd_async.data.jsonl import JsonlRecord, read_jsonl
-from opd_async.estimators.advantages import Outcome, estimate
 from opd_async.plan.chunk_bounds import ChunkBounds
 from opd_async.plan.plan import RoleKind
 from opd_async.role import ATTEMPT_FLOOR_ENV, Role, role_arguments
@@ -43,21 +41,12 @@ from opd_async.scheduling.step_policy import DeadlineCuts, Planner, WholeSamples
 from opd_async.transport import messages as m
 from opd_async.transport.bounds import MAX_COUNT
 from opd_async.transport.channels import Pull
+from opd_async.transport.owed import Owed
 
 log = logging.getLogger(__name__)
 
 ACKNOWLEDGE_S = 0.02
 SETTLE_NEWS_S = 10.0
-
-
-class Taken(NamedTuple):
-    """What a step took of one sample; `segment` is None for an empty response, `reward` where there is none."""
-
-    sample_id: int
-    end: int
-    complete: bool
-    segment: Segment | None
-    reward: float | None
 
 
 def make_planner(schedule: ScheduleSection) -> Planner:
@@ -82,9 +71,12 @@ class Intake:
         self._planned = 0
         self._attempt_floor = 0
         self._drain_asked = False
-        self._news = asyncio.Event()
-        self._touched: set[int] = set()
-        self._finished_elsewhere: dict[int, tuple[int, int, int]] = {}
+        self._wake = asyncio.Event()
+        """Set when a step may have become possible."""
+        self._unacknowledged: set[int] = set()
+        """Samples of which more is held than was acknowledged."""
+        self._taken_whole: dict[int, tuple[int, int, int]] = {}
+        """(attempt, actor, end) of complete samples that a step took before their end was acknowledged."""
         self._latencies = LatencyReservoir()
         self._door = role.guard()
         self._bounds = ChunkBounds(plan, self._door.keys)
@@ -112,7 +104,7 @@ class Intake:
         self._log = JsonlRecord(self._log_path, log.warning, rows)
 
     async def receive(self) -> None:
-        """Take scored chunks in."""
+        """Take scored chunks in. On cancel: chunks in the socket are lost, and sent again by the rollout actors."""
         while True:
             sender, chunk = await self._pull.receive_from()
             if not isinstance(chunk, m.ScoredChunk):
@@ -125,8 +117,8 @@ class Intake:
             verdict = self._assembler.add(chunk, self._oldest())
             self._count(verdict, chunk)
             if verdict is Verdict.ACCEPTED or verdict is Verdict.DUPLICATE:
-                self._touched.add(chunk.sample_id)
-                self._news.set()
+                self._unacknowledged.add(chunk.sample_id)
+                self._wake.set()
 
     def _unbelievable(self, sender: str | None, chunk: m.ScoredChunk) -> str | None:
         """Why a chunk cannot be; what an earlier launch of the learner left under way may be, and is dropped later."""
@@ -153,25 +145,33 @@ class Intake:
             self._metrics["opd_intake_duplicates_total"].inc()
 
     async def acknowledge(self) -> None:
-        """Tell the dispatcher, in small batches, what is held."""
+        """Tell the dispatcher every 20 ms what is held. On cancel: chunks that were not acknowledged come again."""
         while True:
             await asyncio.sleep(ACKNOWLEDGE_S)
-            if not self._touched:
+            if not self._unacknowledged:
                 continue
-            rows = [self._held(sample_id) for sample_id in self._touched]
-            self._touched.clear()
+            rows = [self._held(sample_id) for sample_id in self._unacknowledged]
+            self._unacknowledged.clear()
             table = np.array([row for row in rows if row is not None], np.int64).reshape(-1, 4)
             next_step = self._planned if self._version is None else self._version
             ready = self._planner.ready_tokens(self._assembler, next_step)
             self._metrics["opd_intake_backlog_tokens"].set(ready)
             attempts, actors, ends = (table[:, i].astype(np.int32) for i in (1, 2, 3))
-            await self._role.control.send(m.Acks(next_step, ready, table[:, 0], attempts, actors, ends))
+            acks = m.Acks(
+                next_step=next_step,
+                ready_tokens=ready,
+                sample_ids=table[:, 0],
+                attempts=attempts,
+                actors=actors,
+                ends=ends,
+            )
+            await self._role.control.send(acks)
             self._role.counters.update(self._latencies.quantiles())
 
     def _held(self, sample_id: int) -> tuple[int, int, int, int] | None:
         sample = self._assembler.samples.get(sample_id)
         if sample is None:
-            done = self._finished_elsewhere.pop(sample_id, None)
+            done = self._taken_whole.pop(sample_id, None)
             return (sample_id, *done) if done is not None else None
         return sample_id, sample.attempt, sample.actor, sample.scored_end + (sample.finish is not None)
 
@@ -182,11 +182,11 @@ class Intake:
         while True:
             try:
                 async with asyncio.timeout(SETTLE_NEWS_S):
-                    await self._news.wait()
+                    await self._wake.wait()
             except TimeoutError:
                 self._explain_wait()
                 continue
-            self._news.clear()
+            self._wake.clear()
             if self._version is None:
                 continue
             found = self._planner.round(self._assembler, self._version, 0)
@@ -200,8 +200,8 @@ class Intake:
         complete, end = sample.finish is not None, sample.scored_end
         if complete:
             # its last chunk may not have been acknowledged yet, and it is about to be forgotten
-            self._finished_elsewhere[sample.sample_id] = (sample.attempt, sample.actor, sample.scored_end + 1)
-            self._touched.add(sample.sample_id)
+            self._taken_whole[sample.sample_id] = (sample.attempt, sample.actor, sample.scored_end + 1)
+            self._unacknowledged.add(sample.sample_id)
         return Taken(sample.sample_id, end, complete, self._assembler.take(sample), sample.reward)
 
     async def _step(self, version: int, taken: list[Taken]) -> None:
@@ -210,7 +210,7 @@ class Intake:
         self._drain_asked = False
         kept = self._filter.kept(taken)
         segments = [one.segment for one in kept if one.segment is not None]
-        outcomes = self._weigh(kept)
+        outcomes = give_advantages(kept, self._topology)
         if self._topology.learner.loss_mean == "responses":
             packing.mean_over_responses(segments)
         stats, staleness = describe_step(segments, version)
@@ -221,31 +221,9 @@ class Intake:
             stats |= describe_rewards(outcomes)
             self._metrics["opd_intake_reward_mean"].set(stats.get("reward_mean"))
         self._record(version, segments, stats, staleness)
-        await self._role.control.send(m.StepStarted(version, stats, staleness, *_columns(taken)))
+        await self._role.control.send(step_started(version, taken, stats, staleness))
         # in a thread: a step of a million tokens would hold up everything that arrives meanwhile
-        await self.ranks.send_step(await asyncio.to_thread(self._pack, segments, version))
-
-    def _pack(self, segments: list[Segment], version: int) -> list[m.Train]:
-        """A message for each data-parallel rank."""
-        learner = self._topology.learner
-        batches = packing.pack(segments, version, learner.data_parallel, learner.micro_batch_tokens)
-        return [packing.to_message(batch) for batch in batches]
-
-    def _weigh(self, taken: list[Taken]) -> list[Outcome]:
-        """Give every token of the step its advantage; returns the complete responses behind it."""
-        group_size, section = self._topology.rollout.group_size, self._topology.advantage
-        complete = [one for one in taken if one.complete]
-        outcomes = [
-            Outcome(one.sample_id // group_size, one.reward, one.segment.end - one.segment.start if one.segment else 0)
-            for one in complete
-        ]
-        if section.estimator.facts.rewards:
-            for one, advantages in zip(complete, estimate(outcomes, section), strict=True):
-                if one.segment is not None:
-                    one.segment.advantages = advantages
-                    if section.estimator.facts.critic:
-                        one.segment.reward = math.nan if one.reward is None else one.reward
-        return outcomes
+        await self.ranks.send_step(await asyncio.to_thread(pack, segments, version, self._topology.learner))
 
     def _record(self, version: int, segments: list[Segment], stats: dict[str, float], staleness: Any) -> None:
         ranges = [[s.sample_id, s.start, s.end, int(s.versions.min()), int(s.versions.max())] for s in segments]
@@ -264,7 +242,7 @@ class Intake:
         """Say in the log who a step is waiting for."""
         owed = self._assembler.owed()
         if self._version is not None and owed:
-            some = ", ".join(f"{sample} (to {end})" for sample, (_, end) in list(owed.items())[:5])
+            some = ", ".join(f"{one.sample_id} (to {one.end})" for one in owed[:5])
             log.info("step %d waits for the scores of %d samples: %s", self._version, len(owed), some)
 
     # --- control -----------------------------------------------------------------------------------------------------
@@ -275,12 +253,12 @@ class Intake:
             message = await self._role.control.receive()
             match message:
                 case m.Version():
-                    self._assembler.mark(message.version - 1, _owed(message))
+                    self._assembler.mark(message.version - 1, Owed.listed_in(message))
                     self._version = message.version
-                    self._news.set()
+                    self._wake.set()
                 case m.Drained():
-                    self._assembler.mark(message.version, _owed(message))
-                    self._news.set()
+                    self._assembler.mark(message.version, Owed.listed_in(message))
+                    self._wake.set()
                 case m.Quiesce():
                     self._version = None
                     await self._role.control.send(m.Quiesced(self._planned))
@@ -300,17 +278,17 @@ class Intake:
     async def _reclaim(self, request: m.Reclaim) -> None:
         pairs = zip(request.sample_ids.tolist(), request.attempts.tolist(), strict=True)
         results = [self._assembler.give_up_attempt(sample_id, attempt) for sample_id, attempt in pairs]
-        tokens = [prefix for _, prefix, _ in results]
+        tokens = [one.tokens for one in results]
         await self._role.control.send(
             m.Reclaimed(
-                request.sample_ids,
-                np.array([attempt for attempt, _, _ in results], np.int32),
-                np.array([len(prefix) for prefix in tokens], np.int32),
-                np.array([complete for _, _, complete in results], np.int32),
-                np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
+                sample_ids=request.sample_ids,
+                attempts=np.array([one.attempt for one in results], np.int32),
+                ends=np.array([len(prefix) for prefix in tokens], np.int32),
+                complete=np.array([one.complete for one in results], np.int32),
+                tokens=np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
             )
         )
-        self._news.set()
+        self._wake.set()
 
     def _malformed_frame(self, reason: str) -> None:
         self._role.count("malformed_frames")
@@ -323,18 +301,6 @@ class Intake:
         self._door.close()
         if self._log is not None:
             self._log.close()
-
-
-def _columns(taken: list[Taken]) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
-    return (
-        np.array([one.sample_id for one in taken], np.int64),
-        np.array([one.end for one in taken], np.int32),
-        np.array([one.complete for one in taken], np.int32),
-    )
-
-
-def _owed(mark: m.Version | m.Drained) -> list[tuple[int, int, int]]:
-    return list(zip(mark.sample_ids.tolist(), mark.attempts.tolist(), mark.ends.tolist(), strict=True))
 
 
 async def main() -> None:

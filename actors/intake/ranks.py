@@ -30,7 +30,7 @@ class LearnerRanks:
         self._all_up = asyncio.Event()
 
     async def collect(self) -> None:
-        """Collect the hellos of the ranks."""
+        """Note each rank that says hello; sending waits for all of them. On cancel: no further one is noted."""
         while True:
             rank, message = await self._server.receive()
             if rank not in self._names:
@@ -41,12 +41,15 @@ class LearnerRanks:
                 self._all_up.set()
 
     async def send_step(self, shares: Sequence[Train]) -> None:
-        """A step: `shares` has one message for each data-parallel rank."""
+        """Send a step: `shares` has one message for each data-parallel rank. Raises `DeadlineError` for missing ranks.
+
+        On cancel: some ranks may have the step; the learner must then go back to a checkpoint.
+        """
         for rank in range(self._learner.ranks):
             await self._send(rank, shares[self._learner.data_rank(rank)])
 
     async def send_all(self, message: Message) -> None:
-        """A command, to every rank alike."""
+        """Send a command to every rank. Raises and on cancel: as `send_step`."""
         for rank in range(self._learner.ranks):
             await self._send(rank, message)
 

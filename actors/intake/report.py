@@ -53,7 +53,7 @@ class LatencyReservoir:
         self._random = random.Random(0)
 
     def add(self, seconds: float) -> None:
-        """Count one finished response."""
+        """Add the score latency (seconds) of one finished response."""
         self._seen += 1
         if len(self._values) < RESERVOIR:
             self._values.append(seconds)

@@ -44,7 +44,7 @@ async def read_frame(reader: asyncio.StreamReader) -> Any:
 
 
 def frame(value: Any) -> bytes:
-    """A value as it travels."""
+    """A value in the form in which it travels: its length, then MessagePack."""
     body = msgpack.packb(value)
     return _LENGTH.pack(len(body)) + bytes(body)
 

@@ -28,21 +28,24 @@ class Student:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     version: int = -1
     down: bool = False
-    """It cannot be paused, and has sent all that it ever will."""
+    """The engine is gone: it cannot be paused, and will send no more tokens."""
 
     @property
     def routed(self) -> bool:
-        """Behind a router, where nobody knows which engine a request has met, and other actors' requests run too."""
+        """Whether it is behind a router: which engine has a request is not known, and other actors' requests run there
+        too."""
         return isinstance(self.client, RoutedClient)
 
     def lost(self) -> None:
-        """An engine is gone: no new requests until the weights are in its successor. Those behind a router go on with
-        what they have, and must still be paused."""
+        """Close the gate of an engine that is gone, until its successor has the weights.
+
+        Behind a router only one of several is gone: the others generate on, and must still be paused.
+        """
         self.gate.clear()
         self.down = not self.routed
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Generation:
     """The state of one lease. Tokens wait in `_pending` until a chunk is due; a chunk has one weight version."""
 
@@ -76,7 +79,7 @@ class Generation:
         return len(self.lease.prefix) + sum(len(part) for part in self._tokens)
 
     def new_request(self) -> None:
-        """The last request failed: the next one goes on behind the tokens that arrived."""
+        """Prepare the next request after one that failed: it goes on behind the tokens that arrived."""
         self.rid = f"{self.lease.sample_id:016x}-{uuid.uuid4().hex[:12]}"
         self.received = 0
 
@@ -92,19 +95,19 @@ class Generation:
         return np.concatenate([self.lease.prompt, self.lease.prefix, *self._tokens]).astype(np.int32)
 
     def max_tokens(self, settings: RolloutSection) -> int:
-        """Longest response."""
+        """Most tokens that the response may have, its prefix included."""
         return self.lease.max_tokens or settings.sampling.max_response_tokens
 
     def sampling(self, settings: RolloutSection, stop_token_ids: tuple[int, ...]) -> Sampling:
         """Parameters of the request for the rest of the response."""
         sampling = settings.sampling
         return Sampling(
-            self.lease.temperature,
-            sampling.top_p,
-            sampling.top_k,
-            self.max_tokens(settings) - self.length,
-            stop_token_ids,
-            settings.stream_interval,
+            temperature=self.lease.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_new_tokens=self.max_tokens(settings) - self.length,
+            stop_token_ids=stop_token_ids,
+            stream_interval=settings.stream_interval,
         )
 
     def natural_finish(self, max_tokens: int, stop_token_ids: tuple[int, ...]) -> m.Finish | None:
@@ -163,25 +166,25 @@ class Generation:
         return not self._pending or self._pending[0].weight_version == self._pending[-1].weight_version
 
     def rewarded(self, reward: float | None) -> None:
-        """The response has been judged (None: it could not be): its end may be announced."""
+        """Set the reward (None: it could not be judged); the end of the response may now be announced."""
         self._reward, self.awaits_reward = reward, False
 
     def _chunk(self, deltas: list[Delta], actor: int, finish: m.Finish | None) -> m.Chunk:
         ids = [delta.token_ids for delta in deltas]
         logprobs = [delta.logprobs for delta in deltas]
         chunk = m.Chunk(
-            self.lease.sample_id,
-            self.lease.attempt,
-            actor,
-            self.lease.prompt_id,
-            len(self.lease.prompt),
-            self._sent_end,
-            int(deltas[0].weight_version) if deltas else max(self.student.version, 0),
-            None if finish is None else finish.value,
-            self.lease.label,
-            self._made_at,
-            np.concatenate(ids) if ids else np.zeros(0, np.int32),
-            np.concatenate(logprobs) if logprobs else np.zeros(0, np.float32),
+            sample_id=self.lease.sample_id,
+            attempt=self.lease.attempt,
+            actor=actor,
+            prompt_id=self.lease.prompt_id,
+            prompt_tokens=len(self.lease.prompt),
+            start=self._sent_end,
+            weight_version=int(deltas[0].weight_version) if deltas else max(self.student.version, 0),
+            finish=None if finish is None else finish.value,
+            label=self.lease.label,
+            made_at=self._made_at,
+            token_ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
+            behaviour_logprobs=np.concatenate(logprobs) if logprobs else np.zeros(0, np.float32),
             reward=self._reward if finish is not None else None,
             teacher=self.lease.teacher,
             grant=self.lease.grant,

@@ -37,7 +37,10 @@ class Judging:
         return self._pool is not None and (lease.kind == m.LeaseKind.TRAIN or self._evaluations)
 
     async def judge(self, generation: Generation) -> float | None:
-        """The reward of a response that has ended; None where it could not be judged, which is counted."""
+        """Judge a response that has ended; None where it could not be judged, which is counted.
+
+        On cancel: the worker's answer is dropped.
+        """
         assert self._pool is not None
         lease, began = generation.lease, time.monotonic()
         response = generation.input_ids()[len(lease.prompt) :]

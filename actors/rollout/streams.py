@@ -7,8 +7,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from opd_async.actors.rollout.draining import drain
+from opd_async.actors.rollout.abort_and_collect import abort_and_collect
 from opd_async.actors.rollout.generation import Generation, Student
+from opd_async.clock import Clock
 from opd_async.config.topology import PauseMode
 from opd_async.errors import DeadlineError, EngineError
 
@@ -20,11 +21,12 @@ PAUSE_DEADLINE_S = 60.0
 class Streams:
     """`live`: responses by sample id, until their last chunk has left."""
 
-    def __init__(self, pause_mode: PauseMode, drains: bool) -> None:
-        """`drains`: the engine does not account for what it sent when it pauses; its requests are ended instead."""
+    def __init__(self, pause_mode: PauseMode, must_abort: bool, clock: Clock) -> None:
+        """`must_abort`: the engine does not account for what it sent when it pauses; its requests are ended instead."""
+        self._clock = clock
         self.live: dict[int, Generation] = {}
         self._pause_mode = pause_mode
-        self._drains = drains
+        self._must_abort = must_abort
         self._arrived = asyncio.Condition()
         self._listeners = 0
 
@@ -33,23 +35,29 @@ class Streams:
         """Responses that are being generated now."""
         return sum(1 for g in self.live.values() if g.finish is None and g.student.gate.is_set())
 
+    def may_abort(self, student: Student) -> bool:
+        """Whether an aborted request is no failure: a pause aborts, this actor's or, behind a router, another's."""
+        return self._must_abort and (student.routed or not student.gate.is_set())
+
     async def progressed(self) -> None:
-        """Tokens have arrived, or a stream has ended."""
+        """Say that tokens have arrived, or a stream has ended. On cancel: nobody was told."""
         if not self._listeners:  # as nearly always: this is called for every event of every stream
             return
         async with self._arrived:
             self._arrived.notify_all()
 
     async def stop(self, student: Student) -> dict[str, int]:
-        """Stop one engine. Tokens that it has sent to each stream; an engine that is gone has sent all that it ever
-        will."""
-        if self._drains:
+        """Stop one engine; returns how many tokens it has sent to each stream, by request id.
+
+        An engine that is gone has sent all that it ever will, and is not in the answer. On cancel: it may generate.
+        """
+        if self._must_abort:
 
             def open_streams() -> list[Generation]:
                 return [g for g in self.live.values() if g.streaming and g.student is student]
 
             with self._listening():
-                await drain(student.client, open_streams, self._arrived, PAUSE_DEADLINE_S)
+                await abort_and_collect(student.client, open_streams, self._arrived, PAUSE_DEADLINE_S, self._clock)
             return {}
         try:
             return await student.client.pause(self._pause_mode.value)
@@ -67,8 +75,10 @@ class Streams:
             self._listeners -= 1
 
     async def all_arrived(self, emitted: dict[str, int]) -> None:
-        """Wait until every live stream has received what its engine says it sent; `DeadlineError` names those that have
-        not."""
+        """Wait until every live stream has received what its engine says it sent. On cancel: nothing has changed.
+
+        Raises `DeadlineError` that names the streams which have not.
+        """
 
         def missing() -> list[Generation]:
             live = self.live.values()
@@ -76,7 +86,7 @@ class Streams:
 
         try:
             with self._listening():
-                async with asyncio.timeout(PAUSE_DEADLINE_S), self._arrived:
+                async with self._clock.timeout(PAUSE_DEADLINE_S), self._arrived:
                     await self._arrived.wait_for(lambda: not missing())
         except TimeoutError:
             late = ", ".join(f"{g.rid} ({g.received} of {emitted[g.rid]})" for g in missing()[:3])

@@ -5,7 +5,7 @@
     loop             waits for                               unblocked by
     receive          a chunk                                 a rollout actor
     control          a message of the dispatcher            the dispatcher
-    dispatch, watch  see `actors.lane`, one of each engine
+    dispatch, watch  see `actors/teacher/lane.py`, one of each engine
 
 The actor keeps the tokens of each unfinished sample, because a request carries all ids so far; the prefix cache of the
 engine holds their keys and values, so only new tokens are computed. A rendezvous hash of the prompt picks the engine
@@ -26,7 +26,7 @@ import aiohttp
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_async.actors.client.engine_client import EngineClient, new_connector
+from opd_async.actors.client.engine_client import Endpoint, EngineClient, new_connector
 from opd_async.actors.client.replies import Scores
 from opd_async.actors.teacher.lane import Lane, Request
 from opd_async.config.topology import TrainOn
@@ -69,15 +69,13 @@ class TeacherActor:
 
     def _client(self, session: aiohttp.ClientSession, url: str) -> EngineClient:
         section, settings = self._role.plan.section(url), self._topology.teacher
-        return EngineClient(
-            session,
-            url,
-            self._role.plan.vocab_size,
-            section.api_key,
-            section.admin_api_key,
-            self._topology.opd.wire_topk,
-            settings.request_deadline_s,
+        endpoint = Endpoint(
+            url=url,
+            api_key=section.api_key,
+            admin_api_key=section.admin_api_key,
+            deadline_s=settings.request_deadline_s,
         )
+        return EngineClient(session, endpoint, self._role.plan.vocab_size, self._topology.opd.wire_topk)
 
     def _new_points(self) -> CutPoints:
         schedule = self._topology.schedule
@@ -85,7 +83,10 @@ class TeacherActor:
         return CutPoints(self._topology.rollout.chunk_tokens, deadline)
 
     async def prepare(self) -> None:
-        """Wait for the engines and check that each is a sane teacher, and all the same, before any chunk is scored."""
+        """Wait for the engines and check each one's scores, and that all agree, before any chunk is scored.
+
+        Raises `RoleError`, which names the engine. On cancel: nothing has been started.
+        """
         for lane in self._lanes:
             url, deadline_s = lane.client.url, self._topology.supervisor.start_deadline_s
             await wait_until_ready(url, "the teacher engine", deadline_s, self._role.plan.section(url).api_key)
@@ -96,7 +97,7 @@ class TeacherActor:
             lane.canary.compare(self._lanes[0].canary)
 
     def start(self) -> None:
-        """Begin to score."""
+        """Start the loops under the role's task group."""
         self._role.spawn(self.receive(), "receive")
         for lane in self._lanes:
             self._role.spawn(lane.dispatch(), f"dispatch {lane.client.url}")
@@ -105,7 +106,7 @@ class TeacherActor:
     # --- chunks ------------------------------------------------------------------------------------------------------
 
     async def receive(self) -> None:
-        """Take chunks in; wait while too much is queued."""
+        """Take chunks in; wait while too much is queued. On cancel: chunks in the socket are sent again later."""
         limit = MAX_QUEUE_BATCHES * self._topology.teacher.batch_tokens * len(self._lanes)
         while True:
             sender, chunk = await self._pull.receive_from()
@@ -154,7 +155,7 @@ class TeacherActor:
 
     def _gauge(self) -> None:
         self._metrics["opd_teacher_queue_tokens"].set(self._waiting_tokens())
-        self._metrics["opd_teacher_held_tokens"].set(self._points.held_tokens)
+        self._metrics["opd_teacher_held_tokens"].set(self._points.waiting_tokens)
 
     # --- what lanes need ---------------------------------------------------------------------------------------------
 
@@ -167,7 +168,10 @@ class TeacherActor:
         return known[1][: last.prompt_tokens + last.end], first.prompt_tokens + first.start
 
     async def deliver(self, item: ScoreItem, scores: Scores | None) -> None:
-        """Send the item's chunks with their share of the scores; forget the sample after its last one."""
+        """Send the item's chunks with their share of the scores; forget the sample after its last one.
+
+        On cancel: chunks that were not sent stay in the lane's hands, which reroutes them.
+        """
         now, first = time.time(), item.chunks[0].start
         self._tries.pop(item.sample_id, None)
         for chunk in item.chunks:
@@ -188,28 +192,28 @@ class TeacherActor:
         known = self._ids.get(chunk.sample_id)
         return known is not None and known[0] == chunk.attempt and len(known[1]) >= chunk.prompt_tokens + chunk.end
 
-    def blame(self, items: Sequence[ScoreItem]) -> int:
-        """Count a failed try of each sample; returns the most that any of them has seen since its last score."""
+    def count_failure(self, items: Sequence[ScoreItem]) -> int:
+        """Count one more failed try of each sample; returns the highest count since a sample's last score."""
         self._tries.update(item.sample_id for item in items)
         return max(self._tries[item.sample_id] for item in items)
 
-    def alone(self, lane: Lane) -> bool:
+    def is_last_usable(self, lane: Lane) -> bool:
         """Whether no other engine can be used."""
         return not any(other.guard.closed for other in self._lanes if other is not lane)
 
-    def changed(self) -> None:
+    def busy_changed(self) -> None:
         """A batch has begun or ended: bring idle time up to date, and let `receive` look for room."""
         self._idle.set_busy(any(lane.busy for lane in self._lanes))
         self._room.set()
 
-    def recovered(self) -> None:
+    def engine_recovered(self) -> None:
         """An engine can be used again: it takes what waits for those that cannot."""
         for lane in self._lanes:
             if not lane.guard.closed:
                 self.reroute(lane.batcher.take_all())
 
     async def give_up(self, text: str) -> None:
-        """End the run with this reason."""
+        """End the run with this reason. On cancel: it may or may not have been sent."""
         await self._role.control.send(m.Failure(self._role.name, text))
 
     def _refresh(self) -> None:
@@ -221,20 +225,20 @@ class TeacherActor:
     # --- dispatcher -------------------------------------------------------------------------------------------------
 
     async def control(self) -> None:
-        """Handle the dispatcher's messages."""
+        """Handle the dispatcher's messages in order. On cancel: the message under way may be half done."""
         while True:
             message = await self._role.control.receive()
             match message:
                 case m.Resume():
                     self._queue(self._points.advance(message.version))
                 case m.Reset():
-                    await self._reset(message.token)
+                    await self._reset(message.request)
                 case m.Stop():
                     self._role.stopped.set()
                 case _:
                     log.warning("ignored a %s", type(message).__name__)
 
-    async def _reset(self, token: int) -> None:
+    async def _reset(self, request: int) -> None:
         """Forget every sample; batches under way are given up."""
         self._ids.clear()
         for lane in self._lanes:
@@ -242,7 +246,7 @@ class TeacherActor:
         self._points = self._new_points()
         self._tries.clear()
         self._room.set()
-        await self._role.control.send(m.ResetDone(self._role.name, token))
+        await self._role.control.send(m.ResetDone(self._role.name, request))
 
     def _malformed(self, reason: str) -> None:
         self._role.count("malformed_frames")

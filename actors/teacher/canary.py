@@ -30,7 +30,8 @@ class Canary:
         self._first: NDArray[np.float32] | None = None
 
     async def check(self) -> None:
-        """Score the text. `CanaryError`: the engine cannot be trusted; `EngineError`: it could not be asked."""
+        """Score the text. Raises `CanaryError` for an engine that cannot be trusted, `EngineError` for one that could
+        not be asked. On cancel: the check did not happen."""
         whole, head, tail = await self._scores()
         difference = float(np.abs(np.concatenate([head, tail]) - whole).max())
         if difference > TOLERANCE:

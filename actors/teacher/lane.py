@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
@@ -41,8 +39,8 @@ log = logging.getLogger(__name__)
 Request = tuple[NDArray[np.int32], int]
 """int32[N] token ids, and the index of the first one to score."""
 
-INSANE_CANARIES = 3
-"""Canaries in a row that find the engine insane before the run ends."""
+FAILED_CANARIES = 3
+"""So many failed checks of one engine in a row end the run."""
 
 
 class Owner(Protocol):
@@ -52,25 +50,25 @@ class Owner(Protocol):
         """All ids so far, and where the new ones begin; None for a sample that is not scored any more."""
 
     async def deliver(self, item: ScoreItem, scores: Scores | None) -> None:
-        """Send the item's chunks on; `scores` None: they have no tokens."""
+        """Send the item's chunks on; `scores` None: they have no tokens. On cancel: the rest is rerouted."""
 
     def reroute(self, chunks: Sequence[Chunk]) -> None:
-        """These could not be scored here."""
+        """Take back chunks that could not be scored here."""
 
-    def blame(self, items: Sequence[ScoreItem]) -> int:
-        """Another try failed through no passing fault: the most that any of these samples has seen."""
+    def count_failure(self, items: Sequence[ScoreItem]) -> int:
+        """Count one more failed try of each sample; returns the highest count. Temporary faults are not counted."""
 
-    def alone(self, lane: Lane) -> bool:
-        """No other engine can take over."""
+    def is_last_usable(self, lane: Lane) -> bool:
+        """Whether no other engine can take over this one's work."""
 
-    def changed(self) -> None:
+    def busy_changed(self) -> None:
         """A batch has begun or ended."""
 
-    def recovered(self) -> None:
+    def engine_recovered(self) -> None:
         """An engine can score again: others may give it their work."""
 
     async def give_up(self, text: str) -> None:
-        """End the run."""
+        """End the run with this reason. On cancel: it may or may not have been sent."""
 
 
 class Lane:
@@ -82,16 +80,17 @@ class Lane:
         # an engine that is being restarted is out for longer than its start takes
         self._outage_s = 2 * role.plan.topology.supervisor.start_deadline_s
         self._metrics = role.metrics
+        self._clock = role.clock
         self._owner = owner
         self.client = client
-        self.guard = Guard(client.url, role.metrics["opd_teacher_breaker_open"].labels(client.url))
+        self.guard = Guard(client.url, role.metrics["opd_teacher_breaker_open"].labels(client.url), role.clock)
         self.canary = Canary(client, role.plan.vocab_size)
         self.cache = CacheShare(self._settings.min_cached_share)
         self.batcher = self._new_batcher()
         self._batches: set[asyncio.Task[None]] = set()
         self._slots = asyncio.Semaphore(self._settings.max_in_flight)
         self._changed = asyncio.Event()
-        self._insane = 0
+        self._failed_checks = 0
 
     def _new_batcher(self) -> TokenBudgetBatcher:
         return TokenBudgetBatcher(self._settings.batch_tokens, self._settings.max_wait_ms / 1000)
@@ -102,12 +101,12 @@ class Lane:
         return bool(self._batches)
 
     def add(self, chunk: Chunk) -> None:
-        """Queue a chunk."""
-        self.batcher.add(chunk, time.monotonic())
+        """Queue a chunk for this engine; it leaves with the next batch."""
+        self.batcher.add(chunk, self._clock.now())
         self._changed.set()
 
     async def reset(self) -> None:
-        """Forget every sample; batches under way are given up."""
+        """Forget every sample; batches under way are cancelled. On cancel: some of them may still run."""
         await self._cancel_batches()
         self.batcher = self._new_batcher()
 
@@ -121,7 +120,10 @@ class Lane:
     # --- scoring -----------------------------------------------------------------------------------------------------
 
     async def dispatch(self) -> None:
-        """Let batches go as they fill or fall due, a bounded number at once."""
+        """Send batches as they fill or fall due, a bounded number at once.
+
+        On cancel: batches under way run on; the role cancels them too.
+        """
         while True:
             await self._slots.acquire()
             batch = await self._next_batch()
@@ -129,19 +131,21 @@ class Lane:
             requests = [self._owner.request(item) for item in batch]
             task = self._role.spawn(self._batch(batch, requests), "batch")
             self._batches.add(task)
-            self._owner.changed()
+            self._owner.busy_changed()
             task.add_done_callback(self._ended)
 
     async def _next_batch(self) -> list[ScoreItem]:
         while True:
             await self.guard.until_closed()
-            now = time.monotonic()
+            now = self._clock.now()
             if batch := self.batcher.take(now):
                 return batch
             due = self.batcher.due_at()
+            # nothing is awaited between looking at the batcher and here, so that no chunk can come in between and be
+            # missed: `add` sets the event again for every later one
             self._changed.clear()
             try:
-                async with asyncio.timeout(None if due is None else max(due - now, 0.0)):
+                async with self._clock.timeout(None if due is None else max(due - now, 0.0)):
                     await self._changed.wait()
             except TimeoutError:
                 pass
@@ -150,7 +154,7 @@ class Lane:
         self._batches.discard(task)
         self._slots.release()
         self._changed.set()
-        self._owner.changed()
+        self._owner.busy_changed()
 
     async def _batch(self, batch: Sequence[ScoreItem], requests: Sequence[Request | None]) -> None:
         left = deque((item, request) for item, request in zip(batch, requests, strict=True) if request is not None)
@@ -159,7 +163,7 @@ class Lane:
             scores = await self._score(wanted) if wanted else []
             if scores is None:
                 return
-            self._account(wanted, scores)
+            self._count(wanted, scores)
             by_sample = {item.sample_id: score for (item, _), score in zip(wanted, scores, strict=True)}
             while left:
                 await self._owner.deliver(left[0][0], by_sample.get(left[0][0].sample_id))
@@ -169,7 +173,7 @@ class Lane:
             self._owner.reroute([chunk for item, _ in left for chunk in item.chunks])
 
     async def _score(self, wanted: Sequence[tuple[ScoreItem, Request]]) -> list[Scores] | None:
-        """Score one batch, through failures; None once the breaker is open: somebody else may do it."""
+        """Score one batch, trying again after failures; None once the breaker is open: another engine may do it."""
         failures = 0
         while not failures or self.guard.closed:
             try:
@@ -178,7 +182,7 @@ class Lane:
                 failures += 1
                 await self._failed([item for item, _ in wanted], error)
                 if self.guard.closed:
-                    await asyncio.sleep(backoff_s(failures, random.random))
+                    await self._clock.sleep(backoff_s(failures, self._clock.random))
             else:
                 self.guard.succeeded()
                 return scores
@@ -193,12 +197,12 @@ class Lane:
         elif error.fault is not EngineFault.REFUSED:  # an engine that refuses is well
             self.guard.failed(error)
         if error.fault not in PASSING:
-            tries = self._owner.blame(items)
+            tries = self._owner.count_failure(items)
             if given_up(error.fault, tries, 2 * self._settings.request_retries):
                 samples = ", ".join(str(item.sample_id) for item in items[:3])
                 await self._owner.give_up(f"samples {samples}, ... cannot be scored, {tries} tries, last: {error}")
 
-    def _account(self, wanted: Sequence[tuple[ScoreItem, Request]], scores: Sequence[Scores]) -> None:
+    def _count(self, wanted: Sequence[tuple[ScoreItem, Request]], scores: Sequence[Scores]) -> None:
         new_tokens = sum(item.new_tokens for item, _ in wanted)
         prompt_tokens = sum(score.prompt_tokens for score in scores)
         cached_tokens = sum(score.cached_tokens for score in scores)
@@ -218,15 +222,18 @@ class Lane:
     # --- trust -------------------------------------------------------------------------------------------------------
 
     async def watch(self) -> None:
-        """Send a canary now and then, and as the probe while the breaker is open."""
+        """Send a canary every `canary_every_s`, and as the probe while the breaker is open.
+
+        On cancel: nothing is lost.
+        """
         while True:
             await self.guard.until_open(self._settings.canary_every_s)
             if not self.guard.closed:
-                if not self._owner.alone(self):
+                if not self._owner.is_last_usable(self):
                     self._owner.reroute(self.batcher.take_all())
                 await self.guard.admission()
             await self._send_canary()
-            if self.guard.failing_s > self._outage_s and not self.guard.closed and self._owner.alone(self):
+            if self.guard.failing_s > self._outage_s and not self.guard.closed and self._owner.is_last_usable(self):
                 text = f"{self.client.url} has not scored anything for {self.guard.failing_s:.0f} s; see its log"
                 await self._owner.give_up(text)
 
@@ -242,23 +249,23 @@ class Lane:
             result = "insane"
             await self._distrust(error)
         else:
-            self._insane = 0
+            self._failed_checks = 0
             if not self.guard.closed:
                 self.guard.succeeded()
-                self._owner.recovered()
+                self._owner.engine_recovered()
         self._role.count(f"canaries_{result}")
         self._metrics["opd_teacher_canaries_total"].labels(result).inc()
 
     async def _distrust(self, error: CanaryError) -> None:
-        """Use nothing more of this engine; if it stays so, nobody should."""
+        """Stop using this engine; after `FAILED_CANARIES` failed checks in a row, end the run."""
         log.error("canary: %s", error)
-        self._insane += 1
+        self._failed_checks += 1
         self.guard.trip(error)
         await self._cancel_batches()
-        if self._insane >= INSANE_CANARIES:
+        if self._failed_checks >= FAILED_CANARIES:
             await self._owner.give_up(str(error))
 
 
 def _later(item: ScoreItem) -> bool:
-    """Not the beginning of its response."""
+    """Whether the item is not the beginning of its response."""
     return item.chunks[0].start > 0

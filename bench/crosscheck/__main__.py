@@ -47,7 +47,7 @@ WARMUP = 4
 NEVER = 10**6
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
     """What one clock says, in virtual seconds and tokens; recompute and step as in `bench.sim.figures.Row`."""
 
@@ -69,16 +69,16 @@ def virtual(scenario: Scenario, train_on: TrainOn, staleness: int, steps: int) -
     simulation = Simulation(scenario.workload(), rule, Scoring.STREAMED, scenario.lengths_seed)
     row = simulation.run(WARMUP, steps - WARMUP)
     return Figures(
-        row.tokens_per_s,
-        row.seconds / row.steps,
-        row.step_tokens,
-        row.learner_recompute,
-        row.teacher_recompute,
-        row.age_mean,
-        row.age_max,
-        row.score_p50_s,
-        row.score_p99_s,
-        row.idle.learner,
+        tokens_per_s=row.tokens_per_s,
+        step_s=row.seconds / row.steps,
+        step_tokens=row.step_tokens,
+        learner_recompute=row.learner_recompute,
+        teacher_recompute=row.teacher_recompute,
+        age_mean=row.age_mean,
+        age_max=row.age_max,
+        score_p50_s=row.score_p50_s,
+        score_p99_s=row.score_p99_s,
+        learner_idle=row.idle.learner,
     )
 
 
@@ -144,17 +144,17 @@ def real(scenario: Scenario, train_on: TrainOn, staleness: int, steps: int, fold
     ages = np.sum([np.pad(row["staleness_counts"], (0, 8))[:8] for row in counted], axis=0)
     latency = report.score_latency
     return Figures(
-        tokens / seconds,
-        seconds / len(counted),
-        tokens / len(counted) / work.tokens_per_step,
-        sum(row["forwarded_tokens"] for row in counted)
+        tokens_per_s=tokens / seconds,
+        step_s=seconds / len(counted),
+        step_tokens=tokens / len(counted) / work.tokens_per_step,
+        learner_recompute=sum(row["forwarded_tokens"] for row in counted)
         / (tokens * (work.mean_tokens + work.prompt_tokens) / work.mean_tokens),
-        report.teacher_recompute or 0.0,
-        float(np.arange(8) @ ages / ages.sum()),
-        int(np.nonzero(ages)[0][-1]),
-        (latency.p50_s or 0.0) * scenario.scale,
-        (latency.p99_s or 0.0) * scenario.scale,
-        sum(row["learner_idle_s"] for row in counted) * scenario.scale / seconds,
+        teacher_recompute=report.teacher_recompute or 0.0,
+        age_mean=float(np.arange(8) @ ages / ages.sum()),
+        age_max=int(np.nonzero(ages)[0][-1]),
+        score_p50_s=(latency.p50_s or 0.0) * scenario.scale,
+        score_p99_s=(latency.p99_s or 0.0) * scenario.scale,
+        learner_idle=sum(row["learner_idle_s"] for row in counted) * scenario.scale / seconds,
     )
 
 

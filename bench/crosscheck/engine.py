@@ -124,7 +124,12 @@ def build(config: EngineConfig, scenario: Scenario, student: bool) -> Engine:
         config=config,
         core=EngineCore(runner, limits, config.weight_version, metrics),
         limits=ModelLimits(
-            facts.vocab_size, context, pool, frozenset(facts.eos_token_ids), config.stream_interval, None
+            vocab_size=facts.vocab_size,
+            context_length=context,
+            pool_tokens=pool,
+            eos_ids=frozenset(facts.eos_token_ids),
+            stream_interval=config.stream_interval,
+            encode=None,
         ),
         codec=None,
         weights=SimulatedWeights(groups, scenario),

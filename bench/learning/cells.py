@@ -24,7 +24,7 @@ FULL = ("opd.type=megatron", "opd.loss=reverse_kl_full")
 REWARD = ("reward.kind=exact_match", "advantage.estimator=grpo")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """One way to learn, as settings of a topology."""
 
@@ -42,28 +42,32 @@ class Method:
 
 
 METHODS = {
-    "sft": Method("SFT on teacher samples", ("opd.loss=sft",), lr=2e-3, given=True),
-    "kd": Method("JSD on teacher samples", JSD, lr=2e-3, given=True),
-    "opd": Method("OPD: reverse KL, sampled token", ON_POLICY_TEACHER, lr=1e-3),
-    "opd_jsd": Method("OPD: JSD, top-k", JSD, lr=2e-3),
-    "opd_full": Method("OPD: reverse KL, full vocabulary", FULL, lr=2e-3, teacher_inside=True),
-    "opd_16": Method(f"OPD, sampled token, {GROUP} a prompt", ON_POLICY_TEACHER, lr=5e-4, group=GROUP),
-    "grpo": Method(f"GRPO on the reward, {GROUP} a prompt", REWARD, lr=5e-4, options=("--no-use-opd",), group=GROUP),
-    "opd_grpo": Method(f"OPD + GRPO, {GROUP} a prompt", (*ON_POLICY_TEACHER, *REWARD), lr=5e-4, group=GROUP),
+    "sft": Method(title="SFT on teacher samples", settings=("opd.loss=sft",), lr=2e-3, given=True),
+    "kd": Method(title="JSD on teacher samples", settings=JSD, lr=2e-3, given=True),
+    "opd": Method(title="OPD: reverse KL, sampled token", settings=ON_POLICY_TEACHER, lr=1e-3),
+    "opd_jsd": Method(title="OPD: JSD, top-k", settings=JSD, lr=2e-3),
+    "opd_full": Method(title="OPD: reverse KL, full vocabulary", settings=FULL, lr=2e-3, teacher_inside=True),
+    "opd_16": Method(title=f"OPD, sampled token, {GROUP} a prompt", settings=ON_POLICY_TEACHER, lr=5e-4, group=GROUP),
+    "grpo": Method(
+        title=f"GRPO on the reward, {GROUP} a prompt", settings=REWARD, lr=5e-4, options=("--no-use-opd",), group=GROUP
+    ),
+    "opd_grpo": Method(
+        title=f"OPD + GRPO, {GROUP} a prompt", settings=(*ON_POLICY_TEACHER, *REWARD), lr=5e-4, group=GROUP
+    ),
 }
 
 HOT = 2e-3
 """A learning rate at which one step moves this student far enough for age to matter."""
 SIGNALS = {
-    "sampled_clip": Method("sampled token, clip 0.2", ON_POLICY_TEACHER, lr=HOT),
-    "sampled": Method("sampled token, no clip", (*SAMPLED, "opd.clip_ratio=null"), lr=HOT),
-    "topk": Method("top-k (JSD)", JSD, lr=HOT),
-    "full": Method("full vocabulary (reverse KL)", FULL, lr=HOT, teacher_inside=True),
+    "sampled_clip": Method(title="sampled token, clip 0.2", settings=ON_POLICY_TEACHER, lr=HOT),
+    "sampled": Method(title="sampled token, no clip", settings=(*SAMPLED, "opd.clip_ratio=null"), lr=HOT),
+    "topk": Method(title="top-k (JSD)", settings=JSD, lr=HOT),
+    "full": Method(title="full vocabulary (reverse KL)", settings=FULL, lr=HOT, teacher_inside=True),
 }
 STALENESS = (0, 1, 2, 4, 8)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Regime:
     """Which problems, and which student and teacher."""
 
@@ -79,17 +83,17 @@ class Regime:
 
 
 REGIMES = {
-    "short": Regime("3 digits, 60,000 prompts"),
-    "few": Regime("3 digits, 64 prompts", prompts=64),
-    "long": Regime("6 digits, 60,000 prompts", digits=6, student="student_6", teacher="teacher_6"),
-    "small": Regime("3 digits, a student of 5 thousand weights", student="student_small"),
+    "short": Regime(title="3 digits, 60,000 prompts"),
+    "few": Regime(title="3 digits, 64 prompts", prompts=64),
+    "long": Regime(title="6 digits, 60,000 prompts", digits=6, student="student_6", teacher="teacher_6"),
+    "small": Regime(title="3 digits, a student of 5 thousand weights", student="student_small"),
     "ways": Regime(
-        "3 digits, a teacher that writes in two ways",
+        title="3 digits, a teacher that writes in two ways",
         teacher="teacher_ways",
         rates={"sft": 8e-3, "opd_full": 5e-4, "opd_jsd": 5e-4},
     ),
     "ways5k": Regime(
-        "two ways, and a student of 5 thousand weights",
+        title="two ways, and a student of 5 thousand weights",
         student="student_small",
         teacher="teacher_ways",
         rates={"sft": 8e-3},
@@ -97,7 +101,7 @@ REGIMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """One run."""
 
@@ -124,19 +128,30 @@ class Cell:
 
 def rates(seeds: int) -> list[Cell]:
     """Every method at every learning rate, one seed."""
-    return [Cell("rates", "short", method, 0, lr) for lr in RATES for method in METHODS if method != "opd_16"]
+    return [
+        Cell(part="rates", regime="short", method=method, seed=0, lr=lr)
+        for lr in RATES
+        for method in METHODS
+        if method != "opd_16"
+    ]
 
 
 def methods(seeds: int) -> list[Cell]:
     """Every method at its own learning rate."""
-    return [Cell("methods", "short", name, seed, how.lr) for seed in range(seeds) for name, how in METHODS.items()]
+    return [
+        Cell(part="methods", regime="short", method=name, seed=seed, lr=how.lr)
+        for seed in range(seeds)
+        for name, how in METHODS.items()
+    ]
 
 
 def regimes(seeds: int) -> list[Cell]:
     """Where it may matter whose prefixes are trained, and which way a divergence is taken."""
     names = ("sft", "kd", "opd", "opd_jsd", "opd_full")
     return [
-        Cell("regimes", regime, name, seed, REGIMES[regime].rates.get(name, METHODS[name].lr))
+        Cell(
+            part="regimes", regime=regime, method=name, seed=seed, lr=REGIMES[regime].rates.get(name, METHODS[name].lr)
+        )
         for seed in range(seeds)
         for regime in REGIMES
         if regime != "short"
@@ -147,7 +162,16 @@ def regimes(seeds: int) -> list[Cell]:
 def staleness(seeds: int) -> list[Cell]:
     """Every signal at every bound; slots for S + 1 steps, so that tokens do get that old."""
     return [
-        Cell("staleness", "short", name, seed, how.lr, bound, "tokens", SAMPLES_PER_STEP * (bound + 1))
+        Cell(
+            part="staleness",
+            regime="short",
+            method=name,
+            seed=seed,
+            lr=how.lr,
+            staleness=bound,
+            train_on="tokens",
+            slots=SAMPLES_PER_STEP * (bound + 1),
+        )
         for seed in range(seeds)
         for bound in STALENESS
         for name, how in SIGNALS.items()

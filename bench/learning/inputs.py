@@ -32,7 +32,7 @@ RECIPES = {
 """Name: the model of the example that it is a variant of, and how."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """Paths of one regime."""
 

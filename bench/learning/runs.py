@@ -19,7 +19,7 @@ DEADLINE_S = 1800.0
 PROMPT_TOKENS_AND_MARGIN = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What one run showed. Shares between 0 and 1."""
 
@@ -117,7 +117,7 @@ def outcome(cell: Cell, out: Path) -> Outcome | None:
     found = sorted((row for row in rows if row.get("evaluation") == "student"), key=lambda row: row["step"])
     ratios = [row["learner_ratio_std"] for row in rows if "learner_ratio_std" in row]
     return Outcome(
-        cell,
+        cell=cell,
         steps=[row["step"] for row in found],
         sampled=[row["pass_at_1"] for row in found],
         greedy=[row["pass_at_1_greedy"] for row in found],

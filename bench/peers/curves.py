@@ -74,7 +74,7 @@ def reached(points: Sequence[Point], target: float, kind: Kind = "sampled") -> t
     return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """Means over the runs of one system with one set of settings; None where a run did not get there."""
 

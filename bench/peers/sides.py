@@ -39,7 +39,7 @@ class Outcome:
     students: Mapping[int, Path]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrlJob:
     """What `trl_side.py` is told. What a run of this project has too is the same here, unless a setting says else."""
 

@@ -21,7 +21,7 @@ class Idle:
     learner: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One schedule under one workload. Ages in steps; `max_staleness` is the setting, `age_max` what occurred.
 
@@ -54,7 +54,7 @@ class Row:
     seconds: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Marks:
     """Running totals; the difference of two of them is what happened in between."""
 
@@ -69,7 +69,7 @@ class Marks:
     blocked_s: float = 0.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Account:
     """Collects while the simulation runs; `begin` ends the warm-up."""
 
@@ -127,8 +127,11 @@ class Account:
                 (gpus.learner, rates.learner),
             )
         )
+        schedule, scoring, max_staleness = name
         return Row(
-            *name,
+            schedule=schedule,
+            scoring=scoring,
+            max_staleness=max_staleness,
             share_of_bound=per_s / rates.bound,
             tokens_per_s=per_s,
             age_mean=sum(age * count for age, count in self.ages.items()) / counts[-1],

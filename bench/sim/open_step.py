@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class OpenStep:
     """One optimizer step between two updates; `began` and `busy_s` in seconds of the virtual clock."""
 

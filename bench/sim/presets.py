@@ -53,11 +53,11 @@ def balanced(
     token_s = mean / (mean + PROMPT) / rate
     floor_share = SCORE_FLOOR_S * rate * teacher / BATCH_TOKENS
     return Workload(
-        lengths,
-        decode,
-        PrefillCost(0.0, 0.0),
-        PrefillCost(SCORE_FLOOR_S, token_s / teacher * (1 - floor_share)),
-        TrainCost(0.0, token_s / learner),
+        lengths=lengths,
+        decode=decode,
+        prefill=PrefillCost(0.0, 0.0),
+        score=PrefillCost(SCORE_FLOOR_S, token_s / teacher * (1 - floor_share)),
+        train=TrainCost(0.0, token_s / learner),
         sync_s=0.5,
         slots=slots,
         samples_per_step=round(slots * ratio),
@@ -71,12 +71,12 @@ def real(
 ) -> Workload:
     """One student engine a device, teacher engines of `teacher_parallel` devices, 32 slots an engine."""
     return Workload(
-        HEAVY,
-        decode_cost(student, device),
-        prefill_cost(student, device, with_head=False),
-        prefill_cost(teacher, device, teacher_parallel),
-        train_cost(student, device, devices.learner, recompute=True),
-        sync_seconds(student, link),
+        lengths=HEAVY,
+        decode=decode_cost(student, device),
+        prefill=prefill_cost(student, device, with_head=False),
+        score=prefill_cost(teacher, device, teacher_parallel),
+        train=train_cost(student, device, devices.learner, recompute=True),
+        sync_s=sync_seconds(student, link),
         engines=devices.rollout,
         teachers=devices.teacher // teacher_parallel,
         slots=32 * devices.rollout,

@@ -55,7 +55,7 @@ MakeAdmission = Callable[[int, int, int | None], Admission]
 """The same -> rule of admission."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
     """A schedule: what a step is made of, how far generation may run ahead, and whether it stops between batches."""
 
@@ -90,7 +90,7 @@ def sync() -> Rule:
 
     slime `train.py`: `generate` of a batch is awaited, then `async_train`, then `update_weights`.
     """
-    return Rule("sync", TrainOn.SAMPLES, 0, _in_order, _ahead(), barrier=True)
+    return Rule(name="sync", train_on=TrainOn.SAMPLES, staleness=0, planner=_in_order, admission=_ahead(), barrier=True)
 
 
 def one_step_off() -> Rule:
@@ -100,7 +100,9 @@ def one_step_off() -> Rule:
     (`fit`), where the next batch begins after `sync_rollout_weights`. The teacher may still be scoring the last batch
     when the next one begins, as in `one_step_off_scheduler` of verl-recipe `gkd/megatron/ray_trainer.py`; slime waits.
     """
-    return Rule("one_step_off", TrainOn.SAMPLES, 1, _in_order, _ahead(), barrier=True)
+    return Rule(
+        name="one_step_off", train_on=TrainOn.SAMPLES, staleness=1, planner=_in_order, admission=_ahead(), barrier=True
+    )
 
 
 def two_step_off() -> Rule:
@@ -108,7 +110,15 @@ def two_step_off() -> Rule:
 
     verl-recipe `gkd/megatron/ray_trainer.py` (`two_step_off_scheduler`).
     """
-    return Rule("two_step_off", TrainOn.SAMPLES, 2, _in_order, _ahead(), barrier=True, lag=1)
+    return Rule(
+        name="two_step_off",
+        train_on=TrainOn.SAMPLES,
+        staleness=2,
+        planner=_in_order,
+        admission=_ahead(),
+        barrier=True,
+        lag=1,
+    )
 
 
 def sample_stream(ahead: float) -> Rule:
@@ -120,22 +130,26 @@ def sample_stream(ahead: float) -> Rule:
     dropped here, so `ahead` bounds no age: a long response is trained as old as it is.
     """
     name = "sample_stream" if ahead == int(ahead) else f"stream_{ahead:g}"
-    return Rule(name, TrainOn.SAMPLES, int(ahead), _first_ended, _ahead(ahead))
+    return Rule(
+        name=name, train_on=TrainOn.SAMPLES, staleness=int(ahead), planner=_first_ended, admission=_ahead(ahead)
+    )
 
 
 def whole_samples(staleness: int) -> Rule:
     """This project's `train_on: samples`: sample streaming in the order of leases, which bounds every age."""
-    return Rule("whole_samples", TrainOn.SAMPLES, staleness, _in_order, _ahead())
+    return Rule(
+        name="whole_samples", train_on=TrainOn.SAMPLES, staleness=staleness, planner=_in_order, admission=_ahead()
+    )
 
 
 def deadline_cuts(staleness: int) -> Rule:
     """This project's `train_on: tokens`."""
     return Rule(
-        "deadline_cuts",
-        TrainOn.TOKENS,
-        staleness,
-        lambda samples, tokens, s: DeadlineCuts(tokens, s or 0),
-        lambda samples, tokens, s: DeadlineAdmission(tokens, s or 0),
+        name="deadline_cuts",
+        train_on=TrainOn.TOKENS,
+        staleness=staleness,
+        planner=lambda samples, tokens, s: DeadlineCuts(tokens, s or 0),
+        admission=lambda samples, tokens, s: DeadlineAdmission(tokens, s or 0),
     )
 
 
@@ -146,11 +160,11 @@ def filled(staleness: int | None) -> Rule:
     `samples_per_step` are in, weights exchanged while responses run, ages counted and not bounded.
     """
     return Rule(
-        "filled",
-        TrainOn.TOKENS,
-        staleness,
-        lambda samples, tokens, s: FilledSteps(tokens, s),
-        lambda samples, tokens, s: FilledAdmission(tokens, bounded=s is not None),
+        name="filled",
+        train_on=TrainOn.TOKENS,
+        staleness=staleness,
+        planner=lambda samples, tokens, s: FilledSteps(tokens, s),
+        admission=lambda samples, tokens, s: FilledAdmission(tokens, bounded=s is not None),
     )
 
 
@@ -160,4 +174,11 @@ def partial_rollouts() -> Rule:
     slime with `--partial-rollout` (APRIL) and verl's `experimental/fully_async_policy`: more responses run than a batch
     needs; once enough have ended, the others are stopped, kept, and continued under the next weights.
     """
-    return Rule("partial", TrainOn.SAMPLES, 0, _first_ended, _ahead(math.inf), stops_when_full=True)
+    return Rule(
+        name="partial",
+        train_on=TrainOn.SAMPLES,
+        staleness=0,
+        planner=_first_ended,
+        admission=_ahead(math.inf),
+        stops_when_full=True,
+    )

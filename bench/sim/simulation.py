@@ -33,6 +33,7 @@ from opd_async.scheduling.routing import rendezvous
 from opd_async.scheduling.score_batches import TokenBudgetBatcher
 from opd_async.scheduling.step_policy import DeadlineCuts, Round
 from opd_async.transport.messages import Chunk, ScoredChunk
+from opd_async.transport.owed import OwedSample
 
 TURN_S = 0.05
 """How often the intake gives an account; it plans and asks for a hold then."""
@@ -49,7 +50,7 @@ class Simulation:
     def __init__(self, workload: Workload, rule: Rule, scoring: Scoring, seed: int = 0) -> None:
         self._work, self._rule, self._scoring = workload, rule, scoring
         self._clock = Clock()
-        self._account = Account(workload)
+        self._account = Account(workload=workload)
         self._lengths = LengthStream(workload.lengths, seed, workload.group_size, workload.correlation)
         sizes = workload.samples_per_step, workload.tokens_per_step, rule.staleness
         order = PromptOrder(1 << 20, workload.group_size, seed, shuffle=False)
@@ -84,7 +85,14 @@ class Simulation:
         deadline = self._rule.staleness if self._rule.train_on is TrainOn.TOKENS else None
         batcher = TokenBudgetBatcher(work.batch_tokens, work.max_wait_s)
         points = CutPoints(work.chunk_tokens, deadline)
-        return TeacherEngine(self._clock, batcher, points, work.score, PrefixCache(work.cache_tokens), self._scored)
+        return TeacherEngine(
+            clock=self._clock,
+            batcher=batcher,
+            points=points,
+            cost=work.score,
+            cache=PrefixCache(work.cache_tokens),
+            deliver=self._scored,
+        )
 
     def run(self, warmup: int, steps: int) -> Row:
         """Figures of `steps` optimizer steps after the first `warmup`."""
@@ -99,15 +107,15 @@ class Simulation:
     def _marks(self) -> Marks:
         account, teachers = self._account, self._teachers
         return Marks(
-            self._clock.now,
-            account.trained,
-            account.forwarded,
-            sum(engine.busy_s for engine in self._engines),
-            sum(teacher.busy_s for teacher in teachers),
-            account.learner_s,
-            sum(teacher.new for teacher in teachers),
-            sum(teacher.computed for teacher in teachers),
-            account.blocked_s,
+            now=self._clock.now,
+            trained=account.trained,
+            forwarded=account.forwarded,
+            rollout_s=sum(engine.busy_s for engine in self._engines),
+            teacher_s=sum(teacher.busy_s for teacher in teachers),
+            learner_s=account.learner_s,
+            scored=sum(teacher.new for teacher in teachers),
+            computed=sum(teacher.computed for teacher in teachers),
+            blocked_s=account.blocked_s,
         )
 
     # --- rollout -----------------------------------------------------------------------------------------------------
@@ -119,7 +127,9 @@ class Simulation:
         while self._batch_may_begin() and (spec := self._book.lease(ACTOR, self._version)) is not None:
             engine = min(self._engines, key=lambda one: one.load)
             self._leased += 1
-            engine.start(Generation(spec.sample_id, spec.prompt_index, self._lengths[spec.sample_id]))
+            engine.start(
+                Generation(sample_id=spec.sample_id, prompt_id=spec.prompt_index, length=self._lengths[spec.sample_id])
+            )
 
     def _batch_may_begin(self) -> bool:
         """Behind a barrier, a batch is leased as a whole or not at all."""
@@ -131,19 +141,19 @@ class Simulation:
         """A chunk leaves its engine."""
         start, sample_id = generation.flushed, generation.sample_id
         chunk = Chunk(
-            sample_id,
-            0,
-            0,
-            generation.prompt_id,
-            self._work.prompt_tokens,
-            start,
-            self._version,
-            "stop" if ended else None,
-            "",
-            self._clock.now,
-            IDS[: end - start],
-            LOGPROBS[: end - start],
-            IDS[: self._work.prompt_tokens] if start == 0 else None,
+            sample_id=sample_id,
+            attempt=0,
+            actor=0,
+            prompt_id=generation.prompt_id,
+            prompt_tokens=self._work.prompt_tokens,
+            start=start,
+            weight_version=self._version,
+            finish="stop" if ended else None,
+            label="",
+            made_at=self._clock.now,
+            token_ids=IDS[: end - start],
+            behaviour_logprobs=LOGPROBS[: end - start],
+            context=IDS[: self._work.prompt_tokens] if start == 0 else None,
         )
         self._kept.setdefault(sample_id, []).append(chunk)
         if ended:
@@ -275,13 +285,13 @@ class Simulation:
         self._account.blocked_s += self._work.sync_s
         self._clock.after(self._work.sync_s, lambda: self._updated(owed))
 
-    def _owed(self) -> list[tuple[int, int, int]]:
-        return [(sample_id, 0, end) for sample_id, end in self._unscored.items()]
+    def _owed(self) -> list[OwedSample]:
+        return [OwedSample(sample_id, 0, end) for sample_id, end in self._unscored.items()]
 
-    def _updated(self, owed: list[tuple[int, int, int]]) -> None:
+    def _updated(self, owed: list[OwedSample]) -> None:
         assert self._training is not None
         self._version, self._training = self._training + 1, None
-        self._step = OpenStep(self._clock.now)
+        self._step = OpenStep(began=self._clock.now)
         self._drained = False
         self._assembler.mark(self._version - 1, owed)
         self._may_plan = True

@@ -20,7 +20,7 @@ from opd_async.forecast.cost_model import DecodeCost, PrefillCost
 EPSILON = 1e-6
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Generation:
     """A response on its way: `origin` is the engine's step count at its position 0."""
 

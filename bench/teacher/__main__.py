@@ -38,7 +38,7 @@ MODES = ("streamed", "whole")
 START_S = 400.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """All rounds of one mode.
 
@@ -102,7 +102,14 @@ async def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     median, p99, cap = (int(part) for part in options.lengths.split(","))
     z = np.random.default_rng(options.seed).standard_normal(options.responses)
     lengths = LogNormal(median, p99, min(cap, options.context - options.prompt)).of(z).tolist()
-    work = Work(lengths, options.slots, options.rate, options.prompt, options.chunk, options.vocab)
+    work = Work(
+        lengths=lengths,
+        slots=options.slots,
+        rate=options.rate,
+        prompt_tokens=options.prompt,
+        chunk_tokens=options.chunk,
+        vocab=options.vocab,
+    )
     rounds: list[Round] = []
     async with running(plan_of(options, folder)) as bench:
         await bench.wait_until_ready(START_S)

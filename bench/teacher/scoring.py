@@ -44,7 +44,7 @@ SETTLE_S = 1.0
 COUNTERS = ("scored_tokens", "cached_tokens", "computed_tokens", "batches", "idle_seconds")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """What arrives: `lengths` of responses in tokens, in order; `rate` in tokens a second of each slot."""
 
@@ -74,7 +74,7 @@ def cuts(length: int, chunk_tokens: int, mode: str) -> list[int]:
     return [*inner, length]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Bench:
     """The sockets around a teacher actor."""
 
@@ -119,8 +119,24 @@ class Bench:
                 self.ended_at[sample_id] = time.monotonic()
             part, context = tokens_N[prompt + start : prompt + end], None if start else tokens_N[:prompt]
             behaviour, finish = np.full(len(part), -1.0, np.float32), "length" if last else None
-            fields = (sample_id, 0, 0, sample_id, prompt, start, 0, finish, "", time.time(), part, behaviour, context)
-            await self.push.send(m.Chunk(*fields, teacher=ONE_TEACHER))
+            await self.push.send(
+                m.Chunk(
+                    sample_id=sample_id,
+                    attempt=0,
+                    actor=0,
+                    prompt_id=sample_id,
+                    prompt_tokens=prompt,
+                    start=start,
+                    weight_version=0,
+                    finish=finish,
+                    label="",
+                    made_at=time.time(),
+                    token_ids=part,
+                    behaviour_logprobs=behaviour,
+                    context=context,
+                    teacher=ONE_TEACHER,
+                )
+            )
             start = end
         return latency
 
@@ -174,7 +190,7 @@ async def running(plan: Plan) -> AsyncIterator[Bench]:
                     environment = {**role.env, "OMP_NUM_THREADS": "1"}
                     log = plan.run_folder / f"{role.name}.log"
                     await supervisor.start(ProcessSpec(role.name, role.command, environment, log))
-                bench = Bench(plan, push, pull, session)
+                bench = Bench(plan=plan, push=push, pull=pull, session=session)
                 async with asyncio.TaskGroup() as group:
                     work = (bench.collect(), _drain(control), _watch(supervisor))
                     loops = [group.create_task(one) for one in work]

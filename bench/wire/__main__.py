@@ -56,7 +56,7 @@ class Codec:
     decode: Callable[[Sequence[Frame]], ScoredChunk]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """Figures of one codec and layout, per sample; `us_*` over runs; `ratio` is the time relative to our frames."""
 
@@ -104,8 +104,25 @@ def make_sample(tokens: int, chunk_tokens: int) -> list[ScoredChunk]:
         part = slice(start, start + chunk_tokens)
         finish = "stop" if start + chunk_tokens >= tokens else None
         context = np.arange(64, dtype=np.int32) if start == 0 else None
-        fixed = (7, 0, 0, 3, 64, start, 11, finish, "label", "teacher-0", 0.5)
-        chunks.append(ScoredChunk(*fixed, ids[part], behaviour[part], teacher[part], context))
+        chunks.append(
+            ScoredChunk(
+                sample_id=7,
+                attempt=0,
+                actor=0,
+                prompt_id=3,
+                prompt_tokens=64,
+                start=start,
+                weight_version=11,
+                finish=finish,
+                label="label",
+                teacher_id="teacher-0",
+                latency_s=0.5,
+                token_ids=ids[part],
+                behaviour_logprobs=behaviour[part],
+                teacher_logprobs=teacher[part],
+                context=context,
+            )
+        )
     return chunks
 
 
@@ -166,7 +183,15 @@ def _row(codec: Codec, chunks: Sequence[ScoredChunk], times: dict[str, list[floa
     mine = times[codec.name]
     size = sum(len(frame) for chunk in chunks for frame in codec.encode(chunk))
     layout = f"{len(chunks)} x {len(chunks[0].token_ids)}"
-    return Row(layout, codec.name, size, median(mine), min(mine), max(mine), median(mine) / median(times["frames"]))
+    return Row(
+        layout=layout,
+        codec=codec.name,
+        bytes=size,
+        us_median=median(mine),
+        us_min=min(mine),
+        us_max=max(mine),
+        ratio=median(mine) / median(times["frames"]),
+    )
 
 
 def table(rows: Sequence[Row]) -> str:

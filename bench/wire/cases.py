@@ -18,9 +18,9 @@ def _small_steps(case: Case) -> Case:
 
 
 CASES = (
-    *(_small_steps(Case(size, size, http=False)) for size in (16, 64, 256, CHUNK, 2048)),
-    Case(CHUNK, INTERVAL, http=False),
-    *(Case(CHUNK, events, http=True) for events in (CHUNK, 64, INTERVAL)),
+    *(_small_steps(Case(chunk_tokens=size, event_tokens=size, http=False)) for size in (16, 64, 256, CHUNK, 2048)),
+    Case(chunk_tokens=CHUNK, event_tokens=INTERVAL, http=False),
+    *(Case(chunk_tokens=CHUNK, event_tokens=events, http=True) for events in (CHUNK, 64, INTERVAL)),
 )
 
 

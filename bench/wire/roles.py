@@ -13,6 +13,7 @@ import os
 import sys
 
 from opd_async.actors.rollout import actor as rollout
+from opd_async.actors.rollout import engines as rollout_engines
 from opd_async.actors.teacher import actor as teacher
 from opd_async.bench.wire import learner, server
 from opd_async.bench.wire.client import NullClient
@@ -29,7 +30,7 @@ def main() -> None:
     kind = RoleKind(sys.argv.pop(1))
     match kind:
         case RoleKind.ROLLOUT:
-            vars(rollout)["EngineClient"] = NullClient
+            vars(rollout_engines)["EngineClient"] = NullClient
             run_role(rollout.main)
         case RoleKind.TEACHER:
             vars(teacher)["EngineClient"] = NullClient

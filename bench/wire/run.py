@@ -39,7 +39,7 @@ POLL_S = 0.02
 DEADLINE_S = 300.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One setting. `http`: null engines are servers; else they sit in the actors, below the client's interface."""
 
@@ -65,7 +65,7 @@ class Moment:
     lag: dict[str, dict[float, float]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
     """What happened between two moments. `tokens_per_core_s`: tokens for a second of one core's time, all roles
     together; `tokens_per_s` by the clock."""
@@ -198,15 +198,15 @@ def figures(case: Case, first: Moment, second: Moment, checked_tokens: int) -> F
     cpu_s = {role: second.cpu_s[role] - first.cpu_s[role] for role in second.cpu_s}
     chunks = tokens / case.chunk_tokens
     return Figures(
-        case,
-        second.steps - first.steps,
-        int(tokens),
-        seconds,
-        tokens / sum(cpu_s[role] for role in ROLES),
-        tokens / seconds,
-        {role: taken / chunks * 1e6 for role, taken in cpu_s.items()},
-        {role: 1e3 * quantile(first.lag[role], second.lag[role], 0.99) for role in ROLES},
-        checked_tokens,
+        case=case,
+        steps=second.steps - first.steps,
+        tokens=int(tokens),
+        seconds=seconds,
+        tokens_per_core_s=tokens / sum(cpu_s[role] for role in ROLES),
+        tokens_per_s=tokens / seconds,
+        us_per_chunk={role: taken / chunks * 1e6 for role, taken in cpu_s.items()},
+        lag_p99_ms={role: 1e3 * quantile(first.lag[role], second.lag[role], 0.99) for role in ROLES},
+        checked_tokens=checked_tokens,
     )
 
 

@@ -17,7 +17,7 @@ ARCHITECTURES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RopeShape:
     """Rotary embedding: base period and the optional scaling of `rope_scaling` / `rope_parameters`."""
 
@@ -41,7 +41,7 @@ class ExpertShape:
     """The weights of a token's experts add up to 1: softmax over the chosen ones, not over all."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """The shape of a Qwen3, Qwen2, Llama or Qwen3-MoE decoder. Sizes are those of the whole model, not of a shard."""
 
@@ -136,13 +136,13 @@ def _rope(raw: dict[str, Any]) -> RopeShape:
     theta = float(options.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     kind = str(options.get("rope_type") or options.get("type") or "default")
     if kind == "default":
-        return RopeShape(theta)
+        return RopeShape(theta=theta)
     if kind == "linear":
-        return RopeShape(theta, kind, factor=float(options["factor"]))
+        return RopeShape(theta=theta, kind=kind, factor=float(options["factor"]))
     if kind == "llama3":
         return RopeShape(
-            theta,
-            kind,
+            theta=theta,
+            kind=kind,
             factor=float(options["factor"]),
             low_freq_factor=float(options["low_freq_factor"]),
             high_freq_factor=float(options["high_freq_factor"]),

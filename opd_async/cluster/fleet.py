@@ -51,15 +51,15 @@ class Fleet:
 
     @property
     def restarts(self) -> dict[str, int]:
-        """Restarts by role."""
+        """Restarts so far by role; a role that never died is absent."""
         return self._budget.used
 
     def role(self, name: str) -> RolePlan:
-        """The plan of a role."""
+        """The plan of a role, by its name; KeyError for a name that is not in the plan."""
         return self._roles[name]
 
     async def start(self, name: str, env: dict[str, str] | None = None) -> None:
-        """Start one role, with `env` beside the environment that it always has."""
+        """Start the role's process with its threads, its environment and `env`. On cancel: nothing is started."""
         role = self._roles[name]
         threads = self._threads(role)
         self._incarnations[name] = new_incarnation()
@@ -76,7 +76,7 @@ class Fleet:
         """The section of an engine; None for other roles."""
         if role.kind is RoleKind.STUDENT_ENGINE:
             return self.plan.topology.engines.student
-        return self.plan.topology.teachers[role.teacher][1] if role.kind is RoleKind.TEACHER_ENGINE else None
+        return self.plan.topology.teachers[role.teacher].engines if role.kind is RoleKind.TEACHER_ENGINE else None
 
     def _threads(self, role: RolePlan) -> int:
         engine = self._engine(role)
@@ -108,19 +108,25 @@ class Fleet:
         shutil.rmtree(self.plan.run_folder / KEYS_FOLDER, ignore_errors=True)
 
     async def start_all(self, env: dict[str, str] | None = None) -> None:
-        """Start every role; they wait for one another. `env` as in `start`, for all of them."""
+        """Start every role, each with `env` as in `start`; they wait for one another.
+
+        On cancel: those that were started stay, until `stop_all`.
+        """
         for role in self.plan.roles:
             await self.start(role.name, env)
 
     async def await_restart(self, ended: Exit) -> None:
-        """Spend one restart of the role and wait its backoff; `RoleError` with its last lines when none is left."""
+        """Spend one restart of the role and wait its backoff. Raises `RoleError` with its last lines when none is left.
+
+        On cancel: the restart is spent.
+        """
         delay = self._budget.next_delay(ended.name)
         if delay is None:
-            raise RoleError(self._obituary(ended))
+            raise RoleError(self._exit_report(ended))
         self._echo(f"{ended.name} ended ({ended.cause}); restarting in {delay:.1f} s")
         await asyncio.sleep(delay)
 
-    def _obituary(self, ended: Exit) -> str:
+    def _exit_report(self, ended: Exit) -> str:
         limit = self.plan.topology.supervisor.restarts
         lines = "\n".join(f"  {ended.name} | {line}" for line in ended.tail[-12:])
         log = self._logs / f"{ended.name}.log"
@@ -130,9 +136,9 @@ class Fleet:
         )
 
     async def wait_for_engine(self, kind: RoleKind, url: str, deadline_s: float | None = None) -> None:
-        """Return once the engine answers; `RoleError` if it is none that a run can use.
+        """Return once the engine answers, for which it has `deadline_s`, or `supervisor.start_deadline_s`.
 
-        It has `deadline_s` for that, or `supervisor.start_deadline_s`.
+        Raises `DeadlineError`, or `RoleError` if a run cannot use what answers. On cancel: nothing has changed.
         """
         section, name = self.plan.section(url), f"the {kind.value.replace('_', ' ')}"
         deadline_s = self.plan.topology.supervisor.start_deadline_s if deadline_s is None else deadline_s
@@ -141,10 +147,10 @@ class Fleet:
             raise RoleError(f"{name} at {url} {problem}")
 
     async def stop_all(self, at_once: bool = False) -> None:
-        """Stop every role in the written order."""
+        """Stop every role in `STOP_ORDER`; `at_once`: kill them. On cancel: some may run, until the supervisor ends."""
         order = [role.name for kind in STOP_ORDER for role in self.plan.of_kind(kind)]
         await self.supervisor.stop_all(order, at_once=at_once)
 
     def log_folder(self) -> Path:
-        """Where the roles' logs are."""
+        """The folder with one log for each role, `NAME.log`."""
         return self._logs

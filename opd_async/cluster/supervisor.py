@@ -72,7 +72,7 @@ class Exit:
         return f"killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Role:
     spec: ProcessSpec
     log: RoleLog
@@ -140,7 +140,10 @@ class Supervisor:
             raise StateError(f"{spec.name} is running already")
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         header = f"{spec.name} started {started}: {' '.join(shlex.join(spec.command).split())}"
-        role = _Role(spec, RoleLog(spec.name, spec.log_path, header, self._echo, self._echo_line, spec.secrets))
+        log = RoleLog(
+            spec.name, spec.log_path, header, echo=self._echo, echo_line=self._echo_line, secrets=spec.secrets
+        )
+        role = _Role(spec=spec, log=log)
         self._roles[spec.name] = role  # before the first await, so that two starts of one role cannot cross
         read_fd, write_fd = os.pipe()
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -64,6 +64,13 @@ __all__ = (
 
 ONE_TEACHER = "teacher"
 """Name of the only teacher, in the simple form of a topology."""
+
+
+class TeacherSide(NamedTuple):
+    """One teacher with engines of its own: its model, and the engines that serve it."""
+
+    model: ModelSection
+    engines: EngineSection
 
 
 class Topology(Section):
@@ -138,20 +145,21 @@ class Topology(Section):
         return self.run_dir / self.name
 
     @property
-    def teachers(self) -> dict[str, tuple[ModelSection, EngineSection]]:
+    def teachers(self) -> dict[str, TeacherSide]:
         """Model and engines by name of each teacher that engines of its own score for."""
         if not self.opd.on_engines:
             return {}
         if self.models.teacher is not None:
-            return {ONE_TEACHER: (self.models.teacher, self.engines.teacher)}
+            return {ONE_TEACHER: TeacherSide(self.models.teacher, self.engines.teacher)}
         own = self.engines.teachers
-        return {name: (model, own.get(name, EngineSection())) for name, model in self.models.teachers.items()}
+        models = self.models.teachers
+        return {name: TeacherSide(model, own.get(name, EngineSection())) for name, model in models.items()}
 
     @property
     def engine_sides(self) -> tuple[tuple[str, ModelSection, EngineSection], ...]:
         """Key in the topology, model and engines of the student and of each teacher with engines of its own."""
         prefix = "teachers." if self.models.teachers else ""
-        teachers = ((f"{prefix}{name}", model, section) for name, (model, section) in self.teachers.items())
+        teachers = ((f"{prefix}{name}", side.model, side.engines) for name, side in self.teachers.items())
         return (("student", self.models.student, self.engines.student), *teachers)
 
     @property

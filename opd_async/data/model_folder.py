@@ -17,7 +17,7 @@ _SIZES = ("vocab_size", "num_hidden_layers", "num_attention_heads", "max_positio
 _INDEX = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """Sizes from `config.json`, and the ids that end a response (from it and from `generation_config.json`)."""
 

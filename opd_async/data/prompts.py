@@ -55,7 +55,7 @@ class PromptSet:
     skipped_too_long: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Row:
     where: str
     prompt: Any
@@ -161,7 +161,13 @@ def _row(where: str, value: Any, section: PromptsSection, teachers: TeacherChoic
         keys = ", ".join(str(key) for key in value) or "none"
         raise _RowError(f"no key {section.prompt_key!r}; the keys there are {keys}; set prompt_key to one of them")
     label, metadata = value.get(section.label_key), _metadata(value.get(section.metadata_key))
-    return _Row(where, value[section.prompt_key], _label(label), metadata, teachers.of(metadata))
+    return _Row(
+        where=where,
+        prompt=value[section.prompt_key],
+        label=_label(label),
+        metadata=metadata,
+        teacher=teachers.of(metadata),
+    )
 
 
 def _label(value: Any) -> str:

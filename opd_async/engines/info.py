@@ -14,7 +14,10 @@ EMBEDDED = "embedded"
 
 
 async def engine_problem(url: str, section: EngineSection) -> str | None:
-    """Why the engine at `url` does not fit its section; None if it does. One that does not answer has a problem too."""
+    """Why the engine at `url` does not fit its section; None if it does. One that does not answer has a problem too.
+
+    On cancel: nothing has changed; the connection closes.
+    """
     headers = {"Authorization": f"Bearer {section.api_key}"} if section.api_key else {}
     timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
     try:
@@ -31,7 +34,7 @@ async def engine_problem(url: str, section: EngineSection) -> str | None:
 
 
 def info_problem(info: dict[str, Any], section: EngineSection) -> str | None:
-    """The same from the answer to `/server_info`: version and room for prompts (tokens)."""
+    """Why this answer to `/server_info` does not fit the section: its version, or its room for prompts (tokens)."""
     embedded = info.get("kind") == EMBEDDED
     version = str(info.get("version"))
     if not embedded and version not in SUPPORTED:

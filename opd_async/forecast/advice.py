@@ -67,7 +67,7 @@ class Models:
         engines, teachers = self.topology.engines.student, self.topology.teachers.values()
         return Devices(
             engines.replicas * engines.tensor_parallel,
-            sum(section.replicas * section.tensor_parallel for _, section in teachers),
+            sum(side.engines.replicas * side.engines.tensor_parallel for side in teachers),
             self.topology.learner.ranks,
         )
 
@@ -109,7 +109,8 @@ class Planner(Models):
         if reason := uncovered(topology):
             raise InputError(f"--plan: {reason}")
         super().__init__(topology, site)
-        ((_, self._section),) = topology.teachers.values()
+        (side,) = topology.teachers.values()
+        self._section = side.engines
         (self.teacher,) = self.teachers
 
     def workload(self, devices: Devices) -> Workload:
@@ -118,12 +119,12 @@ class Planner(Models):
         tp_student, tp_teacher = topology.engines.student.tensor_parallel, self._section.tensor_parallel
         mean = float(typical(self.lengths).mean())
         return Workload(
-            self.lengths,
-            decode_cost(self.student, site.device, tp_student),
-            prefill_cost(self.student, site.device, tp_student, with_head=False),
-            prefill_cost(self.teacher, site.device, tp_teacher),
-            train_cost(self.student, site.device, devices.learner, topology.learner.recompute),
-            sync_seconds(self.student, site.link),
+            lengths=self.lengths,
+            decode=decode_cost(self.student, site.device, tp_student),
+            prefill=prefill_cost(self.student, site.device, tp_student, with_head=False),
+            score=prefill_cost(self.teacher, site.device, tp_teacher),
+            train=train_cost(self.student, site.device, devices.learner, topology.learner.recompute),
+            sync_s=sync_seconds(self.student, site.link),
             engines=devices.rollout // tp_student,
             teachers=devices.teacher // tp_teacher,
             slots=topology.rollout.slots,

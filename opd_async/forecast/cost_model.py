@@ -21,7 +21,7 @@ BF16 = 2
 GIGA = 1e9
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
     """Sizes of a decoder with gated MLPs; with `experts`, each token takes `experts_per_token` MLPs of `ffn`."""
 
@@ -42,7 +42,7 @@ class Decoder:
 
     @property
     def head(self) -> int:
-        """Weights of the LM head."""
+        """Weights of the LM head, a count: vocabulary times hidden size."""
         return self.vocab * self.hidden
 
     @property
@@ -71,12 +71,14 @@ class Decoder:
         return 4 * self.layers * self.heads * self.head_dim
 
 
-QWEN3_8B = Decoder(36, 4096, 32, 8, 128, 12288, 151936)
-QWEN3_32B = Decoder(64, 5120, 64, 8, 128, 25600, 151936)
-QWEN3_30B_A3B = Decoder(48, 2048, 32, 4, 128, 768, 151936, experts=128, experts_per_token=8)
+QWEN3_8B = Decoder(layers=36, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=12288, vocab=151936)
+QWEN3_32B = Decoder(layers=64, hidden=5120, heads=64, kv_heads=8, head_dim=128, ffn=25600, vocab=151936)
+QWEN3_30B_A3B = Decoder(
+    layers=48, hidden=2048, heads=32, kv_heads=4, head_dim=128, ffn=768, vocab=151936, experts=128, experts_per_token=8
+)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
     """An accelerator: peak dense bfloat16 operations and bytes per second, memory in bytes, and the shares of the peaks
     that well-kept software reaches in decoding (memory), prefill and training (operations)."""
@@ -90,8 +92,8 @@ class Device:
     train_share: float = 0.4
 
 
-H100 = Device("H100", 989e12, 3.35e12, 80 * GIGA)
-H200 = Device("H200", 989e12, 4.8e12, 141 * GIGA)
+H100 = Device(name="H100", flops=989e12, bandwidth=3.35e12, memory=80 * GIGA)
+H200 = Device(name="H200", flops=989e12, bandwidth=4.8e12, memory=141 * GIGA)
 DEVICES = {device.name: device for device in (H100, H200)}
 
 
@@ -211,16 +213,16 @@ def read_decoder(folder: Path) -> Decoder:
         heads = config["num_attention_heads"]
         experts = config.get("num_experts") or config.get("num_local_experts") or 0
         return Decoder(
-            config["num_hidden_layers"],
-            config["hidden_size"],
-            heads,
-            config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or config["hidden_size"] // heads,
-            config["moe_intermediate_size"] if experts else config["intermediate_size"],
-            config["vocab_size"],
-            bool(config.get("tie_word_embeddings", False)),
-            experts,
-            config["num_experts_per_tok"] if experts else 0,
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            ffn=config["moe_intermediate_size"] if experts else config["intermediate_size"],
+            vocab=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings", False)),
+            experts=experts,
+            experts_per_token=config["num_experts_per_tok"] if experts else 0,
         )
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None

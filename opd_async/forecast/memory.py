@@ -20,7 +20,7 @@ LOGIT_COPIES = 3
 """Float32 logits, their gradient and one temporary, of `logprob_chunk_rows` rows."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """Bytes that a role takes on one of its devices."""
 
@@ -45,7 +45,12 @@ class Memory:
 
 def engine_memory(role: str, model: Decoder, device: Device, tensor_parallel: int, kv_tokens: float) -> Memory:
     """One device of an engine that keeps `kv_tokens` tokens."""
-    return Memory(role, device, model.weights * BF16 / tensor_parallel, kv=model.kv_bytes * kv_tokens / tensor_parallel)
+    return Memory(
+        role=role,
+        device=device,
+        weights=model.weights * BF16 / tensor_parallel,
+        kv=model.kv_bytes * kv_tokens / tensor_parallel,
+    )
 
 
 def learner_memory(
@@ -63,7 +68,9 @@ def learner_memory(
     activations = _activations(model, section, longest) + logits
     if critic is not None:
         activations = max(activations, _activations(critic, section, longest))
-    return Memory("learner", device, weights * BF16, weights * states, activations=activations)
+    return Memory(
+        role="learner", device=device, weights=weights * BF16, optimizer=weights * states, activations=activations
+    )
 
 
 def _activations(model: Decoder, section: LearnerSection, longest: int) -> float:

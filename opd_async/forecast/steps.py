@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from opd_async.forecast.lengths import LengthStream
 from opd_async.forecast.workload import Workload
 from opd_async.scheduling.admission import NEXT_STEP, NEXT_STEP_FORCED, hold_tokens
-from opd_async.scheduling.cache_share import PROBE_EVERY
+from opd_async.scheduling.cache_share import SENTINEL_EVERY
 from opd_async.scheduling.step_policy import LARGEST_STEP
 
 TICKS = 100
 WARMUP, STEPS = 8, 16
 NEVER = 1 << 30
-PROBES = 1 / math.log(2) / PROBE_EVERY
-"""Tokens that probes compute again for each new one, where the teacher's cache does not hold."""
+SENTINELS = 1 / math.log(2) / SENTINEL_EVERY
+"""Tokens that sentinels compute again for each new one, where the teacher's cache does not hold."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
     """For each `tokens_per_step` trained tokens: `seconds` pass, in which the stages compute for `*_s`."""
 
@@ -56,7 +56,7 @@ class _Ended:
     scored_at: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Flow:
     """The state between two ticks. Arrays have one element a slot; an empty slot has length 0."""
 
@@ -102,17 +102,17 @@ def forecast(work: Workload, staleness: int) -> Forecast:
         raise ValueError("a forecast needs max_staleness >= 1")
     slots = work.slots
     flow = _Flow(
-        work,
-        staleness,
-        not cache_holds(work),
-        LengthStream(work.lengths, 0, work.group_size, work.correlation),
-        np.zeros(slots),
-        np.zeros(slots, np.int64),
-        np.zeros(slots),
-        np.full(slots, NEVER),
-        np.zeros(slots),
-        np.full(slots, NEVER),
-        np.zeros(slots),
+        work=work,
+        staleness=staleness,
+        coarse=not cache_holds(work),
+        lengths=LengthStream(work.lengths, 0, work.group_size, work.correlation),
+        position=np.zeros(slots),
+        length=np.zeros(slots, np.int64),
+        trained=np.zeros(slots),
+        oldest=np.full(slots, NEVER),
+        sent=np.zeros(slots),
+        unsent=np.full(slots, NEVER),
+        sent_at=np.zeros(slots),
     )
     rates = work.rates()
     tick = work.tokens_per_step / rates.bound / TICKS
@@ -127,15 +127,15 @@ def forecast(work: Workload, staleness: int) -> Forecast:
     rates = work.rates(budgets / STEPS)
     device_s = devices.rollout / rates.rollout + devices.teacher / rates.teacher + devices.learner / rates.learner
     return Forecast(
-        seconds / budgets,
-        rollout_s / budgets,
-        work.tokens_per_step / rates.teacher * computed / new,
-        train_s / budgets,
-        tokens / seconds,
-        forwarded / (tokens * (work.mean_tokens + work.prompt_tokens) / work.mean_tokens),
-        computed / new,
-        budgets / STEPS,
-        1 - tokens / seconds * device_s / devices.total,
+        seconds=seconds / budgets,
+        rollout_s=rollout_s / budgets,
+        teacher_s=work.tokens_per_step / rates.teacher * computed / new,
+        learner_s=train_s / budgets,
+        tokens_per_s=tokens / seconds,
+        learner_recompute=forwarded / (tokens * (work.mean_tokens + work.prompt_tokens) / work.mean_tokens),
+        teacher_recompute=computed / new,
+        step_budgets=budgets / STEPS,
+        bubble=1 - tokens / seconds * device_s / devices.total,
     )
 
 
@@ -180,7 +180,7 @@ def _send(flow: _Flow, which: NDArray[np.bool_]) -> None:
     if flow.coarse:
         held = flow.work.cache_tokens * flow.work.teachers
         lost = which & (flow.sent > 0) & (flow.queued - flow.sent_at > held)
-        flow.queued += PROBES * new + float((flow.sent + flow.work.prompt_tokens)[lost].sum())
+        flow.queued += SENTINELS * new + float((flow.sent + flow.work.prompt_tokens)[lost].sum())
     flow.sent = np.where(which, flow.position, flow.sent)
     flow.unsent = np.where(which, NEVER, flow.unsent)
     flow.sent_at = np.where(which, flow.queued, flow.sent_at)

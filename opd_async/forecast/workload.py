@@ -48,7 +48,7 @@ def mean_context(lengths: Lengths, prompt_tokens: int) -> float:
     return prompt_tokens + float((length * length).mean() / length.mean()) / 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """Sizes and costs of a run. Costs are those of one engine, except `train`, which is the whole learner's."""
 

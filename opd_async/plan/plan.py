@@ -80,7 +80,7 @@ class Plan(Section):
         """What the topology says of the engine at `url`."""
         for name, urls in self.teacher_urls.items():
             if url in urls:
-                return self.topology.teachers[name][1]
+                return self.topology.teachers[name].engines
         return self.topology.engines.student
 
     @property

@@ -68,7 +68,7 @@ def make_plan(topology: Topology, claims: ExitStack | None = None) -> Plan:
         chunks=endpoints(RoleKind.TEACHER, "chunks", "tcp"),
         student_engines=engines(topology.engines.student, RoleKind.STUDENT_ENGINE),
         teacher_urls={
-            name: engines(section, RoleKind.TEACHER_ENGINE, name) for name, (_, section) in topology.teachers.items()
+            name: engines(side.engines, RoleKind.TEACHER_ENGINE, name) for name, side in topology.teachers.items()
         },
         vocab_size=student.vocab_size,
         stop_token_ids=tuple(sorted({*student.eos_token_ids, *topology.rollout.sampling.stop_token_ids})),
@@ -100,8 +100,8 @@ def _roles(topology: Topology) -> list[tuple[RoleKind, int]]:
 def _teachers_of(topology: Topology, kind: RoleKind) -> list[str]:
     """The teacher of each teacher engine that the run starts, or of each teacher actor, by index."""
     counts = {
-        name: _started(section) if kind is RoleKind.TEACHER_ENGINE else topology.teacher.replicas
-        for name, (_, section) in topology.teachers.items()
+        name: _started(side.engines) if kind is RoleKind.TEACHER_ENGINE else topology.teacher.replicas
+        for name, side in topology.teachers.items()
     }
     return [name for name, count in counts.items() for _ in range(count)]
 
@@ -183,7 +183,8 @@ def _engine(topology: Topology, kind: RoleKind, index: int) -> tuple[ModelSectio
     if kind is RoleKind.STUDENT_ENGINE:
         return topology.models.student, topology.engines.student, index
     names = _teachers_of(topology, kind)
-    return (*topology.teachers[names[index]], index - names.index(names[index]))
+    side = topology.teachers[names[index]]
+    return side.model, side.engines, index - names.index(names[index])
 
 
 def _learner_command(topology: Topology, master_port: int, plan_file: str) -> tuple[str, ...]:

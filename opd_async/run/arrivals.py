@@ -18,7 +18,8 @@ async def all_up(
     """Return what every wait returns, once all have; `waits` is by who is waited for.
 
     Raises `DeadlineError` that names who is missing when nobody has come for `deadline_s`, and what a wait raises. The
-    deadline begins anew with each arrival: a slow machine brings up one after the other.
+    deadline begins anew with each arrival: a slow machine brings up one after the other. On cancel: the
+    waits are cancelled too.
     """
     try:
         async with asyncio.TaskGroup() as group:
@@ -30,7 +31,7 @@ async def all_up(
                 missing = listed([task.get_name() for task in tasks if task in pending])
                 if not done:
                     raise DeadlineError(
-                        f"waited {deadline_s:.0f} s for {missing} in vain; see the logs in the run's folder"
+                        f"timed out after {deadline_s:.0f} s waiting for {missing}; see the logs in the run's folder"
                     )
                 if pending:
                     say(f"{listed([task.get_name() for task in tasks if task in done])}: there; waiting for {missing}")

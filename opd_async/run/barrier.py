@@ -1,6 +1,9 @@
 """Stop and go of generation: which tokens exist when the weights change.
 
-    hold, drain, weight update -> close -> Pause to every actor -> Paused (samples and ends) -> ... -> open -> Resume
+    close_early, drain, weight update -> close -> Pause to every actor -> Paused (samples, ends) -> open -> Resume
+
+    OPEN --close--> CLOSING --every actor has answered--> CLOSED --open--> OPEN
+                                                          DRAINED (S = 0) --open with new weights--> OPEN
 
 Between `close` and `open` no token is made, and every token made before is listed or already held by the intake: the
 staleness bound rests on these lists (docs/staleness.md).
@@ -12,14 +15,13 @@ import asyncio
 import itertools
 import time
 from collections.abc import Coroutine
+from enum import Enum, auto
 from typing import Any, Protocol
-
-import numpy as np
 
 from opd_async.plan.plan import RoleKind
 from opd_async.transport import messages as m
 from opd_async.transport.mailbox import Mailbox
-from opd_async.transport.wire import Int32, Int64
+from opd_async.transport.owed import Owed
 
 PAUSE_DEADLINE_S = 120.0
 
@@ -44,71 +46,93 @@ class Reach(Protocol):
         """Run in the background until the run ends."""
 
 
+class BarrierState(Enum):
+    """Whether tokens are made, and whether all that exist are listed."""
+
+    OPEN = auto()
+    """The engines generate."""
+    CLOSING = auto()
+    """They are being stopped, or have never been started: tokens may exist that nobody has listed."""
+    CLOSED = auto()
+    """They stand, and every token is listed. Any weights open again."""
+    DRAINED = auto()
+    """The same, and the intake was told so (S = 0): no further token of this version may be made, so that only new
+    weights open again."""
+
+
 class Barrier:
-    """One gate for all rollout actors."""
+    """One switch for the gates of all rollout actors."""
 
     def __init__(self, reach: Reach) -> None:
         self._reach = reach
         self._lock = asyncio.Lock()
-        self._tokens = itertools.count(1)
+        self._requests = itertools.count(1)
         self._expected: dict[str, int] = {}
-        self._owed: tuple[Int64, Int32, Int32] | None = None
+        """The number of the `Pause` that each actor has still to answer."""
+        self._owed: Owed | None = None
+        """What exists, while CLOSED or DRAINED."""
         self._closed_at = time.monotonic()
-        self.generating = False
-        self.drained = False
-        """Every token of the engines' version has been listed (S = 0): none may be made before the next update."""
+        self.state = BarrierState.CLOSING
         self.blocked_s = 0.0
         """Seconds for which generation has been stopped so far."""
 
-    async def close(self, drain: bool = False) -> tuple[Int64, Int32, Int32]:
-        """Stop generation; returns (sample ids, attempts, ends) of the tokens that exist and may not be held yet.
+    async def close(self, drain: bool = False) -> Owed:
+        """Stop generation; returns the tokens that exist and may not be held yet.
 
-        With `drain` only weights of a new version open it again. Idempotent. Raises `DeadlineError` that names the
-        actor that does not answer; an actor that dies meanwhile is not waited for.
+        With `drain` only weights of a new version open again. Idempotent. Raises `DeadlineError` that names the actor
+        that does not answer; an actor that dies meanwhile is not waited for. On cancel: it stays CLOSING, and
+        the next `close` asks every actor again.
         """
         async with self._lock:
-            self.drained = self.drained or drain
             if self._owed is None:
-                self.generating = False
-                self._closed_at = time.monotonic()
-                token = next(self._tokens)
-                # an actor that cannot be reached is dying: its end is waited for too, so that its samples are reclaimed
-                # before anybody relies on the list
-                actors = self._reach.up(RoleKind.ROLLOUT)
-                self._expected = dict.fromkeys(actors, token)
-                await self._reach.broadcast(RoleKind.ROLLOUT, m.Pause(token))
-                replies = [
-                    await self._reach.mailbox.expect(("Paused", actor, token), PAUSE_DEADLINE_S, f"{actor} to pause")
-                    for actor in actors
-                ]
-                self._expected = {}
-                self._owed = _merge([reply for reply in replies if reply is not None])
+                self._begin_closing()
+                self._owed = await self._pause_all()
+                self.state = BarrierState.CLOSED
+            if drain:
+                self.state = BarrierState.DRAINED
             return self._owed
+
+    def _begin_closing(self) -> None:
+        self.state = BarrierState.CLOSING
+        self._closed_at = time.monotonic()
+
+    async def _pause_all(self) -> Owed:
+        request = next(self._requests)
+        # an actor that cannot be reached is dying: its end is waited for too, so that its samples are reclaimed
+        # before anybody relies on the list
+        actors = self._reach.up(RoleKind.ROLLOUT)
+        self._expected = dict.fromkeys(actors, request)
+        await self._reach.broadcast(RoleKind.ROLLOUT, m.Pause(request))
+        replies = [
+            await self._reach.mailbox.expect(("Paused", actor, request), PAUSE_DEADLINE_S, f"{actor} to pause")
+            for actor in actors
+        ]
+        self._expected = {}
+        return Owed.merged(reply for reply in replies if reply is not None)
 
     async def open(self, version: int, new: bool = True) -> None:
         """Generate with weights `version`, which every student engine holds.
 
-        When they are not `new` (an engine came back) and their tokens were drained, it stays closed: the list of the
-        drain says that no further token of this version will be made.
+        When they are not `new` (an engine came back) and their tokens were drained, it stays closed. On cancel: the
+        barrier is open, though some actors may not know it yet; the next `close` stops those that do.
         """
         async with self._lock:
-            if self.drained and not new:
+            if self.state is BarrierState.DRAINED and not new:
                 return
             self._owed = None
-            self.drained = False
-            self.generating = True
+            self.state = BarrierState.OPEN
             self.blocked_s += time.monotonic() - self._closed_at
             for kind in (RoleKind.TEACHER, RoleKind.ROLLOUT):
                 await self._reach.broadcast(kind, m.Resume(version))
 
-    def hold(self) -> None:
-        """Close early, in the background: more is ready than the learner can take. The next update opens again.
+    def close_early(self) -> None:
+        """Close in the background: more is ready than the learner can take. The next update opens again.
 
         Not during an evaluation, which needs the engines and which the next update waits for.
         """
-        if self.generating and self._reach.evaluated.is_set():
-            self.generating = False
-            self._reach.spawn(self._close_only(), "hold")
+        if self.state is BarrierState.OPEN and self._reach.evaluated.is_set():
+            self.state = BarrierState.CLOSING
+            self._reach.spawn(self._close_only(), "close-early")
 
     async def _close_only(self) -> None:
         await self.close()
@@ -119,26 +143,16 @@ class Barrier:
 
     async def _drain(self, version: int) -> None:
         await self._reach.evaluated.wait()
-        await self._reach.to_intake(m.Drained(version, *await self.close(drain=True)))
+        owed = await self.close(drain=True)
+        await self._reach.to_intake(m.Drained(version, owed.sample_ids, owed.attempts, owed.ends))
 
     def absent(self, actor: str) -> None:
         """`actor` has died: do not wait for its answer."""
-        token = self._expected.get(actor)
-        if token is not None:
-            self._reach.mailbox.deliver(("Paused", actor, token), None)
+        request = self._expected.get(actor)
+        if request is not None:
+            self._reach.mailbox.deliver(("Paused", actor, request), None)
 
     def reset(self) -> None:
-        """Every sample was forgotten; the gate is closed and owes nothing."""
+        """Every sample was forgotten: the next `close` asks every actor again."""
         self._owed = None
-        self.drained = False
-        self.generating = False
-
-
-def _merge(replies: list[m.Paused]) -> tuple[Int64, Int32, Int32]:
-    if not replies:
-        return np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32)
-    return (
-        np.concatenate([reply.sample_ids for reply in replies]),
-        np.concatenate([reply.attempts for reply in replies]),
-        np.concatenate([reply.ends for reply in replies]),
-    )
+        self.state = BarrierState.CLOSING

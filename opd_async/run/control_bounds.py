@@ -13,7 +13,7 @@ import numpy as np
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.barrier import Barrier
 from opd_async.run.evaluator import EVAL_IDS
-from opd_async.scheduling.leases import LeaseBook
+from opd_async.run.state import RunState
 from opd_async.transport import messages as m
 
 _EVERYBODY = frozenset(RoleKind)
@@ -37,9 +37,7 @@ class Run(Protocol):
 
     plan: Plan
     barrier: Barrier
-    book: LeaseBook | None
-    version: int
-    resetting: int | None
+    state: RunState
 
 
 class ControlBounds:
@@ -75,16 +73,16 @@ class ControlBounds:
             case m.Frontier():
                 return self._frontier(message)
             case m.DrainRequest():
-                return self._due(message.version, self._run.version)
+                return self._due(message.version, self._run.state.version)
             case m.LearnerReply() | m.Quiesced():
                 # while nothing is established the learner says from which version it goes on
-                return self._due(message.version, self._run.version, self._run.version + 1)
+                return self._due(message.version, self._run.state.version, self._run.state.version + 1)
         return None
 
     def _due(self, version: int, *expected: int) -> str | None:
-        if self._run.version < 0 or version in expected:
+        if self._run.state.version < 0 or version in expected:
             return None
-        return f"version {version} while engines hold {self._run.version}"
+        return f"version {version} while engines hold {self._run.state.version}"
 
     def _ids(self, name: str, ids: np.ndarray[tuple[int], np.dtype[np.int32]]) -> str | None:
         vocab = self._run.plan.vocab_size
@@ -94,19 +92,19 @@ class ControlBounds:
         actors = self._run.plan.topology.rollout.replicas
         if acks.actors.size and int(acks.actors.max()) >= actors:
             return f"actor {int(acks.actors.max())} of {actors}"
-        if self._run.version >= 0 and acks.next_step > self._run.version + 1:
-            return f"step {acks.next_step} while engines hold weights {self._run.version}"
+        if self._run.state.version >= 0 and acks.next_step > self._run.state.version + 1:
+            return f"step {acks.next_step} while engines hold weights {self._run.state.version}"
         return None
 
     def _step_started(self, started: m.StepStarted) -> str | None:
-        if self._run.book is None:
+        if self._run.state.book is None:
             return "no step can start yet"
         if len(np.unique(started.taken_ids)) != len(started.taken_ids):
             return "a sample is taken twice"
         if started.version < self._newest_step:
             return f"step {started.version} after step {self._newest_step}"
         # it may be overtaken by the learner's answer to the step, and by the weight update that follows
-        problem = self._due(started.version, self._run.version, self._run.version - 1)
+        problem = self._due(started.version, self._run.state.version, self._run.state.version - 1)
         self._newest_step = self._newest_step if problem else started.version
         return problem
 
@@ -115,7 +113,7 @@ class ControlBounds:
         longest = self._run.plan.topology.engines.student.context_tokens
         if done.response_tokens > longest:
             return f"a response of {done.response_tokens} tokens in a context of {longest}"
-        holder = None if self._run.book is None else self._run.book.holder(done.sample_id)
+        holder = None if self._run.state.book is None else self._run.state.book.holder(done.sample_id)
         return f"sample {done.sample_id} is leased to {holder}" if holder not in (None, role) else None
 
     def _frontier(self, frontier: m.Frontier) -> str | None:

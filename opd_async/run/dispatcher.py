@@ -30,13 +30,13 @@ from opd_async.data.completions import Mix
 from opd_async.data.prompts import Prompt
 from opd_async.errors import OpdError, RoleError
 from opd_async.plan.plan import Plan, RoleKind
-from opd_async.run.barrier import Barrier
+from opd_async.run.barrier import Barrier, BarrierState
 from opd_async.run.control_bounds import ControlBounds
 from opd_async.run.evaluator import EVAL_IDS
+from opd_async.run.leasing import Leasing
 from opd_async.run.ledger import Ledger
+from opd_async.run.state import RunState
 from opd_async.scheduling.admission import hold_tokens
-from opd_async.scheduling.grants import Grants
-from opd_async.scheduling.leases import LeaseBook
 from opd_async.telemetry.metrics import RoleMetrics
 from opd_async.transport import messages as m
 from opd_async.transport.channels import ControlServer
@@ -53,7 +53,7 @@ RESYNC = "resync"
 
 
 class Dispatcher:
-    """The dispatcher: knows who is up, routes messages, keeps the leases."""
+    """Knows who is up, routes messages, and reacts to the end of a role."""
 
     def __init__(
         self,
@@ -73,32 +73,21 @@ class Dispatcher:
         self.door = Door(context, plan.peers, self._stranger, fleet.keys)
         self.server = ControlServer(context, plan.control, self._malformed, door=self.door, expected=fleet.incarnation)
         self.barrier = Barrier(self)
-        self.book: LeaseBook | None = None
-        self.version = -1
+        self.state = RunState()
         self.learner_lost = asyncio.Event()
         self.failed: asyncio.Future[OpdError] = asyncio.get_running_loop().create_future()
         self.on_eval_done: Callable[[m.EvalDone], None] = lambda done: None
-        self._grants = Grants(fleet.keys)
         self._bounds = ControlBounds(self)
-        self._prompts = prompts
-        self._mix = mix
+        self.leasing = Leasing(self, prompts, mix)
         self._incarnations: dict[str, str] = {}
         self._heard: dict[str, float] = {}
         self._up: set[str] = set()
-        self._lease_news = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._admitting = False
-        self._tokens = itertools.count(1)
-        self.engine_group = 0
-        """Grows whenever the process group of learner and engines must be made anew."""
+        self._requests = itertools.count(1)
         self.evaluated = asyncio.Event()
         """Set while no evaluation runs beside training."""
         self.evaluated.set()
-        self.lost: Exit | None = None
-        """The end of the learner or the intake, when `learner_lost` is set."""
-        self.resetting: int | None = None
-        """Token of the reset under way."""
 
     # --- who is there ------------------------------------------------------------------------------------------------
 
@@ -107,11 +96,11 @@ class Dispatcher:
         return [role.name for role in self.plan.of_kind(kind) if role.name in self._up]
 
     def name_of(self, kind: RoleKind, index: int = 0) -> str:
-        """Name of a role."""
+        """Name of a role as the plan, its log and its messages have it."""
         return self.plan.role(kind, index).name
 
     async def broadcast(self, kind: RoleKind, message: m.Message) -> list[str]:
-        """Send to every connected role of a kind; returns who got it."""
+        """Send to every connected role of a kind; returns the names of those that it was queued for."""
         return [name for name in self.up(kind) if await self.server.send(name, message)]
 
     async def to_intake(self, message: m.Message) -> None:
@@ -119,7 +108,7 @@ class Dispatcher:
         await self.server.send(self.name_of(RoleKind.INTAKE), message)
 
     def fail(self, error: OpdError) -> None:
-        """End the run with this error."""
+        """End the run with this error; the first one counts."""
         if not self.failed.done():
             self.failed.set_result(error)
 
@@ -127,9 +116,7 @@ class Dispatcher:
         """The learner is gone: nothing it or the intake said counts any more."""
         self.learner_lost.clear()
         self.mailbox.clear()
-        self.book = None
-        self.version = -1
-        self.engine_group += 1
+        self.state.forget()
         for kind in (RoleKind.LEARNER, RoleKind.INTAKE):
             self._up.discard(self.name_of(kind))
 
@@ -138,13 +125,13 @@ class Dispatcher:
     def start_loops(self, group: asyncio.TaskGroup) -> None:
         """Start the loops in `group`; `stop_loops` ends them."""
         self._group = group
-        loops = {"receive": self.receive, "deaths": self.deaths, "leasing": self.leasing, "watch": self.watch}
+        loops = {"receive": self.receive, "deaths": self.deaths, "leasing": self.leasing.run, "watch": self.watch}
         loops["door"] = self.door.keep
         for name, loop in loops.items():
             self.spawn(loop(), name)
 
     def spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-        """Run `work` under the dispatcher's task group."""
+        """Run `work` in the background until it ends or the run does; its error ends the run."""
         assert self._group is not None
         task = self._group.create_task(work, name=name)
         self._tasks.add(task)
@@ -172,17 +159,12 @@ class Dispatcher:
         for task in list(self._tasks):
             task.cancel()
 
-    def new_token(self) -> int:
-        """A number that tells one request from the next."""
-        return next(self._tokens)
-
-    def admit(self, flow: bool) -> None:
-        """Let training leases flow, or stop them."""
-        self._admitting = flow
-        self._lease_news.set()
+    def new_request(self) -> int:
+        """A number that tells one request to the roles from the next."""
+        return next(self._requests)
 
     async def receive(self) -> None:
-        """Dispatch every message."""
+        """Receive every message of the roles, and act on it or hand it to who waits for it."""
         while True:
             role, message = await self.server.receive()
             if problem := self._bounds.problem(role, message):
@@ -195,15 +177,15 @@ class Dispatcher:
                 case m.Acks():
                     await self._acks(message)
                 case m.LeaseDone():
-                    if self.book is not None:
-                        self.book.ended(message.sample_id, message.attempt, message.response_tokens)
-                    self._lease_news.set()
+                    if self.state.book is not None:
+                        self.state.book.ended(message.sample_id, message.attempt, message.response_tokens)
+                    self.leasing.look_again()
                 case m.EvalDone():
                     self.on_eval_done(message)
                 case m.StepStarted():
                     self._step_started(message)
                 case m.Reclaimed():
-                    self._reclaimed(message)
+                    self.leasing.reclaimed(message)
                 case m.DrainRequest():
                     self.barrier.drain(message.version)
                 case m.Hello():
@@ -212,7 +194,7 @@ class Dispatcher:
                     self.metrics["opd_launcher_failures_total"].labels(role.rsplit("-", 1)[0]).inc()
                     self.fail(RoleError(f"{role}: {message.text}"))
                 case m.Paused() | m.ResetDone():
-                    self.mailbox.deliver((type(message).__name__, role, message.token), message)
+                    self.mailbox.deliver((type(message).__name__, role, message.request), message)
                 case m.LearnerReply(command="Train"):
                     self.mailbox.deliver(UPDATE, message)
                 case m.LearnerReply():
@@ -231,94 +213,49 @@ class Dispatcher:
         kind = self.fleet.role(role).kind
         if kind is RoleKind.TEACHER and restarted:
             await self.broadcast(RoleKind.ROLLOUT, m.TeacherRestarted(self.fleet.role(role).index))
-        if kind in (RoleKind.ROLLOUT, RoleKind.TEACHER) and self.barrier.generating:
-            await self.server.send(role, m.Resume(self.version))
+        if kind in (RoleKind.ROLLOUT, RoleKind.TEACHER) and self.barrier.state is BarrierState.OPEN:
+            await self.server.send(role, m.Resume(self.state.version))
         self.mailbox.deliver(("Hello", role), hello)
-        self._lease_news.set()
+        self.leasing.look_again()
 
     async def _acks(self, acks: m.Acks) -> None:
-        """Pass acknowledgements on to the actors that made the chunks; hold generation when too much is ready."""
+        """Pass acknowledgements on to the actors that made the chunks; stop generation when too much is ready."""
         for actor in np.unique(acks.actors):
             name = f"{RoleKind.ROLLOUT.value}-{actor}"
             if name not in self._up:
                 continue
             mine = acks.actors == actor
             part = m.Acks(
-                acks.next_step, 0, acks.sample_ids[mine], acks.attempts[mine], acks.actors[mine], acks.ends[mine]
+                next_step=acks.next_step,
+                ready_tokens=0,
+                sample_ids=acks.sample_ids[mine],
+                attempts=acks.attempts[mine],
+                actors=acks.actors[mine],
+                ends=acks.ends[mine],
             )
             await self.server.send(name, part)
         schedule = self.plan.topology.schedule
         # while a step is trained with the engines' weights; an older account would stop generation for nothing
-        in_step = acks.next_step == self.version + 1
+        in_step = acks.next_step == self.state.version + 1
         if in_step and acks.ready_tokens >= hold_tokens(schedule.tokens_per_step, schedule.max_staleness):
-            self.barrier.hold()
-        if self.book is not None:
-            self.book.admission.ready(acks.next_step, acks.ready_tokens)
-            self._lease_news.set()
+            self.barrier.close_early()
+        if self.state.book is not None:
+            self.state.book.admission.ready(acks.next_step, acks.ready_tokens)
+            self.leasing.look_again()
 
     def _step_started(self, started: m.StepStarted) -> None:
-        assert self.book is not None
+        assert self.state.book is not None
         columns = (started.taken_ids.tolist(), started.taken_ends.tolist(), started.taken_complete.tolist())
         for sample_id, end, complete in zip(*columns, strict=True):
-            self.book.trained(sample_id, end, bool(complete))
-        self._lease_news.set()
+            self.state.book.trained(sample_id, end, bool(complete))
+        self.leasing.look_again()
         self.mailbox.deliver(("StepStarted", started.version), started)
-
-    # --- leases ------------------------------------------------------------------------------------------------------
-
-    def leases_may_flow(self) -> None:
-        """Something changed that may admit new leases."""
-        self._lease_news.set()
-
-    async def leasing(self) -> None:
-        """Keep the actors busy as far as admission allows."""
-        while True:
-            await self._lease_news.wait()
-            self._lease_news.clear()
-            if self.book is not None and self._admitting and self.version >= 0:
-                await self._lease_out(self.book)
-                self.metrics["opd_launcher_leases_active"].set(self.book.active)
-
-    async def _lease_out(self, book: LeaseBook) -> None:
-        load = {name: book.generating_by(name) for name in self.up(RoleKind.ROLLOUT)}
-        while load:
-            actor = min(load, key=lambda name: load[name])
-            spec = book.lease(actor, self.version)
-            if spec is None:
-                return
-            load[actor] += 1
-            given = self._mix.of(spec.sample_id)
-            prompt = self._prompts[spec.prompt_index] if given is None else given.prompt
-            lease = m.Lease(
-                spec.sample_id,
-                spec.attempt,
-                prompt.prompt_id,
-                m.LeaseKind.TRAIN.value,
-                self.plan.topology.rollout.sampling.temperature,
-                prompt.label,
-                prompt.token_ids,
-                spec.prefix,
-                prompt.metadata_json,
-                teacher=prompt.teacher,
-                given=None if given is None else given.response,
-                grant=self._grants.of(spec.sample_id, spec.attempt, self.fleet.role(actor).index),
-            )
-            await self.server.send(actor, lease)
 
     async def send_eval(self, lease: m.Lease) -> None:
         """Give an evaluation lease to a connected actor."""
         actors = self.up(RoleKind.ROLLOUT)
         if actors:
             await self.server.send(actors[(lease.sample_id - EVAL_IDS) % len(actors)], lease)
-
-    def _reclaimed(self, message: m.Reclaimed) -> None:
-        if self.book is None:
-            return
-        prefixes = np.split(message.tokens, np.cumsum(message.ends)[:-1])
-        rows = zip(message.sample_ids.tolist(), message.attempts.tolist(), prefixes, message.complete, strict=True)
-        for sample_id, attempt, prefix, complete in rows:
-            self.book.give_back(sample_id, attempt, prefix, bool(complete))
-        self._lease_news.set()
 
     # --- deaths ------------------------------------------------------------------------------------------------------
 
@@ -331,7 +268,7 @@ class Dispatcher:
             self.metrics["opd_launcher_restarts_total"].labels(ended.name).inc()
             kind = self.fleet.role(ended.name).kind
             if kind in (RoleKind.LEARNER, RoleKind.INTAKE):
-                self.lost = ended
+                self.state.lost = ended
                 self.learner_lost.set()
                 continue
             self._excuse(ended.name)
@@ -344,8 +281,8 @@ class Dispatcher:
     def _excuse(self, name: str) -> None:
         """A dead role answers nothing any more: let those who wait for it go on."""
         self.barrier.absent(name)
-        if self.resetting is not None:
-            self.mailbox.deliver(("ResetDone", name, self.resetting), None)
+        if self.state.resetting is not None:
+            self.mailbox.deliver(("ResetDone", name, self.state.resetting), None)
 
     async def _restart(self, ended: Exit, kind: RoleKind) -> None:
         try:
@@ -353,14 +290,14 @@ class Dispatcher:
             await self.fleet.start(ended.name)
             if kind is RoleKind.STUDENT_ENGINE:
                 await self.fleet.wait_for_engine(kind, self._url(ended.name))
-                self.engine_group += 1
+                self.state.engine_group += 1
                 self.mailbox.deliver(UPDATE, RESYNC)
         except OpdError as error:
             self.fail(error)
 
     async def _reclaim(self, actor: str) -> None:
         """Ask the intake what it holds of the samples of a dead actor; they are leased again behind that."""
-        held = self.book.held_by(actor) if self.book is not None else []
+        held = self.state.book.held_by(actor) if self.state.book is not None else []
         if held:
             ids = np.array([spec.sample_id for spec in held], np.int64)
             attempts = np.array([spec.attempt for spec in held], np.int32)

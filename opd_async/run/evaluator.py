@@ -102,17 +102,17 @@ class Evaluator:
         try:
             await self._send(
                 Lease(
-                    sample_id,
-                    0,
-                    prompt.prompt_id,
-                    kind.value,
-                    temperature,
-                    prompt.label,
-                    prompt.token_ids,
-                    none,
-                    prompt.metadata_json,
-                    self._section.max_response_tokens,
-                    prompt.teacher,
+                    sample_id=sample_id,
+                    attempt=0,
+                    prompt_id=prompt.prompt_id,
+                    kind=kind.value,
+                    temperature=temperature,
+                    label=prompt.label,
+                    prompt=prompt.token_ids,
+                    prefix=none,
+                    metadata=prompt.metadata_json,
+                    max_tokens=self._section.max_response_tokens,
+                    teacher=prompt.teacher,
                 )
             )
             return await future

@@ -113,17 +113,17 @@ class RoleTotals:
     now: dict[str, float] = field(default_factory=dict)
 
     def restart(self) -> None:
-        """The process is a new one."""
+        """Note that the process is a new one: its counters begin at 0 again."""
         for name, value in self.now.items():
             self.before[name] = self.before.get(name, 0.0) + value
         self.now = {}
 
     def total(self, name: str) -> float:
-        """Sum over incarnations."""
+        """Sum of a counter over all processes that this role has been."""
         return self.before.get(name, 0.0) + self.now.get(name, 0.0)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Ledger:
     """Figures of a run, and of this launch alone where it goes on with one. Rates and shares count from
     `start_training` to the last step."""

@@ -64,7 +64,7 @@ class Inputs:
 
 
 class Lifecycle:
-    """Owns one launch."""
+    """Owns one launch. On cancel of `run`: every process is stopped, as after an error."""
 
     def __init__(self, plan: Plan, inputs: Inputs, echo: Callable[[str], None], signals: Signals) -> None:
         self._keys = RunKeys.draw()
@@ -97,7 +97,7 @@ class Lifecycle:
     @property
     def _training(self) -> bool:
         """Is there anything that an orderly end could save?"""
-        return self._dispatcher is not None and self._dispatcher.version >= 0
+        return self._dispatcher is not None and self._dispatcher.state.version >= 0
 
     async def run(self) -> Report:
         """The whole run, or what a signal left of it. Raises `OpdError`, alone or in groups, for what ends it early.
@@ -109,7 +109,7 @@ class Lifecycle:
         metrics = RoleMetrics("launcher")
         self._write_targets()
         stop_deadline_s = plan.topology.supervisor.stop_deadline_s
-        self.ledger = ledger = Ledger(plan, skipped_prompts=self._inputs.prompts.skipped_too_long)
+        self.ledger = ledger = Ledger(plan=plan, skipped_prompts=self._inputs.prompts.skipped_too_long)
         ledger.rewind(self._checkpoint.step)
         tracker = Tracker(plan.topology.tracking.function, self._echo)
         ledger.on_row = tracker.track
@@ -125,7 +125,9 @@ class Lifecycle:
                 prompts, topology = self._inputs.prompts.prompts, plan.topology
                 given = self._inputs.completions.completions
                 mix = Mix(given, topology.opd.gkd_lambda, topology.seed, topology.data.shuffle)
-                self._dispatcher = dispatcher = Dispatcher(plan, fleet, ledger, metrics, context, prompts, mix)
+                self._dispatcher = dispatcher = Dispatcher(
+                    plan=plan, fleet=fleet, ledger=ledger, metrics=metrics, context=context, prompts=prompts, mix=mix
+                )
                 try:
                     await self._conduct(dispatcher, fleet)
                 finally:
@@ -195,9 +197,9 @@ class Lifecycle:
 
     async def _recover(self, dispatcher: Dispatcher, fleet: Fleet, script: Script) -> None:
         """The learner or the intake is gone: both go back to the last checkpoint, and so do all samples."""
-        assert dispatcher.lost is not None
+        assert dispatcher.state.lost is not None
         self._recoveries += 1
-        await fleet.await_restart(dispatcher.lost)
+        await fleet.await_restart(dispatcher.state.lost)
         learner, intake = dispatcher.name_of(RoleKind.LEARNER), dispatcher.name_of(RoleKind.INTAKE)
         for name in (learner, intake):
             await fleet.supervisor.stop(name)

@@ -9,7 +9,6 @@ restarted asks for the weights (`RESYNC`) at any time; `_serving` answers such r
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -20,10 +19,11 @@ from opd_async.run.arrivals import all_up
 from opd_async.run.dispatcher import RESYNC, UPDATE, Dispatcher
 from opd_async.run.evaluations import Evaluations
 from opd_async.run.evaluator import Evaluator
+from opd_async.run.learner_commands import LearnerCommands
 from opd_async.scheduling.leases import LeaseBook, PromptOrder, admission_of
 from opd_async.telemetry.progress import Progress
 from opd_async.transport import messages as m
-from opd_async.transport.wire import Int32, Int64
+from opd_async.transport.owed import Owed
 
 T = TypeVar("T")
 
@@ -46,6 +46,7 @@ class Script:
         attempt_floor: int = 0,
     ) -> None:
         self._dispatcher = dispatcher
+        self._state = dispatcher.state
         self._evaluations = Evaluations(dispatcher, evaluator, progress)
         self._prompts = prompts
         self._progress = progress
@@ -54,8 +55,8 @@ class Script:
         self._steps = dispatcher.plan.topology.schedule.steps
         self._deadlines = dispatcher.plan.topology.supervisor
         self._root = dispatcher.plan.run_folder / "checkpoints"
-        self._owed: tuple[Int64, Int32, Int32] | None = None
-        self._unanswered: Counter[str] = Counter()
+        self._owed: Owed | None = None
+        self._learner = LearnerCommands(dispatcher, self._deadlines.step_deadline_s)
         self._accounted = -1
         self._began = -1
         self._unaccounted: m.LearnerReply | None = None
@@ -70,38 +71,38 @@ class Script:
         if self._evaluations.wanted:
             await self._serving(self._evaluations.before(version))
         ledger.start_training()
-        await self._dispatcher.to_intake(m.Version(version, *self._owed_now()))
+        await self._send_version(version)
         if version < self._steps:
             self._evaluations.make_up(version)
-        self._dispatcher.admit(True)
+        self._dispatcher.leasing.admit(True)
         await self.train(version)
         await self._finish()
 
     async def _finish(self) -> None:
         dispatcher = self._dispatcher
-        dispatcher.admit(False)
+        dispatcher.leasing.admit(False)
         await self._settle_evaluation()
-        await self.checkpoint(dispatcher.version)
+        await self.checkpoint(self._state.version)
         await self.forget_samples()
-        await dispatcher.barrier.open(dispatcher.version)
+        await dispatcher.barrier.open(self._state.version)
         if self._evaluations.wanted:
-            dispatcher.ledger.student_after = await self._serving(self._evaluations.after(dispatcher.version))
+            dispatcher.ledger.student_after = await self._serving(self._evaluations.after(self._state.version))
         if self._topology.checkpoint.export_hf:
-            await self._command(m.ExportModel(str(dispatcher.plan.run_folder / EXPORT)))
+            await self._learner.do(m.ExportModel(str(dispatcher.plan.run_folder / EXPORT)))
 
     async def establish(self) -> int:
         """Wait for every role, take over the frontier, and prove that every engine holds the student's weights.
 
-        Returns the weight version.
+        Returns the weight version. On cancel: run it again from the start; what was proven counts no more.
         """
-        dispatcher, deadline_s = self._dispatcher, self._deadlines.start_deadline_s
-        dispatcher.version = -1
+        deadline_s = self._deadlines.start_deadline_s
+        self._state.version = -1
         there = await all_up(self._arrivals(), deadline_s, self._progress.say)
         frontier = there[INTAKE]
         self._accounted = self._began = frontier.version
         topology = self._topology
         order = PromptOrder(self._prompts, topology.rollout.group_size, topology.seed, topology.data.shuffle)
-        dispatcher.book = LeaseBook(
+        self._state.book = LeaseBook(
             frontier, order, admission_of(topology.schedule), topology.rollout.slots, self._attempt_floor
         )
         version = await self._update_weights(verify=True)
@@ -138,7 +139,10 @@ class Script:
     # --- training ----------------------------------------------------------------------------------------------------
 
     async def train(self, version: int) -> None:
-        """Steps from `version` until the topology's number is reached."""
+        """Train steps from `version` on until the topology's number is reached.
+
+        On cancel: the step under way stays with the learner; `wind_down` accounts for it.
+        """
         while version < self._steps:
             reply = await self._trained_step("an optimizer step")
             if reply is None:
@@ -164,14 +168,14 @@ class Script:
         loop = asyncio.get_running_loop()
         await self._settle_evaluation()
         began, blocked = loop.time(), dispatcher.barrier.blocked_s
-        if step > dispatcher.version:
+        if step > self._state.version:
             await self._update_weights(verify=False)
         await self._account(reply, loop.time() - began, dispatcher.barrier.blocked_s - blocked)
         if step < self._steps:
             if step % self._topology.checkpoint.every_steps == 0:
                 await self.checkpoint(step)
             await self._export(step)
-            await dispatcher.to_intake(m.Version(step, *self._owed_now()))
+            await self._send_version(step)
             self._evaluations.begin(step)
 
     async def _account(self, reply: m.LearnerReply, sync_s: float, engines_s: float) -> None:
@@ -185,21 +189,24 @@ class Script:
         self._progress.step(step, reply.stats, started)
         self._accounted, self._unaccounted = step, None
 
-    def _owed_now(self) -> tuple[Int64, Int32, Int32]:
-        assert self._owed is not None
-        return self._owed
+    async def _send_version(self, version: int) -> None:
+        """Let the intake choose the step at `version`, with the tokens of older weights that exist."""
+        owed = self._owed
+        assert owed is not None
+        await self._dispatcher.to_intake(m.Version(version, owed.sample_ids, owed.attempts, owed.ends))
 
     async def _update_weights(self, verify: bool) -> int:
         """Stop generation, send the learner's weights to every student engine, go on; returns their version."""
-        dispatcher, before = self._dispatcher, self._dispatcher.version
+        dispatcher, before = self._dispatcher, self._state.version
         owed = await dispatcher.barrier.close()
-        for attempt in range(1, SYNC_TRIES + 1):
-            group = f"opd-{dispatcher.engine_group}"
-            reply = await self._send(m.SyncWeights(group, list(dispatcher.plan.student_engines), verify or attempt > 1))
+        for tries in range(1, SYNC_TRIES + 1):
+            group = f"opd-{self._state.engine_group}"
+            command = m.SyncWeights(group, list(dispatcher.plan.student_engines), verify or tries > 1)
+            reply = await self._learner.ask(command)
             if reply.error is None:
                 break
             self._progress.say(f"weights were not sent ({reply.error}); trying again")
-            dispatcher.engine_group += 1
+            self._state.engine_group += 1
             await asyncio.sleep(self._deadlines.backoff_s)
             for url in dispatcher.plan.student_engines:
                 await dispatcher.fleet.wait_for_engine(RoleKind.STUDENT_ENGINE, url)
@@ -207,18 +214,21 @@ class Script:
             raise RoleError(f"the weights could not be sent in {SYNC_TRIES} tries, last: {reply.error}")
         if reply.version != before:
             self._owed = owed
-        dispatcher.version = reply.version
+        self._state.version = reply.version
         dispatcher.metrics["opd_launcher_weight_version"].set(reply.version)
         await dispatcher.barrier.open(reply.version, new=reply.version != before)
-        dispatcher.leases_may_flow()
+        dispatcher.leasing.look_again()
         return int(reply.version)
 
     async def checkpoint(self, step: int) -> None:
-        """Learner and intake write the state after `step`; the folder is sealed when both have."""
+        """Have learner and intake write the state after `step`, and seal the folder when both have.
+
+        On cancel: the folder is not sealed, so that nobody resumes from it; the next call writes it again.
+        """
         folder = checkpoints.step_folder(self._root, step)
         if await asyncio.to_thread((folder / checkpoints.MARKER).exists):
             return
-        await self._command(m.SaveCheckpoint(step, str(folder)))
+        await self._learner.do(m.SaveCheckpoint(step, str(folder)))
         await asyncio.to_thread(checkpoints.seal, folder, step)
         await asyncio.to_thread(checkpoints.prune, self._root, self._topology.checkpoint.keep)
 
@@ -228,53 +238,33 @@ class Script:
         if section.export_hf_every_steps is None or step % section.export_hf_every_steps:
             return
         root = self._dispatcher.plan.run_folder / EXPORT
-        await self._command(m.ExportModel(str(checkpoints.step_folder(root, step))))
+        await self._learner.do(m.ExportModel(str(checkpoints.step_folder(root, step))))
         await asyncio.to_thread(checkpoints.prune_exports, root, section.keep)
 
-    async def _send(self, command: m.SyncWeights | m.SaveCheckpoint | m.ExportModel) -> m.LearnerReply:
-        """The learner's answer to `command`, never that to an earlier one of its kind whose wait was cancelled: a
-        checkpoint would be sealed while the learner replaces it."""
-        name = type(command).__name__
-        while self._unanswered[name]:
-            await self._reply(name)
-        await self._dispatcher.to_intake(command)
-        self._unanswered[name] += 1
-        return await self._reply(name)
-
-    async def _reply(self, name: str) -> m.LearnerReply:
-        # the command queues behind a step that the learner may be taking
-        deadline_s = self._deadlines.step_deadline_s
-        reply = await self._dispatcher.mailbox.expect(("reply", name), deadline_s, f"the learner's answer to {name}")
-        self._unanswered[name] -= 1
-        assert isinstance(reply, m.LearnerReply)
-        return reply
-
-    async def _command(self, command: m.SaveCheckpoint | m.ExportModel) -> None:
-        reply = await self._send(command)
-        if reply.error is not None:
-            raise RoleError(f"the learner could not do {reply.command}: {reply.error}")
-
     async def forget_samples(self) -> None:
-        """Have every actor drop what it holds; generation stays stopped."""
+        """Have every actor drop what it holds; generation stays stopped. On cancel: some actors have."""
         dispatcher = self._dispatcher
         await dispatcher.barrier.close()
-        token = dispatcher.resetting = dispatcher.new_token()
+        request = self._state.resetting = dispatcher.new_request()
         told = [
             (k, name)
             for k in (RoleKind.ROLLOUT, RoleKind.TEACHER)
-            for name in await dispatcher.broadcast(k, m.Reset(token))
+            for name in await dispatcher.broadcast(k, m.Reset(request))
         ]
         for _, name in told:
             await dispatcher.mailbox.expect(
-                ("ResetDone", name, token), RESET_DEADLINE_S, f"{name} to forget its samples"
+                ("ResetDone", name, request), RESET_DEADLINE_S, f"{name} to forget its samples"
             )
-        dispatcher.resetting = None
+        self._state.resetting = None
         dispatcher.barrier.reset()
 
     async def wind_down(self) -> None:
-        """After a signal: finish the planned step and save a checkpoint, so that nothing trained is lost."""
+        """Finish the step that was taken and save a checkpoint, so that nothing trained is lost; after a signal.
+
+        On cancel (a second signal): the run ends with the checkpoint before.
+        """
         dispatcher = self._dispatcher
-        dispatcher.admit(False)
+        dispatcher.leasing.admit(False)
         self.abandon_evaluation()
         await dispatcher.to_intake(m.Quiesce("the run is being stopped"))
         quiesced = await dispatcher.mailbox.expect(
@@ -315,8 +305,10 @@ class Script:
             event = await self._dispatcher.mailbox.expect(
                 UPDATE, 2 * self._deadlines.evaluation_deadline_s, "the evaluation"
             )
-            if event == RESYNC:
-                await self._update_weights(verify=True)
+            # the intake may choose the next step only after `Version`, which nobody sends before this ends: so no
+            # trained step can be under way, and none is lost here
+            assert event == RESYNC, f"a step was trained during an evaluation: {event}"
+            await self._update_weights(verify=True)
 
 
 async def _result(task: asyncio.Task[T]) -> T:

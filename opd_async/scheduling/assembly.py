@@ -8,17 +8,20 @@ Pure: no sockets, no clock. A response is trained in order and without gaps, so 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.estimators.topk import TopK, join
+from opd_async.scheduling.chunk_checks import well_formed
 from opd_async.scheduling.intervals import IntervalSet
+from opd_async.scheduling.marks import Marks
 from opd_async.transport.messages import ScoredChunk
+from opd_async.transport.owed import OwedSample
 
 
 class Verdict(StrEnum):
@@ -54,7 +57,7 @@ MAX_EARLY = 256
 """Chunks of one sample that wait for one before them; further ones are dropped, and come again."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Sample:
     """One response on its way through scoring and training; positions count response tokens."""
 
@@ -96,7 +99,7 @@ class Sample:
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Segment:
     """What a step takes of one sample: response positions [start, end), with everything before as context.
 
@@ -123,6 +126,15 @@ class Segment:
     reward: float | None = None
 
 
+class Resumable(NamedTuple):
+    """What is held of a sample whose actor is gone: the next attempt goes on behind `tokens` int32[scored_end]."""
+
+    attempt: int
+    tokens: NDArray[np.int32]
+    complete: bool
+    """The whole response is held, and nothing is to be generated."""
+
+
 class Assembler:
     """All samples between their first scored chunk and their last trained token.
 
@@ -138,13 +150,12 @@ class Assembler:
         self._teacher = teacher
         self.samples: dict[int, Sample] = {}
         self.completed = completed or IntervalSet()
-        self._marks: list[tuple[int, dict[int, tuple[int, int]]]] = []
-        self._settled_through: int | None = None
+        self._marks = Marks()
         self._finished = 0
 
     def restore(self, sample_id: int, trained: NDArray[np.int32]) -> None:
         """A sample that was partly trained before a restart: its next attempt starts behind these tokens."""
-        sample = Sample(sample_id, 0, -1, -1, "", np.zeros(0, np.int32))
+        sample = Sample(sample_id=sample_id, attempt=0, actor=-1, prompt_id=-1, label="", prompt=np.zeros(0, np.int32))
         sample.trained = [trained]
         sample.trained_end = sample.scored_end = len(trained)
         self.samples[sample_id] = sample
@@ -154,7 +165,7 @@ class Assembler:
 
         New tokens of weights before `oldest`, or before those of the sample's earlier tokens, cannot be: malformed.
         """
-        if not _well_formed(chunk, self._topk, self._teacher):
+        if not well_formed(chunk, self._topk, self._teacher):
             return Verdict.MALFORMED
         if chunk.sample_id in self.completed:
             return Verdict.DUPLICATE
@@ -164,7 +175,14 @@ class Assembler:
         if sample is None:
             if chunk.context is None or chunk.start != 0:
                 return Verdict.ORPHAN
-            sample = Sample(chunk.sample_id, chunk.attempt, chunk.actor, chunk.prompt_id, chunk.label, chunk.context)
+            sample = Sample(
+                sample_id=chunk.sample_id,
+                attempt=chunk.attempt,
+                actor=chunk.actor,
+                prompt_id=chunk.prompt_id,
+                label=chunk.label,
+                prompt=chunk.context,
+            )
             self.samples[chunk.sample_id] = sample
         if chunk.attempt < sample.attempt:
             return Verdict.STALE_ATTEMPT
@@ -209,55 +227,47 @@ class Assembler:
             sample.order = self._finished
             self._finished += 1
 
-    def give_up_attempt(self, sample_id: int, attempt: int) -> tuple[int, NDArray[np.int32], bool]:
-        """The actor of this sample is gone. Returns the next attempt, the scored tokens int32[scored_end], and whether
-        the response is complete; late chunks of `attempt` are refused from now on."""
+    def give_up_attempt(self, sample_id: int, attempt: int) -> Resumable:
+        """End an attempt whose actor is gone: late chunks of it are refused from now on. Idempotent."""
         if sample_id in self.completed:
-            return attempt, np.zeros(0, np.int32), True
+            return Resumable(attempt, np.zeros(0, np.int32), complete=True)
         sample = self.samples.get(sample_id)
         if sample is None:
             # remembered, so that a chunk still under way cannot bring the old attempt back to life
-            sample = Sample(sample_id, attempt, -1, -1, "", np.zeros(0, np.int32))
+            sample = Sample(
+                sample_id=sample_id, attempt=attempt, actor=-1, prompt_id=-1, label="", prompt=np.zeros(0, np.int32)
+            )
             self.samples[sample_id] = sample
         if sample.finish is not None:
-            return sample.attempt, np.zeros(0, np.int32), True
+            return Resumable(sample.attempt, np.zeros(0, np.int32), complete=True)
         if attempt >= sample.attempt:  # a second request for the same attempt must not end the one that followed it
             sample.attempt = attempt + 1
             sample.early.clear()
-        return sample.attempt, sample.response(), False
+        return Resumable(sample.attempt, sample.response(), complete=False)
 
-    def mark(self, version: int, owed: Iterable[tuple[int, int, int]]) -> None:
-        """Every token made by weights `version` or older is held, or lies before `end` of an owed (sample, attempt,
-        end)."""
-        self._marks.append((version, {sample: (attempt, end) for sample, attempt, end in owed}))
+    def mark(self, version: int, owed: Iterable[OwedSample]) -> None:
+        """Learn which tokens of weights `version` or older may still be on their way; all others are held."""
+        self._marks.add(version, owed)
 
     def settled(self, version: int) -> bool:
         """Whether every token made by weights `version` or older is here. True before the first mark is due."""
-        while self._marks and self._marks[0][0] <= version:
-            mark_version, owed = self._marks[0]
-            for sample_id in [s for s, (attempt, end) in owed.items() if self._holds(s, attempt, end)]:
-                del owed[sample_id]
-            if owed:
-                return False
-            self._settled_through = mark_version
-            self._marks.pop(0)
-        return self._settled_through is None or self._settled_through >= version
+        return self._marks.settled(version, self._holds)
 
     def start_at(self, version: int) -> None:
-        """Training begins at `version`: no token of older weights exists."""
-        self._settled_through = version - 1
+        """Begin training at `version`: no token of older weights exists."""
+        self._marks.start_at(version)
 
-    def owed(self) -> dict[int, tuple[int, int]]:
-        """What the oldest mark still waits for: {sample: (attempt, end)}."""
-        return dict(self._marks[0][1]) if self._marks else {}
+    def owed(self) -> list[OwedSample]:
+        """What the oldest mark still waits for."""
+        return self._marks.owed()
 
-    def _holds(self, sample_id: int, attempt: int, end: int) -> bool:
-        if sample_id in self.completed:
+    def _holds(self, one: OwedSample) -> bool:
+        if one.sample_id in self.completed:
             return True
-        sample = self.samples.get(sample_id)
+        sample = self.samples.get(one.sample_id)
         if sample is None:
-            return end == 0
-        return sample.attempt > attempt or sample.scored_end >= end
+            return one.end == 0
+        return sample.attempt > one.attempt or sample.scored_end >= one.end
 
     def take(self, sample: Sample) -> Segment | None:
         """Cut everything untrained off `sample` for a step; None when there was no token (an empty response)."""
@@ -275,39 +285,15 @@ class Assembler:
 def _segment(sample: Sample, complete: bool) -> Segment:
     pieces = sample.untrained
     return Segment(
-        sample.sample_id,
-        len(sample.prompt),
-        sample.trained_end,
-        sample.scored_end,
-        complete,
-        np.concatenate([sample.prompt, *sample.trained, *(piece.token_ids for piece in pieces)]),
-        np.concatenate([piece.behaviour_logprobs for piece in pieces]),
-        np.concatenate([piece.teacher_logprobs for piece in pieces]),
-        np.concatenate([np.full(len(piece.token_ids), piece.version, np.int32) for piece in pieces]),
-        join([piece.topk for piece in pieces]),
+        sample_id=sample.sample_id,
+        prompt_tokens=len(sample.prompt),
+        start=sample.trained_end,
+        end=sample.scored_end,
+        complete=complete,
+        token_ids=np.concatenate([sample.prompt, *sample.trained, *(piece.token_ids for piece in pieces)]),
+        behaviour_logprobs=np.concatenate([piece.behaviour_logprobs for piece in pieces]),
+        teacher_logprobs=np.concatenate([piece.teacher_logprobs for piece in pieces]),
+        versions=np.concatenate([np.full(len(piece.token_ids), piece.version, np.int32) for piece in pieces]),
+        topk=join([piece.topk for piece in pieces]),
         teacher=sample.teacher,
     )
-
-
-def _well_formed(chunk: ScoredChunk, topk: int, teacher: bool) -> bool:
-    n = len(chunk.token_ids)
-    if len(chunk.behaviour_logprobs) != n or len(chunk.teacher_logprobs) != n * teacher or chunk.start < 0:
-        return False
-    if chunk.context is not None and len(chunk.context) != chunk.prompt_tokens + chunk.start:
-        return False
-    if chunk.reward is not None and not math.isfinite(chunk.reward):
-        return False
-    if n == 0:
-        return chunk.finish is not None
-    return _topk_fits(chunk, n, topk) and all(
-        bool(np.isfinite(values).all()) and float(values.max(initial=-np.inf)) <= 1e-3
-        for values in (chunk.behaviour_logprobs, chunk.teacher_logprobs)
-    )
-
-
-def _topk_fits(chunk: ScoredChunk, n: int, k: int) -> bool:
-    """Whether the chunk brings the teacher's top-k of its n tokens if, and only if, that was asked for."""
-    topk = TopK.of(chunk.topk_ids, chunk.topk_logprobs)
-    if not k or topk is None:
-        return not k and chunk.topk_ids is None and chunk.topk_logprobs is None
-    return topk.ids.shape == (n, k) and topk.problem() is None

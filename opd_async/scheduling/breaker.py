@@ -20,7 +20,7 @@ MAX_BACKOFF_S = 5.0
 REFUSALS = 3
 """Give up on a request that the engine refuses (HTTP 4xx) after this many tries."""
 PASSING = frozenset({EngineFault.BUSY, EngineFault.DISCONNECTED, EngineFault.SILENT})
-"""Faults that say nothing about the request: waiting may cure them."""
+"""Temporary faults: they say nothing about the request, and waiting may cure them."""
 
 Random = Callable[[], float]
 """Uniform in [0, 1): `random.random`."""
@@ -55,7 +55,7 @@ class Breaker:
         self.reset()
 
     def reset(self) -> None:
-        """Closed, and nothing held against the engine."""
+        """Close, and forget earlier failures."""
         self.state = BreakerState.CLOSED
         self._failures = 0
         self._failing_since: float | None = None
@@ -77,7 +77,7 @@ class Breaker:
         return True
 
     def succeeded(self) -> None:
-        """A request ended well, whenever it was sent: the engine works."""
+        """Record a success, whenever its request was sent: the breaker closes, for the engine works."""
         self.reset()
 
     def failed(self, now: float) -> None:
@@ -92,7 +92,7 @@ class Breaker:
             self._open(now)
 
     def trip(self, now: float) -> None:
-        """Open at once: the engine answers, but what it says cannot be used."""
+        """Open at once: the engine answers, but its answers cannot be used."""
         self._failures = max(self._failures, self._limit - 1)
         self.failed(now)
 
@@ -115,5 +115,5 @@ def backoff_s(failures: int, random: Random) -> float:
 
 
 def given_up(fault: EngineFault, tries: int, limit: int) -> bool:
-    """Whether a request is beyond help after `tries` failures that were not `PASSING`, the last one a `fault`."""
+    """Whether to give up on a request after `tries` failures that were not `PASSING`, the last one a `fault`."""
     return tries > (min(limit, REFUSALS - 1) if fault is EngineFault.REFUSED else limit)

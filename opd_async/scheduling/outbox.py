@@ -13,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.transport.messages import Chunk
+from opd_async.transport.owed import OwedSample
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Entry:
     """Everything kept of one sample until its last chunk is acknowledged."""
 
     attempt: int
-    teacher: int
+    route: int
+    """Index of the teacher actor that scores it; 0 where none does."""
     prompt: NDArray[np.int32]
     tokens: list[NDArray[np.int32]]
     """Response so far, the prefix of an earlier attempt included."""
@@ -38,10 +40,10 @@ class Outbox:
         self._entries: dict[int, _Entry] = {}
 
     def open(
-        self, sample_id: int, attempt: int, teacher: int, prompt: NDArray[np.int32], prefix: NDArray[np.int32]
+        self, sample_id: int, attempt: int, route: int, prompt: NDArray[np.int32], prefix: NDArray[np.int32]
     ) -> None:
         """A lease begins; `prefix` holds response tokens that are scored already."""
-        self._entries[sample_id] = _Entry(attempt, teacher, prompt, [prefix], len(prefix))
+        self._entries[sample_id] = _Entry(attempt=attempt, route=route, prompt=prompt, tokens=[prefix], end=len(prefix))
 
     def add(self, chunk: Chunk, now: float) -> Chunk:
         """Keep `chunk` until it is acknowledged; returns what to send, with context where that is needed."""
@@ -69,13 +71,13 @@ class Outbox:
             del self._entries[sample_id]
 
     def overdue(self, now: float, after_s: float) -> list[tuple[int, Chunk]]:
-        """(teacher, chunk) to send again: unacknowledged, and no progress on their sample for `after_s`."""
+        """(route, chunk) to send again: unacknowledged, and no progress on their sample for `after_s`."""
         late = [entry for entry in self._entries.values() if entry.chunks and now - entry.sent_at >= after_s]
         return [pair for entry in late for pair in self._again(entry, now)]
 
-    def teacher_restarted(self, teacher: int, now: float) -> list[tuple[int, Chunk]]:
-        """(teacher, chunk) to send again because that teacher actor has lost what it held."""
-        entries = [entry for entry in self._entries.values() if entry.teacher == teacher]
+    def teacher_restarted(self, route: int, now: float) -> list[tuple[int, Chunk]]:
+        """(route, chunk) to send again because the teacher actor there has lost what it held."""
+        entries = [entry for entry in self._entries.values() if entry.route == route]
         for entry in entries:
             entry.needs_context = True
         return [pair for entry in entries if entry.chunks for pair in self._again(entry, now)]
@@ -84,20 +86,20 @@ class Outbox:
         entry.sent_at = now
         entry.needs_context = False
         first, *rest = entry.chunks
-        return [(entry.teacher, self._with_context(entry, first)), *((entry.teacher, chunk) for chunk in rest)]
+        return [(entry.route, self._with_context(entry, first)), *((entry.route, chunk) for chunk in rest)]
 
     @staticmethod
     def _with_context(entry: _Entry, chunk: Chunk) -> Chunk:
         response = np.concatenate(entry.tokens)[: chunk.start]
         return dataclasses.replace(chunk, context=np.concatenate([entry.prompt, response]).astype(np.int32))
 
-    def teacher_of(self, sample_id: int) -> int:
-        """The teacher actor that scores this sample."""
-        return self._entries[sample_id].teacher
+    def route_of(self, sample_id: int) -> int:
+        """Where all chunks of this sample go."""
+        return self._entries[sample_id].route
 
-    def ends(self) -> list[tuple[int, int, int]]:
-        """(sample, attempt, end) of every sample here: the tokens that exist of it."""
-        return [(sample_id, entry.attempt, entry.end) for sample_id, entry in self._entries.items()]
+    def owed(self) -> list[OwedSample]:
+        """The tokens that exist of every sample here."""
+        return [OwedSample(sample_id, entry.attempt, entry.end) for sample_id, entry in self._entries.items()]
 
     def clear(self) -> None:
         """Forget every sample."""

@@ -55,16 +55,16 @@ def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:
         for segment, offset in zip(segments, cu_seqlens, strict=False)
     ]
     return MicroBatch(
-        _join([segment.token_ids for segment in segments], np.int32),
-        cu_seqlens,
-        _join(rows, np.int32),
-        _join([segment.behaviour_logprobs for segment in segments], np.float32),
-        _join([segment.teacher_logprobs for segment in segments], np.float32),
-        _join([_advantages(segment) for segment in segments], np.float32),
-        _join([version - segment.versions for segment in segments], np.int32),
-        join([segment.topk for segment in segments]),
-        _weights(segments),
-        _rewards(segments),
+        token_ids=_join([segment.token_ids for segment in segments], np.int32),
+        cu_seqlens=cu_seqlens,
+        rows=_join(rows, np.int32),
+        behaviour_logprobs=_join([segment.behaviour_logprobs for segment in segments], np.float32),
+        teacher_logprobs=_join([segment.teacher_logprobs for segment in segments], np.float32),
+        advantages=_join([_advantages(segment) for segment in segments], np.float32),
+        staleness=_join([version - segment.versions for segment in segments], np.int32),
+        topk=join([segment.topk for segment in segments]),
+        weights=_weights(segments),
+        rewards=_rewards(segments),
     )
 
 
@@ -100,26 +100,26 @@ def to_message(batch: StepBatch) -> Train:
     mbs = batch.micro_batches
     topk = join([mb.topk for mb in mbs])
     return Train(
-        batch.version,
-        batch.part,
-        batch.last,
-        batch.loss_tokens,
-        np.array([len(mb.token_ids) for mb in mbs], np.int32),
-        np.array([len(mb.cu_seqlens) - 1 for mb in mbs], np.int32),
-        np.array([len(mb.rows) for mb in mbs], np.int32),
-        _join([mb.token_ids for mb in mbs], np.int32),
-        _join([np.diff(mb.cu_seqlens) for mb in mbs], np.int32),
-        _join([mb.rows for mb in mbs], np.int32),
-        _join([mb.behaviour_logprobs for mb in mbs], np.float32),
-        _join([mb.teacher_logprobs for mb in mbs], np.float32),
-        _join([mb.advantages for mb in mbs], np.float32),
-        _join([mb.staleness for mb in mbs], np.int32),
-        topk.ids if topk is not None else None,
-        topk.logprobs if topk is not None else None,
-        _join([mb.weights for mb in mbs if mb.weights is not None], np.float32)
+        version=batch.version,
+        part=batch.part,
+        last=batch.last,
+        loss_tokens=batch.loss_tokens,
+        mb_tokens=np.array([len(mb.token_ids) for mb in mbs], np.int32),
+        mb_sequences=np.array([len(mb.cu_seqlens) - 1 for mb in mbs], np.int32),
+        mb_rows=np.array([len(mb.rows) for mb in mbs], np.int32),
+        token_ids=_join([mb.token_ids for mb in mbs], np.int32),
+        sequence_lengths=_join([np.diff(mb.cu_seqlens) for mb in mbs], np.int32),
+        rows=_join([mb.rows for mb in mbs], np.int32),
+        behaviour_logprobs=_join([mb.behaviour_logprobs for mb in mbs], np.float32),
+        teacher_logprobs=_join([mb.teacher_logprobs for mb in mbs], np.float32),
+        advantages=_join([mb.advantages for mb in mbs], np.float32),
+        staleness=_join([mb.staleness for mb in mbs], np.int32),
+        topk_ids=topk.ids if topk is not None else None,
+        topk_logprobs=topk.logprobs if topk is not None else None,
+        weights=_join([mb.weights for mb in mbs if mb.weights is not None], np.float32)
         if any(mb.weights is not None for mb in mbs)
         else None,
-        _join([mb.rewards for mb in mbs if mb.rewards is not None], np.float32)
+        rewards=_join([mb.rewards for mb in mbs if mb.rewards is not None], np.float32)
         if any(mb.rewards is not None for mb in mbs)
         else None,
     )
@@ -139,16 +139,16 @@ def from_message(train: Train) -> StepBatch:
     topk = split(TopK.of(train.topk_ids, train.topk_logprobs), train.mb_rows.tolist())
     micro_batches = tuple(
         MicroBatch(
-            tokens[i],
-            _offsets(lengths[i]),
-            rows[i],
-            behaviour[i],
-            teacher[i],
-            advantages[i],
-            staleness[i],
-            topk[i],
-            weights[i],
-            rewards[i],
+            token_ids=tokens[i],
+            cu_seqlens=_offsets(lengths[i]),
+            rows=rows[i],
+            behaviour_logprobs=behaviour[i],
+            teacher_logprobs=teacher[i],
+            advantages=advantages[i],
+            staleness=staleness[i],
+            topk=topk[i],
+            weights=weights[i],
+            rewards=rewards[i],
         )
         for i in range(len(train.mb_tokens))
     )

@@ -102,7 +102,7 @@ class TokenBudgetBatcher:
                 self._free_tokens += self._waiting[sample_id].new_tokens
 
     def drop(self, sample_id: int) -> None:
-        """Forget what waits of one sample."""
+        """Forget the chunks of one sample that wait here."""
         item = self._waiting.pop(sample_id, None)
         if item is None:
             return

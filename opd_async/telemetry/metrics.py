@@ -40,7 +40,7 @@ class MetricKind(StrEnum):
     """Observations counted by bucket; look at its quantiles."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
     """One entry of the catalogue. `buckets` are inclusive upper bounds, without infinity."""
 
@@ -65,19 +65,19 @@ _STALENESS = tuple(float(steps) for steps in range(17))
 
 
 def _counter(name: str, text: str, *labels: str) -> Metric:
-    return Metric(name, MetricKind.COUNTER, text, labels)
+    return Metric(name=name, kind=MetricKind.COUNTER, help=text, labels=labels)
 
 
 def _gauge(name: str, text: str, *labels: str) -> Metric:
-    return Metric(name, MetricKind.GAUGE, text, labels)
+    return Metric(name=name, kind=MetricKind.GAUGE, help=text, labels=labels)
 
 
 def _figure(name: str, text: str) -> Metric:
-    return Metric(name, MetricKind.GAUGE, f"{text} Absent where it is not computed.", absent=True)
+    return Metric(name=name, kind=MetricKind.GAUGE, help=f"{text} Absent where it is not computed.", absent=True)
 
 
 def _histogram(name: str, text: str, buckets: tuple[float, ...]) -> Metric:
-    return Metric(name, MetricKind.HISTOGRAM, text, buckets=buckets)
+    return Metric(name=name, kind=MetricKind.HISTOGRAM, help=text, buckets=buckets)
 
 
 def _lag(role: str) -> Metric:

@@ -53,7 +53,7 @@ class Progress:
         self._last, self._tokens, self._since = now, 0.0, now
 
     def evaluation(self, who: str, result: Evaluation) -> None:
-        """An evaluation is done."""
+        """Print one line with the pass@1 of an evaluation that has ended."""
         sampled = f"avg@{result.samples_per_prompt}" if result.samples_per_prompt > 1 else "pass@1"
         unjudged = f", {result.unjudged} not judged" if result.unjudged else ""
         self._line(

@@ -229,7 +229,7 @@ class ControlClient(Channel):
         super().__init__(socket, address, on_malformed)
 
     async def send(self, message: Any) -> None:
-        """Queue one message for the server."""
+        """Queue one message for the server; it is sent once the server is there."""
         await self._socket.send_multipart(encode(message), copy=False)
 
     async def receive(self) -> Any:

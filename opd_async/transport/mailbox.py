@@ -41,7 +41,7 @@ class Mailbox:
                     await self._waiting[key]
         except TimeoutError:
             raise DeadlineError(
-                f"waited {deadline_s:.0f} s for {who} in vain; see the logs in the run's folder"
+                f"timed out after {deadline_s:.0f} s waiting for {who}; see the logs in the run's folder"
             ) from None
         finally:
             self._waiting.pop(key, None)

@@ -16,7 +16,7 @@ Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """Sequences back to back (prompt and response up to the last trained token), with the rows to train.
 

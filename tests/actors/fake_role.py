@@ -9,21 +9,19 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import pytest
 import zmq.asyncio
 from deadlines import patience
 
-from opd_async.actors.client import guard
+from opd_async.clock import Clock
 from opd_async.config.topology import ONE_TEACHER, Topology
 from opd_async.plan.free_ports import free_ports
 from opd_async.plan.plan import Plan, RoleKind, RolePlan
 from opd_async.role import Role
-from opd_async.scheduling import breaker
-from opd_async.scheduling.breaker import Breaker
 from opd_async.telemetry.metrics import RoleMetrics
 from opd_async.transport.channels import ControlClient
 
 POLL_S = 0.01
+SPEED = 50.0
 
 
 class Dispatcher:
@@ -75,6 +73,19 @@ def make_plan(vocab_size: int, student_urls: tuple[str, ...], teacher_urls: tupl
     )
 
 
+class FastClock(Clock):
+    """Cool-downs and backoffs of a fiftieth of their length: every second of the actor is 20 ms of the test."""
+
+    def now(self) -> float:
+        return SPEED * super().now()
+
+    async def sleep(self, seconds: float) -> None:
+        await super().sleep(seconds / SPEED)
+
+    def timeout(self, seconds: float | None) -> asyncio.Timeout:
+        return super().timeout(None if seconds is None else seconds / SPEED)
+
+
 @asynccontextmanager
 async def fake_role(plan: Plan, kind: RoleKind) -> AsyncIterator[tuple[Role, Dispatcher]]:
     """A role whose loops are cancelled when the block ends."""
@@ -82,7 +93,16 @@ async def fake_role(plan: Plan, kind: RoleKind) -> AsyncIterator[tuple[Role, Dis
     control = cast(ControlClient, dispatcher)
     try:
         async with asyncio.TaskGroup() as group:
-            role = Role(plan, plan.role(kind, 0), context, control, RoleMetrics(kind.value), group, asyncio.Event())
+            role = Role(
+                plan=plan,
+                mine=plan.role(kind, 0),
+                context=context,
+                control=control,
+                metrics=RoleMetrics(kind.value),
+                group=group,
+                signalled=asyncio.Event(),
+                clock=FastClock(),
+            )
             try:
                 yield role, dispatcher
             finally:
@@ -99,13 +119,6 @@ async def until(true: Callable[[], bool], what: str, deadline_s: float = 20.0) -
             return
         await asyncio.sleep(POLL_S)
     raise AssertionError(f"{what}: not within {patience(deadline_s):.0f} s")
-
-
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cool-downs and backoffs of a twentieth of a second and less."""
-    monkeypatch.setattr(guard, "Breaker", lambda random: Breaker(random, 5, 0.02, 0.05))
-    monkeypatch.setattr(breaker, "BACKOFF_S", 0.005)
-    monkeypatch.setattr(breaker, "MAX_BACKOFF_S", 0.05)
 
 
 def value(role: Role, name: str, **labels: str) -> float:

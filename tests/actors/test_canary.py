@@ -70,12 +70,12 @@ def noisy(ids: Ids, start: int) -> Ids:
     return (sane(ids, start) + 0.02 * np.cos(np.arange(len(ids) - start) + start)).astype(np.float32)
 
 
-def test_a_sane_teacher_passes_again_and_again() -> None:
+async def test_a_sane_teacher_passes_again_and_again() -> None:
     engine = FakeEngine(sane)
     one = Canary(cast(EngineClient, engine), 50)
     for answer in (sane, sane, noisy, sane):
         engine.answer = answer
-        asyncio.run(one.check())
+        await one.check()
 
 
 @pytest.mark.parametrize(
@@ -95,16 +95,16 @@ def test_an_engine_that_does_not_answer_is_another_matter() -> None:
         check(refuse)
 
 
-def test_a_teacher_that_changes_is_named() -> None:
+async def test_a_teacher_that_changes_is_named() -> None:
     engine = FakeEngine(sane)
     one = Canary(cast(EngineClient, engine), 50)
-    asyncio.run(one.check())
+    await one.check()
     engine.answer = other
     for _ in range(2):
         with pytest.raises(CanaryError, match=r"127\.0\.0\.1:1: .* changed by 0\.1 nats per token since the run"):
-            asyncio.run(one.check())
+            await one.check()
     engine.answer = sane
-    asyncio.run(one.check())
+    await one.check()
 
 
 def test_replicas_must_agree() -> None:

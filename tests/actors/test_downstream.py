@@ -23,7 +23,21 @@ TEACHERS = ("math", "math", "code")
 
 def chunk(prompt_id: int, **changes: object) -> Chunk:
     ids = np.array([5, 6], np.int32)
-    made = Chunk(4, 1, 0, prompt_id, 3, 7, 2, "stop", "label", 0.0, ids, np.array([-1.0, -2.0], np.float32), None)
+    made = Chunk(
+        sample_id=4,
+        attempt=1,
+        actor=0,
+        prompt_id=prompt_id,
+        prompt_tokens=3,
+        start=7,
+        weight_version=2,
+        finish="stop",
+        label="label",
+        made_at=0.0,
+        token_ids=ids,
+        behaviour_logprobs=np.array([-1.0, -2.0], np.float32),
+        context=None,
+    )
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
 
@@ -77,12 +91,12 @@ async def delivered(use_opd: bool) -> list[list[object]]:
         context.term()
 
 
-def test_chunks_go_to_their_teacher_by_prompt_or_straight_to_the_intake() -> None:
-    intake, first, second, third = asyncio.run(delivered(use_opd=True))
+async def test_chunks_go_to_their_teacher_by_prompt_or_straight_to_the_intake() -> None:
+    intake, first, second, third = await delivered(use_opd=True)
     assert not intake and first and second and len(first) + len(second) == 15 and len(third) == 5
     for chunks, teacher in ((first, "math"), (second, "math"), (third, "code")):
         assert all(isinstance(one, Chunk) and one.teacher == teacher for one in chunks)
-    intake, *actors = asyncio.run(delivered(use_opd=False))
+    intake, *actors = await delivered(use_opd=False)
     assert not any(actors) and len(intake) == 20
     assert all(isinstance(one, ScoredChunk) for one in intake)
 

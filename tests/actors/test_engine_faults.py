@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import aiohttp
 import numpy as np
 import pytest
 from faulty_engine import FAULTS, VOCAB, FaultyEngine, continuation, scores_of
 
-from opd_async.actors.client.engine_client import EngineClient, Sampling, new_connector
+from opd_async.actors.client.engine_client import Endpoint, EngineClient, Sampling, new_connector
 from opd_async.actors.client.replies import error_in, fault_of_status, parse_scores
 from opd_async.errors import EngineError, EngineFault
 
@@ -28,43 +26,38 @@ EXPECTED = {
 async def ask(engine: FaultyEngine, stream: bool) -> list[float]:
     """The streamed tokens, or the scores, of a short text."""
     async with aiohttp.ClientSession(connector=new_connector()) as session:
-        client = EngineClient(session, engine.url, VOCAB, request_deadline_s=0.2)
+        client = EngineClient(session, Endpoint(url=engine.url, deadline_s=0.2), VOCAB)
         ids = np.array(IDS, np.int32)
         if not stream:
             return [float(value) for value in (await client.score([(ids, 1)]))[0].logprobs]
-        sampling = Sampling(1.0, 1.0, -1, 6, (), 8)
+        sampling = Sampling(
+            temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=6, stop_token_ids=(), stream_interval=8
+        )
         return [float(one) async for delta in client.stream("r", ids, sampling, "0") for one in delta.token_ids]
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_told_apart(fault: str, stream: bool) -> None:
-    async def run() -> EngineError:
-        async with FaultyEngine() as engine:
-            engine.script.append(fault)
-            with pytest.raises(EngineError) as caught:
-                await ask(engine, stream)
-            assert str(caught.value).startswith(f"{engine.url}/generate: ")
-            expected = continuation(IDS, 6) if stream else scores_of(IDS, 1).tolist()
-            assert await ask(engine, stream) == expected
-            return caught.value
-
-    error = asyncio.run(run())
+async def test_faults_are_told_apart(fault: str, stream: bool) -> None:
+    async with FaultyEngine() as engine:
+        engine.script.append(fault)
+        with pytest.raises(EngineError) as caught:
+            await ask(engine, stream)
+        assert str(caught.value).startswith(f"{engine.url}/generate: ")
+        expected = continuation(IDS, 6) if stream else scores_of(IDS, 1).tolist()
+        assert await ask(engine, stream) == expected
     kind, text = EXPECTED[fault]
-    assert error.fault is kind
-    assert any(part in str(error) for part in text.split("|"))
+    assert caught.value.fault is kind
+    assert any(part in str(caught.value) for part in text.split("|"))
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_nobody_listens(stream: bool) -> None:
-    async def run() -> None:
-        async with FaultyEngine() as engine:
-            await engine.stop()
-            with pytest.raises(EngineError) as caught:
-                await ask(engine, stream)
-            assert caught.value.fault is EngineFault.DISCONNECTED
-
-    asyncio.run(run())
+async def test_nobody_listens(stream: bool) -> None:
+    async with FaultyEngine() as engine:
+        await engine.stop()
+        with pytest.raises(EngineError) as caught:
+            await ask(engine, stream)
+        assert caught.value.fault is EngineFault.DISCONNECTED
 
 
 def test_statuses() -> None:

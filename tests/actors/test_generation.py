@@ -22,8 +22,17 @@ STOP_ID = 2
 
 
 def generation(prefix: list[int] | None = None, version: int = 5, kind: m.LeaseKind = m.LeaseKind.TRAIN) -> Generation:
-    lease = m.Lease(9, 4, 6, kind.value, 0.7, "label", PROMPT, np.array(prefix or [], np.int32))
-    return Generation(lease, "rid", Student(cast(EngineClient, None), ("http://e",), version=version))
+    lease = m.Lease(
+        sample_id=9,
+        attempt=4,
+        prompt_id=6,
+        kind=kind.value,
+        temperature=0.7,
+        label="label",
+        prompt=PROMPT,
+        prefix=np.array(prefix or [], np.int32),
+    )
+    return Generation(lease=lease, rid="rid", student=Student(cast(EngineClient, None), ("http://e",), version=version))
 
 
 def delta(*ids: int, version: int = 5, finish: m.Finish | None = None, aborted: bool = False) -> Delta:

@@ -13,7 +13,17 @@ from opd_async.scheduling.assembly import Segment
 def segment(start: int, end: int, complete: bool, versions: list[int]) -> Segment:
     logprobs = np.zeros(end - start, np.float32)
     ids = np.zeros(4 + end, np.int32)
-    return Segment(1, 4, start, end, complete, ids, logprobs, logprobs, np.array(versions, np.int32))
+    return Segment(
+        sample_id=1,
+        prompt_tokens=4,
+        start=start,
+        end=end,
+        complete=complete,
+        token_ids=ids,
+        behaviour_logprobs=logprobs,
+        teacher_logprobs=logprobs,
+        versions=np.array(versions, np.int32),
+    )
 
 
 def test_a_step_is_described() -> None:

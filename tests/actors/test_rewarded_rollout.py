@@ -54,7 +54,17 @@ class Running:
     async def lease(self, kind: m.LeaseKind = m.LeaseKind.TRAIN, prefix: int = 0) -> None:
         tokens = np.array(continuation(PROMPT, TOKENS)[:prefix], np.int32)
         prompt = np.array(PROMPT, np.int32)
-        lease = m.Lease(9, 1, 5, kind.value, 1.0, "label", prompt, tokens, metadata='{"a": 1}')
+        lease = m.Lease(
+            sample_id=9,
+            attempt=1,
+            prompt_id=5,
+            kind=kind.value,
+            temperature=1.0,
+            label="label",
+            prompt=prompt,
+            prefix=tokens,
+            metadata='{"a": 1}',
+        )
         await self.dispatcher.to_role.put(lease)
 
     def tokens(self) -> int:
@@ -90,58 +100,50 @@ async def rollout(
 
 
 @pytest.mark.parametrize("verdict", [Reward(0.5), Reward(None, "timeout")])
-def test_the_end_comes_behind_the_tokens_with_the_reward(verdict: Reward, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        async with FaultyEngine() as engine, rollout(engine, monkeypatch) as running:
-            running.bench.verdict = verdict
-            await running.lease()
-            await until(lambda: running.tokens() == TOKENS and bool(running.bench.asked), "all tokens, unjudged")
-            said = running.dispatcher
-            assert [done.response_tokens for done in said.of(m.LeaseDone)] == [TOKENS], "its slot is free already"
-            await said.to_role.put(m.Pause(1))
-            await until(lambda: bool(said.of(m.Paused)), "a pause does not wait for a judge")
-            (paused,) = said.of(m.Paused)
-            assert (paused.sample_ids.tolist(), paused.ends.tolist()) == ([9], [TOKENS])
-            assert all(chunk.finish is None and chunk.reward is None for chunk in running.chunks)
-            running.bench.open.set()
-            await until(lambda: running.chunks[-1].finish is not None, "the end")
-            end = running.chunks[-1]
-            assert (end.start, len(end.token_ids), end.finish, end.reward) == (TOKENS, 0, "length", verdict.value)
-            request = (PROMPT, continuation(PROMPT, TOKENS), "label", '{"a": 1}', False)
-            assert running.bench.asked == [request]
-            failed = value(running.role, "opd_rollout_reward_failures_total", kind="timeout")
-            assert failed == running.role.counters.get("reward_failures", 0.0) == (verdict.value is None)
+async def test_the_end_comes_behind_the_tokens_with_the_reward(
+    verdict: Reward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with FaultyEngine() as engine, rollout(engine, monkeypatch) as running:
+        running.bench.verdict = verdict
+        await running.lease()
+        await until(lambda: running.tokens() == TOKENS and bool(running.bench.asked), "all tokens, unjudged")
+        said = running.dispatcher
+        assert [done.response_tokens for done in said.of(m.LeaseDone)] == [TOKENS], "its slot is free already"
+        await said.to_role.put(m.Pause(1))
+        await until(lambda: bool(said.of(m.Paused)), "a pause does not wait for a judge")
+        (paused,) = said.of(m.Paused)
+        assert (paused.sample_ids.tolist(), paused.ends.tolist()) == ([9], [TOKENS])
+        assert all(chunk.finish is None and chunk.reward is None for chunk in running.chunks)
+        running.bench.open.set()
+        await until(lambda: running.chunks[-1].finish is not None, "the end")
+        end = running.chunks[-1]
+        assert (end.start, len(end.token_ids), end.finish, end.reward) == (TOKENS, 0, "length", verdict.value)
+        request = (PROMPT, continuation(PROMPT, TOKENS), "label", '{"a": 1}', False)
+        assert running.bench.asked == [request]
+        failed = value(running.role, "opd_rollout_reward_failures_total", kind="timeout")
+        assert failed == running.role.counters.get("reward_failures", 0.0) == (verdict.value is None)
 
-    asyncio.run(run())
 
-
-def test_a_response_that_lost_its_actor_before_it_was_judged_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_response_that_lost_its_actor_before_it_was_judged_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of its tokens are held already: the next attempt generates nothing and brings the end."""
-
-    async def run() -> None:
-        async with FaultyEngine() as engine, rollout(engine, monkeypatch) as running:
-            running.bench.open.set()
-            await running.lease(prefix=TOKENS)
-            await until(lambda: bool(running.chunks), "the end")
-            (end,) = running.chunks
-            assert (end.start, len(end.token_ids), end.finish, end.reward) == (TOKENS, 0, "length", 0.5)
-            assert end.context is not None and end.context.tolist() == PROMPT + continuation(PROMPT, TOKENS)
-            assert not engine.seen or all("stream" not in body for body in engine.seen)
-
-    asyncio.run(run())
+    async with FaultyEngine() as engine, rollout(engine, monkeypatch) as running:
+        running.bench.open.set()
+        await running.lease(prefix=TOKENS)
+        await until(lambda: bool(running.chunks), "the end")
+        (end,) = running.chunks
+        assert (end.start, len(end.token_ids), end.finish, end.reward) == (TOKENS, 0, "length", 0.5)
+        assert end.context is not None and end.context.tolist() == PROMPT + continuation(PROMPT, TOKENS)
+        assert not engine.seen or all("stream" not in body for body in engine.seen)
 
 
 @pytest.mark.parametrize(("judge", "reward"), [("reward", 0.5), ("answer", None)])
-def test_evaluations_are_judged_where_they_ask_for_it(
+async def test_evaluations_are_judged_where_they_ask_for_it(
     judge: str, reward: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def run() -> None:
-        async with FaultyEngine() as engine, rollout(engine, monkeypatch, judge) as running:
-            running.bench.open.set()
-            await running.lease(m.LeaseKind.EVAL_STUDENT)
-            await until(lambda: bool(running.dispatcher.of(m.EvalDone)), "the evaluation")
-            (done,) = running.dispatcher.of(m.EvalDone)
-            assert done.reward == reward and len(done.token_ids) == TOKENS
-            assert len(running.bench.asked) == (judge == "reward") and not running.chunks
-
-    asyncio.run(run())
+    async with FaultyEngine() as engine, rollout(engine, monkeypatch, judge) as running:
+        running.bench.open.set()
+        await running.lease(m.LeaseKind.EVAL_STUDENT)
+        await until(lambda: bool(running.dispatcher.of(m.EvalDone)), "the evaluation")
+        (done,) = running.dispatcher.of(m.EvalDone)
+        assert done.reward == reward and len(done.token_ids) == TOKENS
+        assert len(running.bench.asked) == (judge == "reward") and not running.chunks

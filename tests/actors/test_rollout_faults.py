@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zmq.asyncio
 from deadlines import patience
-from fake_role import Dispatcher, fake_role, hurry, make_plan, until, value
+from fake_role import SPEED, Dispatcher, fake_role, make_plan, until, value
 from faulty_engine import FAULTS, VOCAB, FaultyEngine, continuation
 
 from opd_async.actors.client.engine_client import new_connector
@@ -31,7 +31,15 @@ NOBODY = "http://127.0.0.1:1"
 def lease(sample_id: int) -> m.Lease:
     prompt = np.array([sample_id, sample_id + 1, 7], np.int32)
     return m.Lease(
-        sample_id, 0, sample_id, m.LeaseKind.TRAIN.value, 1.0, "", prompt, np.zeros(0, np.int32), teacher="teacher"
+        sample_id=sample_id,
+        attempt=0,
+        prompt_id=sample_id,
+        kind=m.LeaseKind.TRAIN.value,
+        temperature=1.0,
+        label="",
+        prompt=prompt,
+        prefix=np.zeros(0, np.int32),
+        teacher="teacher",
     )
 
 
@@ -60,7 +68,10 @@ class Running:
 
 @asynccontextmanager
 async def rollout(
-    engine: FaultyEngine, samples: int = SAMPLES, deadline_s: float = 60.0, teachers: tuple[str, ...] = (NOBODY,)
+    engine: FaultyEngine,
+    samples: int = SAMPLES,
+    deadline_s: float = 60.0 * SPEED,
+    teachers: tuple[str, ...] = (NOBODY,),
 ) -> AsyncIterator[Running]:
     """`deadline_s`: how long an engine may be out."""
     section = {"request_deadline_s": patience(0.05), "chunk_tokens": 4, "sampling": {"max_response_tokens": TOKENS}}
@@ -86,129 +97,94 @@ def check(running: Running, samples: int = SAMPLES) -> None:
     assert running.dispatcher.of(m.Failure) == []
 
 
-def test_a_given_response_is_delivered_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_given_response_is_delivered_without_an_engine() -> None:
     """In chunks, from behind the prefix of an earlier attempt, each token certain; nothing is asked of the engine."""
     response = np.arange(10, 20, dtype=np.int32)
-
-    async def run() -> None:
-        async with FaultyEngine() as engine, rollout(engine, samples=0) as running:
-            for sample_id, done in ((0, 0), (1, 3)):
-                prefix = response[:done]
-                given = dataclasses.replace(lease(sample_id), given=response, prefix=prefix, attempt=int(done > 0))
-                running.responses[sample_id] = prefix.tolist()
-                await running.dispatcher.to_role.put(given)
-            await until(lambda: len(running.dispatcher.of(m.LeaseDone)) == 2, "both leases")
-            await until(lambda: running.responses == {0: response.tolist(), 1: response.tolist()}, "both responses")
-            assert {done.response_tokens for done in running.dispatcher.of(m.LeaseDone)} == {10}
-            assert running.certain and not [body for body in engine.seen if body.get("stream")]
-            assert "tokens" not in running.role.counters  # nothing was generated
-
-    hurry(monkeypatch)
-    asyncio.run(run())
+    async with FaultyEngine() as engine, rollout(engine, samples=0) as running:
+        for sample_id, done in ((0, 0), (1, 3)):
+            prefix = response[:done]
+            given = dataclasses.replace(lease(sample_id), given=response, prefix=prefix, attempt=int(done > 0))
+            running.responses[sample_id] = prefix.tolist()
+            await running.dispatcher.to_role.put(given)
+        await until(lambda: len(running.dispatcher.of(m.LeaseDone)) == 2, "both leases")
+        await until(lambda: running.responses == {0: response.tolist(), 1: response.tolist()}, "both responses")
+        assert {done.response_tokens for done in running.dispatcher.of(m.LeaseDone)} == {10}
+        assert running.certain and not [body for body in engine.seen if body.get("stream")]
+        assert "tokens" not in running.role.counters  # nothing was generated
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_now_and_then(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
-
-    async def run() -> None:
-        async with FaultyEngine() as engine:
-            engine.script.extend([fault, "disconnect", fault])
-            async with rollout(engine) as running:
-                await until(running.complete, "all responses")
-                check(running)
-                assert running.role.counters["engine_errors"] == 3
-
-    asyncio.run(run())
+async def test_a_fault_now_and_then(fault: str) -> None:
+    async with FaultyEngine() as engine:
+        engine.script.extend([fault, "disconnect", fault])
+        async with rollout(engine) as running:
+            await until(running.complete, "all responses")
+            check(running)
+            assert running.role.counters["engine_errors"] == 3
 
 
 @pytest.mark.parametrize("fault", ["429", "503", "hang"])
-def test_a_bad_time_passes(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bad_time_passes(fault: str) -> None:
     """Every request fails until the breaker has opened; then the engine recovers."""
-    hurry(monkeypatch)
-
-    async def run() -> None:
-        async with FaultyEngine() as engine:
-            engine.fault = fault
-            async with rollout(engine) as running:
-                gauge = "opd_rollout_breaker_open"
-                await until(lambda: value(running.role, gauge, engine=engine.url) == 1, "the breaker to open")
-                asked = len(engine.seen)
-                await asyncio.sleep(0.3)
-                assert len(engine.seen) - asked <= 30, "an open breaker lets single probes through"
-                engine.fault = None
-                await until(running.complete, "all responses")
-                check(running)
-                assert value(running.role, gauge, engine=engine.url) == 0
-
-    asyncio.run(run())
+    async with FaultyEngine() as engine:
+        engine.fault = fault
+        async with rollout(engine) as running:
+            gauge = "opd_rollout_breaker_open"
+            await until(lambda: value(running.role, gauge, engine=engine.url) == 1, "the breaker to open")
+            asked = len(engine.seen)
+            await asyncio.sleep(0.3)
+            assert len(engine.seen) - asked <= 30, "an open breaker lets single probes through"
+            engine.fault = None
+            await until(running.complete, "all responses")
+            check(running)
+            assert value(running.role, gauge, engine=engine.url) == 0
 
 
-def test_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_restart() -> None:
     """Connections are refused for a while, longer than a request would be tried."""
-    hurry(monkeypatch)
-
-    async def run() -> None:
-        async with FaultyEngine() as engine:
-            engine.fault = "hang"
-            async with rollout(engine) as running:
-                await until(lambda: len(engine.seen) == SAMPLES, "requests")
-                await engine.stop()
-                engine.fault = None
-                await until(lambda: running.role.counters.get("engine_errors", 0) >= SAMPLES + 6, "refused connections")
-                await engine.start()
-                await until(running.complete, "all responses")
-                check(running)
-
-    asyncio.run(run())
+    async with FaultyEngine() as engine:
+        engine.fault = "hang"
+        async with rollout(engine) as running:
+            await until(lambda: len(engine.seen) == SAMPLES, "requests")
+            await engine.stop()
+            engine.fault = None
+            await until(lambda: running.role.counters.get("engine_errors", 0) >= SAMPLES + 6, "refused connections")
+            await engine.start()
+            await until(running.complete, "all responses")
+            check(running)
 
 
 @pytest.mark.parametrize(("fault", "tries"), [("400", 3), ("500", 6)])
-def test_what_never_works_ends_the_run(fault: str, tries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
-
-    async def run() -> None:
-        async with FaultyEngine() as engine:
-            engine.fault = fault
-            async with rollout(engine, samples=1) as running:
-                await until(lambda: bool(running.dispatcher.of(m.Failure)), "the failure")
-                (failure,) = running.dispatcher.of(m.Failure)
-                assert f"injected {fault}" in failure.text and engine.url in failure.text
-                assert len(engine.seen) == tries
-
-    asyncio.run(run())
+async def test_what_never_works_ends_the_run(fault: str, tries: int) -> None:
+    async with FaultyEngine() as engine:
+        engine.fault = fault
+        async with rollout(engine, samples=1) as running:
+            await until(lambda: bool(running.dispatcher.of(m.Failure)), "the failure")
+            (failure,) = running.dispatcher.of(m.Failure)
+            assert f"injected {fault}" in failure.text and engine.url in failure.text
+            assert len(engine.seen) == tries
 
 
-def test_an_outage_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
-
-    async def run() -> None:
-        async with FaultyEngine() as engine:
-            engine.fault = "503"
-            async with rollout(engine, deadline_s=0.5) as running:
-                await until(lambda: bool(running.dispatcher.of(m.Failure)), "the failure")
-                assert "fails again and again, last: " in running.dispatcher.of(m.Failure)[0].text
-                assert running.role.counters["engine_errors"] > SAMPLES, "it was waited out for a while"
-
-    asyncio.run(run())
+async def test_an_outage_that_does_not_end() -> None:
+    async with FaultyEngine() as engine:
+        engine.fault = "503"
+        async with rollout(engine, deadline_s=0.5 * SPEED) as running:
+            await until(lambda: bool(running.dispatcher.of(m.Failure)), "the failure")
+            assert "fails again and again, last: " in running.dispatcher.of(m.Failure)[0].text
+            assert running.role.counters["engine_errors"] > SAMPLES, "it was waited out for a while"
 
 
-def test_an_evaluation_leaves_out_a_teacher_engine_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
-
-    async def run() -> None:
-        async with (
-            FaultyEngine() as student,
-            FaultyEngine() as teacher,
-            rollout(student, samples=0, teachers=(NOBODY, teacher.url)) as running,
-        ):
-            for sample_id in range(SAMPLES):
-                kind = m.LeaseKind.EVAL_TEACHER.value
-                await running.dispatcher.to_role.put(dataclasses.replace(lease(sample_id), kind=kind))
-            await until(lambda: len(running.dispatcher.of(m.EvalDone)) == SAMPLES, "all evaluation responses")
-            for done in running.dispatcher.of(m.EvalDone):
-                n = done.sample_id
-                assert done.token_ids.tolist() == continuation([n, n + 1, 7], TOKENS)
-            assert student.seen == []
-
-    asyncio.run(run())
+async def test_an_evaluation_leaves_out_a_teacher_engine_that_is_gone() -> None:
+    async with (
+        FaultyEngine() as student,
+        FaultyEngine() as teacher,
+        rollout(student, samples=0, teachers=(NOBODY, teacher.url)) as running,
+    ):
+        for sample_id in range(SAMPLES):
+            kind = m.LeaseKind.EVAL_TEACHER.value
+            await running.dispatcher.to_role.put(dataclasses.replace(lease(sample_id), kind=kind))
+        await until(lambda: len(running.dispatcher.of(m.EvalDone)) == SAMPLES, "all evaluation responses")
+        for done in running.dispatcher.of(m.EvalDone):
+            n = done.sample_id
+            assert done.token_ids.tolist() == continuation([n, n + 1, 7], TOKENS)
+        assert student.seen == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
@@ -47,43 +46,40 @@ def routed(*engines: Fake) -> tuple[RoutedClient, Fake]:
     return RoutedClient(cast(EngineClient, router), [cast(EngineClient, engine) for engine in engines]), router
 
 
-def test_each_call_goes_where_it_belongs() -> None:
+async def test_each_call_goes_where_it_belongs() -> None:
     engines = [Fake("a"), Fake("b")]
     client, router = routed(*engines)
-
-    async def run() -> None:
-        deltas = [d async for d in client.stream("rid", np.zeros(2, np.int32), Sampling(1.0, 1.0, -1, 4, (), 1), "")]
-        assert len(deltas) == 1
-        assert await client.pause("in_place") == {"a": 3, "b": 3}
-        await client.abort_all()
-        await client.resume()
-
-    asyncio.run(run())
+    deltas = [
+        d
+        async for d in client.stream(
+            "rid",
+            np.zeros(2, np.int32),
+            Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=4, stop_token_ids=(), stream_interval=1),
+            "",
+        )
+    ]
+    assert len(deltas) == 1
+    assert await client.pause("in_place") == {"a": 3, "b": 3}
+    await client.abort_all()
+    await client.resume()
     assert client.url == "router" and router.asked == ["stream"]
     assert [engine.asked for engine in engines] == [["pause in_place", "abort", "resume"]] * 2
 
 
-def test_a_dead_engine_keeps_nothing_from_the_others() -> None:
+async def test_a_dead_engine_keeps_nothing_from_the_others() -> None:
     engines = [Fake("a", dead=True), Fake("b")]
     client, _ = routed(*engines)
-
-    async def run() -> None:
-        assert await client.pause("in_place") == {"b": 3}
-        for call in (client.abort_all, client.resume):
-            with pytest.raises(EngineError, match="a is gone"):
-                await call()
-
-    asyncio.run(run())
+    assert await client.pause("in_place") == {"b": 3}
+    for call in (client.abort_all, client.resume):
+        with pytest.raises(EngineError, match="a is gone"):
+            await call()
     assert engines[1].asked == ["pause in_place", "abort", "resume"]
 
 
-def test_engines_behind_a_router_are_paused_although_one_is_lost() -> None:
-    async def run() -> None:
-        alone, behind = Student(cast(EngineClient, Fake("a")), ("a",)), Student(routed(Fake("a"))[0], ("a", "b"))
-        for student in (alone, behind):
-            student.gate.set()
-            student.lost()
-            assert not student.gate.is_set()
-        assert alone.down and not behind.down
-
-    asyncio.run(run())
+async def test_engines_behind_a_router_are_paused_although_one_is_lost() -> None:
+    alone, behind = Student(cast(EngineClient, Fake("a")), ("a",)), Student(routed(Fake("a"))[0], ("a", "b"))
+    for student in (alone, behind):
+        student.gate.set()
+        student.lost()
+        assert not student.gate.is_set()
+    assert alone.down and not behind.down

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,7 +9,7 @@ import aiohttp
 import numpy as np
 import pytest
 from deadlines import patience
-from fake_role import Dispatcher, fake_role, hurry, make_plan, until, value
+from fake_role import SPEED, Dispatcher, fake_role, make_plan, until, value
 from faulty_engine import FAULTS, VOCAB, FaultyEngine, continuation, scores_of
 
 from opd_async.actors.client.engine_client import new_connector
@@ -18,7 +17,7 @@ from opd_async.actors.teacher.actor import TeacherActor
 from opd_async.errors import RoleError
 from opd_async.plan.plan import RoleKind
 from opd_async.role import Role
-from opd_async.scheduling.cache_share import PROBE_EVERY
+from opd_async.scheduling.cache_share import SENTINEL_EVERY
 from opd_async.transport import messages as m
 from opd_async.transport.channels import Pull, Push
 
@@ -55,23 +54,24 @@ class Teacher:
             self.sent[sample_id, start] = scores_of([*before.tolist(), *part.tolist()], len(before)).tolist()
             finish = "stop" if end and index == first + chunks - 1 else None
             context = before if index == first else None
-            behaviour = np.full(CHUNK, -1.0, np.float32)
-            fields = (
-                sample_id,
-                0,
-                0,
-                sample_id,
-                len(prompt),
-                start,
-                version,
-                finish,
-                "",
-                0.0,
-                part,
-                behaviour,
-                context,
+            await self._push.send(
+                m.Chunk(
+                    sample_id=sample_id,
+                    attempt=0,
+                    actor=0,
+                    prompt_id=sample_id,
+                    prompt_tokens=len(prompt),
+                    start=start,
+                    weight_version=version,
+                    finish=finish,
+                    label="",
+                    made_at=0.0,
+                    token_ids=part,
+                    behaviour_logprobs=np.full(CHUNK, -1.0, np.float32),
+                    context=context,
+                    teacher="teacher",
+                )
             )
-            await self._push.send(m.Chunk(*fields, teacher="teacher"))
 
     async def all_scored(self) -> None:
         await until(lambda: len(self.scores) == len(self.sent), "all scores")
@@ -89,8 +89,10 @@ class Teacher:
 
 
 @asynccontextmanager
-async def teacher(*engines: FaultyEngine, deadline_s: float = 60.0, **settings: object) -> AsyncIterator[Teacher]:
-    section = {"request_deadline_s": patience(0.05), "batch_tokens": 2 * CHUNK, "max_wait_ms": 5.0} | settings
+async def teacher(
+    *engines: FaultyEngine, deadline_s: float = 60.0 * SPEED, **settings: object
+) -> AsyncIterator[Teacher]:
+    section = {"request_deadline_s": patience(0.3), "batch_tokens": 2 * CHUNK, "max_wait_ms": 5.0} | settings
     sections = {"teacher": section, "rollout": {"chunk_tokens": CHUNK}, "supervisor": {"start_deadline_s": deadline_s}}
     plan = make_plan(VOCAB, ("http://127.0.0.1:1",), tuple(engine.url for engine in engines), **sections)
     async with (
@@ -112,175 +114,139 @@ def samples_of(engine: FaultyEngine) -> set[tuple[int, ...]]:
     return {tuple(ids[:12]) for ids in engine.scored}
 
 
-def test_all_of_a_prompt_meets_one_engine() -> None:
-    async def run() -> None:
-        async with FaultyEngine() as one, FaultyEngine() as two, teacher(one, two) as running:
-            for sample_id in range(12):
-                await running.send(sample_id, 3, end=False)
-            await running.all_scored()
-            for sample_id in range(12):
-                await running.send(sample_id, 2, first=3)
-            await running.all_scored()
-            assert len(samples_of(one)) + len(samples_of(two)) == 12
-            assert samples_of(one) and samples_of(two) and not samples_of(one) & samples_of(two)
-
-    asyncio.run(run())
+async def test_all_of_a_prompt_meets_one_engine() -> None:
+    async with FaultyEngine() as one, FaultyEngine() as two, teacher(one, two) as running:
+        for sample_id in range(12):
+            await running.send(sample_id, 3, end=False)
+        await running.all_scored()
+        for sample_id in range(12):
+            await running.send(sample_id, 2, first=3)
+        await running.all_scored()
+        assert len(samples_of(one)) + len(samples_of(two)) == 12
+        assert samples_of(one) and samples_of(two) and not samples_of(one) & samples_of(two)
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "400"])
-def test_a_fault_now_and_then(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
-
-    async def run() -> None:
-        async with FaultyEngine() as engine, teacher(engine) as running:
-            engine.script.extend([fault, fault])
-            for sample_id in range(4):
-                await running.send(sample_id, 3)
-            await running.all_scored()
-            kinds = {"error": "failed", "500": "failed", "disconnect": "disconnected", "hang": "silent"}
-            # after a hang a canary is next, and may take the second fault
-            assert running.retries(kinds.get(fault, "busy")) >= (1 if fault == "hang" else 2)
-
-    asyncio.run(run())
+async def test_a_fault_now_and_then(fault: str) -> None:
+    async with FaultyEngine() as engine, teacher(engine) as running:
+        engine.script.extend([fault, fault])
+        for sample_id in range(4):
+            await running.send(sample_id, 3)
+        await running.all_scored()
+        kinds = {"error": "failed", "500": "failed", "disconnect": "disconnected", "hang": "silent"}
+        # after a hang a canary is next, and may take the second fault
+        assert running.retries(kinds.get(fault, "busy")) >= (1 if fault == "hang" else 2)
 
 
 @pytest.mark.parametrize("fault", ["503", "500", "hang", "refused"])
-def test_work_moves_to_another_engine_and_comes_back(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
-
-    async def run() -> None:
-        async with FaultyEngine() as one, FaultyEngine() as two, teacher(one, two) as running:
-            if fault == "refused":
-                await one.stop()
-            else:
-                one.fault = fault
-            for sample_id in range(12):
-                await running.send(sample_id, 3, end=False)
-            await running.all_scored()
-            assert len(samples_of(two)) == 12 and running.open(one) and not running.open(two)
-            one.fault = None
-            if fault == "refused":
-                await one.start()
-            await until(lambda: not running.open(one), "the canary to pass")
-            one.seen.clear()
-            for sample_id in range(12):
-                await running.send(sample_id, 1, first=3)
-            await running.all_scored()
-            assert 0 < len(samples_of(one)) < 12
-            assert value(running.role, "opd_teacher_rerouted_chunks_total") > 0
-
-    asyncio.run(run())
+async def test_work_moves_to_another_engine_and_comes_back(fault: str) -> None:
+    async with FaultyEngine() as one, FaultyEngine() as two, teacher(one, two) as running:
+        if fault == "refused":
+            await one.stop()
+        else:
+            one.fault = fault
+        for sample_id in range(12):
+            await running.send(sample_id, 3, end=False)
+        await running.all_scored()
+        assert len(samples_of(two)) == 12 and running.open(one) and not running.open(two)
+        one.fault = None
+        if fault == "refused":
+            await one.start()
+        await until(lambda: not running.open(one), "the canary to pass")
+        one.seen.clear()
+        for sample_id in range(12):
+            await running.send(sample_id, 1, first=3)
+        await running.all_scored()
+        assert 0 < len(samples_of(one)) < 12
+        assert value(running.role, "opd_teacher_rerouted_chunks_total") > 0
 
 
-def test_no_engine_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
-
-    async def run() -> None:
-        async with FaultyEngine() as one, FaultyEngine() as two, teacher(one, two) as running:
-            one.fault = two.fault = "503"
-            for sample_id in range(8):
-                await running.send(sample_id, 2)
-            await until(lambda: running.open(one) and running.open(two), "both breakers to open")
-            two.fault = None
-            await running.all_scored()
-            assert len(samples_of(two)) == 8
-
-    asyncio.run(run())
+async def test_no_engine_for_a_while() -> None:
+    async with FaultyEngine() as one, FaultyEngine() as two, teacher(one, two) as running:
+        one.fault = two.fault = "503"
+        for sample_id in range(8):
+            await running.send(sample_id, 2)
+        await until(lambda: running.open(one) and running.open(two), "both breakers to open")
+        two.fault = None
+        await running.all_scored()
+        assert len(samples_of(two)) == 8
 
 
-def test_no_engine_for_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
-
-    async def run() -> None:
-        async with FaultyEngine() as engine, teacher(engine, deadline_s=0.5) as running:
-            engine.fault = "503"
-            await running.send(0, 1)
-            await until(running.failed, "the end of the run")
-            assert f"{engine.url} has not scored anything for" in running.dispatcher.of(m.Failure)[0].text
-
-    asyncio.run(run())
+async def test_no_engine_for_too_long() -> None:
+    async with FaultyEngine() as engine, teacher(engine, deadline_s=0.5 * SPEED) as running:
+        engine.fault = "503"
+        await running.send(0, 1)
+        await until(running.failed, "the end of the run")
+        assert f"{engine.url} has not scored anything for" in running.dispatcher.of(m.Failure)[0].text
 
 
 @pytest.mark.parametrize(("fault", "tries"), [("400", 3), ("500", 11)])
-def test_what_never_works_ends_the_run(fault: str, tries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_never_works_ends_the_run(fault: str, tries: int) -> None:
     """Other requests are fine: only the sample can be to blame."""
-    hurry(monkeypatch)
-
-    async def run() -> None:
-        async with FaultyEngine() as engine, teacher(engine) as running:
-            engine.poison, engine.poison_fault = prompt_of(1), fault
-            await running.send(1, 1)
-            await until(running.failed, "the end of the run")
-            text = running.dispatcher.of(m.Failure)[0].text
-            assert text.startswith(f"samples 1, ... cannot be scored, {tries} tries") and f"injected {fault}" in text
-
-    asyncio.run(run())
+    async with FaultyEngine() as engine, teacher(engine) as running:
+        engine.poison, engine.poison_fault = prompt_of(1), fault
+        await running.send(1, 1)
+        await until(running.failed, "the end of the run")
+        text = running.dispatcher.of(m.Failure)[0].text
+        assert text.startswith(f"samples 1, ... cannot be scored, {tries} tries") and f"injected {fault}" in text
 
 
-def test_a_teacher_that_changes_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurry(monkeypatch)
+async def test_a_teacher_that_changes_is_not_used() -> None:
+    async with (
+        FaultyEngine() as one,
+        FaultyEngine() as two,
+        teacher(one, two, canary_every_s=0.05 * SPEED) as running,
+    ):
+        one.shift = 0.2
+        await until(lambda: running.open(one), "the canary to find it")
+        for sample_id in range(8):
+            await running.send(sample_id, 2)
+        await until(lambda: len(running.scores) == len(running.sent), "all scores")
+        assert running.scores == running.sent, "nothing is scored by the engine that changed"
+        await until(running.failed, "the end of the run")
+        text = running.dispatcher.of(m.Failure)[0].text
+        assert text.startswith(f"{one.url}: scores of a test text have changed by 0.2 nats")
+        assert value(running.role, "opd_teacher_canaries_total", result="insane") >= 3
+        assert value(running.role, "opd_teacher_canaries_total", result="passed") >= 1
 
-    async def run() -> None:
-        async with FaultyEngine() as one, FaultyEngine() as two, teacher(one, two, canary_every_s=0.05) as running:
-            one.shift = 0.2
-            await until(lambda: running.open(one), "the canary to find it")
-            for sample_id in range(8):
-                await running.send(sample_id, 2)
-            await until(lambda: len(running.scores) == len(running.sent), "all scores")
-            assert running.scores == running.sent, "nothing is scored by the engine that changed"
-            await until(running.failed, "the end of the run")
-            text = running.dispatcher.of(m.Failure)[0].text
-            assert text.startswith(f"{one.url}: scores of a test text have changed by 0.2 nats")
-            assert value(running.role, "opd_teacher_canaries_total", result="insane") >= 3
-            assert value(running.role, "opd_teacher_canaries_total", result="passed") >= 1
 
-    asyncio.run(run())
-
-
-def test_replicas_that_differ_are_refused_at_start() -> None:
+async def test_replicas_that_differ_are_refused_at_start() -> None:
     async def run() -> None:
         async with FaultyEngine() as one, FaultyEngine(shift=0.2) as two, teacher(one, two):
             raise AssertionError("started")
 
     with pytest.raises(ExceptionGroup) as caught:
-        asyncio.run(run())
+        await run()
     assert caught.group_contains(RoleError, match="replicas of one teacher must hold the same model")
 
 
-def test_without_a_cache_tokens_wait_for_ends_and_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_cache_tokens_wait_for_ends_and_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opd_async.scheduling.cache_share._BELIEF", 1.0)
-
-    async def run() -> None:
-        async with FaultyEngine(cached=False) as engine, teacher(engine, max_wait_ms=0.0) as running:
-            for index in range(2):  # the second chunk shows that nothing of the first was kept
-                await running.send(0, 1, first=index, end=False)
-                await running.all_scored()
-            engine.seen.clear()
-            share = "opd_teacher_prefix_share"
-            await until(lambda: value(running.role, share, engine=engine.url) < 0.5, "a verdict on the cache")
-            await running.send(2, 8)
-            await until(lambda: len(running.scores) == 2 + 8, "the end of a response")
-            assert len(engine.scored) == 1
-            await running.send(PROBE_EVERY, 3, end=False)
-            await until(lambda: len(running.scores) == 2 + 8 + 2, "the cut points of a probe at 4 and 8")
-            await running.send(3, 3, end=False)
-            await running.dispatcher.to_role.put(m.Resume(1))
+    async with FaultyEngine(cached=False) as engine, teacher(engine, max_wait_ms=0.0) as running:
+        for index in range(2):  # the second chunk shows that nothing of the first was kept
+            await running.send(0, 1, first=index, end=False)
             await running.all_scored()
+        engine.seen.clear()
+        share = "opd_teacher_prefix_share"
+        await until(lambda: value(running.role, share, engine=engine.url) < 0.5, "a verdict on the cache")
+        await running.send(2, 8)
+        await until(lambda: len(running.scores) == 2 + 8, "the end of a response")
+        assert len(engine.scored) == 1
+        await running.send(SENTINEL_EVERY, 3, end=False)
+        await until(lambda: len(running.scores) == 2 + 8 + 2, "the cut points of a sentinel at 4 and 8")
+        await running.send(3, 3, end=False)
+        await running.dispatcher.to_role.put(m.Resume(1))
+        await running.all_scored()
 
-    asyncio.run(run())
 
-
-def test_a_reset_forgets() -> None:
-    async def run() -> None:
-        async with FaultyEngine() as engine, teacher(engine) as running:
-            engine.fault = "hang"
-            await running.send(0, 3)
-            await until(lambda: bool(engine.scored), "a batch under way")
-            await running.dispatcher.to_role.put(m.Reset(5))
-            await until(lambda: bool(running.dispatcher.of(m.ResetDone)), "its answer")
-            engine.fault = None
-            running.sent.clear()
-            await running.send(7, 3)
-            await running.all_scored()
-
-    asyncio.run(run())
+async def test_a_reset_forgets() -> None:
+    async with FaultyEngine() as engine, teacher(engine) as running:
+        engine.fault = "hang"
+        await running.send(0, 3)
+        await until(lambda: bool(engine.scored), "a batch under way")
+        await running.dispatcher.to_role.put(m.Reset(5))
+        await until(lambda: bool(running.dispatcher.of(m.ResetDone)), "its answer")
+        engine.fault = None
+        running.sent.clear()
+        await running.send(7, 3)
+        await running.all_scored()

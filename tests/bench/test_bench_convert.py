@@ -17,7 +17,9 @@ def test_a_round_trip_is_measured(tmp_path: Path) -> None:
 
 
 def test_the_table_has_a_line_per_command() -> None:
-    rows = [convert.Row("hf-to-megatron", 100.0, 1.0, 350.0, 250.0, 1.0)]
+    rows = [
+        convert.Row(command="hf-to-megatron", model_mib=100.0, seconds=1.0, peak_mib=350.0, base_mib=250.0, copies=1.0)
+    ]
     header, line = convert.table(rows).splitlines()
     assert "copies" in header
     assert line.split() == ["hf-to-megatron", "100.0", "1.0", "350", "250", "1.00"]

@@ -27,11 +27,11 @@ NOTHING = np.zeros(0, np.float32)
 
 def batch(*works: Work) -> Batch:
     ids = np.zeros(0, np.int64)
-    return Batch(list(works), ids, ids, ids, [], None, None)
+    return Batch(works=list(works), input_ids_T=ids, positions_T=ids, slots_T=ids, groups=[], sample=None, score=None)
 
 
 def request(tokens: int, prompt_done: bool) -> Request:
-    made = Request("0000000000000007-x", [3] * tokens, SamplingParams(), LogprobSpec())
+    made = Request(rid="0000000000000007-x", input_ids=[3] * tokens, params=SamplingParams(), logprob=LogprobSpec())
     made.prompt_done = prompt_done
     return made
 
@@ -55,7 +55,22 @@ def test_a_response_ends_where_the_lengths_say() -> None:
 def test_a_step_of_the_learner_takes_what_the_virtual_one_does() -> None:
     cost = SMALL.workload().train
     lengths, rows = np.array([100, 40], np.int32), np.arange(90, dtype=np.int32)
-    step = m.Train(0, 0, True, 90, EMPTY, EMPTY, EMPTY, EMPTY, lengths, rows, NOTHING, NOTHING, NOTHING, EMPTY)
+    step = m.Train(
+        version=0,
+        part=0,
+        last=True,
+        loss_tokens=90,
+        mb_tokens=EMPTY,
+        mb_sequences=EMPTY,
+        mb_rows=EMPTY,
+        token_ids=EMPTY,
+        sequence_lengths=lengths,
+        rows=rows,
+        behaviour_logprobs=NOTHING,
+        teacher_logprobs=NOTHING,
+        advantages=NOTHING,
+        staleness=EMPTY,
+    )
     assert step_seconds(cost, step) == pytest.approx(cost.floor_s + cost.segment_s(100, 60) + cost.segment_s(40, 30))
 
 

@@ -16,7 +16,7 @@ from opd_async.scheduling.assembly import Segment
 from opd_async.scheduling.packing import micro_batch
 from opd_async.transport.step_batch import MicroBatch
 
-SMALL = Case(32, 8, http=False, response_tokens=200, slots=4, step_tokens=800, seconds=0.1)
+SMALL = Case(chunk_tokens=32, event_tokens=8, http=False, response_tokens=200, slots=4, step_tokens=800, seconds=0.1)
 
 
 @pytest.mark.parametrize("http", [False, True], ids=["in process", "HTTP"])
@@ -36,7 +36,22 @@ def batch(prompt: int, start: int, end: int) -> MicroBatch:
     ids = np.concatenate([prompts()[prompt].token_ids, TOKENS[PROMPT_TOKENS : PROMPT_TOKENS + end]])
     new = slice(PROMPT_TOKENS + start, PROMPT_TOKENS + end)
     versions = np.zeros(end - start, np.int32)
-    return micro_batch([Segment(0, PROMPT_TOKENS, start, end, False, ids, LOGPROBS[new], SCORES[new], versions)], 0)
+    return micro_batch(
+        [
+            Segment(
+                sample_id=0,
+                prompt_tokens=PROMPT_TOKENS,
+                start=start,
+                end=end,
+                complete=False,
+                token_ids=ids,
+                behaviour_logprobs=LOGPROBS[new],
+                teacher_logprobs=SCORES[new],
+                versions=versions,
+            )
+        ],
+        0,
+    )
 
 
 def test_the_account_adds_up() -> None:

@@ -30,9 +30,14 @@ def inputs(tmp_path: Path) -> Inputs:
         (tmp_path / name).write_text('{"prompt": "1", "label": "2", "completion": "3"}\n')
     step = tmp_path / "teacher" / "step-1"
     step.mkdir(parents=True)
-    files = [tmp_path / f"{name}.jsonl" for name in ("train", "held_out", "given")]
-    models = [ADDITION / "models" / name for name in ("student", "teacher")]
-    return Inputs(files[0], files[1], *models, files[2], tmp_path / "teacher")
+    return Inputs(
+        train=tmp_path / "train.jsonl",
+        held_out=tmp_path / "held_out.jsonl",
+        student=ADDITION / "models" / "student",
+        teacher=ADDITION / "models" / "teacher",
+        given=tmp_path / "given.jsonl",
+        teacher_checkpoint=tmp_path / "teacher",
+    )
 
 
 def topology_of(cell: Cell, inputs: Inputs, out: Path) -> Topology:
@@ -82,7 +87,7 @@ def a_run(out: Path, cell: Cell, sampled: float) -> Outcome:
 
 
 def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
-    cell = Cell("methods", "short", "opd", 0, 2e-3)
+    cell = Cell(part="methods", regime="short", method="opd", seed=0, lr=2e-3)
     assert outcome(cell, tmp_path) is None
     found = a_run(tmp_path, cell, 0.9)
     assert found.steps == [0, 20, 40] and found.sampled == [0.5, 0.4, 0.9]
@@ -91,7 +96,7 @@ def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
 
 
 def test_seeds_are_averaged_and_their_range_is_shown(tmp_path: Path) -> None:
-    cell = Cell("methods", "short", "opd", 0, 2e-3)
+    cell = Cell(part="methods", regime="short", method="opd", seed=0, lr=2e-3)
     runs = [
         a_run(tmp_path, dataclasses.replace(cell, seed=seed), sampled) for seed, sampled in enumerate((0.8, 0.9, 0.85))
     ]

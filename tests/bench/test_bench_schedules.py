@@ -98,7 +98,7 @@ def test_partial_rollouts_wait_for_nobody_and_stop_when_a_batch_is_there() -> No
 
 
 def test_ages_in_budgets_are_what_was_trained_since() -> None:
-    account = Account(SMALL)
+    account = Account(workload=SMALL)
     for taken in (100, 300, 200):
         account.stepped(OpenStep(taken=taken))
     account.aged(3, np.array([0, 2, 2, 3]))
@@ -127,7 +127,12 @@ def test_a_table_a_file_and_a_picture(
 def test_a_sweep_is_measured_and_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chunks = sweeps.Sweep("chunk", (32, 256), lambda n: dataclasses.replace(SMALL, chunk_tokens=int(n)), (sync(),))
+    chunks = sweeps.Sweep(
+        title="chunk",
+        values=(32, 256),
+        workload=lambda n: dataclasses.replace(SMALL, chunk_tokens=int(n)),
+        rules=(sync(),),
+    )
     monkeypatch.setattr(sweeps, "SWEEPS", {"chunk": chunks})
     monkeypatch.setattr(sweeps, "STEPS", 2)
     figures, picture = tmp_path / "figures.json", tmp_path / "picture.png"
@@ -139,7 +144,14 @@ def test_a_sweep_is_measured_and_drawn(
 
 
 def test_a_sweep_over_ages_changes_the_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
-    ages = sweeps.Sweep("S, steps", (0, 2), lambda _: SMALL, (deadline_cuts(0),), "age_max", ages=True)
+    ages = sweeps.Sweep(
+        title="S, steps",
+        values=(0, 2),
+        workload=lambda _: SMALL,
+        rules=(deadline_cuts(0),),
+        figure="age_max",
+        ages=True,
+    )
     monkeypatch.setattr(sweeps, "STEPS", 3)
     assert sweeps.measure(ages) == {"deadline_cuts": [(0, 0), (2, 2)]}
 

@@ -27,7 +27,7 @@ from deadlines import patience
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-from opd_async.actors.client.engine_client import EngineClient, Sampling
+from opd_async.actors.client.engine_client import Endpoint, EngineClient, Sampling
 from opd_async.config.topology import EngineKind, EngineSection
 from opd_async.engines.command import engine_command, engine_environment
 from opd_async.engines.sglang import installed_version, keys_yaml
@@ -95,7 +95,14 @@ def prompt(length: int, seed: int) -> NDArray[np.int32]:
 
 def sampling(max_new_tokens: int, stream_interval: int = 16) -> Sampling:
     """At temperature 1, until `max_new_tokens`."""
-    return Sampling(1.0, 1.0, -1, max_new_tokens, (), stream_interval)
+    return Sampling(
+        temperature=1.0,
+        top_p=1.0,
+        top_k=-1,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=(),
+        stream_interval=stream_interval,
+    )
 
 
 @dataclass(slots=True)
@@ -124,7 +131,8 @@ class Server:
     async def client(self, topk: int = 0) -> AsyncIterator[EngineClient]:
         """The actors' own client."""
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            yield EngineClient(session, self.url, VOCAB, API_KEY, ADMIN_KEY, topk)
+            endpoint = Endpoint(url=self.url, api_key=API_KEY, admin_api_key=ADMIN_KEY)
+            yield EngineClient(session, endpoint, VOCAB, topk)
 
 
 @contextmanager

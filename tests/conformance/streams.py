@@ -13,7 +13,8 @@ from server_under_test import sampling
 
 from opd_async.actors.client.engine_client import EngineClient
 from opd_async.actors.client.replies import Delta
-from opd_async.actors.rollout.draining import drain
+from opd_async.actors.rollout.abort_and_collect import abort_and_collect
+from opd_async.clock import Clock
 
 
 @dataclass(eq=False)
@@ -81,7 +82,7 @@ class Crowd:
 
     async def drain(self) -> None:
         """As a rollout actor drains its engine."""
-        await drain(self.client, lambda: [s for s in self.streams if s.open], self.changed, 60.0)
+        await abort_and_collect(self.client, lambda: [s for s in self.streams if s.open], self.changed, 60.0, Clock())
 
     async def finish(self) -> None:
         """Read all to their ends."""

@@ -12,7 +12,7 @@ from server_under_test import ADMIN_KEY, API_KEY, CONTEXT, VERSION, VOCAB, Serve
 from streams import Crowd, Stream
 from transformers import PreTrainedModel
 
-from opd_async.actors.client.engine_client import EngineClient
+from opd_async.actors.client.engine_client import Endpoint, EngineClient
 from opd_async.errors import EngineError
 from opd_async.transport.messages import Finish
 
@@ -54,7 +54,7 @@ def test_a_slow_reader_loses_nothing(server: Server, first: PreTrainedModel) -> 
     check_logprobs(slow, first)
 
 
-def test_a_drained_server_has_sent_every_token(server: Server, first: PreTrainedModel) -> None:
+async def test_a_drained_server_has_sent_every_token(server: Server, first: PreTrainedModel) -> None:
     async def run() -> tuple[list[Stream], list[int]]:
         async with server.client() as client:
             crowd = Crowd(client)
@@ -75,32 +75,30 @@ def test_a_drained_server_has_sent_every_token(server: Server, first: PreTrained
                 cached.append(len(stream.ids) - reply["meta_info"]["cached_tokens"])
             return crowd.streams, cached
 
-    streams, computed = asyncio.run(run())
+    streams, computed = await run()
     for stream in streams:
         assert 20 <= len(stream.tokens) < 400
         check_logprobs(stream, first)
     assert max(computed) <= 2
 
 
-def test_a_request_that_comes_during_a_drain_is_drained_too(server: Server) -> None:
-    async def run() -> None:
-        async with server.client() as client:
-            crowd = Crowd(client)
-            crowd.start(*(Stream(client, prompt(20, i), 400) for i in range(4)))
-            await crowd.until_each_has(1)
-            drained = asyncio.create_task(crowd.drain())
-            crowd.start(*(Stream(client, prompt(300, i), 200) for i in range(4, 8)))
-            await drained
-            assert not any(stream.open for stream in crowd.streams)
-            await crowd.finish()
-
-    asyncio.run(run())
+async def test_a_request_that_comes_during_a_drain_is_drained_too(server: Server) -> None:
+    async with server.client() as client:
+        crowd = Crowd(client)
+        crowd.start(*(Stream(client, prompt(20, i), 400) for i in range(4)))
+        await crowd.until_each_has(1)
+        drained = asyncio.create_task(crowd.drain())
+        crowd.start(*(Stream(client, prompt(300, i), 200) for i in range(4, 8)))
+        await drained
+        assert not any(stream.open for stream in crowd.streams)
+        await crowd.finish()
 
 
-def test_both_keys_are_asked_for_and_neither_opens_the_others_doors(server: Server) -> None:
+async def test_both_keys_are_asked_for_and_neither_opens_the_others_doors(server: Server) -> None:
     async def refused(api_key: str | None, admin_key: str | None, control: bool) -> bool:
         async with aiohttp.ClientSession() as session:
-            client = EngineClient(session, server.url, VOCAB, api_key, admin_key)
+            endpoint = Endpoint(url=server.url, api_key=api_key, admin_api_key=admin_key)
+            client = EngineClient(session, endpoint, VOCAB)
             try:
                 await (client.resume() if control else client.score([(prompt(4, 0), 1)]))
             except EngineError as error:
@@ -112,17 +110,17 @@ def test_both_keys_are_asked_for_and_neither_opens_the_others_doors(server: Serv
         pairs = [(API_KEY, ADMIN_KEY), (ADMIN_KEY, API_KEY), (None, None)]
         return [await refused(*pair, control) for pair in pairs for control in (False, True)]
 
-    assert asyncio.run(run()) == [False, False, True, True, True, True]
+    assert await run() == [False, False, True, True, True, True]
 
 
-def test_a_stream_that_cannot_be_is_an_error_with_the_reason(server: Server) -> None:
+async def test_a_stream_that_cannot_be_is_an_error_with_the_reason(server: Server) -> None:
     async def run() -> None:
         async with server.client() as client:
             async for _ in client.stream("0" * 32, prompt(CONTEXT, 0), sampling(100), "0"):
                 raise AssertionError("tokens beyond the context")
 
     with pytest.raises(EngineError, match="context"):
-        asyncio.run(run())
+        await run()
 
 
 if VERSION is None or VERSION >= (0, 5, 20):  # the older one cannot tell its load on a CPU

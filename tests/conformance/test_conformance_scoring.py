@@ -64,11 +64,8 @@ def test_a_refused_request_is_an_error_with_the_reason(server: Server) -> None:
         score(server, [(prompt(CONTEXT + 20, 1), 1)])
 
 
-def test_the_canary_is_content(server: Server) -> None:
-    async def run() -> None:
-        async with server.client() as client:
-            canary = Canary(client, VOCAB)
-            await canary.check()
-            await canary.check()
-
-    asyncio.run(run())
+async def test_the_canary_is_content(server: Server) -> None:
+    async with server.client() as client:
+        canary = Canary(client, VOCAB)
+        await canary.check()
+        await canary.check()

@@ -74,7 +74,7 @@ if VERSION is None or VERSION >= (0, 5, 21):  # older ones have no update sessio
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["in_place", "retract"])
-def test_drained_responses_go_on(
+async def test_drained_responses_go_on(
     server: Server, trainer: Trainer, first: PreTrainedModel, second: PreTrainedModel, keep: bool
 ) -> None:
     """With the cache key of the first request (in_place) the old keys and values are used, with a new one none are."""
@@ -94,7 +94,7 @@ def test_drained_responses_go_on(
             await after.finish()
             return before.streams, after.streams, new
 
-    before, after, new = asyncio.run(run())
+    before, after, new = await run()
     worst = 0.0
     for began, went_on in zip(before, after, strict=True):
         assert {delta.weight_version for delta in began.deltas} == {str(old)}

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 ORDER: dict[str, tuple[str, ...]] = {
     "opd_async": (
-        *("errors", "extras", "hooks", "files", "keys", "signals", "process", "config", "estimators", "transport"),
+        *("errors", "extras", "hooks", "clock", "files", "keys", "signals", "process", "config", "estimators"),
+        *("transport",),
         *("scheduling", "data", "engines", "plan", "telemetry", "forecast", "role", "cluster", "run", "checks"),
         *("options", "door", "command", "launch", "cli"),
     ),

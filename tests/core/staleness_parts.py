@@ -18,6 +18,7 @@ from opd_async.scheduling.outbox import Outbox
 from opd_async.scheduling.routing import rendezvous
 from opd_async.scheduling.score_batches import ScoreItem, TokenBudgetBatcher
 from opd_async.transport import messages as m
+from opd_async.transport.owed import OwedSample
 
 
 @dataclass(slots=True)
@@ -36,10 +37,19 @@ class SimActor:
         """Take a lease."""
         prompt = prompt_of(spec.sample_id)
         kind = m.LeaseKind.TRAIN.value
-        lease = m.Lease(spec.sample_id, spec.attempt, spec.prompt_index, kind, 1.0, "", prompt, spec.prefix)
+        lease = m.Lease(
+            sample_id=spec.sample_id,
+            attempt=spec.attempt,
+            prompt_id=spec.prompt_index,
+            kind=kind,
+            temperature=1.0,
+            label="",
+            prompt=prompt,
+            prefix=spec.prefix,
+        )
         teacher = rendezvous(spec.prompt_index, range(len(self.wires)))
         self.outbox.open(spec.sample_id, spec.attempt, teacher, prompt, spec.prefix)
-        self.live[spec.sample_id] = Generation(lease, "", self.student)
+        self.live[spec.sample_id] = Generation(lease=lease, rid="", student=self.student)
 
     def generate(self, oracle: Oracle, pick: int, tokens: int, chunk_tokens: int, now: int) -> m.LeaseDone | None:
         """Some new tokens of one response; tells when that ends it."""
@@ -62,18 +72,18 @@ class SimActor:
         """Send the chunks that are due."""
         for chunk in generation.due_chunks(chunk_tokens, self.index):
             outgoing = self.outbox.add(chunk, now)
-            self.wires[self.outbox.teacher_of(chunk.sample_id)].append(outgoing)
+            self.wires[self.outbox.route_of(chunk.sample_id)].append(outgoing)
 
     def send_again(self, pairs: list[tuple[int, m.Chunk]]) -> None:
         """Chunks that the outbox wants to see sent again."""
         for teacher, chunk in pairs:
             self.wires[teacher].append(chunk)
 
-    def pause(self, now: int) -> list[tuple[int, int, int]]:
+    def pause(self, now: int) -> list[OwedSample]:
         """Flush everything; returns the tokens that exist."""
         for generation in self.live.values():
             self.flush(generation, 1, now)
-        return self.outbox.ends()
+        return self.outbox.owed()
 
     def handle(self, message: Any, now: int) -> None:
         """One message of the dispatcher."""

@@ -32,6 +32,7 @@ from opd_async.scheduling.filled_steps import FilledSteps
 from opd_async.scheduling.leases import LeaseBook, PromptOrder
 from opd_async.scheduling.step_policy import DeadlineCuts, Planner, WholeSamples
 from opd_async.transport import messages as m
+from opd_async.transport.owed import OwedSample
 
 RESEND_AFTER = 40
 ATTEMPTS_PER_RECOVERY = 1000
@@ -105,8 +106,8 @@ class Simulation:
         self._training: tuple[int, bool] | None = None
         self._started: int | None = None
         self._save_next = False
-        self._owed: list[tuple[int, int, int]] | None = None
-        self._next_owed: list[tuple[int, int, int]] = []
+        self._owed: list[OwedSample] | None = None
+        self._next_owed: list[OwedSample] = []
         self._open(state.version)
 
     def run(self, schedule: bytes) -> None:
@@ -259,7 +260,9 @@ class Simulation:
         for actor in self._up():
             mine = np.array([row for row in rows if row[2] == actor.index], np.int64).reshape(-1, 4)
             attempts, actors, ends = (mine[:, i].astype(np.int32) for i in (1, 2, 3))
-            actor.control.append(m.Acks(0, 0, mine[:, 0], attempts, actors, ends))
+            actor.control.append(
+                m.Acks(next_step=0, ready_tokens=0, sample_ids=mine[:, 0], attempts=attempts, actors=actors, ends=ends)
+            )
 
     def to_actor(self, argument: int) -> None:
         """A rollout actor handles one message of the dispatcher."""

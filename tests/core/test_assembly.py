@@ -12,6 +12,7 @@ from scored_chunks import PROMPT, context_to, held, scored, token_ids
 
 from opd_async.scheduling.assembly import Assembler, Sample, Verdict
 from opd_async.scheduling.intervals import IntervalSet
+from opd_async.transport.owed import OwedSample
 
 NONE = np.zeros(0, np.float32)
 
@@ -239,16 +240,16 @@ def test_settled_waits_for_owed_tokens() -> None:
     box = assembler()
     assert box.settled(-1)
     assert not box.settled(0)
-    box.mark(0, [(3, 0, 4), (5, 0, 0)])
+    box.mark(0, [OwedSample(3, 0, 4), OwedSample(5, 0, 0)])
     assert not box.settled(0)
     assert box.settled(-1)
     held(box, 3, 2)
     assert not box.settled(0)
-    assert box.owed() == {3: (0, 4)}
+    assert box.owed() == [OwedSample(3, 0, 4)]
     held(box, 3, 4)
     assert box.settled(0)
     assert not box.settled(1)
-    assert box.owed() == {}
+    assert box.owed() == []
 
 
 def test_what_was_trained_or_given_up_is_not_owed() -> None:
@@ -256,7 +257,7 @@ def test_what_was_trained_or_given_up_is_not_owed() -> None:
     held(box, 3, 4, finish="stop")
     box.take(box.samples[3])
     held(box, 5, 2)
-    box.mark(0, [(3, 0, 4), (5, 0, 6)])
+    box.mark(0, [OwedSample(3, 0, 4), OwedSample(5, 0, 6)])
     assert not box.settled(0)
     box.give_up_attempt(5, 0)
     assert box.settled(0)
@@ -264,7 +265,7 @@ def test_what_was_trained_or_given_up_is_not_owed() -> None:
 
 def test_marks_settle_in_order() -> None:
     box = assembler()
-    box.mark(0, [(3, 0, 2)])
+    box.mark(0, [OwedSample(3, 0, 2)])
     box.mark(1, [])
     assert not box.settled(1)
     held(box, 3, 2)

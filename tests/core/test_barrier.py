@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from opd_async.run.barrier import Barrier
+from opd_async.run.barrier import Barrier, BarrierState
 from opd_async.transport import messages as m
 
 
@@ -26,33 +26,27 @@ def dispatcher() -> Any:
 
 
 @pytest.mark.parametrize("drain_first", [True, False])
-def test_a_returning_engine_does_not_open_what_was_drained(drain_first: bool) -> None:
-    async def run() -> None:
-        barrier = Barrier(dispatcher())
-        await barrier.open(1)
-        if drain_first:
-            await barrier.close(drain=True)
-        await barrier.close()  # the update that the returning engine asked for
-        if not drain_first:
-            await barrier.close(drain=True)
-        await barrier.open(1, new=False)
-        assert not barrier.generating
-        await barrier.open(2)
-        assert barrier.generating and not barrier.drained
-
-    asyncio.run(run())
+async def test_a_returning_engine_does_not_open_what_was_drained(drain_first: bool) -> None:
+    barrier = Barrier(dispatcher())
+    await barrier.open(1)
+    if drain_first:
+        await barrier.close(drain=True)
+    await barrier.close()  # the update that the returning engine asked for
+    if not drain_first:
+        await barrier.close(drain=True)
+    await barrier.open(1, new=False)
+    assert barrier.state is BarrierState.DRAINED
+    await barrier.open(2)
+    assert barrier.state is BarrierState.OPEN
 
 
-def test_without_a_drain_a_returning_engine_opens() -> None:
-    async def run() -> None:
-        fake = dispatcher()
-        barrier = Barrier(fake)
-        await barrier.open(1)
-        await barrier.close()
-        await barrier.open(1, new=False)
-        assert barrier.generating
-        assert [message.version for message in fake.sent if isinstance(message, m.Resume)] == [
-            1
-        ] * 4  # teachers hear it too
-
-    asyncio.run(run())
+async def test_without_a_drain_a_returning_engine_opens() -> None:
+    fake = dispatcher()
+    barrier = Barrier(fake)
+    await barrier.open(1)
+    await barrier.close()
+    await barrier.open(1, new=False)
+    assert barrier.state is BarrierState.OPEN
+    assert [message.version for message in fake.sent if isinstance(message, m.Resume)] == [
+        1
+    ] * 4  # teachers hear it too

@@ -189,12 +189,12 @@ def unbelievable(plan: Plan) -> list[tuple[str, Any]]:
 
 def state_of(dispatcher: Dispatcher) -> bytes:
     """Everything that a message could change."""
-    book, barrier, mailbox = dispatcher.book, dispatcher.barrier, dispatcher.mailbox
-    names = ("version", "_up", "_heard", "engine_group", "_admitting", "resetting", "_incarnations")
-    ours = {name: getattr(dispatcher, name) for name in names}
+    run, barrier, mailbox = dispatcher.state, dispatcher.barrier, dispatcher.mailbox
+    ours = {name: getattr(dispatcher, name) for name in ("_up", "_heard", "_incarnations")}
+    ours |= {name: getattr(run, name) for name in ("version", "engine_group", "resetting")}
     roles = {name: totals.now for name, totals in dispatcher.ledger.roles.items() if name != "launcher"}
-    gate = (barrier.generating, barrier.drained, barrier._owed, barrier._expected)
-    return pickle.dumps((vars(book), ours, roles, gate, mailbox._unread, dispatcher.failed.done()))
+    gate = (barrier.state, barrier._owed, barrier._expected, dispatcher.leasing._admitting)
+    return pickle.dumps((vars(run.book), ours, roles, gate, mailbox._unread, dispatcher.failed.done()))
 
 
 def test_the_dispatcher_believes_nothing_that_cannot_be(tmp_path: Path) -> None:
@@ -203,15 +203,15 @@ def test_the_dispatcher_believes_nothing_that_cannot_be(tmp_path: Path) -> None:
     async def main() -> None:
         with zmq.asyncio.Context() as context:
             prompt = Prompt(0, np.ones(2, np.int32), "x", {})
-            ledger = Ledger(plan)
+            ledger = Ledger(plan=plan)
             mix = Mix(CompletionSet().completions, 1.0, 0, False)
             fleet: Any = Fleet(plan)
             dispatcher = Dispatcher(plan, fleet, ledger, RoleMetrics("launcher"), context, [prompt], mix)
             dispatcher.close()
             state = m.Frontier(5, np.zeros((0, 2), np.int64), np.zeros(0, np.int64), *2 * [np.zeros(0, np.int32)])
-            dispatcher.book = book_of(plan, state)
-            dispatcher.version = 5
-            assert dispatcher.book.lease("rollout-0", 5) is not None
+            dispatcher.state.book = book_of(plan, state)
+            dispatcher.state.version = 5
+            assert dispatcher.state.book.lease("rollout-0", 5) is not None
             letters = unbelievable(plan)
             before = state_of(dispatcher)
             post: Any = Post(letters)

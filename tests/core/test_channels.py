@@ -49,7 +49,9 @@ def play(scene: Callable[[zmq.asyncio.Context, str], Coroutine[Any, Any, None]])
 
 def lease(sample_id: int, tokens: int = 3) -> Lease:
     ids = np.arange(tokens, dtype=np.int32)
-    return Lease(sample_id, 0, 0, "train", 1.0, "", ids, ids[:0])
+    return Lease(
+        sample_id=sample_id, attempt=0, prompt_id=0, kind="train", temperature=1.0, label="", prompt=ids, prefix=ids[:0]
+    )
 
 
 async def hello(client: ControlClient, server: ControlServer, name: str, incarnation: str) -> None:

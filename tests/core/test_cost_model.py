@@ -65,7 +65,12 @@ def test_a_prefix_in_the_cache_costs_attention_only() -> None:
 
 def test_no_room_for_a_cache_beside_weights_that_do_not_fit() -> None:
     assert engine_cache_tokens(QWEN3_32B, H100) > 0
-    assert engine_cache_tokens(Decoder(80, 8192, 64, 8, 128, 28672, 128256), H100) == 0
+    assert (
+        engine_cache_tokens(
+            Decoder(layers=80, hidden=8192, heads=64, kv_heads=8, head_dim=128, ffn=28672, vocab=128256), H100
+        )
+        == 0
+    )
 
 
 def test_a_config_file_is_read(tmp_path: Path) -> None:

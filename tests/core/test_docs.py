@@ -276,7 +276,9 @@ def test_every_column_of_a_step_is_listed(tmp_path: Path) -> None:
     stats, ages = describe_step([], 0)
     stats |= describe_rewards([Outcome(0, 1.0, 3)])
     nobody = np.zeros(0, np.int64)
-    started = messages.StepStarted(0, stats, ages, nobody, nobody, nobody)
+    started = messages.StepStarted(
+        version=0, stats=stats, staleness_counts=ages, taken_ids=nobody, taken_ends=nobody, taken_complete=nobody
+    )
     plan: Any = SimpleNamespace(run_folder=tmp_path, topology=Topology.model_validate(LEAST), of_kind=lambda _: ())
     ledger = Ledger(plan=plan)
     ledger.rewind(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -38,24 +37,21 @@ def test_unusable(info: dict[str, Any], problem: str) -> None:
     assert problem in str(info_problem(info, SECTION))
 
 
-def test_asked_over_http_with_the_key() -> None:
+async def test_asked_over_http_with_the_key() -> None:
     async def answer(request: web.Request) -> web.Response:
         if request.headers.get("Authorization") != "Bearer user":
             return web.Response(status=401)
         return web.json_response(GOOD[1])
 
-    async def run() -> list[str | None]:
-        app, (port, silent) = web.Application(), free_ports("127.0.0.1", 2)
-        app.router.add_get("/server_info", answer)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        keyed = SECTION.model_copy(update={"api_key": "user"})
-        pairs = [(port, keyed), (port, SECTION), (silent, SECTION)]
-        found = [await engine_problem(f"http://127.0.0.1:{one}", section) for one, section in pairs]
-        await runner.cleanup()
-        return found
-
-    good, refused, silent = asyncio.run(run())
+    app, (port, silent) = web.Application(), free_ports("127.0.0.1", 2)
+    app.router.add_get("/server_info", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    keyed = SECTION.model_copy(update={"api_key": "user"})
+    pairs = [(port, keyed), (port, SECTION), (silent, SECTION)]
+    found = [await engine_problem(f"http://127.0.0.1:{one}", section) for one, section in pairs]
+    await runner.cleanup()
+    good, refused, silent = found
     assert good is None and refused == "answers /server_info with HTTP 401"
     assert str(silent).startswith("does not answer /server_info")

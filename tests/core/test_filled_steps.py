@@ -6,6 +6,7 @@ from scored_chunks import held
 
 from opd_async.scheduling.assembly import Assembler
 from opd_async.scheduling.filled_steps import PARTS, FilledSteps
+from opd_async.transport.owed import OwedSample
 
 
 def assembler() -> Assembler:
@@ -60,7 +61,7 @@ def test_an_ended_response_that_is_due_goes_whatever_room_is_left() -> None:
 def test_a_step_does_not_close_while_old_tokens_are_under_way() -> None:
     box, planner = assembler(), FilledSteps(PARTS, 1)
     held(box, 1, PARTS, finish="stop")
-    box.mark(0, [(7, 0, 3)])
+    box.mark(0, [OwedSample(7, 0, 3)])
     assert part(planner, box, 1, PARTS) == ([], False)
     held(box, 7, 3)
     assert part(planner, box, 1, PARTS) == ([7, 1], True)
@@ -70,7 +71,7 @@ def test_without_a_bound_nothing_is_cut() -> None:
     box, planner = assembler(), FilledSteps(PARTS, None)
     held(box, 1, 50)
     for version in range(9):
-        box.mark(version, [(8, 0, 4)])
+        box.mark(version, [OwedSample(8, 0, 4)])
     assert part(planner, box, 9, PARTS - 1) == ([], False)
     held(box, 2, 7, finish="stop")
     assert part(planner, box, 9, PARTS - 1) == ([2], True)
@@ -82,7 +83,7 @@ def test_without_staleness_a_full_step_asks_for_a_drain() -> None:
     held(box, 1, PARTS)
     found = planner.round(box, 0, 0)
     assert (found.samples, found.closes, found.drain) == ([], False, True)
-    box.mark(0, [(1, 0, PARTS)])
+    box.mark(0, [OwedSample(1, 0, PARTS)])
     assert part(planner, box, 0, 0) == ([1], True)
 
 

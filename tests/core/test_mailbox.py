@@ -50,7 +50,7 @@ def test_none_is_a_message() -> None:
 
 def test_the_deadline_names_who_was_waited_for() -> None:
     async def scene(box: Mailbox) -> None:
-        with pytest.raises(DeadlineError, match="waited 0 s for rollout-3 to pause in vain"):
+        with pytest.raises(DeadlineError, match="timed out after 0 s waiting for rollout-3 to pause"):
             await box.expect("a", 0.01, "rollout-3 to pause")
         box.deliver("a", 1)
         assert await box.expect("a", LONG_S, "x") == 1

@@ -122,18 +122,14 @@ def test_a_taken_port_is_an_error() -> None:
             pass
 
 
-def test_loop_lag_is_observed() -> None:
+async def test_loop_lag_is_observed() -> None:
     metrics = RoleMetrics("rollout")
-
-    async def main() -> None:
-        lag = asyncio.create_task(loop_lag(metrics["opd_rollout_loop_lag_seconds"], interval_s=0.0))
-        for _ in range(10):
-            await asyncio.sleep(0)
-        lag.cancel()
-        await asyncio.wait([lag])
-        assert lag.cancelled()
-
-    asyncio.run(main())
+    lag = asyncio.create_task(loop_lag(metrics["opd_rollout_loop_lag_seconds"], interval_s=0.0))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    lag.cancel()
+    await asyncio.wait([lag])
+    assert lag.cancelled()
     assert samples(generate_latest(metrics.registry).decode())["opd_rollout_loop_lag_seconds_count"] > 1
 
 

@@ -37,14 +37,14 @@ def test_the_first_chunk_carries_its_context_and_later_ones_do_not() -> None:
     assert context(box.add(chunk(1, 0, 3), 0.0)) == PROMPT.tolist()
     assert box.add(chunk(1, 3, 5), 0.0).context is None
     assert box.unacknowledged == 2
-    assert box.teacher_of(1) == 0
+    assert box.route_of(1) == 0
 
 
 def test_an_attempt_behind_a_prefix_starts_with_all_of_it() -> None:
     box = opened(prefix=4, attempt=2)
-    assert box.ends() == [(1, 2, 4)]
+    assert box.owed() == [(1, 2, 4)]
     assert context(box.add(chunk(1, 4, 6, attempt=2), 0.0)) == context_to(4).tolist()
-    assert box.ends() == [(1, 2, 6)]
+    assert box.owed() == [(1, 2, 6)]
 
 
 def test_acknowledged_chunks_leave_and_the_sample_with_its_end() -> None:
@@ -57,14 +57,14 @@ def test_acknowledged_chunks_leave_and_the_sample_with_its_end() -> None:
     assert box.unacknowledged == 1, "the intake holds all tokens, but not that they are all"
     box.acknowledge(1, 0, 6, 1.0)
     assert box.unacknowledged == 0
-    assert box.ends() == []
+    assert box.owed() == []
 
 
 def test_a_sample_under_way_stays_when_everything_is_acknowledged() -> None:
     box = opened()
     box.add(chunk(1, 0, 3), 0.0)
     box.acknowledge(1, 0, 3, 1.0)
-    assert box.ends() == [(1, 0, 3)]
+    assert box.owed() == [(1, 0, 3)]
     assert box.add(chunk(1, 3, 4), 2.0).context is None
 
 
@@ -116,9 +116,9 @@ def test_cleared_samples_are_gone() -> None:
     box = opened()
     box.open(2, 0, 0, PROMPT, NOTHING)
     box.add(chunk(1, 0, 2), 0.0)
-    assert box.ends() == [(1, 0, 2), (2, 0, 0)]
+    assert box.owed() == [(1, 0, 2), (2, 0, 0)]
     box.clear()
-    assert box.ends() == []
+    assert box.owed() == []
     assert box.overdue(99.0, 1.0) == []
 
 
@@ -163,7 +163,7 @@ def test_whatever_is_lost_the_intake_gets_everything(sizes: list[int], moves: li
             received = deliver()
             box.acknowledge(1, 0, received, now)
     assert received == last
-    assert box.ends() == []
+    assert box.owed() == []
 
 
 def test_what_is_kept_carries_no_context() -> None:

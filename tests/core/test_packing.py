@@ -25,16 +25,16 @@ def segment(sample_id: int, prompt: int, start: int, count: int, k: int = 0, rew
     end = start + count
     rng = np.random.default_rng(sample_id)
     return Segment(
-        sample_id,
-        prompt,
-        start,
-        end,
-        bool(rng.integers(2)),
-        (1000 * sample_id + np.arange(prompt + end)).astype(np.int32),
-        rng.uniform(-5, 0, count).astype(np.float32),
-        rng.uniform(-5, 0, count).astype(np.float32),
-        np.sort(rng.integers(3, VERSION + 1, count)).astype(np.int32),
-        topk_of(1000 * sample_id + prompt + np.arange(start, end), k) if k else None,
+        sample_id=sample_id,
+        prompt_tokens=prompt,
+        start=start,
+        end=end,
+        complete=bool(rng.integers(2)),
+        token_ids=(1000 * sample_id + np.arange(prompt + end)).astype(np.int32),
+        behaviour_logprobs=rng.uniform(-5, 0, count).astype(np.float32),
+        teacher_logprobs=rng.uniform(-5, 0, count).astype(np.float32),
+        versions=np.sort(rng.integers(3, VERSION + 1, count)).astype(np.int32),
+        topk=topk_of(1000 * sample_id + prompt + np.arange(start, end), k) if k else None,
         reward=_reward(sample_id) if rewarded else None,
     )
 

@@ -126,14 +126,11 @@ def test_elsewhere_than_on_linux_nothing_happens(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stop_event(number: signal.Signals) -> None:
-    async def main() -> None:
-        event = stop_event(asyncio.get_running_loop())
-        assert not event.is_set()
-        os.kill(os.getpid(), number)
-        await asyncio.wait_for(event.wait(), patience(60))
-
-    asyncio.run(main())
+async def test_stop_event(number: signal.Signals) -> None:
+    event = stop_event(asyncio.get_running_loop())
+    assert not event.is_set()
+    os.kill(os.getpid(), number)
+    await asyncio.wait_for(event.wait(), patience(60))
 
 
 def test_leaves_keep_their_order() -> None:

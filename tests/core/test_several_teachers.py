@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +150,7 @@ def test_another_vocabulary_is_named(tmp_path: Path) -> None:
     assert second.startswith("models.teachers.chat.path: its tokenizer.json maps tokens to other ids")
 
 
-def test_a_teacher_is_evaluated_on_its_own_prompts(tmp_path: Path) -> None:
+async def test_a_teacher_is_evaluated_on_its_own_prompts(tmp_path: Path) -> None:
     leases: list[Lease] = []
 
     async def send(lease: Lease) -> None:
@@ -161,6 +160,6 @@ def test_a_teacher_is_evaluated_on_its_own_prompts(tmp_path: Path) -> None:
     prompts = [Prompt(n, np.array([1, 3], np.int32), "b", {}, "math" if n % 3 else "code") for n in range(6)]
     tokenizer = Tokenizer(make_model(tmp_path / "model"))
     evaluator = Evaluator(prompts, tokenizer, EvaluationSection(), 8, send)
-    found = asyncio.run(evaluator.evaluate(LeaseKind.EVAL_TEACHER, 5, 0, 10.0, "code"))
+    found = await evaluator.evaluate(LeaseKind.EVAL_TEACHER, 5, 0, 10.0, "code")
     assert found.prompts == 2 and {(lease.prompt_id, lease.teacher) for lease in leases} == {(0, "code"), (3, "code")}
     assert evaluator.prompts_of("poet", 5) == []

@@ -19,6 +19,7 @@ from staleness_sim import Deadlock, Setup, Simulation, play
 from opd_async.config.topology import TrainOn
 from opd_async.scheduling.assembly import Assembler, Piece, Sample
 from opd_async.scheduling.filled_steps import FilledSteps
+from opd_async.scheduling.marks import Marks
 from opd_async.scheduling.outbox import Outbox
 from opd_async.scheduling.step_policy import DeadlineCuts, Planner, Round, WholeSamples
 
@@ -104,7 +105,7 @@ class Impatient(DeadlineCuts):
     """Does not wait for tokens that exist but are not scored yet."""
 
     def choose(self, assembler: Assembler, version: int) -> list[Sample]:
-        assembler._marks.clear()
+        assembler._marks = Marks()
         assembler.start_at(version + 1)
         return super().choose(assembler, version)
 
@@ -191,7 +192,7 @@ class Hasty(FilledSteps):
     """Closes a step before what its deadline forces is here."""
 
     def round(self, assembler: Assembler, version: int, taken: int) -> Round:
-        assembler._marks.clear()
+        assembler._marks = Marks()
         assembler.start_at(version + 1)
         return super().round(assembler, version, taken)
 

@@ -68,7 +68,21 @@ def over_the_wire(frames: list[wire.Frame]) -> list[bytes]:
 
 def a_chunk(**changes: Any) -> m.Chunk:
     ids, logprobs = np.arange(4, dtype=np.int32), -np.arange(4, dtype=np.float32)
-    chunk = m.Chunk(7, 0, 1, 3, 2, 0, 5, None, "x", 1.5, ids, logprobs, np.arange(2, dtype=np.int32))
+    chunk = m.Chunk(
+        sample_id=7,
+        attempt=0,
+        actor=1,
+        prompt_id=3,
+        prompt_tokens=2,
+        start=0,
+        weight_version=5,
+        finish=None,
+        label="x",
+        made_at=1.5,
+        token_ids=ids,
+        behaviour_logprobs=logprobs,
+        context=np.arange(2, dtype=np.int32),
+    )
     return dataclasses.replace(chunk, **changes)
 
 
@@ -199,7 +213,8 @@ def test_array_layouts_are_checked(entry: Any) -> None:
 
 @pytest.mark.parametrize("shape", [[0, 2**62], [0, 2**64 - 1], [2**62, 0]])
 def test_impossible_shapes_are_refused(shape: list[int]) -> None:
-    frames = encode(m.Frontier(0, np.zeros((0, 2), np.int64), *(np.zeros(0, np.int32),) * 3))
+    nothing = np.zeros(0, np.int32)
+    frames = encode(m.Frontier(0, np.zeros((0, 2), np.int64), nothing, nothing, nothing))
     layout = header_of(frames)[3]
     with pytest.raises(WireError, match="shape"):
         decode(with_header(frames, 3, [["completed", "<i8", shape], *layout[1:]]))

@@ -9,6 +9,7 @@ from scored_chunks import scored
 
 from opd_async.scheduling.assembly import Assembler
 from opd_async.scheduling.step_policy import DeadlineCuts
+from opd_async.transport.owed import OwedSample
 
 PAGE = Path(__file__).parents[2] / "docs/staleness.md"
 VERSIONS = range(3)
@@ -49,7 +50,7 @@ def test_a_step_that_would_leave_an_owed_token_behind_waits_for_it() -> None:
     box, policy = Assembler(), DeadlineCuts(tokens_per_step=10, max_staleness=1)
     box.start_at(0)
     box.add(scored(1, 0, 2, context=True))
-    box.mark(0, [(1, 0, 3)])
+    box.mark(0, [OwedSample(1, 0, 3)])
     box.add(scored(2, 0, 8, context=True, finish="stop", weight_version=1))
     assert policy.choose(box, 1) == []
     box.add(scored(1, 2, 3))

@@ -43,7 +43,7 @@ def host(runner: ModelRunner, use: Callable[[EngineCore], Awaitable[None]], **li
 
 def make_request(rid: str, ids: list[int], new: int, start: int = -1, **more: Any) -> Request:
     params = SamplingParams(max_new_tokens=new, greedy=True)
-    return Request(rid, ids, params, LogprobSpec(enabled=True, start=start), **more)
+    return Request(rid=rid, input_ids=ids, params=params, logprob=LogprobSpec(enabled=True, start=start), **more)
 
 
 async def finished(requests: list[Request]) -> None:

@@ -38,7 +38,7 @@ def test_what_json_cannot_hold_becomes_null() -> None:
 
 
 def test_ids_and_texts_are_escaped() -> None:
-    request = Request('a"b\n', [1], SamplingParams(), LogprobSpec(enabled=True))
+    request = Request(rid='a"b\n', input_ids=[1], params=SamplingParams(), logprob=LogprobSpec(enabled=True))
     request.append(3, -0.5, 'v"1')
     request.finish({"type": "stop", "matched": 'q"'}, 'v"1')
     whole = json.loads(answer(request, 'say "hi"', None))

@@ -18,7 +18,7 @@ LIMITS = Limits(pool_tokens=POOL, context_length=40, max_running=4, prefill_budg
 
 def make_request(rid: str, ids: list[int], new: int, start: int = -1, namespace: str = "") -> Request:
     spec = LogprobSpec(enabled=start >= 0, start=start)
-    return Request(rid, ids, SamplingParams(max_new_tokens=new), spec, namespace=namespace)
+    return Request(rid=rid, input_ids=ids, params=SamplingParams(max_new_tokens=new), logprob=spec, namespace=namespace)
 
 
 @dataclass

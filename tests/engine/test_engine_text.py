@@ -50,7 +50,9 @@ def codec(folder: Path) -> TextCodec:
 
 
 def request_with(codec: TextCodec, text: str, **params: object) -> Request:
-    request = Request("r", [1], SamplingParams(max_new_tokens=500, **params), LogprobSpec())  # type: ignore[arg-type]
+    request = Request(
+        rid="r", input_ids=[1], params=SamplingParams(max_new_tokens=500, **params), logprob=LogprobSpec()
+    )  # type: ignore[arg-type]
     for token in codec.encode(text):
         request.append(token, -1.0, "v")
     return request

@@ -129,10 +129,10 @@ def test_both_spellings_of_rope_are_read(model_path: Path, tmp_path: Path) -> No
     raw.pop("rope_parameters")
     old = raw | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
     (tmp_path / "config.json").write_text(json.dumps(old))
-    assert read_shape(tmp_path).rope == RopeShape(5e5, "linear", factor=2.0)
+    assert read_shape(tmp_path).rope == RopeShape(theta=5e5, kind="linear", factor=2.0)
     new = raw | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}
     (tmp_path / "config.json").write_text(json.dumps(new))
-    assert read_shape(tmp_path).rope == RopeShape(5e5, "linear", factor=2.0)
+    assert read_shape(tmp_path).rope == RopeShape(theta=5e5, kind="linear", factor=2.0)
 
 
 def test_a_folder_without_config_says_what_to_set(tmp_path: Path) -> None:

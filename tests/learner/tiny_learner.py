@@ -18,13 +18,13 @@ from opd_async.transport.step_batch import MicroBatch, StepBatch
 
 VOCAB = 33
 EMPTY = MicroBatch(
-    np.zeros(0, np.int32),
-    np.zeros(1, np.int32),
-    np.zeros(0, np.int32),
-    np.zeros(0, np.float32),
-    np.zeros(0, np.float32),
-    np.zeros(0, np.float32),
-    np.zeros(0, np.int32),
+    token_ids=np.zeros(0, np.int32),
+    cu_seqlens=np.zeros(1, np.int32),
+    rows=np.zeros(0, np.int32),
+    behaviour_logprobs=np.zeros(0, np.float32),
+    teacher_logprobs=np.zeros(0, np.float32),
+    advantages=np.zeros(0, np.float32),
+    staleness=np.zeros(0, np.int32),
 )
 
 
@@ -102,14 +102,14 @@ def micro_batch(lengths: list[int], *, seed: int = 0, prompt: int = 2, k: int = 
         return (-3.0 - generator.random(len(rows))).astype(np.float32)
 
     return MicroBatch(
-        generator.integers(0, VOCAB, int(bounds[-1])).astype(np.int32),
-        bounds,
-        rows,
-        logprobs(),
-        logprobs(),
-        generator.normal(size=len(rows)).astype(np.float32),
-        generator.integers(0, 3, len(rows)).astype(np.int32),
-        random_topk(len(rows), k, seed) if k else None,
+        token_ids=generator.integers(0, VOCAB, int(bounds[-1])).astype(np.int32),
+        cu_seqlens=bounds,
+        rows=rows,
+        behaviour_logprobs=logprobs(),
+        teacher_logprobs=logprobs(),
+        advantages=generator.normal(size=len(rows)).astype(np.float32),
+        staleness=generator.integers(0, 3, len(rows)).astype(np.int32),
+        topk=random_topk(len(rows), k, seed) if k else None,
         rewards=generator.normal(size=len(lengths)).astype(np.float32),
     )
 
@@ -141,14 +141,14 @@ def split(batch: MicroBatch) -> list[MicroBatch]:
 def take(batch: MicroBatch, rows: Any, start: int, end: int) -> MicroBatch:
     """Tokens [start, end) as one sequence, with the rows that the mask selects."""
     return MicroBatch(
-        batch.token_ids[start:end],
-        np.array([0, end - start], np.int32),
-        batch.rows[rows],
-        batch.behaviour_logprobs[rows],
-        batch.teacher_logprobs[rows],
-        batch.advantages[rows],
-        batch.staleness[rows],
-        TopK(batch.topk.ids[rows], batch.topk.logprobs[rows]) if batch.topk is not None else None,
+        token_ids=batch.token_ids[start:end],
+        cu_seqlens=np.array([0, end - start], np.int32),
+        rows=batch.rows[rows],
+        behaviour_logprobs=batch.behaviour_logprobs[rows],
+        teacher_logprobs=batch.teacher_logprobs[rows],
+        advantages=batch.advantages[rows],
+        staleness=batch.staleness[rows],
+        topk=TopK(batch.topk.ids[rows], batch.topk.logprobs[rows]) if batch.topk is not None else None,
     )
 
 

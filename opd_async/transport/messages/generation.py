@@ -8,7 +8,7 @@ from opd_async.transport.wire import Int32, Int64, message
 
 
 @message
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
     """Generate one response. `prefix` int32[k] holds response tokens that an earlier attempt already made and that
     have been scored: generation goes on behind them. `metadata` is the prompt's, as JSON, for its reward;
@@ -60,7 +60,8 @@ class EvalDone:
 class Pause:
     """Stop the student engines, deliver everything generated so far, answer with `Paused`."""
 
-    token: int
+    request: int
+    """Numbers the request; the answer repeats it."""
 
 
 @message
@@ -71,7 +72,8 @@ class Paused:
     Lists every sample that is being generated or has chunks the intake has not acknowledged.
     """
 
-    token: int
+    request: int
+    """That of the `Pause`."""
     sample_ids: Int64
     attempts: Int32
     ends: Int32
@@ -106,7 +108,8 @@ class TeacherRestarted:
 class Reset:
     """Forget every sample (the learner goes back to a checkpoint). Engines stay paused until the next `Resume`."""
 
-    token: int
+    request: int
+    """Numbers the request; the answer repeats it."""
 
 
 @message
@@ -115,4 +118,5 @@ class ResetDone:
     """The role holds no sample any more."""
 
     role: str
-    token: int
+    request: int
+    """That of the `Reset`."""

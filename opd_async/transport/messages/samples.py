@@ -8,7 +8,7 @@ from opd_async.transport.wire import Float32, Float32Matrix, Int32, Int32Matrix,
 
 
 @message
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """Consecutive new tokens of one response, all made by the same weights.
 
@@ -49,21 +49,21 @@ class Chunk:
     def scored(self, teacher_id: str, latency_s: float, teacher_logprobs: Float32) -> ScoredChunk:
         """The same tokens with the teacher's logprobs float32[n] (float32[0] where no teacher engine scores)."""
         return ScoredChunk(
-            self.sample_id,
-            self.attempt,
-            self.actor,
-            self.prompt_id,
-            self.prompt_tokens,
-            self.start,
-            self.weight_version,
-            self.finish,
-            self.label,
-            teacher_id,
-            latency_s,
-            self.token_ids,
-            self.behaviour_logprobs,
-            teacher_logprobs,
-            self.context,
+            sample_id=self.sample_id,
+            attempt=self.attempt,
+            actor=self.actor,
+            prompt_id=self.prompt_id,
+            prompt_tokens=self.prompt_tokens,
+            start=self.start,
+            weight_version=self.weight_version,
+            finish=self.finish,
+            label=self.label,
+            teacher_id=teacher_id,
+            latency_s=latency_s,
+            token_ids=self.token_ids,
+            behaviour_logprobs=self.behaviour_logprobs,
+            teacher_logprobs=teacher_logprobs,
+            context=self.context,
             reward=self.reward,
             teacher=self.teacher,
             grant=self.grant,
@@ -71,7 +71,7 @@ class Chunk:
 
 
 @message
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredChunk:
     """A chunk with the teacher's logprobs of the same tokens (temperature 1).
 
@@ -112,7 +112,7 @@ class ScoredChunk:
 
 
 @message
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Train:
     """A step for one learner rank, or a part of one: its `StepBatch` as flat arrays, micro-batches back to back.
 

@@ -21,7 +21,7 @@ class Frontier:
 
 
 @message
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Acks:
     """What the intake holds, scored, of `sample_ids[i]` (attempt `attempts[i]`): all tokens before `ends[i]`, where
     `ends[i]` is one more once the end of the response is known too.
@@ -86,7 +86,7 @@ class Quiesced:
 
 
 @message
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepStarted:
     """The intake has sent a step to the learner; `stats` describe it (tokens, samples, cuts, recomputed tokens)."""
 

@@ -6,6 +6,7 @@ from scored_chunks import held, scored
 
 from opd_async.scheduling.assembly import Assembler
 from opd_async.scheduling.step_policy import DeadlineCuts, WholeSamples, WholeSteps
+from opd_async.transport.owed import OwedSample
 
 
 def assembler(version: int = 0) -> Assembler:
@@ -80,7 +81,7 @@ def test_what_has_ended_fills_two_budgets() -> None:
 def test_no_step_while_old_tokens_are_under_way() -> None:
     box, planner = assembler(), DeadlineCuts(3, 1)
     held(box, 1, 5, finish="stop")
-    box.mark(0, [(2, 0, 4)])
+    box.mark(0, [OwedSample(2, 0, 4)])
     assert chosen(planner, box, 1) == []
     held(box, 2, 4)
     assert chosen(planner, box, 1) == [1, 2]
@@ -93,7 +94,7 @@ def test_on_policy_steps_ask_for_a_drain() -> None:
     held(box, 2, 4)
     assert planner.wants_drain(box, 0)
     assert chosen(planner, box, 0) == []
-    box.mark(0, [(1, 0, 6), (2, 0, 4)])
+    box.mark(0, [OwedSample(1, 0, 6), OwedSample(2, 0, 4)])
     assert chosen(planner, box, 0) == []
     box.add(scored(1, 4, 6))
     assert chosen(planner, box, 0) == [1, 2]

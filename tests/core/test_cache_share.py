@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored_chunks import chunk
 
-from opd_async.scheduling.cache_share import PROBE_EVERY, CacheShare, CutPoints, next_cut
+from opd_async.scheduling.cache_share import SENTINEL_EVERY, CacheShare, CutPoints, next_cut
 from opd_async.transport.messages import Chunk
 
-PROBE = 3 * PROBE_EVERY
+SENTINEL = 3 * SENTINEL_EVERY
 
 
 def spans(chunks: list[Chunk]) -> list[tuple[int, int, int]]:
@@ -25,31 +25,31 @@ def test_cut_points_double(position: int, cut: int) -> None:
 def test_nothing_waits_while_the_cache_holds() -> None:
     points = CutPoints(4, 1)
     assert spans(points.offer(chunk(1, 0, 2), coarse=False)) == [(1, 0, 2)]
-    assert points.held_tokens == 0
+    assert points.waiting_tokens == 0
 
 
 def test_chunks_wait_for_the_end_of_their_response() -> None:
     points = CutPoints(4, 1)
     assert points.offer(chunk(1, 0, 30), coarse=True) == []
     assert points.offer(chunk(2, 0, 2), coarse=True) == []
-    assert points.held_tokens == 32
+    assert points.waiting_tokens == 32
     assert spans(points.offer(chunk(1, 30, 30, finish="stop"), coarse=True)) == [(1, 0, 30), (1, 30, 30)]
     assert spans(points.offer(chunk(2, 2, 3), coarse=False)) == [(2, 0, 2), (2, 2, 3)]
-    assert points.held_tokens == 0
+    assert points.waiting_tokens == 0
 
 
-def test_a_probe_leaves_at_its_cut_points() -> None:
+def test_a_sentinel_leaves_at_its_cut_points() -> None:
     points = CutPoints(4, 1)
-    assert points.offer(chunk(PROBE, 0, 3), coarse=True) == []
-    assert spans(points.offer(chunk(PROBE, 3, 5), coarse=True)) == [(PROBE, 0, 3), (PROBE, 3, 5)]
-    assert points.offer(chunk(PROBE, 5, 7), coarse=True) == []
-    assert spans(points.offer(chunk(PROBE, 7, 8), coarse=True)) == [(PROBE, 5, 7), (PROBE, 7, 8)]
+    assert points.offer(chunk(SENTINEL, 0, 3), coarse=True) == []
+    assert spans(points.offer(chunk(SENTINEL, 3, 5), coarse=True)) == [(SENTINEL, 0, 3), (SENTINEL, 3, 5)]
+    assert points.offer(chunk(SENTINEL, 5, 7), coarse=True) == []
+    assert spans(points.offer(chunk(SENTINEL, 7, 8), coarse=True)) == [(SENTINEL, 5, 7), (SENTINEL, 7, 8)]
 
 
-def test_some_of_any_few_samples_in_a_row_are_probes() -> None:
-    for first in range(3 * PROBE_EVERY):
+def test_some_of_any_few_samples_in_a_row_are_sentinels() -> None:
+    for first in range(3 * SENTINEL_EVERY):
         points = CutPoints(4, None)
-        left = [points.offer(chunk(first + index, 0, 4), coarse=True) for index in range(PROBE_EVERY)]
+        left = [points.offer(chunk(first + index, 0, 4), coarse=True) for index in range(SENTINEL_EVERY)]
         assert sum(map(bool, left)) == 1
 
 
@@ -74,11 +74,11 @@ def test_whole_responses_wait_for_their_end_alone() -> None:
     points.offer(chunk(1, 0, 2), coarse=True)
     assert points.advance(50) == []
     points.drop(1)
-    assert points.held_tokens == 0
+    assert points.waiting_tokens == 0
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from([1, PROBE]), st.integers(1, 8), st.lists(st.integers(1, 9), min_size=1, max_size=60))
+@given(st.sampled_from([1, SENTINEL]), st.integers(1, 8), st.lists(st.integers(1, 9), min_size=1, max_size=60))
 def test_each_token_leaves_once_and_recompute_is_bounded(sample_id: int, first: int, sizes: list[int]) -> None:
     points = CutPoints(first, None)
     end = computed = 0
@@ -93,18 +93,18 @@ def test_each_token_leaves_once_and_recompute_is_bounded(sample_id: int, first: 
             left += spans(leaving)
     assert [start for _, start, _ in left] == [0, *(stop for _, _, stop in left[:-1])]
     assert left[-1][2] == end
-    # a probe leaves with the chunk that reaches its cut point, so up to one chunk later
-    assert computed <= (3 * end + len(sizes) * max(sizes) if sample_id == PROBE else end)
+    # a sentinel leaves with the chunk that reaches its cut point, so up to one chunk later
+    assert computed <= (3 * end + len(sizes) * max(sizes) if sample_id == SENTINEL else end)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 64), st.integers(1, 2000))
-def test_single_tokens_of_a_probe_are_computed_at_most_three_times(first: int, length: int) -> None:
+def test_single_tokens_of_a_sentinel_are_computed_at_most_three_times(first: int, length: int) -> None:
     points = CutPoints(first, None)
     computed = 0
     for position in range(length):
         finish = "stop" if position == length - 1 else None
-        if leaving := points.offer(chunk(PROBE, position, position + 1, finish=finish), coarse=True):
+        if leaving := points.offer(chunk(SENTINEL, position, position + 1, finish=finish), coarse=True):
             computed += leaving[-1].end
     assert computed < 3 * length
 

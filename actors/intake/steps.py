@@ -1,0 +1,69 @@
+"""What becomes of the samples that a step has taken: advantages, messages to the learner's ranks, and its figures.
+
+Taken -> give_advantages -> segments -> pack -> Train, one for each data-parallel rank
+                                     -> step_started -> the dispatcher
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.config.topology import LearnerSection, Topology
+from opd_async.estimators.advantages import Outcome, estimate
+from opd_async.scheduling import packing
+from opd_async.scheduling.assembly import Segment
+from opd_async.transport import messages as m
+
+
+class Taken(NamedTuple):
+    """What a step took of one sample; `segment` is None for an empty response, `reward` where there is none."""
+
+    sample_id: int
+    end: int
+    complete: bool
+    segment: Segment | None
+    reward: float | None
+
+
+def give_advantages(taken: list[Taken], topology: Topology) -> list[Outcome]:
+    """Set the advantage of every token of the step; returns the complete responses that they were made of.
+
+    Without an estimator segments stay as they are. PPO's are made by the learner: its segments get their reward.
+    """
+    group_size, section = topology.rollout.group_size, topology.advantage
+    complete = [one for one in taken if one.complete]
+    outcomes = [
+        Outcome(one.sample_id // group_size, one.reward, one.segment.end - one.segment.start if one.segment else 0)
+        for one in complete
+    ]
+    if section.estimator.facts.rewards:
+        for one, advantages in zip(complete, estimate(outcomes, section), strict=True):
+            if one.segment is not None:
+                one.segment.advantages = advantages
+                if section.estimator.facts.critic:
+                    one.segment.reward = math.nan if one.reward is None else one.reward
+    return outcomes
+
+
+def pack(segments: list[Segment], version: int, learner: LearnerSection) -> list[m.Train]:
+    """The step at `version` as one message for each data-parallel rank."""
+    batches = packing.pack(segments, version, learner.data_parallel, learner.micro_batch_tokens)
+    return [packing.to_message(batch) for batch in batches]
+
+
+def step_started(
+    version: int, taken: list[Taken], stats: dict[str, float], staleness_counts: NDArray[np.int64]
+) -> m.StepStarted:
+    """What the dispatcher is told of a step: figures for `metrics.jsonl`, int64[age + 1] counts, and the samples."""
+    return m.StepStarted(
+        version=version,
+        stats=stats,
+        staleness_counts=staleness_counts,
+        taken_ids=np.array([one.sample_id for one in taken], np.int64),
+        taken_ends=np.array([one.end for one in taken], np.int32),
+        taken_complete=np.array([one.complete for one in taken], np.int32),
+    )

@@ -1,0 +1,107 @@
+"""Give training leases to the rollout actors as far as admission allows, and take back those of a dead actor.
+
+Which sample comes next, and whether it may, is `scheduling/leases.py`'s; this sends it to the actor with the fewest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from opd_async.cluster.fleet import Fleet
+from opd_async.data.completions import Mix
+from opd_async.data.prompts import Prompt
+from opd_async.plan.plan import Plan, RoleKind
+from opd_async.run.state import RunState
+from opd_async.scheduling.grants import Grants
+from opd_async.scheduling.leases import LeaseBook, LeaseSpec
+from opd_async.telemetry.metrics import RoleMetrics
+from opd_async.transport import messages as m
+from opd_async.transport.channels import ControlServer
+
+
+class Reach(Protocol):
+    """What leasing needs of the dispatcher."""
+
+    plan: Plan
+    state: RunState
+    metrics: RoleMetrics
+    server: ControlServer
+    fleet: Fleet
+
+    def up(self, kind: RoleKind) -> list[str]:
+        """The connected roles of a kind."""
+
+
+class Leasing:
+    """The leasing loop and what wakes it."""
+
+    def __init__(self, reach: Reach, prompts: Sequence[Prompt], mix: Mix) -> None:
+        self._reach = reach
+        self._prompts = prompts
+        self._mix = mix
+        self._grants = Grants(reach.fleet.keys)
+        self._changed = asyncio.Event()
+        self._admitting = False
+
+    def admit(self, flow: bool) -> None:
+        """Let training leases flow, or stop them; those that were given stay."""
+        self._admitting = flow
+        self._changed.set()
+
+    def look_again(self) -> None:
+        """Something changed that may admit a lease: a response ended, a step was taken, an actor came."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Keep the actors busy as far as admission allows. On cancel: leases that were sent stay with their actors."""
+        reach = self._reach
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            book = reach.state.book
+            if book is not None and self._admitting and reach.state.version >= 0:
+                await self._lease_out(book)
+                reach.metrics["opd_launcher_leases_active"].set(book.active)
+
+    async def _lease_out(self, book: LeaseBook) -> None:
+        load = {name: book.generating_by(name) for name in self._reach.up(RoleKind.ROLLOUT)}
+        while load:
+            actor = min(load, key=lambda name: load[name])
+            spec = book.lease(actor, self._reach.state.version)
+            if spec is None:
+                return
+            load[actor] += 1
+            await self._reach.server.send(actor, self._lease(spec, actor))
+
+    def _lease(self, spec: LeaseSpec, actor: str) -> m.Lease:
+        given = self._mix.of(spec.sample_id)
+        prompt = self._prompts[spec.prompt_index] if given is None else given.prompt
+        return m.Lease(
+            sample_id=spec.sample_id,
+            attempt=spec.attempt,
+            prompt_id=prompt.prompt_id,
+            kind=m.LeaseKind.TRAIN.value,
+            temperature=self._reach.plan.topology.rollout.sampling.temperature,
+            label=prompt.label,
+            prompt=prompt.token_ids,
+            prefix=spec.prefix,
+            metadata=prompt.metadata_json,
+            teacher=prompt.teacher,
+            given=None if given is None else given.response,
+            grant=self._grants.of(spec.sample_id, spec.attempt, self._reach.fleet.role(actor).index),
+        )
+
+    def reclaimed(self, message: m.Reclaimed) -> None:
+        """Lease the samples of a dead actor again, each behind what the intake holds of it."""
+        book = self._reach.state.book
+        if book is None:
+            return
+        prefixes = np.split(message.tokens, np.cumsum(message.ends)[:-1])
+        rows = zip(message.sample_ids.tolist(), message.attempts.tolist(), prefixes, message.complete, strict=True)
+        for sample_id, attempt, prefix, complete in rows:
+            book.give_back(sample_id, attempt, prefix, bool(complete))
+        self._changed.set()

@@ -1,0 +1,31 @@
+"""What the script of a run decides and the dispatcher reads: the one state that both of them share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opd_async.cluster.supervisor import Exit
+from opd_async.scheduling.leases import LeaseBook
+
+
+@dataclass(slots=True)
+class RunState:
+    """The present of one run. The comments say who writes; everybody else reads."""
+
+    version: int = -1
+    """Weights that every student engine holds; -1 while none are proven. The script."""
+    book: LeaseBook | None = None
+    """Leases since the last checkpoint that was gone back to; None until the frontier is known. The script."""
+    engine_group: int = 0
+    """Number of the process group of learner and engines; grows whenever it must be made anew. Both: the dispatcher
+    when an engine is back, the script when the weights could not be sent."""
+    resetting: int | None = None
+    """Request number of the `Reset` that actors have still to answer. The script."""
+    lost: Exit | None = None
+    """How the learner or the intake ended, once `Dispatcher.learner_lost` is set. The dispatcher."""
+
+    def forget(self) -> None:
+        """The learner is gone: what was known of its weights and samples counts no more."""
+        self.version = -1
+        self.book = None
+        self.engine_group += 1

@@ -1,0 +1,111 @@
+"""The script of a run: what it asks of the learner, and which answer it takes for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from deadlines import patience
+from small_runs import small_topology
+
+from opd_async.run import checkpoints
+from opd_async.run.dispatcher import RESYNC, UPDATE
+from opd_async.run.script import Script
+from opd_async.run.state import RunState
+from opd_async.telemetry.progress import Progress
+from opd_async.transport import messages as m
+from opd_async.transport.mailbox import Mailbox
+
+
+def started(version: int) -> m.StepStarted:
+    none, stats = np.zeros(0, np.int32), {"tokens": 64.0, "cuts": 0.0}
+    return m.StepStarted(
+        version=version,
+        stats=stats,
+        staleness_counts=np.zeros(1, np.int64),
+        taken_ids=np.zeros(0, np.int64),
+        taken_ends=none,
+        taken_complete=none,
+    )
+
+
+class FakeDispatcher:
+    """A dispatcher whose learner answers when the test says so."""
+
+    def __init__(self, folder: Path) -> None:
+        self.plan = SimpleNamespace(topology=small_topology(folder), run_folder=folder)
+        self.state = RunState()
+        self.mailbox = Mailbox()
+        self.asked: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def to_intake(self, message: Any) -> None:
+        self.asked.put_nowait(message)
+
+    async def next_question(self) -> None:
+        async with asyncio.timeout(patience(20.0)):
+            await self.asked.get()
+
+    def answer(self, error: str | None = None) -> None:
+        self.mailbox.deliver(("reply", "SaveCheckpoint"), m.LearnerReply("SaveCheckpoint", 3, error, {}))
+
+
+async def test_a_checkpoint_is_sealed_by_its_own_answer_alone(tmp_path: Path) -> None:
+    """A signal cancels the wait for a checkpoint, and the same one is asked for again: the learner writes it twice."""
+    folder = checkpoints.step_folder(tmp_path / "checkpoints", 3)
+    dispatcher: Any = FakeDispatcher(tmp_path)
+    script = Script(dispatcher, None, 1, Progress(lambda line: None, 10))
+    first = asyncio.create_task(script.checkpoint(3))
+    await dispatcher.next_question()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    again = asyncio.create_task(script.checkpoint(3))
+    dispatcher.answer()  # to the first command; the learner begins to replace what it wrote
+    await dispatcher.next_question()
+    await asyncio.sleep(0.05)
+    assert not (folder / checkpoints.MARKER).exists()
+    folder.mkdir(parents=True)
+    dispatcher.answer()
+    await again
+    assert (folder / checkpoints.MARKER).exists()
+
+
+async def test_a_step_that_a_signal_left_halfway_gets_its_row(tmp_path: Path) -> None:
+    """One step was trained and its weights are on their way, the next is trained while the run stops."""
+    rows: list[int] = []
+    dispatcher: Any = FakeDispatcher(tmp_path)
+    closing = asyncio.Event()
+
+    async def close() -> None:
+        closing.set()
+        await asyncio.Event().wait()
+
+    dispatcher.state.version = 0
+    dispatcher.metrics = defaultdict(lambda: SimpleNamespace(set=lambda _: None, inc=lambda _: None))
+    dispatcher.barrier = SimpleNamespace(blocked_s=0.0, close=close)
+    dispatcher.ledger = SimpleNamespace(step=lambda started, *_: rows.append(started.version + 1))
+    dispatcher.leasing = SimpleNamespace(admit=lambda _: None)
+    script = Script(dispatcher, None, 1, Progress(lambda line: None, 10))
+    for step in (1, 2):
+        dispatcher.mailbox.deliver(("StepStarted", step - 1), started(step - 1))
+    dispatcher.mailbox.deliver(UPDATE, m.LearnerReply("Train", 1, None, {"ratio_std": 0.0}))
+    training = asyncio.create_task(script.train(0))
+    await closing.wait()
+    training.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await training
+    stopping = asyncio.create_task(script.wind_down())
+    dispatcher.mailbox.deliver("Quiesced", m.Quiesced(2))
+    dispatcher.mailbox.deliver(UPDATE, RESYNC)
+    dispatcher.mailbox.deliver(UPDATE, m.LearnerReply("Train", 2, None, {}))
+    await dispatcher.next_question()
+    await dispatcher.next_question()
+    dispatcher.answer()
+    checkpoints.step_folder(tmp_path / "checkpoints", 2).mkdir(parents=True)
+    await stopping
+    assert rows == [1, 2]
