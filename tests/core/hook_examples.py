@@ -16,6 +16,8 @@ EXAMPLES: dict[str, str] = dict(
 
 
 def write_examples(folder: Path) -> None:
-    """All of them as the module `my_hooks`, each with its own imports."""
-    parts = list(EXAMPLES.values())
-    (folder / "my_hooks.py").write_text("\n\n".join(parts), encoding="utf-8")
+    """The loss as the module `my_loss`, the others as `my_hooks`: only the learner is to import torch for them."""
+    losses = [text for text in EXAMPLES.values() if "LossRows" in text]
+    others = [text for text in EXAMPLES.values() if "LossRows" not in text]
+    (folder / "my_loss.py").write_text("\n\n".join(losses), encoding="utf-8")
+    (folder / "my_hooks.py").write_text("\n\n".join(others), encoding="utf-8")

@@ -53,7 +53,7 @@ def test_the_page_has_an_example_of_every_hook() -> None:
 
 
 def test_the_examples_of_the_page_pass(tmp_path: Path) -> None:
-    hooks = ("opd.function=my_hooks:loss", "schedule.filter=my_hooks:keep", "tracking.function=my_hooks:track")
+    hooks = ("opd.function=my_loss:loss", "schedule.filter=my_hooks:keep", "tracking.function=my_hooks:track")
     assert problems(tmp_path, *hooks) == []
     assert problems(tmp_path, "opd.function=checked_hooks:loss") == [], "an object that can be called will do"
     assert problems(tmp_path) == []
@@ -87,7 +87,7 @@ def test_what_cannot_be_called_is_said(tmp_path: Path, override: str, words: str
 
 
 def test_a_loss_on_the_whole_vocabulary_has_no_rows(tmp_path: Path) -> None:
-    (found,) = problems(tmp_path, "opd.function=my_hooks:loss", "opd.loss=jsd_full")
+    (found,) = problems(tmp_path, "opd.function=my_loss:loss", "opd.loss=jsd_full")
     assert found.startswith("opd.function: opd.loss is jsd_full, on the whole vocabulary, whose rows no function gets")
 
 

@@ -24,7 +24,7 @@ SETTINGS = {
     "reward.function": "my_hooks:judge",
     "advantage.estimator": "grpo",
     "opd.loss": "reverse_kl",
-    "opd.function": "my_hooks:loss",
+    "opd.function": "my_loss:loss",
     "schedule.filter": "my_hooks:keep",
     "tracking.function": "my_hooks:track",
     "evaluation.prompts": 8,
