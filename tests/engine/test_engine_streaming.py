@@ -176,7 +176,7 @@ def test_a_client_that_leaves_between_two_events_is_no_error(monkeypatch: pytest
     changes = {"read_json": read_json, "_stream": stream, "parse_generate": lambda *_: call, "_Mailbox": lambda _: None}
     for name, change in changes.items():
         monkeypatch.setattr(routes_generate, name, change)
-    http: Any = SimpleNamespace(app={ENGINE: SimpleNamespace(core=core, limits=None)})
+    http: Any = SimpleNamespace(app={ENGINE: SimpleNamespace(core=core, limits=None)}, content_length=2)
     asyncio.run(routes_generate.generate(http))
     assert forgotten == ["one", "two"]
 
