@@ -1,4 +1,4 @@
-"""The planner's forecast against the simulation, over the presets.
+"""The forecast of `--plan` against the simulation, over the presets.
 
 python -m bench.forecasts [--presets heavy-tail ...] [--json FILE]
 
@@ -62,7 +62,7 @@ def compare(preset: str, workload: Workload) -> Iterator[Comparison]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare, print, and write the figures where asked."""
-    parser = argparse.ArgumentParser(description="The planner's forecast against the simulation.")
+    parser = argparse.ArgumentParser(description="The forecast of `--plan` against the simulation.")
     parser.add_argument("--presets", nargs="+", choices=sorted(PRESETS), default=list(PRESETS))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """Assemble scored chunks, plan steps, and feed the learner's ranks.
 
-    scored chunks (PULL) -> assembler -> planner (deadline cuts) -> packing -> learner ranks (ROUTER)
+    scored chunks (PULL) -> assembler -> policy (deadline cuts) -> packing -> learner ranks (ROUTER)
                                | acknowledgements (control)            ^ weight syncs, checkpoints (control)
 
     loop         waits for                          unblocked by
@@ -37,7 +37,7 @@ from opd_async.role import ATTEMPT_FLOOR_ENV, Role, role_arguments
 from opd_async.run.checkpoints import chosen
 from opd_async.scheduling import frontier, packing
 from opd_async.scheduling.assembly import Assembler, Sample, Segment, Verdict
-from opd_async.scheduling.step_policy import DeadlineCuts, Planner, WholeSamples
+from opd_async.scheduling.step_policy import DeadlineCuts, StepPolicy, WholeSamples
 from opd_async.transport import messages as m
 from opd_async.transport.bounds import MAX_COUNT
 from opd_async.transport.channels import Pull
@@ -49,8 +49,8 @@ ACKNOWLEDGE_S = 0.02
 SETTLE_NEWS_S = 10.0
 
 
-def make_planner(schedule: ScheduleSection) -> Planner:
-    """The planner that the topology asks for."""
+def make_policy(schedule: ScheduleSection) -> StepPolicy:
+    """The policy that the topology asks for."""
     if schedule.train_on is TrainOn.SAMPLES:
         return WholeSamples(schedule.samples_per_step)
     return DeadlineCuts(schedule.tokens_per_step, schedule.max_staleness)
@@ -64,7 +64,7 @@ class Intake:
         self._role = role
         self._topology = plan.topology
         self._metrics = role.metrics
-        self._planner = make_planner(plan.topology.schedule)
+        self._policy = make_policy(plan.topology.schedule)
         self._filter = GroupFilter(plan.topology.schedule.filter, plan.topology.rollout.group_size)
         self._assembler = Assembler()
         self._version: int | None = None
@@ -154,7 +154,7 @@ class Intake:
             self._unacknowledged.clear()
             table = np.array([row for row in rows if row is not None], np.int64).reshape(-1, 4)
             next_step = self._planned if self._version is None else self._version
-            ready = self._planner.ready_tokens(self._assembler, next_step)
+            ready = self._policy.ready_tokens(self._assembler, next_step)
             self._metrics["opd_intake_backlog_tokens"].set(ready)
             attempts, actors, ends = (table[:, i].astype(np.int32) for i in (1, 2, 3))
             acks = m.Acks(
@@ -178,7 +178,7 @@ class Intake:
     # --- planning ----------------------------------------------------------------------------------------------------
 
     async def plan(self) -> None:
-        """Take a step whenever the planner finds one."""
+        """Take a step whenever the policy finds one."""
         while True:
             try:
                 async with asyncio.timeout(SETTLE_NEWS_S):
@@ -189,7 +189,7 @@ class Intake:
             self._wake.clear()
             if self._version is None:
                 continue
-            found = self._planner.round(self._assembler, self._version, 0)
+            found = self._policy.round(self._assembler, self._version, 0)
             if found.closes:
                 await self._step(self._version, [self._take(sample) for sample in found.samples])
             elif found.drain and not self._drain_asked:

@@ -16,7 +16,7 @@ from opd_async.config.topology import TrainOn
 from opd_async.scheduling.admission import Admission, DeadlineAdmission, FilledAdmission, SampleAdmission
 from opd_async.scheduling.assembly import Assembler, Sample
 from opd_async.scheduling.filled_steps import FilledSteps
-from opd_async.scheduling.step_policy import DeadlineCuts, Planner, WholeSamples, WholeSteps
+from opd_async.scheduling.step_policy import DeadlineCuts, StepPolicy, WholeSamples, WholeSteps
 
 
 class Scoring(StrEnum):
@@ -49,8 +49,8 @@ class FirstEnded(WholeSteps):
         return sorted(ended, key=lambda sample: sample.sample_id)[: self.samples_per_step]
 
 
-MakePlanner = Callable[[int, int, int | None], Planner]
-"""(samples per step, tokens per step, staleness) -> planner."""
+MakePolicy = Callable[[int, int, int | None], StepPolicy]
+"""(samples per step, tokens per step, staleness) -> policy."""
 MakeAdmission = Callable[[int, int, int | None], Admission]
 """The same -> rule of admission."""
 
@@ -63,7 +63,7 @@ class Rule:
     train_on: TrainOn
     staleness: int | None
     """Steps by which leases run ahead; with `train_on: tokens` the bound on every token's age, None for no bound."""
-    planner: MakePlanner
+    policy: MakePolicy
     admission: MakeAdmission
     barrier: bool = False
     lag: int = 0
@@ -77,11 +77,11 @@ def _ahead(steps: float | None = None) -> MakeAdmission:
     return lambda samples, tokens, s: SampleAdmission(samples, (s or 0) if steps is None else steps)
 
 
-def _in_order(samples: int, tokens: int, staleness: int | None) -> Planner:
+def _in_order(samples: int, tokens: int, staleness: int | None) -> StepPolicy:
     return WholeSamples(samples)
 
 
-def _first_ended(samples: int, tokens: int, staleness: int | None) -> Planner:
+def _first_ended(samples: int, tokens: int, staleness: int | None) -> StepPolicy:
     return FirstEnded(samples)
 
 
@@ -90,7 +90,7 @@ def sync() -> Rule:
 
     slime `train.py`: `generate` of a batch is awaited, then `async_train`, then `update_weights`.
     """
-    return Rule(name="sync", train_on=TrainOn.SAMPLES, staleness=0, planner=_in_order, admission=_ahead(), barrier=True)
+    return Rule(name="sync", train_on=TrainOn.SAMPLES, staleness=0, policy=_in_order, admission=_ahead(), barrier=True)
 
 
 def one_step_off() -> Rule:
@@ -101,7 +101,7 @@ def one_step_off() -> Rule:
     when the next one begins, as in `one_step_off_scheduler` of verl-recipe `gkd/megatron/ray_trainer.py`; slime waits.
     """
     return Rule(
-        name="one_step_off", train_on=TrainOn.SAMPLES, staleness=1, planner=_in_order, admission=_ahead(), barrier=True
+        name="one_step_off", train_on=TrainOn.SAMPLES, staleness=1, policy=_in_order, admission=_ahead(), barrier=True
     )
 
 
@@ -114,7 +114,7 @@ def two_step_off() -> Rule:
         name="two_step_off",
         train_on=TrainOn.SAMPLES,
         staleness=2,
-        planner=_in_order,
+        policy=_in_order,
         admission=_ahead(),
         barrier=True,
         lag=1,
@@ -130,15 +130,13 @@ def sample_stream(ahead: float) -> Rule:
     dropped here, so `ahead` bounds no age: a long response is trained as old as it is.
     """
     name = "sample_stream" if ahead == int(ahead) else f"stream_{ahead:g}"
-    return Rule(
-        name=name, train_on=TrainOn.SAMPLES, staleness=int(ahead), planner=_first_ended, admission=_ahead(ahead)
-    )
+    return Rule(name=name, train_on=TrainOn.SAMPLES, staleness=int(ahead), policy=_first_ended, admission=_ahead(ahead))
 
 
 def whole_samples(staleness: int) -> Rule:
     """This project's `train_on: samples`: sample streaming in the order of leases, which bounds every age."""
     return Rule(
-        name="whole_samples", train_on=TrainOn.SAMPLES, staleness=staleness, planner=_in_order, admission=_ahead()
+        name="whole_samples", train_on=TrainOn.SAMPLES, staleness=staleness, policy=_in_order, admission=_ahead()
     )
 
 
@@ -148,7 +146,7 @@ def deadline_cuts(staleness: int) -> Rule:
         name="deadline_cuts",
         train_on=TrainOn.TOKENS,
         staleness=staleness,
-        planner=lambda samples, tokens, s: DeadlineCuts(tokens, s or 0),
+        policy=lambda samples, tokens, s: DeadlineCuts(tokens, s or 0),
         admission=lambda samples, tokens, s: DeadlineAdmission(tokens, s or 0),
     )
 
@@ -163,7 +161,7 @@ def filled(staleness: int | None) -> Rule:
         name="filled",
         train_on=TrainOn.TOKENS,
         staleness=staleness,
-        planner=lambda samples, tokens, s: FilledSteps(tokens, s),
+        policy=lambda samples, tokens, s: FilledSteps(tokens, s),
         admission=lambda samples, tokens, s: FilledAdmission(tokens, bounded=s is not None),
     )
 
@@ -178,7 +176,7 @@ def partial_rollouts() -> Rule:
         name="partial",
         train_on=TrainOn.SAMPLES,
         staleness=0,
-        planner=_first_ended,
+        policy=_first_ended,
         admission=_ahead(math.inf),
         stops_when_full=True,
     )

@@ -1,6 +1,6 @@
 """One schedule under one workload: the project's state machines on a virtual clock.
 
-    LeaseBook -> student engines -> Chunk -> rendezvous -> teacher engines -> ScoredChunk -> Assembler, Planner
+    LeaseBook -> student engines -> Chunk -> rendezvous -> teacher engines -> ScoredChunk -> Assembler, StepPolicy
          ^                                                                                        |
          +------------ weight update (pause, flush, load, mark, resume) <--- learner <------------+
 
@@ -55,7 +55,7 @@ class Simulation:
         sizes = workload.samples_per_step, workload.tokens_per_step, rule.staleness
         order = PromptOrder(1 << 20, workload.group_size, seed, shuffle=False)
         self._book = LeaseBook(frontier.empty(0), order, rule.admission(*sizes), workload.slots)
-        self._planner = rule.planner(*sizes)
+        self._policy = rule.policy(*sizes)
         self._assembler = Assembler()
         self._assembler.start_at(0)
         self._engines = [self._engine() for _ in range(workload.engines)]
@@ -198,20 +198,20 @@ class Simulation:
         self._turn_due = False
         if self._may_plan:
             self._plan()
-        planner, step = self._planner, self._step
-        if isinstance(planner, FilledSteps):
+        policy, step = self._policy, self._step
+        if isinstance(policy, FilledSteps):
             self._book.admission.opened(step.taken, not step.busy)
-            if planner.overfull(self._assembler, self._version, step.taken):
+            if policy.overfull(self._assembler, self._version, step.taken):
                 self._pause()
             self._lease()
         elif self._rule.stops_when_full and step.busy:
             waiting = sum(sample.finish is not None for sample in self._assembler.samples.values())
             if waiting >= self._work.samples_per_step:
                 self._pause()
-        elif isinstance(planner, DeadlineCuts) and self._training is not None:
-            ready = planner.ready_tokens(self._assembler, self._training + 1)
+        elif isinstance(policy, DeadlineCuts) and self._training is not None:
+            ready = policy.ready_tokens(self._assembler, self._training + 1)
             self._book.admission.ready(self._training + 1, ready)
-            if ready >= hold_tokens(planner.budget, planner.max_staleness):
+            if ready >= hold_tokens(policy.budget, policy.max_staleness):
                 self._pause()
             self._lease()
 
@@ -220,7 +220,7 @@ class Simulation:
             return
         if self._ended < (self._version + self._rule.lag + 1) * self._work.samples_per_step * self._rule.barrier:
             return
-        found = self._planner.round(self._assembler, self._version, self._step.taken)
+        found = self._policy.round(self._assembler, self._version, self._step.taken)
         if found.drain and not self._drained:
             self._drained = True
             self._pause()

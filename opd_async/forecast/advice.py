@@ -102,7 +102,7 @@ def uncovered(topology: Topology) -> str | None:
     return None
 
 
-class Planner(Models):
+class Forecaster(Models):
     """The figures of one topology on one site. Raises `InputError` for topologies that it does not cover."""
 
     def __init__(self, topology: Topology, site: Site) -> None:
@@ -182,17 +182,17 @@ def plan_text(topology: Topology, site: Site) -> str:
     """What `--plan` prints: a forecast where the schedule has one, else what the devices have to hold."""
     reason = uncovered(topology)
     if reason is None:
-        return describe(Planner(topology, site))
+        return describe(Forecaster(topology, site))
     models = Models(topology, site)
     head = f"memory on {models.devices.total} x {site.device.name}, computed, not measured; no forecast, which {reason}"
     return "\n".join([head, "", *_memory_lines(models.memory(models.devices))])
 
 
-def describe(planner: Planner) -> str:
+def describe(forecaster: Forecaster) -> str:
     """The plan as text: stages, memory, warnings, and the best split."""
-    devices, site = planner.devices, planner.site
-    here, work = planner.forecast(devices), planner.workload(devices)
-    longest, asked = int(typical(planner.lengths).max()), int(typical(site.lengths).max())
+    devices, site = forecaster.devices, forecaster.site
+    here, work = forecaster.forecast(devices), forecaster.workload(devices)
+    longest, asked = int(typical(forecaster.lengths).max()), int(typical(site.lengths).max())
     cut = f" (rollout.sampling.max_response_tokens; --lengths has up to {asked:,})" if asked > longest else ""
     lines = [
         f"planned for {devices.total} x {site.device.name}, weights over {site.link.name}; computed, not measured",
@@ -200,10 +200,10 @@ def describe(planner: Planner) -> str:
         "",
         *_stage_lines(devices, work, here),
         "",
-        *_memory_lines(planner.memory(devices)),
-        *_cache_lines(planner, work),
+        *_memory_lines(forecaster.memory(devices)),
+        *_cache_lines(forecaster, work),
         "",
-        _split_line(planner, here),
+        _split_line(forecaster, here),
     ]
     return "\n".join(lines)
 
@@ -250,8 +250,8 @@ def _remedy(role: str) -> str:
     return f"raise engines.{side}.tensor_parallel" + (" or replicas, or lower rollout.slots" * (side == "student"))
 
 
-def _cache_lines(planner: Planner, work: Workload) -> Iterator[str]:
-    student, under_way = planner.topology.engines.student, work.slots * work.mean_context
+def _cache_lines(forecaster: Forecaster, work: Workload) -> Iterator[str]:
+    student, under_way = forecaster.topology.engines.student, work.slots * work.mean_context
     if student.started and student.kv_tokens * work.engines < under_way:
         yield (
             f"warning: the student engines keep {student.kv_tokens * work.engines:,} of {under_way:,.0f} tokens under "
@@ -265,12 +265,12 @@ def _cache_lines(planner: Planner, work: Workload) -> Iterator[str]:
         )
 
 
-def _split_line(planner: Planner, here: Forecast) -> str:
-    found = planner.best_split()
+def _split_line(forecaster: Forecaster, here: Forecast) -> str:
+    found = forecaster.best_split()
     if found is None:
-        return f"no split of these {planner.devices.total} devices fits into memory"
+        return f"no split of these {forecaster.devices.total} devices fits into memory"
     devices, best = found
-    if planner.fits(planner.devices) and best.tokens_per_s <= 1.01 * here.tokens_per_s:
+    if forecaster.fits(forecaster.devices) and best.tokens_per_s <= 1.01 * here.tokens_per_s:
         return f"no split of these {devices.total} devices is faster"
     parts = ", ".join(f"{count} {role}" for role, count in dataclasses.asdict(devices).items())
     return (

@@ -1,4 +1,4 @@
-"""What a step of a model takes on a device: arithmetic over shapes, shared by the planner and the simulator.
+"""What a step of a model takes on a device: arithmetic over shapes, shared by the forecast and the simulator.
 
     Decoder (config.json) + Device + Link -> DecodeCost, PrefillCost, TrainCost, seconds of a weight update
 

@@ -1,4 +1,4 @@
-"""How long responses are: distributions that the planner integrates over and the simulator draws from.
+"""How long responses are: distributions that the forecast integrates over and the simulator draws from.
 
 A distribution is its quantile function of a standard normal `z`, so that samples of one prompt can be correlated: two
 of them share the part sqrt(correlation) of their `z`.

@@ -1,4 +1,4 @@
-"""How long a step will take, and who waits for whom: a coarse model of a schedule, quick enough for a planner.
+"""How long a step will take, and who waits for whom: a coarse model of a schedule, quick enough to search splits.
 
     Workload, staleness -> slots as one array, a hundred ticks a step -> Forecast
 

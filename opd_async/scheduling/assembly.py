@@ -1,6 +1,6 @@
 """Scored chunks in any order, with duplicates, to contiguous scored responses.
 
-    ScoredChunk -> Assembler.add -> Sample.scored_end grows -> a planner cuts [trained_end, scored_end)
+    ScoredChunk -> Assembler.add -> Sample.scored_end grows -> a policy cuts [trained_end, scored_end)
 
 Pure: no sockets, no clock. A response is trained in order and without gaps, so what was trained of it is one number,
 `trained_end`. Marks say which tokens exist without having been scored yet; the staleness bound rests on them.

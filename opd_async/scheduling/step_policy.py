@@ -1,4 +1,4 @@
-"""When a step is taken and what it trains: pure planners over an `Assembler`.
+"""When a step is taken and what it trains: pure policies over an `Assembler`.
 
 A token made by weights b and trained at version v has staleness v - b. `DeadlineCuts` keeps it at most S:
 
@@ -7,7 +7,7 @@ A token made by weights b and trained at version v has staleness v - b. `Deadlin
 - *finished*: complete responses, oldest token first, until the step has `LARGEST_STEP` budgets. A step starts with one
   budget, so it is larger only when the learner is behind; then larger steps mean fewer of them, and fewer cuts.
 
-docs/staleness.md has the proof; `tests/core/test_staleness.py` drives both planners through random schedules.
+docs/staleness.md has the proof; `tests/core/test_staleness.py` drives both policies through random schedules.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LARGEST_STEP = 2
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What a planner decides when the learner has nothing to do: nothing yet, or the next part of the open step.
+    """What a policy decides when the learner has nothing to do: nothing yet, or the next part of the open step.
 
     `samples` go to the learner now. `closes`: the step ends with them, and the weights with it; a step of one part
     closes at once. `drain`: generation must stop before the step can close.
@@ -34,7 +34,7 @@ class Round:
     drain: bool = False
 
 
-class Planner(Protocol):
+class StepPolicy(Protocol):
     """Chooses what a step is made of."""
 
     def ready_tokens(self, assembler: Assembler, version: int) -> int:
@@ -45,7 +45,7 @@ class Planner(Protocol):
 
 
 class WholeSteps:
-    """A planner of steps in one part: each is planned as a whole before it begins."""
+    """A policy of steps in one part: each is planned as a whole before it begins."""
 
     def choose(self, assembler: Assembler, version: int) -> list[Sample]:
         """The samples to `take` for the step at `version`; empty while it cannot start."""

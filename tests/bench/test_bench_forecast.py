@@ -1,4 +1,4 @@
-"""The planner's forecast agrees with the simulation of the real state machines."""
+"""The forecast of `--plan` agrees with the simulation of the real state machines."""
 
 from __future__ import annotations
 

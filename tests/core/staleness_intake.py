@@ -1,4 +1,4 @@
-"""The simulator's intake: the real assembler and planner, with the glue of `actors.intake` line by line."""
+"""The simulator's intake: the real assembler and policy, with the glue of `actors.intake` line by line."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from staleness_oracle import Oracle, Row
 from opd_async.scheduling import frontier
 from opd_async.scheduling.assembly import Sample, Verdict
 from opd_async.scheduling.filled_steps import FilledSteps
-from opd_async.scheduling.step_policy import Planner
+from opd_async.scheduling.step_policy import StepPolicy
 from opd_async.transport import messages as m
 
 
 class SimIntake:
     """One incarnation; `inbox` comes from the dispatcher, `outbox` goes to it."""
 
-    def __init__(self, state: m.Frontier, floor: int, planner: Planner, oracle: Oracle) -> None:
+    def __init__(self, state: m.Frontier, floor: int, policy: StepPolicy, oracle: Oracle) -> None:
         self.assembler = frontier.restore(state, floor)
         self.checkpoint = state
         self.version: int | None = None
@@ -25,7 +25,7 @@ class SimIntake:
         self._planned = state.version
         self.inbox: deque[tuple[Any, ...]] = deque([("version", state.version, [])])
         self.outbox: deque[tuple[Any, ...]] = deque()
-        self._planner = planner
+        self._policy = policy
         self._oracle = oracle
         self._drain_asked = False
         self._taken = 0
@@ -44,7 +44,7 @@ class SimIntake:
         version = self.version
         if version is None or self.busy:
             return None
-        found = self._planner.round(self.assembler, version, self._taken)
+        found = self._policy.round(self.assembler, version, self._taken)
         if found.drain and not self._drain_asked:
             self._drain_asked = True
             self.outbox.append(("drain", version))
@@ -71,9 +71,9 @@ class SimIntake:
         rows = [self._held(sample_id) for sample_id in sorted(self._touched)]
         self._touched.clear()
         next_step = self._planned if self.version is None else self.version
-        ready = self._planner.ready_tokens(self.assembler, next_step)
-        hold = isinstance(self._planner, FilledSteps) and self.version is not None
-        hold = hold and self._planner.overfull(self.assembler, next_step, self._taken)
+        ready = self._policy.ready_tokens(self.assembler, next_step)
+        hold = isinstance(self._policy, FilledSteps) and self.version is not None
+        hold = hold and self._policy.overfull(self.assembler, next_step, self._taken)
         self.outbox.append(
             ("acks", next_step, ready, (self._taken, not self.busy, hold), [row for row in rows if row is not None])
         )

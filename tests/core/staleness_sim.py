@@ -1,6 +1,6 @@
 """A run of the scheduling state machines on a virtual clock, driven by bytes: each pair is one event and its argument.
 
-    LeaseBook -> Generation, Outbox -> wires -> TokenBudgetBatcher -> scored -> Assembler, planner -> learner
+    LeaseBook -> Generation, Outbox -> wires -> TokenBudgetBatcher -> scored -> Assembler, policy -> learner
          ^                                                                            |
          +------------- weight barrier, acknowledgements, reclaims, checkpoints <-----+
 
@@ -30,7 +30,7 @@ from opd_async.scheduling.admission import (
 )
 from opd_async.scheduling.filled_steps import FilledSteps
 from opd_async.scheduling.leases import LeaseBook, PromptOrder
-from opd_async.scheduling.step_policy import DeadlineCuts, Planner, WholeSamples
+from opd_async.scheduling.step_policy import DeadlineCuts, StepPolicy, WholeSamples
 from opd_async.transport import messages as m
 from opd_async.transport.owed import OwedSample
 
@@ -68,8 +68,8 @@ class Setup:
             return SampleAdmission(self.samples_per_step, self.max_staleness or 0)
         return DeadlineAdmission(self.tokens_per_step, self.max_staleness or 0)
 
-    def planner(self) -> Planner:
-        """The planner of these sizes."""
+    def policy(self) -> StepPolicy:
+        """The policy of these sizes."""
         if self.filled:
             return FilledSteps(self.tokens_per_step, self.max_staleness)
         if self.train_on is TrainOn.SAMPLES:
@@ -80,12 +80,12 @@ class Setup:
 class Simulation:
     """One run. `events` names what a schedule can make happen; frequent ones are listed more than once."""
 
-    def __init__(self, setup: Setup, planner: Planner | None = None) -> None:
+    def __init__(self, setup: Setup, policy: StepPolicy | None = None) -> None:
         self.setup = setup
         self.oracle = Oracle(setup.max_staleness, setup.max_length, setup.seed)
         self.now = 0
         self.leased = 0
-        self._planner = planner or setup.planner()
+        self._policy = policy or setup.policy()
         self._order = PromptOrder(5, 1, 0, True)
         wires = range(setup.teachers)
         self._actors = [SimActor(i, [deque() for _ in wires]) for i in range(setup.actors)]
@@ -101,7 +101,7 @@ class Simulation:
     def _begin(self, state: m.Frontier, floor: int) -> None:
         """Everything that starts anew from a checkpoint."""
         self._floor = floor
-        self._intake = SimIntake(state, floor, self._planner, self.oracle)
+        self._intake = SimIntake(state, floor, self._policy, self.oracle)
         self._book = LeaseBook(state, self._order, self.setup.admission(), self.setup.slots, floor)
         self._training: tuple[int, bool] | None = None
         self._started: int | None = None
@@ -333,8 +333,8 @@ class Simulation:
         """From here on nothing fails: three more steps, then every sample that was begun is trained to its end."""
         self._until(self.version + 3)
         self.oracle.limit = limit = self.leased
-        if isinstance(self._planner, DeadlineCuts | FilledSteps):
-            self._planner.budget = 1
+        if isinstance(self._policy, DeadlineCuts | FilledSteps):
+            self._policy.budget = 1
         self._until(None, limit)
         self.oracle.check_all(limit)
 
@@ -383,9 +383,9 @@ class Simulation:
         )
 
 
-def play(setup: Setup, schedule: bytes, planner: Planner | None = None) -> Simulation:
+def play(setup: Setup, schedule: bytes, policy: StepPolicy | None = None) -> Simulation:
     """Run a schedule and then to the end; raises `BrokenInvariant`."""
-    simulation = Simulation(setup, planner)
+    simulation = Simulation(setup, policy)
     simulation.run(schedule)
     simulation.finish()
     return simulation

@@ -14,7 +14,7 @@ import pytest
 from opd_async.command import launch, parse_arguments
 from opd_async.config.topology import LearnerSection, Topology
 from opd_async.errors import InputError
-from opd_async.forecast.advice import Planner, Site, describe, plan_text, preferred
+from opd_async.forecast.advice import Forecaster, Site, describe, plan_text, preferred
 from opd_async.forecast.cost_model import H100, H200, NVLINK, QWEN3_8B, QWEN3_32B
 from opd_async.forecast.lengths import LogNormal
 from opd_async.forecast.memory import engine_memory, learner_memory
@@ -50,8 +50,8 @@ def topology_text(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def planner(text: dict[str, Any], site: Site = SITE) -> Planner:
-    return Planner(Topology.model_validate(text), site)
+def forecaster(text: dict[str, Any], site: Site = SITE) -> Forecaster:
+    return Forecaster(Topology.model_validate(text), site)
 
 
 def test_memory_by_hand() -> None:
@@ -92,7 +92,7 @@ def test_memory_is_planned_where_steps_are_not(topology_text: dict[str, Any], tm
 
 
 def test_more_devices_make_their_stage_faster(topology_text: dict[str, Any]) -> None:
-    plan = planner(topology_text)
+    plan = forecaster(topology_text)
     few, many = plan.workload(Devices(2, 2, 4)).rates(), plan.workload(Devices(4, 4, 8)).rates()
     assert many.learner > 1.5 * few.learner
     assert many.teacher == pytest.approx(2 * few.teacher, rel=0.01)
@@ -100,7 +100,7 @@ def test_more_devices_make_their_stage_faster(topology_text: dict[str, Any]) -> 
 
 
 def test_the_best_split_is_no_worse_and_uses_the_same_devices(topology_text: dict[str, Any]) -> None:
-    plan = planner(topology_text)
+    plan = forecaster(topology_text)
     found = plan.best_split()
     assert found is not None
     devices, best = found
@@ -110,7 +110,7 @@ def test_the_best_split_is_no_worse_and_uses_the_same_devices(topology_text: dic
 
 
 def test_of_splits_that_are_alike_the_one_with_less_recompute_is_preferred(topology_text: dict[str, Any]) -> None:
-    one = planner(topology_text).forecast(Devices(2, 2, 4))
+    one = forecaster(topology_text).forecast(Devices(2, 2, 4))
     speeds = ((100.0, 1.3), (99.8, 1.2), (99.0, 1.1))
     tried = [
         (Devices(count, 1, 1), dataclasses.replace(one, tokens_per_s=speed, learner_recompute=recompute))
@@ -122,44 +122,44 @@ def test_of_splits_that_are_alike_the_one_with_less_recompute_is_preferred(topol
 def test_the_bottleneck_is_the_stage_that_is_slowest_alone(topology_text: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "teacher" / "config.json").write_text(json.dumps(SHAPE_8B | {"num_hidden_layers": 300}))
     site = Site(H200, NVLINK, LogNormal(500, 2000, 4096), 200)
-    (line,) = (line for line in describe(planner(topology_text, site)).splitlines() if "<- bottleneck" in line)
+    (line,) = (line for line in describe(forecaster(topology_text, site)).splitlines() if "<- bottleneck" in line)
     assert line.startswith("teacher")
 
 
 def test_no_plan_is_faster_than_its_slowest_stage(topology_text: dict[str, Any]) -> None:
     # a fixed cost of a second a step is most of a small step
     topology_text["schedule"]["tokens_per_step"] = 2000
-    shown = re.search(r"([\d,]+) tokens/s: (\d+)% of the slowest stage alone", describe(planner(topology_text)))
+    shown = re.search(r"([\d,]+) tokens/s: (\d+)% of the slowest stage alone", describe(forecaster(topology_text)))
     assert shown is not None
     assert 50 <= int(shown[2]) <= 101
     topology_text["schedule"]["tokens_per_step"] = 200_000
-    assert int(shown[1].replace(",", "")) < planner(topology_text).forecast(Devices(2, 2, 4)).tokens_per_s
+    assert int(shown[1].replace(",", "")) < forecaster(topology_text).forecast(Devices(2, 2, 4)).tokens_per_s
 
 
 def test_responses_are_no_longer_than_the_topology_lets_them_be(topology_text: dict[str, Any]) -> None:
-    assert planner(topology_text).workload(Devices(2, 2, 4)).lengths.of(np.array([9.0])).tolist() == [1024]
+    assert forecaster(topology_text).workload(Devices(2, 2, 4)).lengths.of(np.array([9.0])).tolist() == [1024]
     topology_text["rollout"]["sampling"] = {"max_response_tokens": 100}
     topology_text["engines"]["student"]["context_tokens"] = 150
     assert "longest 100 tokens (rollout.sampling.max_response_tokens; --lengths has up to 4,096); prompts: 50" in (
-        describe(planner(topology_text))
+        describe(forecaster(topology_text))
     )
 
 
 def test_engines_keep_what_the_topology_says(topology_text: dict[str, Any]) -> None:
-    assert planner(topology_text).workload(Devices(2, 2, 4)).cache_tokens == 65536
+    assert forecaster(topology_text).workload(Devices(2, 2, 4)).cache_tokens == 65536
     topology_text["engines"] = {
         "student": {"replicas": 2, "kv_tokens": 5000},
         "teacher": {"replicas": 2, "kv_tokens": 6000},
     }
-    text = describe(planner(topology_text))
+    text = describe(forecaster(topology_text))
     assert "the student engines keep 10,000 of" in text and "the teacher's caches hold 12,000 of" in text
     topology_text["engines"]["teacher"] = {"kind": "external", "replicas": 2, "urls": ["http://a:1", "http://a:2"]}
-    assert planner(topology_text).workload(Devices(2, 2, 4)).cache_tokens > 65536
+    assert forecaster(topology_text).workload(Devices(2, 2, 4)).cache_tokens > 65536
 
 
 def test_what_does_not_fit_is_said(topology_text: dict[str, Any]) -> None:
     topology_text["learner"] = {"data_parallel": 1}
-    text = describe(planner(topology_text, Site(H100, NVLINK, LogNormal(500, 2000, 4096), 200)))
+    text = describe(forecaster(topology_text, Site(H100, NVLINK, LogNormal(500, 2000, 4096), 200)))
     assert "WARNING: a learner does not fit: needs" in text
     assert "learner.data_parallel" in text or "data_parallel" in text
 
@@ -186,10 +186,10 @@ def test_what_the_planner_does_not_cover_is_refused(
     topology_text: dict[str, Any], change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        planner(topology_text | change)
+        forecaster(topology_text | change)
 
 
 def test_a_model_without_sizes_is_refused(topology_text: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "teacher" / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"teacher/config\.json: does not describe a decoder"):
-        planner(topology_text)
+        forecaster(topology_text)

@@ -16,94 +16,94 @@ def assembler() -> Assembler:
     return fresh
 
 
-def part(planner: FilledSteps, box: Assembler, version: int, taken: int) -> tuple[list[int], bool]:
-    found = planner.round(box, version, taken)
+def part(policy: FilledSteps, box: Assembler, version: int, taken: int) -> tuple[list[int], bool]:
+    found = policy.round(box, version, taken)
     assert not found.drain
     return [sample.sample_id for sample in found.samples], found.closes
 
 
 def test_responses_are_taken_as_they_end_a_part_at_a_time() -> None:
-    box, planner = assembler(), FilledSteps(4 * PARTS, 1)
-    assert part(planner, box, 0, 0) == ([], False)
+    box, policy = assembler(), FilledSteps(4 * PARTS, 1)
+    assert part(policy, box, 0, 0) == ([], False)
     held(box, 1, 9)
-    assert part(planner, box, 0, 0) == ([], False)
+    assert part(policy, box, 0, 0) == ([], False)
     for sample_id in (2, 3, 4):
         held(box, sample_id, 3, finish="stop")
-    assert part(planner, box, 0, 0) == ([2, 3], False)
-    assert planner.ready_tokens(box, 0) == 9
-    assert planner.ready_tokens(box, 1) == 18
+    assert part(policy, box, 0, 0) == ([2, 3], False)
+    assert policy.ready_tokens(box, 0) == 9
+    assert policy.ready_tokens(box, 1) == 18
 
 
 def test_what_is_forced_is_cut_last_and_closes_the_step() -> None:
-    box, planner = assembler(), FilledSteps(4 * PARTS, 1)
+    box, policy = assembler(), FilledSteps(4 * PARTS, 1)
     held(box, 1, 30)
     held(box, 2, 8, weight_version=1)
     held(box, 3, 20, weight_version=1, finish="stop")
     box.mark(0, [])
-    assert part(planner, box, 1, 0) == ([3], False)
+    assert part(policy, box, 1, 0) == ([3], False)
     box.take(box.samples[3])
-    assert part(planner, box, 1, 20) == ([], False)
-    assert part(planner, box, 1, 4 * PARTS - 33) == ([], False)  # room for three tokens, but nothing has ended
+    assert part(policy, box, 1, 20) == ([], False)
+    assert part(policy, box, 1, 4 * PARTS - 33) == ([], False)  # room for three tokens, but nothing has ended
     held(box, 4, 3, weight_version=1, finish="stop")
-    assert part(planner, box, 1, 4 * PARTS - 33) == ([1, 4], True)
-    assert part(planner, box, 1, 4 * PARTS) == ([1], True)
+    assert part(policy, box, 1, 4 * PARTS - 33) == ([1, 4], True)
+    assert part(policy, box, 1, 4 * PARTS) == ([1], True)
 
 
 def test_an_ended_response_that_is_due_goes_whatever_room_is_left() -> None:
-    box, planner = assembler(), FilledSteps(PARTS, 1)
+    box, policy = assembler(), FilledSteps(PARTS, 1)
     for sample_id in range(3):
         held(box, sample_id, PARTS, finish="stop")
     held(box, 3, PARTS, weight_version=1, finish="stop")
     box.mark(0, [])
-    assert part(planner, box, 1, PARTS) == ([0, 1, 2], True)
+    assert part(policy, box, 1, PARTS) == ([0, 1, 2], True)
 
 
 def test_a_step_does_not_close_while_old_tokens_are_under_way() -> None:
-    box, planner = assembler(), FilledSteps(PARTS, 1)
+    box, policy = assembler(), FilledSteps(PARTS, 1)
     held(box, 1, PARTS, finish="stop")
     box.mark(0, [OwedSample(7, 0, 3)])
-    assert part(planner, box, 1, PARTS) == ([], False)
+    assert part(policy, box, 1, PARTS) == ([], False)
     held(box, 7, 3)
-    assert part(planner, box, 1, PARTS) == ([7, 1], True)
+    assert part(policy, box, 1, PARTS) == ([7, 1], True)
 
 
 def test_without_a_bound_nothing_is_cut() -> None:
-    box, planner = assembler(), FilledSteps(PARTS, None)
+    box, policy = assembler(), FilledSteps(PARTS, None)
     held(box, 1, 50)
     for version in range(9):
         box.mark(version, [OwedSample(8, 0, 4)])
-    assert part(planner, box, 9, PARTS - 1) == ([], False)
+    assert part(policy, box, 9, PARTS - 1) == ([], False)
     held(box, 2, 7, finish="stop")
-    assert part(planner, box, 9, PARTS - 1) == ([2], True)
-    assert not planner.overfull(box, 9, 0)
+    assert part(policy, box, 9, PARTS - 1) == ([2], True)
+    assert not policy.overfull(box, 9, 0)
 
 
 def test_without_staleness_a_full_step_asks_for_a_drain() -> None:
-    box, planner = assembler(), FilledSteps(PARTS, 0)
+    box, policy = assembler(), FilledSteps(PARTS, 0)
     held(box, 1, PARTS)
-    found = planner.round(box, 0, 0)
+    found = policy.round(box, 0, 0)
     assert (found.samples, found.closes, found.drain) == ([], False, True)
     box.mark(0, [OwedSample(1, 0, PARTS)])
-    assert part(planner, box, 0, 0) == ([1], True)
+    assert part(policy, box, 0, 0) == ([1], True)
 
 
 def test_empty_responses_leave_with_the_others() -> None:
-    box, planner = assembler(), FilledSteps(4 * PARTS, 1)
+    box, policy = assembler(), FilledSteps(4 * PARTS, 1)
     held(box, 1, 0, finish="stop")
     held(box, 2, 3, finish="stop")
-    assert part(planner, box, 0, 0) == ([1, 2], False)
+    assert part(policy, box, 0, 0) == ([1, 2], False)
 
 
 def test_a_next_step_that_would_be_too_large_stands_generation_still_and_is_begun() -> None:
     """At S = 1 the next step has to train all that is held; what fits is cut before its time."""
-    box, planner = assembler(), FilledSteps(10 * PARTS, 1)
+    box, policy = assembler(), FilledSteps(10 * PARTS, 1)
     for sample_id in range(10):
         held(box, sample_id, 2 * PARTS, weight_version=1)
     box.mark(0, [])
-    assert not planner.overfull(box, 1, 0)  # ten parts of these twenty fit into the open step
-    assert part(planner, box, 1, 0) == ([], False)
+    assert not policy.overfull(box, 1, 0)  # ten parts of these twenty fit into the open step
+    assert part(policy, box, 1, 0) == ([], False)
     held(box, 10, PARTS, weight_version=1)
-    assert planner.overfull(box, 1, 0)
-    assert part(planner, box, 1, 0) == ([0], False)
-    assert not planner.overfull(box, 0, 0)  # the same tokens are younger for a later bound
+    assert policy.overfull(box, 1, 0)
+    assert part(policy, box, 1, 0) == ([0], False)
+    assert not policy.overfull(box, 0, 0)  # the same tokens are younger for a later bound
     assert not FilledSteps(10 * PARTS, 2).overfull(box, 1, 0)

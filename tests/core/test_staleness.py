@@ -21,7 +21,7 @@ from opd_async.scheduling.assembly import Assembler, Piece, Sample
 from opd_async.scheduling.filled_steps import FilledSteps
 from opd_async.scheduling.marks import Marks
 from opd_async.scheduling.outbox import Outbox
-from opd_async.scheduling.step_policy import DeadlineCuts, Planner, Round, WholeSamples
+from opd_async.scheduling.step_policy import DeadlineCuts, Round, StepPolicy, WholeSamples
 
 EVENTS = 600
 BOUNDS = (0, 1, 2, 4)
@@ -121,12 +121,12 @@ class Forgetful(DeadlineCuts):
         return chosen
 
 
-def caught(setup: Setup, planner: Callable[[int, int], Planner]) -> list[BrokenInvariant]:
-    """What the checker says of a planner, over a number of schedules."""
+def caught(setup: Setup, policy: Callable[[int, int], StepPolicy]) -> list[BrokenInvariant]:
+    """What the checker says of a policy, over a number of schedules."""
     found: list[BrokenInvariant] = []
     for seed in range(25):
         try:
-            play(setup, random.Random(seed).randbytes(3000), planner(setup.tokens_per_step, setup.max_staleness or 0))
+            play(setup, random.Random(seed).randbytes(3000), policy(setup.tokens_per_step, setup.max_staleness or 0))
         except BrokenInvariant as error:
             found.append(error)
     return found
@@ -147,9 +147,9 @@ def test_lost_tokens_are_caught() -> None:
 
 
 def test_a_planner_that_never_steps_is_a_deadlock() -> None:
-    planner = DeadlineCuts(10**9, 1)
+    policy = DeadlineCuts(10**9, 1)
     with pytest.raises(Deadlock, match="no end at version 0"):
-        play(Setup(1), b"", planner)
+        play(Setup(1), b"", policy)
 
 
 def test_an_outbox_that_never_sends_again_is_a_deadlock(monkeypatch: pytest.MonkeyPatch) -> None:

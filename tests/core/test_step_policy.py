@@ -1,4 +1,4 @@
-"""What the planners choose, case by case; that they keep the bound is in test_staleness.py."""
+"""What the policies choose, case by case; that they keep the bound is in test_staleness.py."""
 
 from __future__ import annotations
 
@@ -16,119 +16,119 @@ def assembler(version: int = 0) -> Assembler:
     return fresh
 
 
-def chosen(planner: WholeSteps, box: Assembler, version: int) -> list[int]:
-    return [sample.sample_id for sample in planner.choose(box, version)]
+def chosen(policy: WholeSteps, box: Assembler, version: int) -> list[int]:
+    return [sample.sample_id for sample in policy.choose(box, version)]
 
 
 def test_a_step_waits_for_its_budget() -> None:
-    box, planner = assembler(), DeadlineCuts(10, 1)
+    box, policy = assembler(), DeadlineCuts(10, 1)
     held(box, 1, 6, finish="stop")
     held(box, 2, 9)
-    assert planner.ready_tokens(box, 0) == 6
-    assert chosen(planner, box, 0) == []
+    assert policy.ready_tokens(box, 0) == 6
+    assert chosen(policy, box, 0) == []
     held(box, 3, 4, finish="stop")
-    assert chosen(planner, box, 0) == [1, 3]
+    assert chosen(policy, box, 0) == [1, 3]
 
 
 def test_responses_under_way_are_cut_at_their_deadline_only() -> None:
-    box, planner = assembler(), DeadlineCuts(4, 2)
+    box, policy = assembler(), DeadlineCuts(4, 2)
     held(box, 1, 6)
     held(box, 2, 5, weight_version=1)
     for version in (0, 1):
         box.mark(version, [])
-    assert chosen(planner, box, 1) == []
-    assert chosen(planner, box, 2) == [1]
-    assert planner.ready_tokens(box, 2) == 6
-    assert chosen(planner, box, 3) == [1, 2]
+    assert chosen(policy, box, 1) == []
+    assert chosen(policy, box, 2) == [1]
+    assert policy.ready_tokens(box, 2) == 6
+    assert chosen(policy, box, 3) == [1, 2]
 
 
 def test_deadlines_go_before_finished_responses_and_beyond_the_budget() -> None:
-    box, planner = assembler(), DeadlineCuts(4, 1)
+    box, policy = assembler(), DeadlineCuts(4, 1)
     held(box, 1, 3, weight_version=1, finish="stop")
     held(box, 2, 4)
     held(box, 3, 4)
     box.mark(0, [])
-    assert chosen(planner, box, 1) == [2, 3]
+    assert chosen(policy, box, 1) == [2, 3]
 
 
 def test_finished_responses_go_oldest_token_first() -> None:
-    box, planner = assembler(), DeadlineCuts(3, 4)
+    box, policy = assembler(), DeadlineCuts(3, 4)
     held(box, 1, 3, weight_version=2, finish="stop")
     held(box, 2, 3, weight_version=1, finish="stop")
     held(box, 3, 3, weight_version=1, finish="stop")
     for version in range(3):
         box.mark(version, [])
-    assert chosen(planner, box, 3) == [2, 3]
+    assert chosen(policy, box, 3) == [2, 3]
 
 
 def test_empty_responses_leave_with_the_next_step() -> None:
-    box, planner = assembler(), DeadlineCuts(3, 1)
+    box, policy = assembler(), DeadlineCuts(3, 1)
     held(box, 1, 0, finish="stop")
-    assert chosen(planner, box, 0) == []
+    assert chosen(policy, box, 0) == []
     held(box, 2, 6, finish="stop")
     held(box, 3, 3, finish="stop")
-    assert chosen(planner, box, 0) == [1, 2]
+    assert chosen(policy, box, 0) == [1, 2]
 
 
 def test_what_has_ended_fills_two_budgets() -> None:
-    box, planner = assembler(), DeadlineCuts(4, 3)
+    box, policy = assembler(), DeadlineCuts(4, 3)
     for sample_id in range(4):
         held(box, sample_id, 3, finish="stop")
     held(box, 4, 9)
-    assert chosen(planner, box, 0) == [0, 1, 2]
+    assert chosen(policy, box, 0) == [0, 1, 2]
 
 
 def test_no_step_while_old_tokens_are_under_way() -> None:
-    box, planner = assembler(), DeadlineCuts(3, 1)
+    box, policy = assembler(), DeadlineCuts(3, 1)
     held(box, 1, 5, finish="stop")
     box.mark(0, [OwedSample(2, 0, 4)])
-    assert chosen(planner, box, 1) == []
+    assert chosen(policy, box, 1) == []
     held(box, 2, 4)
-    assert chosen(planner, box, 1) == [1, 2]
+    assert chosen(policy, box, 1) == [1, 2]
 
 
 def test_on_policy_steps_ask_for_a_drain() -> None:
-    box, planner = assembler(), DeadlineCuts(5, 0)
+    box, policy = assembler(), DeadlineCuts(5, 0)
     held(box, 1, 4)
-    assert not planner.wants_drain(box, 0)
+    assert not policy.wants_drain(box, 0)
     held(box, 2, 4)
-    assert planner.wants_drain(box, 0)
-    assert chosen(planner, box, 0) == []
+    assert policy.wants_drain(box, 0)
+    assert chosen(policy, box, 0) == []
     box.mark(0, [OwedSample(1, 0, 6), OwedSample(2, 0, 4)])
-    assert chosen(planner, box, 0) == []
+    assert chosen(policy, box, 0) == []
     box.add(scored(1, 4, 6))
-    assert chosen(planner, box, 0) == [1, 2]
+    assert chosen(policy, box, 0) == [1, 2]
     assert not DeadlineCuts(5, 1).wants_drain(box, 0)
 
 
 def test_whole_samples_take_batches_in_order() -> None:
-    box, planner = assembler(), WholeSamples(2)
+    box, policy = assembler(), WholeSamples(2)
     held(box, 1, 3, finish="stop")
     held(box, 2, 3, finish="stop")
-    assert planner.ready_tokens(box, 0) == 0
-    assert chosen(planner, box, 0) == []
+    assert policy.ready_tokens(box, 0) == 0
+    assert chosen(policy, box, 0) == []
     held(box, 0, 2)
-    assert chosen(planner, box, 0) == []
+    assert chosen(policy, box, 0) == []
     held(box, 0, 5, finish="stop")
-    assert planner.ready_tokens(box, 0) == 8
-    assert chosen(planner, box, 0) == [0, 1]
-    assert not planner.wants_drain(box, 0)
-    for sample in planner.choose(box, 0):
+    assert policy.ready_tokens(box, 0) == 8
+    assert chosen(policy, box, 0) == [0, 1]
+    assert not policy.wants_drain(box, 0)
+    for sample in policy.choose(box, 0):
         box.take(sample)
-    assert chosen(planner, box, 1) == []
+    assert chosen(policy, box, 1) == []
     held(box, 3, 1, finish="stop")
-    assert chosen(planner, box, 1) == [2, 3]
+    assert chosen(policy, box, 1) == [2, 3]
 
 
 def test_a_step_of_whole_samples_has_whole_groups() -> None:
     """Samples n * group_size and on belong to one prompt; a batch of whole groups ends where a group ends."""
-    box, planner = assembler(), WholeSamples(4)  # groups of two
+    box, policy = assembler(), WholeSamples(4)  # groups of two
     for sample_id in (0, 1, 2, 5, 7, 6):
         held(box, sample_id, 2, finish="stop")
-    assert chosen(planner, box, 0) == []  # group 1 lacks sample 3, though four samples are there
+    assert chosen(policy, box, 0) == []  # group 1 lacks sample 3, though four samples are there
     held(box, 3, 0, finish="stop")  # an empty response completes it
-    assert chosen(planner, box, 0) == [0, 1, 2, 3]
-    for sample in planner.choose(box, 0):
+    assert chosen(policy, box, 0) == [0, 1, 2, 3]
+    for sample in policy.choose(box, 0):
         box.take(sample)
     held(box, 4, 1, finish="stop")
-    assert chosen(planner, box, 1) == [4, 5, 6, 7]
+    assert chosen(policy, box, 1) == [4, 5, 6, 7]
