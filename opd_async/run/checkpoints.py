@@ -148,8 +148,8 @@ class Newest:
         return 0 if self.folder is None else _step(self.folder)
 
 
-def newest(root: Path) -> Newest:
-    """Look for a checkpoint to go on from, by checksums, from the newest back.
+def newest(root: Path, thorough: bool = True) -> Newest:
+    """Look for a checkpoint to go on from, from the newest back: by checksums, or unless `thorough` by sizes alone.
 
     Raises `InputError`, which names every one, if there are some and all are damaged: to begin anew is the user's
     decision.
@@ -157,7 +157,7 @@ def newest(root: Path) -> Newest:
     damaged: list[tuple[Path, str]] = []
     for folder in reversed(_by_step(root, sealed=True)):
         try:
-            verify(folder)
+            verify(folder, thorough)
         except InputError as error:
             damaged.append((folder, str(error)))
             continue

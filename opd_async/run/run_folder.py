@@ -24,7 +24,7 @@ from opd_async.errors import InputError
 from opd_async.files import PRIVATE, write_atomically
 from opd_async.plan.plan import Plan
 from opd_async.plan.resolve import KEYS_FOLDER, PLAN_FILE
-from opd_async.run import fingerprints
+from opd_async.run import checkpoints, fingerprints
 
 TOPOLOGY_FILE = "topology.yaml"
 LOCK_FILE = ".lock"
@@ -90,6 +90,8 @@ def prepare(
     except OSError as error:
         raise InputError(f"{path}: cannot be used as a run folder: {error.strerror}") from None
     try:
+        if resume:
+            checkpoints.newest(path / "checkpoints", thorough=False)  # nothing is written where none can be used
         before = Inputs(fingerprints.read(path) if resume else {}, dict(inputs or {}))
         _settle_old_run(path, plan.topology, resume, overwrite, before, change_lr)
         files = {TOPOLOGY_FILE: dump_topology(plan.topology), PLAN_FILE: plan.model_dump_json(indent=1)}

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def test_ctrl_c_in_a_script_saves_and_raises(inputs: Path, tmp_path: Path) -> No
     said = []
     for line in process.stdout:
         said.append(line)
-        if " step " in line:
+        if re.search(r"\bstep +\d+/", line):
             process.send_signal(signal.SIGINT)
             break
     rest, _ = process.communicate(timeout=PATIENCE_S)

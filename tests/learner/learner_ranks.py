@@ -10,6 +10,7 @@ exact.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from dataclasses import replace
@@ -70,7 +71,10 @@ def data(version: int) -> list[MicroBatch]:
 
 
 def steps(trainer: Trainer, place: parallel.Place, until: int) -> list[tuple[float, ...]]:
-    """Loss and gradient norm of every step up to version `until`, and what the critic says where there is one."""
+    """Loss and gradient norm of every step up to version `until`, and what the critic says where there is one.
+
+    NaN stands for what a step does not compute.
+    """
     result: list[tuple[float, ...]] = []
     while trainer.version < until:
         batches = data(trainer.version)
@@ -80,7 +84,8 @@ def steps(trainer: Trainer, place: parallel.Place, until: int) -> list[tuple[flo
         metrics = trainer.step(step_batch(trainer.version, own, rows))
         assert metrics.tokens == rows
         critic = (metrics.value_loss, metrics.value_mean, metrics.explained_variance, metrics.critic_grad_norm)
-        result.append((metrics.loss, metrics.grad_norm, *(critic if trainer.critic is not None else ())))
+        row = (metrics.loss, metrics.grad_norm, *(critic if trainer.critic is not None else ()))
+        result.append(tuple(math.nan if value is None else value for value in row))
     return result
 
 
