@@ -26,7 +26,7 @@ import numpy as np
 
 from opd_async.actors.intake.filtering import GroupFilter
 from opd_async.actors.intake.ranks import LearnerRanks
-from opd_async.actors.intake.report import LatencyReservoir, describe_rewards, describe_step
+from opd_async.actors.intake.report import LatencyReservoir, describe_filtered, describe_rewards, describe_step
 from opd_async.actors.intake.steps import Taken, give_advantages, pack, step_started
 from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import ScheduleSection, TrainOn
@@ -215,7 +215,7 @@ class Intake:
             packing.mean_over_responses(segments)
         stats, staleness = describe_step(segments, version)
         if self._filter.there:
-            stats["filtered"] = float(len(taken) - len(kept))
+            stats |= describe_filtered(len(taken) - len(kept))
             self._metrics["opd_intake_filtered_total"].inc(len(taken) - len(kept))
         if self._topology.reward.kind is not RewardKind.NONE:
             stats |= describe_rewards(outcomes)

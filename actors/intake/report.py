@@ -66,3 +66,8 @@ class LatencyReservoir:
             return {}
         p50, p99 = np.quantile(self._values, [0.5, 0.99])
         return {"score_latency_p50_s": float(p50), "score_latency_p99_s": float(p99)}
+
+
+def describe_filtered(responses: int) -> dict[str, float]:
+    """How many responses of a step `schedule.filter` kept from being trained."""
+    return {"filtered": float(responses)}

@@ -42,7 +42,10 @@ class _View:
 
 
 class FilledSteps:
-    """`schedule.rule: filled`. `max_staleness` None: nothing is forced, every response is trained whole."""
+    """Fill a step with responses as they end, and cut what the bound forces last. So far only the simulation uses it.
+
+    `max_staleness` None: nothing is forced, every response is trained whole.
+    """
 
     def __init__(self, tokens_per_step: int, max_staleness: int | None) -> None:
         self.budget = tokens_per_step

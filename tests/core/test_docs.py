@@ -16,7 +16,7 @@ from pages import WITH_INDEX, anchor, with_index
 from rooms import ORDER, modules
 from rooms import page as modules_page
 
-from opd_async.actors.intake.report import describe_rewards, describe_step
+from opd_async.actors.intake.report import describe_filtered, describe_rewards, describe_step
 from opd_async.checks.host import device_problems
 from opd_async.cli.main import COMMANDS
 from opd_async.command import parse_arguments
@@ -274,7 +274,7 @@ def test_every_column_of_a_step_is_listed(tmp_path: Path) -> None:
     """The row that the ledger writes of what the intake says about a step with rewards, and of the learner's answer.
     `tests/e2e/test_quickstart.py` looks up what a whole run has written."""
     stats, ages = describe_step([], 0)
-    stats |= describe_rewards([Outcome(0, 1.0, 3)])
+    stats |= describe_rewards([Outcome(0, 1.0, 3)]) | describe_filtered(0)
     nobody = np.zeros(0, np.int64)
     started = messages.StepStarted(
         version=0, stats=stats, staleness_counts=ages, taken_ids=nobody, taken_ends=nobody, taken_complete=nobody
