@@ -72,7 +72,7 @@ def test_slots_bound_what_is_generated_at_once() -> None:
     leases = book(slots=3)
     assert leased(leases) == [0, 1, 2]
     assert leases.generating == leases.generating_by("a") == leases.active == 3
-    leases.ended(1, 0, 5)
+    leases.ended(1, attempt=0, response_tokens=5)
     assert leases.generating == 2
     assert leases.active == 3
     assert leased(leases) == [3]
@@ -81,12 +81,12 @@ def test_slots_bound_what_is_generated_at_once() -> None:
 def test_untrained_finished_tokens_hold_new_leases_back() -> None:
     leases = book(slots=4, max_staleness=2)
     assert leased(leases) == [0, 1, 2, 3]
-    leases.ended(0, 0, 12)
+    leases.ended(0, attempt=0, response_tokens=12)
     assert leased(leases) == [4]
-    leases.ended(1, 0, 8)
+    leases.ended(1, attempt=0, response_tokens=8)
     assert leases.waiting_tokens == 20
     assert leased(leases) == []
-    leases.trained(0, 12, True)
+    leases.trained(0, end=12, complete=True)
     assert leases.waiting_tokens == 8
     assert leased(leases) == [5]
 
@@ -106,10 +106,10 @@ def test_a_full_next_step_holds_new_leases_back_while_a_step_is_trained(max_stal
 def test_a_cut_counts_as_trained_before_and_after_the_end() -> None:
     leases = book()
     lease(leases)
-    leases.trained(0, 6, False)
-    leases.ended(0, 0, 10)
+    leases.trained(0, end=6, complete=False)
+    leases.ended(0, attempt=0, response_tokens=10)
     assert leases.waiting_tokens == 4
-    leases.trained(0, 10, True)
+    leases.trained(0, end=10, complete=True)
     assert leases.waiting_tokens == 0
     assert leases.active == 0
 
@@ -117,9 +117,9 @@ def test_a_cut_counts_as_trained_before_and_after_the_end() -> None:
 def test_news_may_come_in_any_order() -> None:
     leases = book()
     lease(leases)
-    leases.trained(0, 10, True)
-    leases.ended(0, 0, 10)
-    leases.ended(0, 0, 10)
+    leases.trained(0, end=10, complete=True)
+    leases.ended(0, attempt=0, response_tokens=10)
+    leases.ended(0, attempt=0, response_tokens=10)
     leases.give_back(0, 1, NOTHING, False)
     assert (leases.active, leases.generating, leases.waiting_tokens) == (0, 0, 0)
     assert lease(leases).sample_id == 1
@@ -146,9 +146,9 @@ def test_a_given_back_sample_goes_first_and_behind_its_prefix() -> None:
     assert (spec.sample_id, spec.attempt, spec.prefix.tolist()) == (1, 1, [4, 5])
     assert spec.prompt_index == ORDER.prompt_of(1)
     assert [spec.sample_id for spec in leases.held_by("b")] == [1]
-    leases.ended(1, 0, 9)
+    leases.ended(1, attempt=0, response_tokens=9)
     assert leases.generating_by("b") == 1, "the old attempt cannot end the new one"
-    leases.ended(1, 1, 9)
+    leases.ended(1, attempt=1, response_tokens=9)
     assert leases.generating_by("b") == 0
 
 
@@ -166,11 +166,11 @@ def test_asking_twice_gives_back_once() -> None:
 def test_a_complete_response_of_a_dead_actor_waits_for_its_training() -> None:
     leases = book(slots=1)
     lease(leases)
-    leases.trained(0, 2, False)
+    leases.trained(0, end=2, complete=False)
     leases.give_back(0, 0, NOTHING, True)
     assert leases.generating == 0
     assert leases.active == 1
-    leases.trained(0, 9, True)
+    leases.trained(0, end=9, complete=True)
     assert (leases.active, leases.waiting_tokens) == (0, 0)
 
 
@@ -179,9 +179,9 @@ def test_a_cut_while_nobody_generates_counts() -> None:
     leases = book()
     lease(leases)
     leases.give_back(0, 1, np.zeros(30, np.int32), False)
-    leases.trained(0, 30, False)
+    leases.trained(0, end=30, complete=False)
     assert lease(leases, "b").sample_id == 0
-    leases.ended(0, 1, 31)
+    leases.ended(0, attempt=1, response_tokens=31)
     assert leases.waiting_tokens == 1
 
 
@@ -194,7 +194,7 @@ def test_a_resumed_run_goes_on_with_what_was_not_completed() -> None:
     assert [spec.sample_id for spec in specs] == [3, 6, 2, 7, 8]
     assert [spec.prefix.tolist() for spec in specs] == [[7, 8], [9], [], [], []]
     assert {spec.attempt for spec in specs} == {1000}
-    leases.ended(3, 1000, 5)
+    leases.ended(3, attempt=1000, response_tokens=5)
     assert leases.waiting_tokens == 3
 
 
@@ -228,13 +228,13 @@ def test_counters_and_ids_stay_right(completed: set[int], moves: list[tuple[str,
             _, attempt = out[sample_id]
             end = trained.get(sample_id, 0) + number
             if move == "e" and sample_id not in ended:
-                leases.ended(sample_id, attempt, end)
+                leases.ended(sample_id, attempt=attempt, response_tokens=end)
                 ended[sample_id] = end
             elif move == "t" and sample_id not in ended:
-                leases.trained(sample_id, end, False)
+                leases.trained(sample_id, end=end, complete=False)
                 trained[sample_id] = end
             elif move == "c" and sample_id in ended:
-                leases.trained(sample_id, ended.pop(sample_id), True)
+                leases.trained(sample_id, end=ended.pop(sample_id), complete=True)
                 done.add(sample_id)
                 del out[sample_id]
             elif move == "g" and sample_id not in ended:

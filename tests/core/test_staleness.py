@@ -147,7 +147,7 @@ def test_lost_tokens_are_caught() -> None:
 
 
 def test_a_planner_that_never_steps_is_a_deadlock() -> None:
-    policy = DeadlineCuts(10**9, 1)
+    policy = DeadlineCuts(tokens_per_step=10**9, max_staleness=1)
     with pytest.raises(Deadlock, match="no end at version 0"):
         play(Setup(1), b"", policy)
 
