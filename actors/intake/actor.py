@@ -111,8 +111,7 @@ class Intake:
                 self._malformed_frame(f"a {type(chunk).__name__} among scored chunks")
                 continue
             if problem := self._unbelievable(sender, chunk):
-                log.warning("dropped a chunk of sample %d: %s", chunk.sample_id, problem)
-                self._count(Verdict.MALFORMED, chunk)
+                self._count(Verdict.MALFORMED, chunk, problem)
                 continue
             verdict = self._assembler.add(chunk, self._oldest())
             self._count(verdict, chunk)
@@ -130,7 +129,7 @@ class Intake:
         schedule = self._topology.schedule
         return max(self._planned - schedule.max_staleness - 1, 0) if schedule.train_on is TrainOn.TOKENS else 0
 
-    def _count(self, verdict: Verdict, chunk: m.ScoredChunk) -> None:
+    def _count(self, verdict: Verdict, chunk: m.ScoredChunk, problem: str = "malformed") -> None:
         if verdict is Verdict.ACCEPTED or verdict is Verdict.EARLY:
             self._role.count("tokens", len(chunk.token_ids))
             self._metrics["opd_intake_scored_tokens_total"].inc(len(chunk.token_ids))
@@ -139,7 +138,7 @@ class Intake:
         elif verdict is Verdict.MALFORMED:
             self._role.count("malformed_chunks")
             self._metrics["opd_intake_malformed_total"].labels("chunk").inc()
-            log.warning("dropped a malformed chunk of sample %d from %s", chunk.sample_id, chunk.teacher_id)
+            log.warning("dropped a chunk of sample %d from %s: %s", chunk.sample_id, chunk.teacher_id, problem)
         else:
             self._role.count(f"{verdict.value}_chunks")
             self._metrics["opd_intake_duplicates_total"].inc()

@@ -16,6 +16,7 @@ from opd_async.checks.inputs import read_inputs
 from opd_async.checks.validation import validate, warnings
 from opd_async.config.estimators import Estimator
 from opd_async.config.losses import FULL_LOSSES, GIVEN_LOSSES, LOSSES, REFUSED
+from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology
 from opd_async.errors import InputError
@@ -450,7 +451,7 @@ def test_a_temperature_other_than_one_is_refused_without_a_teacher_too(tmp_path:
     assert found.startswith("rollout.sampling.temperature: 0.7, but the learner's logprobs are at temperature 1")
 
 
-@pytest.mark.parametrize("kind", ["math", "exact_match"])
+@pytest.mark.parametrize("kind", sorted(set(RewardKind) - {RewardKind.NONE, RewardKind.PYTHON}))
 def test_rules_that_compare_with_labels_need_labels(tmp_path: Path, kind: str) -> None:
     topology = small_topology(tmp_path, f"reward.kind={kind}")
     assert len(read_inputs(topology).prompts.prompts) == 2
