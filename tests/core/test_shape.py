@@ -109,3 +109,10 @@ def test_the_counter_sees_what_it_is_for() -> None:
         assert bool(list(wide_records(ast.parse(f"{decorator}\nclass Row:\n{fields}")))) is found
     half = f"@dataclass\nclass Row:\n    a: int\n    _: KW_ONLY\n{fields}"
     assert list(wide_records(ast.parse(half))) == []
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports each by its bare name: two of one name pass alone, and fail where both are collected."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) > 100
+    assert sorted({name for name in names if names.count(name) > 1}) == []

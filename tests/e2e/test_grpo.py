@@ -47,7 +47,7 @@ def test_rewards_alone_are_learnt_from(tmp_path: Path, estimator: str) -> None:
         assert run.wait() == 0, run.text()
     folder = tmp_path / "quickstart"
     logs = {path.stem for path in (folder / "logs").iterdir()}
-    assert logs == {"student-engine-0", "intake-0", "rollout-0", "learner-0"}
+    assert logs == {"launcher", "student-engine-0", "intake-0", "rollout-0", "learner-0"}
     trained = check_trained(folder, 1, STEPS)
     assert sorted(trained) == list(range(SAMPLES * STEPS)), "every step takes whole groups, in order"
     rows = steps(folder)
