@@ -30,11 +30,11 @@ from opd_async.actors.intake.report import LatencyReservoir, describe_filtered, 
 from opd_async.actors.intake.steps import Taken, give_advantages, pack, step_started
 from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import ScheduleSection, TrainOn
-from opd_async.data.jsonl import JsonlRecord, read_jsonl
 from opd_async.plan.chunk_bounds import ChunkBounds
 from opd_async.plan.plan import RoleKind
 from opd_async.role import ATTEMPT_FLOOR_ENV, Role, role_arguments
 from opd_async.run.checkpoints import chosen
+from opd_async.run.trained import COLUMNS, TrainedRecord
 from opd_async.scheduling import frontier, packing
 from opd_async.scheduling.assembly import Assembler, Sample, Segment, Verdict
 from opd_async.scheduling.step_policy import DeadlineCuts, StepPolicy, WholeSamples
@@ -82,8 +82,7 @@ class Intake:
         self._bounds = ChunkBounds(plan, self._door.keys)
         self._pull = Pull(role.context, plan.scored, self._malformed_frame, door=self._door)
         self.ranks = LearnerRanks(role.context, plan, self._malformed_frame, self._door)
-        self._log_path = plan.run_folder / "trained.jsonl"
-        self._log: JsonlRecord | None = None
+        self._trained: TrainedRecord | None = None
 
     async def restore(self) -> None:
         """Go back to the newest checkpoint, or to nothing, and tell the dispatcher what has been trained."""
@@ -93,15 +92,9 @@ class Intake:
         opd = self._topology.opd
         self._assembler = frontier.restore(state, floor, opd.wire_topk, opd.on_engines)
         self._planned = state.version
-        self._cut_log(state.version)
+        # steps after the checkpoint will be taken again: their rows leave the file
+        self._trained = TrainedRecord(self._role.plan.run_folder, log.warning, state.version, folder)
         await self._role.control.send(state)
-
-    def _cut_log(self, version: int) -> None:
-        """Steps after the checkpoint will be taken again: their lines leave the log of trained ranges."""
-        rows = (
-            [row for row in read_jsonl(self._log_path) if row["version"] < version] if self._log_path.exists() else []
-        )
-        self._log = JsonlRecord(self._log_path, log.warning, rows)
 
     async def receive(self) -> None:
         """Take scored chunks in. On cancel: chunks in the socket are lost, and sent again by the rollout actors."""
@@ -225,10 +218,10 @@ class Intake:
         await self.ranks.send_step(await asyncio.to_thread(pack, segments, version, self._topology.learner))
 
     def _record(self, version: int, segments: list[Segment], stats: dict[str, float], staleness: Any) -> None:
-        ranges = [[s.sample_id, s.start, s.end, int(s.versions.min()), int(s.versions.max())] for s in segments]
-        assert self._log is not None
-        teachers = {"teachers": [s.teacher for s in segments]} if len(self._topology.teachers) > 1 else {}
-        self._log.write({"version": version, "ranges": ranges, **teachers})
+        ranges = [(s.sample_id, s.start, s.end, int(s.versions.min()), int(s.versions.max())) for s in segments]
+        assert self._trained is not None
+        teachers = [s.teacher for s in segments] if len(self._topology.teachers) > 1 else []
+        self._trained.write(version, np.array(ranges, np.int64).reshape(-1, COLUMNS), teachers)
         self._role.count("steps")
         self._metrics["opd_intake_steps_total"].inc()
         self._metrics["opd_intake_cuts_total"].inc(stats["cuts"])
@@ -264,7 +257,7 @@ class Intake:
                 case m.Reclaim():
                     await self._reclaim(message)
                 case m.SaveCheckpoint():
-                    frontier.save(frontier.snapshot(self._assembler, message.step), Path(message.folder))
+                    self._save(message.step, Path(message.folder))
                     await self.ranks.send_all(message)
                 case m.SyncWeights() | m.ExportModel():
                     await self.ranks.send_all(message)
@@ -273,6 +266,11 @@ class Intake:
                     self._role.stopped.set()
                 case _:
                     log.warning("ignored a %s", type(message).__name__)
+
+    def _save(self, step: int, folder: Path) -> None:
+        assert self._trained is not None
+        frontier.save(frontier.snapshot(self._assembler, step), folder)
+        self._trained.save(folder)
 
     async def _reclaim(self, request: m.Reclaim) -> None:
         pairs = zip(request.sample_ids.tolist(), request.attempts.tolist(), strict=True)
@@ -298,8 +296,8 @@ class Intake:
         self._pull.close()
         self.ranks.close()
         self._door.close()
-        if self._log is not None:
-            self._log.close()
+        if self._trained is not None:
+            self._trained.close()
 
 
 async def main() -> None:

@@ -150,7 +150,7 @@ class Watch:
 
     @property
     def _steps(self) -> int:
-        return self._conductor.ledger.whole.steps if self._conductor.ledger is not None else 0
+        return self._conductor.ledger.books.whole.steps if self._conductor.ledger is not None else 0
 
     async def _look(self) -> Moment:
         cpu_s = dict.fromkeys((*ROLES, "null"), 0.0)

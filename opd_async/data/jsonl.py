@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -40,6 +40,20 @@ class JsonlWriter:
             os.ftruncate(self._fd, before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self._fd).st_size
+
+    def cut(self, size: int) -> None:
+        """Let go of what is behind the first `size` bytes; a shorter file stays as it is. Raises `OSError`."""
+        if size < self.size:
+            os.ftruncate(self._fd, size)
+
+    def sync(self) -> None:
+        """Have everything reach the disk; raises `OSError`."""
+        os.fsync(self._fd)
+
     def close(self) -> None:
         """Close the file; it is safe to call this twice."""
         if self._fd >= 0:
@@ -56,35 +70,52 @@ class JsonlWriter:
 
 
 class JsonlRecord:
-    """A file of objects that only people read: rows that cannot be written are left out, and `complain` hears it once.
+    """A file of objects that only people read: rows that cannot be written are left out and counted.
 
-    No run ends for want of room for its records. `rows` replace what the file held, all of them or none.
+    No run ends for want of room for its records. `complain` hears of the first row that is left out.
     """
 
-    def __init__(self, path: Path, complain: Callable[[str], None], rows: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, path: Path, complain: Callable[[str], None], keep: int | None = None) -> None:
+        """Open or create `path` and go on behind its first `keep` bytes, or behind all its whole lines.
+
+        The file is cut in place and in one call: at no moment is what stays in it only somewhere else.
+        """
         self._path = path
         self._complain = complain
+        self.lost = 0
+        """Rows that were left out."""
         self._complained = False
         self._writer: JsonlWriter | None = None
-        fresh = path.with_name(f"{path.name}.new")
         try:
-            fresh.unlink(missing_ok=True)
-            with JsonlWriter(fresh) as writer:
-                for row in rows:
-                    writer.write(row)
-            fresh.replace(path)
             self._writer = JsonlWriter(path)
+            if keep is not None:
+                self._writer.cut(keep)
         except OSError as error:
             self._say(error)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the rows so far: what to `keep` in order to go back to this moment. 0 for one that is not open."""
+        return 0 if self._writer is None else self._writer.size
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one object, if there is room for it."""
-        if self._writer is None:
-            return
         try:
+            if self._writer is None:
+                self.lost += 1
+                return
             self._writer.write(row)
         except OSError as error:
+            self.lost += 1
             self._say(error)
+
+    def sync(self) -> None:
+        """Have the rows so far reach the disk, as far as it takes them."""
+        if self._writer is not None:
+            try:
+                self._writer.sync()
+            except OSError as error:
+                self._say(error)
 
     def close(self) -> None:
         """Close the file; it is safe to call this twice."""
@@ -98,19 +129,40 @@ class JsonlRecord:
             self._complain(f"{self._path} cannot be written: {error.strerror}; rows are missing in it from here on")
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file, in order, without a half line at its end; `InputError` for a line that is no object."""
+def read_jsonl(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
+    """The objects of a file, in order, without a half line at its end; `InputError` for a line that is no object.
+
+    `start` is the byte to begin at, where a line begins.
+    """
+    return (row for _, row in read_jsonl_ends(path, start))
+
+
+def read_jsonl_ends(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `read_jsonl`, each object behind the byte at which its line ends."""
     with path.open("rb") as file:
+        file.seek(start)
+        end = start
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
+            end += len(line)
+            where = f"{path}:{number}" if start == 0 else f"{path}: line {number} from byte {start} on"
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise InputError(f"{path}:{number}: not JSON ({error}); repair or remove the line") from error
+                raise InputError(f"{where}: not JSON ({error}); repair or remove the line") from error
             if not isinstance(row, dict):
-                raise InputError(f"{path}:{number}: a JSON object was expected, not {type(row).__name__}")
-            yield row
+                raise InputError(f"{where}: a JSON object was expected, not {type(row).__name__}")
+            yield end, row
+
+
+def begins_line(path: Path, at: int) -> bool:
+    """Whether a line of the file begins at byte `at`, or none can: the file is shorter, or not there."""
+    if at == 0 or not path.exists() or path.stat().st_size < at:
+        return True
+    with path.open("rb") as file:
+        file.seek(at - 1)
+        return file.read(1) == b"\n"
 
 
 def _whole_bytes(fd: int) -> int:

@@ -56,10 +56,11 @@ def _files(report: Report, ledger: Ledger, folder: Path, say: Say) -> Iterator[t
         yield "report", write(report, folder)
     except OSError as error:
         say(f"report.json cannot be written: {error}")
-    if ledger.evaluations or ledger.reverse_kl:
+    books = ledger.books
+    if books.evaluations or books.whole.steps:
         curve = folder / "learning_curve.png"
         try:
-            learning_curve(curve, ledger.evaluations, ledger.teachers.get("teacher"), ledger.reverse_kl)
+            learning_curve(curve, books.evaluations, books.teachers.get("teacher"), ledger.reverse_kl())
             yield "learning curve", curve
         except Exception as error:  # whatever a drawing library finds: the run itself is over and done
             say(f"the learning curve cannot be drawn: {error}")

@@ -39,8 +39,8 @@ class Evaluations:
         assert self._evaluator is not None
         count, ledger = self._section.prompts, self._dispatcher.ledger
         names = [name for name in self._dispatcher.plan.teacher_urls if self._evaluator.prompts_of(name, count)]
-        teachers = [name for name in names if self._section.teacher and self._who(name) not in ledger.teachers]
-        student = version == 0 and ledger.student_before is None
+        teachers = [name for name in names if self._section.teacher and self._who(name) not in ledger.books.teachers]
+        student = version == 0 and ledger.books.student_before is None
         whom = {0: [], 1: ["the teacher"]}.get(len(teachers), ["the teachers"]) + ["the student"] * student
         if not whom:
             return
@@ -88,7 +88,7 @@ class Evaluations:
         """Start the evaluation that was due at `step` or before and never ended: a stop or a crash came first."""
         every = self._section.every_steps
         due = 0 if every is None else step - step % every
-        if due > 0 and not any(due <= one.step <= step for one in self._dispatcher.ledger.evaluations):
+        if due > 0 and not any(due <= one.step <= step for one in self._dispatcher.ledger.books.evaluations):
             self._begin(step)
 
     def _begin(self, step: int) -> None:

@@ -110,7 +110,7 @@ class Lifecycle:
         self._write_targets()
         stop_deadline_s = plan.topology.supervisor.stop_deadline_s
         self.ledger = ledger = Ledger(plan=plan, skipped_prompts=self._inputs.prompts.skipped_too_long)
-        ledger.rewind(self._checkpoint.step)
+        ledger.rewind(self._checkpoint.step, self._checkpoint.folder)
         tracker = Tracker(plan.topology.tracking.function, self._echo)
         ledger.on_row = tracker.track
         self._progress.on_event = lambda text: tracker.track("event", {"time": time.time(), "event": text})
@@ -210,7 +210,7 @@ class Lifecycle:
         env, version = self._checkpoint.environment, self._checkpoint.step
         await fleet.start(intake, env | {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
         await fleet.start(learner, env)
-        dispatcher.ledger.rewind(version)
+        dispatcher.ledger.rewind(version, self._checkpoint.folder)
         self._progress.say(f"learner and intake start again from step {version}")
 
     async def _stop(self, dispatcher: Dispatcher, fleet: Fleet) -> None:

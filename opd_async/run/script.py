@@ -221,7 +221,7 @@ class Script:
         return int(reply.version)
 
     async def checkpoint(self, step: int) -> None:
-        """Have learner and intake write the state after `step`, and seal the folder when both have.
+        """Have learner, intake and ledger write the state after `step`, and seal the folder when all have.
 
         On cancel: the folder is not sealed, so that nobody resumes from it; the next call writes it again.
         """
@@ -229,6 +229,7 @@ class Script:
         if await asyncio.to_thread((folder / checkpoints.MARKER).exists):
             return
         await self._learner.do(m.SaveCheckpoint(step, str(folder)))
+        await asyncio.to_thread(self._dispatcher.ledger.save, folder)
         await asyncio.to_thread(checkpoints.seal, folder, step)
         await asyncio.to_thread(checkpoints.prune, self._root, self._topology.checkpoint.keep)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opd_async.data.jsonl import JsonlWriter, read_jsonl
+from opd_async.data.jsonl import JsonlRecord, JsonlWriter, read_jsonl
 from opd_async.errors import InputError
 
 
@@ -68,6 +68,27 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
         writer.write({"step": 3})
     assert caught.value.errno == errno.ENOSPC
     assert [row["step"] for row in read_jsonl(path)] == [1, 3]
+
+
+def test_a_record_is_cut_in_place_and_goes_on(tmp_path: Path) -> None:
+    path, said = tmp_path / "cut.jsonl", list[str]()
+    record, sizes = JsonlRecord(path, said.append, 0), list[int]()
+    for step in range(4):
+        record.write({"step": step})
+        sizes.append(record.size)
+    record.close()
+    number = path.stat().st_ino
+    again = JsonlRecord(path, said.append, sizes[1])
+    assert [row["step"] for row in read_jsonl(path)] == [0, 1] and again.size == sizes[1]
+    again.write({"step": 7})
+    again.sync()
+    again.close()
+    assert [row["step"] for row in read_jsonl(path)] == [0, 1, 7] and said == []
+    assert [row["step"] for row in read_jsonl(path, sizes[0])] == [1, 7]
+    longer = JsonlRecord(path, said.append, 10_000)  # somebody has cut it shorter than a checkpoint says
+    longer.close()
+    assert [row["step"] for row in read_jsonl(path)] == [0, 1, 7]
+    assert path.stat().st_ino == number, "never another file, not even for a moment"
 
 
 @pytest.mark.parametrize(("text", "message"), [("{]\n", "bad.jsonl:1: not JSON"), ("[1]\n", "not list")])

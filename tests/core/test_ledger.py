@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from small_runs import small_topology
 from opd_async.data.jsonl import read_jsonl
 from opd_async.plan.resolve import make_plan
 from opd_async.run import ledger as ledger_module
+from opd_async.run.books import BOOKS_FILE
 from opd_async.run.evaluations import Evaluations
 from opd_async.run.ledger import Ledger
 from opd_async.telemetry.progress import Progress
@@ -126,6 +128,72 @@ def test_what_a_recovery_loses_is_time_and_work_of_the_next_step(tmp_path: Path,
     assert seconds == pytest.approx([1.0, 1.0, 1.0, 2.0 + 7.0 + 1.0, 1.0, 1.0])
 
 
+def saved(ledger: Ledger, root: Path, step: int) -> Path:
+    """A checkpoint's folder with the ledger's books."""
+    folder = root / f"step_{step}"
+    folder.mkdir()
+    ledger.save(folder)
+    return folder
+
+
+def test_a_launch_goes_on_from_the_books_of_its_checkpoint_and_reads_no_row_before_it(
+    tmp_path: Path, clock: Clock
+) -> None:
+    first = launched(tmp_path, 0)
+    first.evaluation(measured(0), "student")
+    train(first, clock, 1, 40, 1.0)
+    checkpoint = saved(first, tmp_path, 40)
+    first.evaluation(measured(40), "student")
+    train(first, clock, 41, 43, 1.0)  # lost with the launch
+    expected = first.path.read_bytes()
+    first.close()
+    size = json.loads((checkpoint / BOOKS_FILE).read_text())["size"]
+    # whoever reads what is before the checkpoint finds no JSON there
+    first.path.write_bytes(b"x" * (size - 1) + expected[size - 1 :])
+    second = Ledger(plan=first.plan)
+    second.rewind(40, checkpoint)
+    kept = expected.find(b"\n", size) + 1
+    assert second.path.stat().st_size == kept, "the evaluation of step 40 stays, no later step"
+    assert [one.step for one in second.books.evaluations] == [0, 40]
+    train(second, clock, 41, 60, 2.0)
+    inner = saved(second, tmp_path, 60)
+    train(second, clock, 61, 62, 2.0)
+    second.rewind(60, inner)  # a recovery within the launch
+    train(second, clock, 61, 62, 2.0)
+    report = second.report({})
+    second.close()
+    assert (report.steps, report.trained_tokens, report.student_before) == (62, 6_200, measured(0))
+    assert report.seconds == pytest.approx(40.0 + 2 * 20 + 2 * 2 + 2 * 2)
+    assert report.staleness.max == 0 and report.stages.rollout.tokens == (60 + 4) * 120
+    launch = report.this_launch
+    assert launch is not None and (launch.first_step, launch.steps, launch.trained_tokens) == (41, 22, 2_200)
+
+
+def test_a_file_that_somebody_has_edited_is_read_whole(tmp_path: Path, clock: Clock) -> None:
+    first = launched(tmp_path, 0)
+    train(first, clock, 1, 4, 1.0)
+    checkpoint = saved(first, tmp_path, 4)
+    first.close()
+    first.path.write_text(first.path.read_text().replace('"step": 1,', '"step":            1,'))
+    again = Ledger(plan=first.plan)
+    again.rewind(4, checkpoint)
+    again.close()
+    assert again.books.whole.steps == 4 and len(list(read_jsonl(first.path))) == 4
+
+
+def test_a_file_that_somebody_has_removed_begins_again(tmp_path: Path, clock: Clock) -> None:
+    first = launched(tmp_path, 0)
+    train(first, clock, 1, 4, 1.0)
+    checkpoint = saved(first, tmp_path, 4)
+    first.close()
+    first.path.unlink()
+    again = Ledger(plan=first.plan)
+    again.rewind(4, checkpoint)
+    train(again, clock, 5, 5, 1.0)
+    again.close()
+    assert again.books.whole.steps == 5 and [row["step"] for row in read_jsonl(first.path)] == [5]
+
+
 def measured(step: int, prompts: int = 4) -> Evaluation:
     return Evaluation.from_counts(prompts, 2, 2, step)
 
@@ -133,12 +201,12 @@ def measured(step: int, prompts: int = 4) -> Evaluation:
 def test_only_the_untrained_student_is_the_one_before_training(tmp_path: Path, clock: Clock) -> None:
     ledger = launched(tmp_path, 0)
     ledger.evaluation(measured(5), "student")
-    assert ledger.student_before is None
+    assert ledger.books.student_before is None
     ledger.evaluation(measured(0), "student")
     ledger.close()
     again = launched(tmp_path, 5)
     again.close()
-    assert again.student_before == measured(0) and len(again.evaluations) == 2
+    assert again.books.student_before == measured(0) and len(again.books.evaluations) == 2
 
 
 # --- evaluations over launches ---------------------------------------------------------------------------------------

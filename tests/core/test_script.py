@@ -40,6 +40,7 @@ class FakeDispatcher:
     def __init__(self, folder: Path) -> None:
         self.plan = SimpleNamespace(topology=small_topology(folder), run_folder=folder)
         self.state = RunState()
+        self.ledger = SimpleNamespace(save=lambda folder: None)
         self.mailbox = Mailbox()
         self.asked: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -88,7 +89,9 @@ async def test_a_step_that_a_signal_left_halfway_gets_its_row(tmp_path: Path) ->
     dispatcher.state.version = 0
     dispatcher.metrics = defaultdict(lambda: SimpleNamespace(set=lambda _: None, inc=lambda _: None))
     dispatcher.barrier = SimpleNamespace(blocked_s=0.0, close=close)
-    dispatcher.ledger = SimpleNamespace(step=lambda started, *_: rows.append(started.version + 1))
+    dispatcher.ledger = SimpleNamespace(
+        step=lambda started, *_: rows.append(started.version + 1), save=lambda folder: None
+    )
     dispatcher.leasing = SimpleNamespace(admit=lambda _: None)
     script = Script(dispatcher, None, 1, Progress(lambda line: None, 10))
     for step in (1, 2):

@@ -117,7 +117,8 @@ def test_streams_that_are_closed_from_the_start(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_record_without_room_is_said_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    record = JsonlRecord(tmp_path / "metrics.jsonl", said.append, [{"step": 1}])
+    record = JsonlRecord(tmp_path / "metrics.jsonl", said.append)
+    record.write({"step": 1})
     write = os.write
 
     def full(descriptor: int, data: bytes) -> int:
@@ -129,16 +130,17 @@ def test_a_record_without_room_is_said_once_and_goes_on(tmp_path: Path, monkeypa
     monkeypatch.undo()
     record.write({"step": 4})
     record.close()
+    assert record.lost == 2
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 4]
     assert said == [f"{tmp_path}/metrics.jsonl cannot be written: No space left on device; rows are missing in it from "
                     "here on"]  # fmt: skip
 
 
-def test_a_record_whose_folder_cannot_be_written_keeps_the_old_rows(tmp_path: Path) -> None:
+def test_a_record_that_cannot_be_opened_counts_what_is_missing(tmp_path: Path) -> None:
     said: list[str] = []
-    JsonlRecord(tmp_path / "metrics.jsonl", said.append, [{"step": 1}]).close()
-    (tmp_path / "metrics.jsonl.new").mkdir()
-    record = JsonlRecord(tmp_path / "metrics.jsonl", said.append, [{"step": 2}])
+    (tmp_path / "metrics.jsonl").mkdir()
+    record = JsonlRecord(tmp_path / "metrics.jsonl", said.append, 0)
     record.write({"step": 3})
+    record.write({"step": 4})
     record.close()
-    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1] and len(said) == 1
+    assert record.lost == 2 and record.size == 0 and len(said) == 1 and "Is a directory" in said[0]

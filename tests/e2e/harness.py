@@ -18,6 +18,8 @@ import psutil
 import yaml
 from deadlines import patience
 
+from opd_async.run.trained import read_trained
+
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 256
 STOP = 2
@@ -220,12 +222,12 @@ def check_trained(folder: Path, max_staleness: int, count: int) -> dict[int, lis
 
     Returns per sample its ranges [start, end, oldest version, newest version].
     """
-    log = rows(folder / "trained.jsonl")
-    assert [row["version"] for row in log] == list(range(count))
+    log = list(read_trained(folder))
+    assert [step.version for step in log] == list(range(count))
     ranges: dict[int, list[list[int]]] = defaultdict(list)
-    for row in log:
-        for sample, start, end, oldest, newest in row["ranges"]:
-            assert row["version"] - max_staleness <= oldest <= newest <= row["version"], row
+    for step in log:
+        for sample, start, end, oldest, newest in step.ranges.tolist():
+            assert step.version - max_staleness <= oldest <= newest <= step.version, step
             previous = ranges[sample][-1] if ranges[sample] else [0, 0, 0, 0]
             assert start == previous[1], f"sample {sample}: a range begins at {start}, the last ended at {previous[1]}"
             assert oldest >= previous[3] and end > start

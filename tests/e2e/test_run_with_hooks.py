@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness import ROOT, left_running, rows, steps
+from harness import ROOT, left_running, steps
+
+from opd_async.run.trained import read_trained
 
 sys.path.append(str(ROOT / "tests/core"))
 from hook_examples import write_examples
@@ -53,8 +55,8 @@ def test_every_hook_of_the_page_in_one_run(tmp_path: Path) -> None:
     folder = tmp_path / "runs/quickstart"
     taken = steps(folder)
     assert [row["step"] for row in taken] == [1, 2]
-    for row, log in zip(taken, rows(folder / "trained.jsonl"), strict=True):
-        assert row["filtered"] % 4 == 0 and len(log["ranges"]) == 32 - row["filtered"]
+    for row, log in zip(taken, read_trained(folder), strict=True):
+        assert row["filtered"] % 4 == 0 and len(log.ranges) == 32 - row["filtered"]
     assert sum(row["filtered"] for row in taken) < 64
     tracked = [json.loads(line) for line in (tmp_path / "tracked.jsonl").read_text().splitlines()]
     assert [row["step"] for row in tracked if row["kind"] == "step"] == [1, 2]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from harness import Launch, check_trained, rows, steps, topology, write_topology
+from harness import Launch, check_trained, steps, topology, write_topology
+
+from opd_async.run.trained import read_trained
 
 STEPS = 5
 SAME = 12
@@ -37,11 +39,11 @@ def test_each_sample_is_scored_by_its_teacher(inputs: Path, tmp_path: Path) -> N
         assert run.wait() == 0, run.text()
     folder = tmp_path / "run"
     check_trained(folder, 1, STEPS)
-    log = rows(folder / "trained.jsonl")
+    log = list(read_trained(folder))
     shares = []
     for row in log:
         tokens = {"same": 0, "other": 0}
-        for (sample, start, end, *_), teacher in zip(row["ranges"], row["teachers"], strict=True):
+        for (sample, start, end, *_), teacher in zip(row.ranges.tolist(), row.teachers, strict=True):
             assert teacher == owners[sample]
             tokens[teacher] += end - start
         shares.append(tokens["other"] / sum(tokens.values()))
