@@ -71,7 +71,7 @@ async def read_json(request: web.Request) -> Any:
 
 
 async def off_loop(size: int, function: Callable[[], T]) -> T:
-    """The result of `function`, in a thread if its input of `size` bytes would hold others up."""
+    """Return the result of `function`; it runs in a thread if an input of `size` bytes would hold other requests up."""
     return function() if size <= INLINE_BYTES else await in_thread("parse", function)
 
 
@@ -84,7 +84,7 @@ async def read_object(request: web.Request) -> dict[str, Any]:
 
 
 def required(body: dict[str, Any], key: str, kind: type[Any]) -> Any:
-    """A field that must be there with the right type. Raises WeightError (400)."""
+    """Return a field that must be there with the right type. Raises WeightError (400)."""
     value = body.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise WeightError(f"{key} must be given as {kind.__name__}, got {value!r}")
@@ -92,7 +92,7 @@ def required(body: dict[str, Any], key: str, kind: type[Any]) -> Any:
 
 
 def success(message: str, **extra: Any) -> web.Response:
-    """The answer of a control route that worked."""
+    """Answer that a control route has worked."""
     return web.json_response({"success": True, "message": message, **extra})
 
 

@@ -1,4 +1,4 @@
-"""Which key opens which route, as SGLang's rules have it. Pure."""
+"""Decide which key opens which route, by SGLang's rules. Pure."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class EngineCore:
         self._aborting: list[Request] = []
 
     async def run(self) -> None:
-        """Step until cancelled. An exception of the model ends it: the KV pool can't be trusted afterwards."""
+        """Step until cancelled. An exception of the model ends the loop: the KV pool can't be trusted afterwards."""
         try:
             while True:
                 await self._wake.wait()
@@ -95,7 +95,7 @@ class EngineCore:
         self._wake.set()
 
     def forget(self, request: Request) -> None:
-        """The HTTP side is done with a request, or its client is gone: abort it if need be and free its rid."""
+        """Free the rid of a request that the HTTP side is done with; abort it if it still runs."""
         self.requests.pop(request.rid, None)
         if not request.finished:
             self._abort(request)
@@ -139,17 +139,17 @@ class EngineCore:
                 request.release()
 
     def note_sent(self) -> None:
-        """The HTTP side wrote an event."""
+        """Note that the HTTP side has written an event, which is what `pause` waits for."""
         self._sent.set()
 
     def set_weight_version(self, version: str) -> None:
-        """Tokens sampled from now on carry `version`."""
+        """Have all tokens that are sampled from now on carry `version`."""
         self.flush_streams()
         self.weight_version = version
 
     @asynccontextmanager
     async def between_steps(self) -> AsyncIterator[None]:
-        """Hold off the next step."""
+        """Hold off the next step until the context ends; waits for the running step first."""
         async with self._step_lock:
             yield
 

@@ -1,4 +1,4 @@
-"""Weight-update process groups: join as SGLang does, receive broadcasts, survive failures.
+"""Join weight-update process groups as SGLang does, receive broadcasts, and survive failures.
 
 The trainer is rank 0 of each group and the only sender. Works without a default process group.
 """
@@ -42,7 +42,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """The tensor's size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -137,7 +137,7 @@ class WeightGroups:
         return split_bucket(buffers[0], tensors) if flattened else buffers
 
     def _room_for(self, size: int, device: torch.device) -> torch.Tensor:
-        """uint8[size] whose content goes with the next call; updates run one at a time."""
+        """Return a uint8[size] whose content is lost at the next call; updates run one at a time."""
         if len(self._room) < size or self._room.device != device:
             self._room = torch.empty(size, dtype=torch.uint8, device=device)
         return self._room[:size]
@@ -156,12 +156,12 @@ class WeightGroups:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error; torch appends a C++ stack."""
+    """Return the first line of an error; torch appends a C++ stack."""
     return str(error).partition("\n")[0]
 
 
 def bucket_layout(tensors: Sequence[TensorSpec]) -> tuple[list[int], int]:
-    """Byte offset of each tensor in a flattened bucket, aligned to its dtype's size, and the bucket's size."""
+    """Return each tensor's byte offset in a bucket, aligned to its dtype's size, and the bucket's size in bytes."""
     offsets, at = [], 0
     for spec in tensors:
         size = spec.dtype.itemsize
@@ -172,7 +172,7 @@ def bucket_layout(tensors: Sequence[TensorSpec]) -> tuple[list[int], int]:
 
 
 def split_bucket(bucket: torch.Tensor, tensors: Sequence[TensorSpec]) -> list[torch.Tensor]:
-    """Views of the tensors in a uint8 bucket."""
+    """Return views of the tensors in a uint8 bucket."""
     offsets, _ = bucket_layout(tensors)
     return [
         bucket[at : at + spec.nbytes].view(spec.dtype).view(spec.shape)

@@ -175,7 +175,7 @@ class ModelRunner:
 
 
 def _eos_ids(*configs: object) -> frozenset[int]:
-    """End-of-sequence ids that any of the configs names; the field is an id, a list of ids or None."""
+    """Return the end-of-sequence ids that any of the configs names; the field is an id, a list of ids or None."""
     found: set[int] = set()
     for config in configs:
         eos = getattr(config, "eos_token_id", None)

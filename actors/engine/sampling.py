@@ -1,4 +1,4 @@
-"""Sampling parameters of one request: parsing and validation. Pure, no torch.
+"""Parse and validate the sampling parameters of one request. Pure, no torch.
 
 The field names, defaults and the refusal of unknown keys are SGLang's.
 """

@@ -1,4 +1,4 @@
-"""The token pool's book-keeping: which KV slots are free. Pure, no torch."""
+"""Keep the books of the token pool: which KV slots are free. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SlotPool:
 
     @property
     def free_count(self) -> int:
-        """Slots that can be taken now."""
+        """The number of slots that can be taken now."""
         return self._size
 
     def take(self, count: int) -> IntArray:

@@ -1,4 +1,4 @@
-"""Text in and out: encoding prompts, incremental decoding of responses, stop strings."""
+"""Encode prompts, decode responses incrementally, and find stop strings."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class TextCodec:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """The tokenizer's end-of-sequence id, if it has one."""
+        """Return the tokenizer's end-of-sequence id, if it has one."""
         eos = self._tokenizer.eos_token_id
         return frozenset() if eos is None else frozenset({int(eos)})
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt."""
+        """Return the token ids of a prompt."""
         return list(self._tokenizer.encode(text))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids."""
+        """Return the text of token ids."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def matched_stop(self, request: Request) -> str | None:
@@ -61,7 +61,7 @@ class TextCodec:
         return text
 
     def delta(self, request: Request, cursor: StreamCursor, upto: int, final: bool) -> str:
-        """Text that `upto` response tokens add to what `cursor` says was sent; advances the cursor."""
+        """Return the text that the first `upto` response tokens add to the text already sent; advances `cursor`."""
         # With stop strings the text may shrink at the end, so it is decoded whole; without, only a short window is.
         if final or request.params.stop:
             text = self.text(request) if final else self.decode(request.output_ids[:upto])

@@ -1,4 +1,4 @@
-"""Threads for blocking work that never hold up the end of the process.
+"""Run blocking work in threads that never hold up the end of the process.
 
 The standard executors are joined at exit, however long their work takes: a broadcast that never comes would keep a
 stopped engine alive until its deadline.
@@ -25,7 +25,7 @@ class WorkerThread:
         self._thread.start()
 
     async def run(self, function: Callable[[], T]) -> T:
-        """The result of `function`, or its exception. On cancel the function still runs; its result is dropped."""
+        """Return the result of `function`, or raise its error. On cancel the function runs on without a listener."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -50,7 +50,7 @@ class WorkerThread:
         return await future
 
     def stop(self) -> None:
-        """End the thread after the jobs that it has; does not wait."""
+        """End the thread after its queued jobs; does not wait."""
         self._jobs.put(None)
 
     def _work(self) -> None:

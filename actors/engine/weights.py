@@ -1,7 +1,7 @@
-"""Changing the model's weights in place: from a trainer's broadcasts or from disk, and proving what is loaded.
+"""Change the model's weights in place, from a trainer's broadcasts or from disk, and prove what is loaded.
 
-Everything is checked before the first parameter is written, so a refused update leaves the old weights whole. Tensors
-that are broadcast one by one are received into the parameters themselves: if that fails, the update must be sent again
+An update is checked before the first parameter is written, so a refused one leaves the old weights whole. Tensors
+that are broadcast one by one are received into the parameters themselves. If that fails, the update must be sent again
 before anything is generated. Runs on the model thread, between steps.
 """
 
@@ -75,7 +75,7 @@ class ModelWeights:
         return len(loaded)
 
     def checksums(self) -> dict[str, str]:
-        """BLAKE2b (16 bytes, hex) of each parameter's contiguous bytes in its own dtype; tied names are left out."""
+        """Return the BLAKE2b (16 bytes, hex) of each parameter's contiguous bytes in its own dtype; no tied names."""
         sums = {}
         for name, param in self._params.items():
             data = param.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""Everything that is refused before a start, each finding with the key and what to write.
+"""Checks before a start: each finding names a key of the topology, what was found, and what to write.
 
-A check reads; it starts and writes nothing that lasts.
+A check only reads: it starts no role and leaves no file behind.
 """

@@ -1,4 +1,4 @@
-"""Whether an advantage estimator gets what it needs: rewards, whole responses, whole groups."""
+"""Check that an advantage estimator gets what it needs: rewards, whole responses, whole groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDE_SEQUENCE_CLIP = 0.01
 
 
 def advantage_problems(topology: Topology) -> Iterator[str]:
-    """Every reason why the student could not learn from its rewards as `advantage` says."""
+    """List every reason why the student could not learn from its rewards as `advantage` says."""
     section, estimator = topology.advantage, topology.advantage.estimator
     yield from _reference_problems(topology)
     yield from _critic_problems(topology)
@@ -100,7 +100,7 @@ def _why_samples(estimator: Estimator) -> str:
 
 
 def advantage_warnings(topology: Topology) -> Iterator[str]:
-    """What an estimator allows, but does not mean."""
+    """List the settings that an estimator allows but that are probably a mistake."""
     section = topology.advantage
     clip = section.clip_low if section.clip_low is not None else topology.opd.clip_ratio
     if section.estimator.facts.ratio == "sequence" and clip is not None and clip > WIDE_SEQUENCE_CLIP:

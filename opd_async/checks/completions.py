@@ -1,4 +1,4 @@
-"""Whether given completions can be mixed in as the topology says: checked before anything starts."""
+"""Check that given completions can be mixed in as the topology says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PREFIX_LOSSES = tuple(loss for loss in LOSSES if loss not in RATIO_LOSSES)
 
 
 def completion_problems(topology: Topology) -> Iterator[str]:
-    """Everything about `data.completions` and `opd.gkd_lambda` that cannot be; looks at names, reads no row."""
+    """List every impossible setting of `data.completions` and `opd.gkd_lambda`; looks at file names, reads no row."""
     section, opd = topology.data.completions, topology.opd
     if opd.use_opd and opd.loss in GIVEN_LOSSES and opd.gkd_lambda > 0.0:
         yield (

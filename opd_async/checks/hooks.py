@@ -1,4 +1,4 @@
-"""Whether the functions of the user's own can be loaded and called as they will be, before anything starts."""
+"""Check that the user's own functions can be loaded, and called with the arguments that roles will pass."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LOAD_DEADLINE_S = 60.0
 
 
 def hook_problems(topology: Topology) -> Iterator[str]:
-    """Everything wrong with `opd.function`, `schedule.filter` and `tracking.function`.
+    """List everything that is wrong with `opd.function`, `schedule.filter` and `tracking.function`.
 
-    They are loaded in a process of its own, as roles will load them: this one stays as it is.
+    A process of its own loads the functions, as roles will. Nothing of them is imported here.
     """
     if topology.opd.function is not None and topology.opd.loss in FULL_LOSSES:
         yield (
@@ -37,7 +37,7 @@ def hook_problems(topology: Topology) -> Iterator[str]:
 
 
 def _unloadable(words: list[str]) -> list[str]:
-    """What `python -m opd_async.hooks` says of (key, path, arguments) triples."""
+    """Return what `python -m opd_async.hooks` says of (key, path, arguments) triples."""
     environment = {**os.environ, **away_from_here()}
     command = [sys.executable, "-m", "opd_async.hooks", *words]
     try:

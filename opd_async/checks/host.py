@@ -1,4 +1,4 @@
-"""Checks of a topology against this machine: devices given out once, ports that can be bound."""
+"""Check a topology against this machine: each device is given out once, each port can be bound."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opd_async.plan.resolve import LAST_PORT, port_keys, rank_devices, replica_d
 
 
 def device_problems(topology: Topology) -> Iterator[str]:
-    """Devices that do not fit replicas and ranks, and accelerators given out twice; the cpu may be shared."""
+    """List devices that do not fit replicas and ranks, and accelerators given out twice; `cpu` may be shared."""
     users: dict[str, list[tuple[str, str]]] = {}
     for side, _, section in topology.engine_sides:
         if not section.started:
@@ -49,7 +49,7 @@ def device_problems(topology: Topology) -> Iterator[str]:
 
 
 def network_problems(topology: Topology) -> Iterator[str]:
-    """An address off loopback, or explicit ports that cannot be bound, each with the role that wants it."""
+    """List an address off loopback, and each explicit port that cannot be bound, with the role that wants the port."""
     network = topology.network
     if not _is_loopback(network.bind):
         yield (
@@ -78,7 +78,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _unusable(host: str, port: int) -> str | None:
-    """Why nothing can listen on the port now."""
+    """Say why nothing can listen on the port now; None if something can."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         # As servers do: a port that only waits out an old connection is free.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

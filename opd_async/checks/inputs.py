@@ -1,11 +1,11 @@
-"""Everything that is wrong with a topology and with what it names, in one answer, each finding with its line.
+"""Check a topology and the files that it names, and report every finding at once, with its line.
 
     file -> schema -> checks of models, devices, ports, rewards -> prompts, completions -> Topology and Inputs
                |                                            |                        |
                +--------------------- findings -------------+------------------------+---> one InputError
 
-A key that the schema refuses does not keep the rest from being checked: the checks see a default in its place, and what
-they say of it is left out.
+A key that the schema refuses does not stop the other checks. They see the key's default in its place, and their
+findings about this key are left out.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ _Found = TypeVar("_Found")
 
 
 def examine(path: Path, overrides: Collection[str], say: Say) -> tuple[Topology, Inputs]:
-    """A topology file with nothing wrong in it, and what it names, read. `say` gets warnings and what was skipped.
+    """Read and check a topology file; returns the topology and the data that it names. `say` gets the warnings.
 
-    Raises `InputError` that lists every finding with its line: of the schema, the models, the data, this machine.
+    `say` also hears how many prompts were skipped. Raises `InputError`, which lists every finding about the schema, the
+    models, the data and this machine, each with its line.
     """
     return examine_source(read_topology(path, list(overrides)), say)
 
 
 def examine_source(source: TopologySource, say: Say) -> tuple[Topology, Inputs]:
-    """As `examine`, of a topology that has been read."""
+    """Check a topology file that has been read already. Returns and raises as `examine`."""
     problems = list(source.problems)
     inputs = None
     topology = source.topology
@@ -61,7 +62,7 @@ def examine_source(source: TopologySource, say: Say) -> tuple[Topology, Inputs]:
 
 
 def read_inputs(topology: Topology, say: Say = print) -> Inputs:
-    """Prompts, completions and tokenizer of a valid topology; `InputError` names everything that is broken."""
+    """Read prompts, completions and tokenizer of a valid topology; `InputError` names everything that is broken."""
     reader = _Reader(topology, [])
     inputs = reader.read()
     if inputs is None or reader.problems:
@@ -72,28 +73,28 @@ def read_inputs(topology: Topology, say: Say = print) -> Inputs:
 
 
 def _key(finding: str) -> str:
-    """The dotted key that a finding begins with."""
+    """Return the dotted key that a finding begins with."""
     return re.split(r"[,:]", finding, maxsplit=1)[0]
 
 
 def _is_about(finding: str, broken: Collection[str]) -> bool:
-    """Whether a finding rests on a key that the schema has refused."""
+    """Tell whether a finding rests on a key that the schema has refused."""
     names = set(re.findall(r"[a-z]\w*(?:\.\w+)+|^\w+(?=:)", finding))
     return any(name == key or name.startswith(f"{key}.") for key in broken for name in names)
 
 
 class _Reader:
-    """Reads what a topology names; goes on behind every fault, and takes down all of them."""
+    """Reads the files that a topology names; goes on after every fault and collects all of them."""
 
     def __init__(self, topology: Topology, problems: list[str], broken: Collection[str] = ()) -> None:
-        """`problems` are those found so far: what they explain is not said again. `broken` keys have no value."""
+        """Go on from the `problems` found so far, which are not said twice; `broken` keys have no value."""
         self._topology = topology
         self._broken = broken
         self.problems = problems
         self.notes: list[str] = []
 
     def read(self) -> Inputs | None:
-        """Everything, or None where something is wrong."""
+        """Read everything; None where something is wrong."""
         topology = self._topology
         tokenizer = self._try("models.student.path", self._tokenizer)
         if tokenizer is None:
@@ -108,7 +109,7 @@ class _Reader:
         return Inputs(train, held_out, tokenizer, completions)
 
     def _try(self, key: str, read: Callable[[], _Found]) -> _Found | None:
-        """What `read` returns, or None and its `InputError` among the problems, unless one with that key is there."""
+        """Call `read`. Where it raises `InputError`, return None and add a problem, unless its key has one."""
         try:
             return read()
         except InputError as error:
@@ -123,7 +124,7 @@ class _Reader:
     def _prompts(
         self, key: str, section: PromptsSection, tokenizer: Tokenizer, limit: int, choice: TeacherChoice
     ) -> PromptSet | None:
-        """The prompts of a file; None where it cannot be used, also where that has been said before."""
+        """Read the prompts of a file; None where it cannot be used, also where an earlier problem says so."""
         if any(name in problem for problem in self.problems for name in _LENGTH_KEYS):
             limit = _ANY_LENGTH
         prompts = self._try(f"data.{key}.path", lambda: load_prompts(section, tokenizer, limit, choice))
@@ -137,7 +138,7 @@ class _Reader:
         return prompts
 
     def _completions(self, tokenizer: Tokenizer, choice: TeacherChoice) -> CompletionSet:
-        """The responses that a data set gives; none where the topology names no such file."""
+        """Read the responses that a data set gives; none where the topology names no such file."""
         topology, section = self._topology, self._topology.data.completions
         if section is None:
             return CompletionSet()

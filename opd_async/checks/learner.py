@@ -1,4 +1,4 @@
-"""Whether the learner's ranks can hold the models: checked before anything starts, each finding with what to write."""
+"""Check that the learner's ranks can hold the models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opd_async.run.checkpoints import shards
 
 
 def learner_problems(topology: Topology) -> Iterator[str]:
-    """Everything in the section `learner` that does not fit the models; opens no weights."""
+    """List every value of the section `learner` that does not fit the models; opens no weights."""
     learner, context = topology.learner, topology.engines.student.context_tokens
     if learner.micro_batch_tokens < context:
         yield (
@@ -36,7 +36,7 @@ def learner_problems(topology: Topology) -> Iterator[str]:
 
 
 def _expert_problems(experts: list[tuple[str, int]], learner: LearnerSection) -> Iterator[str]:
-    """`experts` are the numbers of experts of those models that have some."""
+    """List what does not fit the experts; `experts` has their number for each model that is a mixture of experts."""
     size, sharing = learner.expert_parallel, learner.ranks // learner.pipeline_parallel
     if not experts:
         yield f"learner.expert_parallel: {size}, but no model in the learner is a mixture of experts; write 1"
@@ -52,7 +52,7 @@ def _expert_problems(experts: list[tuple[str, int]], learner: LearnerSection) ->
 
 
 def _split_problems(side: str, facts: ModelFacts, learner: LearnerSection) -> Iterator[str]:
-    """Sizes of a model that do not divide by the parallel sizes."""
+    """List the sizes of a model that do not divide by the parallel sizes."""
     tensor, pipeline = learner.tensor_parallel, learner.pipeline_parallel
     if facts.heads % tensor:
         yield (
@@ -72,6 +72,6 @@ def _split_problems(side: str, facts: ModelFacts, learner: LearnerSection) -> It
 
 
 def _divisors(number: int) -> str:
-    """The first divisors, for a message: `1, 2, 4 or 8`."""
+    """Write the first divisors for a message, as in `1, 2, 4 or 8`."""
     divisors = [str(size) for size in range(1, number + 1) if number % size == 0][:6]
     return " or ".join([", ".join(divisors[:-1]), divisors[-1]]) if len(divisors) > 1 else divisors[0]

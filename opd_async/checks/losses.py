@@ -1,4 +1,4 @@
-"""Whether a loss gets what it needs, and which options of `opd` do nothing to it."""
+"""Check that a loss gets what it needs, and name the options of `opd` that do nothing to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OLD_FOR_RATIOS = 2
 
 
 def loss_problems(topology: Topology) -> Iterator[str]:
-    """Every reason why `opd.loss` could not be computed."""
+    """List every reason why `opd.loss` could not be computed."""
     opd = topology.opd
     yield from _mismatch_problems(topology)
     if problem := loss_problem(opd.loss) or (teacher_problem(opd.loss, opd.in_learner) if opd.use_opd else None):
@@ -42,7 +42,7 @@ def loss_problems(topology: Topology) -> Iterator[str]:
 
 
 def _mismatch_problems(topology: Topology) -> Iterator[str]:
-    """Bounds of the ratio without a use, or the wrong way round; sides of a clip that TIS takes the place of."""
+    """List bounds of the ratio that nothing uses or that are the wrong way round, and clips that TIS replaces."""
     opd, advantage = topology.opd, topology.advantage
     if opd.mismatch == "none":
         for key in ("mismatch_low", "mismatch_high"):
@@ -67,7 +67,7 @@ def _mismatch_problems(topology: Topology) -> Iterator[str]:
 
 
 def loss_warnings(topology: Topology) -> Iterator[str]:
-    """What a loss allows, but does not mean; for topologies in which `loss_problems` finds nothing."""
+    """List the unwise settings of a loss, for topologies in which `loss_problems` finds nothing."""
     schedule = topology.schedule
     yield from _idle_options(topology)
     no_clip = topology.opd.clip_ratio is None and topology.opd.mismatch != "tis"  # which is another bound
@@ -86,7 +86,7 @@ def loss_warnings(topology: Topology) -> Iterator[str]:
 
 
 def _idle_options(topology: Topology) -> Iterator[str]:
-    """Keys of `opd` that are written and do nothing to this loss; a run's saved topology has every key."""
+    """List the keys of `opd` that are written but do nothing to this loss; none for a saved topology with all keys."""
     opd, advantage = topology.opd, topology.advantage
     if not opd.use_opd:
         return

@@ -1,4 +1,4 @@
-"""Whether responses can be judged as the topology says: rewards, answers, evaluations."""
+"""Check that responses can be judged as the topology says: by rewards, and by answers in evaluations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOAD_DEADLINE_S = 60.0
 
 
 def reward_problems(topology: Topology) -> Iterator[str]:
-    """Everything wrong with `reward` and `evaluation`. Loads the rule in a process of its own, as actors will."""
+    """List what is wrong with `reward` and `evaluation`; loads the rule in a process of its own, as actors do."""
     answers = list(_answer_problems(topology))
     yield from answers
     yield from _evaluation_problems(topology)
@@ -32,7 +32,7 @@ def reward_problems(topology: Topology) -> Iterator[str]:
 
 
 def require_labels(prompts: PromptSet, section: PromptsSection, kind: RewardKind) -> None:
-    """Raise `InputError` if the rule compares with labels and some prompts have none: it would only ever say wrong."""
+    """Raise `InputError` if the rule compares with labels and a prompt has none. Its reward would always be "wrong"."""
     if not kind.facts.label:
         return
     if missing := sum(not prompt.label for prompt in prompts.prompts):
@@ -43,7 +43,7 @@ def require_labels(prompts: PromptSet, section: PromptsSection, kind: RewardKind
 
 
 def _unloadable(topology: Topology) -> str | None:
-    """Why the rule cannot be loaded; None if it can."""
+    """Say why the rule cannot be loaded; None if it can."""
     reward = topology.reward
     rule = (reward.kind.value, reward.function or "", topology.evaluation.answer_pattern)
     try:

@@ -1,4 +1,4 @@
-"""Whether the teacher is where `opd` says it is: checked before anything starts, each finding with what to write.
+"""Check that the teacher is where the section `opd` says: in engines, or in the learner.
 
 use_opd  type      needs                                      is started
 true     sglang    models.teacher, engines.teacher            teacher engines and teacher actors
@@ -18,7 +18,7 @@ from opd_async.run.checkpoints import shards
 
 
 def opd_problems(topology: Topology) -> Iterator[str]:
-    """Every combination of the `opd` keys that cannot run; opens names and sizes of a checkpoint, no weights."""
+    """List every combination of the `opd` keys that cannot run; reads a checkpoint's names and sizes, no weights."""
     opd = topology.opd
     if opd.teacher_mix:
         yield (
@@ -57,7 +57,7 @@ def _sglang_problems(topology: Topology) -> Iterator[str]:
 
 
 def _teachers_problems(topology: Topology) -> Iterator[str]:
-    """Several teachers: each has a model, engines, and prompts."""
+    """List what several teachers lack: each needs a model, engines, and prompts."""
     names, key = topology.models.teachers, topology.data.teacher_key
     if names and topology.models.teacher is not None:
         yield "models.teachers: given beside models.teacher; write one of the two"

@@ -1,6 +1,7 @@
 """Check a topology against models, files, devices and ports, before any process starts.
 
-`validate` returns every error at once, `warnings` what is allowed but unwise; each is "path: found; what to write".
+`validate` returns every error at once, `warnings` the settings that are allowed but unwise. Each text is
+"path: found; what to write".
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ PROMPT_SUFFIXES = (".jsonl", ".parquet")
 
 
 def validate(topology: Topology) -> list[str]:
-    """Every reason why this topology cannot run, in the order of the file; empty if it can.
+    """List every reason why this topology cannot run, in the order of the file; empty if it can.
 
-    Opens the model folders' JSON files and weight headers and, with an explicit `network.base_port`, binds each port
-    for an instant. Loads no weight, and starts nothing but the Python of SGLang engines, to ask for
-    their version, and the rule of the reward, to see that it loads.
+    Reads the model folders' JSON files and weight headers, loads no weight. With an explicit `network.base_port` it
+    binds each port for an instant. It starts two kinds of short processes: the Python of SGLang engines, to ask for
+    their version, and one that loads the rule of the reward.
     """
     return [
         *opd_problems(topology),
@@ -55,7 +56,7 @@ def validate(topology: Topology) -> list[str]:
 
 
 def warnings(topology: Topology) -> list[str]:
-    """What a valid topology may do, but probably should not."""
+    """List the settings of a valid topology that are probably a mistake."""
     schedule, optimizer = topology.schedule, topology.learner.optimizer
     doubtful = list(loss_warnings(topology))
     if topology.evaluation.every_steps and topology.data.held_out is None:
@@ -71,7 +72,7 @@ def warnings(topology: Topology) -> list[str]:
 
 
 def _models(topology: Topology) -> tuple[tuple[str, ModelSection], ...]:
-    """The models that take part; a teacher inside the learner may go without a Hugging Face folder."""
+    """List the models that take part; a teacher inside the learner needs no Hugging Face folder."""
     models = topology.models
     teachers = [(f"teachers.{name}", model) for name, model in models.teachers.items()]
     if models.teacher is not None:
@@ -141,7 +142,7 @@ def _schedule_problems(topology: Topology) -> Iterator[str]:
 
 
 def _rope_problems(topology: Topology) -> Iterator[str]:
-    """Models whose rotary angles the embedded engine could not follow."""
+    """List the models whose rotary angles the embedded engine cannot compute."""
     for side, model, section in topology.engine_sides:
         if section.kind is EngineKind.EMBEDDED and (problem := rope_problem(try_config(model.path))):
             yield f"models.{side}.path: {problem}"

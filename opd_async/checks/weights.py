@@ -1,4 +1,4 @@
-"""Checks of a topology: can the weights reach the student engines as it says?"""
+"""Check that the weights can reach the student engines as the topology says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HERE = ("127.0.0.1", "localhost")
 
 
 def weight_problems(topology: Topology) -> Iterator[str]:
-    """Weights that cannot travel as the topology says."""
+    """List every reason why the weights cannot be sent as the topology says."""
     for side, _, section in topology.engine_sides:
         if section.tensor_parallel > 1 and section.kind is not EngineKind.SGLANG:
             yield (

@@ -1,4 +1,4 @@
-"""What a user brings: prompts, given responses, tokenizers and the config of model folders.
+"""Read what a user brings: prompts, given responses, tokenizers and the config of model folders.
 
-Reading only; nothing here knows of a run.
+Nothing here writes a user's file or knows of a run.
 """

@@ -1,4 +1,4 @@
-"""Is a response right."""
+"""Decide whether a response is right."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from opd_async.errors import InputError
 
 
 class AnswerChecker:
-    """Compares the first group of a regular expression, found in the response text, with the label.
+    """Compare an answer with its label: the answer is the first group of a regular expression, found in the response.
 
     Raises `InputError` if the pattern is not a regular expression or has no group.
     """
@@ -22,7 +22,7 @@ class AnswerChecker:
             raise InputError(f"answer pattern {pattern!r} has no group; put the answer in parentheses, as in ^(.*)$")
 
     def correct(self, response_text: str, label: str, finished: bool) -> bool:
-        """True if the response ended by itself (`finished`) and its answer equals a label that is not empty."""
+        """Return True if the response ended by itself (`finished`) and its answer equals a label that is not empty."""
         if not finished or not label:
             return False
         match = self._pattern.search(response_text)

@@ -3,7 +3,7 @@
     sample n -> Mix -> None: the student generates                 a share `opd.gkd_lambda` of the samples
                     -> a Completion: prompt and response are given
 
-A pure function of the sample's number and the seed, so that a resumed run mixes as the first one did.
+The mix is a pure function of the sample's number and the seed, so that a resumed run mixes as the first one did.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class CompletionSet:
-    """The usable rows of a file, and how many were longer than allowed."""
+    """The usable rows of a file, and the number of rows that were longer than allowed."""
 
     completions: tuple[Completion, ...] = ()
     skipped_too_long: int = 0
 
 
 class Mix:
-    """Which samples are given, and what they are."""
+    """Chooses which samples are given, and which completion each of these is."""
 
     def __init__(self, completions: Sequence[Completion], share: float, seed: int, shuffle: bool) -> None:
-        """`share` of the samples are generated, evenly spread; the others go through `completions`, over and over."""
+        """Generate a `share` (0 to 1) of the samples, evenly spread; the others cycle through `completions`."""
         self._completions = completions
         self._share = share
         self._order = PromptOrder(max(1, len(completions)), 1, seed, shuffle)
 
     def of(self, sample_id: int) -> Completion | None:
-        """The completion that is sample `sample_id`; None if the student generates it."""
+        """Return the completion of sample `sample_id`; None if the student generates it."""
         before, after = math.floor(sample_id * self._share), math.floor((sample_id + 1) * self._share)
         if after > before or not self._completions:
             return None

@@ -1,6 +1,6 @@
-"""What a Hugging Face checkpoint folder says about its model, read without loading a weight.
+"""Read what a Hugging Face checkpoint folder says about its model, without loading a weight.
 
-`folder_problems` names everything that is missing or broken; `read_model` gives the facts that planning needs.
+`folder_problems` names everything that is missing or broken. `read_model` returns the facts that planning needs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ModelFacts:
 
     @property
     def has_experts(self) -> bool:
-        """A mixture of experts in place of MLPs."""
+        """True for a mixture of experts."""
         return self.experts > 0
 
 
@@ -60,7 +60,7 @@ def read_model(folder: Path) -> ModelFacts:
 
 
 def try_config(folder: Path) -> dict[str, Any]:
-    """`config.json` as it is; empty where it cannot be read, for checks that leave saying why to `folder_problems`."""
+    """Read `config.json`; empty where it cannot be read. `folder_problems` says why."""
     try:
         return _read_object(folder / "config.json")
     except InputError:
@@ -68,7 +68,7 @@ def try_config(folder: Path) -> dict[str, Any]:
 
 
 def try_model(folder: Path) -> ModelFacts | None:
-    """As `read_model`; None where it raises, for checks that leave it to `folder_problems` to say why."""
+    """Read the facts of the model as `read_model` does; None where it raises. `folder_problems` says why."""
     try:
         return read_model(folder)
     except InputError:
@@ -76,7 +76,7 @@ def try_model(folder: Path) -> ModelFacts | None:
 
 
 def folder_problems(folder: Path) -> list[str]:
-    """Everything that keeps `folder` from being a complete checkpoint: "found; what to do" each, empty if none."""
+    """List what is missing or broken in a checkpoint folder, each as "found; what to do"; empty if nothing is."""
     if not folder.is_dir():
         return [f"no folder {folder}; give the folder of a Hugging Face checkpoint"]
     problems = [
@@ -112,7 +112,10 @@ def _weight_problems(folder: Path) -> list[str]:
 
 
 def _cut_short(file: Path) -> str | None:
-    """Why a safetensors file cannot be whole: 8 bytes of header length, a JSON header, then the tensors' bytes."""
+    """Say why a safetensors file cannot be whole; None if it may be.
+
+    It has 8 bytes of header length, a JSON header, then the tensors' bytes.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -144,6 +147,6 @@ def _is_size(value: object) -> TypeGuard[int]:
 
 
 def _token_ids(value: object) -> set[int]:
-    """`eos_token_id` may be absent, one id or a list of ids."""
+    """Return the ids in an `eos_token_id`, which may be absent, one id or a list."""
     values = value if isinstance(value, list) else [value]
     return {item for item in values if isinstance(item, int)}

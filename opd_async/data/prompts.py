@@ -43,13 +43,13 @@ class Prompt:
 
     @property
     def metadata_json(self) -> str:
-        """The metadata as it travels to a reward; values that JSON has no word for become text."""
+        """Write the metadata as JSON, which is what a reward gets; values that JSON cannot hold become text."""
         return json.dumps(self.metadata, default=str) if self.metadata else "{}"
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The usable prompts of a file in its order, and how many were longer than allowed."""
+    """The usable prompts of a file in its order, and the number of prompts that were longer than allowed."""
 
     prompts: tuple[Prompt, ...]
     skipped_too_long: int
@@ -67,18 +67,18 @@ class _Row:
 
 
 class _RowError(ValueError):
-    """Say why one row cannot be used; the reader adds file and line."""
+    """Says why one row cannot be used; the reader adds file and line."""
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherChoice:
-    """Who scores a prompt: the teacher that its metadata name under `key`, or the only one there is."""
+    """Chooses who scores a prompt: the teacher that its metadata name under `key`, or the only teacher."""
 
     names: tuple[str, ...] = ("",)
     key: str | None = None
 
     def of(self, metadata: dict[str, Any]) -> str:
-        """The teacher's name; `_RowError` where the metadata name none that there is."""
+        """Return the teacher's name; `_RowError` where the metadata name no teacher of the topology."""
         if self.key is None:
             return self.names[0]
         if metadata.get(self.key) in self.names:
@@ -113,7 +113,7 @@ def load_prompts(
 
 
 def _read(path: Path) -> Iterator[tuple[str, Any]]:
-    """Position in words and value of each row; the value of a line that is not JSON is a `_RowError`."""
+    """Read each row as its position in words and its value. A line that is not JSON has a `_RowError` as value."""
     try:
         if path.suffix == ".parquet":
             yield from _read_parquet(path)
@@ -212,7 +212,7 @@ def _prepare(row: _Row, tokenizer: Tokenizer) -> None:
 
 
 def _kind(value: Any) -> str:
-    """What a value is, in JSON's words."""
+    """Name the type of a value in JSON's words."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, list):
@@ -246,7 +246,7 @@ def _tokenize(path: Path, rows: list[_Row], tokenizer: Tokenizer, limit: int) ->
 
 
 def _report(path: Path, broken: list[str]) -> str:
-    """Broken rows, given as `where: what`; those that differ in numbers only are one line with their count."""
+    """Write one message about broken rows, given as `where: what`. Rows that differ only in numbers share a line."""
     same: dict[str, list[str]] = {}
     for problem in broken:
         same.setdefault(_DIGITS.sub("#", problem), []).append(problem)

@@ -1,4 +1,4 @@
-"""Which scaling of rotary angles a model's `config.json` asks for, and whether the embedded engine can follow it.
+"""Find which scaling of rotary angles a model's `config.json` asks for, and whether the embedded engine can compute it.
 
 The engine computes a sequence in parts, and packs parts of several sequences into one call. With some scalings the
 angles of all tokens depend on the length of the call: logprobs would then depend on how a sequence was cut.
@@ -14,7 +14,7 @@ FIXED = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 def rope_types(config: Mapping[str, Any]) -> Iterator[str]:
-    """The names of the scalings in a `config.json`, those of text models inside it too; nothing for a model without."""
+    """List the scalings that a `config.json` names, text models inside it included; empty for a model without."""
     for key in ("rope_parameters", "rope_scaling"):
         yield from _named(config.get(key))
     if isinstance(inner := config.get("text_config"), Mapping):
@@ -22,7 +22,7 @@ def rope_types(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _named(options: Any) -> Iterator[str]:
-    """`rope_type`, or `type` as older files have it, of one scaling, or of one for each kind of layer."""
+    """List the `rope_type` of one scaling, or of the scaling of each kind of layer; older files write `type`."""
     if not isinstance(options, Mapping):
         return
     name = options.get("rope_type") or options.get("type")
@@ -33,7 +33,7 @@ def _named(options: Any) -> Iterator[str]:
 
 
 def rope_problem(config: Mapping[str, Any]) -> str | None:
-    """Why the embedded engine cannot run a model with this `config.json`, and what to do; None if it can."""
+    """Say why the embedded engine cannot run a model with this `config.json`, and what to do; None if it can."""
     wrong = [name for name in rope_types(config) if name not in FIXED]
     if not wrong:
         return None

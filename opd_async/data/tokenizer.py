@@ -54,20 +54,20 @@ class Tokenizer:
         self._template = _compile(template, self._template_source) if template is not None else None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with the special tokens that the post-processor adds."""
+        """Return the token ids of `text`, with the special tokens that the post-processor adds."""
         return list(self._tokenizer.encode(text).ids)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of each text, on all cores; `add_special_tokens=False` for text out of a chat template."""
+        """Return the token ids of each text, on all cores; no special tokens for text out of a chat template."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [list(encoding.ids) for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of token ids; `skip_special` leaves special tokens out."""
+        """Return the text of token ids; `skip_special` leaves special tokens out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
     def apply_chat_template(self, messages: Sequence[Message]) -> str:
-        """Text of a conversation, up to where the assistant is to speak.
+        """Return the text of a conversation, up to where the assistant is to speak.
 
         Raises `InputError` if the folder has no chat template, or the template refuses the messages.
         """
@@ -79,22 +79,22 @@ class Tokenizer:
             raise InputError(f"the chat template of {self._template_source} refuses the messages: {error}") from None
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation; the template writes its special tokens itself, none are added."""
+        """Return the token ids of a conversation. The template writes the special tokens itself; none are added."""
         return self.encode_batch([self.apply_chat_template(messages)], add_special_tokens=False)[0]
 
     @property
     def end_id(self) -> int | None:
-        """Id of the token that ends a text, if the folder names one."""
+        """Return the id of the token that ends a text; None if the folder names none."""
         return self._vocab.get(self._special.get("eos_token", ""))
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest token id; a model's table may be padded beyond it."""
+        """Return the highest token id plus one; a model's table may be padded beyond it."""
         return max(self._vocab.values(), default=-1) + 1
 
     @cached_property
     def vocab_hash(self) -> str:
-        """Hex digest (BLAKE2b, 16 bytes) of the whole map from token to id, added tokens included."""
+        """Return a hex digest (BLAKE2b, 16 bytes) of the whole map from token to id, added tokens included."""
         text = json.dumps(sorted(self._vocab.items()), ensure_ascii=True, separators=(",", ":"))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -104,7 +104,7 @@ class Tokenizer:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """`tokenizer_config.json`, empty if there is none."""
+    """Read `tokenizer_config.json`; empty if there is none."""
     if not file.is_file():
         return {}
     try:
@@ -117,7 +117,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Named special tokens as templates see them; older files write each as an object with `content`."""
+    """Return the named special tokens as templates see them; older files write each as an object with `content`."""
     tokens: dict[str, str] = {}
     for name in _SPECIAL_NAMES:
         value = config.get(name)
@@ -128,7 +128,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _find_template(folder: Path, config: dict[str, Any], override: Path | None) -> tuple[str, str | None]:
-    """Where the template comes from, for messages, and its source; None where there is none."""
+    """Find the template; returns its place, for messages, and its source, which is None where there is no template."""
     for file in [override] if override else [folder / "chat_template.jinja"]:
         if file.is_file():
             return str(file), file.read_text(encoding="utf-8")
@@ -155,7 +155,7 @@ def _compile(template: str, source: str) -> jinja2.Template:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: marks the assistant's text for training masks; renders its body."""
+    """Renders the body of `{% generation %}...{% endgeneration %}`, with which templates mark the assistant's text."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja reads the class attribute)
 

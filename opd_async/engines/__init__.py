@@ -1,4 +1,4 @@
-"""What the rest knows of an inference server: its command line, whether it answers, what it says of itself.
+"""Start inference servers and ask about them: their command line, whether they answer, what they say of themselves.
 
 Requests for tokens and scores are in `actors/client/`.
 """

@@ -1,4 +1,4 @@
-"""How an engine is started: the command and the environment of one replica, whatever its kind."""
+"""Make the command and the environment of one engine replica, whatever its kind."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def engine_command(
     seed: int,
     keys_file: Path | None = None,
 ) -> tuple[str, ...]:
-    """The command of one replica on its `devices`; `ports` has `http`, and `metrics` for the embedded engine.
+    """Make the command of one replica on its `devices`; `ports` has `http`, and `metrics` for the embedded engine.
 
-    It holds no keys, because every process of the machine can read it: the embedded engine has them in its environment,
-    SGLang in `keys_file`.
+    The command holds no keys, because every process of the machine can read it. The embedded engine reads its keys from
+    the environment, SGLang from `keys_file`.
 
     Replicas need different seeds: they must not sample the same random numbers.
     """
@@ -46,5 +46,5 @@ def engine_command(
 
 
 def engine_environment(section: EngineSection, devices: Sequence[str], spare_port: int) -> dict[str, str]:
-    """Environment variables of one replica, beside those of the supervisor. Raises as `installed_version`."""
+    """Make the environment variables of one replica; the supervisor adds its own. Raises as `installed_version`."""
     return server_environment(section, devices, spare_port) if section.kind is EngineKind.SGLANG else {}

@@ -1,4 +1,4 @@
-"""What a running engine says of itself, and why it cannot serve a run: asked once, before anything is sent to it."""
+"""Ask a running engine what it is, once and before anything else is sent to it, and say why it cannot serve a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EMBEDDED = "embedded"
 
 
 async def engine_problem(url: str, section: EngineSection) -> str | None:
-    """Why the engine at `url` does not fit its section; None if it does. One that does not answer has a problem too.
+    """Say why the engine at `url` does not fit its section; None if it does. No answer is a problem too.
 
     On cancel: nothing has changed; the connection closes.
     """
@@ -34,7 +34,7 @@ async def engine_problem(url: str, section: EngineSection) -> str | None:
 
 
 def info_problem(info: dict[str, Any], section: EngineSection) -> str | None:
-    """Why this answer to `/server_info` does not fit the section: its version, or its room for prompts (tokens)."""
+    """Say why an answer to `/server_info` does not fit the section: its version, or its room for prompts (tokens)."""
     embedded = info.get("kind") == EMBEDDED
     version = str(info.get("version"))
     if not embedded and version not in SUPPORTED:

@@ -1,4 +1,4 @@
-"""Is an engine up? Asked over HTTP, with a deadline."""
+"""Wait until an engine is up: asked over HTTP, with a deadline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POLL_S = 0.2
 async def wait_until_ready(url: str, name: str, deadline_s: float, api_key: str | None = None) -> None:
     """Return once `GET url/model_info` answers 200: every version of SGLang has it, and it answers when paused.
 
-    Raises `DeadlineError` that names the engine when it does not. On cancel: nothing has changed.
+    Raises `DeadlineError`, which names the engine, after `deadline_s` seconds. On cancel: nothing has changed.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:

@@ -1,4 +1,4 @@
-"""How an SGLang server is started for a run: its command, its environment, and the versions that are known to work.
+"""Make the command and the environment of an SGLang server, and check that its version is known to work.
 
 SGLang lives in a Python environment of its own (`engines.<side>.python`); nothing of it is imported here.
 """
@@ -31,9 +31,9 @@ _CPU_FLAGS = (
 
 @cache
 def installed_version(python: Path) -> str:
-    """The version of SGLang in the environment of `python`; `InputError` if that cannot be run or has none.
+    """Return the version of SGLang in the environment of `python`; `InputError` if it cannot be run or has no SGLang.
 
-    Reads package metadata only: SGLang itself takes many seconds to import.
+    Only package metadata is read: SGLang itself takes many seconds to import.
     """
     code = "from importlib.metadata import version; print(version('sglang'))"
     try:
@@ -49,7 +49,7 @@ def installed_version(python: Path) -> str:
 
 
 def version_problem(python: Path) -> str | None:
-    """Why the environment of `python` cannot serve a run; None if it can."""
+    """Say why the environment of `python` cannot serve a run; None if it can."""
     try:
         version = installed_version(python)
     except InputError as error:
@@ -68,7 +68,7 @@ def server_command(
     seed: int,
     keys_file: Path | None,
 ) -> tuple[str, ...]:
-    """The command of one server. On `cuda:N` SGLang chooses its own kernels; `section.args` come last and win."""
+    """Make the command of one server. On `cuda:N` SGLang chooses its own kernels. `section.args` come last and win."""
     on_cpu = devices[0] == "cpu"
     options: dict[str, object] = {
         "--model-path": model,
@@ -99,13 +99,13 @@ def server_command(
 
 
 def keys_yaml(api_key: str | None, admin_api_key: str | None) -> str:
-    """What `keys_file` of a server holds: a mapping of options to their values, JSON being YAML too."""
+    """Write the content of a server's `keys_file`: a mapping of options to values in JSON, which is YAML too."""
     given = {"api-key": api_key, "admin-api-key": admin_api_key}
     return json.dumps({option: key for option, key in given.items() if key is not None})
 
 
 def server_environment(section: EngineSection, devices: Sequence[str], spare_port: int) -> dict[str, str]:
-    """Environment variables of one server, beside those of the supervisor. Raises as `installed_version`."""
+    """Make the environment variables of one server; the supervisor adds its own. Raises as `installed_version`."""
     variables = {
         # `RESERVED_TOKENS` may pass what the model was trained for; no token is ever there.
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",

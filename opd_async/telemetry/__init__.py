@@ -1,4 +1,4 @@
-"""What a person sees: metrics, logs, the terminal, the report and its pictures.
+"""Show a run to a person: metrics, logs, the terminal, the report and its pictures.
 
 Nothing here decides anything.
 """

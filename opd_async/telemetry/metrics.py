@@ -1,4 +1,4 @@
-"""Every metric of the system, in one catalogue, and the exporters and the page made from it.
+"""Declare every metric of the system in one catalogue; make the exporters and the documentation page from it.
 
     python -m opd_async.telemetry.metrics    prints docs/metrics.md
 
@@ -30,7 +30,7 @@ LAG_INTERVAL_S = 0.05
 
 
 class MetricKind(StrEnum):
-    """How a metric behaves."""
+    """How a metric behaves; the values are Prometheus's names."""
 
     COUNTER = "counter"
     """Only grows; look at its rate."""
@@ -54,7 +54,7 @@ class Metric:
 
     @property
     def role(self) -> str:
-        """The role that exports it: the second word of its name."""
+        """The role that exports the metric: the second word of its name."""
         return self.name.split("_")[1]
 
 
@@ -177,7 +177,7 @@ ROLES: tuple[str, ...] = tuple(dict.fromkeys(metric.role for metric in CATALOGUE
 
 
 class Histogram(Collector):
-    """A histogram that takes many equal observations at once: a step's tokens have only a handful of ages."""
+    """A histogram that takes many equal observations in one call, because a step's tokens have only a few ages."""
 
     def __init__(self, metric: Metric, registry: CollectorRegistry) -> None:
         self._metric = metric
@@ -193,7 +193,7 @@ class Histogram(Collector):
             self._sum += value * count
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """The cumulative buckets, as Prometheus wants them."""
+        """Yield the cumulative buckets, as Prometheus wants them."""
         with self._lock:
             counts, total = list(self._counts), self._sum
         bounds = [*(str(bound) for bound in self._metric.buckets), "+Inf"]
@@ -202,7 +202,7 @@ class Histogram(Collector):
 
 
 class Figure(Collector):
-    """A gauge that may have no value, and is then no series."""
+    """A gauge that may have no value. Without one, Prometheus sees no series."""
 
     def __init__(self, metric: Metric, registry: CollectorRegistry) -> None:
         self._metric = metric
@@ -210,11 +210,11 @@ class Figure(Collector):
         registry.register(self)
 
     def set(self, value: float | None) -> None:
-        """Take the value; None for what was not computed."""
+        """Set the value; None if it was not computed."""
         self._value = value
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """The value, where there is one."""
+        """Yield the value, if there is one."""
         yield GaugeMetricFamily(self._metric.name, self._metric.help, value=self._value)
 
 
@@ -235,7 +235,7 @@ class RoleMetrics:
         self._all = {metric.name: self._make(metric) for metric in CATALOGUE if metric.role == role}
 
     def __getitem__(self, name: str) -> Any:
-        """The counter, gauge or histogram of that full name; `KeyError` if this role has none."""
+        """Return the counter, gauge or histogram with this full name; `KeyError` if this role has none."""
         try:
             return self._all[name]
         except KeyError:
@@ -245,9 +245,9 @@ class RoleMetrics:
 
     @contextmanager
     def serve(self, host: str, port: int) -> Iterator[int]:
-        """Answer Prometheus on http://host:port/metrics meanwhile, from a thread; yields the port (0 takes a free one).
+        """Answer Prometheus on http://host:port/metrics from a thread; yields the port, a free one for port 0.
 
-        `OpdError` if the port cannot be had.
+        Raises `OpdError` if the port cannot be bound.
         """
         try:
             server, thread = start_http_server(port, addr=host, registry=self.registry)
@@ -273,7 +273,7 @@ class RoleMetrics:
 
 
 async def loop_lag(histogram: Histogram, interval_s: float = LAG_INTERVAL_S) -> None:
-    """Measure for ever how late this event loop wakes up, in seconds. On cancel: ends at once."""
+    """Measure how late this event loop wakes up, in seconds, until cancelled. On cancel: ends at once."""
     while True:
         start = time.perf_counter()
         await asyncio.sleep(interval_s)
@@ -298,7 +298,7 @@ def write_targets(path: Path, targets: Mapping[str, str], teachers: Mapping[str,
 
 
 def markdown() -> str:
-    """The page docs/metrics.md."""
+    """Write the page docs/metrics.md."""
     parts = [_PAGE_HEAD]
     for role in ROLES:
         rows = [_row(metric) for metric in CATALOGUE if metric.role == role]

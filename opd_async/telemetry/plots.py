@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn without a display. matplotlib is loaded on first use, it takes a second.
+"""Draw pictures of a run, without a display. matplotlib is loaded on first use, which takes a second.
 
 Call these from a thread (`asyncio.to_thread`) when an event loop is waiting.
 """
@@ -114,6 +114,6 @@ def _draw_reverse_kl(axes: Axes, reverse_kl: Sequence[tuple[int, float]]) -> Non
 
 
 def _centred_mean(values: Sequence[float]) -> list[float]:
-    """The mean over each value and 10 neighbours on either side; the first and last 10 have none, and are left out."""
+    """Return the mean of each value and its 10 neighbours on either side, without the first and the last 10 values."""
     width = 2 * _SMOOTH_REACH + 1
     return [sum(values[start : start + width]) / width for start in range(len(values) - width + 1)]

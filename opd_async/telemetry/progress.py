@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a line every few seconds, and one for everything that happens once."""
+"""Print a run's progress: a line every few seconds, and one for each event."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LINE_EVERY_S = 3.0
 
 
 class Progress:
-    """Prints through `echo`; `steps` is the number of steps asked for."""
+    """Prints through `echo`; `steps` is the number of optimizer steps asked for."""
 
     def __init__(self, echo: Callable[[str], None], steps: int) -> None:
         self._echo = echo
@@ -27,7 +27,7 @@ class Progress:
         self._since = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Something has happened: one line with the time since the start."""
+        """Print one line about an event, with the time since the start."""
         self._line(text)
         self.on_event(text)
 
@@ -35,7 +35,7 @@ class Progress:
         self._echo(f"[{time.monotonic() - self._started:6.1f} s] {text}")
 
     def step(self, step: int, learner: dict[str, float], started: StepStarted) -> None:
-        """A step is done; prints at most every few seconds, and the last one always."""
+        """Print a line about a step, at most every few seconds; the last step always gets one."""
         self._tokens += started.stats["tokens"]
         now = time.monotonic()
         if now - self._last < LINE_EVERY_S and step != self._steps:

@@ -1,4 +1,4 @@
-"""What a run achieved: `report.json` for programs, a table for people.
+"""Report what a run achieved: `report.json` for programs, a table for people.
 
 Shares are between 0 and 1, times in seconds, staleness in optimizer steps. `None` stands for what was not measured.
 """
@@ -24,9 +24,9 @@ Interval = tuple[float, float]
 
 
 def wilson_interval(passed: float, trials: int) -> Interval:
-    """The 95 % score interval of a proportion (Wilson 1927), both ends within [0, 1]. `ValueError` without trials.
+    """Return the 95 % score interval of a proportion (Wilson 1927), both ends in [0, 1]. `ValueError` without trials.
 
-    It stays sensible at 0 % and 100 %, where the textbook interval has no width.
+    It has a width at 0 % and 100 %, where the textbook interval has none.
     """
     if not 0 <= passed <= trials or trials == 0:
         raise ValueError(f"{passed} of {trials} is no proportion")
@@ -81,7 +81,7 @@ class Evaluation(Section):
 
 
 class Staleness(Section):
-    """Age of the trained tokens when they were trained, in optimizer steps."""
+    """Ages of the trained tokens when they were trained, in optimizer steps."""
 
     mean: float | None = None
     p99: float | None = None
@@ -89,14 +89,14 @@ class Staleness(Section):
 
 
 class ScoreLatency(Section):
-    """From the last token of a sample to its score."""
+    """Seconds from the last token of a sample to its score."""
 
     p50_s: float | None = None
     p99_s: float | None = None
 
 
 class WeightSync(Section):
-    """What weight updates cost."""
+    """Seconds that weight updates took."""
 
     blocked_s: float
     """Time that the learner spent sending weights."""
@@ -125,7 +125,7 @@ class Stages(Section):
 
 
 class Launch(Section):
-    """What one launch did of a run that others had begun."""
+    """What one launch did of a run that earlier launches had begun."""
 
     first_step: int
     """Counted from 1; 0 where the launch has taken none."""
@@ -137,7 +137,7 @@ class Launch(Section):
 
 
 class Report(Section):
-    """Everything about a run: all its launches together, but for what says otherwise."""
+    """Everything about a run. A field is about all launches together, unless its comment says otherwise."""
 
     name: str
     steps: int
@@ -178,9 +178,9 @@ class Report(Section):
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl`, read anew each time: one for each step and each evaluation, in their order.
+        """The rows of `metrics.jsonl`, one for each step and each evaluation, in order; the file is read at each call.
 
-        A step's row has `step`, one of an evaluation has `evaluation`, who was evaluated. Empty without a folder.
+        A step's row has `step`, an evaluation's row `evaluation`: which model was evaluated. Empty without a folder.
         """
         return [] if self.folder is None else list(read_jsonl(self.folder / METRICS_FILE))
 
@@ -195,7 +195,7 @@ def write(report: Report, folder: Path) -> Path:
 
 
 def render(report: Report, files: Sequence[tuple[str, Path]] = (), commands: Sequence[tuple[str, str]] = ()) -> str:
-    """The report as a table of 86 columns.
+    """Return the report as a table of 86 columns.
 
     `files` and `commands` fill the closing block: (what it is, path) and (what it does, command line).
     """
@@ -282,7 +282,7 @@ def _figures(report: Report) -> Iterator[str]:
 
 
 def _trouble(report: Report) -> Iterator[str]:
-    """What went wrong; a run without trouble says so in one line."""
+    """Write a line for each kind of trouble; a run without any says so in one line."""
     restarts = ", ".join(f"{role} {times}" for role, times in report.restarts.items())
     counters = [f"{name.replace('_', ' ')} {times:,}" for name, times in report.counters.items() if times]
     here = "" if report.this_launch is None else " in this launch"

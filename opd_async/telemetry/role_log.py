@@ -1,4 +1,4 @@
-"""The log of one role: what its processes print, filed line by line, the last lines kept for messages.
+"""Keep the log of one role: write down what its processes print, and hold the last lines for messages.
 
 pipe -> LineSplitter -> logs/<role>.log
                      -> tail (last 30 lines)
@@ -24,19 +24,19 @@ _LOUD = re.compile(r"^.{0,60}?\b(WARNING|ERROR|CRITICAL|FATAL)\b")
 
 
 def is_loud(line: str) -> bool:
-    """Whether a log line is at WARNING or above: the level stands within its first 60 characters."""
+    """Tell whether a log line is at WARNING or above: its level stands within the first 60 characters."""
     return _LOUD.match(line) is not None
 
 
 def everything(line: str) -> bool:
-    """The echo policy of a verbose run."""
+    """Echo every line: the policy of a verbose run."""
     return True
 
 
 class LineSplitter:
-    """Bytes in, whole lines out. Memory is bounded: a line keeps its first 8192 bytes and says how many were cut.
+    """Cuts bytes into lines. Memory is bounded: a line keeps its first 8192 bytes and says how many were cut.
 
-    Of a line that was redrawn with carriage returns (a progress bar) the last state counts, as on a terminal.
+    Of a line that was redrawn with carriage returns (a progress bar) only the last state is kept, as on a terminal.
     """
 
     def __init__(self, max_bytes: int = MAX_LINE_BYTES) -> None:
@@ -45,7 +45,7 @@ class LineSplitter:
         self._cut = 0
 
     def feed(self, data: bytes) -> list[str]:
-        """The lines that `data` completes, without line ends; bytes that are not UTF-8 are replaced."""
+        """Return the lines that `data` completes, without line ends; bytes that are not UTF-8 are replaced."""
         *whole, rest = data.split(b"\n")
         lines = []
         for piece in whole:
@@ -55,7 +55,7 @@ class LineSplitter:
         return lines
 
     def close(self) -> list[str]:
-        """The last line, if it had no line end."""
+        """Return the last line, if it had no line end."""
         return [self._take()] if self._open or self._cut else []
 
     def _append(self, piece: bytes) -> None:
@@ -76,7 +76,7 @@ class LineSplitter:
 
 
 class RoleLog:
-    """One start's share of a log file, appended under a header line. Use `follow` once, then `close`."""
+    """Appends what one start of a role prints to its log file, under a header line. Use `follow` once, then `close`."""
 
     def __init__(
         self,
@@ -87,9 +87,9 @@ class RoleLog:
         echo_line: Callable[[str], bool],
         secrets: Sequence[str] = (),
     ) -> None:
-        """Open `path` for appending; when that fails, `echo` is told, and the role goes on without a log.
+        """Open `path` for appending. If that fails, `echo` is told, and the role goes on without a log.
 
-        `secrets` show as `***` wherever they are printed.
+        A secret is written as `***` wherever it is printed.
         """
         self._name = name
         self._path = path
@@ -110,14 +110,14 @@ class RoleLog:
 
     @property
     def tail(self) -> tuple[str, ...]:
-        """The last 30 lines of this start, oldest first."""
+        """Return the last 30 lines of this start, oldest first."""
         return tuple(self._tail)
 
     async def follow(self, read_fd: int) -> None:
-        """File everything that comes out of the pipe until all its writers are gone; closes `read_fd`.
+        """Write everything that comes out of the pipe to the log until all its writers are gone; closes `read_fd`.
 
-        The pipe is always drained, whatever happens to the file, so that no role ever blocks on printing. On
-        cancel: what was read is filed, the pipe is closed.
+        The pipe is emptied even if the file cannot be written, so that no role blocks on printing. On cancel: the
+        lines read so far are written, and the pipe is closed.
         """
         reader = asyncio.StreamReader(limit=_READ_BYTES)
         pipe = os.fdopen(read_fd, "rb", buffering=0)
@@ -148,7 +148,7 @@ class RoleLog:
             self._complain(error)
 
     def _complain(self, error: OSError) -> None:
-        """Once: a log is for people, and no reason to end anything."""
+        """Say once that the log cannot be written. The role goes on: a log is for people only."""
         if not self._broken:
             self._echo(f"{self._name} | log {self._path} cannot be written: {error.strerror}; it goes on without it")
         self._broken = True

@@ -1,4 +1,4 @@
-"""What the launcher says to a person: on the terminal and in `logs/launcher.log`. Neither can hold a run up or end it.
+"""Say things to a person, on the terminal and in `logs/launcher.log`. Neither can hold a run up or end it.
 
     say, errors -> logs/launcher.log
                 -> bounded queue -> thread -> file descriptors of stdout and stderr
@@ -32,7 +32,7 @@ _PLAIN = str.maketrans("━─", "=-")
 
 
 class _Stream:
-    """Stdout or stderr, written below Python's buffers: nothing is left in them that could fail at the very end."""
+    """Writes to stdout or stderr below Python's buffers, in which a line could fail at the very end of the process."""
 
     def __init__(self, name: str, stream: TextIO | None) -> None:
         self.name = name
@@ -60,7 +60,7 @@ class _Stream:
 
 
 def encoded(text: str, encoding: str) -> bytes:
-    """`text` in a terminal's encoding, with escapes for what it lacks and plain lines for the drawn ones."""
+    """Encode `text` for a terminal. A character that it lacks becomes an escape, a drawn line a plain one."""
     try:
         return text.encode(encoding)
     except UnicodeEncodeError:
@@ -71,7 +71,7 @@ class Terminal:
     """Lines for a person; a context manager that delivers what is waiting at its end."""
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
-        """`out` and `err` instead of this process's stdout and stderr."""
+        """Write to `out` and `err` instead of this process's stdout and stderr."""
         self._out = _Stream("stdout", sys.stdout if out is None else out)
         self._err = _Stream("stderr", sys.stderr if err is None else err)
         self._waiting: queue.Queue[tuple[_Stream, str] | None] = queue.Queue(MAX_WAITING)
@@ -103,7 +103,7 @@ class Terminal:
         self._hand_over(self._err, line)
 
     def keep_in(self, path: Path) -> None:
-        """Append everything to `path` too, what was said so far included."""
+        """Append every line to the file `path` too, the lines said so far included."""
         with self._lock:
             self._path = path
             try:
@@ -124,7 +124,7 @@ class Terminal:
             self._keep(line)
 
     def close(self) -> None:
-        """Deliver what waits, for 10 s at most; then let go of the log."""
+        """Deliver the waiting lines, for 10 s at most; then close the log."""
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=CLOSE_DEADLINE_S)
             self._writer.join(CLOSE_DEADLINE_S)
@@ -167,7 +167,7 @@ class Terminal:
             self._deliver(stream, line)
 
     def _deliver(self, stream: _Stream, line: str) -> None:
-        """Write a line; where that fails, say so once: who has lost one stream has most often lost both."""
+        """Write a line. Where that fails, say so once: a process that has lost one stream has most often lost both."""
         if stream.gone:
             return
         try:
@@ -183,13 +183,13 @@ class Terminal:
 
 
 class Errors(io.TextIOBase):
-    """What logging takes for stderr: every record is a line of the terminal."""
+    """Stands in for stderr in `logging`: every record becomes a line of the terminal."""
 
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
 
     def write(self, text: str) -> int:
-        """Take a record with its line end."""
+        """Say one record of `logging`, which ends with a line end."""
         if text.rstrip("\n"):
             self._terminal.complain(text.rstrip("\n"))
         return len(text)

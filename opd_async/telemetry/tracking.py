@@ -1,9 +1,9 @@
-"""`tracking.function`: every row of metrics.jsonl and every event, to a function of the user's, in a thread.
+"""Call the user's `tracking.function` in a thread, with every row of metrics.jsonl and every event.
 
     Ledger, Progress -> bounded queue -> thread -> function(kind, row)
 
-Nothing here can end a run or hold it up: what the function raises is said and counted, and what a slow one cannot take
-is left out and counted.
+Nothing here can end a run or hold it up. An exception of the function is said and counted; rows that a slow function
+has no time for are left out and counted.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Track = Callable[[str, dict[str, Any]], object]
 
 
 class Tracker:
-    """A context manager; `track` may be called from any thread. Without a path it does nothing."""
+    """A context manager; `track` may be called from any thread. Without a path of a function it does nothing."""
 
     def __init__(self, path: str | None, say: Callable[[str], None], max_waiting: int = MAX_WAITING) -> None:
-        """Load the function. Raises `InputError` if it cannot be loaded; `say` gets a line where something is wrong."""
+        """Load the function; raises `InputError` if that fails. `say` gets a line about each kind of trouble."""
         self._path = path
         self._function: Track | None = load_hook(KEY, path) if path is not None else None
         self._say = say
@@ -61,7 +61,7 @@ class Tracker:
                 self._say(f"warning: {KEY}: {self._path} is slower than the run; rows are left out from here on")
 
     def close(self) -> None:
-        """Wait for what is queued, for 10 s at most, and say what was lost."""
+        """Wait for the queued rows, for 10 s at most, and say how many were lost."""
         if self._function is None or not self._thread.is_alive():
             return
         try:
@@ -77,7 +77,7 @@ class Tracker:
             self._say(f"warning: {KEY}: {self._path} has not got everything: {lost}")
 
     def _follow(self) -> None:
-        """The thread: a row, a call."""
+        """Run the thread: call the function once for each row."""
         assert self._function is not None and self._path is not None
         while (item := self._rows.get()) is not None:
             kind, row = item
