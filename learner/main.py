@@ -37,7 +37,7 @@ from opd_async.process import configure_logging, die_with_parent, report_failure
 from opd_async.role import role_arguments
 from opd_async.run.checkpoints import SHARDS, chosen, shards
 from opd_async.scheduling.packing import from_message
-from opd_async.telemetry.metrics import RoleMetrics
+from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.transport import messages as m
 from opd_async.transport.bounds import receive
 from opd_async.transport.door import Passport

@@ -25,7 +25,8 @@ from opd_async.plan.resolve import describe_plan, make_plan
 from opd_async.process import configure_logging, leaves, report_failure
 from opd_async.run.closing import InterruptedRun, finish
 from opd_async.run.fingerprints import fingerprints
-from opd_async.run.lifecycle import Inputs, Lifecycle
+from opd_async.run.inputs import Inputs
+from opd_async.run.lifecycle import Lifecycle
 from opd_async.run.run_folder import prepare
 from opd_async.signals import Signals, answered
 from opd_async.telemetry.report import Report

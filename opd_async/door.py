@@ -27,7 +27,8 @@ from opd_async.plan.resolve import make_plan
 from opd_async.process import raise_cause
 from opd_async.run.closing import finish
 from opd_async.run.fingerprints import fingerprints
-from opd_async.run.lifecycle import Inputs, Lifecycle
+from opd_async.run.inputs import Inputs
+from opd_async.run.lifecycle import Lifecycle
 from opd_async.run.run_folder import prepare
 from opd_async.signals import Signals, stop_signals
 from opd_async.telemetry.report import Report

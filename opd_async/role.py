@@ -23,7 +23,7 @@ from opd_async.errors import InputError
 from opd_async.keys import RunKeys, incarnation
 from opd_async.plan.plan import Plan, RoleKind, RolePlan
 from opd_async.process import configure_logging, stop_event
-from opd_async.telemetry.metrics import RoleMetrics, loop_lag
+from opd_async.telemetry.exporter import RoleMetrics, loop_lag
 from opd_async.transport.channels import ControlClient
 from opd_async.transport.door import Door, Passport
 from opd_async.transport.messages import Heartbeat, Hello

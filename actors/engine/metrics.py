@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import generate_latest
 
-from opd_async.telemetry.metrics import RoleMetrics
+from opd_async.telemetry.exporter import RoleMetrics
 
 
 class EngineMetrics:

@@ -1,13 +1,13 @@
-"""Assemble scored chunks, plan steps, and feed the learner's ranks.
+"""Assemble scored chunks, take steps, and feed the learner's ranks.
 
     scored chunks (PULL) -> assembler -> policy (deadline cuts) -> packing -> learner ranks (ROUTER)
                                | acknowledgements (control)            ^ weight syncs, checkpoints (control)
 
     loop         waits for                          unblocked by
     receive      a scored chunk                     a teacher actor
-    plan         something new to plan with         a chunk; `Version` after a weight update
+    steps        tokens that a step may take        a chunk; `Version` after a weight update
     acknowledge  time                               the clock
-    control      a message of the dispatcher       the dispatcher
+    control      a message of the dispatcher        the dispatcher
     ranks        a learner rank's hello             the learner
 
 The dispatcher's commands for the learner pass through here, so that every rank sees steps, weight updates and
@@ -68,7 +68,8 @@ class Intake:
         self._filter = GroupFilter(plan.topology.schedule.filter, plan.topology.rollout.group_size)
         self._assembler = Assembler()
         self._version: int | None = None
-        self._planned = 0
+        self._steps = 0
+        """Optimizer steps taken so far, resumed ones included: the next step starts from weights of this version."""
         self._attempt_floor = 0
         self._drain_asked = False
         self._wake = asyncio.Event()
@@ -91,7 +92,7 @@ class Intake:
         floor = self._attempt_floor = int(os.environ.get(ATTEMPT_FLOOR_ENV, "0"))
         opd = self._topology.opd
         self._assembler = frontier.restore(state, floor, opd.wire_topk, opd.on_engines)
-        self._planned = state.version
+        self._steps = state.version
         # steps after the checkpoint will be taken again: their rows leave the file
         self._trained = TrainedRecord(self._role.plan.run_folder, log.warning, state.version, folder)
         await self._role.control.send(state)
@@ -115,12 +116,12 @@ class Intake:
     def _unbelievable(self, sender: str | None, chunk: m.ScoredChunk) -> str | None:
         """Why a chunk cannot be; what an earlier launch of the learner left under way may be, and is dropped later."""
         left_over = chunk.attempt < self._attempt_floor
-        return self._bounds.of_scored(sender, chunk, newest=MAX_COUNT if left_over else self._planned)
+        return self._bounds.of_scored(sender, chunk, newest=MAX_COUNT if left_over else self._steps)
 
     def _oldest(self) -> int:
         """No token of older weights may be new: every step so far waited for them."""
         schedule = self._topology.schedule
-        return max(self._planned - schedule.max_staleness - 1, 0) if schedule.train_on is TrainOn.TOKENS else 0
+        return max(self._steps - schedule.max_staleness - 1, 0) if schedule.train_on is TrainOn.TOKENS else 0
 
     def _count(self, verdict: Verdict, chunk: m.ScoredChunk, problem: str = "malformed") -> None:
         if verdict is Verdict.ACCEPTED or verdict is Verdict.EARLY:
@@ -145,7 +146,7 @@ class Intake:
             rows = [self._held(sample_id) for sample_id in self._unacknowledged]
             self._unacknowledged.clear()
             table = np.array([row for row in rows if row is not None], np.int64).reshape(-1, 4)
-            next_step = self._planned if self._version is None else self._version
+            next_step = self._steps if self._version is None else self._version
             ready = self._policy.ready_tokens(self._assembler, next_step)
             self._metrics["opd_intake_backlog_tokens"].set(ready)
             attempts, actors, ends = (table[:, i].astype(np.int32) for i in (1, 2, 3))
@@ -167,10 +168,10 @@ class Intake:
             return (sample_id, *done) if done is not None else None
         return sample_id, sample.attempt, sample.actor, sample.scored_end + (sample.finish is not None)
 
-    # --- planning ----------------------------------------------------------------------------------------------------
+    # --- steps -------------------------------------------------------------------------------------------------------
 
-    async def plan(self) -> None:
-        """Take a step whenever the policy finds one."""
+    async def take_steps(self) -> None:
+        """Take a step whenever the policy finds one. On cancel: the tokens stay held."""
         while True:
             try:
                 async with asyncio.timeout(SETTLE_NEWS_S):
@@ -198,7 +199,7 @@ class Intake:
 
     async def _step(self, version: int, taken: list[Taken]) -> None:
         self._version = None
-        self._planned = version + 1
+        self._steps = version + 1
         self._drain_asked = False
         kept = self._filter.kept(taken)
         segments = [one.segment for one in kept if one.segment is not None]
@@ -253,7 +254,7 @@ class Intake:
                     self._wake.set()
                 case m.Quiesce():
                     self._version = None
-                    await self._role.control.send(m.Quiesced(self._planned))
+                    await self._role.control.send(m.Quiesced(self._steps))
                 case m.Reclaim():
                     await self._reclaim(message)
                 case m.SaveCheckpoint():
@@ -302,7 +303,7 @@ class Intake:
 
 async def main() -> None:
     """Run the intake until the dispatcher says stop."""
-    plan, _ = role_arguments("Intake: assemble, plan, pack.")
+    plan, _ = role_arguments("Intake: assemble, take steps, pack.")
     async with Role.open(RoleKind.INTAKE, plan, 0) as role:
         intake = Intake(role)
         try:
@@ -312,7 +313,7 @@ async def main() -> None:
                 (intake.ranks.collect(), "ranks"),
                 (intake.receive(), "receive"),
                 (intake.acknowledge(), "acknowledge"),
-                (intake.plan(), "plan"),
+                (intake.take_steps(), "steps"),
             ):
                 role.spawn(loop, name)
             await role.until_stopped()

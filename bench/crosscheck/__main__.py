@@ -36,7 +36,8 @@ from opd_async.files import write_atomically
 from opd_async.forecast.lengths import typical
 from opd_async.plan.plan import Plan, RoleKind, RolePlan
 from opd_async.plan.resolve import make_plan
-from opd_async.run.lifecycle import Inputs, Lifecycle
+from opd_async.run.inputs import Inputs
+from opd_async.run.lifecycle import Lifecycle
 from opd_async.run.run_folder import prepare
 from opd_async.signals import Signals
 

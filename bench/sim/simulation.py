@@ -24,7 +24,7 @@ from opd_async.config.topology import TrainOn
 from opd_async.forecast.lengths import LengthStream
 from opd_async.forecast.workload import Workload
 from opd_async.scheduling import frontier
-from opd_async.scheduling.admission import hold_tokens
+from opd_async.scheduling.admission import close_early_tokens
 from opd_async.scheduling.assembly import Assembler
 from opd_async.scheduling.cache_share import CutPoints
 from opd_async.scheduling.filled_steps import FilledSteps
@@ -211,7 +211,7 @@ class Simulation:
         elif isinstance(policy, DeadlineCuts) and self._training is not None:
             ready = policy.ready_tokens(self._assembler, self._training + 1)
             self._book.admission.ready(self._training + 1, ready)
-            if ready >= hold_tokens(policy.budget, policy.max_staleness):
+            if ready >= close_early_tokens(policy.budget, policy.max_staleness):
                 self._pause()
             self._lease()
 

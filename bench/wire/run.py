@@ -29,7 +29,8 @@ from opd_async.data.prompts import PromptSet
 from opd_async.errors import OpdError
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.plan.resolve import make_plan
-from opd_async.run.lifecycle import Inputs, Lifecycle
+from opd_async.run.inputs import Inputs
+from opd_async.run.lifecycle import Lifecycle
 from opd_async.run.run_folder import prepare
 from opd_async.signals import Signals
 

@@ -24,7 +24,7 @@ from opd_async.data.model_folder import read_model
 from opd_async.data.prompts import PromptSet, TeacherChoice, load_prompts
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
-from opd_async.run.lifecycle import Inputs
+from opd_async.run.inputs import Inputs
 
 Say = Callable[[str], None]
 """Print a line."""

@@ -87,7 +87,8 @@ def report(arguments: argparse.Namespace) -> None:
     """`opd report`: the table of `report.json`."""
     from pydantic import ValidationError
 
-    from opd_async.telemetry.report import Report, render
+    from opd_async.telemetry.report import Report
+    from opd_async.telemetry.report_table import render
 
     file = arguments.folder / "report.json" if arguments.folder.is_dir() else arguments.folder
     try:

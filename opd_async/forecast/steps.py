@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from opd_async.forecast.lengths import LengthStream
 from opd_async.forecast.workload import Workload
-from opd_async.scheduling.admission import NEXT_STEP, NEXT_STEP_FORCED, hold_tokens
+from opd_async.scheduling.admission import FULL_STEP, FULL_STEP_AT_S1, close_early_tokens
 from opd_async.scheduling.cache_share import SENTINEL_EVERY
 from opd_async.scheduling.step_policy import LARGEST_STEP
 
@@ -198,7 +198,7 @@ def _generate(flow: _Flow, seconds: float) -> None:
     work = flow.work
     next_step = flow.version + (flow.step_end < math.inf)
     ready = _ready(flow, next_step - flow.staleness, work.chunk_tokens)
-    if flow.step_end < math.inf and ready >= hold_tokens(work.tokens_per_step, flow.staleness):
+    if flow.step_end < math.inf and ready >= close_early_tokens(work.tokens_per_step, flow.staleness):
         return
     begun = _admit(flow, ready)
     running = flow.length > 0
@@ -225,7 +225,7 @@ def _generate(flow: _Flow, seconds: float) -> None:
 def _admit(flow: _Flow, ready: float) -> int:
     """Fill empty slots while admission allows it; returns how many were filled."""
     budget = flow.work.tokens_per_step
-    limit = NEXT_STEP_FORCED if flow.staleness == 1 else NEXT_STEP
+    limit = FULL_STEP_AT_S1 if flow.staleness == 1 else FULL_STEP
     if flow.step_end < math.inf and ready >= limit * budget:
         return 0
     if sum(one.end - one.start for one in flow.ended) >= flow.staleness * budget:

@@ -18,7 +18,8 @@ from opd_async.run.run_folder import TOPOLOGY_FILE
 from opd_async.run.script import EXPORT
 from opd_async.signals import EXIT_INTERRUPTED
 from opd_async.telemetry.plots import learning_curve
-from opd_async.telemetry.report import Report, render, write
+from opd_async.telemetry.report import Report, write
+from opd_async.telemetry.report_table import render
 
 Say = Callable[[str], None]
 

@@ -1,7 +1,7 @@
-"""The launcher's end of the control socket: who is up, who gets which lease, and what happens when a role dies.
+"""Receive and send on the control socket: who is up, and who gets which message.
 
     every role <-> ROUTER <-> receive -> mailbox -> the script of the run (`script.py`)
-    supervisor exits -> deaths -> restart, re-lease, or back to the last checkpoint
+    supervisor exits -> Deaths (`deaths.py`) -> restart, re-lease, or back to the last checkpoint
 
     loop       waits for                                   unblocked by
     receive    a message of any role                       the roles
@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -25,19 +24,19 @@ import numpy as np
 import zmq.asyncio
 
 from opd_async.cluster.fleet import Fleet
-from opd_async.cluster.supervisor import Exit
 from opd_async.data.completions import Mix
 from opd_async.data.prompts import Prompt
 from opd_async.errors import OpdError, RoleError
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.barrier import Barrier, BarrierState
 from opd_async.run.control_bounds import ControlBounds
+from opd_async.run.deaths import Deaths
 from opd_async.run.evaluator import EVAL_IDS
 from opd_async.run.leasing import Leasing
 from opd_async.run.ledger import Ledger
-from opd_async.run.state import RunState
-from opd_async.scheduling.admission import hold_tokens
-from opd_async.telemetry.metrics import RoleMetrics
+from opd_async.run.state import UPDATE, RunState
+from opd_async.scheduling.admission import close_early_tokens
+from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.transport import messages as m
 from opd_async.transport.channels import ControlServer
 from opd_async.transport.door import Door
@@ -45,11 +44,6 @@ from opd_async.transport.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-WATCH_S = 1.0
-UPDATE = "update"
-"""Mailbox key of what the script waits for between steps: a `LearnerReply` to a step, or `RESYNC`."""
-RESYNC = "resync"
 
 
 class Dispatcher:
@@ -78,9 +72,9 @@ class Dispatcher:
         self.failed: asyncio.Future[OpdError] = asyncio.get_running_loop().create_future()
         self.on_eval_done: Callable[[m.EvalDone], None] = lambda done: None
         self._bounds = ControlBounds(self)
+        self._deaths = Deaths(self)
         self.leasing = Leasing(self, prompts, mix)
         self._incarnations: dict[str, str] = {}
-        self._heard: dict[str, float] = {}
         self._up: set[str] = set()
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -107,6 +101,10 @@ class Dispatcher:
         """Send to the intake (and through it to the learner)."""
         await self.server.send(self.name_of(RoleKind.INTAKE), message)
 
+    def gone(self, role: str) -> None:
+        """Note that the process of a role has ended: it is not connected any more."""
+        self._up.discard(role)
+
     def fail(self, error: OpdError) -> None:
         """End the run with this error; the first one counts."""
         if not self.failed.done():
@@ -125,8 +123,8 @@ class Dispatcher:
     def start_loops(self, group: asyncio.TaskGroup) -> None:
         """Start the loops in `group`; `stop_loops` ends them."""
         self._group = group
-        loops = {"receive": self.receive, "deaths": self.deaths, "leasing": self.leasing.run, "watch": self.watch}
-        loops["door"] = self.door.keep
+        loops = {"receive": self.receive, "deaths": self._deaths.run, "leasing": self.leasing.run}
+        loops |= {"watch": self._deaths.watch, "door": self.door.keep}
         for name, loop in loops.items():
             self.spawn(loop(), name)
 
@@ -170,7 +168,7 @@ class Dispatcher:
             if problem := self._bounds.problem(role, message):
                 self._malformed(f"a {type(message).__name__} of {role}: {problem}")
                 continue
-            self._heard[role] = time.monotonic()
+            self._deaths.heard(role)
             match message:
                 case m.Heartbeat():
                     self.ledger.roles[role].now = message.counters
@@ -237,7 +235,7 @@ class Dispatcher:
         schedule = self.plan.topology.schedule
         # while a step is trained with the engines' weights; an older account would stop generation for nothing
         in_step = acks.next_step == self.state.version + 1
-        if in_step and acks.ready_tokens >= hold_tokens(schedule.tokens_per_step, schedule.max_staleness):
+        if in_step and acks.ready_tokens >= close_early_tokens(schedule.tokens_per_step, schedule.max_staleness):
             self.barrier.close_early()
         if self.state.book is not None:
             self.state.book.admission.ready(acks.next_step, acks.ready_tokens)
@@ -256,69 +254,3 @@ class Dispatcher:
         actors = self.up(RoleKind.ROLLOUT)
         if actors:
             await self.server.send(actors[(lease.sample_id - EVAL_IDS) % len(actors)], lease)
-
-    # --- deaths ------------------------------------------------------------------------------------------------------
-
-    async def deaths(self) -> None:
-        """React to every process that ends without having been asked to."""
-        while True:
-            ended = await self.fleet.supervisor.exits.get()
-            self._up.discard(ended.name)
-            self._heard.pop(ended.name, None)
-            self.metrics["opd_launcher_restarts_total"].labels(ended.name).inc()
-            kind = self.fleet.role(ended.name).kind
-            if kind in (RoleKind.LEARNER, RoleKind.INTAKE):
-                self.state.lost = ended
-                self.learner_lost.set()
-                continue
-            self._excuse(ended.name)
-            if kind is RoleKind.ROLLOUT:
-                await self._reclaim(ended.name)
-            if kind is RoleKind.STUDENT_ENGINE:
-                await self.broadcast(RoleKind.ROLLOUT, m.EngineDown(self._url(ended.name)))
-            self.spawn(self._restart(ended, kind), f"restart-{ended.name}")
-
-    def _excuse(self, name: str) -> None:
-        """A dead role answers nothing any more: let those who wait for it go on."""
-        self.barrier.absent(name)
-        if self.state.resetting is not None:
-            self.mailbox.deliver(("ResetDone", name, self.state.resetting), None)
-
-    async def _restart(self, ended: Exit, kind: RoleKind) -> None:
-        try:
-            await self.fleet.await_restart(ended)
-            await self.fleet.start(ended.name)
-            if kind is RoleKind.STUDENT_ENGINE:
-                await self.fleet.wait_for_engine(kind, self._url(ended.name))
-                self.state.engine_group += 1
-                self.mailbox.deliver(UPDATE, RESYNC)
-        except OpdError as error:
-            self.fail(error)
-
-    async def _reclaim(self, actor: str) -> None:
-        """Ask the intake what it holds of the samples of a dead actor; they are leased again behind that."""
-        held = self.state.book.held_by(actor) if self.state.book is not None else []
-        if held:
-            ids = np.array([spec.sample_id for spec in held], np.int64)
-            attempts = np.array([spec.attempt for spec in held], np.int32)
-            await self.to_intake(m.Reclaim(ids, attempts))
-
-    def _url(self, engine: str) -> str:
-        return self.plan.student_engines[self.fleet.role(engine).index]
-
-    async def watch(self) -> None:
-        """Kill a role that has gone silent: its death is then handled like any other."""
-        deadline_s = self.plan.topology.supervisor.heartbeat_deadline_s
-        looked = time.monotonic()
-        while True:
-            await asyncio.sleep(WATCH_S)
-            looked, late = time.monotonic(), max(time.monotonic() - looked - 2 * WATCH_S, 0.0)
-            now = looked
-            # while this process stood still (a stopped job, a machine that slept) nobody could be heard
-            self._heard = {role: heard + late for role, heard in self._heard.items()}
-            for role, heard in list(self._heard.items()):
-                talks = self.fleet.role(role).kind is not RoleKind.LEARNER
-                if talks and now - heard > deadline_s and role in self.fleet.supervisor.running:
-                    log.error("%s has been silent for %.0f s: killing it", role, now - heard)
-                    self._heard.pop(role)
-                    self.fleet.supervisor.kill(role)

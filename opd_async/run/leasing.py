@@ -18,7 +18,7 @@ from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.state import RunState
 from opd_async.scheduling.grants import Grants
 from opd_async.scheduling.leases import LeaseBook, LeaseSpec
-from opd_async.telemetry.metrics import RoleMetrics
+from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.transport import messages as m
 from opd_async.transport.channels import ControlServer
 

@@ -12,7 +12,7 @@ the script ends                   report, stop in order, exit 0
 learner or intake dies            both start again from the last checkpoint; everything generated since is dropped
 another role dies                 the dispatcher restarts it; the script goes on
 a role dies beyond its budget     the run ends with its last lines
-SIGINT, SIGTERM or SIGHUP         the planned step is finished and saved, then stop in order; a second one kills
+SIGINT, SIGTERM or SIGHUP         the step under way is finished and saved, then stop in order; a second one kills
 the same while nothing is trained every process is killed
 """
 
@@ -22,26 +22,24 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any
 
 import zmq.asyncio
 
 from opd_async.cluster.fleet import Fleet
 from opd_async.cluster.supervisor import Supervisor
-from opd_async.data.completions import CompletionSet, Mix
-from opd_async.data.prompts import PromptSet
-from opd_async.data.tokenizer import Tokenizer
+from opd_async.data.completions import Mix
 from opd_async.keys import RunKeys
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.role import ATTEMPT_FLOOR_ENV
 from opd_async.run import checkpoints
 from opd_async.run.dispatcher import Dispatcher
 from opd_async.run.evaluator import Evaluator
+from opd_async.run.inputs import Inputs
 from opd_async.run.ledger import Ledger
 from opd_async.run.script import Script
 from opd_async.signals import Signals
-from opd_async.telemetry.metrics import RoleMetrics, loop_lag, write_targets
+from opd_async.telemetry.exporter import RoleMetrics, loop_lag, write_targets
 from opd_async.telemetry.progress import Progress
 from opd_async.telemetry.report import Report
 from opd_async.telemetry.tracking import Tracker
@@ -51,16 +49,6 @@ GRACE_POLL_S = 0.05
 ENGINES = (RoleKind.STUDENT_ENGINE, RoleKind.TEACHER_ENGINE)
 ATTEMPTS_PER_RECOVERY = 1000
 """Attempts are numbered from a new thousand after each recovery, so that old chunks are known for what they are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What the launcher has read before anything starts."""
-
-    prompts: PromptSet
-    held_out: PromptSet | None
-    tokenizer: Tokenizer
-    completions: CompletionSet
 
 
 class Lifecycle:
@@ -244,6 +232,8 @@ async def _race(dispatcher: Dispatcher, work: Coroutine[Any, Any, None], **event
             tasks = {"done": group.create_task(work, name="script"), "failed": group.create_task(_failure(dispatcher))}
             tasks |= {name: group.create_task(_wait(event)) for name, event in events.items()}
             await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+            # `tasks` is in order of precedence, for those that end in one turn of the loop: a run whose work has ended
+            # is done, whatever signal came with it. A failure counts in any case: the group raises it.
             first = next(name for name, task in tasks.items() if task.done())
             for task in tasks.values():
                 task.cancel()

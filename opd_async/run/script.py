@@ -16,10 +16,11 @@ from opd_async.errors import RoleError
 from opd_async.plan.plan import RoleKind
 from opd_async.run import checkpoints
 from opd_async.run.arrivals import all_up
-from opd_async.run.dispatcher import RESYNC, UPDATE, Dispatcher
+from opd_async.run.dispatcher import Dispatcher
 from opd_async.run.evaluations import Evaluations
 from opd_async.run.evaluator import Evaluator
 from opd_async.run.learner_commands import LearnerCommands
+from opd_async.run.state import RESYNC, UPDATE
 from opd_async.scheduling.leases import LeaseBook, PromptOrder, admission_of
 from opd_async.telemetry.progress import Progress
 from opd_async.transport import messages as m

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from opd_async.cluster.supervisor import Exit
 from opd_async.scheduling.leases import LeaseBook
 
+UPDATE = "update"
+"""Mailbox key of what the script waits for between steps: a `LearnerReply` to a step, or `RESYNC`."""
+RESYNC = "resync"
+"""A student engine is back and needs the current weights."""
+
 
 @dataclass(slots=True)
 class RunState:

@@ -1,4 +1,4 @@
-"""Whether another response may begin: pure rules, one for each way of making steps.
+"""Decide whether another response may begin: pure rules, one for each way of making steps.
 
     LeaseBook -> Flow -> admits?      what the intake tells: `ready`, `opened`, `closed`
 
@@ -11,14 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-NEXT_STEP = 1.25
-NEXT_STEP_FORCED = 1.1
-"""Budgets that the next step may hold while a step is trained; no new response begins beyond them. At S = 1 the next
-step must take all that is held, what is still being generated included, so that it ends up at twice as much."""
+FULL_STEP = 1.25
+"""Budgets that the next step may hold while a step is trained; no new response begins beyond them."""
+FULL_STEP_AT_S1 = 1.1
+"""The same for `max_staleness: 1`, where the next step must also take the tokens that are still being generated, and so
+ends up about twice as large."""
 
 
-def hold_tokens(tokens_per_step: int, max_staleness: int) -> int:
-    """Deadline cuts: how many tokens the next step may hold before generation stands still until the next update.
+def close_early_tokens(tokens_per_step: int, max_staleness: int) -> int:
+    """Deadline cuts: return how many tokens the next step may hold before the barrier closes early.
 
     A safety limit; admission normally keeps the next step far below it. Do not lower it: paused engines lose time, and
     their responses are cut anyway (bench/LOG.md).
@@ -102,7 +103,7 @@ class DeadlineAdmission(_Deaf):
 
     def admits(self, flow: Flow) -> bool:
         """While no step is trained, a new response may be what the next one waits for."""
-        limit = NEXT_STEP_FORCED if self._max_staleness == 1 else NEXT_STEP
+        limit = FULL_STEP_AT_S1 if self._max_staleness == 1 else FULL_STEP
         if self._ready[0] == flow.version + 1 and self._ready[1] >= limit * self._budget:
             return False
         return flow.waiting_tokens < max(1, self._max_staleness) * self._budget

@@ -17,7 +17,7 @@ from opd_async.config.topology import ONE_TEACHER, Topology
 from opd_async.plan.free_ports import free_ports
 from opd_async.plan.plan import Plan, RoleKind, RolePlan
 from opd_async.role import Role
-from opd_async.telemetry.metrics import RoleMetrics
+from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.transport.channels import ControlClient
 
 POLL_S = 0.01

@@ -125,16 +125,13 @@ async def test_a_stream_that_cannot_be_is_an_error_with_the_reason(server: Serve
 
 if VERSION is None or VERSION >= (0, 5, 20):  # the older one cannot tell its load on a CPU
 
-    def test_a_stream_that_nobody_reads_any_more_ends(server: Server) -> None:
-        async def run() -> None:
-            async with server.client() as client:
-                crowd = Crowd(client)
-                crowd.start(*(Stream(client, prompt(20, i), 470) for i in range(4)))
-                await crowd.until_each_has(1)
-                await crowd.abandon()
-
-        asyncio.run(run())
+    async def test_a_stream_that_nobody_reads_any_more_ends(server: Server) -> None:
+        async with server.client() as client:
+            crowd = Crowd(client)
+            crowd.start(*(Stream(client, prompt(20, i), 470) for i in range(4)))
+            await crowd.until_each_has(1)
+            await crowd.abandon()
         give_up = time.monotonic() + 30.0
         while server.running():
             assert time.monotonic() < give_up, "the requests go on"
-            time.sleep(0.05)
+            await asyncio.sleep(0.05)

@@ -22,7 +22,7 @@ class SimIntake:
         self.checkpoint = state
         self.version: int | None = None
         """What may be planned now."""
-        self._planned = state.version
+        self._steps = state.version
         self.inbox: deque[tuple[Any, ...]] = deque([("version", state.version, [])])
         self.outbox: deque[tuple[Any, ...]] = deque()
         self._policy = policy
@@ -56,7 +56,7 @@ class SimIntake:
         self.outbox.append(("started", version, rows, found.closes, self._taken))
         self.busy = True
         if found.closes:
-            self.version, self._planned, self._drain_asked, self._taken = None, version + 1, False, 0
+            self.version, self._steps, self._drain_asked, self._taken = None, version + 1, False, 0
         return version, found.closes
 
     def _take(self, sample: Sample) -> Row:
@@ -70,7 +70,7 @@ class SimIntake:
         """Say what is held."""
         rows = [self._held(sample_id) for sample_id in sorted(self._touched)]
         self._touched.clear()
-        next_step = self._planned if self.version is None else self.version
+        next_step = self._steps if self.version is None else self.version
         ready = self._policy.ready_tokens(self.assembler, next_step)
         hold = isinstance(self._policy, FilledSteps) and self.version is not None
         hold = hold and self._policy.overfull(self.assembler, next_step, self._taken)

@@ -26,7 +26,7 @@ from opd_async.scheduling.admission import (
     DeadlineAdmission,
     FilledAdmission,
     SampleAdmission,
-    hold_tokens,
+    close_early_tokens,
 )
 from opd_async.scheduling.filled_steps import FilledSteps
 from opd_async.scheduling.leases import LeaseBook, PromptOrder
@@ -237,7 +237,7 @@ class Simulation:
                 self._book.admission.ready(next_step, ready)
                 if next_step == self.version:
                     self._book.admission.opened(taken, idle)
-                held = hold_tokens(self.setup.tokens_per_step, self.setup.max_staleness or 0)
+                held = close_early_tokens(self.setup.tokens_per_step, self.setup.max_staleness or 0)
                 if next_step == self.version + 1 and ready >= held and not self.setup.filled:
                     self._close()
                 if next_step == self.version and hold:

@@ -30,7 +30,7 @@ from opd_async.run.ledger import Ledger
 from opd_async.scheduling.assembly import MAX_EARLY, Assembler, Verdict
 from opd_async.scheduling.grants import Grants
 from opd_async.scheduling.leases import LeaseBook, PromptOrder, admission_of
-from opd_async.telemetry.metrics import RoleMetrics
+from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.transport import messages as m
 from opd_async.transport.bounds import BOUNDS, MAX_COUNT, Range, problem, receive
 from opd_async.transport.wire import ArrayOf, encode
@@ -190,41 +190,39 @@ def unbelievable(plan: Plan) -> list[tuple[str, Any]]:
 def state_of(dispatcher: Dispatcher) -> bytes:
     """Everything that a message could change."""
     run, barrier, mailbox = dispatcher.state, dispatcher.barrier, dispatcher.mailbox
-    ours = {name: getattr(dispatcher, name) for name in ("_up", "_heard", "_incarnations")}
+    ours = {name: getattr(dispatcher, name) for name in ("_up", "_incarnations")} | {
+        "_heard": dispatcher._deaths._heard
+    }
     ours |= {name: getattr(run, name) for name in ("version", "engine_group", "resetting")}
     roles = {name: totals.now for name, totals in dispatcher.ledger.roles.items() if name != "launcher"}
     gate = (barrier.state, barrier._owed, barrier._expected, dispatcher.leasing._admitting)
     return pickle.dumps((vars(run.book), ours, roles, gate, mailbox._unread, dispatcher.failed.done()))
 
 
-def test_the_dispatcher_believes_nothing_that_cannot_be(tmp_path: Path) -> None:
+async def test_the_dispatcher_believes_nothing_that_cannot_be(tmp_path: Path) -> None:
     plan = make_plan(small_topology(tmp_path))
-
-    async def main() -> None:
-        with zmq.asyncio.Context() as context:
-            prompt = Prompt(0, np.ones(2, np.int32), "x", {})
-            ledger = Ledger(plan=plan)
-            mix = Mix(CompletionSet().completions, 1.0, 0, False)
-            fleet: Any = Fleet(plan)
-            dispatcher = Dispatcher(plan, fleet, ledger, RoleMetrics("launcher"), context, [prompt], mix)
-            dispatcher.close()
-            state = m.Frontier(5, np.zeros((0, 2), np.int64), np.zeros(0, np.int64), *2 * [np.zeros(0, np.int32)])
-            dispatcher.state.book = book_of(plan, state)
-            dispatcher.state.version = 5
-            assert dispatcher.state.book.lease("rollout-0", 5) is not None
-            letters = unbelievable(plan)
-            before = state_of(dispatcher)
-            post: Any = Post(letters)
-            dispatcher.server = post
-            loop = asyncio.create_task(dispatcher.receive())
-            done = asyncio.create_task(post.done.wait())
-            await asyncio.wait({loop, done}, return_when=asyncio.FIRST_COMPLETED)
-            assert not loop.done(), loop.exception()
-            loop.cancel()
-            assert state_of(dispatcher) == before
-            assert ledger.roles["launcher"].now["malformed_frames"] == len(letters)
-
-    asyncio.run(main())
+    with zmq.asyncio.Context() as context:
+        prompt = Prompt(0, np.ones(2, np.int32), "x", {})
+        ledger = Ledger(plan=plan)
+        mix = Mix(CompletionSet().completions, 1.0, 0, False)
+        fleet: Any = Fleet(plan)
+        dispatcher = Dispatcher(plan, fleet, ledger, RoleMetrics("launcher"), context, [prompt], mix)
+        dispatcher.close()
+        state = m.Frontier(5, np.zeros((0, 2), np.int64), np.zeros(0, np.int64), *2 * [np.zeros(0, np.int32)])
+        dispatcher.state.book = book_of(plan, state)
+        dispatcher.state.version = 5
+        assert dispatcher.state.book.lease("rollout-0", 5) is not None
+        letters = unbelievable(plan)
+        before = state_of(dispatcher)
+        post: Any = Post(letters)
+        dispatcher.server = post
+        loop = asyncio.create_task(dispatcher.receive())
+        done = asyncio.create_task(post.done.wait())
+        await asyncio.wait({loop, done}, return_when=asyncio.FIRST_COMPLETED)
+        assert not loop.done(), loop.exception()
+        loop.cancel()
+        assert state_of(dispatcher) == before
+        assert ledger.roles["launcher"].now["malformed_frames"] == len(letters)
 
 
 def book_of(plan: Plan, frontier: m.Frontier) -> LeaseBook:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import numpy as np
 import pytest
@@ -36,15 +35,12 @@ def sockets() -> Iterator[zmq.asyncio.Context]:
         context.destroy(linger=0)
 
 
-def play(scene: Callable[[zmq.asyncio.Context, str], Coroutine[Any, Any, None]]) -> None:
-    """Run one scene with a context and a free address."""
-
-    async def main() -> None:
-        with sockets() as context:
-            async with asyncio.timeout(WAIT_S):
-                await scene(context, free_address())
-
-    asyncio.run(main())
+@asynccontextmanager
+async def wired() -> AsyncIterator[tuple[zmq.asyncio.Context, str]]:
+    """A context and a free address."""
+    with sockets() as context:
+        async with asyncio.timeout(WAIT_S):
+            yield context, free_address()
 
 
 def lease(sample_id: int, tokens: int = 3) -> Lease:
@@ -60,8 +56,8 @@ async def hello(client: ControlClient, server: ControlServer, name: str, incarna
     assert await server.receive() == (name, Hello(name, incarnation))
 
 
-def test_pushed_messages_arrive_whole_and_in_order() -> None:
-    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+async def test_pushed_messages_arrive_whole_and_in_order() -> None:
+    async with wired() as (context, address):
         with Pull(context, address) as pull, Push(context, address) as push:
             for number in range(50):
                 await push.send(lease(number, tokens=number))
@@ -69,11 +65,9 @@ def test_pushed_messages_arrive_whole_and_in_order() -> None:
         assert [one.sample_id for one in got] == list(range(50))
         assert [one.prompt.tolist() for one in got] == [list(range(n)) for n in range(50)]
 
-    play(scene)
 
-
-def test_waiting_messages_leave_others_their_turn() -> None:
-    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+async def test_waiting_messages_leave_others_their_turn() -> None:
+    async with wired() as (context, address):
         turns = 0
 
         async def other() -> None:
@@ -93,23 +87,19 @@ def test_waiting_messages_leave_others_their_turn() -> None:
             task.cancel()
         assert turns >= 10
 
-    play(scene)
 
-
-def test_received_arrays_outlive_the_channel() -> None:
-    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+async def test_received_arrays_outlive_the_channel() -> None:
+    async with wired() as (context, address):
         with Pull(context, address) as pull, Push(context, address) as push:
             await push.send(lease(1, tokens=100_000))
             got = await pull.receive()
         assert int(got.prompt[-1]) == 99_999
 
-    play(scene)
 
-
-def test_malformed_frames_are_counted_and_dropped(caplog: pytest.LogCaptureFixture) -> None:
+async def test_malformed_frames_are_counted_and_dropped(caplog: pytest.LogCaptureFixture) -> None:
     reasons: list[str] = []
 
-    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+    async with wired() as (context, address):
         with Pull(context, address, reasons.append) as pull:
             stranger = context.socket(zmq.PUSH)
             stranger.connect(address)
@@ -118,16 +108,14 @@ def test_malformed_frames_are_counted_and_dropped(caplog: pytest.LogCaptureFixtu
                 await stranger.send_multipart(frames)
             assert (await pull.receive()).sample_id == 4
             stranger.close(linger=0)
-
-    play(scene)
     assert len(reasons) == 4
     assert caplog.text.count("dropped a malformed message") == 4
 
 
-def test_the_control_server_survives_garbage() -> None:
+async def test_the_control_server_survives_garbage() -> None:
     reasons: list[str] = []
 
-    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+    async with wired() as (context, address):
         with ControlServer(context, address, reasons.append) as server:
             stranger = context.socket(zmq.DEALER)
             stranger.routing_id = b"\xff\xfe"
@@ -139,15 +127,13 @@ def test_the_control_server_survives_garbage() -> None:
             assert message == Hello("x", "1")
             assert role == "\ufffd\ufffd"
             stranger.close(linger=0)
-
-    play(scene)
     assert len(reasons) == 2
 
 
-def test_a_client_drops_garbage_too() -> None:
+async def test_a_client_drops_garbage_too() -> None:
     reasons: list[str] = []
 
-    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+    async with wired() as (context, address):
         with (
             ControlServer(context, address) as server,
             ControlClient(context, address, "teacher-0", reasons.append) as client,
@@ -156,13 +142,11 @@ def test_a_client_drops_garbage_too() -> None:
             await server._socket.send_multipart([b"teacher-0", b"garbage"])
             assert await server.send("teacher-0", Stop("over"))
             assert await client.receive() == Stop("over")
-
-    play(scene)
     assert len(reasons) == 1
 
 
-def test_a_full_receiver_holds_its_sender_back() -> None:
-    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+async def test_a_full_receiver_holds_its_sender_back() -> None:
+    async with wired() as (context, address):
         with Pull(context, address, high_water_mark=1) as pull, Push(context, address, high_water_mark=1) as push:
             sent = 0
 
@@ -181,11 +165,9 @@ def test_a_full_receiver_holds_its_sender_back() -> None:
             assert held_back_at < 150
             assert [first.sample_id, *(one.sample_id for one in rest)] == list(range(200))
 
-    play(scene)
 
-
-def test_a_cancelled_receive_loses_nothing() -> None:
-    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+async def test_a_cancelled_receive_loses_nothing() -> None:
+    async with wired() as (context, address):
         with Pull(context, address) as pull, Push(context, address) as push:
             for _ in range(3):
                 with pytest.raises(TimeoutError):
@@ -195,11 +177,9 @@ def test_a_cancelled_receive_loses_nothing() -> None:
             await push.send(lease(2))
             assert [(await pull.receive()).sample_id for _ in range(2)] == [1, 2]
 
-    play(scene)
 
-
-def test_sending_to_an_absent_role_says_so() -> None:
-    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+async def test_sending_to_an_absent_role_says_so() -> None:
+    async with wired() as (context, address):
         with ControlServer(context, address) as server:
             assert not await server.send("rollout-0", Stop("nobody is there"))
             with ControlClient(context, address, "rollout-0") as client:
@@ -209,11 +189,9 @@ def test_sending_to_an_absent_role_says_so() -> None:
             while await server.send("rollout-0", Stop("gone")):  # noqa: ASYNC110  until the socket has heard of it
                 await asyncio.sleep(0.01)
 
-    play(scene)
 
-
-def test_roles_are_told_apart() -> None:
-    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+async def test_roles_are_told_apart() -> None:
+    async with wired() as (context, address):
         with (
             ControlServer(context, address) as server,
             ControlClient(context, address, "rollout-0") as one,
@@ -227,11 +205,9 @@ def test_roles_are_told_apart() -> None:
             await two.send(Failure("rollout-1", "x"))
             assert await server.receive() == ("rollout-1", Failure("rollout-1", "x"))
 
-    play(scene)
 
-
-def test_a_restarted_role_takes_its_name_over() -> None:
-    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+async def test_a_restarted_role_takes_its_name_over() -> None:
+    async with wired() as (context, address):
         with ControlServer(context, address) as server, ControlClient(context, address, "teacher-0") as dead:
             await hello(dead, server, "teacher-0", "1")
             with ControlClient(context, address, "teacher-0") as alive:
@@ -239,14 +215,12 @@ def test_a_restarted_role_takes_its_name_over() -> None:
                 assert await server.send("teacher-0", Stop("for the living"))
                 assert await alive.receive() == Stop("for the living")
 
-    play(scene)
 
-
-def test_a_role_that_does_not_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_role_that_does_not_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """It must not hold up the others, and what was accepted for it still arrives."""
     monkeypatch.setattr(channels, "HIGH_WATER_MARK", 2)
 
-    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+    async with wired() as (context, address):
         with (
             ControlServer(context, address) as server,
             ControlClient(context, address, "rollout-0") as idle,
@@ -263,15 +237,11 @@ def test_a_role_that_does_not_read_is_named(monkeypatch: pytest.MonkeyPatch) -> 
             assert await busy.receive() == Stop("you are not meant")
             assert [(await idle.receive()).sample_id for _ in range(accepted)] == list(range(accepted))
 
-    play(scene)
 
-
-def test_a_taken_address_is_a_clear_error() -> None:
-    async def scene(context: zmq.asyncio.Context, address: str) -> None:
+async def test_a_taken_address_is_a_clear_error() -> None:
+    async with wired() as (context, address):
         with (
             Pull(context, address),
             pytest.raises(OpdError, match=rf"{address}: cannot listen \(Address already in use\); free the port"),
         ):
             ControlServer(context, address)
-
-    play(scene)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 import zmq
@@ -65,14 +64,6 @@ async def scene() -> AsyncIterator[Scene]:
         context.destroy(linger=0)
 
 
-def play(act: Callable[[Scene], Coroutine[Any, Any, None]]) -> None:
-    async def main() -> None:
-        async with scene() as made:
-            await act(made)
-
-    asyncio.run(main())
-
-
 STRANGERS: dict[str, Callable[[Scene], Passport | None]] = {
     "no key": lambda made: None,
     "keys of another run": lambda made: made.passport("rollout-0", RunKeys.draw()),
@@ -81,8 +72,8 @@ STRANGERS: dict[str, Callable[[Scene], Passport | None]] = {
 
 
 @pytest.mark.parametrize("kind", STRANGERS)
-def test_a_stranger_reaches_nobody_and_is_counted(kind: str) -> None:
-    async def act(made: Scene) -> None:
+async def test_a_stranger_reaches_nobody_and_is_counted(kind: str) -> None:
+    async with scene() as made:
         server = ControlServer(made.context, made.address, door=made.door, expected=lambda name: "1")
         own = made.client("rollout-0", made.passport("rollout-0"))
         await own.send(Hello("rollout-0", "1"))
@@ -97,11 +88,9 @@ def test_a_stranger_reaches_nobody_and_is_counted(kind: str) -> None:
         for channel in (stranger, own, server):
             channel.close()
 
-    play(act)
 
-
-def test_what_is_no_zeromq_at_all_reaches_nobody() -> None:
-    async def act(made: Scene) -> None:
+async def test_what_is_no_zeromq_at_all_reaches_nobody() -> None:
+    async with scene() as made:
         with Pull(made.context, made.address, door=made.door) as pull:
             port = int(made.address.rsplit(":", 1)[1])
             _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -112,11 +101,9 @@ def test_what_is_no_zeromq_at_all_reaches_nobody() -> None:
                 assert await pull.receive_from() == ("rollout-1", Stop("mine"))
             writer.close()
 
-    play(act)
 
-
-def test_a_silent_connection_holds_nobody_up() -> None:
-    async def act(made: Scene) -> None:
+async def test_a_silent_connection_holds_nobody_up() -> None:
+    async with scene() as made:
         with Pull(made.context, made.address, door=made.door) as pull:
             host, port = made.address.removeprefix("tcp://").split(":")
             passport = made.passport("rollout-0")
@@ -127,13 +114,11 @@ def test_a_silent_connection_holds_nobody_up() -> None:
                 await push.send(Stop("mine"))
                 assert await pull.receive_from() == ("rollout-0", Stop("mine"))
 
-    play(act)
 
-
-def test_a_role_speaks_for_itself_and_in_the_incarnation_that_was_started() -> None:
+async def test_a_role_speaks_for_itself_and_in_the_incarnation_that_was_started() -> None:
     current = {"rollout-0": "2", "rollout-1": "1"}
 
-    async def act(made: Scene) -> None:
+    async with scene() as made:
         server = ControlServer(made.context, made.address, door=made.door, expected=current.get)
         old = made.client("rollout-0", made.passport("rollout-0"))
         await old.send(Failure("rollout-0", "I am dead"))
@@ -158,11 +143,9 @@ def test_a_role_speaks_for_itself_and_in_the_incarnation_that_was_started() -> N
         for channel in (old, new, server):
             channel.close()
 
-    play(act)
 
-
-def test_without_a_launcher_the_first_claimant_has_a_name() -> None:
-    async def act(made: Scene) -> None:
+async def test_without_a_launcher_the_first_claimant_has_a_name() -> None:
+    async with scene() as made:
         with ControlServer(made.context, made.address, door=made.door) as server:
             first = made.client("rank-0", made.passport("rank-0"))
             await first.send(Hello("learner-0", "1"))
@@ -179,13 +162,9 @@ def test_without_a_launcher_the_first_claimant_has_a_name() -> None:
             first.close()
             second.close()
 
-    play(act)
 
-
-def test_only_the_first_strangers_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    async def act(made: Scene) -> None:
+async def test_only_the_first_strangers_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async with scene() as made:
         for _ in range(100):
             made.door.refuse("a socket", "a reason")
-
-    play(act)
     assert len(caplog.records) == LOUD_STRANGERS and "only counted" in caplog.records[-1].message

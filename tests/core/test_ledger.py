@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,8 @@ from opd_async.run.books import BOOKS_FILE
 from opd_async.run.evaluations import Evaluations
 from opd_async.run.ledger import Ledger
 from opd_async.telemetry.progress import Progress
-from opd_async.telemetry.report import Evaluation, render
+from opd_async.telemetry.report import Evaluation
+from opd_async.telemetry.report_table import render
 from opd_async.transport.messages import StepStarted
 
 TOKENS = 100.0
@@ -212,15 +213,6 @@ def test_only_the_untrained_student_is_the_one_before_training(tmp_path: Path, c
 # --- evaluations over launches ---------------------------------------------------------------------------------------
 
 
-def in_a_loop(test: Callable[[Path], Coroutine[Any, Any, None]]) -> Callable[[Path], None]:
-    """A test that is a coroutine."""
-
-    def run(tmp_path: Path) -> None:
-        asyncio.run(test(tmp_path))
-
-    return run
-
-
 class Evaluator:
     """Says at once that half of the prompts were right."""
 
@@ -255,7 +247,6 @@ def evaluations(root: Path, version: int, every: str = "10") -> tuple[Evaluation
     return Evaluations(dispatcher, fake, Progress(lambda line: None, 100)), evaluator, ledger
 
 
-@in_a_loop
 async def test_an_evaluation_that_a_stop_came_before_is_made_up_for(tmp_path: Path) -> None:
     first, _, ledger = evaluations(tmp_path, 0)
     await first.before(0)
@@ -279,7 +270,6 @@ async def test_an_evaluation_that_a_stop_came_before_is_made_up_for(tmp_path: Pa
     assert unwanted.under_way is None and evaluator.asked == []
 
 
-@in_a_loop
 async def test_no_evaluation_is_done_twice(tmp_path: Path) -> None:
     first, evaluator, ledger = evaluations(tmp_path, 0)
     await first.before(0)
@@ -296,7 +286,6 @@ async def test_no_evaluation_is_done_twice(tmp_path: Path) -> None:
         assert evaluator.asked == [] and len(list(read_jsonl(ledger.path))) == rows
 
 
-@in_a_loop
 async def test_a_start_that_was_stopped_evaluates_whoever_is_missing(tmp_path: Path) -> None:
     first, _, ledger = evaluations(tmp_path, 0)
     ledger.evaluation(measured(0, 8), "teacher")

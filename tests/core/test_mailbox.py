@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import pytest
 from deadlines import patience
@@ -15,112 +13,89 @@ from opd_async.transport.mailbox import MAX_UNREAD, Mailbox
 LONG_S = patience(20.0)
 
 
-def play(scene: Callable[[Mailbox], Coroutine[Any, Any, None]]) -> None:
-    async def main() -> None:
-        await scene(Mailbox())
-
-    asyncio.run(main())
-
-
-def test_messages_come_in_order_before_and_during_a_wait() -> None:
-    async def scene(box: Mailbox) -> None:
-        box.deliver("a", 1)
-        box.deliver("b", 9)
-        box.deliver("a", 2)
-        assert [await box.expect("a", LONG_S, "x") for _ in range(2)] == [1, 2]
-        async with asyncio.TaskGroup() as group:
-            waiting = group.create_task(box.expect("a", LONG_S, "x"))
-            await asyncio.sleep(0)
-            box.deliver("a", 3)
-            box.deliver("a", 4)
-        assert waiting.result() == 3
-        assert await box.expect("a", LONG_S, "x") == 4
-        assert await box.expect("b", LONG_S, "x") == 9
-
-    play(scene)
+async def test_messages_come_in_order_before_and_during_a_wait() -> None:
+    box = Mailbox()
+    box.deliver("a", 1)
+    box.deliver("b", 9)
+    box.deliver("a", 2)
+    assert [await box.expect("a", LONG_S, "x") for _ in range(2)] == [1, 2]
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(box.expect("a", LONG_S, "x"))
+        await asyncio.sleep(0)
+        box.deliver("a", 3)
+        box.deliver("a", 4)
+    assert waiting.result() == 3
+    assert await box.expect("a", LONG_S, "x") == 4
+    assert await box.expect("b", LONG_S, "x") == 9
 
 
-def test_none_is_a_message() -> None:
-    async def scene(box: Mailbox) -> None:
-        box.deliver("a", None)
-        assert await box.expect("a", LONG_S, "x") is None
-
-    play(scene)
+async def test_none_is_a_message() -> None:
+    box = Mailbox()
+    box.deliver("a", None)
+    assert await box.expect("a", LONG_S, "x") is None
 
 
-def test_the_deadline_names_who_was_waited_for() -> None:
-    async def scene(box: Mailbox) -> None:
-        with pytest.raises(DeadlineError, match="timed out after 0 s waiting for rollout-3 to pause"):
-            await box.expect("a", 0.01, "rollout-3 to pause")
-        box.deliver("a", 1)
-        assert await box.expect("a", LONG_S, "x") == 1
-
-    play(scene)
+async def test_the_deadline_names_who_was_waited_for() -> None:
+    box = Mailbox()
+    with pytest.raises(DeadlineError, match="timed out after 0 s waiting for rollout-3 to pause"):
+        await box.expect("a", 0.01, "rollout-3 to pause")
+    box.deliver("a", 1)
+    assert await box.expect("a", LONG_S, "x") == 1
 
 
-def test_unread_messages_are_bounded() -> None:
-    async def scene(box: Mailbox) -> None:
-        for number in range(MAX_UNREAD + 3):
-            box.deliver("a", number)
-        assert await box.expect("a", LONG_S, "x") == 3
-
-    play(scene)
+async def test_unread_messages_are_bounded() -> None:
+    box = Mailbox()
+    for number in range(MAX_UNREAD + 3):
+        box.deliver("a", number)
+    assert await box.expect("a", LONG_S, "x") == 3
 
 
 @pytest.mark.parametrize("delivered", ["before", "after"])
-def test_a_cancelled_wait_leaves_the_message(delivered: str) -> None:
-    async def scene(box: Mailbox) -> None:
-        waiting = asyncio.ensure_future(box.expect("a", LONG_S, "x"))
-        await asyncio.sleep(0)
-        if delivered == "before":
-            box.deliver("a", 1)
-        waiting.cancel()
-        if delivered == "after":
-            box.deliver("a", 1)
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        assert await box.expect("a", LONG_S, "x") == 1
-
-    play(scene)
-
-
-def test_a_failure_reaches_waits_now_and_later_until_it_is_cleared() -> None:
-    async def scene(box: Mailbox) -> None:
-        waiting = [asyncio.ensure_future(box.expect(key, LONG_S, "x")) for key in "ab"]
-        await asyncio.sleep(0)
-        box.fail(RoleError("teacher-0 died"))
-        for wait in waiting:
-            with pytest.raises(RoleError, match="teacher-0"):
-                await wait
+async def test_a_cancelled_wait_leaves_the_message(delivered: str) -> None:
+    box = Mailbox()
+    waiting = asyncio.ensure_future(box.expect("a", LONG_S, "x"))
+    await asyncio.sleep(0)
+    if delivered == "before":
         box.deliver("a", 1)
+    waiting.cancel()
+    if delivered == "after":
+        box.deliver("a", 1)
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert await box.expect("a", LONG_S, "x") == 1
+
+
+async def test_a_failure_reaches_waits_now_and_later_until_it_is_cleared() -> None:
+    box = Mailbox()
+    waiting = [asyncio.ensure_future(box.expect(key, LONG_S, "x")) for key in "ab"]
+    await asyncio.sleep(0)
+    box.fail(RoleError("teacher-0 died"))
+    for wait in waiting:
         with pytest.raises(RoleError, match="teacher-0"):
-            await box.expect("a", LONG_S, "x")
-        box.clear()
-        with pytest.raises(DeadlineError):
-            await box.expect("a", 0.01, "x")
-
-    play(scene)
-
-
-def test_clearing_under_a_woken_wait_keeps_it_waiting() -> None:
-    async def scene(box: Mailbox) -> None:
-        waiting = asyncio.ensure_future(box.expect("a", LONG_S, "x"))
-        await asyncio.sleep(0)
-        box.deliver("a", "of the old run")
-        box.clear()
-        await asyncio.sleep(0)
-        box.deliver("a", "of the new run")
-        assert await waiting == "of the new run"
-
-    play(scene)
+            await wait
+    box.deliver("a", 1)
+    with pytest.raises(RoleError, match="teacher-0"):
+        await box.expect("a", LONG_S, "x")
+    box.clear()
+    with pytest.raises(DeadlineError):
+        await box.expect("a", 0.01, "x")
 
 
-def test_read_keys_are_forgotten() -> None:
-    async def scene(box: Mailbox) -> None:
-        for step in range(5):
-            box.deliver(step, "x")
-            await box.expect(step, LONG_S, "x")
-        assert not box._unread
-        assert not box._waiting
+async def test_clearing_under_a_woken_wait_keeps_it_waiting() -> None:
+    box = Mailbox()
+    waiting = asyncio.ensure_future(box.expect("a", LONG_S, "x"))
+    await asyncio.sleep(0)
+    box.deliver("a", "of the old run")
+    box.clear()
+    await asyncio.sleep(0)
+    box.deliver("a", "of the new run")
+    assert await waiting == "of the new run"
 
-    play(scene)
+
+async def test_read_keys_are_forgotten() -> None:
+    box = Mailbox()
+    for step in range(5):
+        box.deliver(step, "x")
+        await box.expect(step, LONG_S, "x")
+    assert not box._unread
+    assert not box._waiting

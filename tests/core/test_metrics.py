@@ -17,7 +17,8 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from opd_async.errors import OpdError
-from opd_async.telemetry.metrics import CATALOGUE, ROLES, MetricKind, RoleMetrics, loop_lag, markdown, write_targets
+from opd_async.telemetry.exporter import RoleMetrics, loop_lag, write_targets
+from opd_async.telemetry.metrics import CATALOGUE, ROLES, MetricKind, markdown
 
 ROOT = Path(__file__).parents[2]
 NAMES = {metric.name for metric in CATALOGUE}

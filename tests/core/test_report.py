@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from opd_async.telemetry.plots import learning_curve
 from opd_async.telemetry.report import (
-    WIDTH,
     Evaluation,
     Report,
     ScoreLatency,
@@ -23,10 +22,10 @@ from opd_async.telemetry.report import (
     Stages,
     Staleness,
     WeightSync,
-    render,
     wilson_interval,
     write,
 )
+from opd_async.telemetry.report_table import WIDTH, render
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

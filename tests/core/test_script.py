@@ -14,9 +14,8 @@ from deadlines import patience
 from small_runs import small_topology
 
 from opd_async.run import checkpoints
-from opd_async.run.dispatcher import RESYNC, UPDATE
 from opd_async.run.script import Script
-from opd_async.run.state import RunState
+from opd_async.run.state import RESYNC, UPDATE, RunState
 from opd_async.telemetry.progress import Progress
 from opd_async.transport import messages as m
 from opd_async.transport.mailbox import Mailbox

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from opd_async.plan.plan import RoleKind
-from opd_async.run import dispatcher as dispatcher_module
-from opd_async.run.dispatcher import Dispatcher
+from opd_async.run import deaths as deaths_module
+from opd_async.run.deaths import Deaths
 
 DEADLINE_S = 60.0
 
@@ -24,18 +24,22 @@ def killed(monkeypatch: pytest.MonkeyPatch, moments: list[float], heard: dict[st
             raise asyncio.CancelledError
         now[0] = moments.pop(0)
 
-    monkeypatch.setattr(dispatcher_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(dispatcher_module, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(deaths_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(deaths_module, "asyncio", SimpleNamespace(sleep=sleep))
     fake: Any = SimpleNamespace(
         plan=SimpleNamespace(topology=SimpleNamespace(supervisor=SimpleNamespace(heartbeat_deadline_s=DEADLINE_S))),
         fleet=SimpleNamespace(
             role=lambda name: SimpleNamespace(kind=RoleKind.ROLLOUT),
             supervisor=SimpleNamespace(running=tuple(heard), kill=gone.append),
         ),
-        _heard=dict(heard),
     )
+    deaths = Deaths(fake)
+    for role, moment in heard.items():
+        now[0] = moment
+        deaths.heard(role)
+    now[0] = 0.0
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(Dispatcher.watch(fake))
+        asyncio.run(deaths.watch())
     return gone
 
 

@@ -175,18 +175,15 @@ def test_quiet_gives_up_at_its_deadline_and_lets_later_requests_in(model_folder:
     assert running.finish_reason is not None
 
 
-def test_a_model_failure_ends_the_loop(model_folder: Path) -> None:
+async def test_a_model_failure_ends_the_loop(model_folder: Path) -> None:
     class Broken:
         def step(self, batch: object) -> Any:
             raise RuntimeError("out of luck")
 
-    async def main() -> None:
-        core = EngineCore(Broken(), Limits(64, 64), "v0", EngineMetrics())
-        core.submit(make_request("a", [1], 2))
-        with pytest.raises(RuntimeError, match="out of luck"):
-            await core.run()
-
-    asyncio.run(main())
+    core = EngineCore(Broken(), Limits(64, 64), "v0", EngineMetrics())
+    core.submit(make_request("a", [1], 2))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        await core.run()
 
 
 def test_threads_of_torch_are_those_asked_for() -> None:

@@ -115,29 +115,28 @@ def test_an_update_in_the_middle_of_a_stream(
     assert fresh.call("/model_info")[1]["weight_version"] == "w2"
 
 
-def test_a_flush_that_running_requests_refuse_still_updates(fresh: Server, other: PreTrainedModel) -> None:
-    async def main() -> None:
-        async with aiohttp.ClientSession() as session:
-            trainer = Trainer(fresh, "g-flush")
-            await trainer.connect(session)
-            stream = events(session, fresh, input_ids=[1], sampling_params={"max_new_tokens": 1500})
-            await anext(stream)
-            await session_call(session, fresh, "/pause_generation", mode="in_place")
-            await session_call(session, fresh, "/begin_weight_update")
-            status, answer = await trainer.send(session, tensors(other), True, flush_cache=True)
-            assert status == 400
-            assert "not flushed" in answer["message"]
-            await session_call(session, fresh, "/end_weight_update")
-            assert (await control(session, fresh, "/flush_cache", {}))[0] == 400
-            await stream.aclose()
-            await session_call(session, fresh, "/continue_generation")
-            await trainer.close(session)
-
-    asyncio.run(main())
+async def test_a_flush_that_running_requests_refuse_still_updates(fresh: Server, other: PreTrainedModel) -> None:
+    async with aiohttp.ClientSession() as session:
+        trainer = Trainer(fresh, "g-flush")
+        await trainer.connect(session)
+        stream = events(session, fresh, input_ids=[1], sampling_params={"max_new_tokens": 1500})
+        await anext(stream)
+        await session_call(session, fresh, "/pause_generation", mode="in_place")
+        await session_call(session, fresh, "/begin_weight_update")
+        status, answer = await trainer.send(session, tensors(other), True, flush_cache=True)
+        assert status == 400
+        assert "not flushed" in answer["message"]
+        await session_call(session, fresh, "/end_weight_update")
+        assert (await control(session, fresh, "/flush_cache", {}))[0] == 400
+        await stream.aclose()
+        await session_call(session, fresh, "/continue_generation")
+        await trainer.close(session)
     assert engine_checksums(fresh) == checksums(tensors(other))
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_received(fresh: Server, reference: PreTrainedModel) -> None:
+async def test_what_does_not_fit_is_refused_before_anything_is_received(
+    fresh: Server, reference: PreTrainedModel
+) -> None:
     good = ["model.norm.weight"], ["float32"], [[32]]
     cases = [
         (["model.norm.wight"], *good[1:], "no tensor named"),
@@ -147,47 +146,40 @@ def test_what_does_not_fit_is_refused_before_anything_is_received(fresh: Server,
         (good[0] * 2, good[1] * 2, good[2] * 2, "twice"),
         (good[0], good[1], [], "equally many"),
     ]
-
-    async def main() -> None:
-        async with aiohttp.ClientSession() as session:
-            trainer = Trainer(fresh, "g-refuse")
-            await trainer.connect(session)
-            path = "/update_weights_from_distributed"
-            body: dict[str, Any] = {"group_name": "g-refuse", "load_format": "flattened_bucket"}
-            whole = dict(zip(("names", "dtypes", "shapes"), good, strict=True))
-            status, answer = await control(session, fresh, path, body | whole)
-            assert status == 400
-            assert "begin_weight_update" in answer["message"]
-            await session_call(session, fresh, "/begin_weight_update")
-            status, answer = await control(session, fresh, path, body | whole | {"group_name": "nobody"})
-            assert status == 400
-            assert "unknown" in answer["message"]
-            for names, dtypes, shapes, message in cases:
-                wrong = {"names": names, "dtypes": dtypes, "shapes": shapes}
-                status, answer = await control(session, fresh, path, body | wrong)
-                assert (status, answer["success"]) == (400, False)
-                assert message in answer["message"]
-            # nothing was consumed: the group still works
-            assert (await trainer.send(session, tensors(reference), True))[0] == 200
-            await session_call(session, fresh, "/end_weight_update")
-            await trainer.close(session)
-
-    asyncio.run(main())
+    async with aiohttp.ClientSession() as session:
+        trainer = Trainer(fresh, "g-refuse")
+        await trainer.connect(session)
+        path = "/update_weights_from_distributed"
+        body: dict[str, Any] = {"group_name": "g-refuse", "load_format": "flattened_bucket"}
+        whole = dict(zip(("names", "dtypes", "shapes"), good, strict=True))
+        status, answer = await control(session, fresh, path, body | whole)
+        assert status == 400
+        assert "begin_weight_update" in answer["message"]
+        await session_call(session, fresh, "/begin_weight_update")
+        status, answer = await control(session, fresh, path, body | whole | {"group_name": "nobody"})
+        assert status == 400
+        assert "unknown" in answer["message"]
+        for names, dtypes, shapes, message in cases:
+            wrong = {"names": names, "dtypes": dtypes, "shapes": shapes}
+            status, answer = await control(session, fresh, path, body | wrong)
+            assert (status, answer["success"]) == (400, False)
+            assert message in answer["message"]
+        # nothing was consumed: the group still works
+        assert (await trainer.send(session, tensors(reference), True))[0] == 200
+        await session_call(session, fresh, "/end_weight_update")
+        await trainer.close(session)
 
 
-def test_without_a_pause_an_update_waits_for_running_requests(fresh: Server, other_folder: Path) -> None:
-    async def main() -> None:
-        async with aiohttp.ClientSession() as session:
-            params = {"max_new_tokens": 200}
-            stream = events(session, fresh, input_ids=[1], sampling_params=params)
-            found = [await anext(stream)]
-            body = {"model_path": str(other_folder), "weight_version": "disk"}
-            update = asyncio.create_task(control(session, fresh, "/update_weights_from_disk", body))
-            found += [event async for event in stream]
-            assert found[-1]["meta_info"]["weight_versions"] == [{"version": "default", "start": 0, "end": 200}]
-            assert (await update)[0] == 200
-
-    asyncio.run(main())
+async def test_without_a_pause_an_update_waits_for_running_requests(fresh: Server, other_folder: Path) -> None:
+    async with aiohttp.ClientSession() as session:
+        params = {"max_new_tokens": 200}
+        stream = events(session, fresh, input_ids=[1], sampling_params=params)
+        found = [await anext(stream)]
+        body = {"model_path": str(other_folder), "weight_version": "disk"}
+        update = asyncio.create_task(control(session, fresh, "/update_weights_from_disk", body))
+        found += [event async for event in stream]
+        assert found[-1]["meta_info"]["weight_versions"] == [{"version": "default", "start": 0, "end": 200}]
+        assert (await update)[0] == 200
     later = fresh.generate(input_ids=[1], sampling_params={"max_new_tokens": 2})
     assert later["meta_info"]["weight_version"] == "disk"
 
@@ -200,19 +192,16 @@ def test_a_folder_that_does_not_fit_changes_nothing(fresh: Server, reference: Pr
     assert engine_checksums(fresh) == checksums(tensors(reference))
 
 
-def test_renaming_the_weights_aborts_unless_told_not_to(fresh: Server) -> None:
-    async def main() -> None:
-        async with aiohttp.ClientSession() as session:
-            for abort, kind in ((False, "length"), (True, "abort")):
-                stream = events(session, fresh, input_ids=[1], sampling_params={"max_new_tokens": 1500})
-                await anext(stream)
-                name = {"new_version": f"n-{kind}"} | ({} if abort else {"abort_all_requests": False})
-                await session_call(session, fresh, "/update_weight_version", **name)
-                last = [event async for event in stream][-1]["meta_info"]
-                assert last["finish_reason"]["type"] == kind
-                assert fresh.call("/model_info")[1]["weight_version"] == f"n-{kind}"
-
-    asyncio.run(main())
+async def test_renaming_the_weights_aborts_unless_told_not_to(fresh: Server) -> None:
+    async with aiohttp.ClientSession() as session:
+        for abort, kind in ((False, "length"), (True, "abort")):
+            stream = events(session, fresh, input_ids=[1], sampling_params={"max_new_tokens": 1500})
+            await anext(stream)
+            name = {"new_version": f"n-{kind}"} | ({} if abort else {"abort_all_requests": False})
+            await session_call(session, fresh, "/update_weight_version", **name)
+            last = [event async for event in stream][-1]["meta_info"]
+            assert last["finish_reason"]["type"] == kind
+            assert fresh.call("/model_info")[1]["weight_version"] == f"n-{kind}"
 
 
 def test_a_lost_trainer_and_a_missing_one_leave_the_engine_alive(

@@ -41,8 +41,8 @@ class Acks:
 @message
 @dataclass(frozen=True, slots=True)
 class Version:
-    """The learner and every engine hold weights `version`: the next step may be planned. Every token made by weights
-    `version - 1` or older lies before `ends[i]` of `sample_ids[i]`, or is already held."""
+    """The learner and every engine hold weights `version`: the intake may take the next step. Every token made by
+    weights `version - 1` or older lies before `ends[i]` of `sample_ids[i]`, or is already held."""
 
     version: int
     sample_ids: Int64

@@ -1,0 +1,143 @@
+"""React to the end of a role's process, and end the process of a role that has gone silent.
+
+who died               what follows
+learner or intake      the lifecycle takes the run back to its last checkpoint
+rollout actor          the intake says what it holds of the actor's samples; they are leased again behind that
+student engine         the rollout actors wait for it; it gets the current weights when it is up again
+any but the first two  it is restarted, within the budget of the fleet
+
+loop     waits for                      unblocked by
+run      the end of a process           the supervisor
+watch    the silence of a role          the clock
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+import numpy as np
+
+from opd_async.cluster.fleet import Fleet
+from opd_async.cluster.supervisor import Exit
+from opd_async.errors import OpdError
+from opd_async.plan.plan import Plan, RoleKind
+from opd_async.run.barrier import Barrier
+from opd_async.run.state import RESYNC, UPDATE, RunState
+from opd_async.telemetry.exporter import RoleMetrics
+from opd_async.transport import messages as m
+from opd_async.transport.mailbox import Mailbox
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 1.0
+
+
+class Reach(Protocol):
+    """What the reactions need of the dispatcher."""
+
+    plan: Plan
+    fleet: Fleet
+    metrics: RoleMetrics
+    mailbox: Mailbox
+    state: RunState
+    barrier: Barrier
+    learner_lost: asyncio.Event
+
+    def gone(self, role: str) -> None:
+        """Note that the role is not connected any more."""
+
+    def fail(self, error: OpdError) -> None:
+        """End the run with this error."""
+
+    async def broadcast(self, kind: RoleKind, message: m.Message) -> list[str]:
+        """Send to every connected role of a kind; returns whom it reached."""
+
+    async def to_intake(self, message: m.Message) -> None:
+        """Send to the intake."""
+
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        """Run in the background until the run ends."""
+
+
+class Deaths:
+    """Two loops: one reacts to ended processes, one kills silent ones."""
+
+    def __init__(self, reach: Reach) -> None:
+        self._reach = reach
+        self._heard: dict[str, float] = {}
+
+    def heard(self, role: str) -> None:
+        """Note that a role has said something just now."""
+        self._heard[role] = time.monotonic()
+
+    async def run(self) -> None:
+        """React to every process that ends without having been asked to. On cancel: restarts under way end too."""
+        reach = self._reach
+        while True:
+            ended = await reach.fleet.supervisor.exits.get()
+            reach.gone(ended.name)
+            self._heard.pop(ended.name, None)
+            reach.metrics["opd_launcher_restarts_total"].labels(ended.name).inc()
+            kind = reach.fleet.role(ended.name).kind
+            if kind in (RoleKind.LEARNER, RoleKind.INTAKE):
+                reach.state.lost = ended
+                reach.learner_lost.set()
+                continue
+            self._excuse(ended.name)
+            if kind is RoleKind.ROLLOUT:
+                await self._reclaim(ended.name)
+            if kind is RoleKind.STUDENT_ENGINE:
+                await reach.broadcast(RoleKind.ROLLOUT, m.EngineDown(self._url(ended.name)))
+            reach.spawn(self._restart(ended, kind), f"restart-{ended.name}")
+
+    def _excuse(self, name: str) -> None:
+        """Let those go on who wait for an answer of the dead role."""
+        self._reach.barrier.absent(name)
+        if self._reach.state.resetting is not None:
+            self._reach.mailbox.deliver(("ResetDone", name, self._reach.state.resetting), None)
+
+    async def _restart(self, ended: Exit, kind: RoleKind) -> None:
+        reach = self._reach
+        try:
+            await reach.fleet.await_restart(ended)
+            await reach.fleet.start(ended.name)
+            if kind is RoleKind.STUDENT_ENGINE:
+                await reach.fleet.wait_for_engine(kind, self._url(ended.name))
+                reach.state.engine_group += 1
+                reach.mailbox.deliver(UPDATE, RESYNC)
+        except OpdError as error:
+            reach.fail(error)
+
+    async def _reclaim(self, actor: str) -> None:
+        """Ask the intake what it holds of the samples of a dead actor; they are leased again behind that."""
+        book = self._reach.state.book
+        held = book.held_by(actor) if book is not None else []
+        if held:
+            ids = np.array([spec.sample_id for spec in held], np.int64)
+            attempts = np.array([spec.attempt for spec in held], np.int32)
+            await self._reach.to_intake(m.Reclaim(ids, attempts))
+
+    def _url(self, engine: str) -> str:
+        return self._reach.plan.student_engines[self._reach.fleet.role(engine).index]
+
+    async def watch(self) -> None:
+        """Kill a role that has gone silent; `run` then sees it end. On cancel: nothing is killed any more."""
+        fleet = self._reach.fleet
+        deadline_s = self._reach.plan.topology.supervisor.heartbeat_deadline_s
+        looked = time.monotonic()
+        while True:
+            await asyncio.sleep(WATCH_S)
+            looked, late = time.monotonic(), max(time.monotonic() - looked - 2 * WATCH_S, 0.0)
+            now = looked
+            # while this process stood still (a stopped job, a machine that slept) nobody could be heard
+            self._heard = {role: heard + late for role, heard in self._heard.items()}
+            for role, heard in list(self._heard.items()):
+                talks = fleet.role(role).kind is not RoleKind.LEARNER
+                if talks and now - heard > deadline_s and role in fleet.supervisor.running:
+                    log.error("%s has been silent for %.0f s: killing it", role, now - heard)
+                    self._heard.pop(role)
+                    fleet.supervisor.kill(role)
