@@ -15,13 +15,15 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import zmq
 
-from opd_async.errors import DeadlineError, WireError
+from opd_async.errors import DeadlineError, StorageError, WireError
 from opd_async.keys import incarnation
 from opd_async.learner import resume
 from opd_async.learner.distributed import parallel
@@ -134,15 +136,24 @@ class Rank:
                 case m.SyncWeights():
                     self._sync(command)
                 case m.SaveCheckpoint():
-                    resume.save(self._trainer, Path(command.folder) / SHARDS)
-                    self._link.reply("SaveCheckpoint", self._trainer.version, None, {})
+                    self._store("SaveCheckpoint", partial(resume.save, self._trainer, Path(command.folder) / SHARDS))
                 case m.ExportModel():
-                    save_hf(self._trainer.model, Path(command.folder), self._plan.topology.models.student.path)
-                    self._link.reply("ExportModel", self._trainer.version, None, {})
+                    source = self._plan.topology.models.student.path
+                    self._store("ExportModel", partial(save_hf, self._trainer.model, Path(command.folder), source))
                 case m.Stop():
                     return
                 case _:
                     log.warning("ignored a %s", type(command).__name__)
+
+    def _store(self, command: str, write: Callable[[], None]) -> None:
+        """Write files and say so. A full disk is an answer, not an end: what can be saved elsewhere still is."""
+        problem = None
+        try:
+            write()
+        except StorageError as error:
+            log.error("%s", error)
+            problem = str(error)
+        self._link.reply(command, self._trainer.version, problem, {})
 
     def _train(self, command: m.Train) -> None:
         self._idle_s += self._waited_s

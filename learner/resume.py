@@ -10,6 +10,8 @@ same with the weights alone, and needs no second copy of them in memory.
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
 
+from opd_async.errors import StorageError
+from opd_async.files import reserve, storage_failure, unwritten
 from opd_async.learner.checkpoints import fixes as checkpoint_fixes
 from opd_async.learner.checkpoints.model import UNREADABLE, cause, holds, load_model
 from opd_async.learner.critic.value_model import PREFIX
@@ -27,6 +33,8 @@ from opd_async.learner.errors import CheckpointError
 from opd_async.learner.model.decoder import DecoderModel
 from opd_async.learner.trainer import Trainer
 
+SMALL_BYTES = 1 << 18
+"""Of a rank's part of a checkpoint: names, shapes, padding."""
 OPTIMIZER_FORMAT = "fully_reshardable"  # the others cannot change the tensor-parallel size
 
 
@@ -35,20 +43,52 @@ def save(trainer: Trainer, folder: Path) -> None:
     what is there.
 
     All ranks call it with the same folder; when it returns, all have written. The folder must be sealed after that.
+    Raises `StorageError` on every rank where there is no room: nothing is written then but what room there was for.
     """
     checkpoint_fixes.install()
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    dist.barrier()
     state: dict[str, Any] = {"version": trainer.version, "random_state": torch.get_rng_state()}
     with quiet(), on_this_device():
         for learning in _learning(trainer):
             checkpoint_fixes.prime_states(learning.optimizer)  # nothing to do but before the first step
             state |= _sharded(learning, loading=False)
             state[f"{learning.prefix}optimizer_step"] = checkpoint_fixes.optimizer_step(learning.optimizer)
-        dist_checkpointing.save(state, str(folder), content_metadata={"distrib_optim_sharding_type": OPTIMIZER_FORMAT})
+        _make_folder(folder, _bytes(state), next(trainer.model.parameters()).device)
+        try:
+            metadata = {"distrib_optim_sharding_type": OPTIMIZER_FORMAT}
+            dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+        except UNREADABLE as error:
+            if (found := storage_failure(error)) is None:
+                raise
+            raise StorageError(unwritten(folder, found)) from error
     dist.barrier()
+
+
+def _make_folder(folder: Path, size: int, device: torch.device) -> None:
+    """Have rank 0 make an empty folder with room for `size` bytes of each rank; every rank hears if it cannot.
+
+    Asked before anything is written: Megatron's writers wait for one another, and one that fails leaves others waiting.
+    """
+    total = torch.tensor([size], dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    problem: OSError | None = None
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir(parents=True)
+            reserve(folder, int(total))
+        except OSError as error:
+            problem = error
+    failed = torch.tensor([0 if problem is None else problem.errno or errno.EIO], dtype=torch.int64, device=device)
+    dist.all_reduce(failed)
+    if number := int(failed):
+        raise StorageError(unwritten(folder, problem or OSError(number, os.strerror(number))))
+
+
+def _bytes(state: dict[str, Any]) -> int:
+    """Bytes of what this rank writes: the tensors of which it is the main replica, and a little for everything else."""
+    sharded = [one for one in nested_values(state) if isinstance(one, ShardedBase) and is_main_replica(one.replica_id)]
+    tensors = [one.data for one in sharded if isinstance(one.data, torch.Tensor)]
+    return SMALL_BYTES + sum(tensor.nbytes for tensor in tensors)
 
 
 def load(trainer: Trainer, folder: Path) -> None:

@@ -22,7 +22,7 @@ from opd_async.forecast.flags import site
 from opd_async.options import add_run_arguments
 from opd_async.plan.plan import Plan
 from opd_async.plan.resolve import describe_plan, make_plan
-from opd_async.process import configure_logging, leaves, report_failure
+from opd_async.process import configure_logging, known, leaves, report_failure
 from opd_async.run.closing import InterruptedRun, finish
 from opd_async.run.fingerprints import fingerprints
 from opd_async.run.inputs import Inputs
@@ -84,7 +84,7 @@ def execute(plan: Plan, inputs: Inputs, arguments: argparse.Namespace, terminal:
         if terminal is not None:
             terminal.keep_in(folder.path / "logs" / "launcher.log")
         signals = Signals()
-        lifecycle = Lifecycle(plan, inputs, say, signals)
+        lifecycle = Lifecycle(plan, inputs, say, signals, folder.checkpoint)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             report = runner.run(conduct(lifecycle, signals))
         with answered("stopped by a signal while the report was written\n"):
@@ -109,7 +109,7 @@ def carry_out(arguments: argparse.Namespace) -> int:
 
 def explain(error: BaseException, terminal: Terminal) -> int:
     """Say why the run ended, with line breaks where the message has them; returns the exit code."""
-    causes = list(leaves(error))
+    causes = [known(cause) for cause in leaves(error)]
     expected = [cause for cause in causes if isinstance(cause, OpdError)]
     if len(expected) != len(causes):
         return report_failure(error)

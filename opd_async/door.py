@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import uvloop
 
@@ -29,7 +30,7 @@ from opd_async.run.closing import finish
 from opd_async.run.fingerprints import fingerprints
 from opd_async.run.inputs import Inputs
 from opd_async.run.lifecycle import Lifecycle
-from opd_async.run.run_folder import prepare
+from opd_async.run.run_folder import RunFolder, prepare
 from opd_async.signals import Signals, stop_signals
 from opd_async.telemetry.report import Report
 
@@ -72,12 +73,29 @@ async def _run(topology: Topology, resume: bool, overwrite: bool, say: Say, sign
     with ExitStack() as claims:
         plan = make_plan(topology, claims)
         found = await asyncio.to_thread(fingerprints, topology, inputs.prompts, inputs.held_out, inputs.completions)
-        with prepare(plan, resume, overwrite, found):
-            return await _live(plan, inputs, say, signals)
+        with await _prepared(asyncio.to_thread(prepare, plan, resume, overwrite, found)) as folder:
+            return await _live(Lifecycle(plan, inputs, say, signals, folder.checkpoint), plan, say)
 
 
-async def _live(plan: Plan, inputs: Inputs, say: Say, signals: Signals) -> Report:
-    lifecycle = Lifecycle(plan, inputs, say, signals)
+async def _prepared(preparing: Coroutine[Any, Any, RunFolder]) -> RunFolder:
+    """The run's folder, which is taken in a thread: verifying a checkpoint reads all of it.
+
+    On cancel: the folder is let go of once the thread has it.
+    """
+    task = asyncio.create_task(preparing)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_release)
+        raise
+
+
+def _release(preparing: asyncio.Task[RunFolder]) -> None:
+    if not preparing.cancelled() and preparing.exception() is None:
+        preparing.result().release()
+
+
+async def _live(lifecycle: Lifecycle, plan: Plan, say: Say) -> Report:
     report = await lifecycle.run()
     # drawing the learning curve takes a second
     await asyncio.to_thread(finish, report, lifecycle, plan, say)

@@ -54,5 +54,9 @@ class RoleError(OpdError):
     """A role cannot go on, or died beyond its restart budget."""
 
 
+class StorageError(OpdError):
+    """What must be kept cannot be written: a full disk, a folder that became read-only, a limit on files."""
+
+
 class StateError(OpdError):
     """An invariant of the scheduling state machines was broken: a defect of this program, never of its input."""

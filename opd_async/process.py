@@ -20,11 +20,13 @@ import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from io import TextIOBase
+from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
 
-from opd_async.errors import OpdError, RoleError
+from opd_async.errors import OpdError, RoleError, StorageError
+from opd_async.files import FULL, unwritten
 from opd_async.signals import EXIT_INTERRUPTED
 
 PARENT_ENV = "OPD_PARENT_PID"
@@ -119,6 +121,13 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
+def known(error: BaseException) -> BaseException:
+    """A `StorageError` in words for the error of a disk that is full or read-only; any other error as it is."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return StorageError(unwritten(Path("a file"), error))
+    return error
+
+
 @contextmanager
 def raise_cause() -> Iterator[None]:
     """Raise the first of several `OpdError` that arrive as a group, the others as its notes; anything else as it is."""
@@ -139,7 +148,7 @@ def report_failure(error: BaseException) -> int:
 
     Errors raised on purpose (`OpdError`) get a line each and the code of the first; anything else a traceback and 70.
     """
-    causes = list(leaves(error))
+    causes = [known(cause) for cause in leaves(error)]
     expected = [cause for cause in causes if isinstance(cause, OpdError)]
     if len(expected) == len(causes):
         for message in dict.fromkeys(str(cause) for cause in expected):

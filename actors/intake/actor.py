@@ -30,6 +30,8 @@ from opd_async.actors.intake.report import LatencyReservoir, describe_filtered, 
 from opd_async.actors.intake.steps import Taken, give_advantages, pack, step_started
 from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import ScheduleSection, TrainOn
+from opd_async.errors import StorageError
+from opd_async.files import storing
 from opd_async.plan.chunk_bounds import ChunkBounds
 from opd_async.plan.plan import RoleKind
 from opd_async.role import ATTEMPT_FLOOR_ENV, Role, role_arguments
@@ -222,7 +224,9 @@ class Intake:
         ranges = [(s.sample_id, s.start, s.end, int(s.versions.min()), int(s.versions.max())) for s in segments]
         assert self._trained is not None
         teachers = [s.teacher for s in segments] if len(self._topology.teachers) > 1 else []
-        self._trained.write(version, np.array(ranges, np.int64).reshape(-1, COLUMNS), teachers)
+        if not self._trained.write(version, np.array(ranges, np.int64).reshape(-1, COLUMNS), teachers):
+            self._role.count("unwritten_rows")
+            self._metrics["opd_intake_unwritten_rows_total"].inc()
         self._role.count("steps")
         self._metrics["opd_intake_steps_total"].inc()
         self._metrics["opd_intake_cuts_total"].inc(stats["cuts"])
@@ -258,8 +262,7 @@ class Intake:
                 case m.Reclaim():
                     await self._reclaim(message)
                 case m.SaveCheckpoint():
-                    self._save(message.step, Path(message.folder))
-                    await self.ranks.send_all(message)
+                    await self._save(message)
                 case m.SyncWeights() | m.ExportModel():
                     await self.ranks.send_all(message)
                 case m.Stop():
@@ -268,10 +271,18 @@ class Intake:
                 case _:
                     log.warning("ignored a %s", type(message).__name__)
 
-    def _save(self, step: int, folder: Path) -> None:
+    async def _save(self, command: m.SaveCheckpoint) -> None:
+        """Write the frontier and pass the command on; where there is no room for it, the dispatcher decides."""
         assert self._trained is not None
-        frontier.save(frontier.snapshot(self._assembler, step), folder)
-        self._trained.save(folder)
+        folder = Path(command.folder)
+        try:
+            with storing(folder):
+                frontier.save(frontier.snapshot(self._assembler, command.step), folder)
+                self._trained.save(folder)
+        except StorageError as error:
+            await self._role.control.send(m.NotSaved(command.step, str(error)))
+        else:
+            await self.ranks.send_all(command)
 
     async def _reclaim(self, request: m.Reclaim) -> None:
         pairs = zip(request.sample_ids.tolist(), request.attempts.tolist(), strict=True)

@@ -69,10 +69,21 @@ def write_folder(
     """Write `weights`, which come with the names, shapes and order of `specs` in `dtype`, and `source`'s other files.
 
     `path` is whole or absent at any time; an existing one is replaced, but for its sub-folders, which stay. Raises
-    `ValueError` if a tensor is not the one that `specs` announced.
+    `ValueError` if a tensor is not the one that `specs` announced, and `OSError` where there is no room.
     """
     folder = path.with_name(f"{path.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
+    try:
+        _write_files(folder, source, specs, dtype, weights)
+        put_in_place(folder, path)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)  # half of it is of no use, and takes room
+        raise
+
+
+def _write_files(
+    folder: Path, source: Path, specs: Sequence[Spec], dtype: torch.dtype, weights: Iterator[tuple[str, Tensor]]
+) -> None:
     folder.mkdir(parents=True)
     for file in source.iterdir():
         if file.is_file() and ".safetensors" not in file.name and file.suffix not in WEIGHT_SUFFIXES:
@@ -89,7 +100,6 @@ def write_folder(
     if len(files) > 1:
         index = {"metadata": {"total_size": _bytes(specs, dtype)}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    put_in_place(folder, path)
 
 
 def put_in_place(folder: Path, path: Path) -> None:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from opd_async.errors import StorageError
+from opd_async.files import unwritten
 from opd_async.learner.errors import ModelError
 from opd_async.learner.hf.files import Reader, Spec, write_folder
 from opd_async.learner.hf.mapping import Slot, slots
@@ -155,12 +157,19 @@ def save_hf(model: DecoderModel, path: Path, source: Path) -> None:
     """Write the model as a Hugging Face folder: weights in the dtype of `source`, whose other files are copied.
 
     All ranks call it; rank 0 writes to `<path>.tmp` and renames at the end, so that `path` is whole or absent. Files of
-    an existing `path` are replaced, its sub-folders stay.
+    an existing `path` are replaced, its sub-folders stay. Rank 0 raises `StorageError` where there is no room.
     """
     dtype = getattr(torch, model.shape.dtype)
     weights = hf_weights(model, dtype)
+    problem: OSError | None = None
     if dist.get_rank() == 0:
-        write_folder(path, source, hf_specs(model), dtype, weights)
+        try:
+            write_folder(path, source, hf_specs(model), dtype, weights)
+        except OSError as error:
+            problem = error
     for _ in weights:  # the other ranks take part in gathering and are given nothing
-        raise AssertionError("a weight came that no file has room for")
+        if problem is None:
+            raise AssertionError("a weight came that no file has room for")
     dist.barrier()
+    if problem is not None:
+        raise StorageError(unwritten(path, problem)) from problem

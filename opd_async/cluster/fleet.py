@@ -18,7 +18,7 @@ from opd_async.engines.info import engine_problem
 from opd_async.engines.probe import wait_until_ready
 from opd_async.engines.sglang import keys_yaml
 from opd_async.errors import RoleError
-from opd_async.files import PRIVATE, write_atomically
+from opd_async.files import PRIVATE, storing, write_atomically
 from opd_async.keys import INCARNATION_ENV, RunKeys, engine_environment, new_incarnation
 from opd_async.plan.plan import Plan, RoleKind, RolePlan
 from opd_async.plan.resolve import KEYS_FOLDER
@@ -92,8 +92,9 @@ class Fleet:
         if engine.kind is not EngineKind.SGLANG:
             return engine_environment(engine.api_key, engine.admin_api_key)
         folder = self.plan.run_folder / KEYS_FOLDER
-        folder.mkdir(mode=0o700, exist_ok=True)
-        write_atomically(folder / f"{role.name}.yaml", keys_yaml(engine.api_key, engine.admin_api_key), PRIVATE)
+        with storing(folder):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            write_atomically(folder / f"{role.name}.yaml", keys_yaml(engine.api_key, engine.admin_api_key), PRIVATE)
         return {}
 
     def _secrets(self) -> tuple[str, ...]:

@@ -93,13 +93,19 @@ class Supervisor:
     """
 
     def __init__(
-        self, echo: Callable[[str], None], stop_deadline_s: float, echo_line: Callable[[str], bool] = is_loud
+        self,
+        echo: Callable[[str], None],
+        stop_deadline_s: float,
+        echo_line: Callable[[str], bool] = is_loud,
+        on_unwritten: Callable[[int], None] = lambda lines: None,
     ) -> None:
-        """`echo` gets `<role> | <line>` for the log lines that `echo_line` picks; it must not block."""
+        """`echo` gets `<role> | <line>` for the log lines that `echo_line` picks; it must not block. `on_unwritten` is
+        told how many lines a log had no room for."""
         self.exits: asyncio.Queue[Exit] = asyncio.Queue(MAX_UNREAD_EXITS)
         """Ends that nobody asked for with `stop` or `stop_all`, in order."""
         self._echo = echo
         self._echo_line = echo_line
+        self._on_unwritten = on_unwritten
         self._stop_deadline_s = stop_deadline_s
         self._roles: dict[str, _Role] = {}
         self._tasks = asyncio.TaskGroup()
@@ -141,7 +147,13 @@ class Supervisor:
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         header = f"{spec.name} started {started}: {' '.join(shlex.join(spec.command).split())}"
         log = RoleLog(
-            spec.name, spec.log_path, header, echo=self._echo, echo_line=self._echo_line, secrets=spec.secrets
+            spec.name,
+            spec.log_path,
+            header,
+            echo=self._echo,
+            echo_line=self._echo_line,
+            secrets=spec.secrets,
+            on_unwritten=self._on_unwritten,
         )
         role = _Role(spec=spec, log=log)
         self._roles[spec.name] = role  # before the first await, so that two starts of one role cannot cross

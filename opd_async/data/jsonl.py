@@ -98,16 +98,16 @@ class JsonlRecord:
         """Bytes of the rows so far: what to `keep` in order to go back to this moment. 0 for one that is not open."""
         return 0 if self._writer is None else self._writer.size
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Append one object, if there is room for it."""
+    def write(self, row: Mapping[str, Any]) -> bool:
+        """Append one object, if there is room for it; returns whether there was."""
         try:
-            if self._writer is None:
-                self.lost += 1
-                return
-            self._writer.write(row)
+            if self._writer is not None:
+                self._writer.write(row)
+                return True
         except OSError as error:
-            self.lost += 1
             self._say(error)
+        self.lost += 1
+        return False
 
     def sync(self) -> None:
         """Have the rows so far reach the disk, as far as it takes them."""

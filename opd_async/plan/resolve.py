@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from contextlib import ExitStack
@@ -188,7 +189,8 @@ def _engine(topology: Topology, kind: RoleKind, index: int) -> tuple[ModelSectio
 
 
 def _learner_command(topology: Topology, master_port: int, plan_file: str) -> tuple[str, ...]:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "1")
+    # it prints what ranks print; a folder for logs of its own would stay behind in /tmp
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--log-dir", os.devnull)
     ranks = ("--nproc-per-node", str(topology.learner.ranks), "--max-restarts", "0")
     # Ranks of one learner meet on this machine, whatever address the other roles bind.
     master = ("--master-addr", "127.0.0.1", "--master-port", str(master_port))

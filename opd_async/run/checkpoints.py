@@ -148,8 +148,12 @@ class Newest:
         return 0 if self.folder is None else _step(self.folder)
 
 
-def newest(root: Path, thorough: bool = True) -> Newest:
-    """Look for a checkpoint to go on from, from the newest back: by checksums, or unless `thorough` by sizes alone.
+NONE = Newest(None)
+"""Of a run that begins."""
+
+
+def newest(root: Path) -> Newest:
+    """Look for a checkpoint to go on from, from the newest back; every file of it is read and verified.
 
     Raises `InputError`, which names every one, if there are some and all are damaged: to begin anew is the user's
     decision.
@@ -157,7 +161,7 @@ def newest(root: Path, thorough: bool = True) -> Newest:
     damaged: list[tuple[Path, str]] = []
     for folder in reversed(_by_step(root, sealed=True)):
         try:
-            verify(folder, thorough)
+            verify(folder)
         except InputError as error:
             damaged.append((folder, str(error)))
             continue
@@ -182,6 +186,24 @@ def chosen(root: Path, environment: Mapping[str, str] = os.environ) -> Path | No
         sealed = _by_step(root, sealed=True)
         return sealed[-1] if sealed else None
     return root / name if name else None
+
+
+def make_room(folder: Path, keep: int | None = None) -> Path | None:
+    """Remove what is there of the unsealed checkpoint `folder`, and the oldest sealed one where `keep` says that it
+    would have gone once `folder` was sealed: never the newest. Returns the sealed one that is gone, None for none.
+
+    What cannot be removed stays.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    sealed = _by_step(folder.parent, sealed=True)
+    if keep is None or len(sealed) < max(keep, 2):
+        return None
+    try:
+        (sealed[0] / MARKER).unlink()
+        shutil.rmtree(sealed[0])
+    except OSError:
+        return None
+    return sealed[0]
 
 
 def prune(root: Path, keep: int) -> list[Path]:

@@ -15,7 +15,7 @@ from opd_async.plan.plan import Plan
 from opd_async.run.ledger import Ledger
 from opd_async.run.lifecycle import Lifecycle
 from opd_async.run.run_folder import TOPOLOGY_FILE
-from opd_async.run.script import EXPORT
+from opd_async.run.saving import EXPORT
 from opd_async.signals import EXIT_INTERRUPTED
 from opd_async.telemetry.plots import learning_curve
 from opd_async.telemetry.report import Report, write
@@ -31,12 +31,17 @@ class InterruptedRun(OpdError):
 
 
 def finish(report: Report, lifecycle: Lifecycle, plan: Plan, say: Say) -> None:
-    """Write report and learning curve, and print what a person wants to know; raises `InterruptedRun` at the end."""
+    """Write report and learning curve, and print what a person wants to know.
+
+    At the end raises `InterruptedRun`, or the `StorageError` that has ended the run.
+    """
     saved = lifecycle.checkpointed_version()
     if report.steps or not lifecycle.interrupted:
         assert lifecycle.ledger is not None
         files = list(_files(report, lifecycle.ledger, plan.run_folder, say))
         say(render(report, files, list(_commands(plan, saved))))
+    if lifecycle.unsaved is not None:
+        raise lifecycle.unsaved
     if lifecycle.interrupted:
         raise InterruptedRun(f"{plan.topology.name}: {_what_is_left(report.steps, saved, plan)}")
 

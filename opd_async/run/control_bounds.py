@@ -27,7 +27,8 @@ SPEAKERS: dict[type, frozenset[RoleKind]] = {
     m.Paused: frozenset({RoleKind.ROLLOUT}),
     m.ResetDone: frozenset({RoleKind.ROLLOUT, RoleKind.TEACHER}),
     m.LearnerReply: frozenset({RoleKind.LEARNER}),
-    **dict.fromkeys((m.Acks, m.StepStarted, m.Reclaimed, m.DrainRequest, m.Frontier, m.Quiesced), _INTAKE),
+    **dict.fromkeys((m.Acks, m.StepStarted, m.Reclaimed, m.DrainRequest, m.Frontier), _INTAKE),
+    **dict.fromkeys((m.Quiesced, m.NotSaved), _INTAKE),
 }
 """Who may send which message to the dispatcher; nobody may send it any other."""
 
@@ -74,7 +75,7 @@ class ControlBounds:
                 return self._frontier(message)
             case m.DrainRequest():
                 return self._due(message.version, self._run.state.version)
-            case m.LearnerReply() | m.Quiesced():
+            case m.LearnerReply() | m.Quiesced() | m.NotSaved():
                 # while nothing is established the learner says from which version it goes on
                 return self._due(message.version, self._run.state.version, self._run.state.version + 1)
         return None

@@ -197,6 +197,9 @@ class Dispatcher:
                     self.mailbox.deliver(UPDATE, message)
                 case m.LearnerReply():
                     self.mailbox.deliver(("reply", message.command), message)
+                case m.NotSaved():
+                    reply = m.LearnerReply("SaveCheckpoint", message.version, message.text, {})
+                    self.mailbox.deliver(("reply", reply.command), reply)
                 case m.Frontier() | m.Quiesced():
                     self.mailbox.deliver(type(message).__name__, message)
                 case _:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from opd_async.errors import RoleError
+from opd_async.errors import StorageError
 from opd_async.run.dispatcher import Dispatcher
 from opd_async.transport import messages as m
 
@@ -36,11 +36,11 @@ class LearnerCommands:
         return await self._reply(name)
 
     async def do(self, command: Command) -> None:
-        """Send `command` and wait until it is done. Raises `RoleError` when the learner could not. On cancel: as
-        `ask`."""
+        """Send `command`, which writes files, and wait until it is done. Raises `StorageError` where there is no room
+        for them. On cancel: as `ask`."""
         reply = await self.ask(command)
         if reply.error is not None:
-            raise RoleError(f"the learner could not do {reply.command}: {reply.error}")
+            raise StorageError(reply.error)
 
     async def _reply(self, name: str) -> m.LearnerReply:
         who = f"the learner's answer to {name}"

@@ -30,6 +30,8 @@ SHOWN_COUNTERS = (
     "canaries_failed",
     "orphan_chunks",
     "strangers",
+    "unwritten_rows",
+    "unwritten_lines",
     "malformed_frames",
     "malformed_chunks",
     "duplicate_chunks",
@@ -49,6 +51,8 @@ class Ledger:
     complain: Callable[[str], None] = log.warning
     on_row: Callable[[str, dict[str, Any]], None] = lambda kind, row: None
     """Called with each new row, `step` or `evaluation`."""
+    on_unwritten: Callable[[str, int], None] = lambda kind, count: None
+    """Called with `row` or `line`, and how many of them no disk took."""
     books: Books = field(default_factory=Books)
     """What the rows so far come to."""
     _writer: JsonlRecord | None = None
@@ -70,7 +74,17 @@ class Ledger:
 
     def _write(self, row: dict[str, Any]) -> None:
         assert self._writer is not None, "rewind opens the file"
-        self._writer.write(row)
+        if not self._writer.write(row):
+            self._unwritten("row", 1)
+
+    def unwritten_lines(self, count: int) -> None:
+        """Count lines of roles' logs that no disk took."""
+        self._unwritten("line", count)
+
+    def _unwritten(self, kind: str, count: int) -> None:
+        mine = self.roles["launcher"].now
+        mine[f"unwritten_{kind}s"] = mine.get(f"unwritten_{kind}s", 0.0) + count
+        self.on_unwritten(kind, count)
 
     def start_training(self) -> None:
         """Rates and idle shares count from here, or go on where the learner went back to a checkpoint."""

@@ -12,6 +12,7 @@ the script ends                   report, stop in order, exit 0
 learner or intake dies            both start again from the last checkpoint; everything generated since is dropped
 another role dies                 the dispatcher restarts it; the script goes on
 a role dies beyond its budget     the run ends with its last lines
+a disk takes no checkpoint        what else can be saved is (`saving.py`), report, stop in order, exit 1
 SIGINT, SIGTERM or SIGHUP         the step under way is finished and saved, then stop in order; a second one kills
 the same while nothing is trained every process is killed
 """
@@ -29,8 +30,11 @@ import zmq.asyncio
 from opd_async.cluster.fleet import Fleet
 from opd_async.cluster.supervisor import Supervisor
 from opd_async.data.completions import Mix
+from opd_async.errors import StorageError
+from opd_async.files import storing
 from opd_async.keys import RunKeys
 from opd_async.plan.plan import Plan, RoleKind
+from opd_async.process import leaves
 from opd_async.role import ATTEMPT_FLOOR_ENV
 from opd_async.run import checkpoints
 from opd_async.run.dispatcher import Dispatcher
@@ -54,7 +58,15 @@ ATTEMPTS_PER_RECOVERY = 1000
 class Lifecycle:
     """Owns one launch. On cancel of `run`: every process is stopped, as after an error."""
 
-    def __init__(self, plan: Plan, inputs: Inputs, echo: Callable[[str], None], signals: Signals) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        echo: Callable[[str], None],
+        signals: Signals,
+        checkpoint: checkpoints.Newest = checkpoints.NONE,
+    ) -> None:
+        """`checkpoint` is the one to go on from, verified (`run_folder.prepare` has found it)."""
         self._keys = RunKeys.draw()
         self._plan = plan = plan.with_keys(self._keys)
         self._inputs = inputs
@@ -64,8 +76,10 @@ class Lifecycle:
         self._recoveries = 0
         self._over = False
         self._dispatcher: Dispatcher | None = None
-        self._checkpoint = checkpoints.Newest(None)
+        self._checkpoint = checkpoint
         self.ledger: Ledger | None = None
+        self.unsaved: StorageError | None = None
+        """The run ended because no disk took what it has to keep."""
         signals.on_first = self._acknowledge
 
     @property
@@ -93,7 +107,7 @@ class Lifecycle:
         No process survives it.
         """
         plan = self._plan
-        self._checkpoint = await asyncio.to_thread(self._go_back)
+        self._set_aside()
         metrics = RoleMetrics("launcher")
         self._write_targets()
         stop_deadline_s = plan.topology.supervisor.stop_deadline_s
@@ -101,6 +115,7 @@ class Lifecycle:
         ledger.rewind(self._checkpoint.step, self._checkpoint.folder)
         tracker = Tracker(plan.topology.tracking.function, self._echo)
         ledger.on_row = tracker.track
+        ledger.on_unwritten = lambda kind, count: metrics["opd_launcher_unwritten_total"].labels(kind).inc(count)
         self._progress.on_event = lambda text: tracker.track("event", {"time": time.time(), "event": text})
         with (
             tracker,
@@ -108,7 +123,7 @@ class Lifecycle:
             contextlib.closing(ledger),
             metrics.serve(plan.topology.network.bind, plan.launcher_metrics_port),
         ):
-            async with Supervisor(self._echo, stop_deadline_s) as supervisor:
+            async with Supervisor(self._echo, stop_deadline_s, on_unwritten=ledger.unwritten_lines) as supervisor:
                 fleet = Fleet(plan, supervisor, self._progress.say, self._keys)
                 prompts, topology = self._inputs.prompts.prompts, plan.topology
                 given = self._inputs.completions.completions
@@ -128,15 +143,15 @@ class Lifecycle:
         folder = checkpoints.chosen(self._plan.run_folder / "checkpoints", {})
         return checkpoints.verify(folder, thorough=False) if folder is not None else 0
 
-    def _go_back(self) -> checkpoints.Newest:
-        """The newest checkpoint that is whole; newer ones that are damaged are named and set aside."""
-        found = checkpoints.newest(self._plan.run_folder / "checkpoints")
+    def _set_aside(self) -> None:
+        """Name the checkpoints that are damaged, and put them out of the way."""
+        found = self._checkpoint
         for folder, problem in found.damaged:
-            aside = checkpoints.set_aside(folder)
+            with storing(folder):
+                aside = checkpoints.set_aside(folder)
             self._echo(
                 f"warning: {problem.partition('; remove')[0]}; kept as {aside.name}, going back to step {found.step}"
             )
-        return found
 
     def _write_targets(self) -> None:
         host = self._plan.topology.network.bind
@@ -166,9 +181,15 @@ class Lifecycle:
         while True:
             floor = self._recoveries * ATTEMPTS_PER_RECOVERY
             script = Script(dispatcher, evaluator, len(self._inputs.prompts.prompts), self._progress, floor)
-            ended = await _race(dispatcher, script.run(), signal=self._signals.first, lost=dispatcher.learner_lost)
-            if ended == "signal" and self._training:
-                await _race(dispatcher, script.wind_down(), signal=self._signals.second, lost=dispatcher.learner_lost)
+            try:
+                ended = await _race(dispatcher, script.run(), signal=self._signals.first, lost=dispatcher.learner_lost)
+                if ended == "signal" and self._training:
+                    second = self._signals.second
+                    await _race(dispatcher, script.wind_down(), signal=second, lost=dispatcher.learner_lost)
+            except ExceptionGroup as group:
+                if (unsaved := _storage(group)) is None:
+                    raise
+                self.unsaved, ended = unsaved, "done"
             if ended in ("done", "signal"):
                 self._over = True
                 return
@@ -194,7 +215,8 @@ class Lifecycle:
         dispatcher.forget()
         script.abandon_evaluation()
         await script.forget_samples()
-        self._checkpoint = await asyncio.to_thread(self._go_back)
+        self._checkpoint = await asyncio.to_thread(checkpoints.newest, self._plan.run_folder / "checkpoints")
+        self._set_aside()
         env, version = self._checkpoint.environment, self._checkpoint.step
         await fleet.start(intake, env | {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
         await fleet.start(learner, env)
@@ -243,6 +265,13 @@ async def _race(dispatcher: Dispatcher, work: Coroutine[Any, Any, None], **event
             return "lost"
         raise
     return first
+
+
+def _storage(group: ExceptionGroup[Exception]) -> StorageError | None:
+    """The error of a full disk, where that alone has ended the script."""
+    causes = list(leaves(group))
+    found = [cause for cause in causes if isinstance(cause, StorageError)]
+    return found[0] if len(found) == len(causes) else None
 
 
 async def _wait(event: asyncio.Event) -> None:

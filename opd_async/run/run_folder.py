@@ -50,6 +50,8 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
+        self.checkpoint = checkpoints.NONE
+        """The checkpoint to go on from, verified."""
         self._lock: int | None = lock
 
     def release(self) -> None:
@@ -91,7 +93,7 @@ def prepare(
         raise InputError(f"{path}: cannot be used as a run folder: {error.strerror}") from None
     try:
         if resume:
-            checkpoints.newest(path / "checkpoints", thorough=False)  # nothing is written where none can be used
+            folder.checkpoint = checkpoints.newest(path / "checkpoints")  # nothing is written where none can be used
         before = Inputs(fingerprints.read(path) if resume else {}, dict(inputs or {}))
         _settle_old_run(path, plan.topology, resume, overwrite, before, change_lr)
         files = {TOPOLOGY_FILE: dump_topology(plan.topology), PLAN_FILE: plan.model_dump_json(indent=1)}

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 from opd_async.errors import RoleError
 from opd_async.plan.plan import RoleKind
-from opd_async.run import checkpoints
 from opd_async.run.arrivals import all_up
 from opd_async.run.dispatcher import Dispatcher
 from opd_async.run.evaluations import Evaluations
 from opd_async.run.evaluator import Evaluator
 from opd_async.run.learner_commands import LearnerCommands
+from opd_async.run.saving import Saving
 from opd_async.run.state import RESYNC, UPDATE
 from opd_async.scheduling.leases import LeaseBook, PromptOrder, admission_of
 from opd_async.telemetry.progress import Progress
@@ -28,8 +28,6 @@ from opd_async.transport.owed import Owed
 
 T = TypeVar("T")
 
-EXPORT = "export"
-"""Folder in the run's: the trained student, and in sub-folders the student after some steps."""
 INTAKE = "the intake"
 SYNC_TRIES = 5
 RESET_DEADLINE_S = 60.0
@@ -55,9 +53,9 @@ class Script:
         self._topology = dispatcher.plan.topology
         self._steps = dispatcher.plan.topology.schedule.steps
         self._deadlines = dispatcher.plan.topology.supervisor
-        self._root = dispatcher.plan.run_folder / "checkpoints"
         self._owed: Owed | None = None
         self._learner = LearnerCommands(dispatcher, self._deadlines.step_deadline_s)
+        self.saving = Saving(dispatcher, self._learner, progress)
         self._accounted = -1
         self._began = -1
         self._unaccounted: m.LearnerReply | None = None
@@ -83,13 +81,14 @@ class Script:
         dispatcher = self._dispatcher
         dispatcher.leasing.admit(False)
         await self._settle_evaluation()
-        await self.checkpoint(self._state.version)
+        unsaved = await self.saving.attempt(self.saving.checkpoint(self._state.version))
         await self.forget_samples()
         await dispatcher.barrier.open(self._state.version)
         if self._evaluations.wanted:
             dispatcher.ledger.student_after = await self._serving(self._evaluations.after(self._state.version))
-        if self._topology.checkpoint.export_hf:
-            await self._learner.do(m.ExportModel(str(dispatcher.plan.run_folder / EXPORT)))
+        await self.saving.export_last()
+        if unsaved is not None:
+            raise unsaved
 
     async def establish(self) -> int:
         """Wait for every role, take over the frontier, and prove that every engine holds the student's weights.
@@ -108,9 +107,10 @@ class Script:
         )
         version = await self._update_weights(verify=True)
         if version != frontier.version:
+            folder = self._dispatcher.plan.run_folder / "checkpoints"
             raise RoleError(
                 f"the learner resumed at step {version}, the frontier at {frontier.version}: the checkpoint in "
-                f"{self._root} mixes two steps; remove it to resume from the one before"
+                f"{folder} mixes two steps; remove it to resume from the one before"
             )
         self._progress.say(f"weights {version} are in every student engine, proven by version and content")
         return version
@@ -173,9 +173,7 @@ class Script:
             await self._update_weights(verify=False)
         await self._account(reply, loop.time() - began, dispatcher.barrier.blocked_s - blocked)
         if step < self._steps:
-            if step % self._topology.checkpoint.every_steps == 0:
-                await self.checkpoint(step)
-            await self._export(step)
+            await self.saving.due(step)
             await self._send_version(step)
             self._evaluations.begin(step)
 
@@ -221,28 +219,6 @@ class Script:
         dispatcher.leasing.look_again()
         return int(reply.version)
 
-    async def checkpoint(self, step: int) -> None:
-        """Have learner, intake and ledger write the state after `step`, and seal the folder when all have.
-
-        On cancel: the folder is not sealed, so that nobody resumes from it; the next call writes it again.
-        """
-        folder = checkpoints.step_folder(self._root, step)
-        if await asyncio.to_thread((folder / checkpoints.MARKER).exists):
-            return
-        await self._learner.do(m.SaveCheckpoint(step, str(folder)))
-        await asyncio.to_thread(self._dispatcher.ledger.save, folder)
-        await asyncio.to_thread(checkpoints.seal, folder, step)
-        await asyncio.to_thread(checkpoints.prune, self._root, self._topology.checkpoint.keep)
-
-    async def _export(self, step: int) -> None:
-        """Write the student as it is after `step`, where the topology asks for it."""
-        section = self._topology.checkpoint
-        if section.export_hf_every_steps is None or step % section.export_hf_every_steps:
-            return
-        root = self._dispatcher.plan.run_folder / EXPORT
-        await self._learner.do(m.ExportModel(str(checkpoints.step_folder(root, step))))
-        await asyncio.to_thread(checkpoints.prune_exports, root, section.keep)
-
     async def forget_samples(self) -> None:
         """Have every actor drop what it holds; generation stays stopped. On cancel: some actors have."""
         dispatcher = self._dispatcher
@@ -278,7 +254,7 @@ class Script:
                 await self._account(reply, sync_s=0.0, engines_s=0.0)
         if quiesced.version == self._began:  # nothing was trained since the start, so there is nothing new to save
             return
-        await self.checkpoint(quiesced.version)
+        await self.saving.checkpoint(quiesced.version)
         self._progress.say(f"saved a checkpoint after step {quiesced.version}")
 
     # --- beside training ---------------------------------------------------------------------------------------------

@@ -52,15 +52,10 @@ class TrainedRecord:
         path = folder / FILE_NAME
         self._record = JsonlRecord(path, complain, 0 if version == 0 else _size_at(path, version, checkpoint))
 
-    @property
-    def lost(self) -> int:
-        """Rows that were left out."""
-        return self._record.lost
-
-    def write(self, version: int, ranges: Ranges, teachers: Sequence[str] = ()) -> None:
-        """Append what a step trained; `teachers` where there are several."""
+    def write(self, version: int, ranges: Ranges, teachers: Sequence[str] = ()) -> bool:
+        """Append what a step trained; `teachers` where there are several. Returns whether there was room."""
         names = {"teachers": list(teachers)} if teachers else {}
-        self._record.write({"version": version, "ranges": _packed(version, ranges), **names})
+        return self._record.write({"version": version, "ranges": _packed(version, ranges), **names})
 
     def save(self, checkpoint: Path) -> None:
         """Note in `checkpoint`, which exists, how long the file is now; raises `OSError` if the note fails."""

@@ -8,6 +8,7 @@ pipe -> LineSplitter -> logs/<role>.log
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 from collections import deque
@@ -86,15 +87,17 @@ class RoleLog:
         echo: Callable[[str], None],
         echo_line: Callable[[str], bool],
         secrets: Sequence[str] = (),
+        on_unwritten: Callable[[int], None] = lambda lines: None,
     ) -> None:
         """Open `path` for appending. If that fails, `echo` is told, and the role goes on without a log.
 
-        A secret is written as `***` wherever it is printed.
+        A secret is written as `***` wherever it is printed. `on_unwritten` is told how many lines found no room.
         """
         self._name = name
         self._path = path
         self._echo = echo
         self._echo_line = echo_line
+        self._on_unwritten = on_unwritten
         self._secrets = re.compile("|".join(map(re.escape, secrets))) if secrets else None
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._broken = False
@@ -140,11 +143,14 @@ class RoleLog:
             self._file.close()
 
     def _append(self, text: str) -> None:
-        if self._file is None:
-            return
+        data = text.encode()
         try:
-            self._file.write(text.encode())
+            if self._file is None:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
+            self._on_unwritten(text.count("\n"))
             self._complain(error)
 
     def _complain(self, error: OSError) -> None:

@@ -182,6 +182,7 @@ def unbelievable(plan: Plan) -> list[tuple[str, Any]]:
         ("intake-0", m.Frontier(5, np.array([[0, 4], [2, 9]], np.int64), ids[:0], none, none)),
         ("intake-0", m.DrainRequest(3)),
         ("intake-0", m.Quiesced(99)),
+        ("intake-0", m.NotSaved(99, "no room")),
         ("learner-0", m.LearnerReply("Train", 99, None, {})),
         ("learner-0", m.LearnerReply("SyncWeights", 3, None, {})),
     ]

@@ -59,12 +59,12 @@ async def test_a_checkpoint_is_sealed_by_its_own_answer_alone(tmp_path: Path) ->
     folder = checkpoints.step_folder(tmp_path / "checkpoints", 3)
     dispatcher: Any = FakeDispatcher(tmp_path)
     script = Script(dispatcher, None, 1, Progress(lambda line: None, 10))
-    first = asyncio.create_task(script.checkpoint(3))
+    first = asyncio.create_task(script.saving.checkpoint(3))
     await dispatcher.next_question()
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
-    again = asyncio.create_task(script.checkpoint(3))
+    again = asyncio.create_task(script.saving.checkpoint(3))
     dispatcher.answer()  # to the first command; the learner begins to replace what it wrote
     await dispatcher.next_question()
     await asyncio.sleep(0.05)

@@ -52,6 +52,15 @@ class Version:
 
 @message
 @dataclass(frozen=True, slots=True)
+class NotSaved:
+    """The intake cannot write its part of the checkpoint after step `version`, and has not asked the learner to."""
+
+    version: int
+    text: str
+
+
+@message
+@dataclass(frozen=True, slots=True)
 class DrainRequest:
     """`max_staleness: 0`: the budget is there; pause the engines and send `Drained` with every token made so far."""
 
