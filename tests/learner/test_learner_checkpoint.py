@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
 import torch
 from tiny_learner import learner_config, micro_batch, step_batch, write_model
+from torch.distributed.checkpoint.api import CheckpointException
 
-from opd_async.errors import InputError
+from opd_async.errors import InputError, StorageError
 from opd_async.learner import resume
 from opd_async.learner.distributed.parallel import Place
 from opd_async.learner.errors import CheckpointError
+from opd_async.learner.hf.io import save_hf
 from opd_async.learner.trainer import Trainer
 from opd_async.run import checkpoints
 
@@ -78,3 +83,50 @@ def test_a_checkpoint_of_another_model_is_refused(alone: Place, model_path: Path
         resume.load(other, tmp_path / "learner")
     with pytest.raises(CheckpointError, match="nowhere"):
         resume.load(other, tmp_path / "nowhere")
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/x")
+
+
+def full_on_a_rank(*_: object, **__: object) -> None:
+    error = RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+    error.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/__0_0.distcp")
+    raise CheckpointException("write", {0: (error, StackSummary())})
+
+
+def test_a_disk_without_room_is_known_before_anything_is_written(
+    alone: Place, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(learner_config(model_path))
+    monkeypatch.setattr(resume, "reserve", full)
+    with pytest.raises(StorageError, match="/data/x cannot be written: No space left on device; make room there"):
+        resume.save(trainer, tmp_path / "learner")
+    assert list((tmp_path / "learner").iterdir()) == []
+    sizes: list[int] = []
+    monkeypatch.setattr(resume, "reserve", lambda folder, size: sizes.append(size))
+    resume.save(trainer, tmp_path / "learner")
+    written = sum(file.stat().st_size for file in (tmp_path / "learner").iterdir())
+    assert written <= sizes[0] <= written + 2 * resume.SMALL_BYTES, "as much as it takes, and little more"
+
+
+def test_a_disk_that_fills_up_under_a_rank_is_named(
+    alone: Place, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(learner_config(model_path))
+    monkeypatch.setattr(resume.dist_checkpointing, "save", full_on_a_rank)
+    with pytest.raises(StorageError, match=r"__0_0.distcp cannot be written: No space left on device"):
+        resume.save(trainer, tmp_path / "learner")
+
+
+def test_an_export_without_room_leaves_nothing(
+    alone: Place, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(learner_config(model_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="/data/x cannot be written: No space left"):
+            save_hf(trainer.model, tmp_path / "export", model_path)
+    assert list(tmp_path.iterdir()) == []
+    save_hf(trainer.model, tmp_path / "export", model_path)
+    assert (tmp_path / "export" / "config.json").is_file()
