@@ -1,7 +1,8 @@
 """What every role process does at its start: die with its supervisor, log, stop on a signal, end with a clear code.
 
     python -m opd_async.process COMMAND...   the supervisor starts each role through this: it ties the process to its
-                                             parent, then becomes COMMAND (same pid), whatever COMMAND is written in
+                                             parent, raises its limit on open files, then becomes COMMAND (same pid),
+                                             whatever COMMAND is written in
 
 The tie is Linux's PR_SET_PDEATHSIG, which survives exec but not fork: a role's own workers call `die_with_parent` too
 (`run_role` does). It follows the *thread* that started the process, so start processes from a main thread.
@@ -15,6 +16,7 @@ import faulthandler
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -40,6 +42,8 @@ _PR_SET_NAME = 15
 GARBAGE_THRESHOLD = 50_000
 """Objects between two looks of the garbage collector. The answer of an engine is thousands of small lists, none in a
 cycle; Python's own 700 had it walk through them more than once an answer, which took ten times as long as parsing."""
+MOST_OPEN_FILES = 1 << 20
+"""What Linux lets a process have unless the administrator has raised `fs.nr_open`."""
 _CHATTY = ("aiohttp.access", "asyncio", "filelock", "httpx", "matplotlib", "urllib3")
 
 log = logging.getLogger(__name__)
@@ -179,9 +183,23 @@ def run_role(main: Callable[[], Coroutine[Any, Any, None]]) -> NoReturn:
     sys.exit(0)
 
 
+def allow_open_files() -> int:
+    """Raise this process's limit on open files as far as it may, and return it.
+
+    Shells give 1024, and every response that is generated holds a connection in an actor and in an engine.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return MOST_OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+
+
 def _guard(command: list[str]) -> NoReturn:
     try:
         die_with_parent()
+        allow_open_files()
         os.execvp(command[0], command)
     except OSError as error:
         sys.exit(f"cannot start {command[0]}: {error.strerror}; is it installed and on the PATH?")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import resource
 import socket
 from collections.abc import Iterator
 
 from opd_async.config.topology import Topology
 from opd_async.plan.resolve import LAST_PORT, port_keys, rank_devices, replica_devices
+from opd_async.process import MOST_OPEN_FILES
+
+OTHER_FILES = 256
+"""Files, sockets and libraries that a role holds open beside its responses."""
 
 
 def device_problems(topology: Topology) -> Iterator[str]:
@@ -68,6 +73,21 @@ def network_problems(topology: Topology) -> Iterator[str]:
                     f"network.base_port: port {port}, which {role} wants for {purpose}, {reason}; write a base_port "
                     f"with {len(keys)} free ports after it, or 0 to take free ones"
                 )
+
+
+def open_file_problems(topology: Topology) -> Iterator[str]:
+    """List what needs more open files than a process may have: each running response is a connection.
+
+    Any one actor may have to hold all of them, when the others have died. Roles raise their own limit to the hard one.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    slots = topology.rollout.slots
+    if slots + OTHER_FILES > most:
+        yield (
+            f"rollout.slots: {slots} responses at once need {slots + OTHER_FILES} open files in one process, which may "
+            f"have {most} here (ulimit -Hn); write at most {max(most - OTHER_FILES, 1)}, or have the limit raised"
+        )
 
 
 def _is_loopback(host: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from opd_async.checks.advantage import advantage_problems, advantage_warnings
 from opd_async.checks.completions import completion_problems
 from opd_async.checks.hooks import hook_problems
-from opd_async.checks.host import device_problems, network_problems
+from opd_async.checks.host import device_problems, network_problems, open_file_problems
 from opd_async.checks.learner import learner_problems
 from opd_async.checks.losses import loss_problems, loss_warnings
 from opd_async.checks.reward import reward_problems
@@ -52,6 +52,7 @@ def validate(topology: Topology) -> list[str]:
         *advantage_problems(topology),
         *hook_problems(topology),
         *network_problems(topology),
+        *open_file_problems(topology),
     ]
 
 

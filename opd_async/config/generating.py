@@ -106,7 +106,8 @@ class RolloutSection(Section):
     replicas: Positive = 1
     """Number of rollout actors. One drives many engines; more help when its event loop is late."""
     slots: Positive = 256
-    """Responses that are generated at once, over all actors."""
+    """Responses that are generated at once, over all actors. Each is an open connection: beyond the hard limit on
+    open files (`ulimit -Hn`) it is refused."""
     group_size: Positive = 1
     """Responses to each prompt. Estimators that compare responses need 2 or more."""
     chunk_tokens: Tokens = 512

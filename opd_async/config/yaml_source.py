@@ -15,6 +15,8 @@ import yaml
 
 from opd_async.errors import InputError
 
+MAX_VALUES = 100_000
+"""A topology has a few hundred; ten lines of aliases to aliases are enough for ten billion."""
 Location = tuple[str | int, ...]
 _CORE_TAGS = ("map", "seq", "str", "bool", "float", "null")
 
@@ -59,6 +61,8 @@ class YamlDocument:
     lines: dict[Location, int] = field(default_factory=dict)
     problems: list[tuple[Location, str]] = field(default_factory=list)
     """Keys written twice: the path, and what is wrong."""
+    values: int = 0
+    """Values so far, each as often as aliases repeat it."""
 
 
 def parse_yaml(text: str, name: str) -> YamlDocument:
@@ -88,6 +92,12 @@ def _record(node: yaml.Node, path: Location, document: YamlDocument, parents: fr
     """Note the line of every key below `node`, and every key that a mapping holds twice."""
     if id(node) in parents:
         raise InputError(f"{name}: line {node.start_mark.line + 1}: an alias refers to what contains it; write it out")
+    document.values += 1
+    if document.values > MAX_VALUES:
+        raise InputError(
+            f"{name}: line {node.start_mark.line + 1}: its aliases stand for more than {MAX_VALUES:,} values in all; "
+            "write out what is meant"
+        )
     inside = parents | {id(node)}
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from opd_async.errors import DeadlineError, InputError, OpdError, RoleError
 from opd_async.process import (
     EXIT_INTERRUPTED,
     EXIT_UNEXPECTED,
+    MOST_OPEN_FILES,
     OneLineFormatter,
     configure_logging,
     die_with_parent,
@@ -176,3 +178,19 @@ def test_configure_logging(root_logging: None, capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().err.splitlines()
     assert [line[8:] for line in lines[:1]] == [" INFO hello"]
     assert len(lines) == 2 and " WARNING " in lines[1] and "careful" in lines[1]
+
+
+def test_a_role_may_open_as_many_files_as_the_system_lets_it() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    script = "import resource; print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    ended = subprocess.run(
+        [sys.executable, "-m", "opd_async.process", sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=patience(30.0),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)),
+    )
+    most = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN_FILES)
+    assert [int(word) for word in ended.stdout.split()] == [most, hard]
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)

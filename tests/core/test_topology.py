@@ -120,6 +120,17 @@ def test_malformed_yaml_names_file_line_and_column(tmp_path: Path) -> None:
     assert "cannot be read" in message(path)
 
 
+@pytest.mark.parametrize("more", ["[{}]", "{{<<: [{}]}}"])
+def test_aliases_of_aliases_are_refused_at_once(tmp_path: Path, more: str) -> None:
+    lines = ["a0: &a0 {x: 1}" if more.startswith("{") else "a0: &a0 [1]"]
+    for level in range(1, 10):
+        lines.append(f"a{level}: &a{level} {more.format(', '.join([f'*a{level - 1}'] * 10))}")
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(lines))
+    text = message(path)
+    assert f"{path}: line 1: its aliases stand for more than 100,000 values in all; write out what is meant" in text
+
+
 def test_repeated_keys_are_errors(tmp_path: Path) -> None:
     path = write_topology(tmp_path, topology_data(tmp_path))
     lines = path.read_text().splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import socket
 from pathlib import Path
@@ -22,6 +23,18 @@ from opd_async.config.topology_file import load_topology
 from opd_async.errors import InputError
 
 GRPO = ("advantage.estimator=grpo", "reward.kind=exact_match", "schedule.train_on=samples", "rollout.group_size=2")
+
+
+@pytest.mark.parametrize("hard", [1024, resource.RLIM_INFINITY])
+def test_more_responses_than_open_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard: int) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (256, hard))
+    most = 1024 if hard == 1024 else 1 << 20
+    kv = "engines.student.max_running=2000000"
+    assert problems(tmp_path, f"rollout.slots={most - 256}", kv) == []
+    assert problems(tmp_path, f"rollout.slots={most - 255}", kv) == [
+        f"rollout.slots: {most - 255} responses at once need {most + 1} open files in one process, which may have "
+        f"{most} here (ulimit -Hn); write at most {most - 256}, or have the limit raised"
+    ]
 
 
 def problems(root: Path, *overrides: str) -> list[str]:
