@@ -20,7 +20,7 @@ QUICKSTART_sglang := --set name=quickstart-sglang \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-sglang test-sglang-all lint format install sglang peers clean
+.PHONY: quickstart test chaos test-sglang test-sglang-all lint format install sglang peers clean
 
 quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
@@ -29,6 +29,11 @@ quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 # Two workers: whole runs spend much of their time waiting for processes to start.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Faults at random, thrown at whole runs; `make chaos CHAOS="--faults 500"` takes hours.
+CHAOS ?= --minutes 3
+chaos: install
+	$(BIN)/python tests/chaos $(CHAOS)
 
 # The conformance suite that `make test` runs against the embedded engine, and whole runs, on real SGLang servers.
 test-sglang: install sglang

@@ -1,0 +1,110 @@
+"""What a run's folder must be after any faults: counted, not asserted, so that a table can say how much is wrong."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from harness import rows
+
+from opd_async.errors import InputError
+from opd_async.plan.plan import Plan
+from opd_async.run import checkpoints
+from opd_async.run.trained import TrainedStep, read_trained
+
+
+@dataclass(slots=True)
+class Audit:
+    """Figures of one run; everything but `tokens` should be 0."""
+
+    tokens: int = 0
+    twice: int = 0
+    """Tokens that lie in two ranges."""
+    lost: int = 0
+    """Tokens before or between the ranges of a sample, and samples that were passed over."""
+    too_old: int = 0
+    """Ranges with a token beyond the bound on staleness, or of weights that did not exist yet."""
+    steps_wrong: int = 0
+    """Steps that are missing in trained.jsonl, there twice, or out of order."""
+    left: list[str] = field(default_factory=list)
+    """Processes, ports, files, shared memory that the run has left behind; damaged checkpoints."""
+
+    @property
+    def wrong(self) -> list[str]:
+        """In words."""
+        names = ("twice", "lost", "too_old", "steps_wrong")
+        return [f"{name}: {getattr(self, name)}" for name in names if getattr(self, name)] + self.left
+
+
+def audit_steps(steps: Iterable[TrainedStep], bound: int | None, in_flight: int, last: int) -> Audit:
+    """Count over what each step trained. `bound` on staleness, None without one; `last` is the number of steps.
+
+    `in_flight` is how many samples may be under way, and so untrained, below the newest one.
+    """
+    found, ends = Audit(), dict[int, int]()
+    versions: list[int] = []
+    newest: dict[int, int] = defaultdict(int)
+    for step in steps:
+        versions.append(step.version)
+        for sample, start, end, oldest, youngest in step.ranges.tolist():
+            found.tokens += end - start
+            before = ends.get(sample, 0)
+            found.twice += max(0, before - start)
+            found.lost += max(0, start - before)
+            late = bound is not None and step.version - oldest > bound
+            found.too_old += late or youngest > step.version or oldest < newest[sample] or oldest > youngest
+            ends[sample], newest[sample] = max(before, end), youngest
+    passed_over = max(ends, default=-1) + 1 - len(ends)
+    found.lost += max(0, passed_over - in_flight)
+    found.steps_wrong = sum(one != two for one, two in zip(versions, range(last), strict=False))
+    found.steps_wrong += abs(len(versions) - last)
+    return found
+
+
+def audit_run(folder: Path, bound: int | None, in_flight: int) -> Audit:
+    """Count over a run that has ended orderly, with a checkpoint of its last step."""
+    try:
+        newest = checkpoints.newest(folder / "checkpoints")
+    except InputError as error:
+        return Audit(left=[f"checkpoints: {error}"])
+    found = audit_steps(read_trained(folder), bound, in_flight, newest.step)
+    found.left += [f"damaged checkpoint: {problem}" for _, problem in newest.damaged]
+    metrics = [row["step"] for row in rows(folder / "metrics.jsonl") if "evaluation" not in row]
+    if metrics != sorted(set(metrics)):
+        found.left.append("metrics.jsonl has steps twice or out of order")
+    found.left += [f"temporary file: {path.name}" for path in folder.rglob("*.tmp")]
+    return found
+
+
+def left_of(family: Collection[psutil.Process]) -> list[str]:
+    """Processes of a launch that are still alive."""
+    alive = []
+    for process in family:
+        try:
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(f"process {process.pid}: {' '.join(process.cmdline())[:120]}")
+        except psutil.NoSuchProcess:
+            continue
+    return alive
+
+
+def ports_in_use(plan: Plan) -> list[str]:
+    """Ports of a plan on which something listens."""
+    ours = {port for role in plan.roles for port in role.ports.values()} | {int(plan.control.rsplit(":", 1)[1])}
+    heard = [one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    return [f"port {one.laddr.port} of process {one.pid}" for one in heard if one.laddr.port in ours]
+
+
+def shared_memory() -> set[Path]:
+    """What lies in /dev/shm and no living process has mapped."""
+    there = set(Path("/dev/shm").iterdir())
+    mapped: set[Path] = set()
+    for process in psutil.process_iter():
+        try:
+            mapped |= {Path(part.path) for part in process.memory_maps() if part.path.startswith("/dev/shm/")}
+        except (psutil.Error, OSError):
+            continue
+    return there - mapped

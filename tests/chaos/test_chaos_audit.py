@@ -1,0 +1,85 @@
+"""The audit of `make chaos` finds what it is there for, and every kind of fault can be drawn."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from audit import audit_steps, left_of
+from faults import flip_bit, kinds
+from regimes import REGIMES
+
+from opd_async.run.trained import TrainedStep
+
+Rows = Sequence[Sequence[tuple[int, int, int, int, int]]]
+GOOD: Rows = [
+    [(0, 0, 5, 0, 0), (1, 0, 3, 0, 0)],
+    [(1, 3, 9, 0, 1)],
+    [(2, 0, 4, 1, 2)],
+]
+
+
+def counted(rows: Rows, bound: int | None = 1, last: int = 3) -> tuple[int, int, int, int]:
+    steps = [TrainedStep(version, np.array(part, np.int64).reshape(-1, 5)) for version, part in enumerate(rows)]
+    found = audit_steps(steps, bound, 1, last)
+    return found.twice, found.lost, found.too_old, found.steps_wrong
+
+
+def test_a_run_without_fault_has_none() -> None:
+    assert counted(GOOD) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "rows", "found"),
+    [
+        (1, [(1, 2, 9, 0, 1)], (1, 0, 0, 0)),
+        (1, [(1, 4, 9, 0, 1)], (0, 1, 0, 0)),
+        (2, [(2, 0, 4, 0, 2)], (0, 0, 1, 0)),
+        (2, [(2, 0, 4, 2, 3)], (0, 0, 1, 0)),
+        (2, [(0, 5, 9, 1, 2), (7, 0, 4, 2, 2)], (0, 4, 0, 0)),
+    ],
+)
+def test_each_broken_step_is_counted(
+    step: int, rows: list[tuple[int, int, int, int, int]], found: tuple[int, int, int, int]
+) -> None:
+    assert counted([*GOOD[:step], rows, *GOOD[step + 1 :]]) == found
+
+
+def test_steps_that_are_missing_or_out_of_order_are_counted() -> None:
+    assert counted(GOOD, last=5) == (0, 0, 0, 2)
+    assert counted([*GOOD, []], last=3) == (0, 0, 0, 1)
+
+
+def test_whole_responses_have_no_bound() -> None:
+    old: Rows = [[], [], [], [(0, 0, 5, 0, 3)]]
+    assert counted(old, bound=None, last=4)[2] == 0 and counted(old, bound=1, last=4)[2] == 1
+
+
+def test_a_process_that_is_left_is_named() -> None:
+    import psutil
+
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        process = psutil.Process(child.pid)
+        assert left_of([process]) == [f"process {child.pid}: {sys.executable} -c input()"]
+        child.communicate(b"\n")
+    assert left_of([process]) == []
+
+
+def test_one_bit_flips(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100))
+    flip_bit(path, random.Random(1))
+    assert sum(byte.bit_count() for byte in path.read_bytes()) == 1 and path.stat().st_size == 100
+
+
+def test_there_are_kinds_for_every_role_of_every_regime() -> None:
+    names = [kind.name for kind in kinds()]
+    assert len(names) == len(set(names)) >= 25
+    roles = {role for kind in kinds() for role in kind.roles}
+    assert roles == {role for regime in REGIMES for role in regime.roles}
+    assert {regime.bound is None for regime in REGIMES} == {True, False}, "both ways of making steps"
