@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from torch import Tensor
 
 from opd_async.learner.config import OptimConfig
-from opd_async.learner.distributed.cpu import on_this_device, quiet
+from opd_async.learner.distributed.cpu import on_this_device, quiet, this_device
 from opd_async.learner.model.decoder import DecoderModel
+
+CLIP_EPS = 1e-6
+"""As in torch's and Megatron's clipping: what a norm of zero is divided by."""
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
@@ -47,8 +52,10 @@ def finalize(model: list[Any], _num_tokens: Tensor | None, **options: Any) -> No
 def make_optimizer(ddp: Any, config: OptimConfig, *, bf16: bool) -> Any:
     """AdamW over data-parallel shards; with `bf16` weights it keeps float32 master weights.
 
-    Matrices and embeddings decay; norms and biases, which have one dimension, do not.
+    Matrices and embeddings decay; norms and biases, which have one dimension, do not. On CUDA it is one kernel for all
+    parameters, without the temporary of their size that torch's default makes.
     """
+    _choose_torch()
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -67,7 +74,20 @@ def make_optimizer(ddp: Any, config: OptimConfig, *, bf16: bool) -> Any:
     for group in optimizer.param_groups:
         # the library leaves this to its own scheduler of learning rates, which is not used here
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        if this_device().type == "cuda":
+            group["fused"], group["foreach"] = True, False
     return optimizer
+
+
+def _choose_torch() -> None:
+    """Have Megatron take torch's AdamW also where Transformer Engine or Apex is installed.
+
+    Their fused Adams keep their states otherwise: one way to write a checkpoint, whatever the machine has.
+    """
+    library: Any = megatron_optimizer
+    shards: Any = distrib_optimizer
+    library.USING_PYTORCH_OPTIMIZER = True
+    shards.HAVE_APEX_OR_TE = shards.USING_TE_OPTIMIZER = shards.USING_APEX_OPTIMIZER = False
 
 
 def apply_gradient(optimizer: Any, rate: float, clip: float) -> float:
@@ -80,10 +100,27 @@ def apply_gradient(optimizer: Any, rate: float, clip: float) -> float:
         group["lr"] = rate
     with on_this_device():
         optimizer.prepare_grads()
-        norm = float(optimizer.get_grad_norm())
+        norm = gradient_norm(optimizer)
         if not math.isfinite(norm):
             return norm
-        for part in optimizer.chained_optimizers:  # experts that are spread over ranks have one of their own
-            clip_grad_by_total_norm_fp32(part.get_parameters(), clip, norm)
+        if (share := clip / (norm + CLIP_EPS)) < 1.0:
+            gradients = [weights.grad for part in optimizer.chained_optimizers for weights in part.get_parameters()]
+            torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], share)
         optimizer.step_with_ready_grads()
     return norm
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """The L2 norm of the gradient over all ranks, each shard counted once.
+
+    All ranks call it. The host waits once: Megatron's own, where neither Transformer Engine nor Apex is, waits for the
+    norm of every parameter.
+    """
+    total = torch.zeros((), device=this_device())
+    for part in optimizer.chained_optimizers:  # experts that are spread over ranks have one of their own
+        square = torch.zeros_like(total)
+        if gradients := part.get_main_grads_for_grad_norm():
+            square = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
+        total += square
+    return float(total.sqrt())

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 
 import pytest
 from deadlines import patience
+
+if os.environ.get("OPD_TEST_DEVICE", "cpu") == "cpu":
+    # before torch looks, here and in every process that a test starts: the tests say what a CPU does
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(trylast=True)

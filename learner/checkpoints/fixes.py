@@ -61,10 +61,10 @@ def _set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
 
 def prime_states(optimizer: Any) -> None:
     """Give every parameter zero Adam states where it has none: the library asserts that states exist."""
-    for inner, _group, parameter in _parameters(optimizer):
+    for inner, group, parameter in _parameters(optimizer):
         if not inner.state[parameter]:
             inner.state[parameter] = {
-                "step": torch.zeros(()),
+                "step": _count(0.0, group, parameter),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
@@ -89,7 +89,12 @@ def separate_steps(optimizer: Any) -> None:
     The library puts one tensor into all states, which AdamW then counts up once per parameter.
     """
     for inner, group, parameter in _parameters(optimizer):
-        inner.state[parameter]["step"] = torch.tensor(float(group["step"]))
+        inner.state[parameter]["step"] = _count(float(group["step"]), group, parameter)
+
+
+def _count(steps: float, group: dict[str, Any], parameter: torch.Tensor) -> torch.Tensor:
+    """A step counter where AdamW looks for it: beside the weights for the fused kernel, else on the host."""
+    return torch.full((), steps, device=parameter.device if group.get("fused") else "cpu")
 
 
 @contextmanager

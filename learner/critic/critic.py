@@ -182,7 +182,8 @@ class Critic:
 def _moments(estimates: Estimates, like: Tensor) -> Tensor:
     """float64[len(ADVANTAGE_SUMS)]: advantages and their squares, summed; those without a reward are zero."""
     advantages_R = estimates.advantages_R
-    return like.new_tensor([advantages_R.sum(), (advantages_R**2).sum()])
+    sums = [float(advantages_R.sum()), float((advantages_R**2).sum())]
+    return torch.tensor(sums, dtype=torch.float64, device=like.device)
 
 
 def explained_variance(sums: dict[str, float]) -> float | None:

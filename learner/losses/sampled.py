@@ -129,14 +129,15 @@ def policy_gradient(rows: Rows, signal_R: Tensor, config: LossConfig) -> LossOut
     loss = -weighted(acting.objective_R, rows.weights_R).sum()
     clamped_R = signal_R.abs() > (torch.inf if config.signal_clamp is None else config.signal_clamp)
     sums = {
-        "loss": torch.stack([loss.detach().double(), loss.new_tensor(len(ratio_R), dtype=torch.float64)]),
+        "loss": torch.stack([loss.detach().double(), loss.new_full((), len(ratio_R), dtype=torch.float64)]),
         "clipped": summed(acting.clipped_R),
         "gated": summed(acting.gated_R),
         "clamped": summed(clamped_R),
         "staleness": summed(rows.staleness_R),
     }
     sums |= _of_sampled_tokens(rows, ratio_R.detach(), config)
-    sampled_R = ratio_R if (own_R := _sampled(rows, config)) is None else ratio_R[own_R]
+    own_R = _sampled(rows, config)
+    sampled_R = ratio_R if own_R is None else ratio_R.where(own_R, 0.0)  # a selection would make the host wait
     maxima = {"ratio": _largest(sampled_R), "staleness": _largest(rows.staleness_R)}
     return LossOutput(loss=loss, sums=sums, maxima=maxima)
 

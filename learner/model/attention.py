@@ -6,6 +6,9 @@ P are this rank's tokens; keys and values are gathered from the other ranks of i
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +27,17 @@ FLASH_DTYPES = (torch.float16, torch.bfloat16)
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     """True where one variable-length kernel serves a whole pack, so that the layout needs no padding."""
     return device.type == "cuda" and dtype in FLASH_DTYPES
+
+
+@cache
+def _varlen_attention() -> tuple[Callable[..., Any], bool]:
+    """torch's kernel for packs of sequences, and whether it must be told that heads share keys.
+
+    Until torch 2.11 it takes them as they come and knows no such parameter.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # imports flash attention, CUDA only
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class PackedAttention(MegatronModule):
@@ -66,8 +80,8 @@ class PackedAttention(MegatronModule):
         return output_PHE.reshape(query.shape[0], 1, -1)
 
     def _varlen(self, query_PHE: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn  # imports flash attention, CUDA only
-
+        varlen_attn, says_shared = _varlen_attention()
+        shared = {"enable_gqa": query_PHE.shape[1] != keys.shape[1]} if says_shared else {}
         first = piece.segments[0].start
         end = piece.segments[-1].start + piece.segments[-1].count * piece.segments[-1].length
         output = varlen_attn(
@@ -79,13 +93,20 @@ class PackedAttention(MegatronModule):
             *piece.longest,
             scale=self.scale,
             window_size=(-1, 0),  # causal, where the last query of a sequence sees its last key
-            enable_gqa=query_PHE.shape[1] != keys.shape[1],
+            **shared,
         )
         assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are asked for
         return output
 
     def _grouped(self, query_PHE: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
-        """One call per group of sequences that share a slot length; the views cost nothing."""
+        """One call per group of sequences that share a slot length; the views cost nothing.
+
+        On CUDA, keys and values are repeated for the heads that share them: only flash attention shares them there, and
+        it takes no float32. The kernel for anything would need memory of T^2.
+        """
+        sharing = query_PHE.shape[1] // keys.shape[1]
+        if query_PHE.is_cuda and sharing > 1:
+            keys, values = (t.repeat_interleave(sharing, dim=1) for t in (keys, values))
         outputs = []
         for segment in piece.segments:
             query_NHLD = _batched(query_PHE, segment.start, segment.count, segment.length)

@@ -28,7 +28,8 @@ class SendReport:
     bytes: int
     seconds: float
     checksums: dict[str, str]
-    """Hugging Face name -> blake2b-128 hex of the bytes that were sent; empty if they were not asked for."""
+    """Hugging Face name -> blake2b-128 hex of the bytes that were sent; empty if they were not asked for, or no engine
+    could be asked to compare them."""
 
 
 class Tally:

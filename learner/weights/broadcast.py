@@ -10,7 +10,8 @@
     wait                      unblocked by                              deadline
     an engine's HTTP answer   the engine                                timeout_s, names the engine
     joining the group         every engine rank joining                 timeout_s, or the first refusal
-    a broadcast               every engine rank receiving               timeout_s, or the first refusal
+    a broadcast               every engine rank receiving               timeout_s, or the first refusal; with NCCL
+                                                                        the first of a group 5 times that
 
 The next bucket is gathered from the learner's ranks while the last one is on its way. After a failure the group is
 gone; `connect` with a new name starts over.
@@ -31,6 +32,10 @@ from opd_async.learner.weights.base import SendReport, Tally, WeightTransport
 from opd_async.learner.weights.buckets import DIRECT_BYTES, Bucket, buckets
 from opd_async.learner.weights.engine_http import EngineAddress
 from opd_async.learner.weights.group import join, leave, open_store
+from opd_async.learner.weights.lane import Lane
+
+FIRST_SLOWER = 5
+"""With NCCL the first broadcast of a group may take so many times the deadline of others."""
 
 
 class WeightSender(WeightTransport):
@@ -52,9 +57,11 @@ class WeightSender(WeightTransport):
         super().__init__(engines, timeout_s)
         self._backend, self._host = backend, bind_host
         self._bucket_bytes, self._direct_bytes = bucket_bytes, direct_bytes
-        self._device = device or torch.device("cpu")
+        self._lane = Lane(device or torch.device("cpu"))
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
+        self._fresh = False
+        self._first_s = timeout_s * (FIRST_SLOWER if backend == "nccl" else 1)
         # one bucket is on its way while the next is filled
         self._rooms = [torch.empty(0, dtype=torch.uint8)] * 2
 
@@ -69,7 +76,7 @@ class WeightSender(WeightTransport):
         Raises `WeightSyncError` that names the engine which refused or did not come.
         """
         self._dissolve()
-        self._engines.find()
+        self._engines.find(numbered=True)
         world_size, timeout_s = 1 + sum(self._engines.ranks), self._engines.timeout_s
         store, port = open_store(self._host, world_size, timeout_s)
         bodies, offset = [], 1
@@ -85,7 +92,7 @@ class WeightSender(WeightTransport):
                 }
             )
             offset += ranks
-        joining = self._engines.submit(join, store, name, 0, world_size, self._backend, timeout_s)
+        joining = self._engines.submit(join, store, name, 0, world_size, self._backend, self._first_s)
         self._group_name = name
         try:
             self._engines.together("/init_weights_update_group", bodies, joining)
@@ -93,11 +100,11 @@ class WeightSender(WeightTransport):
             joining.add_done_callback(_leave_late)
             self._clean_engines()
             raise
-        self._group = joining.result()
+        self._group, self._fresh = joining.result(), True
 
     def send(self, named_tensors: Iterable[tuple[str, Tensor]], version: int, *, checksums: bool = True) -> SendReport:
         """See `WeightTransport.send`."""
-        tally, source = Tally(version, checksums), iter(named_tensors)
+        tally, source = Tally(version, checksums and self._engines.hashing), iter(named_tensors)
         shipping: Future[None] | None = None
         try:
             if self._group is None:
@@ -107,7 +114,7 @@ class WeightSender(WeightTransport):
                 payload = [tensor.contiguous() for tensor in bucket.tensors] if bucket.direct else [self._fill(bucket)]
                 if shipping is not None:
                     shipping.result()
-                shipping = self._engines.submit(self._ship, bucket, payload, version)
+                shipping = self._engines.submit(self._ship, bucket, payload, self._lane.ready(), version)
                 tally.add_bucket(bucket)
             if shipping is not None:
                 shipping.result()
@@ -132,8 +139,11 @@ class WeightSender(WeightTransport):
             self._rooms[0] = payload
         return payload
 
-    def _ship(self, bucket: Bucket, payload: Sequence[Tensor], version: int) -> None:
-        """One bucket to all engines. The version goes with the last one, so that no engine claims half an update."""
+    def _ship(self, bucket: Bucket, payload: Sequence[Tensor], ready: Any, version: int) -> None:
+        """One bucket to all engines. The version goes with the last one, so that no engine claims half an update.
+
+        NCCL makes its connections in the first broadcast of a group, which may take longer than any later one.
+        """
         body: dict[str, Any] = {
             "names": bucket.names,
             "dtypes": bucket.dtypes,
@@ -145,11 +155,14 @@ class WeightSender(WeightTransport):
         }
         if bucket.last:
             body["weight_version"] = str(version)
-        broadcasting = self._engines.submit(self._broadcast, payload)
-        self._engines.together("/update_weights_from_distributed", [body] * len(self.addresses), broadcasting)
+        broadcasting = self._engines.submit(self._broadcast, payload, ready)
+        bodies = [body] * len(self.addresses)
+        first, self._fresh = self._fresh, False
+        deadline_s = self._first_s if first else self._engines.timeout_s
+        self._engines.together("/update_weights_from_distributed", bodies, broadcasting, timeout_s=deadline_s)
 
-    def _broadcast(self, payload: Sequence[Tensor]) -> None:
-        failure = _broadcast_failure(self._group, payload, self._device)
+    def _broadcast(self, payload: Sequence[Tensor], ready: Any) -> None:
+        failure = self._lane.broadcast(self._group, payload, ready)
         if failure:
             raise WeightSyncError(f"the broadcast failed: {failure}")
 
@@ -166,29 +179,6 @@ class WeightSender(WeightTransport):
         self._engines.clean(
             ("/destroy_weights_update_group", {"group_name": self._group_name}), ("/end_weight_update", {})
         )
-
-
-def _broadcast_failure(group: dist.ProcessGroup | None, payload: Sequence[Tensor], device: torch.device) -> str:
-    """Broadcast each tensor from rank 0; what went wrong, or nothing.
-
-    It does not raise: a traceback would keep the group alive, and with it the connections whose end tells the other
-    engines that nothing more will come.
-    """
-    if group is None:
-        return "the group was given up"
-    try:
-        on_gpu = payload[0].is_cuda
-        if on_gpu:
-            torch.cuda.set_device(device)
-        works = [dist.broadcast(tensor, src=0, group=group, async_op=True) for tensor in payload]
-        for work in works:
-            if work is not None:
-                work.wait()
-        if on_gpu:
-            torch.cuda.current_stream().synchronize()
-    except (RuntimeError, ValueError) as error:
-        return str(error)
-    return ""
 
 
 def _leave_late(joining: Future[dist.ProcessGroup]) -> None:

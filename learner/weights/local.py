@@ -56,7 +56,7 @@ class TensorSender(LocalTransport):
 
     def send(self, named_tensors: Iterable[tuple[str, Tensor]], version: int, *, checksums: bool = True) -> SendReport:
         """See `WeightTransport.send`."""
-        tally, source = Tally(version, checksums), iter(named_tensors)
+        tally, source = Tally(version, checksums and self._engines.hashing), iter(named_tensors)
         try:
             sessions = self._engines.begin()
             for bucket in buckets(source, self._bucket_bytes):
@@ -110,7 +110,7 @@ class DiskSender(LocalTransport):
 
     def send(self, named_tensors: Iterable[tuple[str, Tensor]], version: int, *, checksums: bool = True) -> SendReport:
         """See `WeightTransport.send`; a folder that cannot be written is a `WeightSyncError` too."""
-        tally, source = Tally(version, checksums), iter(named_tensors)
+        tally, source = Tally(version, checksums and self._engines.hashing), iter(named_tensors)
         path = self._folder / f"version_{version}"
         body = {
             "model_path": str(path.absolute()),

@@ -146,7 +146,8 @@ def _role(topology: Topology, kind: RoleKind, index: int, ports: dict[PortKey, i
             devices = rank_devices(topology)
             # each rank takes the CUDA device of its local rank among those that it can see
             indices = [device.removeprefix("cuda:") for device in devices if device.startswith("cuda:")]
-            env = {"CUDA_VISIBLE_DEVICES": ",".join(indices)}
+            # one hardware queue keeps communication kernels from overtaking; read when CUDA starts, so set before
+            env = {"CUDA_VISIBLE_DEVICES": ",".join(indices), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
             command = _learner_command(topology, own["master"], plan_file)
         case RoleKind.INTAKE:
             command = (sys.executable, "-m", "opd_async.actors.intake", "--plan", plan_file)

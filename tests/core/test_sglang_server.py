@@ -10,18 +10,20 @@ import pytest
 from small_runs import small_topology
 
 from opd_async.checks.validation import validate
+from opd_async.engines.nccl import nccl_difference
 from opd_async.engines.sglang import SUPPORTED, version_problem
 from opd_async.plan.plan import RoleKind
 from opd_async.plan.resolve import make_plan
 
 
-def environment(folder: Path, version: str | None) -> Path:
-    """A Python that finds an SGLang of that version, or none."""
+def environment(folder: Path, version: str | None, **others: str) -> Path:
+    """A Python that finds an SGLang of that version, or none, and these other packages."""
     packages = folder / "packages"
-    if version is not None:
-        metadata = packages / f"sglang-{version}.dist-info" / "METADATA"
+    wanted = {name.replace("_", "-"): each for name, each in {"sglang": version, **others}.items() if each is not None}
+    for name, each in wanted.items():
+        metadata = packages / f"{name}-{each}.dist-info" / "METADATA"
         metadata.parent.mkdir(parents=True)
-        metadata.write_text(f"Metadata-Version: 2.1\nName: sglang\nVersion: {version}\n")
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {each}\n")
     python = folder / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH="{packages}" exec "{sys.executable}" -S "$@"\n')
     os.chmod(python, 0o755)  # noqa: PTH101
@@ -92,16 +94,62 @@ def test_on_a_gpu_sglang_chooses_for_itself(tmp_path: Path) -> None:
 def test_several_devices_for_a_replica(tmp_path: Path) -> None:
     python = environment(tmp_path, "0.5.23")
     settings = ["engines.student.kind=sglang", f"engines.student.python={python}", "engines.student.tensor_parallel=2"]
-    devices = "engines.student.devices=[cuda:3, cuda:4, cuda:5, cuda:6]"
-    topology = small_topology(tmp_path, *settings, "engines.student.replicas=2", devices)
+    devices = ["engines.student.devices=[cuda:3, cuda:4, cuda:5, cuda:6]", "learner.devices=[cuda:0]"]
+    topology = small_topology(tmp_path, *settings, "engines.student.replicas=2", *devices)
     assert validate(topology) == []
     role = make_plan(topology).role(RoleKind.STUDENT_ENGINE, 1)
     assert role.env["CUDA_VISIBLE_DEVICES"] == "5,6" and role.devices == ("cuda:5", "cuda:6")
     assert role.command[role.command.index("--tp-size") + 1] == "2"
     role = make_plan(small_topology(tmp_path, *settings)).role(RoleKind.STUDENT_ENGINE, 0)
     assert len(role.env["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
-    problems = validate(small_topology(tmp_path, *settings, "engines.student.devices=[cuda:3, cuda:4, cuda:5]"))
+    devices = ["engines.student.devices=[cuda:3, cuda:4, cuda:5]", "learner.devices=[cuda:0]"]
+    problems = validate(small_topology(tmp_path, *settings, *devices))
     assert problems == ["engines.student.devices: 3 devices for 1 replicas; write 2 for each, or one for all"]
+
+
+def test_devices_that_no_broadcast_can_join(tmp_path: Path) -> None:
+    python = environment(tmp_path, "0.5.23")
+    settings = ["engines.student.kind=sglang", f"engines.student.python={python}"]
+
+    def problems(*changes: str) -> list[str]:
+        found = validate(small_topology(tmp_path, *settings, *changes))
+        return [problem.removeprefix("learner.weight_transport: broadcast, but ") for problem in found]
+
+    on_gpu = "learner.devices=[cuda:0]"
+    assert problems(on_gpu) == [
+        "learner rank 0 is on cuda:0 and a student engine on cpu, between which there is no broadcast; write disk, or "
+        "devices of one kind"
+    ]
+    assert problems("engines.student.devices=[cuda:1]")[0].startswith("learner rank 0 is on cpu and a student engine")
+    assert problems(on_gpu, "engines.student.devices=[cuda:1]") == []
+    assert problems(on_gpu, "learner.weight_transport=disk") == []
+    one = [on_gpu, "engines.student.devices=[cuda:0]", "shared_devices=[cuda:0]"]
+    assert problems(*one) == [
+        "cuda:0 belongs to learner rank 0 and a student engine, and NCCL takes one member of a group from each device; "
+        "write tensor"
+    ]
+    two = [on_gpu, "engines.student.replicas=2", "engines.student.devices=[cuda:1]", "shared_devices=[cuda:1]"]
+    assert problems(*two)[0].startswith("cuda:1 belongs to two student engines, and NCCL")
+    stages = [on_gpu, "engines.student.devices=[cuda:1]"]
+    assert problems(*stages, "engines.student.args=[--pp-size, '1']") == []
+    for given in ("[--pp-size, '2']", "[--pipeline-parallel-size=2]"):
+        assert problems(*stages, f"engines.student.args={given}") == [
+            "engines.student.args: 2 pipeline stages, whose processes SGLang numbers alike in a weight group; write "
+            "tensor_parallel instead, or learner.weight_transport: disk"
+        ]
+
+
+def test_two_versions_of_nccl_are_named(tmp_path: Path) -> None:
+    ours = environment(tmp_path / "a", None, torch="2.13.0", nvidia_nccl_cu13="2.29.1")
+    theirs = environment(tmp_path / "b", "0.5.15", torch="2.11.0", nvidia_nccl_cu12="2.28.9")
+    assert nccl_difference(ours, theirs) == (
+        f"NCCL 2.29.1 (torch 2.13.0) in {ours} and 2.28.9 (torch 2.11.0) in {theirs}"
+    )
+    same = environment(tmp_path / "c", "0.5.23", torch="2.13.0", nvidia_nccl_cu13="2.29.1")
+    assert nccl_difference(ours, same) is None
+    on_cpu = environment(tmp_path / "d", "0.5.23", torch="2.13.0+cpu")
+    assert nccl_difference(ours, on_cpu) is None, "torch for CPUs has none"
+    assert nccl_difference(ours, tmp_path / "nowhere") is None
 
 
 def test_the_learners_gpu_may_be_shared_with_engines_that_read_its_memory(tmp_path: Path) -> None:

@@ -1,0 +1,169 @@
+"""The learner's CUDA and NCCL paths, run on tensors without values: devices, dtypes, host waits, memory and work.
+
+What a step costs is compared with `accepted.json`, so that a change that adds a wait or doubles the memory is seen.
+`python tests/gpu/test_cuda_paths.py` writes that file anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from cuda_rank import Case, Found
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+ACCEPTED = HERE / "accepted.json"
+DEADLINE_S = 200.0
+ROOM = 0.1
+"""A cost may move by this share, as it does with versions of torch; host waits may not move."""
+DENSE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 256,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "attention_bias": False,
+}
+EXPERTS = DENSE | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+ALONE = [
+    Case(name="bfloat16", model="dense", weights=True, state=True),
+    Case(name="float32", model="dense", dtype="float32", state=True),
+    Case(name="torch 2.11's attention", model="dense", old_varlen=True),
+    Case(name="recompute", model="dense", recompute=True),
+    Case(name="given responses", model="dense", loss={"given": True}),
+    Case(name="entropy bonus", model="dense", loss={"entropy_coef": 0.1}),
+    Case(name="reference model", model="dense", loss={"reference_kl_coef": 0.1}, reference="dense"),
+    Case(name="critic", model="dense", critic="dense", state=True),
+    Case(name="teacher inside", model="dense", teacher="dense"),
+    Case(name="experts", model="experts"),
+    *(Case(name=loss, model="dense", loss={"loss": loss}) for loss in ("reverse_kl_behaviour", "sft")),
+    *(
+        Case(name=loss, model="dense", loss={"loss": loss}, topk=8)
+        for loss in ("forward_kl_topk", "reverse_kl_topk", "jsd_topk")
+    ),
+    *(
+        Case(name=loss, model="dense", loss={"loss": loss}, teacher="dense", offload=loss == "jsd_full")
+        for loss in ("forward_kl_full", "reverse_kl_full", "jsd_full")
+    ),
+]
+SPREAD = {"tensor": 2, "pipeline": 2}
+PROCESSES: dict[str, list[Case]] = {
+    "alone": ALONE,
+    "first stage": [Case(name="first stage", model="dense", parallel=SPREAD, rank=0, world=8, weights=True)],
+    "middle rank": [Case(name="middle rank", model="dense", parallel=SPREAD, rank=3, world=8, recompute=True)],
+    "last stage": [Case(name="last stage", model="dense", parallel=SPREAD, rank=7, world=8, state=True)],
+    "context": [Case(name="context", model="dense", parallel={"context": 2}, rank=1, world=2, weights=True)],
+    "expert": [Case(name="expert", model="experts", parallel={"expert": 2}, rank=1, world=2, weights=True)],
+}
+
+
+def guard(folder: Path) -> Path:
+    """The library that gives torch a CUDA device without kernels, compiled against the installed torch."""
+    import torch
+
+    home = Path(torch.__file__).parent
+    library = folder / f"cuda_guard-{torch.__version__}.so"
+    if not library.exists():
+        assert shutil.which("g++"), "these tests compile a small library: apt-get install g++"
+        made = library.with_suffix(f".{os.getpid()}")
+        command = ["g++", "-O0", "-std=c++20", "-shared", "-fPIC", f"-I{home}/include", str(HERE / "cuda_guard.cpp")]
+        libraries = [f"-L{home}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{home}/lib", "-o", str(made)]
+        subprocess.run([*command, *libraries], check=True, timeout=DEADLINE_S)
+        made.rename(library)
+    return library
+
+
+def run(cases: list[Case], folder: Path, library: Path) -> dict[str, Found]:
+    """What one process found of its cases, by name."""
+    for name, config in (("dense", DENSE), ("experts", EXPERTS)):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+
+    def placed(name: str | None) -> str | None:
+        return None if name is None else str(folder / name)
+
+    there = [
+        replace(
+            case,
+            model=str(folder / case.model),
+            teacher=placed(case.teacher),
+            reference=placed(case.reference),
+            critic=placed(case.critic),
+        )
+        for case in cases
+    ]
+    (folder / "cases.json").write_text(json.dumps([asdict(case) for case in there]))
+    command = [sys.executable, str(HERE / "cuda_rank.py"), str(folder / "cases.json"), str(folder / "found.json")]
+    environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {one["name"]: Found(**one) for one in json.loads((folder / "found.json").read_text())}
+
+
+COSTS = ("operations", "operation_bytes", "flops", "built_bytes", "live_bytes", "peak_bytes")
+
+
+def costs(found: Found) -> dict[str, object]:
+    """What is compared with the accepted values."""
+    return {name: getattr(found, name) for name in COSTS} | {"syncs": found.syncs}
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_two_steps_on_a_gpu_without_one(process: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    assert request.config.cache is not None
+    everything = run(PROCESSES[process], tmp_path, guard(Path(request.config.cache.mkdir("cuda_guard"))))
+    accepted = json.loads(ACCEPTED.read_text())
+    assert {name: found.error for name, found in everything.items() if found.error} == {}
+    for case in PROCESSES[process]:
+        found = everything[case.name]
+        assert {line.split()[1] for line in found.devices} <= {"cuda"}, found.devices
+        assert {line.split()[2] for line in found.devices} <= {"float64"}, "sums over rows are made in float64"
+        assert found.wrong == [], "tensors of float64 where none are needed"
+        assert (found.tensors > 0) is ((case.weights and case.rank == 0) or (case.weights and case.world == 1))
+        assert (found.state > 0) is case.state
+        assert found.syncs == accepted[case.name]["syncs"], case.name
+        for cost in COSTS:
+            assert getattr(found, cost) == pytest.approx(accepted[case.name][cost], rel=ROOM), (case.name, cost)
+
+
+def main() -> None:
+    """Accept what is found now."""
+    accepted = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for cases in PROCESSES.values():
+            for name, found in run(cases, Path(folder), guard(Path(folder))).items():
+                assert not found.error, f"{name}: {found.error}"
+                accepted[name] = costs(found)
+    ACCEPTED.write_text(json.dumps(accepted, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
