@@ -22,7 +22,12 @@ NAME_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
 
 class HookError(OpdError):
-    """A hook raised, or returned what it may not: the message names the hook, what it was given, and what to do."""
+    """A hook raised, or returned what it may not: the message names the hook, what it was given, and what to do.
+
+    A role that ends with it is not restarted: the function would do the same again.
+    """
+
+    exit_code = InputError.exit_code
 
 
 def load_hook(key: str, path: str) -> Any:

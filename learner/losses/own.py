@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opd_async.hooks import HookError, add_working_directory, blame, load_hook
@@ -21,6 +23,8 @@ from opd_async.learner.losses.sampled import LossOutput as BuiltIn
 from opd_async.learner.model.layout import PackedBatch
 
 KEY = "opd.function"
+NAMED = 8
+"""How many samples a message names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,14 @@ def with_loss(output: BuiltIn, loss: Tensor) -> BuiltIn:
     return replace(output, loss=loss, sums=output.sums | {"loss": counted})
 
 
+def _named(sample_ids_N: NDArray[np.int64] | None) -> str:
+    """The samples of a micro-batch as words for a message: the first few of them."""
+    if sample_ids_N is None or not len(sample_ids_N):
+        return "no sample"
+    named = ", ".join(map(str, sample_ids_N[:NAMED].tolist()))
+    return f"sample{'s' * (len(sample_ids_N) > 1)} {named}{', ...' * (len(sample_ids_N) > NAMED)}"
+
+
 class OwnLoss:
     """The user's function, loaded; called with a micro-batch, it returns a loss that can be trained on."""
 
@@ -93,7 +105,7 @@ class OwnLoss:
             student_topk_RK=found.support_RK if packed.topk_ids_RK is not None else None,
         )
         count = len(packed.targets_R)
-        given = f"a micro-batch of {count} rows"
+        given = f"{_named(packed.sample_ids_N)}, a micro-batch of {count} rows"
         try:
             output = self._function(rows)
         except Exception as error:  # the edge of the user's code

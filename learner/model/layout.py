@@ -71,6 +71,8 @@ class PackedBatch:
     """float32[R], nats: the reference model's, where there is one."""
     rewards_N: NDArray[np.float32] | None = None
     """float32[N], on the host: of each response, NaN where it has none; None unless the learner needs them."""
+    sample_ids_N: NDArray[np.int64] | None = None
+    """int64[N], on the host: whose each sequence is; None where there are no samples."""
 
     def own(self, values_R: Tensor) -> Tensor:
         """Of values [R, ...], those of this rank's rows: [O, ...]."""
@@ -122,6 +124,7 @@ def lay_out(
         topk_logprobs_RK=None if batch.topk is None else torch.tensor(batch.topk.logprobs, device=device),
         weights_R=None if batch.weights is None else torch.tensor(batch.weights, device=device),
         rewards_N=batch.rewards,
+        sample_ids_N=batch.sample_ids,
     )
 
 

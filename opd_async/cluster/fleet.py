@@ -17,7 +17,7 @@ from opd_async.config.topology import EngineKind, EngineSection
 from opd_async.engines.info import engine_problem
 from opd_async.engines.probe import wait_until_ready
 from opd_async.engines.sglang import keys_yaml
-from opd_async.errors import RoleError
+from opd_async.errors import InputError, RoleError
 from opd_async.files import PRIVATE, storing, write_atomically
 from opd_async.keys import INCARNATION_ENV, RunKeys, engine_environment, new_incarnation
 from opd_async.plan.plan import Plan, RoleKind, RolePlan
@@ -119,22 +119,27 @@ class Fleet:
     async def await_restart(self, ended: Exit) -> None:
         """Spend one restart of the role and wait its backoff. Raises `RoleError` with its last lines when none is left.
 
-        On cancel: the restart is spent.
+        A role that refused what it was given would refuse it again: that is an `InputError` at once. On cancel: the
+        restart is spent.
         """
+        if ended.code == InputError.exit_code:
+            raise InputError(
+                f"{ended.name} ended ({ended.cause}) and would again: it cannot use what it was given. Its last "
+                f"lines:\n{self._last_lines(ended)}"
+            )
         delay = self._budget.next_delay(ended.name)
         if delay is None:
-            raise RoleError(self._exit_report(ended))
+            limit = self.plan.topology.supervisor.restarts
+            raise RoleError(
+                f"{ended.name} ended ({ended.cause}) and its {limit} restarts are spent. Its last lines:\n"
+                f"{self._last_lines(ended)}"
+            )
         self._echo(f"{ended.name} ended ({ended.cause}); restarting in {delay:.1f} s")
         await asyncio.sleep(delay)
 
-    def _exit_report(self, ended: Exit) -> str:
-        limit = self.plan.topology.supervisor.restarts
+    def _last_lines(self, ended: Exit) -> str:
         lines = "\n".join(f"  {ended.name} | {line}" for line in ended.tail[-12:])
-        log = self._logs / f"{ended.name}.log"
-        return (
-            f"{ended.name} ended ({ended.cause}) and its {limit} restarts are spent. Its last lines:\n{lines}\n"
-            f"Read {log}; after mending the cause, go on with --resume"
-        )
+        return f"{lines}\nRead {self._logs / f'{ended.name}.log'}; after mending the cause, go on with --resume"
 
     async def wait_for_engine(self, kind: RoleKind, url: str, deadline_s: float | None = None) -> None:
         """Return once the engine answers, for which it has `deadline_s`, or `supervisor.start_deadline_s`.

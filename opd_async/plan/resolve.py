@@ -191,7 +191,7 @@ def _engine(topology: Topology, kind: RoleKind, index: int) -> tuple[ModelSectio
 
 def _learner_command(topology: Topology, master_port: int, plan_file: str) -> tuple[str, ...]:
     # it prints what ranks print; a folder for logs of its own would stay behind in /tmp
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--log-dir", os.devnull)
+    launcher = (sys.executable, "-m", "opd_async.cluster.ranks", "--nnodes", "1", "--log-dir", os.devnull)
     ranks = ("--nproc-per-node", str(topology.learner.ranks), "--max-restarts", "0")
     # Ranks of one learner meet on this machine, whatever address the other roles bind.
     master = ("--master-addr", "127.0.0.1", "--master-port", str(master_port))

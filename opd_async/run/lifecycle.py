@@ -239,7 +239,7 @@ class Lifecycle:
         for kind in (RoleKind.ROLLOUT, RoleKind.TEACHER, RoleKind.INTAKE):
             await dispatcher.broadcast(kind, m.Stop("the run is over"))
         engines = {role.name for kind in ENGINES for role in self._plan.of_kind(kind)}
-        # they end by themselves; torchrun answers a signal with a traceback, so that one is sent to none but the stuck
+        # they end by themselves; a signal is sent to none but the stuck
         for _ in range(round(self._plan.topology.supervisor.stop_deadline_s / GRACE_POLL_S)):
             if not set(fleet.supervisor.running) - engines:
                 break

@@ -17,7 +17,7 @@ from opd_async.transport.messages import Train
 from opd_async.transport.step_batch import MicroBatch, StepBatch
 
 Bin = list[Segment]
-Number = TypeVar("Number", np.int32, np.float32)
+Number = TypeVar("Number", np.int32, np.int64, np.float32)
 
 
 def pack(
@@ -65,6 +65,7 @@ def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:
         topk=join([segment.topk for segment in segments]),
         weights=_weights(segments),
         rewards=_rewards(segments),
+        sample_ids=np.array([segment.sample_id for segment in segments], np.int64),
     )
 
 
@@ -122,6 +123,9 @@ def to_message(batch: StepBatch) -> Train:
         rewards=_join([mb.rewards for mb in mbs if mb.rewards is not None], np.float32)
         if any(mb.rewards is not None for mb in mbs)
         else None,
+        sample_ids=_join([mb.sample_ids for mb in mbs if mb.sample_ids is not None], np.int64)
+        if any(mb.sample_ids is not None for mb in mbs)
+        else None,
     )
 
 
@@ -136,6 +140,7 @@ def from_message(train: Train) -> StepBatch:
     behaviour, teacher, advantages = (np.split(values, cuts) for values in by_row)
     weights = [None] * len(rows) if train.weights is None else np.split(train.weights, cuts)
     rewards = [None] * len(rows) if train.rewards is None else np.split(train.rewards, sequence_cuts)
+    samples = [None] * len(rows) if train.sample_ids is None else np.split(train.sample_ids, sequence_cuts)
     topk = split(TopK.of(train.topk_ids, train.topk_logprobs), train.mb_rows.tolist())
     micro_batches = tuple(
         MicroBatch(
@@ -149,6 +154,7 @@ def from_message(train: Train) -> StepBatch:
             topk=topk[i],
             weights=weights[i],
             rewards=rewards[i],
+            sample_ids=samples[i],
         )
         for i in range(len(train.mb_tokens))
     )

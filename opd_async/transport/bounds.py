@@ -96,7 +96,7 @@ EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
     "Train": (
         ("mb_tokens", "mb_sequences", "mb_rows"),
         ("rows", "behaviour_logprobs", "advantages", "staleness", "weights", "topk_ids", "topk_logprobs"),
-        ("sequence_lengths", "rewards"),
+        ("sequence_lengths", "rewards", "sample_ids"),
     ),
 }
 """Arrays of a message that have as many rows as each other; those that are absent do not count."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from opd_async.estimators.topk import TopK
 
 Int32Array = NDArray[np.int32]
+Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
 
 
@@ -28,7 +29,7 @@ class MicroBatch:
     `weights` float32[R] (how often a row counts in the loss, 1 in the step's mean; None: once each). `rewards`
     float32[N]: of each sequence's response, NaN where it has none (None unless the learner makes advantages of them;
     then all tokens of a response are rows). T = 0 is an empty micro-batch: it adds nothing but takes part in
-    collectives.
+    collectives. `sample_ids` int64[N]: whose each sequence is, for messages (None where there are no samples).
     """
 
     token_ids: Int32Array
@@ -41,6 +42,7 @@ class MicroBatch:
     topk: TopK | None = None
     weights: Float32Array | None = None
     rewards: Float32Array | None = None
+    sample_ids: Int64Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

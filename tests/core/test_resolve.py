@@ -81,7 +81,7 @@ def test_commands(tmp_path: Path) -> None:
     learner = plan.role(RoleKind.LEARNER, 0)
     assert learner.devices == ("cpu", "cpu")
     text = " ".join(learner.command[1:])
-    assert text.startswith("-m torch.distributed.run --nnodes 1 --log-dir /dev/null --nproc-per-node 2 ")
+    assert text.startswith("-m opd_async.cluster.ranks --nnodes 1 --log-dir /dev/null --nproc-per-node 2 ")
     assert " --max-restarts 0 " in text
     assert f"--master-addr 127.0.0.1 --master-port {learner.ports['master']}" in text
     assert text.endswith(f"-m opd_async.learner.main --plan {plan_file}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,14 +36,14 @@ SETTINGS = {
 }
 
 
-def opd(folder: Path, *words: str) -> str:
+def opd(folder: Path, *words: str, code: int = 0) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-m", "opd_async.cli", *words]
     ended = subprocess.run(
         command, capture_output=True, text=True, cwd=folder, env=environment, timeout=PATIENCE_S, check=False
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
+    assert ended.returncode == code, ended.stdout + ended.stderr
+    return ended.stdout + ended.stderr
 
 
 def test_every_hook_of_the_page_in_one_run(tmp_path: Path) -> None:
@@ -62,4 +63,21 @@ def test_every_hook_of_the_page_in_one_run(tmp_path: Path) -> None:
     assert [row["step"] for row in tracked if row["kind"] == "step"] == [1, 2]
     assert [row["evaluation"] for row in tracked if row["kind"] == "evaluation"] == ["student", "student"]
     assert any("starting 6 processes" in row["event"] for row in tracked if row["kind"] == "event")
+    assert left_running(tmp_path) == []
+
+
+def test_a_hook_that_raises_ends_the_run_at_once_in_its_own_words(tmp_path: Path) -> None:
+    (tmp_path / "my_loss.py").write_text("def loss(rows):\n    raise ValueError('no teacher today')\n")
+    opd(tmp_path, "example", "quickstart")
+    changes = {"schedule.steps": 2, "opd.loss": "reverse_kl", "opd.function": "my_loss:loss", "evaluation.prompts": 8}
+    changes |= {"evaluation.every_steps": "null", "evaluation.teacher": "false"}
+    words = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    said = opd(tmp_path, "run", *words, code=2)
+    assert re.search(r"opd.function: my_loss:loss raised ValueError: no teacher today for samples? \d+", said)
+    assert "learner-0 ended (exit code 2) and would again" in said and "restarting" not in said
+    log = (tmp_path / "runs/quickstart/logs/learner-0.log").read_text()
+    for text in (said, log):
+        assert not re.search(
+            r"torch\.distributed|elastic|Traceback|Root Cause", text.replace("elastic_error_file", "")
+        ), text
     assert left_running(tmp_path) == []

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_learner import EMPTY, assert_close, hf_gradients, learner_config, micro_batch, split, step_batch
@@ -77,15 +78,16 @@ def test_it_gets_the_top_k_where_the_loss_has_them(alone: Place, model_path: Pat
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("raising", r"raised KeyError: 'no such row' for a micro-batch of 7 rows; mend the function"),
+        ("raising", r"raised KeyError: 'no such row' for samples 12, 7, a micro-batch of 10 rows; mend the function"),
         ("bare", r"returned tensor\(.*, but LossOutput\(loss\) has a float scalar"),
-        ("many", r"returned a tensor of shape \(7,\), but LossOutput\(loss\) has a float scalar"),
-        ("cut_off", r"returned a loss without gradient; compute it from rows.logprobs_R \(given a micro-batch"),
-        ("infinite", r"returned the loss -inf \(given a micro-batch of 7 rows\)"),
+        ("many", r"returned a tensor of shape \(10,\), but LossOutput\(loss\) has a float scalar"),
+        ("cut_off", r"returned a loss without gradient; compute it from rows.logprobs_R \(given samples 12, 7, a"),
+        ("infinite", r"returned the loss -inf \(given samples 12, 7, a micro-batch of 10 rows\)"),
     ],
 )
 def test_what_cannot_be_trained_on_is_named(alone: Place, model_path: Path, name: str, words: str) -> None:
     own = trainer(model_path, LossConfig(function=f"loss_hooks:{name}"))
+    batch = replace(micro_batch([9, 5]), sample_ids=np.array([12, 7]))
     with pytest.raises(HookError, match=f"^opd.function: loss_hooks:{name} {words}"):
-        own.step(step_batch(0, [micro_batch([9])]))
+        own.step(step_batch(0, [batch]))
     assert own.version == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opd_async.transport.wire import Float32, Float32Matrix, Int32, Int32Matrix, message
+from opd_async.transport.wire import Float32, Float32Matrix, Int32, Int32Matrix, Int64, message
 
 
 @message
@@ -117,7 +117,8 @@ class Train:
     """A step for one learner rank, or a part of one: its `StepBatch` as flat arrays, micro-batches back to back.
 
     `mb_tokens`, `mb_sequences`, `mb_rows` int32[M] say where each micro-batch ends; `sequence_lengths` int32[N];
-    `topk_ids` int32[R, k] and `topk_logprobs` float32[R, k] as in `ScoredChunk`; `rewards` float32[N], NaN for none.
+    `topk_ids` int32[R, k] and `topk_logprobs` float32[R, k] as in `ScoredChunk`; `rewards` float32[N], NaN for none;
+    `sample_ids` int64[N].
     """
 
     version: int
@@ -138,3 +139,4 @@ class Train:
     topk_logprobs: Float32Matrix | None = None
     weights: Float32 | None = None
     rewards: Float32 | None = None
+    sample_ids: Int64 | None = None
