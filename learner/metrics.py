@@ -44,7 +44,7 @@ class StepMetrics:
     ratio_max: float | None = None
     clipped_share: float | None = None
     gated_share: float | None = None
-    """Of tokens that `opd.mismatch` dropped, or whose ratio it cut."""
+    """Of tokens that `opd.mismatch` dropped, or whose ratio it bounded."""
     clamped_share: float | None = None
     staleness_mean: float | None = None
     """Optimizer steps."""

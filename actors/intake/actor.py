@@ -27,6 +27,7 @@ import numpy as np
 from opd_async.actors.intake.filtering import GroupFilter
 from opd_async.actors.intake.ranks import LearnerRanks
 from opd_async.actors.intake.report import LatencyReservoir, describe_filtered, describe_rewards, describe_step
+from opd_async.actors.intake.shown import ShownSamples
 from opd_async.actors.intake.steps import Taken, give_advantages, pack, step_started
 from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import ScheduleSection, TrainOn
@@ -81,6 +82,7 @@ class Intake:
         self._taken_whole: dict[int, tuple[int, int, int]] = {}
         """(attempt, actor, end) of complete samples that a step took before their end was acknowledged."""
         self._latencies = LatencyReservoir()
+        self._shown = ShownSamples(plan.topology.telemetry.samples_per_step)
         self._door = role.guard()
         self._bounds = ChunkBounds(plan, self._door.keys)
         self._pull = Pull(role.context, plan.scored, self._malformed_frame, door=self._door)
@@ -197,7 +199,16 @@ class Intake:
             # its last chunk may not have been acknowledged yet, and it is about to be forgotten
             self._taken_whole[sample.sample_id] = (sample.attempt, sample.actor, sample.scored_end + 1)
             self._unacknowledged.add(sample.sample_id)
-        return Taken(sample.sample_id, end, complete, self._assembler.take(sample), sample.reward)
+        segment = self._assembler.take(sample)
+        return Taken(
+            sample_id=sample.sample_id,
+            end=end,
+            complete=complete,
+            segment=segment,
+            reward=sample.reward,
+            finish=sample.finish,
+            prompt_id=sample.prompt_id,
+        )
 
     async def _step(self, version: int, taken: list[Taken]) -> None:
         self._version = None
@@ -219,6 +230,8 @@ class Intake:
         await self._role.control.send(step_started(version, taken, stats, staleness))
         # in a thread: a step of a million tokens would hold up everything that arrives meanwhile
         await self.ranks.send_step(await asyncio.to_thread(pack, segments, version, self._topology.learner))
+        for one in self._shown.of_step(kept, taken, version):
+            await self._role.control.send(one)
 
     def _record(self, version: int, segments: list[Segment], stats: dict[str, float], staleness: Any) -> None:
         ranges = [(s.sample_id, s.start, s.end, int(s.versions.min()), int(s.versions.max())) for s in segments]

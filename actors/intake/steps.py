@@ -27,6 +27,9 @@ class Taken(NamedTuple):
     complete: bool
     segment: Segment | None
     reward: float | None
+    finish: str | None = None
+    """How the response ended, with `complete`."""
+    prompt_id: int = -1
 
 
 def give_advantages(taken: list[Taken], topology: Topology) -> list[Outcome]:

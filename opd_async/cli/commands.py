@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import webbrowser
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -100,6 +101,23 @@ def report(arguments: argparse.Namespace) -> None:
         print(render(Report.model_validate_json(text)))
     except ValidationError as error:
         raise InputError(f"{file}: is no report of this version: {error.errors()[0]['msg']}") from None
+
+
+@in_words
+def samples(arguments: argparse.Namespace) -> None:
+    """`opd samples`: the page of a run's responses."""
+    from opd_async.telemetry.samples_page import PAGE_FILE, write_page
+
+    out = arguments.output or arguments.folder / PAGE_FILE
+    try:
+        count = write_page(arguments.folder, out, arguments.most)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}; give another place with --output") from None
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{arguments.folder}: its responses are not of this version ({error!r})") from None
+    print(f"{count:,} responses: {out}")
+    if arguments.open:
+        webbrowser.open(out.resolve().as_uri())
 
 
 @in_words

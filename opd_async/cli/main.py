@@ -60,6 +60,27 @@ def _report_arguments(parser: argparse.ArgumentParser) -> Handler:
     return report
 
 
+def _samples_arguments(parser: argparse.ArgumentParser) -> Handler:
+    from opd_async.cli.commands import samples
+    from opd_async.telemetry.samples_page import MOST, PAGE_FILE
+
+    parser.add_argument("folder", type=Path, help="a run's folder, such as runs/quickstart; the run may be going on")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"where to write the page; {PAGE_FILE} in the folder"
+    )
+    parser.add_argument(
+        "--most", type=_at_least_one, default=MOST, metavar="N", help=f"most responses in it ({MOST:,})"
+    )
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    return samples
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; write a number, at least 1")
+    return int(text)
+
+
 def _schema_arguments(parser: argparse.ArgumentParser) -> Handler:
     from opd_async.cli.commands import schema
 
@@ -91,6 +112,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Handler]]] = 
     "plan": ("predict step time, memory and the best split, without a GPU", _plan_arguments),
     "convert": ("Hugging Face folders to Megatron checkpoints and back", _no_arguments),
     "report": ("print the report of a finished run", _report_arguments),
+    "samples": ("make a page of a run's responses, coloured token by token", _samples_arguments),
     "schema": ("print the JSON schema of topologies, for editors", _schema_arguments),
     "example": ("write an example to start from", _example_arguments),
     "completion": ("print a script that completes this command in a shell", _completion_arguments),

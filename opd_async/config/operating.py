@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from opd_async.config.section import HookName, NonNegative, Positive, Seconds, Section, Steps, Tokens
+from opd_async.config.section import HookName, Mebibytes, NonNegative, Positive, Seconds, Section, Steps, Tokens
 
 
 class CheckpointSection(Section):
@@ -59,6 +59,17 @@ class TrackingSection(Section):
 
     function: HookName | None = None
     """`module:name` of a function that gets every row of `metrics.jsonl` and every event (docs/hooks.md)."""
+
+
+class TelemetrySection(Section):
+    """What the run writes down for people to read."""
+
+    samples_per_step: int = Field(default=4, ge=0, le=64)
+    """How many responses of each step, and of each evaluation, are written to `samples.jsonl` with text, logprobs and
+    ages. 0 writes none."""
+    samples_mib: Mebibytes = 256
+    """Size at which `samples.jsonl` is thinned: the responses of every second step leave it, and from then on only half
+    as many steps are recorded."""
 
 
 class SupervisorSection(Section):

@@ -28,6 +28,7 @@ from opd_async.config.operating import (
     EvaluationSection,
     NetworkSection,
     SupervisorSection,
+    TelemetrySection,
     TrackingSection,
 )
 from opd_async.config.section import Device, NonNegative, Section
@@ -57,6 +58,7 @@ __all__ = (
     "ScheduleSection",
     "SupervisorSection",
     "TeacherSection",
+    "TelemetrySection",
     "Topology",
     "TrackingSection",
     "TrainOn",
@@ -111,6 +113,8 @@ class Topology(Section):
     """Where roles listen."""
     supervisor: SupervisorSection = SupervisorSection()
     """Restarts and deadlines."""
+    telemetry: TelemetrySection = TelemetrySection()
+    """What the run writes down for people to read."""
     tracking: TrackingSection = TrackingSection()
     """Where figures go beside the run's own files."""
     shared_devices: tuple[Device, ...] = ()

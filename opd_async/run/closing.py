@@ -20,6 +20,8 @@ from opd_async.signals import EXIT_INTERRUPTED
 from opd_async.telemetry.plots import learning_curve
 from opd_async.telemetry.report import Report, write
 from opd_async.telemetry.report_table import render
+from opd_async.telemetry.samples import SAMPLES_FILE
+from opd_async.telemetry.samples_page import PAGE_FILE, write_page
 
 Say = Callable[[str], None]
 
@@ -70,6 +72,12 @@ def _files(report: Report, ledger: Ledger, folder: Path, say: Say) -> Iterator[t
             yield "learning curve", curve
         except Exception as error:  # whatever a drawing library finds: the run itself is over and done
             say(f"the learning curve cannot be drawn: {error}")
+    if (folder / SAMPLES_FILE).is_file():
+        try:
+            write_page(folder, folder / PAGE_FILE)
+            yield "responses", folder / PAGE_FILE
+        except (OSError, OpdError, ValueError, LookupError) as error:  # the run itself is over and done
+            say(f"the page of the responses cannot be written: {error}")
     yield from (("figures of every step", folder / "metrics.jsonl"), ("logs", folder / "logs"))
     if (folder / EXPORT / "config.json").is_file():
         yield "trained student", folder / EXPORT

@@ -28,7 +28,7 @@ SPEAKERS: dict[type, frozenset[RoleKind]] = {
     m.ResetDone: frozenset({RoleKind.ROLLOUT, RoleKind.TEACHER}),
     m.LearnerReply: frozenset({RoleKind.LEARNER}),
     **dict.fromkeys((m.Acks, m.StepStarted, m.Reclaimed, m.DrainRequest, m.Frontier), _INTAKE),
-    **dict.fromkeys((m.Quiesced, m.NotSaved), _INTAKE),
+    **dict.fromkeys((m.Quiesced, m.NotSaved, m.TrainedSample), _INTAKE),
 }
 """Who may send which message to the dispatcher; nobody may send it any other."""
 
@@ -71,6 +71,10 @@ class ControlBounds:
                 )
             case m.Reclaimed():
                 return self._ids("tokens", message.tokens)
+            case m.TrainedSample():
+                # it follows its step, which the learner may have trained meanwhile
+                ids = self._ids("prompt", message.prompt) or self._ids("response", message.response)
+                return ids or self._due(message.version, self._run.state.version, self._run.state.version - 1)
             case m.Frontier():
                 return self._frontier(message)
             case m.DrainRequest():

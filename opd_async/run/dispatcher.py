@@ -70,6 +70,7 @@ class Dispatcher:
         self.state = RunState()
         self.learner_lost = asyncio.Event()
         self.failed: asyncio.Future[OpdError] = asyncio.get_running_loop().create_future()
+        self.on_sample: Callable[[m.TrainedSample], None] = lambda sample: None
         self.on_eval_done: Callable[[m.EvalDone], None] = lambda done: None
         self._bounds = ControlBounds(self)
         self._deaths = Deaths(self)
@@ -182,6 +183,8 @@ class Dispatcher:
                     self.on_eval_done(message)
                 case m.StepStarted():
                     self._step_started(message)
+                case m.TrainedSample():
+                    self.on_sample(message)
                 case m.Reclaimed():
                     self.leasing.reclaimed(message)
                 case m.DrainRequest():

@@ -13,12 +13,13 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 
-from opd_async.config.topology import EvaluationSection
+from opd_async.config.topology import ONE_TEACHER, EvaluationSection
 from opd_async.data.answers import AnswerChecker
 from opd_async.data.prompts import Prompt
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import DeadlineError
 from opd_async.telemetry.report import Evaluation
+from opd_async.telemetry.samples import EvaluatedSample
 from opd_async.transport.messages import EvalDone, Finish, Lease, LeaseKind
 
 EVAL_IDS = 1 << 48
@@ -39,6 +40,9 @@ class Evaluator:
         self._checker = AnswerChecker(section.answer_pattern)
         self._slots = slots
         self._send = send
+        self.shown = 0
+        """How many sampled responses of each evaluation `on_sample` gets."""
+        self.on_sample: Callable[[EvaluatedSample], None] = lambda sample: None
         self._ids = itertools.count(EVAL_IDS)
         self._waiting: dict[int, asyncio.Future[EvalDone]] = {}
 
@@ -77,9 +81,25 @@ class Evaluator:
                 f"the evaluation of the {side} did not end within {deadline_s:.0f} s; see the rollout actors' and its "
                 "engines' logs, or raise supervisor.evaluation_deadline_s"
             ) from None
+        who = "student" if teacher is None else teacher if teacher == ONE_TEACHER else f"teacher {teacher}"
+        for prompt, done in sampled[: self.shown]:
+            self.on_sample(self._shown(who, step, prompt, done))
         passed, passed_greedy = (sum(self._correct(*one) for one in responses) for responses in (sampled, greedy))
         unjudged = sum(done.reward is None for _, done in [*sampled, *greedy]) if section.judge == "reward" else 0
         return Evaluation.from_counts(len(prompts), passed, passed_greedy, step, samples, section.temperature, unjudged)
+
+    def _shown(self, who: str, step: int, prompt: Prompt, done: EvalDone) -> EvaluatedSample:
+        return EvaluatedSample(
+            who=who,
+            step=step,
+            prompt_id=prompt.prompt_id,
+            prompt=prompt.token_ids,
+            response=done.token_ids,
+            finish=done.finish,
+            label=prompt.label,
+            right=self._correct(prompt, done),
+            reward=done.reward,
+        )
 
     async def _responses(
         self, kind: LeaseKind, prompts: Sequence[Prompt], temperature: float

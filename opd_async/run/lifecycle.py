@@ -46,6 +46,7 @@ from opd_async.signals import Signals
 from opd_async.telemetry.exporter import RoleMetrics, loop_lag, write_targets
 from opd_async.telemetry.progress import Progress
 from opd_async.telemetry.report import Report
+from opd_async.telemetry.samples import SAMPLES_FILE, SampleRecord
 from opd_async.telemetry.tracking import Tracker
 from opd_async.transport import messages as m
 
@@ -80,6 +81,7 @@ class Lifecycle:
         self.ledger: Ledger | None = None
         self.unsaved: StorageError | None = None
         """The run ended because no disk took what it has to keep."""
+        self._samples: SampleRecord | None = None
         signals.on_first = self._acknowledge
 
     @property
@@ -117,8 +119,13 @@ class Lifecycle:
         ledger.on_row = tracker.track
         ledger.on_unwritten = lambda kind, count: metrics["opd_launcher_unwritten_total"].labels(kind).inc(count)
         self._progress.on_event = lambda text: tracker.track("event", {"time": time.time(), "event": text})
+        telemetry = plan.topology.telemetry
+        self._samples = samples = SampleRecord(
+            plan.run_folder / SAMPLES_FILE, self._inputs.tokenizer, telemetry.samples_mib << 20, self._progress.say
+        )
         with (
             tracker,
+            samples,
             zmq.asyncio.Context() as context,
             contextlib.closing(ledger),
             metrics.serve(plan.topology.network.bind, plan.launcher_metrics_port),
@@ -131,6 +138,8 @@ class Lifecycle:
                 self._dispatcher = dispatcher = Dispatcher(
                     plan=plan, fleet=fleet, ledger=ledger, metrics=metrics, context=context, prompts=prompts, mix=mix
                 )
+                dispatcher.on_sample = samples.add
+                samples.rewind(self._checkpoint.step)
                 try:
                     await self._conduct(dispatcher, fleet)
                 finally:
@@ -202,6 +211,8 @@ class Lifecycle:
         section, slots = topology.evaluation, topology.rollout.slots
         evaluator = Evaluator(held_out.prompts, self._inputs.tokenizer, section, slots, dispatcher.send_eval)
         dispatcher.on_eval_done = evaluator.deliver
+        assert self._samples is not None
+        evaluator.shown, evaluator.on_sample = topology.telemetry.samples_per_step, self._samples.add
         return evaluator
 
     async def _recover(self, dispatcher: Dispatcher, fleet: Fleet, script: Script) -> None:
@@ -221,6 +232,8 @@ class Lifecycle:
         await fleet.start(intake, env | {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
         await fleet.start(learner, env)
         dispatcher.ledger.rewind(version, self._checkpoint.folder)
+        if self._samples is not None:
+            self._samples.rewind(version)
         self._progress.say(f"learner and intake start again from step {version}")
 
     async def _stop(self, dispatcher: Dispatcher, fleet: Fleet) -> None:

@@ -25,6 +25,8 @@ from opd_async.files import PRIVATE, write_atomically
 from opd_async.plan.plan import Plan
 from opd_async.plan.resolve import KEYS_FOLDER, PLAN_FILE
 from opd_async.run import checkpoints, fingerprints
+from opd_async.telemetry.samples import SAMPLES_FILE
+from opd_async.telemetry.samples_page import PAGE_FILE
 
 TOPOLOGY_FILE = "topology.yaml"
 LOCK_FILE = ".lock"
@@ -35,6 +37,8 @@ MADE_BY_RUNS = (
     "trained.jsonl",
     "report.json",
     "learning_curve.png",
+    SAMPLES_FILE,
+    PAGE_FILE,
     "targets.json",
     fingerprints.INPUTS_FILE,
     "checkpoints",

@@ -39,7 +39,20 @@ class Verdict(StrEnum):
     """Lengths differ, a logprob is not a finite number <= 0, or the teacher's top-k is not what was asked for."""
 
 
-@dataclass(slots=True)
+class ChunkFacts(NamedTuple):
+    """What is remembered of a chunk beside its tokens."""
+
+    end: int
+    """Position after its last token."""
+    version: int
+    """Weights that made it."""
+    made_at: float
+    """When its last token arrived at the rollout actor, in `time.time()`."""
+    latency_s: float
+    """From then to its score."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Piece:
     """Scored tokens of one weight version. float32[n] each; `token_ids` int32[n]; `topk` n rows or None.
 
@@ -51,6 +64,7 @@ class Piece:
     behaviour_logprobs: NDArray[np.float32]
     teacher_logprobs: NDArray[np.float32]
     topk: TopK | None = None
+    facts: ChunkFacts | None = None
 
 
 MAX_EARLY = 256
@@ -107,7 +121,7 @@ class Segment:
     `versions` int32[end - start] of the weights that made it, `topk` of end - start rows where the loss needs it,
     `advantages` float32[end - start] where an estimator has set them. `weight` is how often each of its tokens
     counts in the loss (None: once). `reward` is set where the learner makes advantages of it, NaN where there
-    is none.
+    is none. `chunks` are those that the segment is made of.
     """
 
     sample_id: int
@@ -124,6 +138,7 @@ class Segment:
     teacher: str = ""
     weight: float | None = None
     reward: float | None = None
+    chunks: tuple[ChunkFacts, ...] = ()
 
 
 class Resumable(NamedTuple):
@@ -218,7 +233,14 @@ class Assembler:
     def _append(self, sample: Sample, chunk: ScoredChunk) -> None:
         if len(chunk.token_ids):
             topk = TopK.of(chunk.topk_ids, chunk.topk_logprobs)
-            piece = Piece(chunk.weight_version, chunk.token_ids, chunk.behaviour_logprobs, chunk.teacher_logprobs, topk)
+            piece = Piece(
+                version=chunk.weight_version,
+                token_ids=chunk.token_ids,
+                behaviour_logprobs=chunk.behaviour_logprobs,
+                teacher_logprobs=chunk.teacher_logprobs,
+                topk=topk,
+                facts=ChunkFacts(chunk.end, chunk.weight_version, chunk.made_at, chunk.latency_s),
+            )
             sample.untrained.append(piece)
             sample.scored_end, sample.version = chunk.end, chunk.weight_version
         sample.actor, sample.teacher = chunk.actor, chunk.teacher
@@ -296,4 +318,5 @@ def _segment(sample: Sample, complete: bool) -> Segment:
         versions=np.concatenate([np.full(len(piece.token_ids), piece.version, np.int32) for piece in pieces]),
         topk=join([piece.topk for piece in pieces]),
         teacher=sample.teacher,
+        chunks=tuple(piece.facts for piece in pieces if piece.facts is not None),
     )

@@ -27,6 +27,8 @@ MAX_WORDS = 1 << 20
 MAX_ENTRIES = 4096
 NEVER = 1.0e15
 """Seconds: beyond any clock."""
+LONGEST_S = 1.0e6
+"""Seconds: longer than a response takes."""
 
 
 class Range(NamedTuple):
@@ -60,7 +62,7 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("taken_ends", "prompt_tokens", "response_tokens", "max_tokens", "ready_tokens"), _COUNT),
     **dict.fromkeys(("version", "next_step", "step", "weight_version", "loss_tokens", "part"), _COUNT),
     **dict.fromkeys(("mb_tokens", "mb_sequences", "mb_rows", "sequence_lengths", "rows", "staleness"), _COUNT),
-    **dict.fromkeys(("token_ids", "prompt", "prefix", "given", "context", "topk_ids", "tokens"), _COUNT),
+    **dict.fromkeys(("token_ids", "prompt", "prefix", "given", "context", "topk_ids", "tokens", "response"), _COUNT),
     **dict.fromkeys(("partial_tokens", "staleness_counts", "request", "token"), _ID),
     **dict.fromkeys(("behaviour_logprobs", "teacher_logprobs"), _LOGPROB),
     "topk_logprobs": Range(-math.inf, 1.0e-3),
@@ -71,7 +73,9 @@ BOUNDS: dict[str, Bound] = {
     "counters": Range(-1.0e18, 1.0e18),
     "actors": Range(-1, MAX_COUNT),
     "temperature": Range(0, 1.0e6),
-    **dict.fromkeys(("made_at", "latency_s"), Range(0, NEVER)),
+    **dict.fromkeys(("made_at", "latency_s", "chunk_latency_s"), Range(0, NEVER)),
+    "chunk_made_s": Range(-LONGEST_S, LONGEST_S),
+    **dict.fromkeys(("chunk_ends", "chunk_versions", "part_ends", "part_versions"), _COUNT),
     **dict.fromkeys(("role", "teacher", "teacher_id", "group", "incarnation"), _NAME),
     **dict.fromkeys(("folder", "url", "engines"), Text(4096)),
     **dict.fromkeys(("text", "reason", "error"), Text(MAX_TEXT)),
@@ -93,6 +97,11 @@ EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
     "Frontier": (("partial_ids", "partial_ends"),),
     "Chunk": (("token_ids", "behaviour_logprobs"),),
     "ScoredChunk": (("token_ids", "behaviour_logprobs"),),
+    "TrainedSample": (
+        ("response", "behaviour_logprobs"),
+        ("chunk_ends", "chunk_versions", "chunk_made_s", "chunk_latency_s"),
+        ("part_ends", "part_versions"),
+    ),
     "Train": (
         ("mb_tokens", "mb_sequences", "mb_rows"),
         ("rows", "behaviour_logprobs", "advantages", "staleness", "weights", "topk_ids", "topk_logprobs"),
@@ -130,6 +139,8 @@ def problem(message: Any) -> str | None:
         lengths, whole = PIECES[name]
         if (total := int(values[lengths].sum(dtype=np.int64))) != len(values[whole]):
             return f"{whole}: {len(values[whole])} where {lengths} add up to {total}"
+    if name == "TrainedSample":
+        return _of_trained(values)
     return _of_chunk(values) if name in ("Chunk", "ScoredChunk") else None
 
 
@@ -160,6 +171,21 @@ def _array_breaks(bound: Range, array: np.ndarray[Any, Any]) -> str | None:
         return None
     low, high = array.min(), array.max()  # NaN if there is one
     return None if low >= bound.low and high <= bound.high else f"values from {low} to {high}"
+
+
+def _of_trained(values: Mapping[str, Any]) -> str | None:
+    """What the fields of a `TrainedSample` say of each other."""
+    count, scores = len(values["response"]), len(values["teacher_logprobs"])
+    if scores not in (0, count):
+        return f"teacher_logprobs: {scores} for {count} tokens"
+    if count > values["response_tokens"]:
+        return f"response: {count} of {values['response_tokens']} tokens"
+    if len(values["prompt"]) > values["prompt_tokens"]:
+        return f"prompt: {len(values['prompt'])} of {values['prompt_tokens']} tokens"
+    for field in ("chunk_ends", "part_ends"):
+        if (np.diff(values[field]) < 0).any():
+            return f"{field}: not in order"
+    return None
 
 
 def _of_chunk(values: Mapping[str, Any]) -> str | None:

@@ -60,6 +60,8 @@ def sane(kind: type) -> Any:
             values[name] = {list: ["x"], dict: {"x": 0.5}}.get(origin) if origin else plain[parts[0]]
     if "context" in values:
         values["context"] = np.ones(values["prompt_tokens"] + values["start"], np.int32)
+    if kind is m.TrainedSample:
+        values |= {"prompt_tokens": ROWS, "response_tokens": ROWS}
     if "completed" in values:
         values["completed"] = np.array([[0, 1], [3, 4]], np.int64)
     return kind(**values)
@@ -180,6 +182,8 @@ def unbelievable(plan: Plan) -> list[tuple[str, Any]]:
         ("intake-0", m.Reclaimed(ids, one, one, one, far)),
         ("intake-0", m.Frontier(5, np.array([[3, 1]], np.int64), ids[:0], none, none)),
         ("intake-0", m.Frontier(5, np.array([[0, 4], [2, 9]], np.int64), ids[:0], none, none)),
+        ("intake-0", dataclasses.replace(sane(m.TrainedSample), version=99)),
+        ("intake-0", dataclasses.replace(sane(m.TrainedSample), version=5, response=np.concatenate([far, one]))),
         ("intake-0", m.DrainRequest(3)),
         ("intake-0", m.Quiesced(99)),
         ("intake-0", m.NotSaved(99, "no room")),

@@ -207,7 +207,9 @@ class Repeating(FilledSteps):
                 again = sample.trained.pop()
                 sample.trained_end -= len(again)
                 fill = np.full(len(again), -1.0, np.float32)
-                sample.untrained.insert(0, Piece(version, again, fill, fill))
+                sample.untrained.insert(
+                    0, Piece(version=version, token_ids=again, behaviour_logprobs=fill, teacher_logprobs=fill)
+                )
         return found
 
 

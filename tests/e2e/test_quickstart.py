@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from deadlines import patience
 from harness import ROOT, Launch, check_trained, topology, write_topology
+
+from opd_async.telemetry.samples import read_samples
 
 
 @pytest.mark.parametrize("max_staleness", [1, 0])
@@ -55,6 +58,29 @@ def test_quickstart_in_small(tmp_path: Path, max_staleness: int) -> None:
     page = (ROOT / "docs/running.md").read_text()
     assert [column for row in rows for column in row if f"\n| `{column}` |" not in page] == []
     check_trained(folder, max_staleness, 4)
+    check_samples(folder, max_staleness)
+
+
+def check_samples(folder: Path, max_staleness: int) -> None:
+    """Four responses of each step and evaluation, each with a text, ages and logprobs of every token."""
+    rows = [row for _, row in read_samples(folder / "samples.jsonl")]
+    per = Counter((row.get("evaluation"), row["step"]) for row in rows)
+    whose = [(None, 1), (None, 2), (None, 3), (None, 4), ("teacher", 0), ("student", 0), ("student", 2), ("student", 4)]
+    assert set(per) <= set(whose) and set(whose[4:]) <= set(per) and max(per.values()) == 4
+    trained = [row for row in rows if "sample" in row]
+    assert len(trained) >= 8
+    for row in trained:
+        sizes = {len(row[name]) for name in ("ends", "student_logprobs", "teacher_logprobs")}
+        assert sizes == {row["response_tokens"]} and row["ends"][-1] == len(row["response"])
+        assert row["prompt"].endswith("=") and row["response"].endswith("<eos>" if row["finish"] == "stop" else "")
+        assert row["chunks"][-1][0] == row["parts"][-1][0] == row["response_tokens"]
+        assert row["parts"][-1][1] == row["step"] and min(wait for *_, wait in row["chunks"]) >= 0
+        first = row["parts"][0][1] - 1
+        assert 0 <= first - row["chunks"][0][1] <= max_staleness
+    for row in rows:
+        if "evaluation" in row:
+            assert row["right"] == row["response"].endswith(f":{row['label']}<eos>")
+    assert (folder / "samples.html").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("train_on", ["tokens", "samples"])

@@ -24,7 +24,7 @@ from opd_async.transport.messages.generation import (
 )
 from opd_async.transport.messages.learner import ExportModel, LearnerReply, PartDone, SaveCheckpoint, SyncWeights
 from opd_async.transport.messages.roles import Failure, Heartbeat, Hello, Stop
-from opd_async.transport.messages.samples import Chunk, ScoredChunk, Train
+from opd_async.transport.messages.samples import Chunk, ScoredChunk, Train, TrainedSample
 from opd_async.transport.messages.steps import (
     Acks,
     Drained,
@@ -78,5 +78,6 @@ __all__ = [
     "SyncWeights",
     "TeacherRestarted",
     "Train",
+    "TrainedSample",
     "Version",
 ]

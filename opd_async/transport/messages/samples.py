@@ -1,4 +1,7 @@
-"""Samples on their way: `Chunk` (rollout to teacher), `ScoredChunk` (teacher to intake), `Train` (to learner ranks)."""
+"""Samples on their way: `Chunk` (rollout to teacher), `ScoredChunk` (teacher to intake), `Train` (to learner ranks).
+
+`TrainedSample` tells the launcher of a few of them, for people to read.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +70,7 @@ class Chunk:
             reward=self.reward,
             teacher=self.teacher,
             grant=self.grant,
+            made_at=self.made_at,
         )
 
 
@@ -104,11 +108,51 @@ class ScoredChunk:
     """The teacher that scored it, by its own word."""
     grant: int = 0
     """That of the `Lease`."""
+    made_at: float = 0.0
+    """When the chunk's last token arrived at the rollout actor."""
 
     @property
     def end(self) -> int:
         """Position after the chunk's last token."""
         return self.start + len(self.token_ids)
+
+
+@message
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedSample:
+    """A response that a step has taken to its end, for `samples.jsonl`; only the first tokens of a long one.
+
+    `prompt` int32[p] are the last of `prompt_tokens` tokens, `response` int32[n] the first of `response_tokens`. Per
+    recorded token: `behaviour_logprobs` float32[n]; `teacher_logprobs` float32[n], float32[0] without teacher engines.
+    """
+
+    version: int
+    """Weights that the step started from which took the end."""
+    sample_id: int
+    prompt_id: int
+    prompt_tokens: int
+    response_tokens: int
+    finish: str
+    reward: float | None
+    teacher: str
+    prompt: Int32
+    response: Int32
+    behaviour_logprobs: Float32
+    teacher_logprobs: Float32
+    made_at: float
+    """When the last token of the first chunk arrived at the rollout actor."""
+    chunk_ends: Int32
+    """Position after each chunk."""
+    chunk_versions: Int32
+    """Weights that made it."""
+    chunk_made_s: Float32
+    """Its arrival, in seconds after `made_at`."""
+    chunk_latency_s: Float32
+    """From its arrival to its score."""
+    part_ends: Int32
+    """Position after each part that a step took; more than one part means that the response was cut."""
+    part_versions: Int32
+    """Weights from which that step started."""
 
 
 @message

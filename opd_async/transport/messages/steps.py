@@ -1,4 +1,4 @@
-"""Between the dispatcher and the intake: what is held, planned and trained."""
+"""Between the dispatcher and the intake: what is held, taken and trained."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Acks:
     """What the intake holds, scored, of `sample_ids[i]` (attempt `attempts[i]`): all tokens before `ends[i]`, where
     `ends[i]` is one more once the end of the response is known too.
 
-    `ready_tokens` could be trained in step `next_step`, the next to be planned: finished responses, and tokens whose
+    `ready_tokens` could be trained in step `next_step`, the next to be taken: finished responses, and tokens whose
     age demands it."""
 
     next_step: int
@@ -81,7 +81,7 @@ class Drained:
 @message
 @dataclass(frozen=True, slots=True)
 class Quiesce:
-    """Plan no further step; answer with `Quiesced`."""
+    """Take no further step; answer with `Quiesced`."""
 
     reason: str
 
@@ -89,7 +89,7 @@ class Quiesce:
 @message
 @dataclass(frozen=True, slots=True)
 class Quiesced:
-    """The learner will have weights `version` once it has trained every step that was planned."""
+    """The learner will have weights `version` once it has trained every step that was taken."""
 
     version: int
 

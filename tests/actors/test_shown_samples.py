@@ -1,0 +1,97 @@
+"""Which responses of a step are shown to people, and whether their parts are put together as they were trained."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from opd_async.actors.intake.shown import FOLLOWED, SHOWN_TOKENS, ShownSamples
+from opd_async.actors.intake.steps import Taken
+from opd_async.scheduling.assembly import ChunkFacts, Segment
+from opd_async.transport.bounds import problem
+
+PROMPT = np.array([7, 8, 9], np.int32)
+
+
+def taken(sample: int, start: int, end: int, *, complete: bool = True, version: int = 0) -> Taken:
+    """A step's part [start, end) of a response whose token at position i is 100 + i, in one chunk."""
+    positions = np.arange(start, end, dtype=np.float32)
+    segment = Segment(
+        sample_id=sample,
+        prompt_tokens=len(PROMPT),
+        start=start,
+        end=end,
+        complete=complete,
+        token_ids=np.concatenate([PROMPT, np.arange(100, 100 + end, dtype=np.int32)]),
+        behaviour_logprobs=-positions,
+        teacher_logprobs=-2 * positions,
+        versions=np.full(end - start, version, np.int32),
+        teacher="large",
+        chunks=(ChunkFacts(end=end, version=version, made_at=1000.0 + end, latency_s=0.5),),
+    )
+    return Taken(
+        sample_id=sample,
+        end=end,
+        complete=complete,
+        segment=segment,
+        reward=0.25 if complete else None,
+        finish="length" if complete else None,
+        prompt_id=4,
+    )
+
+
+def test_a_response_that_was_cut_is_shown_whole() -> None:
+    shown = ShownSamples(per_step=1)
+    first = [taken(5, 0, 10, complete=False, version=2)]
+    assert shown.of_step(first, first, version=3) == []
+    last = [taken(5, 10, 16, version=4)]
+    (one,) = shown.of_step(last, last, version=4)
+    assert (one.version, one.sample_id, one.prompt_id, one.finish, one.reward, one.teacher) == (
+        *(4, 5, 4, "length", 0.25, "large"),
+    )
+    assert one.prompt.tolist() == [7, 8, 9] and one.response.tolist() == list(range(100, 116))
+    assert one.behaviour_logprobs.tolist() == [-i for i in range(16)]
+    assert one.teacher_logprobs.tolist() == [-2 * i for i in range(16)]
+    assert (one.part_ends.tolist(), one.part_versions.tolist()) == ([10, 16], [3, 4])
+    assert (one.chunk_ends.tolist(), one.chunk_versions.tolist()) == ([10, 16], [2, 4])
+    assert (one.made_at, one.chunk_made_s.tolist(), one.chunk_latency_s.tolist()) == (1010.0, [0, 6], [0.5, 0.5])
+    assert problem(one) is None, "it passes the bounds of the wire"
+    assert shown.of_step([], [], version=5) == [], "and is forgotten"
+
+
+def test_an_end_without_tokens_ends_a_followed_response() -> None:
+    shown = ShownSamples(per_step=1)
+    first = [taken(5, 0, 10, complete=False)]
+    shown.of_step(first, first, version=3)
+    end = [taken(5, 10, 10)._replace(segment=None, end=10)]
+    (one,) = shown.of_step(end, end, version=4)
+    assert len(one.response) == one.response_tokens == 10 and one.part_ends.tolist() == [10]
+
+
+def test_so_many_of_each_step_and_none_whose_beginning_was_not_seen() -> None:
+    shown = ShownSamples(per_step=3)
+    step = [*(taken(n, 0, 4) for n in range(20)), *(taken(n, 2, 4) for n in range(20, 60))]
+    chosen = [one.sample_id for one in shown.of_step(step, step, version=1)]
+    assert len(set(chosen)) == 3 and max(chosen) < 20
+    assert [one.sample_id for one in ShownSamples(per_step=3).of_step(step, step, version=1)] == chosen
+    assert ShownSamples(per_step=0).of_step(step, step, version=1) == []
+
+
+def test_memory_is_bounded_and_room_comes_back_with_every_end_also_that_of_a_filtered_response() -> None:
+    shown = ShownSamples(per_step=1)
+    many = [taken(n, 0, 4, complete=False) for n in range(100)]
+    shown.of_step(many, many, version=1)
+    assert len(shown._followed) == FOLLOWED
+    filtered = [taken(n, 4, 6) for n in range(100)]
+    assert shown.of_step([], filtered, version=2) == []
+    assert not shown._followed
+
+
+def test_of_a_long_response_the_first_tokens_are_shown() -> None:
+    shown = ShownSamples(per_step=1)
+    half = [taken(5, 0, SHOWN_TOKENS - 2, complete=False)]
+    shown.of_step(half, half, version=1)
+    rest = [taken(5, SHOWN_TOKENS - 2, SHOWN_TOKENS + 50)]
+    (one,) = shown.of_step(rest, rest, version=2)
+    assert (len(one.response), one.response_tokens) == (SHOWN_TOKENS, SHOWN_TOKENS + 50)
+    assert len(one.teacher_logprobs) == len(one.behaviour_logprobs) == SHOWN_TOKENS
+    assert problem(one) is None
