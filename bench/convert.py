@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_async.data.weight_files import SINGLE_NAME
 from opd_async.files import write_atomically
 from opd_async.learner import convert
-from opd_async.learner.hf.files import SINGLE_NAME, Reader, write_folder
+from opd_async.learner.hf.files import Reader, write_folder
 from opd_async.learner.hf.mapping import slots
 from opd_async.learner.model.architecture import read_shape
 

@@ -8,6 +8,7 @@ The model and its code are transformers'; any causal LM whose attention goes thr
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -21,8 +22,10 @@ from opd_async.actors.engine import sampler
 from opd_async.actors.engine.batch import Batch, SampleRows, ScoreRows
 from opd_async.actors.engine.kv import ATTENTION_NAME, PagedCache, place_groups
 from opd_async.actors.engine.request import FloatArray, TopRows
+from opd_async.data.end_tokens import end_ids
 from opd_async.data.model_folder import try_config
 from opd_async.data.rope import rope_problem
+from opd_async.data.weight_files import plain_problems
 from opd_async.errors import InputError
 
 # LM head rows x vocabulary held at once, in float32 elements (256 MiB).
@@ -60,15 +63,21 @@ class ModelRunner:
     def __init__(self, path: Path, *, dtype: str, device: str, pool_tokens: int | None, seed: int) -> None:
         """Load the model from a Hugging Face folder; `pool_tokens` None takes a default.
 
-        Raises `InputError` for a model whose rotary angles depend on the length of a call.
+        Raises `InputError` for a model whose rotary angles depend on the length of a call, for quantised weights, and
+        where the folder's tensors are not those of the model.
         """
         transformers_logging.disable_progress_bar()
         if problem := rope_problem(try_config(path)):
             raise InputError(f"{path}: {problem}")
+        if problems := plain_problems(path):
+            raise InputError("; ".join(problems))
         self.config = AutoConfig.from_pretrained(path)
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.device = torch.device(device)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, attn_implementation=ATTENTION_NAME)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path, dtype=self.dtype, attn_implementation=ATTENTION_NAME, output_loading_info=True
+        )
+        _refuse_other_tensors(path, loaded)
         self.model: torch.nn.Module = model.to(self.device).eval().requires_grad_(False)
         self.head: torch.nn.Module = model.get_output_embeddings()
         # Decoder and head are called apart, so that the head runs on the wanted rows only.
@@ -76,7 +85,7 @@ class ModelRunner:
         self.vocab_size = int(self.head.weight.shape[0])
         self.pool_tokens = pool_tokens or self._default_pool()
         self.cache = self._make_cache()
-        self.eos_ids = _eos_ids(model.generation_config, self.config)
+        self.eos_ids = frozenset(end_ids(path))
         self._generator = torch.Generator(device=self.device).manual_seed(seed)
 
     @torch.inference_mode()
@@ -174,13 +183,12 @@ class ModelRunner:
         return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
 
 
-def _eos_ids(*configs: object) -> frozenset[int]:
-    """Return the end-of-sequence ids that any of the configs names; the field is an id, a list of ids or None."""
-    found: set[int] = set()
-    for config in configs:
-        eos = getattr(config, "eos_token_id", None)
-        found.update([eos] if isinstance(eos, int) else eos or [])
-    return frozenset(found)
+def _refuse_other_tensors(path: Path, loaded: Mapping[str, Collection[object]]) -> None:
+    """Raise `InputError` if transformers left tensors of the folder aside, or made some up."""
+    for key, what in (("unexpected_keys", "have no place in the model"), ("missing_keys", "are missing")):
+        if names := sorted(str(name) for name in loaded[key]):
+            shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            raise InputError(f"{path}: {shown} {what}; give the folder of a model that is what its config.json says")
 
 
 def _collect_ids(

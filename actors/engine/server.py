@@ -75,7 +75,7 @@ def build_engine(config: EngineConfig) -> Engine:
             vocab_size=runner.vocab_size,
             context_length=context,
             pool_tokens=runner.pool_tokens,
-            eos_ids=runner.eos_ids | (codec.eos_ids if codec else frozenset()),
+            eos_ids=runner.eos_ids,
             stream_interval=config.stream_interval,
             encode=codec.encode if codec else None,
         ),

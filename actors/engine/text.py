@@ -27,12 +27,6 @@ class TextCodec:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        """Return the tokenizer's end-of-sequence id, if it has one."""
-        eos = self._tokenizer.eos_token_id
-        return frozenset() if eos is None else frozenset({int(eos)})
-
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a prompt."""
         return list(self._tokenizer.encode(text))

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from opd_async.data.weight_files import INDEX_NAME, SINGLE_NAME
 from opd_async.learner.errors import ModelError
 
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 4 << 30
 MAPPED_BYTES = 64 << 20
 """After so many bytes, files are closed and opened again: pages of a mapping count as this process's memory."""

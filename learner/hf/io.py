@@ -16,6 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from opd_async.data.decoder_tensors import HEAD
+from opd_async.data.weight_files import tensor_problems
 from opd_async.errors import StorageError
 from opd_async.files import unwritten
 from opd_async.learner.errors import ModelError
@@ -28,8 +30,11 @@ from opd_async.learner.model.decoder import DecoderModel
 def load_hf(model: DecoderModel, folder: Path) -> None:
     """Fill this rank's parameters from the safetensors of `folder`, cast to the model's dtype.
 
-    Raises `ModelError` that names the tensor which is missing or has another shape than the config says.
+    Raises `ModelError` that names the tensor which is missing, has another shape than the config says, is not a plain
+    number, or has no place in the model.
     """
+    if problems := tensor_problems(folder, dict(hf_specs(model)), _optional(model)):
+        raise ModelError("; ".join(problems))
     reader = Reader(folder)
     parameters = dict(model.named_parameters())
     wanted = local_slots(model)
@@ -46,6 +51,12 @@ def load_hf(model: DecoderModel, folder: Path) -> None:
             )
         parameters[name].copy_(part)
     mark_shards(model)
+
+
+def _optional(model: DecoderModel) -> set[str]:
+    """Names that the folder may hold or lack: a tied LM head, and what the model has of its own in its place."""
+    own = {name for slot in _slots(model) if slot.name in model.own_parameters for name in slot.hf_names}
+    return own | {HEAD} if model.shape.tied else own
 
 
 def mark_shards(model: DecoderModel) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from opd_async.config.topology import LearnerSection, ModelSection, Topology
+from opd_async.data.decoder import read_shape
+from opd_async.data.decoder_tensors import HEAD, decoder_tensors
 from opd_async.data.model_folder import ModelFacts, try_model
+from opd_async.data.weight_files import file_problems, tensor_problems
 from opd_async.errors import InputError
 from opd_async.run.checkpoints import shards
 
 
 def learner_problems(topology: Topology) -> Iterator[str]:
-    """List every value of the section `learner` that does not fit the models; opens no weights."""
+    """List every value of the section `learner` that does not fit the models; opens the headers of weights only."""
     learner, context = topology.learner, topology.engines.student.context_tokens
     if learner.micro_batch_tokens < context:
         yield (
@@ -31,8 +35,23 @@ def learner_problems(topology: Topology) -> Iterator[str]:
     known = [(side, facts) for side, model in models if (facts := try_model(model.path))]
     for side, facts in known:
         yield from _split_problems(side, facts, learner)
+    for side, model in models:
+        if try_model(model.path) and not file_problems(model.path):  # else that is reported already
+            key = "advantage.critic.path" if side == "critic" else f"models.{side}.path"
+            yield from (f"{key}: {problem}" for problem in _decoder_problems(model.path, side))
     if learner.expert_parallel > 1 and known:
         yield from _expert_problems([(side, facts.experts) for side, facts in known if facts.has_experts], learner)
+
+
+def _decoder_problems(folder: Path, side: str) -> list[str]:
+    """Why the learner would not load the model: by its config, or by the weights (a teacher's come from elsewhere)."""
+    try:
+        shape = read_shape(folder)
+    except InputError as error:
+        return [str(error)]
+    if side == "teacher":
+        return []
+    return tensor_problems(folder, decoder_tensors(shape), {HEAD} if shape.tied or side == "critic" else ())
 
 
 def _expert_problems(experts: list[tuple[str, int]], learner: LearnerSection) -> Iterator[str]:

@@ -21,6 +21,7 @@ from opd_async.config.topology import EngineKind, EngineSection, ModelSection, T
 from opd_async.data.model_folder import ModelFacts, folder_problems, try_config, try_model
 from opd_async.data.rope import rope_problem
 from opd_async.data.tokenizer import Tokenizer
+from opd_async.data.weight_files import file_problems, plain_problems
 from opd_async.engines.sglang import version_problem
 from opd_async.errors import InputError
 
@@ -37,7 +38,7 @@ def validate(topology: Topology) -> list[str]:
     return [
         *opd_problems(topology),
         *_model_problems(topology),
-        *_rope_problems(topology),
+        *_embedded_problems(topology),
         *_data_problems(topology),
         *_schedule_problems(topology),
         *_engine_problems(topology),
@@ -82,8 +83,10 @@ def _models(topology: Topology) -> tuple[tuple[str, ModelSection], ...]:
 
 
 def _model_problems(topology: Topology) -> Iterator[str]:
+    free = {id(model) for side, model, engine in topology.engine_sides if side != "student" and _reads_any_name(engine)}
     for side, model in _models(topology):
-        yield from (f"models.{side}.path: {problem}" for problem in folder_problems(model.path))
+        problems = folder_problems(model.path, any_name=id(model) in free)
+        yield from (f"models.{side}.path: {problem}" for problem in problems)
     facts = {side: try_model(model.path) for side, model in _models(topology)}
     student = facts.pop("student")
     for side, teacher in facts.items():
@@ -93,6 +96,11 @@ def _model_problems(topology: Topology) -> Iterator[str]:
                 f"{student.vocab_size}; choose a teacher with the student's vocabulary"
             )
     yield from _tokenizer_problems(topology, student)
+
+
+def _reads_any_name(engine: EngineSection) -> bool:
+    """Tell whether the engine reads weights under any file name: SGLang does, transformers does not."""
+    return engine.kind is not EngineKind.EMBEDDED
 
 
 def _tokenizer_problems(topology: Topology, student_facts: ModelFacts | None) -> Iterator[str]:
@@ -142,11 +150,15 @@ def _schedule_problems(topology: Topology) -> Iterator[str]:
         )
 
 
-def _rope_problems(topology: Topology) -> Iterator[str]:
-    """List the models whose rotary angles the embedded engine cannot compute."""
+def _embedded_problems(topology: Topology) -> Iterator[str]:
+    """List the models that the embedded engine cannot compute: rotary angles, teachers with quantised weights."""
     for side, model, section in topology.engine_sides:
-        if section.kind is EngineKind.EMBEDDED and (problem := rope_problem(try_config(model.path))):
+        if section.kind is not EngineKind.EMBEDDED:
+            continue
+        if problem := rope_problem(try_config(model.path)):
             yield f"models.{side}.path: {problem}"
+        if side != "student" and try_model(model.path) and not file_problems(model.path):
+            yield from (f"models.{side}.path: {problem}" for problem in plain_problems(model.path))
 
 
 def _engine_problems(topology: Topology) -> Iterator[str]:

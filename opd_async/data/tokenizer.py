@@ -22,6 +22,7 @@ import jinja2.ext
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from opd_async.data.json_object import read_object
 from opd_async.errors import InputError
 
 Message = dict[str, Any]
@@ -49,7 +50,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         config = _read_config(folder / "tokenizer_config.json")
-        self._special = _special_tokens(config)
+        self._special = _special_tokens(folder, config)
         self._template_source, template = _find_template(folder, config, chat_template)
         self._template = _compile(template, self._template_source) if template is not None else None
 
@@ -104,20 +105,17 @@ class Tokenizer:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """Read `tokenizer_config.json`; empty if there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON ({error}); copy it again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: holds no JSON object; copy it again")
-    return config
+    """A JSON file beside the tokenizer, empty if there is none."""
+    return read_object(file) if file.is_file() else {}
 
 
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Return the named special tokens as templates see them; older files write each as an object with `content`."""
+def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Named special tokens as templates see them; older files write each as an object with `content`.
+
+    `special_tokens_map.json` is older than `added_tokens_decoder` in the config: where that is, the map says nothing.
+    """
+    if "added_tokens_decoder" not in config:
+        config = config | _read_config(folder / "special_tokens_map.json")
     tokens: dict[str, str] = {}
     for name in _SPECIAL_NAMES:
         value = config.get(name)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology
+from opd_async.data.decoder import read_shape
+from opd_async.data.decoder_tensors import decoder_tensors
+from opd_async.errors import InputError
 
 WORDS = ["<pad>", "<bos>", "<eos>", *"abcdefghij", *"0123456789"]
 TEMPLATE = (
@@ -32,7 +35,13 @@ def make_model(folder: Path, words: list[str] = WORDS, **config: Any) -> Path:
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
     sizes = {
+        "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
+        "hidden_size": 8,
+        "head_dim": 4,
+        "intermediate_size": 12,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
         "vocab_size": 32,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
@@ -47,8 +56,24 @@ def make_model(folder: Path, words: list[str] = WORDS, **config: Any) -> Path:
         folder / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE} | special,
     )
-    save_file({"weight": np.zeros((4, 4), np.float32)}, folder / "model.safetensors")
+    make_weights(folder)
     return folder
+
+
+def make_weights(folder: Path) -> None:
+    """The weights that `config.json` asks for, all zero; one that no learner takes gets a single tensor."""
+    try:
+        tensors = decoder_tensors(read_shape(folder))
+    except InputError:
+        tensors = {"weight": (4, 4)}
+    header, end = {}, 0
+    for name, size in tensors.items():
+        start, end = end, end + 4 * math.prod(size)
+        header[name] = {"dtype": "F32", "shape": list(size), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + end)  # the zeros of large models take no room
 
 
 def write_json(path: Path, value: object) -> None:

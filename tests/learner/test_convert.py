@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_learner import learner_config, micro_batch, step_batch, write_model
 
 from opd_async.errors import InputError
@@ -55,6 +55,31 @@ def test_there_and_back_changes_no_bit(alone: Place, tmp_path: Path, kind: str) 
     assert {name for name in before if "safetensors" not in name} <= set(digests(tmp_path / "back"))
     assert digests(hf) == before
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "beside", "message"),
+    [
+        (torch.float8_e4m3fn, "_scale_inv", "is stored as F8_E4M3"),
+        (torch.float8_e5m2, "_scale", "is stored as F8_E5M2"),
+        (torch.int8, "_scale", "is stored as I8"),
+        (torch.uint8, ".absmax", "is stored as U8"),
+        (torch.float32, "_scale_inv", "for which this architecture has no place"),
+    ],
+)
+def test_codes_are_not_converted_as_if_they_were_weights(
+    alone: Place, tmp_path: Path, dtype: torch.dtype, beside: str, message: str
+) -> None:
+    """Quantised linear weights with their scales beside them, also where config.json does not say so."""
+    model_path = write_model(tmp_path / "codes", "qwen3-tied")
+    weights = load_file(model_path / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    weights[name + beside] = torch.ones(1)
+    weights[name] = weights[name].to(dtype)
+    save_file(weights, model_path / "model.safetensors")
+    with pytest.raises(ModelError, match=message):
+        hf_to_megatron(model_path, tmp_path / "out", ONE)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_s_checkpoint_is_exported_and_stays_as_it_was(alone: Place, model_path: Path, tmp_path: Path) -> None:

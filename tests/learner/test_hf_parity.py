@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from tiny_learner import assert_close, hf_gradients, learner_config, micro_batch, per_expert, step_batch, write_model
 from transformers import AutoModelForCausalLM
 
+from opd_async.data.decoder_tensors import decoder_tensors
 from opd_async.learner.config import LossConfig
 from opd_async.learner.distributed.parallel import Place
 from opd_async.learner.errors import ModelError
 from opd_async.learner.hf import files as hf_files
 from opd_async.learner.hf import io as hf_io
+from opd_async.learner.hf.mapping import slots
 from opd_async.learner.model.architecture import RopeShape, read_shape
 from opd_async.learner.trainer import Trainer
 from opd_async.transport.step_batch import MicroBatch
@@ -53,6 +55,17 @@ def test_logprobs_and_gradients_agree_with_transformers(alone: Place, path: Path
     torch.testing.assert_close(found, expected.detach(), rtol=0.0, atol=1e-4)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_close(hf_gradients(trainer, step_batch(0, [batch])), per_expert(gradients), 1e-5)
+
+
+def test_the_tensors_announced_are_those_of_transformers_and_of_the_learner(path: Path) -> None:
+    """The checks before a start, the learner and transformers agree on every name and shape."""
+    shape = read_shape(path)
+    announced = decoder_tensors(shape)
+    stored = {name: tuple(tensor.shape) for name, tensor in load_file(path / "model.safetensors").items()}
+    own = {
+        name: tuple(size) for slot in slots(shape, 1) for name, size in zip(slot.hf_names, slot.hf_shapes, strict=True)
+    }
+    assert announced == stored == own
 
 
 def test_export_returns_every_tensor_bit_for_bit(alone: Place, path: Path) -> None:
@@ -96,10 +109,10 @@ def test_a_folder_that_lacks_a_tensor_is_refused_by_name(alone: Place, model_pat
     name = "model.layers.1.mlp.up_proj.weight"
     cut = weights.pop(name)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=f"cannot read weight {name}"):
+    with pytest.raises(ModelError, match=f"{name} is missing, which its config.json asks for"):
         Trainer(learner_config(tmp_path))
     save_file({**weights, name: cut[:-1].contiguous()}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"up_proj.weight give \(95, 32\) where config.json asks for \(96, 32\)"):
+    with pytest.raises(ModelError, match=r"up_proj.weight is \[47, 32\] where config.json asks for \[48, 32\]"):
         Trainer(learner_config(tmp_path))
 
 
@@ -107,7 +120,7 @@ def test_a_folder_that_lacks_a_tensor_is_refused_by_name(alone: Place, model_pat
     ("change", "message"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported"),
-        ({"use_sliding_window": True}, "sliding"),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "layer_types": None}, "sliding"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
