@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from opd_async.actors.intake.figures import StepFigures
 from opd_async.actors.intake.filtering import GroupFilter
 from opd_async.actors.intake.ranks import LearnerRanks
 from opd_async.actors.intake.report import LatencyReservoir, describe_filtered, describe_rewards, describe_step
@@ -82,6 +83,7 @@ class Intake:
         self._taken_whole: dict[int, tuple[int, int, int]] = {}
         """(attempt, actor, end) of complete samples that a step took before their end was acknowledged."""
         self._latencies = LatencyReservoir()
+        self._figures = StepFigures(plan.topology, role.metrics)
         self._shown = ShownSamples(plan.topology.telemetry.samples_per_step)
         self._door = role.guard()
         self._bounds = ChunkBounds(plan, self._door.keys)
@@ -220,6 +222,7 @@ class Intake:
         if self._topology.learner.loss_mean == "responses":
             packing.mean_over_responses(segments)
         stats, staleness = describe_step(segments, version)
+        stats |= self._figures.of_step(kept, segments)
         if self._filter.there:
             stats |= describe_filtered(len(taken) - len(kept))
             self._metrics["opd_intake_filtered_total"].inc(len(taken) - len(kept))

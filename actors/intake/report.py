@@ -1,4 +1,4 @@
-"""Figures that the intake reports: what a step consists of, and how long scores took."""
+"""Compute the figures that the intake reports: what a step consists of, and how long scores took."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from opd_async.actors.intake.steps import Taken
 from opd_async.estimators.advantages import Outcome, flat_groups
 from opd_async.scheduling.assembly import Segment
+from opd_async.transport.kinds import Finish
 
 RESERVOIR = 20_000
 
@@ -31,6 +33,50 @@ def describe_step(segments: Sequence[Segment], version: int) -> tuple[dict[str, 
         "recomputed_tokens": float(sum(s.start + s.prompt_tokens for s in segments if s.start)),
     }
     return stats, staleness.astype(np.int64)
+
+
+def describe_responses(trained: Sequence[Taken]) -> dict[str, float]:
+    """Describe the responses that end in a step: tokens (mean and p99), the share that the limit ended, tokens of their
+    prompts (mean). Empty for a step in which none ends; empty responses count with 0 tokens."""
+    ended = [one for one in trained if one.complete]
+    if not ended:
+        return {}
+    lengths = np.array([one.end for one in ended], np.float64)
+    prompts = [one.segment.prompt_tokens for one in ended if one.segment is not None]
+    stats = {
+        "response_tokens_mean": float(lengths.mean()),
+        "response_tokens_p99": float(np.quantile(lengths, 0.99)),
+        "at_limit_share": sum(one.finish == Finish.LENGTH for one in ended) / len(ended),
+    }
+    return stats | ({"prompt_tokens_mean": float(np.mean(prompts))} if prompts else {})
+
+
+def describe_distribution(segments: Sequence[Segment], *, several: bool = False) -> dict[str, float]:
+    """Describe how sure student and teachers were of a step's sampled tokens, in nats per token.
+
+    `sampled_entropy` is the mean of -log mu on tokens that weights mu sampled: an unbiased estimate of the entropy of
+    mu, for nothing. With `several` teachers also, of each by name, its share of the tokens and the mean of
+    log mu - log q, an estimate of KL(mu || q). Tokens that a data set gives (mu is 1) do not count.
+    """
+    sums: dict[str, list[float]] = {}
+    entropy, tokens = 0.0, 0
+    for segment in segments:
+        sampled = segment.behaviour_logprobs != 0.0
+        count = int(sampled.sum())
+        entropy -= float(segment.behaviour_logprobs.sum(dtype=np.float64))
+        tokens += count
+        if several and len(segment.teacher_logprobs):
+            difference = (segment.behaviour_logprobs - segment.teacher_logprobs)[sampled]
+            of = sums.setdefault(segment.teacher, [0.0, 0.0])
+            of[0] += float(difference.sum(dtype=np.float64))
+            of[1] += count
+    if not tokens:
+        return {}
+    stats = {"sampled_entropy": entropy / tokens}
+    for name, (kl, scored) in sums.items():
+        if scored:
+            stats |= {f"teacher_kl.{name}": kl / scored, f"teacher_share.{name}": scored / tokens}
+    return stats
 
 
 def describe_rewards(outcomes: Sequence[Outcome]) -> dict[str, float]:

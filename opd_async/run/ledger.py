@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opd_async.config.topology import TrainOn
 from opd_async.data.jsonl import JsonlRecord, begins_line, read_jsonl, read_jsonl_ends
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.books import GROWING, PER_ROLE, SINCE, Books, RoleTotals, Sums, load_books
@@ -186,7 +187,8 @@ class Ledger:
         intake, books = self.roles[self.plan.of_kind(RoleKind.INTAKE)[0].name], self.books
         sums, teachers = books.whole.of, bool(self.plan.of_kind(RoleKind.TEACHER))
         cached, computed = sums["teacher_cached_tokens"], sums["teacher_computed_tokens"]
-        tokens = sums["tokens"]
+        tokens, schedule, steps = sums["tokens"], self.plan.topology.schedule, books.whole.steps
+        budget = schedule.tokens_per_step * steps if schedule.train_on is TrainOn.TOKENS else 0
         latency = {q: intake.now.get(f"score_latency_{q}") for q in ("p50_s", "p99_s")}
         counters = {name: int(sum(t.total(name) for t in self.roles.values())) for name in SHOWN_COUNTERS}
         return Report(
@@ -209,6 +211,7 @@ class Ledger:
             stages=books.whole.stages(teachers),
             trained_tokens=int(tokens),
             trained_samples=int(sums["completed"]),
+            budget_share=tokens / budget if budget else None,
             cuts=int(sums["cuts"]),
             recompute_factor=sums["forwarded_tokens"] / tokens if tokens else None,
             skipped_prompts=self.skipped_prompts,

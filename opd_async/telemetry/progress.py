@@ -36,7 +36,8 @@ class Progress:
 
     def step(self, step: int, learner: dict[str, float], started: StepStarted) -> None:
         """Print a line about a step, at most every few seconds; the last step always gets one."""
-        self._tokens += started.stats["tokens"]
+        stats = started.stats
+        self._tokens += stats["tokens"]
         now = time.monotonic()
         if now - self._last < LINE_EVERY_S and step != self._steps:
             return
@@ -45,10 +46,12 @@ class Progress:
         mean_age = float(np.arange(len(ages)) @ ages / max(ages.sum(), 1))
         kl = f"reverse KL {learner['reverse_kl']:.4f}  " if "reverse_kl" in learner else ""
         spread = f"ratio spread {learner['ratio_std']:.3f}  " if "ratio_std" in learner else ""
-        reward = f"reward {started.stats['reward_mean']:.3f}  " if "reward_mean" in started.stats else ""
+        reward = f"reward {stats['reward_mean']:.3f}  " if "reward_mean" in stats else ""
+        length = f"length {stats['response_tokens_mean']:,.0f}  " if "response_tokens_mean" in stats else ""
+        size = f"size {stats['budget_share']:.2f}  " if "budget_share" in stats else ""
         self._line(
-            f"step {step:>4}/{self._steps}  {reward}{kl}{spread}"
-            f"staleness {mean_age:.2f} (max {len(ages) - 1})  {rate:,.0f} tokens/s  cuts {started.stats['cuts']:.0f}"
+            f"step {step:>4}/{self._steps}  {reward}{kl}{spread}{length}{size}"
+            f"staleness {mean_age:.2f} (max {len(ages) - 1})  {rate:,.0f} tokens/s  cuts {stats['cuts']:.0f}"
         )
         self._last, self._tokens, self._since = now, 0.0, now
 

@@ -162,6 +162,8 @@ class Report(Section):
     stages: Stages
     trained_tokens: int
     trained_samples: int
+    budget_share: float | None = None
+    """Mean tokens of a step for each token of `schedule.tokens_per_step`; None where steps take samples."""
     cuts: int
     """Responses trained in part because of a deadline."""
     recompute_factor: float | None = None

@@ -77,8 +77,9 @@ def _stages(stages: Stages, title: str) -> Iterator[str]:
 
 def _figures(report: Report) -> Iterator[str]:
     age, latency, sync = report.staleness, report.score_latency, report.weight_sync
+    size = "" if report.budget_share is None else f", {report.budget_share:.2f} budgets a step"
     rows = (
-        ("trained", f"{report.trained_tokens:,} tokens of {report.trained_samples:,} samples"),
+        ("trained", f"{report.trained_tokens:,} tokens of {report.trained_samples:,} samples{size}"),
         (
             "staleness",
             f"mean {_number(age.mean, 2)}, p99 {_number(age.p99)}, max {_number(age.max)} steps "

@@ -15,7 +15,9 @@ import yaml
 from pages import WITH_INDEX, anchor, with_index
 from rooms import ORDER, modules
 from rooms import page as modules_page
+from taken_samples import taken
 
+from opd_async.actors.intake.figures import StepFigures
 from opd_async.actors.intake.report import describe_filtered, describe_rewards, describe_step
 from opd_async.checks.host import device_problems
 from opd_async.cli.main import COMMANDS
@@ -27,6 +29,7 @@ from opd_async.data.jsonl import read_jsonl
 from opd_async.estimators.advantages import Outcome
 from opd_async.run.ledger import Ledger
 from opd_async.run.run_folder import MADE_BY_RUNS
+from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.telemetry.metrics import CATALOGUE, MetricKind
 from opd_async.telemetry.report import Evaluation
 from opd_async.transport import messages
@@ -276,6 +279,10 @@ def test_every_column_of_a_step_is_listed(tmp_path: Path) -> None:
     `tests/e2e/test_quickstart.py` looks up what a whole run has written."""
     stats, ages = describe_step([], 0)
     stats |= describe_rewards([Outcome(0, 1.0, 3)]) | describe_filtered(0)
+    topology = Topology.model_validate(LEAST)
+    step = taken(1, 0, 3)
+    assert step.segment is not None
+    stats |= StepFigures(topology, RoleMetrics("intake")).of_step([step], [step.segment])
     nobody = np.zeros(0, np.int64)
     started = messages.StepStarted(
         version=0, stats=stats, staleness_counts=ages, taken_ids=nobody, taken_ends=nobody, taken_complete=nobody

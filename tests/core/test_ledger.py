@@ -123,6 +123,7 @@ def test_what_a_recovery_loses_is_time_and_work_of_the_next_step(tmp_path: Path,
     report = ledger.report({})
     ledger.close()
     assert (report.steps, report.trained_tokens) == (6, 600)
+    assert report.budget_share == pytest.approx(100 / ledger.plan.topology.schedule.tokens_per_step)
     assert report.seconds == pytest.approx(5 + 7 + 3)
     assert report.stages.rollout.tokens == 8 * 120, "everything that was generated, two steps of it in vain"
     seconds = [row["seconds"] for row in read_jsonl(ledger.path)]

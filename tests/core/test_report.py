@@ -40,6 +40,7 @@ def full() -> Report:
         student_before=Evaluation.from_counts(1000, 112, 143, 0),
         student_after=Evaluation.from_counts(1000, 958, 977, 300),
         max_staleness=1,
+        budget_share=1.25,
         staleness=Staleness(mean=0.81, p99=1, max=1),
         score_latency=ScoreLatency(p50_s=0.014, p99_s=1.71),
         weight_sync=WeightSync(blocked_s=2.1, engines_blocked_s=0.9, updates=300),
@@ -174,3 +175,8 @@ def test_a_picture_of_one_panel_and_of_nothing(tmp_path: Path) -> None:
 def test_plots_load_matplotlib_only_when_they_draw() -> None:
     code = "import sys, opd_async.telemetry.plots; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=patience(60))
+
+
+def test_the_size_of_steps_is_shown_where_they_have_a_budget() -> None:
+    assert " samples, 1.25 budgets a step\n" in render(full())
+    assert "budgets" not in render(full().model_copy(update={"budget_share": None}))
