@@ -103,7 +103,7 @@ def main(words: list[str]) -> int:
     found = 0
     for key, path, given in zip(words[::3], words[1::3], words[2::3], strict=True):
         try:
-            check_call(key, path, tuple(given.split(",")))
+            check_call(key, path, tuple(given.split(",")) if given else ())
         except InputError as problem:
             found = 1
             print(f"problem: {problem}", flush=True)

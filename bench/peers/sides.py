@@ -79,7 +79,8 @@ def trl_job(topology: Topology, folder: Path, every_steps: int, settings: Mappin
     """
     if unknown := settings.keys() - {field.name for field in dataclasses.fields(TrlJob)}:
         raise ValueError(f"TRL's side has no setting {', '.join(sorted(unknown))}")
-    assert topology.models.teacher is not None
+    train = topology.data.train
+    assert topology.models.teacher is not None and train is not None
     optimizer = topology.learner.optimizer
     lr = float(settings.get("lr", optimizer.lr))
     linear = optimizer.decay == "linear"
@@ -87,7 +88,7 @@ def trl_job(topology: Topology, folder: Path, every_steps: int, settings: Mappin
         folder=str(folder),
         student=str(topology.models.student.path),
         teacher=str(topology.models.teacher.path),
-        prompts=str(topology.data.train.path),
+        prompts=str(train.path),
         seed=topology.seed,
         steps=topology.schedule.steps,
         every_steps=every_steps,

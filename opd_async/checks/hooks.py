@@ -15,7 +15,7 @@ LOAD_DEADLINE_S = 60.0
 
 
 def hook_problems(topology: Topology) -> Iterator[str]:
-    """List everything that is wrong with `opd.function`, `schedule.filter` and `tracking.function`.
+    """List everything that is wrong with `data.function`, `opd.function`, `schedule.filter` and `tracking.function`.
 
     A process of its own loads the functions, as roles will. Nothing of them is imported here.
     """
@@ -27,6 +27,7 @@ def hook_problems(topology: Topology) -> Iterator[str]:
     if topology.schedule.filter is not None and topology.schedule.train_on is TrainOn.TOKENS:
         yield "schedule.filter: chooses among finished groups, but steps take parts of them; write train_on: samples"
     hooks = {
+        "data.function": (topology.data.function, ""),
         "opd.function": (topology.opd.function, "rows"),
         "schedule.filter": (topology.schedule.filter, "group"),
         "tracking.function": (topology.tracking.function, "kind,row"),

@@ -21,9 +21,11 @@ from opd_async.config.topology import PromptsSection, Topology
 from opd_async.config.topology_file import TopologySource, list_problems, read_topology
 from opd_async.data.completions import CompletionSet, load_completions
 from opd_async.data.model_folder import read_model
+from opd_async.data.own_prompts import KEY, OwnPrompts
 from opd_async.data.prompts import PromptSet, TeacherChoice, load_prompts
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
+from opd_async.hooks import HookError
 from opd_async.run.inputs import Inputs
 
 Say = Callable[[str], None]
@@ -100,7 +102,7 @@ class _Reader:
         if tokenizer is None:
             return None
         choice = TeacherChoice(tuple(topology.teachers) or ("",), topology.data.teacher_key)
-        train = self._prompts("train", topology.data.train, tokenizer, topology.max_prompt_tokens, choice)
+        train = self._train(tokenizer, choice)
         limit, section = topology.max_held_out_tokens, topology.data.held_out
         held_out = None if section is None else self._prompts("held_out", section, tokenizer, limit, choice)
         completions = self._try("data.completions.path", lambda: self._completions(tokenizer, choice))
@@ -120,6 +122,26 @@ class _Reader:
 
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer(self._topology.models.student.path, self._topology.data.chat_template)
+
+    def _train(self, tokenizer: Tokenizer, choice: TeacherChoice) -> PromptSet | None:
+        """The prompts to train on, from a file or a function; None where they cannot be had."""
+        topology = self._topology
+        section, path, limit = topology.data.train, topology.data.function, topology.max_prompt_tokens
+        if section is not None:
+            return self._prompts("train", section, tokenizer, limit, choice)
+        if path is None or any(_key(problem) == KEY for problem in self.problems):
+            return None
+        labelled = topology.reward.kind.facts.label
+
+        def first() -> PromptSet:
+            try:
+                prompts = OwnPrompts(path, tokenizer, limit, choice, labelled=labelled)
+                prompts[0]  # what is wrong with every row is known before the start
+            except HookError as error:
+                raise InputError(str(error).replace(", and go on with --resume", "")) from None
+            return PromptSet(prompts, 0)
+
+        return self._try(KEY, first)
 
     def _prompts(
         self, key: str, section: PromptsSection, tokenizer: Tokenizer, limit: int, choice: TeacherChoice

@@ -130,6 +130,10 @@ def _tokenizer_problems(topology: Topology, student_facts: ModelFacts | None) ->
 
 def _data_problems(topology: Topology) -> Iterator[str]:
     data = topology.data
+    if data.train is None and data.function is None:
+        yield "data.train: no prompts to train on; write a path, or data.function: module:name in its place"
+    elif data.train is not None and data.function is not None:
+        yield "data.train: there is data.function as well; remove one of them"
     for key, section in (("train", data.train), ("held_out", data.held_out)):
         if section is None:
             continue

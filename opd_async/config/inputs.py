@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from opd_async.config.section import Section, TeacherName
+from opd_async.config.section import HookName, Section, TeacherName
 
 
 class ModelSection(Section):
@@ -56,8 +56,11 @@ class CompletionsSection(Section):
 class DataSection(Section):
     """Prompts to train on, and prompts held out for evaluation."""
 
-    train: PromptsSection
-    """Prompts to train on."""
+    train: PromptsSection | None = None
+    """Prompts to train on: a file. Null: those of `function`."""
+    function: HookName | None = None
+    """`module:name` of a function that returns the prompts to train on, in the place of `train`: a sequence or an
+    iterator of rows with `prompt`, `label` and `metadata`."""
     held_out: PromptsSection | None = None
     """Prompts of the evaluations. Null: no evaluation."""
     completions: CompletionsSection | None = None

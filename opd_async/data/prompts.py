@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Prompt:
 class PromptSet:
     """The usable prompts of a file in its order, and the number of prompts that were longer than allowed."""
 
-    prompts: tuple[Prompt, ...]
+    prompts: Sequence[Prompt]
     skipped_too_long: int
 
 
@@ -66,8 +66,8 @@ class _Row:
     add_special_tokens: bool = True
 
 
-class _RowError(ValueError):
-    """Says why one row cannot be used; the reader adds file and line."""
+class RowError(ValueError):
+    """Says why one row cannot be used; whoever reads it adds where the row is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +78,13 @@ class TeacherChoice:
     key: str | None = None
 
     def of(self, metadata: dict[str, Any]) -> str:
-        """Return the teacher's name; `_RowError` where the metadata name no teacher of the topology."""
+        """Return the teacher's name; `RowError` where the metadata name no teacher of the topology."""
         if self.key is None:
             return self.names[0]
         if metadata.get(self.key) in self.names:
             return str(metadata[self.key])
         there = f"{metadata[self.key]!r}" if self.key in metadata else "missing"
-        raise _RowError(f"the teacher, {self.key!r} of its metadata, is {there}; write {' or '.join(self.names)}")
+        raise RowError(f"the teacher, {self.key!r} of its metadata, is {there}; write {' or '.join(self.names)}")
 
 
 def load_prompts(
@@ -101,7 +101,7 @@ def load_prompts(
         try:
             row = _row(where, value, section, teachers)
             _prepare(row, tokenizer)
-        except _RowError as error:
+        except RowError as error:
             broken.append(f"{where}: {error}")
         else:
             rows.append(row)
@@ -112,8 +112,22 @@ def load_prompts(
     return _tokenize(section.path, rows, tokenizer, max_prompt_tokens)
 
 
+def read_row(
+    index: int, value: Any, section: PromptsSection, tokenizer: Tokenizer, limit: int, teachers: TeacherChoice
+) -> Prompt:
+    """Check and tokenize one row that no file holds. Raises `RowError` for one that is broken, empty or too long."""
+    row = _row("", value, section, teachers)
+    _prepare(row, tokenizer)
+    ids = tokenizer.encode_batch([row.text], add_special_tokens=row.add_special_tokens)[0]
+    if not ids:
+        raise RowError("the prompt has no tokens")
+    if len(ids) > limit:
+        raise RowError(f"the prompt has {len(ids)} tokens, and at most {limit} fit; leave it out")
+    return Prompt(index, np.asarray(ids, np.int32), row.label, row.metadata, row.teacher)
+
+
 def _read(path: Path) -> Iterator[tuple[str, Any]]:
-    """Read each row as its position in words and its value. A line that is not JSON has a `_RowError` as value."""
+    """Read each row as its position in words and its value. A line that is not JSON has a `RowError` as value."""
     try:
         if path.suffix == ".parquet":
             yield from _read_parquet(path)
@@ -132,9 +146,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield where, json.loads(line.rstrip())
             except json.JSONDecodeError as error:
-                yield where, _RowError(f"not valid JSON: {error.msg} at column {error.colno}")
+                yield where, RowError(f"not valid JSON: {error.msg} at column {error.colno}")
             except (ValueError, RecursionError) as error:
-                yield where, _RowError(f"not valid JSON: {error}")
+                yield where, RowError(f"not valid JSON: {error}")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -153,13 +167,13 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _row(where: str, value: Any, section: PromptsSection, teachers: TeacherChoice) -> _Row:
-    if isinstance(value, _RowError):
+    if isinstance(value, RowError):
         raise value
     if not isinstance(value, dict):
-        raise _RowError(f"holds {_kind(value)}, not an object; write {{{section.prompt_key!r}: ...}}")
+        raise RowError(f"holds {_kind(value)}, not an object; write {{{section.prompt_key!r}: ...}}")
     if section.prompt_key not in value:
         keys = ", ".join(str(key) for key in value) or "none"
-        raise _RowError(f"no key {section.prompt_key!r}; the keys there are {keys}; set prompt_key to one of them")
+        raise RowError(f"no key {section.prompt_key!r}; the keys there are {keys}; set prompt_key to one of them")
     label, metadata = value.get(section.label_key), _metadata(value.get(section.metadata_key))
     return _Row(
         where=where,
@@ -177,19 +191,19 @@ def _label(value: Any) -> str:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    raise _RowError(f"the label is {_kind(value)}; write text or a number")
+    raise RowError(f"the label is {_kind(value)}; write text or a number")
 
 
 def _metadata(value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise _RowError(f"the metadata is {_kind(value)}; write an object")
+        raise RowError(f"the metadata is {_kind(value)}; write an object")
     return value
 
 
 def _prepare(row: _Row, tokenizer: Tokenizer) -> None:
-    """Set `row.text`, the text to tokenize. Raises `_RowError` for a prompt that is neither text nor chat messages."""
+    """Set `row.text`, the text to tokenize. Raises `RowError` for a prompt that is neither text nor chat messages."""
     if isinstance(row.prompt, str):
         row.text = row.prompt
     elif isinstance(row.prompt, list) and row.prompt:
@@ -197,18 +211,18 @@ def _prepare(row: _Row, tokenizer: Tokenizer) -> None:
             if not (
                 isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
             ):
-                raise _RowError("a chat message needs a role and a content, both text")
+                raise RowError("a chat message needs a role and a content, both text")
         try:
             row.text = tokenizer.apply_chat_template(row.prompt)
         except InputError as error:
-            raise _RowError(str(error)) from None
+            raise RowError(str(error)) from None
         row.add_special_tokens = False
     else:
-        raise _RowError(f"the prompt is {_kind(row.prompt)}; write text or a list of chat messages")
+        raise RowError(f"the prompt is {_kind(row.prompt)}; write text or a list of chat messages")
     try:
         row.text.encode()
     except UnicodeEncodeError:
-        raise _RowError("the prompt holds half of a surrogate pair, which is not text") from None
+        raise RowError("the prompt holds half of a surrogate pair, which is not text") from None
 
 
 def _kind(value: Any) -> str:

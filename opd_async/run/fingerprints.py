@@ -2,9 +2,10 @@
 
     inputs.json    {"data.train": sha256, "data.held_out": ..., "models.student": ..., "models.teacher": ...}
 
-Prompts count as the launcher has read them (tokens, labels, metadata, in order), so that a file may move or be stored
-in another form, and another chat template shows. Of a model folder count configuration and tokenizer; a teacher's
-weights by the names and sizes of their files, the student's not at all: they are in the checkpoint.
+Prompts of a file count as the launcher has read them (tokens, labels, metadata, in order), so that a file may move or
+be stored in another form, and another chat template shows. Of a function count its name and its first prompts. Of a
+model folder count configuration and tokenizer; a teacher's weights by the names and sizes of their files, the student's
+not at all: they are in the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from opd_async.data.prompts import Prompt, PromptSet
 from opd_async.errors import InputError
 
 INPUTS_FILE = "inputs.json"
+FIRST = 16
+"""So many prompts of a function stand for all of them."""
 MODEL_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model"),
@@ -30,7 +33,11 @@ def fingerprints(
     topology: Topology, train: PromptSet, held_out: PromptSet | None, completions: CompletionSet
 ) -> dict[str, str]:
     """sha256 in hexadecimal of everything that the run reads, by section of the topology. Raises `OSError`."""
-    found = {"data.train": _of(map(_prompt, train.prompts))}
+    if topology.data.function is not None:  # nobody reads all that a function may give
+        first = (train.prompts[index] for index in range(min(FIRST, len(train.prompts))))
+        found = {"data.function": _of([topology.data.function.encode(), *map(_prompt, first)])}
+    else:
+        found = {"data.train": _of(map(_prompt, train.prompts))}
     if held_out is not None:
         found["data.held_out"] = _of(map(_prompt, held_out.prompts))
     if topology.data.completions is not None:

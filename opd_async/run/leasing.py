@@ -13,7 +13,9 @@ import numpy as np
 
 from opd_async.cluster.fleet import Fleet
 from opd_async.data.completions import Mix
+from opd_async.data.own_prompts import KEY, OwnPrompts
 from opd_async.data.prompts import Prompt
+from opd_async.hooks import HookError
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.state import RunState
 from opd_async.scheduling.grants import Grants
@@ -34,6 +36,10 @@ class Reach(Protocol):
 
     def up(self, kind: RoleKind) -> list[str]:
         """The connected roles of a kind."""
+
+
+FUNCTION_DEADLINE_S = 300.0
+"""A row of `data.function` that takes longer will never come."""
 
 
 class Leasing:
@@ -75,11 +81,25 @@ class Leasing:
             if spec is None:
                 return
             load[actor] += 1
-            await self._reach.server.send(actor, self._lease(spec, actor))
+            await self._reach.server.send(actor, await self._lease(spec, actor))
 
-    def _lease(self, spec: LeaseSpec, actor: str) -> m.Lease:
+    async def _prompt(self, index: int) -> Prompt:
+        """A prompt of the file, or of the user's function, which may take its time but not for ever."""
+        if not isinstance(self._prompts, OwnPrompts):
+            return self._prompts[index]
+        try:
+            async with asyncio.timeout(FUNCTION_DEADLINE_S):
+                return await asyncio.to_thread(self._prompts.__getitem__, index)
+        except TimeoutError:
+            path = self._reach.plan.topology.data.function
+            raise HookError(
+                f"{KEY}: {path} gave no row {index} in {FUNCTION_DEADLINE_S:.0f} s; mend the function, and go on with "
+                "--resume"
+            ) from None
+
+    async def _lease(self, spec: LeaseSpec, actor: str) -> m.Lease:
         given = self._mix.of(spec.sample_id)
-        prompt = self._prompts[spec.prompt_index] if given is None else given.prompt
+        prompt = await self._prompt(spec.prompt_index) if given is None else given.prompt
         return m.Lease(
             sample_id=spec.sample_id,
             attempt=spec.attempt,

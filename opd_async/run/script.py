@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from opd_async.data.own_prompts import ENDLESS
 from opd_async.errors import RoleError
 from opd_async.plan.plan import RoleKind
 from opd_async.run.arrivals import all_up
@@ -101,7 +102,8 @@ class Script:
         frontier = there[INTAKE]
         self._accounted = self._began = frontier.version
         topology = self._topology
-        order = PromptOrder(self._prompts, topology.rollout.group_size, topology.seed, topology.data.shuffle)
+        shuffle = topology.data.shuffle and self._prompts < ENDLESS  # an iterator has its own order
+        order = PromptOrder(self._prompts, topology.rollout.group_size, topology.seed, shuffle)
         self._state.book = LeaseBook(
             frontier, order, admission_of(topology.schedule), topology.rollout.slots, self._attempt_floor
         )

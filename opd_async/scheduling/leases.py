@@ -48,12 +48,14 @@ class PromptOrder:
         self._seed = seed
         self._shuffle = shuffle
         self._epoch = -1
-        self._order: NDArray[np.int64] = np.arange(prompts)
+        self._order: NDArray[np.int64] = np.zeros(0, np.int64)
 
     def prompt_of(self, sample_id: int) -> int:
         """Index of the sample's prompt."""
         epoch, position = divmod(sample_id // self._group_size, self._prompts)
-        if self._shuffle and epoch != self._epoch:
+        if not self._shuffle:
+            return position
+        if epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.default_rng((self._seed, epoch)).permutation(self._prompts)
         return int(self._order[position])

@@ -49,7 +49,7 @@ def problems(root: Path, *overrides: str) -> list[str]:
 
 
 def test_the_page_has_an_example_of_every_hook() -> None:
-    assert set(EXAMPLES) == {"A reward", "A loss", "A filter of groups", "Tracking"}
+    assert set(EXAMPLES) == {"A reward", "Prompts", "A loss", "A filter of groups", "Tracking"}
 
 
 def test_the_examples_of_the_page_pass(tmp_path: Path) -> None:

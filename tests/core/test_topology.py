@@ -193,7 +193,7 @@ WRONG_EDITS = {
     "learner.devices.1: found": _set("learner", "devices", value=["cpu", {"a": 1}]),
     "opd: found": _set("opd", value=["x"]),
     "network.base_port: found 99999": _set("network", "base_port", value=99999),
-    "data.train: missing": lambda data: data["data"].pop("train"),
+    "data.train.path: missing": _set("data", "train", value={}),
 }
 
 

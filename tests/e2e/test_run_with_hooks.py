@@ -23,6 +23,8 @@ SETTINGS = {
     "schedule.samples_per_step": 32,
     "rollout.slots": 64,
     "rollout.group_size": 4,
+    "data.train": "null",
+    "data.function": "my_hooks:curriculum",
     "reward.kind": "python",
     "reward.function": "my_hooks:judge",
     "advantage.estimator": "grpo",
@@ -63,6 +65,9 @@ def test_every_hook_of_the_page_in_one_run(tmp_path: Path) -> None:
     assert [row["step"] for row in tracked if row["kind"] == "step"] == [1, 2]
     assert [row["evaluation"] for row in tracked if row["kind"] == "evaluation"] == ["student", "student"]
     assert any("starting 6 processes" in row["event"] for row in tracked if row["kind"] == "event")
+    going_on = {**SETTINGS, "schedule.steps": 3}
+    opd(tmp_path, "run", "--resume", *[word for key, value in going_on.items() for word in ("--set", f"{key}={value}")])
+    assert [row["step"] for row in steps(folder)] == [1, 2, 3], "the iterator was advanced to where it stopped"
     assert left_running(tmp_path) == []
 
 
