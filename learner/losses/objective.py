@@ -1,9 +1,10 @@
-"""From the rows of a micro-batch to its loss, as the configuration names it.
+"""Compute the loss of a micro-batch from its rows, as the configuration names it.
 
-    sampled token:   reverse_kl, reverse_kl_behaviour, sft       -> learner.losses.sampled
-    teacher top-k:   forward_kl_topk, reverse_kl_topk, jsd_topk  -> learner.losses.divergences
-    full vocabulary: forward_kl_full, reverse_kl_full, jsd_full  -> learner.losses.full_divergences
-    both:            minillm_topk, minillm_full                  -> a divergence, and returns on the sampled token
+    what the loss needs of the teacher, by `LOSSES`     where its function is
+    nothing: it looks at the sampled token              learner.losses.sampled, by name in `SAMPLED`
+    its top-k                                           learner.losses.divergences
+    the whole vocabulary                                learner.losses.full_divergences
+    with `ratio` beside one of the last two             a divergence, and returns on the sampled token
 
 The estimator's advantage, and the pull towards a reference model, are a policy gradient beside any of them.
 """
