@@ -21,6 +21,9 @@ from opd_async.config.yaml_source import Location
 
 NAME = "<name>"
 """Stands for a name that the user chooses."""
+FIRST = "0.1.0"
+LATER: dict[str, str] = {}
+"""Keys that came after the first version, with the version that brought them. None did: 0.1.0 is the only one."""
 RESUMED = {
     Change.YES: "may change",
     Change.WITH_FLAG: "with `--change-lr`",
@@ -42,6 +45,8 @@ class Key:
     """As it is written in YAML; empty where there is none."""
     unit: str
     meaning: str
+    since: str
+    """The version that brought it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +127,14 @@ def _key(path: Location, field: Schema) -> Key:
     default = field.get("default")
     text = default if isinstance(default, str) else json.dumps(default, ensure_ascii=False)
     shown = text if "default" in field else ""
-    return Key(path=_dotted(path), takes=expected(where), default=shown, unit=unit, meaning=_text(field))
+    return Key(
+        path=(dotted := _dotted(path)),
+        takes=expected(where),
+        default=shown,
+        unit=unit,
+        meaning=_text(field),
+        since=LATER.get(dotted, FIRST),
+    )
 
 
 def _text(schema: Schema) -> str:
@@ -140,14 +152,14 @@ def _section(part: Part) -> str:
         return "\n".join([*head, "", f"The keys are those of [`{part.same_as}`](#{_anchor(part.same_as)})."])
     if not part.keys:
         return "\n".join(head)
-    table = ["| key | takes | default | unit | resume | meaning |", "|---|---|---|---|---|---|"]
+    table = ["| key | takes | default | unit | resume | since | meaning |", "|---|---|---|---|---|---|---|"]
     return "\n".join([*head, "", *table, *(_row(key) for key in part.keys)])
 
 
 def _row(key: Key) -> str:
     name = key.path.rsplit(".", 1)[-1]
     default = f"`{key.default}`" if key.default else "must be written"
-    cells = (f"`{name}`", key.takes, default, key.unit, RESUMED[may_change(key.path)], key.meaning)
+    cells = (f"`{name}`", key.takes, default, key.unit, RESUMED[may_change(key.path)], key.since, key.meaning)
     return "".join(f"| {cell.replace('|', chr(92) + '|')} " if cell else "| " for cell in cells) + "|"
 
 
@@ -182,8 +194,9 @@ to them.
 
 Every key of a topology file. *Takes* has the type and its bounds. A key with a default may be left out, and so may a
 section whose keys all have one. *Resume* says whether a run that is resumed may have another value there; a path that
-*may move* must name the same content. `--set` sets any key for one run: `--set schedule.steps=20`. Combinations of keys
-are checked before a run starts; `--dry-run` checks them and starts nothing.
+*may move* must name the same content. *Since* is the version that brought the key. `--set` sets any key for one run:
+`--set schedule.steps=20`. Combinations of keys are checked before a run starts; `--dry-run` checks them and starts
+nothing.
 
 Editors that know the first line of the examples, `# yaml-language-server: $schema=topology.schema.json`, complete and
 check keys while you write. `python -m opd_async.config.reference --json-schema` prints that schema."""

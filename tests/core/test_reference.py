@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from test_docs import LEAST
 
-from opd_async.config.reference import Key, json_schema, json_schema_text, markdown, parts
+from opd_async.config.reference import FIRST, LATER, Key, json_schema, json_schema_text, markdown, parts
 from opd_async.config.schema_text import expected
 from opd_async.config.topology import Topology
 
@@ -45,6 +46,13 @@ def test_the_schema_for_editors_is_that_of_the_sections() -> None:
 def test_every_key_and_section_has_a_description() -> None:
     assert [part.path for part in parts() if len(part.meaning) < 10] == []
     assert [path for path, key in keys().items() if len(key.meaning) < 10] == []
+
+
+def test_keys_that_came_later_are_there_and_their_versions_are_in_the_changelog() -> None:
+    assert LATER.keys() <= keys().keys(), "a key that is gone, or that was renamed"
+    released = re.findall(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert {key.since for key in keys().values()} <= set(released)
+    assert released[-1] == FIRST and not {*LATER.values()} & {FIRST}
 
 
 def test_no_key_is_left_out() -> None:
