@@ -35,7 +35,7 @@ def require_labels(prompts: PromptSet, section: PromptsSection, kind: RewardKind
     """Raise `InputError` if the rule compares with labels and a prompt has none. Its reward would always be "wrong"."""
     if not kind.facts.label:
         return
-    if missing := sum(not prompt.label for prompt in prompts.prompts):
+    if missing := prompts.unlabelled():
         raise InputError(
             f"{section.path}: {missing} of {len(prompts.prompts)} prompts have no label under {section.label_key!r}, "
             f"which reward.kind {kind} compares responses with; set label_key, or remove these prompts"

@@ -1,6 +1,6 @@
 """Read prompts files and tokenize them.
 
-    JSONL or parquet -> rows -> checked -> tokenized in batches -> PromptSet
+    JSONL or parquet -> rows -> checked -> tokenized in batches -> columns, kept by content -> PromptSet
 
 A prompt is a text, or a list of chat messages that goes through the chat template. Broken rows are reported together,
 each with its file and line; prompts that are too long are counted and left out.
@@ -12,16 +12,20 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opd_async.config.topology import PromptsSection
+from opd_async.data.prompt_cache import columns_of
+from opd_async.data.prompt_table import ColumnWriter, Prompt, PromptTable
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
 from opd_async.extras import need
-from opd_async.transport.step_batch import Int32Array
+
+__all__ = ["Prompt", "PromptSet", "TeacherChoice", "load_prompts"]
 
 _BATCH = 4096
 """Texts given to the tokenizer at once: enough for all cores, little memory."""
@@ -31,28 +35,17 @@ _DIGITS = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """One prompt: `prompt_id` is the position of its row in the file, `token_ids` int32[n], `label` "" if none."""
-
-    prompt_id: int
-    token_ids: Int32Array
-    label: str
-    metadata: dict[str, Any]
-    teacher: str = ""
-    """Who scores its responses; "" where no teacher engine does."""
-
-    @property
-    def metadata_json(self) -> str:
-        """Write the metadata as JSON, which is what a reward gets; values that JSON cannot hold become text."""
-        return json.dumps(self.metadata, default=str) if self.metadata else "{}"
-
-
-@dataclass(frozen=True, slots=True)
 class PromptSet:
     """The usable prompts of a file in its order, and the number of prompts that were longer than allowed."""
 
     prompts: Sequence[Prompt]
     skipped_too_long: int
+
+    def unlabelled(self) -> int:
+        """Count the prompts that have no label."""
+        if isinstance(self.prompts, PromptTable):
+            return self.prompts.unlabelled()
+        return sum(not prompt.label for prompt in self.prompts)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,8 +88,43 @@ def load_prompts(
     Blank lines of a JSONL file are not rows. Raises `InputError` for a missing, empty or broken file (with the line of
     each broken row, up to ten), and when no prompt is short enough.
     """
-    rows: list[_Row] = []
+    path, limit = section.path, max_prompt_tokens
+    keys = (section.prompt_key, section.label_key, section.metadata_key)
+    words = [tokenizer.fingerprint, *map(str, keys), str(teachers.key), *teachers.names]
+    try:
+        columns = columns_of(path, words, lambda writer: _fill(writer, section, tokenizer, teachers))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    prompts = PromptTable(columns, teachers.names, limit)
+    if not prompts:
+        raise InputError(
+            f"{path}: all {len(columns)} prompts are longer than {limit} tokens (the shortest has "
+            f"{int(columns.lengths().min())}); raise engines.student.context_tokens or lower "
+            "rollout.sampling.max_response_tokens"
+        )
+    return PromptSet(prompts, len(columns) - len(prompts))
+
+
+def _fill(writer: ColumnWriter, section: PromptsSection, tokenizer: Tokenizer, teachers: TeacherChoice) -> None:
+    """Read a file into columns, a few thousand rows at a time. `InputError` lists the rows that are broken."""
     broken: list[str] = []
+    count = 0
+    for batch in _batches(_rows(section, tokenizer, teachers, broken)):
+        count += len(batch)
+        if broken:  # no more than what is wrong is asked for now
+            continue
+        for row, ids in zip(batch, _token_ids(batch, tokenizer), strict=True):
+            if not ids:
+                broken.append(f"{row.where}: the prompt has no tokens")
+            writer.add(ids, row.label, row.metadata, teachers.names.index(row.teacher))
+    if broken:
+        raise InputError(_report(section.path, broken))
+    if not count:
+        raise InputError(f"{section.path}: holds no prompts; write one JSON object per line")
+
+
+def _rows(section: PromptsSection, tokenizer: Tokenizer, teachers: TeacherChoice, broken: list[str]) -> Iterator[_Row]:
+    """Read the rows that can be used; what is wrong with the others is added to `broken`."""
     for where, value in _read(section.path):
         try:
             row = _row(where, value, section, teachers)
@@ -104,12 +132,23 @@ def load_prompts(
         except RowError as error:
             broken.append(f"{where}: {error}")
         else:
-            rows.append(row)
-    if broken:
-        raise InputError(_report(section.path, broken))
-    if not rows:
-        raise InputError(f"{section.path}: holds no prompts; write one JSON object per line")
-    return _tokenize(section.path, rows, tokenizer, max_prompt_tokens)
+            yield row
+
+
+def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    while batch := list(islice(rows, _BATCH)):
+        yield batch
+
+
+def _token_ids(rows: list[_Row], tokenizer: Tokenizer) -> list[list[int]]:
+    """Tokenize a batch: chats have their special tokens already, texts are given them."""
+    ids: list[list[int]] = [[] for _ in rows]
+    for special in (True, False):
+        chosen = [index for index, row in enumerate(rows) if row.add_special_tokens is special]
+        texts = [rows[index].text for index in chosen]
+        for index, found in zip(chosen, tokenizer.encode_batch(texts, add_special_tokens=special), strict=True):
+            ids[index] = found
+    return ids
 
 
 def read_row(
@@ -232,31 +271,6 @@ def _kind(value: Any) -> str:
     if isinstance(value, list):
         return "a list" if value else "an empty list"
     return {dict: "an object", str: "text", int: "a number", float: "a number"}.get(type(value), type(value).__name__)
-
-
-def _tokenize(path: Path, rows: list[_Row], tokenizer: Tokenizer, limit: int) -> PromptSet:
-    ids: list[list[int]] = [[] for _ in rows]
-    for special in (True, False):
-        chosen = [index for index, row in enumerate(rows) if row.add_special_tokens is special]
-        for start in range(0, len(chosen), _BATCH):
-            part = chosen[start : start + _BATCH]
-            encoded = tokenizer.encode_batch([rows[index].text for index in part], add_special_tokens=special)
-            for index, token_ids in zip(part, encoded, strict=True):
-                ids[index] = token_ids
-    if empty := [f"{row.where}: the prompt has no tokens" for row, own in zip(rows, ids, strict=True) if not own]:
-        raise InputError(_report(path, empty))
-    prompts = tuple(
-        Prompt(index, np.asarray(own, np.int32), row.label, row.metadata, row.teacher)
-        for index, (row, own) in enumerate(zip(rows, ids, strict=True))
-        if len(own) <= limit
-    )
-    if not prompts:
-        shortest = min(len(own) for own in ids)
-        raise InputError(
-            f"{path}: all {len(rows)} prompts are longer than {limit} tokens (the shortest has {shortest}); raise "
-            "engines.student.context_tokens or lower rollout.sampling.max_response_tokens"
-        )
-    return PromptSet(prompts, len(rows) - len(prompts))
 
 
 def _report(path: Path, broken: list[str]) -> str:

@@ -53,6 +53,7 @@ class Tokenizer:
         self._special = _special_tokens(folder, config)
         self._template_source, template = _find_template(folder, config, chat_template)
         self._template = _compile(template, self._template_source) if template is not None else None
+        self._template_text = template or ""
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, with the special tokens that the post-processor adds."""
@@ -92,6 +93,18 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Return the highest token id plus one; a model's table may be padded beyond it."""
         return max(self._vocab.values(), default=-1) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return a hex digest of everything that decides which ids a text or a conversation becomes."""
+        versions = [tokenizers.__version__, jinja2.__version__]
+        parts = [*versions, self._tokenizer.to_str(), self._template_text, json.dumps(self._special, sort_keys=True)]
+        if "strftime_now" in self._template_text:  # another prompt every day
+            parts.append(_strftime_now("%Y-%m-%d %H"))
+        digest = hashlib.blake2b(digest_size=16)
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little") + part.encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
     @cached_property
     def vocab_hash(self) -> str:

@@ -40,7 +40,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     ),
     "bench": (
         *("sim", "schedules", "sweeps", "baselines", "forecasts", "crosscheck", "convert", "learner", "weights"),
-        *("resume", "teacher", "wire", "learning", "peers"),
+        *("resume", "soak", "teacher", "wire", "learning", "peers"),
     ),
 }
 """Package by package, the first may be imported by all that follow."""

@@ -153,7 +153,8 @@ def test_a_prompt_without_tokens_is_refused(tmp_path: Path) -> None:
     assert f"{path}:2: the prompt has no tokens" in refused(path, Tokenizer(folder))
 
 
-def test_a_hundred_thousand_lines(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_hundred_thousand_lines(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = write_lines(tmp_path / "p.jsonl", *({"prompt": "abc1", "label": str(n)} for n in range(100_000)))
     loaded = load(path, tokenizer)
     assert len(loaded.prompts) == 100_000 and loaded.prompts[-1].prompt_id == 99_999

@@ -1,0 +1,170 @@
+"""Prompts as columns: tokens, labels, metadata in a few flat arrays, in memory or mapped from files.
+
+    rows -> ColumnWriter -> one file for each column (or memory) -> PromptTable -> Prompt, made when it is asked for
+
+A million prompts as objects take gigabytes; as columns they take their tokens, their text, and 29 bytes each, and what
+is mapped from files is not even the process's own.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from opd_async.transport.step_batch import Int32Array
+
+HEADER = "columns.json"
+"""Written last: the bytes of every column's file. A folder without it is half of one."""
+DTYPES: dict[str, np.dtype[Any]] = {
+    "ids": np.dtype("<i4"),
+    "id_ends": np.dtype("<i8"),
+    "text": np.dtype("u1"),
+    "label_ends": np.dtype("<i8"),
+    "metadata_ends": np.dtype("<i8"),
+    "teachers": np.dtype("u1"),
+}
+"""`text` has label and metadata of each prompt back to back, in UTF-8; `teachers` are indices into the names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt: `prompt_id` is the position of its row in the file, `token_ids` int32[n], `label` "" if none."""
+
+    prompt_id: int
+    token_ids: Int32Array
+    label: str
+    metadata: dict[str, Any]
+    teacher: str = ""
+    """Who scores its responses; "" where no teacher engine does."""
+
+    @property
+    def metadata_json(self) -> str:
+        """Write the metadata as JSON, which is what a reward gets; values that JSON cannot hold become text."""
+        return json.dumps(self.metadata, default=str) if self.metadata else "{}"
+
+
+class ColumnWriter:
+    """Appends prompts to columns: to files of a folder, or in memory without one. `finish` makes them readable."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """`folder` must exist; raises `OSError` if it cannot be written."""
+        self._folder = folder
+        self._files: dict[str, BinaryIO] = {
+            name: io.BytesIO() if folder is None else (folder / name).open("wb") for name in DTYPES
+        }
+        self._ids = self._text = 0
+
+    def add(self, token_ids: Sequence[int], label: str, metadata: dict[str, Any], teacher: int) -> None:
+        """Append one prompt, whose teacher is the one with this index."""
+        words = label.encode("utf-8", "surrogatepass")
+        more = json.dumps(metadata, default=str).encode() if metadata else b""
+        self._ids += len(token_ids)
+        self._files["ids"].write(np.asarray(token_ids, DTYPES["ids"]).tobytes())
+        self._files["id_ends"].write(self._ids.to_bytes(8, "little"))
+        self._files["text"].write(words + more)
+        self._files["label_ends"].write((self._text + len(words)).to_bytes(8, "little"))
+        self._text += len(words) + len(more)
+        self._files["metadata_ends"].write(self._text.to_bytes(8, "little"))
+        self._files["teachers"].write(bytes((teacher,)))
+
+    def finish(self) -> Columns:
+        """Close the columns and return them."""
+        if self._folder is None:
+            arrays = {
+                name: np.frombuffer(file.getvalue(), DTYPES[name])
+                for name, file in self._files.items()
+                if isinstance(file, io.BytesIO)
+            }
+            return Columns(arrays)
+        sizes = {name: file.tell() for name, file in self._files.items()}
+        self.close()
+        (self._folder / HEADER).write_text(json.dumps(sizes))
+        return Columns.mapped(self._folder)
+
+    def close(self) -> None:
+        """Close the files; they are of no use without `finish`."""
+        for file in self._files.values():
+            file.close()
+
+
+class Columns:
+    """The columns of a prompts file, all its rows."""
+
+    def __init__(self, arrays: dict[str, npt.NDArray[Any]]) -> None:
+        self._arrays = arrays
+
+    @classmethod
+    def mapped(cls, folder: Path) -> Columns:
+        """Map the files of a folder into memory. Raises `OSError` or `ValueError` if it does not hold all of them."""
+        sizes = json.loads((folder / HEADER).read_bytes())
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for name, dtype in DTYPES.items():
+            path = folder / name
+            if path.stat().st_size != sizes[name]:
+                raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {sizes[name]}")
+            arrays[name] = np.memmap(path, dtype, "r") if sizes[name] else np.zeros(0, dtype)
+        return cls(arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays["id_ends"])
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Return the tokens of each prompt, int64[n]."""
+        return np.diff(self._arrays["id_ends"], prepend=0)
+
+    def unlabelled(self) -> npt.NDArray[np.bool_]:
+        """Tell which prompts have no label, bool[n]."""
+        ends = self._arrays["metadata_ends"]
+        begins = np.concatenate((np.zeros(1, np.int64), ends[:-1])) if len(ends) else ends
+        return np.asarray(self._arrays["label_ends"] == begins)
+
+    def prompt(self, row: int, names: Sequence[str]) -> Prompt:
+        """Make the prompt of a row; its teacher is one of `names`."""
+        arrays = self._arrays
+        first, text = (0, 0) if row == 0 else (int(arrays["id_ends"][row - 1]), int(arrays["metadata_ends"][row - 1]))
+        middle, end = int(arrays["label_ends"][row]), int(arrays["metadata_ends"][row])
+        metadata = arrays["text"][middle:end].tobytes()
+        return Prompt(
+            row,
+            np.array(arrays["ids"][first : int(arrays["id_ends"][row])], np.int32),
+            arrays["text"][text:middle].tobytes().decode("utf-8", "surrogatepass"),
+            json.loads(metadata) if metadata else {},
+            names[int(arrays["teachers"][row])],
+        )
+
+
+class PromptTable(Sequence[Prompt]):
+    """The prompts of a file that are short enough, in its order; each is made anew when it is asked for."""
+
+    def __init__(self, columns: Columns, names: tuple[str, ...], limit: int) -> None:
+        """Leave out what has more than `limit` tokens."""
+        self._columns, self._names = columns, names
+        short = columns.lengths() <= limit
+        self._rows = None if short.all() else np.flatnonzero(short).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self._columns) if self._rows is None else len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | Sequence[Prompt]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(f"prompt {index} of {len(self)}")
+        return self._columns.prompt(position if self._rows is None else int(self._rows[position]), self._names)
+
+    def unlabelled(self) -> int:
+        """Count the prompts that have no label."""
+        found = self._columns.unlabelled()
+        return int(found.sum() if self._rows is None else found[self._rows].sum())
