@@ -48,17 +48,20 @@ def write_page(folder: Path, out: Path, most: int = MOST) -> int:
     fresh.touch(0o600)  # it quotes prompts
     with fresh.open("w", encoding="utf-8") as page:
         page.write(before)
-        chosen = (row for at, row in enumerate(read_samples(record)) if at % every == 0)
-        shown = _write_data(page, folder.resolve().name, chosen, rows)
+        shown = _write_data(page, folder.resolve().name, read_samples(record), every)
         page.write(after)
     fresh.replace(out)
     return shown
 
 
-def _write_data(page: TextIO, name: str, rows: Iterator[tuple[bytes, dict[str, Any]]], known: int) -> int:
+def _write_data(page: TextIO, name: str, rows: Iterator[tuple[bytes, dict[str, Any]]], every: int) -> int:
     index: list[list[Any]] = []
     block: list[bytes] = []
-    for line, row in rows:
+    left_out = 0
+    for at, (line, row) in enumerate(rows):
+        if at % every:
+            left_out += 1
+            continue
         index.append(_index_row(row, *divmod(len(index), BLOCK)))
         block.append(line)
         if len(block) == BLOCK:
@@ -66,7 +69,7 @@ def _write_data(page: TextIO, name: str, rows: Iterator[tuple[bytes, dict[str, A
             block = []
     if block:
         _write_block(page, len(index) // BLOCK, block)
-    _write_json(page, "head", {"name": name, "columns": COLUMNS, "left_out": known - len(index)})
+    _write_json(page, "head", {"name": name, "columns": COLUMNS, "left_out": left_out})
     _write_json(page, "index", index)
     return len(index)
 

@@ -216,6 +216,14 @@ def test_a_large_record_becomes_a_page_of_the_size_that_was_asked_for(tmp_path: 
     assert json.loads(element(page, "head"))["left_out"] == 75
 
 
+def test_responses_that_were_trained_again_count_nowhere(tmp_path: Path) -> None:
+    record(tmp_path, trained(0), trained(1), trained(2))
+    record(tmp_path, 1, trained(1))
+    assert write_page(tmp_path, tmp_path / "page.html") == 2
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert json.loads(element(page, "head"))["left_out"] == 0
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def code(*words: str) -> int:
         with pytest.raises(SystemExit) as ended:
