@@ -1,7 +1,7 @@
 """Hugging Face folders to Megatron checkpoints and back, without a second copy of the model in memory.
 
-    python -m learner.convert hf-to-megatron --hf DIR --out DIR
-    python -m learner.convert megatron-to-hf --checkpoint DIR --source DIR --out DIR
+    python -m opd_async.learner.convert hf-to-megatron --hf DIR --out DIR
+    python -m opd_async.learner.convert megatron-to-hf --checkpoint DIR --source DIR --out DIR
 
     hf-to-megatron   safetensors, one tensor at a time -> sharded model -> DIR.tmp -> DIR (torch_dist, weights alone)
     megatron-to-hf   checkpoint -> sharded model -> one tensor at a time -> DIR.tmp -> DIR (safetensors)
@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
-import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
+from opd_async.cli.convert import convert
 from opd_async.errors import InputError
 from opd_async.learner.checkpoints import model as model_checkpoint
 from opd_async.learner.config import LearnerConfig, ParallelConfig
@@ -34,7 +32,6 @@ from opd_async.learner.hf.files import put_in_place
 from opd_async.learner.hf.io import load_hf, save_hf
 from opd_async.learner.model.architecture import read_shape
 from opd_async.learner.model.decoder import DecoderModel, build_model
-from opd_async.process import report_failure
 from opd_async.run import checkpoints
 
 log = logging.getLogger(__name__)
@@ -84,54 +81,25 @@ def _model(path: Path, dtype: str, parallel_config: ParallelConfig) -> DecoderMo
     return model
 
 
-def _arguments(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=prog, description="Hugging Face folders to Megatron checkpoints and back.")
-    commands: Any = parser.add_subparsers(dest="command", required=True)
-    to_megatron = commands.add_parser("hf-to-megatron", help="safetensors to a checkpoint to start from")
-    to_megatron.add_argument("--hf", type=Path, required=True, help="Hugging Face folder")
-    to_hf = commands.add_parser("megatron-to-hf", help="a checkpoint's weights to safetensors")
-    to_hf.add_argument("--checkpoint", type=Path, required=True, help="of a run, of one step, or Megatron's own")
-    to_hf.add_argument("--source", type=Path, required=True, help="Hugging Face folder with config and tokenizer")
-    for command in (to_megatron, to_hf):
-        command.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist")
-        command.add_argument("--tp", type=int, default=1, help="tensor-parallel size of this conversion")
-        command.add_argument("--pp", type=int, default=1, help="pipeline-parallel size of this conversion")
-        command.add_argument("--ep", type=int, default=1, help="expert-parallel size of this conversion")
-    return parser.parse_args(arguments)
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Raises `InputError` for what can be seen before anything is read."""
-    ranks, needed = int(os.environ.get("WORLD_SIZE", "1")), options.pp * math.lcm(options.tp, options.ep)
-    if min(options.tp, options.pp, options.ep) < 1 or ranks % needed:
-        raise InputError(
-            f"--tp {options.tp} --pp {options.pp} --ep {options.ep} share the work among {needed} processes, {ranks} "
-            f"run: start with `torchrun --nproc-per-node {needed} -m learner.convert`, or leave them out; either way, "
-            "the checkpoint loads at any sizes"
-        )
-    if options.out.exists():
-        raise InputError(f"{options.out} exists already; remove it, or give another --out")
+def carry_out(options: argparse.Namespace) -> None:
+    """Join the other ranks, if there are any, and convert what the arguments of `opd_async.cli.convert` name."""
+    sizes = ParallelConfig(tensor=options.tp, pipeline=options.pp, expert=options.ep)
+    place = parallel.start(sizes, seed=0)
+    try:
+        if options.command == "hf-to-megatron":
+            hf_to_megatron(options.hf, options.out, sizes)
+        else:
+            megatron_to_hf(options.checkpoint, options.source, options.out, sizes)
+    finally:
+        parallel.stop()
+    if place.rank == 0:
+        log.info("wrote %s", options.out)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Entry point; ends the process with code 2 and one message if the input cannot be used."""
-    options = _arguments(arguments, prog)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        _check(options)
-        sizes = ParallelConfig(tensor=options.tp, pipeline=options.pp, expert=options.ep)
-        place = parallel.start(sizes, seed=0)
-        try:
-            if options.command == "hf-to-megatron":
-                hf_to_megatron(options.hf, options.out, sizes)
-            else:
-                megatron_to_hf(options.checkpoint, options.source, options.out, sizes)
-        finally:
-            parallel.stop()
-        if place.rank == 0:
-            log.info("wrote %s", options.out)
-    except Exception as error:  # the edge of the process: every error becomes an exit code and a line
-        sys.exit(report_failure(error))
+    if code := convert(arguments, prog):
+        sys.exit(code)
 
 
 if __name__ == "__main__":

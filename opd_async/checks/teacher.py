@@ -82,7 +82,7 @@ def _megatron_problems(topology: Topology) -> Iterator[str]:
     if opd.teacher_load is None:
         yield (
             "opd.teacher_load: missing, but opd.type is megatron; write the folder of the teacher's Megatron "
-            "checkpoint (--opd-teacher-load), as `python -m learner.convert hf-to-megatron` makes one"
+            "checkpoint (--opd-teacher-load), as `opd convert hf-to-megatron` makes one"
         )
         return
     try:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
@@ -74,13 +73,6 @@ def plan(arguments: argparse.Namespace) -> int:
     """`opd plan`, which is `opd run --plan`."""
     arguments.dry_run, arguments.plan, arguments.resume, arguments.overwrite = False, True, False, False
     return run(arguments)
-
-
-def convert(words: Sequence[str]) -> int:
-    """`opd convert`, which is `python -m opd_async.learner.convert`, with what follows it on the command line."""
-    # by name: this room must not know the learner's
-    importlib.import_module("opd_async.learner.convert").main(words, prog="opd convert")
-    return 0
 
 
 @in_words

@@ -150,9 +150,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in words if not word.startswith("-")), "")
     if words[:1] == ["convert"]:  # it has a parser of its own, which argparse would not let see every option
-        from opd_async.cli.commands import convert
+        from opd_async.cli.convert import convert
 
-        sys.exit(convert(words[1:]))
+        sys.exit(convert(words[1:], prog="opd convert"))
     arguments = make_parser(command).parse_args(words)
     sys.exit(arguments.handler(arguments))
 

@@ -31,7 +31,7 @@ class OpdSection(Section):
     type: OpdType = OpdType.SGLANG
     """Where the teacher runs. `sglang`: on engines of its own, of any kind. `megatron`: in the learner's ranks."""
     teacher_load: Path | None = None
-    """`megatron`: the teacher's checkpoint: a run's folder, a step of it, or what `python -m learner.convert` wrote."""
+    """`megatron`: the teacher's checkpoint: a run's folder, a step of it, or what `opd convert` wrote."""
     teacher_ckpt_step: NonNegative | None = None
     """Which step's checkpoint in `teacher_load`; null takes the newest."""
     teacher_offload: bool = False

@@ -124,7 +124,7 @@ def shards(folder: Path, step: int | None = None, thorough: bool = False) -> Pat
     if not (chosen / ".metadata").is_file():
         raise InputError(
             f"{chosen}: holds no Megatron checkpoint (torch_dist); give a run's folder, its checkpoints, one step of "
-            f"them, or what `python -m learner.convert hf-to-megatron` wrote"
+            f"them, or what `opd convert hf-to-megatron` wrote"
         )
     return chosen
 

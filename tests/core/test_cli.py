@@ -149,3 +149,20 @@ def test_a_report_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_convert_has_its_own_help() -> None:
     code, out, _ = opd("convert", "hf-to-megatron", "--help")
     assert code == 0 and out.startswith("usage: opd convert hf-to-megatron") and "--hf" in out
+
+
+def test_a_conversion_s_help_and_its_bad_options_load_no_torch(tmp_path: Path) -> None:
+    """torch and megatron-core take seconds to load, which nobody waits for to be told of an option."""
+    for words, code in ((["--help"], 0), (["hf-to-megatron", "--hf", "x", "--out", str(tmp_path)], 2)):
+        script = f"""
+import sys
+from opd_async.cli.main import main
+try:
+    main(["convert", *{words!r}])
+except SystemExit as end:
+    assert end.code == {code}, end.code
+assert not {{"torch", "megatron", "pydantic"}} & set(sys.modules)
+"""
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+    assert "exists already" in ended.stderr

@@ -192,7 +192,6 @@ def known_flags() -> frozenset[str]:
         ROOT / "opd_async/config/slime_flags.py",
         ROOT / "opd_async/config/reference.py",
         ROOT / "opd_async/forecast/flags.py",
-        ROOT / "learner/convert.py",
         *ROOT.glob("bench/**/*.py"),
         *ROOT.glob("examples/addition/*.py"),
         ROOT / "tests/chaos/__main__.py",
