@@ -58,6 +58,11 @@ def keys_at(path: Location) -> tuple[str, ...]:
     return tuple(_resolve(schema).get("properties", ())) if schema else ()
 
 
+def place_of(section: str) -> Location | None:
+    """Where the topology has the section of this class, its first place; None where it has none."""
+    return next((path for path in _all_keys(()) if _resolve(schema_at(path) or {}).get("title") == section), None)
+
+
 def dotted(path: Location) -> str:
     """`engines.student.devices.0`; `(the whole file)` for the root."""
     return ".".join(str(part) for part in path) or "(the whole file)"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -31,3 +31,16 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any) -> None:
+        """Build a section in code. Raises `InputError` with every problem, in the words that a file would get."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            from opd_async.config.topology_file import refuse_section  # it knows the sections
+
+            refuse_section(type(self), error)
+            raise
+
+    # as pydantic marks its own: data that it validates itself does not come through here
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from opd_async.config.schema_text import dotted, expected, found, keys_at, schema_at, unknown_key
+from opd_async.config.schema_text import dotted, expected, found, keys_at, place_of, schema_at, unknown_key
 from opd_async.config.topology import Topology
 from opd_async.config.yaml_source import Location, YamlDocument, parse_yaml
 from opd_async.errors import InputError
@@ -110,6 +110,20 @@ def build(target: Topology, sections: Mapping[str, Any]) -> None:
         raise InputError(list_problems(source.name, source.problems)) from None
 
 
+def refuse_section(section: type[BaseModel], error: ValidationError) -> None:
+    """Raise `InputError` for a section built in code, each problem under its key in a topology.
+
+    Returns where `section` is not a topology's: then the values are this program's own.
+    """
+    place = place_of(section.__name__)
+    if place is not None:
+        details = _leaves(error)
+        moved = [ErrorDetails({**detail, "loc": (*place, *detail["loc"])}) for detail in details]
+        raise InputError(
+            list_problems(section.__name__, [_explain(YamlDocument({}), detail) for detail in moved])
+        ) from None
+
+
 def as_overrides(values: Mapping[str, Any] | Sequence[str]) -> list[str]:
     """`{"schedule.steps": 20}` as `schedule.steps=20`; text stays what it is."""
     if not isinstance(values, Mapping):
@@ -132,10 +146,14 @@ def _validated(data: Any) -> tuple[Topology | None, list[ErrorDetails]]:
         # Strict JSON mode: lists become tuples and text becomes paths, but no value changes its type.
         return Topology.model_validate_json(json.dumps(data), strict=True), []
     except ValidationError as error:
-        details = error.errors(include_url=False)
-    # A list with a wrong item is also reported as too short: the item says it better.
+        return None, _leaves(error)
+
+
+def _leaves(error: ValidationError) -> list[ErrorDetails]:
+    """What is wrong; a list with a wrong item is also reported as too short, and the item says it better."""
+    details = error.errors(include_url=False)
     holders = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
-    return None, [detail for detail in details if detail["loc"] not in holders]
+    return [detail for detail in details if detail["loc"] not in holders]
 
 
 _STAND_INS: dict[str, Any] = {

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from small_runs import small_topology, topology_data, write_topology
 
-from opd_async.config.topology import TrainOn
+from opd_async.config.section import Section
+from opd_async.config.topology import ModelSection, SamplingSection, ScheduleSection, TrainOn
 from opd_async.config.topology_file import dump_topology, load_topology
 from opd_async.config.yaml_source import parse_yaml
 from opd_async.errors import InputError
+from opd_async.telemetry.report import Evaluation
 
 
 def message(path: Path, *overrides: str) -> str:
@@ -219,3 +222,34 @@ def _edited_base(root: Path) -> dict[str, Any]:
     if not _BASE:
         _BASE.update(topology_data(root))
     return _BASE
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: ScheduleSection(steps=0, tokens_per_step=64, max_stalenes=1),
+            "ScheduleSection: 2 problems\n"
+            "  schedule.steps: found 0; write a whole number, at least 1\n"
+            "  schedule.max_stalenes: unknown key; did you mean max_staleness?",
+        ),
+        (
+            lambda: SamplingSection(max_response_tokens="many"),
+            "SamplingSection: 1 problem\n"
+            '  rollout.sampling.max_response_tokens: found "many"; write a whole number, at least 1',
+        ),
+        (lambda: ModelSection(), "ModelSection: 1 problem\n  models.student.path: missing; write a path"),
+    ],
+)
+def test_a_section_built_alone_in_code_is_refused_in_the_words_of_a_file(
+    build: Callable[[], Section], message: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        build()
+    assert str(refused.value) == message and refused.value.__cause__ is None
+    assert SamplingSection(max_response_tokens=5).max_response_tokens == 5
+
+
+def test_what_is_no_section_of_a_topology_is_a_defect_of_this_program() -> None:
+    with pytest.raises(ValidationError):
+        Evaluation()
