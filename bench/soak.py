@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -151,11 +152,14 @@ class Samples:
         return self.count
 
 
-def watch(launcher: subprocess.Popen[bytes], folder: Path, samples: int, every_s: float) -> Series:
-    """Look at every role until so many samples are trained. `RuntimeError` if the run ends before."""
+def watch(
+    launcher: subprocess.Popen[bytes], folder: Path, samples: int, every_s: float, until: float = math.inf
+) -> Series:
+    """Look at every role until so many samples are trained, or `until`, on `time.monotonic`'s scale. `RuntimeError` if
+    the run ends before."""
     series: Series = defaultdict(list)
     counter, parent = Samples(folder), psutil.Process(launcher.pid)
-    while counter.look() < samples:
+    while counter.look() < samples and time.monotonic() < until:
         if launcher.poll() is not None:
             raise RuntimeError(f"the run ended with {launcher.returncode} after {counter.count:,.0f} samples")
         time.sleep(every_s)
@@ -170,8 +174,12 @@ def watch(launcher: subprocess.Popen[bytes], folder: Path, samples: int, every_s
     return series
 
 
-def soak(root: Path, samples: int, every_s: float, settings: Sequence[str] = ()) -> list[Row]:
-    """Run until so many samples are trained, then stop it in order. `RuntimeError` names the log if it fails."""
+def soak(
+    root: Path, samples: int, every_s: float, settings: Sequence[str] = (), until: float = math.inf
+) -> tuple[list[Row], int]:
+    """Run until so many samples are trained, or `until`, then stop it in order; returns how many there were.
+
+    `RuntimeError` names the log if it fails."""
     make = [sys.executable, f"{ADDITION}/make_data.py", "--out", str(root), "--train", "20000", "--held-out", "10"]
     subprocess.run(make, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     values = (
@@ -191,13 +199,14 @@ def soak(root: Path, samples: int, every_s: float, settings: Sequence[str] = ())
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     try:
-        series = watch(launcher, root / "soak", samples, every_s)
+        series = watch(launcher, root / "soak", samples, every_s, until)
     except RuntimeError as error:
         raise RuntimeError(f"{error}: {log.read_text(errors='replace')[-2000:]}") from None
     finally:
         launcher.terminate()
         launcher.wait()
-    return [fitted(role, figure, points) for (role, figure), points in sorted(series.items()) if len(points) > BLOCKS]
+    rows = [fitted(role, figure, points) for (role, figure), points in sorted(series.items()) if len(points) > BLOCKS]
+    return rows, int(max((points[-1][0] for points in series.values()), default=0.0))
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -215,13 +224,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Does anything grow while a run goes on?")
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end then, with the samples so far")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for the launcher")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     arguments = parser.parse_args(argv)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="opd-soak-") as folder:
-        rows = soak(Path(folder), arguments.samples, arguments.every, arguments.set)
-    print(f"{table(rows)}\n{arguments.samples:,} samples in {time.monotonic() - began:.0f} s")
+        until = began + 60 * arguments.minutes
+        rows, count = soak(Path(folder), arguments.samples, arguments.every, arguments.set, until)
+    print(f"{table(rows)}\n{count:,} samples in {time.monotonic() - began:.0f} s")
     if arguments.json is not None:
         write_atomically(arguments.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     return 1 if any(row.grows for row in rows) else 0

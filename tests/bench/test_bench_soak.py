@@ -42,7 +42,7 @@ def test_what_grows_while_it_warms_up_is_left_out() -> None:
 
 def test_a_short_soak_sees_every_role(tmp_path: Path) -> None:
     settings = ("schedule.tokens_per_step=512", "rollout.slots=32")
-    rows = soak.soak(tmp_path, 300, 0.05, settings)
+    rows, count = soak.soak(tmp_path, 300, 0.05, settings)
     seen = {row.role for row in rows if row.figure == "memory (MiB)"}
     assert seen == {
         "launcher",
@@ -53,6 +53,7 @@ def test_a_short_soak_sees_every_role(tmp_path: Path) -> None:
         "student-engine-0",
         "teacher-engine-0",
     }
+    assert count >= 300
     assert all(row.begin > 10.0 for row in rows if row.figure == "memory (MiB)")
     assert {row.figure for row in rows} >= {"open files", "threads", "opd_launcher_leases_active"}
     lines = soak.table(rows).splitlines()
