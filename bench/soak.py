@@ -89,7 +89,7 @@ def fitted(role: str, figure: str, points: Sequence[tuple[float, float]]) -> Row
         end=float(y[-1]),
         slope=1000 * slope,
         error=1000 * error,
-        grows=slope > ERRORS * error and growth > least,
+        grows=bool(slope > ERRORS * error and growth > least),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -56,5 +58,6 @@ def test_a_short_soak_sees_every_role(tmp_path: Path) -> None:
     assert count >= 300
     assert all(row.begin > 10.0 for row in rows if row.figure == "memory (MiB)")
     assert {row.figure for row in rows} >= {"open files", "threads", "opd_launcher_leases_active"}
+    assert json.loads(json.dumps([dataclasses.asdict(row) for row in rows]))[0]["role"] == rows[0].role
     lines = soak.table(rows).splitlines()
     assert len(lines) == len(rows) + 1 and "for 1,000 samples" in lines[0]
