@@ -97,6 +97,7 @@ def _started(step: int, count: int) -> StepStarted:
     columns = ("tokens", "completed", "cuts", "forwarded_tokens", "recomputed_tokens", "prompts", "micro_batches")
     return StepStarted(
         version=step,
+        waited_s=0.0,
         stats=dict.fromkeys(columns, float(count)),
         staleness_counts=np.array([count, count]),
         taken_ids=nothing,

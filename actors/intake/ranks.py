@@ -12,7 +12,7 @@ from opd_async.errors import DeadlineError
 from opd_async.plan.plan import Plan
 from opd_async.transport.channels import ControlServer
 from opd_async.transport.door import Door
-from opd_async.transport.messages import Message, Train
+from opd_async.transport.messages import Message, PartDone, Train
 
 log = logging.getLogger(__name__)
 
@@ -27,22 +27,31 @@ class LearnerRanks:
         self._malformed = malformed
         self._server = ControlServer(context, plan.batches, malformed, door)
         self._up: set[str] = set()
+        self.on_part_done: Callable[[PartDone], None] = lambda done: None
+        """What is done when rank 0 has trained a part."""
         self._all_up = asyncio.Event()
 
     async def collect(self) -> None:
-        """Note each rank that says hello; sending waits for all of them. On cancel: no further one is noted."""
+        """Note each rank that says hello; sending waits for all of them. Pass on which parts are trained.
+
+        On cancel: nothing further is noted.
+        """
         while True:
             rank, message = await self._server.receive()
             if rank not in self._names:
                 self._malformed(f"a {type(message).__name__} of {rank!r:.80}, which is no rank")
+                continue
+            if isinstance(message, PartDone):
+                self.on_part_done(message)
                 continue
             self._up.add(rank)
             if len(self._up) == self._learner.ranks:
                 self._all_up.set()
 
     async def send_step(self, shares: Sequence[Train]) -> None:
-        """Send a step: `shares` has one message for each data-parallel rank. Raises `DeadlineError` for missing ranks.
+        """Send a step or a part: `shares` has one message for each data-parallel rank.
 
+        Raises `DeadlineError` for missing ranks.
         On cancel: some ranks may have the step; the learner must then go back to a checkpoint.
         """
         for rank in range(self._learner.ranks):

@@ -1,13 +1,13 @@
 """What becomes of the samples that a step has taken: advantages, messages to the learner's ranks, and its figures.
 
 Taken -> give_advantages -> segments -> pack -> Train, one for each data-parallel rank
-                                     -> step_started -> the dispatcher
+                                     -> part_started, step_started -> the dispatcher
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,21 +52,38 @@ def give_advantages(taken: list[Taken], topology: Topology) -> list[Outcome]:
     return outcomes
 
 
-def pack(segments: list[Segment], version: int, learner: LearnerSection) -> list[m.Train]:
-    """The step at `version` as one message for each data-parallel rank."""
-    batches = packing.pack(segments, version, learner.data_parallel, learner.micro_batch_tokens)
-    return [packing.to_message(batch) for batch in batches]
+def pack(
+    segments: list[Segment], version: int, learner: LearnerSection, *, part: int = 0, last: bool = True
+) -> list[m.Train]:
+    """A part of the step at `version`, or all of it, as one message for each data-parallel rank."""
+    ranks, tokens = learner.data_parallel, learner.micro_batch_tokens
+    return [packing.to_message(batch) for batch in packing.pack(segments, version, ranks, tokens, part=part, last=last)]
+
+
+def part_started(version: int, tokens: int, taken: list[Taken]) -> m.PartStarted:
+    """What the dispatcher is told of a part that is not the last; the step has `tokens` with it."""
+    return m.PartStarted(version=version, tokens=tokens, **_columns(taken))
 
 
 def step_started(
-    version: int, taken: list[Taken], stats: dict[str, float], staleness_counts: NDArray[np.int64]
+    version: int,
+    taken: list[Taken],
+    waited_s: float,
+    stats: dict[str, float],
+    staleness_counts: NDArray[np.int64],
 ) -> m.StepStarted:
-    """What the dispatcher is told of a step: figures for `metrics.jsonl`, int64[age + 1] counts, and the samples."""
+    """What the dispatcher is told of a step: figures for `metrics.jsonl`, int64[age + 1] counts, and the samples.
+
+    `taken` has those of the last part; `waited_s` is for how many seconds the learner waited between parts.
+    """
     return m.StepStarted(
-        version=version,
-        stats=stats,
-        staleness_counts=staleness_counts,
-        taken_ids=np.array([one.sample_id for one in taken], np.int64),
-        taken_ends=np.array([one.end for one in taken], np.int32),
-        taken_complete=np.array([one.complete for one in taken], np.int32),
+        version=version, waited_s=waited_s, stats=stats, staleness_counts=staleness_counts, **_columns(taken)
     )
+
+
+def _columns(taken: list[Taken]) -> dict[str, Any]:
+    return {
+        "taken_ids": np.array([one.sample_id for one in taken], np.int64),
+        "taken_ends": np.array([one.end for one in taken], np.int32),
+        "taken_complete": np.array([one.complete for one in taken], np.int32),
+    }

@@ -1,6 +1,6 @@
 """The virtual clock against real time: the same scenario simulated, and run by the real launcher and its real roles.
 
-    python -m bench.crosscheck [--train-on tokens] [--max-staleness 1] [--steps 14] [--scale 1] [--slots 32]
+    python -m bench.crosscheck [--train-on tokens] [--rule filled] [--max-staleness 1] [--steps 14] [--scale 1]
 
     Scenario -> Simulation (virtual clock) ----------------------------------------------------------+-> table, JSON
              -> Lifecycle: rollout, teacher, intake + simulated engines and learner (`bench.crosscheck`) -+
@@ -25,9 +25,9 @@ import numpy as np
 import uvloop
 
 from opd_async.bench.crosscheck.scenario import PROMPT_TOKENS, Scenario, add_arguments
-from opd_async.bench.sim.rules import Scoring, deadline_cuts, whole_samples
+from opd_async.bench.sim.rules import Rule, Scoring, deadline_cuts, filled, whole_samples
 from opd_async.bench.sim.simulation import Simulation
-from opd_async.config.topology import Topology, TrainOn
+from opd_async.config.topology import StepRule, Topology, TrainOn
 from opd_async.data.completions import CompletionSet
 from opd_async.data.jsonl import read_jsonl
 from opd_async.data.prompts import Prompt, PromptSet
@@ -55,6 +55,7 @@ class Figures:
     tokens_per_s: float
     step_s: float
     step_tokens: float
+    step_tokens_sd: float
     learner_recompute: float
     teacher_recompute: float
     age_mean: float
@@ -64,15 +65,32 @@ class Figures:
     learner_idle: float
 
 
-def virtual(scenario: Scenario, train_on: TrainOn, staleness: int, steps: int) -> Figures:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Asked:
+    """The schedule that both clocks are to run."""
+
+    train_on: TrainOn
+    rule: StepRule
+    max_staleness: int
+    steps: int
+
+    def simulated(self) -> Rule:
+        """As the virtual clock has it."""
+        if self.train_on is TrainOn.SAMPLES:
+            return whole_samples(self.max_staleness)
+        return filled(self.max_staleness) if self.rule is StepRule.FILLED else deadline_cuts(self.max_staleness)
+
+
+def virtual(scenario: Scenario, asked: Asked) -> Figures:
     """On the virtual clock."""
-    rule = deadline_cuts(staleness) if train_on is TrainOn.TOKENS else whole_samples(staleness)
+    rule, steps = asked.simulated(), asked.steps
     simulation = Simulation(scenario.workload(), rule, Scoring.STREAMED, scenario.lengths_seed)
     row = simulation.run(WARMUP, steps - WARMUP)
     return Figures(
         tokens_per_s=row.tokens_per_s,
         step_s=row.seconds / row.steps,
         step_tokens=row.step_tokens,
+        step_tokens_sd=row.step_tokens_sd,
         learner_recompute=row.learner_recompute,
         teacher_recompute=row.teacher_recompute,
         age_mean=row.age_mean,
@@ -127,10 +145,9 @@ def simulated(plan: Plan, scenario: Scenario) -> Plan:
     return plan.model_copy(update={"roles": roles})
 
 
-def real(scenario: Scenario, train_on: TrainOn, staleness: int, steps: int, folder: Path) -> Figures:
+def real(scenario: Scenario, asked: Asked, folder: Path) -> Figures:
     """With the real roles, in real time; the run's files go to `folder`."""
-    schedule = {"train_on": train_on, "max_staleness": staleness, "steps": steps}
-    plan = simulated(make_plan(topology(scenario, schedule, folder)), scenario)
+    plan = simulated(make_plan(topology(scenario, dataclasses.asdict(asked), folder)), scenario)
     ids = np.full(PROMPT_TOKENS, 3, np.int32)
     (teacher,) = plan.topology.teachers
     prompts = PromptSet(tuple(Prompt(index, ids, "", {}, teacher) for index in range(PROMPTS)), 0)
@@ -148,6 +165,7 @@ def real(scenario: Scenario, train_on: TrainOn, staleness: int, steps: int, fold
         tokens_per_s=tokens / seconds,
         step_s=seconds / len(counted),
         step_tokens=tokens / len(counted) / work.tokens_per_step,
+        step_tokens_sd=float(np.std([row["tokens"] for row in counted])) / work.tokens_per_step,
         learner_recompute=sum(row["forwarded_tokens"] for row in counted)
         / (tokens * (work.mean_tokens + work.prompt_tokens) / work.mean_tokens),
         teacher_recompute=report.teacher_recompute or 0.0,
@@ -168,15 +186,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The virtual clock against real roles in real time.")
     add_arguments(parser)
     parser.add_argument("--train-on", type=TrainOn, choices=tuple(TrainOn), default=TrainOn.TOKENS)
+    parser.add_argument("--rule", type=StepRule, choices=tuple(StepRule), default=StepRule.DEADLINE)
     parser.add_argument("--steps", type=int, default=14, help=f"optimizer steps, of which {WARMUP} are a warm-up")
     parser.add_argument("--max-staleness", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)
     scenario = Scenario.of(options)
-    asked = (options.train_on, options.max_staleness, options.steps)
+    asked = Asked(options.train_on, options.rule, options.max_staleness, options.steps)
     with tempfile.TemporaryDirectory() as folder:
-        measured = real(scenario, *asked, Path(folder))
-    predicted = virtual(scenario, *asked)
+        measured = real(scenario, asked, Path(folder))
+    predicted = virtual(scenario, asked)
     print(f"{'':<20}{'virtual clock':>15}{'real roles':>15}{'ratio':>8}")
     for name, value in dataclasses.asdict(measured).items():
         other = getattr(predicted, name)
@@ -185,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json is not None:
         both = {"virtual": dataclasses.asdict(predicted), "real": dataclasses.asdict(measured)}
         content = {"scenario": dataclasses.asdict(scenario), "train_on": options.train_on.value, **both}
-        content["max_staleness"] = options.max_staleness
+        content |= {"rule": options.rule.value, "max_staleness": options.max_staleness}
         write_atomically(options.json, json.dumps(content, indent=2).encode())
 
 

@@ -24,10 +24,8 @@ from opd_async.config.topology import TrainOn
 from opd_async.forecast.lengths import LengthStream
 from opd_async.forecast.workload import Workload
 from opd_async.scheduling import frontier
-from opd_async.scheduling.admission import close_early_tokens
 from opd_async.scheduling.assembly import Assembler
 from opd_async.scheduling.cache_share import CutPoints
-from opd_async.scheduling.filled_steps import FilledSteps
 from opd_async.scheduling.leases import LeaseBook, PromptOrder
 from opd_async.scheduling.routing import rendezvous
 from opd_async.scheduling.score_batches import TokenBudgetBatcher
@@ -198,21 +196,18 @@ class Simulation:
         self._turn_due = False
         if self._may_plan:
             self._plan()
-        policy, step = self._policy, self._step
-        if isinstance(policy, FilledSteps):
-            self._book.admission.opened(step.taken, not step.busy)
-            if policy.overfull(self._assembler, self._version, step.taken):
-                self._pause()
-            self._lease()
-        elif self._rule.stops_when_full and step.busy:
+        policy, step, closed = self._policy, self._step, not self._may_plan
+        self._book.admission.opened(step.taken, not step.busy)
+        if policy.overfull(self._assembler, self._version, None if closed else step.taken):
+            self._pause()
+        if self._rule.stops_when_full and step.busy:
             waiting = sum(sample.finish is not None for sample in self._assembler.samples.values())
             if waiting >= self._work.samples_per_step:
                 self._pause()
-        elif isinstance(policy, DeadlineCuts) and self._training is not None:
-            ready = policy.ready_tokens(self._assembler, self._training + 1)
-            self._book.admission.ready(self._training + 1, ready)
-            if ready >= close_early_tokens(policy.budget, policy.max_staleness):
-                self._pause()
+        if closed and isinstance(policy, DeadlineCuts):
+            ready = policy.ready_tokens(self._assembler, self._version + 1)
+            self._book.admission.ready(self._version + 1, ready)
+        if self._rule.train_on is TrainOn.TOKENS:
             self._lease()
 
     def _plan(self) -> None:

@@ -17,7 +17,7 @@ from opd_async.checks.losses import loss_problems, loss_warnings
 from opd_async.checks.reward import reward_problems
 from opd_async.checks.teacher import opd_problems
 from opd_async.checks.weights import weight_problems
-from opd_async.config.topology import EngineKind, EngineSection, ModelSection, Topology, TrainOn
+from opd_async.config.topology import EngineKind, EngineSection, ModelSection, StepRule, Topology, TrainOn
 from opd_async.data.model_folder import ModelFacts, folder_problems, try_config, try_model
 from opd_async.data.rope import rope_problem
 from opd_async.data.tokenizer import Tokenizer
@@ -147,6 +147,11 @@ def _data_problems(topology: Topology) -> Iterator[str]:
 
 def _schedule_problems(topology: Topology) -> Iterator[str]:
     samples, group = topology.schedule.samples_per_step, topology.rollout.group_size
+    if topology.schedule.train_on is TrainOn.SAMPLES and topology.schedule.rule is StepRule.FILLED:
+        yield (
+            "schedule.rule: filled, but schedule.train_on: samples trains a fixed batch at once; write train_on: "
+            "tokens, or leave rule out"
+        )
     if topology.schedule.train_on is TrainOn.SAMPLES and samples % group:
         yield (
             f"schedule.samples_per_step: {samples} is not a multiple of rollout.group_size {group}, and a step takes "

@@ -32,7 +32,7 @@ from opd_async.config.operating import (
     TrackingSection,
 )
 from opd_async.config.section import Device, NonNegative, Section
-from opd_async.config.training import LearnerSection, OptimizerSection, PauseMode, ScheduleSection, TrainOn
+from opd_async.config.training import LearnerSection, OptimizerSection, PauseMode, ScheduleSection, StepRule, TrainOn
 
 __all__ = (
     "ONE_TEACHER",
@@ -56,6 +56,7 @@ __all__ = (
     "RolloutSection",
     "SamplingSection",
     "ScheduleSection",
+    "StepRule",
     "SupervisorSection",
     "TeacherSection",
     "TelemetrySection",

@@ -40,6 +40,15 @@ class PauseMode(StrEnum):
     """Their KV cache is computed again: exact under the new weights, at the price of a prefill."""
 
 
+class StepRule(StrEnum):
+    """With `train_on: tokens`: when a step is made, and of what."""
+
+    DEADLINE = "deadline"
+    """A step is planned as a whole when the update before it is done; it is larger where the learner is behind."""
+    FILLED = "filled"
+    """A step is trained in parts while it fills, and has one budget."""
+
+
 class ScheduleSection(Section):
     """When a step is taken, and how old its tokens may be."""
 
@@ -48,9 +57,12 @@ class ScheduleSection(Section):
     train_on: TrainOn = TrainOn.TOKENS
     """`tokens`: a step takes scored tokens, also of responses that are still being generated when their age demands it.
     `samples`: a step takes complete responses, in the order of their numbers; estimators need this."""
+    rule: StepRule = StepRule.DEADLINE
+    """`tokens`: `deadline` plans a step as a whole once the weights before it are out; where the learner is behind,
+    steps are twice as large. `filled` trains a step in parts while it fills, and cuts last: steps have one budget."""
     tokens_per_step: Tokens = 65536
-    """`tokens`: least size of a step. It takes up to twice as much when the learner is behind, and more when tokens
-    would get too old."""
+    """`tokens`: least size of a step, its budget. With `rule: deadline` it takes up to twice as much when the learner
+    is behind, and more when tokens would get too old."""
     samples_per_step: Positive = 256
     """`samples`: responses in a step, exactly. A multiple of `rollout.group_size`."""
     max_staleness: StepsOr0 = 1

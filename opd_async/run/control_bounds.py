@@ -27,7 +27,7 @@ SPEAKERS: dict[type, frozenset[RoleKind]] = {
     m.Paused: frozenset({RoleKind.ROLLOUT}),
     m.ResetDone: frozenset({RoleKind.ROLLOUT, RoleKind.TEACHER}),
     m.LearnerReply: frozenset({RoleKind.LEARNER}),
-    **dict.fromkeys((m.Acks, m.StepStarted, m.Reclaimed, m.DrainRequest, m.Frontier), _INTAKE),
+    **dict.fromkeys((m.Acks, m.PartStarted, m.StepStarted, m.Reclaimed, m.DrainRequest, m.Frontier), _INTAKE),
     **dict.fromkeys((m.Quiesced, m.NotSaved, m.TrainedSample), _INTAKE),
 }
 """Who may send which message to the dispatcher; nobody may send it any other."""
@@ -61,7 +61,7 @@ class ControlBounds:
         match message:
             case m.Acks():
                 return self._acks(message)
-            case m.StepStarted():
+            case m.PartStarted() | m.StepStarted():
                 return self._step_started(message)
             case m.LeaseDone():
                 return self._lease_done(role, message)
@@ -101,7 +101,7 @@ class ControlBounds:
             return f"step {acks.next_step} while engines hold weights {self._run.state.version}"
         return None
 
-    def _step_started(self, started: m.StepStarted) -> str | None:
+    def _step_started(self, started: m.PartStarted | m.StepStarted) -> str | None:
         if self._run.state.book is None:
             return "no step can start yet"
         if len(np.unique(started.taken_ids)) != len(started.taken_ids):

@@ -35,7 +35,6 @@ from opd_async.run.evaluator import EVAL_IDS
 from opd_async.run.leasing import Leasing
 from opd_async.run.ledger import Ledger
 from opd_async.run.state import UPDATE, RunState
-from opd_async.scheduling.admission import close_early_tokens
 from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.transport import messages as m
 from opd_async.transport.channels import ControlServer
@@ -181,6 +180,8 @@ class Dispatcher:
                     self.leasing.look_again()
                 case m.EvalDone():
                     self.on_eval_done(message)
+                case m.PartStarted():
+                    self._taken(message, message.tokens)
                 case m.StepStarted():
                     self._step_started(message)
                 case m.TrainedSample():
@@ -232,27 +233,36 @@ class Dispatcher:
             part = m.Acks(
                 next_step=acks.next_step,
                 ready_tokens=0,
+                taken_tokens=0,
+                idle=False,
+                hold=None,
                 sample_ids=acks.sample_ids[mine],
                 attempts=acks.attempts[mine],
                 actors=acks.actors[mine],
                 ends=acks.ends[mine],
             )
             await self.server.send(name, part)
-        schedule = self.plan.topology.schedule
-        # while a step is trained with the engines' weights; an older account would stop generation for nothing
-        in_step = acks.next_step == self.state.version + 1
-        if in_step and acks.ready_tokens >= close_early_tokens(schedule.tokens_per_step, schedule.max_staleness):
+        # an account of older weights would stop generation for nothing
+        if acks.hold == self.state.version:
             self.barrier.close_early()
         if self.state.book is not None:
-            self.state.book.admission.ready(acks.next_step, acks.ready_tokens)
+            admission = self.state.book.admission
+            admission.ready(acks.next_step, acks.ready_tokens)
+            if acks.next_step == self.state.version:
+                admission.opened(acks.taken_tokens, acks.idle)
             self.leasing.look_again()
 
-    def _step_started(self, started: m.StepStarted) -> None:
+    def _taken(self, part: m.PartStarted | m.StepStarted, tokens: int) -> None:
+        """Note a part of the open step, which has `tokens` with it."""
         assert self.state.book is not None
-        columns = (started.taken_ids.tolist(), started.taken_ends.tolist(), started.taken_complete.tolist())
+        columns = (part.taken_ids.tolist(), part.taken_ends.tolist(), part.taken_complete.tolist())
         for sample_id, end, complete in zip(*columns, strict=True):
             self.state.book.trained(sample_id, end, bool(complete))
+        self.state.book.admission.opened(tokens, False)
         self.leasing.look_again()
+
+    def _step_started(self, started: m.StepStarted) -> None:
+        self._taken(started, int(started.stats["tokens"]))
         self.mailbox.deliver(("StepStarted", started.version), started)
 
     async def send_eval(self, lease: m.Lease) -> None:

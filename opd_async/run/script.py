@@ -187,6 +187,10 @@ class Script:
         dispatcher.ledger.step(started, reply.stats, sync_s, engines_s)
         dispatcher.metrics["opd_launcher_step"].set(step)
         dispatcher.metrics["opd_launcher_trained_tokens_total"].inc(started.stats["tokens"])
+        if self._state.book is not None:
+            tokens, waited = int(started.stats["tokens"]), started.waited_s
+            self._state.book.admission.closed(tokens, waited / max(waited + reply.stats.get("seconds", 0.0), 1e-9))
+            dispatcher.leasing.look_again()
         self._progress.step(step, reply.stats, started)
         self._accounted, self._unaccounted = step, None
 

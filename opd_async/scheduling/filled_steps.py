@@ -42,7 +42,7 @@ class _View:
 
 
 class FilledSteps:
-    """Fill a step with responses as they end, and cut what the bound forces last. So far only the simulation uses it.
+    """Fill a step with responses as they end, and cut what the bound forces last.
 
     `max_staleness` None: nothing is forced, every response is trained whole.
     """
@@ -71,13 +71,14 @@ class FilledSteps:
         view = self._view(assembler, version)
         return view.ended_tokens + view.forced_tokens
 
-    def overfull(self, assembler: Assembler, version: int, taken: int) -> bool:
+    def overfull(self, assembler: Assembler, version: int, taken: int | None) -> bool:
         """Whether the step at `version` + 1 would have to be too large, were the open one to close with a budget."""
         due = self._due(version + 1)
         if due is None:
             return False
+        room = 0 if taken is None else max(self.budget - taken, 0)
         bound = _tokens(s for s in assembler.samples.values() if s.untrained and s.oldest_version <= due)
-        return bound - max(self.budget - taken, 0) >= LARGEST_NEXT_STEP * self.budget
+        return bound - room >= LARGEST_NEXT_STEP * self.budget
 
     def round(self, assembler: Assembler, version: int, taken: int) -> Round:
         """The next part of the step at `version`, which has trained `taken` tokens so far."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_async.config.topology import ScheduleSection, TrainOn
-from opd_async.scheduling.admission import Admission, DeadlineAdmission, Flow, SampleAdmission
+from opd_async.config.topology import ScheduleSection, StepRule, TrainOn
+from opd_async.scheduling.admission import Admission, DeadlineAdmission, FilledAdmission, Flow, SampleAdmission
 from opd_async.scheduling.intervals import IntervalSet
 from opd_async.transport.messages import Frontier
 
@@ -65,6 +65,8 @@ def admission_of(schedule: ScheduleSection) -> Admission:
     """The rule that the topology asks for."""
     if schedule.train_on is TrainOn.SAMPLES:
         return SampleAdmission(schedule.samples_per_step, schedule.max_staleness)
+    if schedule.rule is StepRule.FILLED:
+        return FilledAdmission(schedule.tokens_per_step, bounded=True)
     return DeadlineAdmission(schedule.tokens_per_step, schedule.max_staleness)
 
 

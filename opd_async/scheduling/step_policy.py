@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from opd_async.scheduling.admission import close_early_tokens
 from opd_async.scheduling.assembly import Assembler, Sample
 
 LARGEST_STEP = 2
@@ -43,6 +44,10 @@ class StepPolicy(Protocol):
     def round(self, assembler: Assembler, version: int, taken: int) -> Round:
         """The samples to `take` now for the open step at `version`, of which `taken` tokens are trained."""
 
+    def overfull(self, assembler: Assembler, version: int, taken: int | None) -> bool:
+        """Whether generation under weights `version` must stand still until the next update, lest the next step become
+        too large. The open step has `taken` tokens; None: it has closed and is being trained."""
+
 
 class WholeSteps:
     """A policy of steps in one part: each is planned as a whole before it begins."""
@@ -53,6 +58,10 @@ class WholeSteps:
 
     def wants_drain(self, assembler: Assembler, version: int) -> bool:
         """Whether generation must stop so that a step at `version` can be taken."""
+        return False
+
+    def overfull(self, assembler: Assembler, version: int, taken: int | None) -> bool:
+        """Never: admission is enough."""
         return False
 
     def round(self, assembler: Assembler, version: int, taken: int) -> Round:
@@ -80,6 +89,11 @@ class DeadlineCuts(WholeSteps):
     def wants_drain(self, assembler: Assembler, version: int) -> bool:
         """At S = 0 every token is due in the step of its own version, so generation stops once the budget is there."""
         return self.max_staleness == 0 and self.ready_tokens(assembler, version) >= self.budget
+
+    def overfull(self, assembler: Assembler, version: int, taken: int | None) -> bool:
+        """While a step is trained: whether the next one could train `close_early_tokens` already."""
+        limit = close_early_tokens(self.budget, self.max_staleness)
+        return taken is None and self.ready_tokens(assembler, version + 1) >= limit
 
     def choose(self, assembler: Assembler, version: int) -> list[Sample]:
         """Forced samples, then finished ones from the oldest token on, until the step is as large as it may be."""

@@ -74,9 +74,11 @@ def test_a_step_of_the_learner_takes_what_the_virtual_one_does() -> None:
     assert step_seconds(cost, step) == pytest.approx(cost.floor_s + cost.segment_s(100, 60) + cost.segment_s(40, 30))
 
 
-def test_real_roles_run_on_simulated_devices(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", ["deadline", "filled"])
+def test_real_roles_run_on_simulated_devices(tmp_path: Path, rule: str) -> None:
     file = tmp_path / "figures.json"
     options = ["--slots", str(SMALL.slots), "--lengths", SMALL.lengths, "--scale", str(SMALL.scale), "--steps", "7"]
+    options += ["--rule", rule]
     command = [sys.executable, "-m", "opd_async.bench.crosscheck", *options, "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=patience(240), check=False)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,6 @@ from staleness_oracle import Oracle, Row
 
 from opd_async.scheduling import frontier
 from opd_async.scheduling.assembly import Sample, Verdict
-from opd_async.scheduling.filled_steps import FilledSteps
 from opd_async.scheduling.step_policy import StepPolicy
 from opd_async.transport import messages as m
 
@@ -72,8 +71,8 @@ class SimIntake:
         self._touched.clear()
         next_step = self._steps if self.version is None else self.version
         ready = self._policy.ready_tokens(self.assembler, next_step)
-        hold = isinstance(self._policy, FilledSteps) and self.version is not None
-        hold = hold and self._policy.overfull(self.assembler, next_step, self._taken)
+        engines, taken = (next_step - 1, None) if self.version is None else (next_step, self._taken)
+        hold = engines if self._policy.overfull(self.assembler, engines, taken) else None
         self.outbox.append(
             ("acks", next_step, ready, (self._taken, not self.busy, hold), [row for row in rows if row is not None])
         )

@@ -26,7 +26,6 @@ from opd_async.scheduling.admission import (
     DeadlineAdmission,
     FilledAdmission,
     SampleAdmission,
-    close_early_tokens,
 )
 from opd_async.scheduling.filled_steps import FilledSteps
 from opd_async.scheduling.leases import LeaseBook, PromptOrder
@@ -237,10 +236,7 @@ class Simulation:
                 self._book.admission.ready(next_step, ready)
                 if next_step == self.version:
                     self._book.admission.opened(taken, idle)
-                held = close_early_tokens(self.setup.tokens_per_step, self.setup.max_staleness or 0)
-                if next_step == self.version + 1 and ready >= held and not self.setup.filled:
-                    self._close()
-                if next_step == self.version and hold:
+                if hold == self.version:
                     self._close()
             case ("drain", version):
                 self._intake.inbox.append(("drained", version, self._close()))
@@ -261,7 +257,17 @@ class Simulation:
             mine = np.array([row for row in rows if row[2] == actor.index], np.int64).reshape(-1, 4)
             attempts, actors, ends = (mine[:, i].astype(np.int32) for i in (1, 2, 3))
             actor.control.append(
-                m.Acks(next_step=0, ready_tokens=0, sample_ids=mine[:, 0], attempts=attempts, actors=actors, ends=ends)
+                m.Acks(
+                    next_step=0,
+                    ready_tokens=0,
+                    taken_tokens=0,
+                    idle=False,
+                    hold=None,
+                    sample_ids=mine[:, 0],
+                    attempts=attempts,
+                    actors=actors,
+                    ends=ends,
+                )
             )
 
     def to_actor(self, argument: int) -> None:

@@ -180,6 +180,7 @@ def test_the_command_prints_the_plan(
     [
         ({"schedule": {"steps": 1, "max_staleness": 0}}, "max_staleness of at least 1"),
         ({"schedule": {"steps": 1, "train_on": "samples"}}, "train_on tokens"),
+        ({"schedule": {"steps": 1, "rule": "filled"}}, "rule deadline"),
     ],
 )
 def test_what_the_planner_does_not_cover_is_refused(

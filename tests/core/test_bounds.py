@@ -160,9 +160,10 @@ def unbelievable(plan: Plan) -> list[tuple[str, Any]]:
     none, ids = np.zeros(0, np.int32), np.array([3], np.int64)
     one, far = np.ones(1, np.int32), np.full(1, plan.vocab_size, np.int32)
     stats, counts = {"tokens": 1.0}, np.ones(1, np.int64)
-    started = {"stats": stats, "staleness_counts": counts, "taken_ids": ids, "taken_ends": one, "taken_complete": one}
+    taken = {"taken_ids": ids, "taken_ends": one, "taken_complete": one}
+    started = {"waited_s": 0.0, "stats": stats, "staleness_counts": counts, **taken}
     twice = {name: np.concatenate([value, value]) for name, value in started.items() if name.startswith("taken")}
-    acks = {"sample_ids": ids, "attempts": one, "ends": one}
+    acks = {"sample_ids": ids, "attempts": one, "ends": one, "taken_tokens": 0, "idle": False, "hold": None}
     letters = [(role, sane(kind)) for kind in MESSAGES for role in ("nobody", "\ufffd", "rollout-7", "rank-0")]
     for kind in MESSAGES:  # roles that may not say it
         allowed = SPEAKERS.get(kind, frozenset())
@@ -177,6 +178,8 @@ def unbelievable(plan: Plan) -> list[tuple[str, Any]]:
         ("rollout-0", m.EvalDone(2**61, "stop", 0, far)),
         ("intake-0", m.Acks(next_step=0, ready_tokens=1, actors=np.array([1], np.int32), **acks)),
         ("intake-0", m.Acks(next_step=99, ready_tokens=1, actors=one - 1, **acks)),
+        ("intake-0", m.PartStarted(version=7, tokens=1, **taken)),
+        ("intake-0", m.PartStarted(version=5, tokens=1, **{name: twice[name] for name in taken})),
         ("intake-0", m.StepStarted(version=7, **started)),
         ("intake-0", m.StepStarted(version=5, **started | twice)),
         ("intake-0", m.Reclaimed(ids, one, one, one, far)),

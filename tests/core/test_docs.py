@@ -284,7 +284,13 @@ def test_every_column_of_a_step_is_listed(tmp_path: Path) -> None:
     stats |= StepFigures(topology, RoleMetrics("intake")).of_step([step], [step.segment])
     nobody = np.zeros(0, np.int64)
     started = messages.StepStarted(
-        version=0, stats=stats, staleness_counts=ages, taken_ids=nobody, taken_ends=nobody, taken_complete=nobody
+        version=0,
+        waited_s=0.0,
+        stats=stats,
+        staleness_counts=ages,
+        taken_ids=nobody,
+        taken_ends=nobody,
+        taken_complete=nobody,
     )
     plan: Any = SimpleNamespace(run_folder=tmp_path, topology=Topology.model_validate(LEAST), of_kind=lambda _: ())
     ledger = Ledger(plan=plan)

@@ -62,6 +62,7 @@ def train(ledger: Ledger, clock: Clock, first: int, last: int, step_s: float) ->
             }
         started = StepStarted(
             version=step - 1,
+            waited_s=0.0,
             stats={"tokens": TOKENS, "completed": 2.0, "cuts": 1.0, "forwarded_tokens": 150.0},
             staleness_counts=np.array([100]),
             taken_ids=nothing,

@@ -25,6 +25,7 @@ def started(version: int) -> m.StepStarted:
     none, stats = np.zeros(0, np.int32), {"tokens": 64.0, "cuts": 0.0}
     return m.StepStarted(
         version=version,
+        waited_s=0.0,
         stats=stats,
         staleness_counts=np.zeros(1, np.int64),
         taken_ids=np.zeros(0, np.int64),

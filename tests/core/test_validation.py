@@ -180,6 +180,12 @@ def test_bounds_of_the_ratio(tmp_path: Path, overrides: list[str], expected: lis
     )
 
 
+def test_filled_steps_are_made_of_tokens(tmp_path: Path) -> None:
+    assert problems(tmp_path, "schedule.rule=filled") == []
+    (found,) = problems(tmp_path, "schedule.rule=filled", "schedule.train_on=samples")
+    assert found.startswith("schedule.rule: filled, but schedule.train_on: samples")
+
+
 def test_losses_that_exist(tmp_path: Path) -> None:
     for name in LOSSES:
         found = problems(tmp_path, f"opd.loss={name}", "opd.topk=8", "schedule.train_on=samples")

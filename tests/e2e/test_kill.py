@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import psutil
+import pytest
 from deadlines import patience
 from harness import SLOTS, Launch, check_trained, left_running, steps, topology, write_topology
 
@@ -26,8 +27,11 @@ def check_nothing_skipped(ranges: dict[int, list[list[int]]]) -> None:
     assert max(ranges) + 1 - len(ranges) <= 2 * SLOTS
 
 
-def test_every_role_may_die(inputs: Path, tmp_path: Path) -> None:
-    values = topology(inputs, tmp_path, schedule__steps=STEPS, checkpoint__every_steps=2, rollout__resend_after_s=2.0)
+@pytest.mark.parametrize("rule", ["deadline", "filled"])
+def test_every_role_may_die(inputs: Path, tmp_path: Path, rule: str) -> None:
+    """Filled steps have sixteen parts, so that roles die in the middle of one."""
+    schedule = {"schedule__steps": STEPS, "schedule__rule": rule}
+    values = topology(inputs, tmp_path, **schedule, checkpoint__every_steps=2, rollout__resend_after_s=2.0)
     with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
         folder = tmp_path / "run"
         for role, words in ROLES.items():
@@ -44,11 +48,13 @@ def test_every_role_may_die(inputs: Path, tmp_path: Path) -> None:
     assert left_running(tmp_path, inputs) == []
 
 
-def test_resume_after_the_whole_run_was_killed(inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", ["deadline", "filled"])
+def test_resume_after_the_whole_run_was_killed(inputs: Path, tmp_path: Path, rule: str) -> None:
     seed = random.SystemRandom().randrange(1 << 32)
     moments = random.Random(seed)
     file = write_topology(
-        topology(inputs, tmp_path, schedule__steps=12, checkpoint__every_steps=2), tmp_path / "run.yaml"
+        topology(inputs, tmp_path, schedule__steps=12, schedule__rule=rule, checkpoint__every_steps=2),
+        tmp_path / "run.yaml",
     )
     folder = tmp_path / "run"
     options: tuple[str, ...] = ()

@@ -19,13 +19,15 @@ def slow_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("slow"), LAYERS)
 
 
+@pytest.mark.parametrize("rule", ["deadline", "filled"])
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
-def test_tokens_are_trained_once_and_in_time(slow_inputs: Path, tmp_path: Path, max_staleness: int) -> None:
+def test_tokens_are_trained_once_and_in_time(slow_inputs: Path, tmp_path: Path, max_staleness: int, rule: str) -> None:
     file = write_topology(
         topology(
             slow_inputs,
             tmp_path,
             schedule__max_staleness=max_staleness,
+            schedule__rule=rule,
             schedule__steps=STEPS,
             schedule__tokens_per_step=BUDGET,
         ),

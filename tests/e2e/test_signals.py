@@ -27,8 +27,10 @@ from harness import (
 )
 
 
-def test_interrupt_saves_and_resume_goes_on(inputs: Path, tmp_path: Path) -> None:
-    file = write_topology(topology(inputs, tmp_path, schedule__steps=1000), tmp_path / "run.yaml")
+@pytest.mark.parametrize("rule", ["deadline", "filled"])
+def test_interrupt_saves_and_resume_goes_on(inputs: Path, tmp_path: Path, rule: str) -> None:
+    values = topology(inputs, tmp_path, schedule__steps=1000, schedule__rule=rule)
+    file = write_topology(values, tmp_path / "run.yaml")
     folder = tmp_path / "run"
     with Launch(file) as run:
         run.wait_for_steps(folder, 2)

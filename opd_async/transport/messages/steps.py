@@ -27,10 +27,14 @@ class Acks:
     `ends[i]` is one more once the end of the response is known too.
 
     `ready_tokens` could be trained in step `next_step`, the next to be taken: finished responses, and tokens whose
-    age demands it."""
+    age demands it. The step at `next_step`, if it is open, has trained `taken_tokens`, and the learner waits for more
+    if it is `idle`. Generation under weights `hold` must stand still until the next update; None: it may go on."""
 
     next_step: int
     ready_tokens: int
+    taken_tokens: int
+    idle: bool
+    hold: int | None
 
     sample_ids: Int64
     attempts: Int32
@@ -96,15 +100,30 @@ class Quiesced:
 
 @message
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepStarted:
-    """The intake has sent a step to the learner; `stats` describe it (tokens, samples, cuts, recomputed tokens)."""
+class PartStarted:
+    """The intake has sent a part of a step, not the last one, to the learner; the step now has `tokens`."""
 
     version: int
+    tokens: int
+    taken_ids: Int64
+    """The samples of the part; these columns are as in `StepStarted`."""
+    taken_ends: Int32
+    taken_complete: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStarted:
+    """The intake has sent a step, or its last part, to the learner; `stats` describe the whole step (tokens, samples,
+    cuts, recomputed tokens). While it was open, the learner waited for `waited_s` seconds for more of it."""
+
+    version: int
+    waited_s: float
     stats: dict[str, float]
     staleness_counts: Int64
     """Trained tokens by staleness: entry k counts tokens of age k."""
     taken_ids: Int64
-    """The samples of the step."""
+    """The samples of the step, or of its last part."""
     taken_ends: Int32
     """Up to where each is trained after the step."""
     taken_complete: Int32

@@ -1,0 +1,242 @@
+"""Take steps from what is held, whole or part by part, and send them to the learner.
+
+    assembler -> policy -> Taken -> OpenStep -> Train (ranks)     PartStarted, StepStarted, DrainRequest (dispatcher)
+                                       ^ PartDone (rank 0)
+
+A step is open from `Version` on, until its last part is sent. A policy of whole steps has one part, the last one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opd_async.actors.intake.figures import StepFigures
+from opd_async.actors.intake.filtering import GroupFilter
+from opd_async.actors.intake.open_step import OpenStep, segments_of
+from opd_async.actors.intake.ranks import LearnerRanks
+from opd_async.actors.intake.report import describe_filtered, describe_rewards, describe_step
+from opd_async.actors.intake.shown import ShownSamples
+from opd_async.actors.intake.steps import Taken, give_advantages, pack, part_started, step_started
+from opd_async.actors.intake.unacknowledged import Unacknowledged
+from opd_async.config.rewards import RewardKind
+from opd_async.config.topology import ScheduleSection, StepRule, TrainOn
+from opd_async.role import Role
+from opd_async.run.trained import COLUMNS, TrainedRecord
+from opd_async.scheduling import packing
+from opd_async.scheduling.assembly import Assembler, Sample, Segment
+from opd_async.scheduling.filled_steps import FilledSteps
+from opd_async.scheduling.step_policy import DeadlineCuts, StepPolicy, WholeSamples
+from opd_async.transport import messages as m
+
+log = logging.getLogger(__name__)
+
+SETTLE_NEWS_S = 10.0
+
+
+def make_policy(schedule: ScheduleSection) -> StepPolicy:
+    """The policy that the topology asks for."""
+    if schedule.train_on is TrainOn.SAMPLES:
+        return WholeSamples(schedule.samples_per_step)
+    if schedule.rule is StepRule.FILLED:
+        return FilledSteps(schedule.tokens_per_step, schedule.max_staleness)
+    return DeadlineCuts(schedule.tokens_per_step, schedule.max_staleness)
+
+
+class StepTaker:
+    """Asks the policy whenever the learner has nothing to do, and sends what it chooses."""
+
+    def __init__(self, role: Role, ranks: LearnerRanks, unacknowledged: Unacknowledged) -> None:
+        topology = self._topology = role.plan.topology
+        self._role = role
+        self._metrics = role.metrics
+        self._ranks = ranks
+        self._unacknowledged = unacknowledged
+        self._policy = make_policy(topology.schedule)
+        self._filter = GroupFilter(topology.schedule.filter, topology.rollout.group_size)
+        self._figures = StepFigures(topology, role.metrics)
+        self._shown = ShownSamples(topology.telemetry.samples_per_step)
+        self.assembler = Assembler()
+        self.steps = 0
+        """Optimizer steps taken so far, resumed ones included: the next step starts from weights of this version."""
+        self._version: int | None = None
+        """Weights of the open step; None while none is."""
+        self._step = OpenStep()
+        self._drain_asked = False
+        self._wake = asyncio.Event()
+        self._one_part = asyncio.Lock()
+        """Parts are taken one after the other, so that they reach the learner in order."""
+        self._trained: TrainedRecord | None = None
+
+    def begin(self, assembler: Assembler, steps: int, trained: TrainedRecord) -> None:
+        """Go on after so many `steps` with what is held."""
+        self.assembler, self.steps, self._trained = assembler, steps, trained
+
+    # --- what is told ------------------------------------------------------------------------------------------------
+
+    def opens(self, version: int) -> None:
+        """Engines and learner hold weights `version`: its step is open."""
+        self._version = version
+        self._step = OpenStep(idle_since=time.monotonic())
+        self._wake.set()
+
+    def look_again(self) -> None:
+        """Ask the policy again: something has changed."""
+        self._wake.set()
+
+    def part_done(self, done: m.PartDone) -> None:
+        """The learner is ready for the next part, unless the step has closed meanwhile."""
+        if done.version == self._version and done.part == self._step.parts - 1:
+            self._step.idle_since = time.monotonic()
+            self._unacknowledged.step_changed()
+            self._wake.set()
+
+    async def quiesce(self) -> int:
+        """Open no further step; returns how many were taken. On cancel: the open step may still be open.
+
+        A step that has parts closes with what they have: the learner has their gradients. What is not trained yet is
+        forgotten with this run, so that no token can get too old.
+        """
+        async with self._one_part:
+            if self._version is not None and self._step.parts:
+                await self._part(self._version, [], closes=True)
+            self._version = None
+        return self.steps
+
+    def acks(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> m.Acks:
+        """Say what is held, by `Unacknowledged.rows`, and how far the step is."""
+        next_step = self.steps if self._version is None else self._version
+        ready = self._policy.ready_tokens(self.assembler, next_step)
+        self._metrics["opd_intake_backlog_tokens"].set(ready)
+        attempts, actors, ends = (rows[:, i].astype(np.int32) for i in (1, 2, 3))
+        return m.Acks(
+            next_step=next_step,
+            ready_tokens=ready,
+            taken_tokens=self._step.tokens,
+            idle=self._step.idle_since is not None,
+            hold=self._hold(),
+            sample_ids=rows[:, 0],
+            attempts=attempts,
+            actors=actors,
+            ends=ends,
+        )
+
+    def _hold(self) -> int | None:
+        """The weights under which generation must stand still until the next update; None if it may go on."""
+        engines, taken = (self.steps - 1, None) if self._version is None else (self._version, self._step.tokens)
+        return engines if self._policy.overfull(self.assembler, engines, taken) else None
+
+    def save(self, folder: Path) -> None:
+        """Write the size of the record of steps to a checkpoint."""
+        assert self._trained is not None
+        self._trained.save(folder)
+
+    def close(self) -> None:
+        """Close the record of steps."""
+        if self._trained is not None:
+            self._trained.close()
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Take a step, or a part of one, whenever the policy finds one. On cancel: the tokens stay held."""
+        while True:
+            try:
+                async with asyncio.timeout(SETTLE_NEWS_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                self._explain_wait()
+                continue
+            self._wake.clear()
+            async with self._one_part:
+                await self._round()
+
+    async def _round(self) -> None:
+        """Ask the policy once, if the learner has nothing to do."""
+        version, step = self._version, self._step
+        if version is None or step.idle_since is None:
+            return
+        found = self._policy.round(self.assembler, version, step.tokens)
+        if found.drain and not self._drain_asked:
+            self._drain_asked = True
+            await self._role.control.send(m.DrainRequest(version))
+        if found.samples or found.closes:
+            await self._part(version, [self._take(sample) for sample in found.samples], found.closes)
+
+    def _take(self, sample: Sample) -> Taken:
+        complete, end = sample.finish is not None, sample.scored_end
+        if complete:
+            self._unacknowledged.before_end(sample)
+        segment = self.assembler.take(sample)
+        return Taken(
+            sample_id=sample.sample_id,
+            end=end,
+            complete=complete,
+            segment=segment,
+            reward=sample.reward,
+            finish=sample.finish,
+            prompt_id=sample.prompt_id,
+        )
+
+    async def _part(self, version: int, taken: list[Taken], closes: bool) -> None:
+        """Send a part of the open step to the learner; with the last one the step is accounted for."""
+        step, part = self._step, self._step.parts
+        kept = self._filter.kept(taken)
+        segments = segments_of(kept)
+        step.add(taken, kept, give_advantages(kept, self._topology), time.monotonic())
+        if self._topology.learner.loss_mean == "responses":
+            packing.mean_over_responses(segments)
+        if closes:
+            await self._role.control.send(self._closed(version, step, taken))
+        else:
+            await self._role.control.send(part_started(version, step.tokens, taken))
+        # in a thread: a step of a million tokens would hold up everything that arrives meanwhile
+        shares = await asyncio.to_thread(pack, segments, version, self._topology.learner, part=part, last=closes)
+        await self._ranks.send_step(shares)
+        for one in self._shown.of_step(step.kept, step.taken, version) if closes else ():
+            await self._role.control.send(one)
+
+    def _closed(self, version: int, step: OpenStep, last: list[Taken]) -> m.StepStarted:
+        """The step at `version` is complete: nothing more is taken before the next weights are out."""
+        self._version, self.steps = None, version + 1
+        self._drain_asked = False
+        self._step = OpenStep()
+        segments = segments_of(step.kept)
+        stats, staleness = describe_step(segments, version)
+        stats |= self._figures.of_step(step.kept, segments)
+        if self._filter.there:
+            filtered = len(step.taken) - len(step.kept)
+            stats |= describe_filtered(filtered)
+            self._metrics["opd_intake_filtered_total"].inc(filtered)
+        if self._topology.reward.kind is not RewardKind.NONE:
+            stats |= describe_rewards(step.outcomes)
+            self._metrics["opd_intake_reward_mean"].set(stats.get("reward_mean"))
+        self._record(version, segments, stats, staleness)
+        return step_started(version, last, step.waited_s, stats, staleness)
+
+    def _record(self, version: int, segments: list[Segment], stats: dict[str, float], staleness: Any) -> None:
+        ranges = [(s.sample_id, s.start, s.end, int(s.versions.min()), int(s.versions.max())) for s in segments]
+        assert self._trained is not None
+        teachers = [s.teacher for s in segments] if len(self._topology.teachers) > 1 else []
+        if not self._trained.write(version, np.array(ranges, np.int64).reshape(-1, COLUMNS), teachers):
+            self._role.count("unwritten_rows")
+            self._metrics["opd_intake_unwritten_rows_total"].inc()
+        self._role.count("steps")
+        self._metrics["opd_intake_steps_total"].inc()
+        self._metrics["opd_intake_cuts_total"].inc(stats["cuts"])
+        self._metrics["opd_intake_recompute_tokens_total"].inc(stats["recomputed_tokens"])
+        for age, count in enumerate(staleness):
+            if count:
+                self._metrics["opd_intake_staleness_steps"].observe(age, int(count))
+
+    def _explain_wait(self) -> None:
+        """Say in the log who a step is waiting for."""
+        owed = self.assembler.owed()
+        if self._version is not None and owed:
+            some = ", ".join(f"{one.sample_id} (to {one.end})" for one in owed[:5])
+            log.info("step %d waits for the scores of %d samples: %s", self._version, len(owed), some)
