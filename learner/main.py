@@ -26,6 +26,7 @@ import zmq
 from opd_async.errors import DeadlineError, StorageError, WireError
 from opd_async.keys import incarnation
 from opd_async.learner import resume
+from opd_async.learner.beats import Beats
 from opd_async.learner.distributed import parallel
 from opd_async.learner.errors import WeightSyncError
 from opd_async.learner.from_topology import learner_config
@@ -112,12 +113,13 @@ class Link:
 class Rank:
     """The trainer of this rank and what it is told to do."""
 
-    def __init__(self, plan: Plan, trainer: Trainer, link: Link, rank: int, metrics: RoleMetrics) -> None:
+    def __init__(self, plan: Plan, trainer: Trainer, link: Link, rank: int, metrics: RoleMetrics, beats: Beats) -> None:
         self._plan = plan
         self._trainer = trainer
         self._link = link
         self._rank = rank
         self._metrics = metrics
+        self._beats = beats
         self._sender: WeightTransport | None = None
         self._group = ""
         self._waited_s = 0.0
@@ -130,20 +132,24 @@ class Rank:
             asked = time.monotonic()
             command = self._link.command()
             self._waited_s = time.monotonic() - asked
-            match command:
-                case m.Train():
-                    self._train(command)
-                case m.SyncWeights():
-                    self._sync(command)
-                case m.SaveCheckpoint():
-                    self._store("SaveCheckpoint", partial(resume.save, self._trainer, Path(command.folder) / SHARDS))
-                case m.ExportModel():
-                    source = self._plan.topology.models.student.path
-                    self._store("ExportModel", partial(save_hf, self._trainer.model, Path(command.folder), source))
-                case m.Stop():
-                    return
-                case _:
-                    log.warning("ignored a %s", type(command).__name__)
+            if isinstance(command, m.Stop):
+                return
+            with self._beats.at(type(command).__name__):
+                self._carry_out(command)
+
+    def _carry_out(self, command: m.Message) -> None:
+        match command:
+            case m.Train():
+                self._train(command)
+            case m.SyncWeights():
+                self._sync(command)
+            case m.SaveCheckpoint():
+                self._store("SaveCheckpoint", partial(resume.save, self._trainer, Path(command.folder) / SHARDS))
+            case m.ExportModel():
+                source = self._plan.topology.models.student.path
+                self._store("ExportModel", partial(save_hf, self._trainer.model, Path(command.folder), source))
+            case _:
+                log.warning("ignored a %s", type(command).__name__)
 
     def _store(self, command: str, write: Callable[[], None]) -> None:
         """Write files and say so. A full disk is an answer, not an end: what can be saved elsewhere still is."""
@@ -226,26 +232,32 @@ def run(plan: Plan) -> None:
     place = parallel.start(config.parallel, config.seed)
     link = Link(plan, place.rank)
     try:
-        trainer = Trainer(config)
-        if (folder := chosen(plan.run_folder / "checkpoints")) is not None:
-            resume.load(trainer, folder / SHARDS)
-            log.info("resumed from %s", folder)
-        elif (folder := plan.topology.learner.load) is not None:
-            resume.load_weights(trainer, shards(folder))
-            log.info("began with the weights of %s", folder)
-        metrics = RoleMetrics("learner")
-        mine = plan.role(RoleKind.LEARNER, 0)
-        port = mine.ports["metrics"] if place.rank == 0 else 0
-        rank = Rank(plan, trainer, link, place.rank, metrics)
-        with metrics.serve(mine.host, port):
-            link.hello()
-            try:
-                rank.obey()
-            finally:
-                rank.close()
+        with Beats(plan.control, place.rank) as beats:
+            trainer = Trainer(config)
+            _restore(plan, trainer)
+            metrics = RoleMetrics("learner")
+            mine = plan.role(RoleKind.LEARNER, 0)
+            port = mine.ports["metrics"] if place.rank == 0 else 0
+            rank = Rank(plan=plan, trainer=trainer, link=link, rank=place.rank, metrics=metrics, beats=beats)
+            with metrics.serve(mine.host, port):
+                link.hello()
+                try:
+                    rank.obey()
+                finally:
+                    rank.close()
     finally:
         link.close()
         parallel.stop()
+
+
+def _restore(plan: Plan, trainer: Trainer) -> None:
+    """Take over the checkpoint that the launcher chose, or the weights that the topology names."""
+    if (folder := chosen(plan.run_folder / "checkpoints")) is not None:
+        resume.load(trainer, folder / SHARDS)
+        log.info("resumed from %s", folder)
+    elif (folder := plan.topology.learner.load) is not None:
+        resume.load_weights(trainer, shards(folder))
+        log.info("began with the weights of %s", folder)
 
 
 def main() -> None:

@@ -34,6 +34,8 @@ class EngineFault(StrEnum):
     """No connection, or one that broke."""
     SILENT = "silent"
     """No sign of life within the deadline: a hang."""
+    FOREIGN = "foreign"
+    """Tokens of other weights than the run has sent: the launcher sees it too, and sends them again."""
     MALFORMED = "malformed"
     """An answer that breaks the contract."""
 

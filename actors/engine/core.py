@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from enum import StrEnum
@@ -32,6 +33,8 @@ T = TypeVar("T")
 
 # A client that does not read its stream may hold up a pause for this long.
 STREAM_DRAIN_SECONDS = 5.0
+RECENT_STEPS = 256
+"""Among so many steps there is a long prefill, if there are any."""
 
 
 class PauseMode(StrEnum):
@@ -63,6 +66,10 @@ class EngineCore:
         self.requests: dict[str, Request] = {}
         self.generated_tokens = 0
         self.busy_seconds = 0.0
+        self.step_began: float | None = None
+        """When the step under way began, on `time.perf_counter`'s scale; None between steps."""
+        self.step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        """How long the last steps took."""
         self._runner = runner
         self._matched_stop = matched_stop
         self._row_params = RowParams(limits.max_running)
@@ -193,10 +200,15 @@ class EngineCore:
             return
         started = time.perf_counter()
         batch = build_batch(works, self.scheduler.table, self._row_params)
-        result = await self.on_model_thread(lambda: self._runner.step(batch))
+        self.step_began = started
+        try:
+            result = await self.on_model_thread(lambda: self._runner.step(batch))
+        finally:
+            self.step_began = None
         before = self.generated_tokens
         self._deliver(batch, result)
         elapsed = time.perf_counter() - started
+        self.step_seconds.append(elapsed)
         self.busy_seconds += elapsed
         self.metrics.busy.inc(elapsed)
         self.metrics.steps.inc()

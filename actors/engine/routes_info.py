@@ -26,8 +26,9 @@ async def alive(http: web.Request) -> web.Response:
 
 
 async def model_info(http: web.Request) -> web.Response:
-    """Which model and which weights are loaded."""
+    """Which model and which weights are loaded, and whether the model moves: asked every few seconds."""
     engine = http.app[ENGINE]
+    core = engine.core
     path = str(engine.model_path)
     return web.json_response(
         {
@@ -40,6 +41,9 @@ async def model_info(http: web.Request) -> web.Response:
             "model_type": engine.model_type,
             "architectures": engine.architectures,
             "vocab_size": engine.limits.vocab_size,
+            "paused": core.paused is not None,
+            "step_s": 0.0 if core.step_began is None else time.perf_counter() - core.step_began,
+            "longest_step_s": max(core.step_seconds, default=0.0),
         }
     )
 

@@ -14,7 +14,7 @@ from opd_async.actors.client.engine_client import Sampling
 from opd_async.actors.client.replies import Delta
 from opd_async.actors.client.routed_client import GenerationClient, RoutedClient
 from opd_async.config.topology import RolloutSection
-from opd_async.errors import EngineError
+from opd_async.errors import EngineError, EngineFault
 from opd_async.transport import messages as m
 
 
@@ -127,7 +127,8 @@ class Generation:
         if len(delta.token_ids):
             expected = str(self.student.version)
             if not on_teacher and delta.weight_version != expected:
-                raise EngineError(f"weight_version: {delta.weight_version!r} where the learner sent {expected}")
+                text = f"weight_version: {delta.weight_version!r} where the learner sent {expected}"
+                raise EngineError(text, EngineFault.FOREIGN)
             self._made_at = time.time()
             self._tokens.append(delta.token_ids)
             self._pending.append(delta)

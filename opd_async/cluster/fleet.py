@@ -41,11 +41,11 @@ class Fleet:
         """`plan` has the keys already (`Plan.with_keys`)."""
         self.plan = plan
         self.supervisor = supervisor
-        self._echo = echo
+        self.say = echo
         self.keys = keys
         self._incarnations: dict[str, str] = {}
         settings = plan.topology.supervisor
-        self._budget = RestartBudget(settings.restarts, settings.backoff_s, time.monotonic)
+        self._budget = RestartBudget(settings.restarts, settings.restart_window_s, settings.backoff_s, time.monotonic)
         self._roles = {role.name: role for role in plan.roles}
         self._logs = plan.run_folder / "logs"
 
@@ -69,7 +69,9 @@ class Fleet:
         await self.supervisor.start(ProcessSpec(name, role.command, settings, log, self._secrets()))
 
     def incarnation(self, name: str) -> str | None:
-        """Which start of a role is the current one; None for a role that was never started."""
+        """Which start of a role, or of the learner whose rank it is, is the current one; None if it never started."""
+        if name.startswith("rank-"):
+            name = next(role.name for role in self.plan.of_kind(RoleKind.LEARNER))
         return self._incarnations.get(name)
 
     def _engine(self, role: RolePlan) -> EngineSection | None:
@@ -129,12 +131,13 @@ class Fleet:
             )
         delay = self._budget.next_delay(ended.name)
         if delay is None:
-            limit = self.plan.topology.supervisor.restarts
+            settings = self.plan.topology.supervisor
             raise RoleError(
-                f"{ended.name} ended ({ended.cause}) and its {limit} restarts are spent. Its last lines:\n"
+                f"{ended.name} ended ({ended.cause}) and its {settings.restarts} restarts in "
+                f"{settings.restart_window_s:.0f} s are spent. Its last lines:\n"
                 f"{self._last_lines(ended)}"
             )
-        self._echo(f"{ended.name} ended ({ended.cause}); restarting in {delay:.1f} s")
+        self.say(f"{ended.name} ended ({ended.cause}); restarting in {delay:.1f} s")
         await asyncio.sleep(delay)
 
     def _last_lines(self, ended: Exit) -> str:

@@ -76,16 +76,20 @@ class SupervisorSection(Section):
     """Restarts and deadlines."""
 
     restarts: NonNegative = 3
-    """How often one role may be restarted in a run. The next death ends the run."""
+    """How often one role may be restarted within `restart_window_s`. The next death ends the run."""
+    restart_window_s: Seconds = 3600.0
+    """The time for which `restarts` counts: a restart that is older costs nothing any more."""
     backoff_s: Seconds = 0.5
-    """Pause before the first restart of a role. It doubles with each further one, up to 30 s."""
+    """Pause before a restart of a role. It doubles with each other one within `restart_window_s`, up to 30 s."""
     start_deadline_s: Seconds = 180.0
     """If no role comes up for so long, the start has failed. Large models need more."""
     stop_deadline_s: Seconds = 20.0
     """How long a role may take to stop after SIGTERM, before SIGKILL."""
     heartbeat_deadline_s: Seconds = 60.0
-    """A role other than the learner that says nothing for so long is killed. That is handled like any other death."""
+    """A process that gives no sign of life for so long is killed: an actor, the intake, a learner rank, an engine. That
+    is handled like any other death. It is also the least time that one step of learner or engine is given."""
     step_deadline_s: Seconds = 600.0
-    """No optimizer step within this time ends the run."""
+    """No optimizer step within this time ends the run. A learner rank that is at one command for four fifths of it, or
+    at a step for 20 times as long as the longest of its last steps took, is killed before."""
     evaluation_deadline_s: Seconds = 1800.0
     """An evaluation that takes longer ends the run."""

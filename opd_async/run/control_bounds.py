@@ -27,10 +27,11 @@ SPEAKERS: dict[type, frozenset[RoleKind]] = {
     m.Paused: frozenset({RoleKind.ROLLOUT}),
     m.ResetDone: frozenset({RoleKind.ROLLOUT, RoleKind.TEACHER}),
     m.LearnerReply: frozenset({RoleKind.LEARNER}),
+    m.RankBeat: frozenset(),
     **dict.fromkeys((m.Acks, m.PartStarted, m.StepStarted, m.Reclaimed, m.DrainRequest, m.Frontier), _INTAKE),
     **dict.fromkeys((m.Quiesced, m.NotSaved, m.TrainedSample), _INTAKE),
 }
-"""Who may send which message to the dispatcher; nobody may send it any other."""
+"""Which roles may send which message to the dispatcher, and nobody any other. Learner ranks send beats alone."""
 
 
 class Run(Protocol):
@@ -47,10 +48,14 @@ class ControlBounds:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._kinds = {role.name: role.kind for role in run.plan.roles}
+        self._ranks = {f"rank-{rank}" for rank in range(run.plan.topology.learner.ranks)}
         self._newest_step = 0
 
     def problem(self, role: str, message: m.Message) -> str | None:
         """Why a message is not believed; None if it is."""
+        if role in self._ranks:
+            mine = isinstance(message, m.RankBeat) and role == f"rank-{message.rank}"
+            return None if mine else "a learner rank has beats of its own to send, and nothing else"
         kind = self._kinds.get(role)
         if kind is None:
             return "no role of this run"

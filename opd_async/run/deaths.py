@@ -1,4 +1,4 @@
-"""React to the end of a role's process, and end the process of a role that has gone silent.
+"""React to the end of a role's process, whoever ended it.
 
 who died               what follows
 learner or intake      the lifecycle takes the run back to its last checkpoint
@@ -8,14 +8,11 @@ any but the first two  it is restarted, within the budget of the fleet
 
 loop     waits for                      unblocked by
 run      the end of a process           the supervisor
-watch    the silence of a role          the clock
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
 from collections.abc import Coroutine
 from typing import Any, Protocol
 
@@ -27,13 +24,10 @@ from opd_async.errors import OpdError
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.barrier import Barrier
 from opd_async.run.state import RESYNC, UPDATE, RunState
+from opd_async.run.watch import Watch
 from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.transport import messages as m
 from opd_async.transport.mailbox import Mailbox
-
-log = logging.getLogger(__name__)
-
-WATCH_S = 1.0
 
 
 class Reach(Protocol):
@@ -46,6 +40,7 @@ class Reach(Protocol):
     state: RunState
     barrier: Barrier
     learner_lost: asyncio.Event
+    watch: Watch
 
     def gone(self, role: str) -> None:
         """Note that the role is not connected any more."""
@@ -64,15 +59,10 @@ class Reach(Protocol):
 
 
 class Deaths:
-    """Two loops: one reacts to ended processes, one kills silent ones."""
+    """A loop that takes ended processes from the supervisor."""
 
     def __init__(self, reach: Reach) -> None:
         self._reach = reach
-        self._heard: dict[str, float] = {}
-
-    def heard(self, role: str) -> None:
-        """Note that a role has said something just now."""
-        self._heard[role] = time.monotonic()
 
     async def run(self) -> None:
         """React to every process that ends without having been asked to. On cancel: restarts under way end too."""
@@ -80,7 +70,7 @@ class Deaths:
         while True:
             ended = await reach.fleet.supervisor.exits.get()
             reach.gone(ended.name)
-            self._heard.pop(ended.name, None)
+            reach.watch.ended(ended.name)
             reach.metrics["opd_launcher_restarts_total"].labels(ended.name).inc()
             kind = reach.fleet.role(ended.name).kind
             if kind in (RoleKind.LEARNER, RoleKind.INTAKE):
@@ -105,6 +95,8 @@ class Deaths:
         try:
             await reach.fleet.await_restart(ended)
             await reach.fleet.start(ended.name)
+            if kind in (RoleKind.ROLLOUT, RoleKind.TEACHER):
+                reach.watch.started(ended.name)
             if kind is RoleKind.STUDENT_ENGINE:
                 await reach.fleet.wait_for_engine(kind, self._url(ended.name))
                 reach.state.engine_group += 1
@@ -123,21 +115,3 @@ class Deaths:
 
     def _url(self, engine: str) -> str:
         return self._reach.plan.student_engines[self._reach.fleet.role(engine).index]
-
-    async def watch(self) -> None:
-        """Kill a role that has gone silent; `run` then sees it end. On cancel: nothing is killed any more."""
-        fleet = self._reach.fleet
-        deadline_s = self._reach.plan.topology.supervisor.heartbeat_deadline_s
-        looked = time.monotonic()
-        while True:
-            await asyncio.sleep(WATCH_S)
-            looked, late = time.monotonic(), max(time.monotonic() - looked - 2 * WATCH_S, 0.0)
-            now = looked
-            # while this process stood still (a stopped job, a machine that slept) nobody could be heard
-            self._heard = {role: heard + late for role, heard in self._heard.items()}
-            for role, heard in list(self._heard.items()):
-                talks = fleet.role(role).kind is not RoleKind.LEARNER
-                if talks and now - heard > deadline_s and role in fleet.supervisor.running:
-                    log.error("%s has been silent for %.0f s: killing it", role, now - heard)
-                    self._heard.pop(role)
-                    fleet.supervisor.kill(role)

@@ -7,7 +7,7 @@
     receive    a message of any role                       the roles
     deaths     the end of a process                        the supervisor
     leasing    a free slot that admission allows           LeaseDone, a step, a weight update
-    watch      silence of a role                           the clock
+    watch      what hangs (`watch.py`)                     the clock
 
 On cancel: the loops end; `opd_async.run.lifecycle` decides what happens to the run.
 """
@@ -35,6 +35,7 @@ from opd_async.run.evaluator import EVAL_IDS
 from opd_async.run.leasing import Leasing
 from opd_async.run.ledger import Ledger
 from opd_async.run.state import UPDATE, RunState
+from opd_async.run.watch import Watch
 from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.transport import messages as m
 from opd_async.transport.channels import ControlServer
@@ -72,6 +73,8 @@ class Dispatcher:
         self.on_sample: Callable[[m.TrainedSample], None] = lambda sample: None
         self.on_eval_done: Callable[[m.EvalDone], None] = lambda done: None
         self._bounds = ControlBounds(self)
+        self.watch = Watch(self)
+        self.mailbox.witness = self.watch.witness
         self._deaths = Deaths(self)
         self.leasing = Leasing(self, prompts, mix)
         self._incarnations: dict[str, str] = {}
@@ -124,9 +127,10 @@ class Dispatcher:
         """Start the loops in `group`; `stop_loops` ends them."""
         self._group = group
         loops = {"receive": self.receive, "deaths": self._deaths.run, "leasing": self.leasing.run}
-        loops |= {"watch": self._deaths.watch, "door": self.door.keep}
+        loops |= {"watch": self.watch.run, "door": self.door.keep}
         for name, loop in loops.items():
             self.spawn(loop(), name)
+        self.watch.look_after_engines()
 
     def spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Run `work` in the background until it ends or the run does; its error ends the run."""
@@ -168,7 +172,10 @@ class Dispatcher:
             if problem := self._bounds.problem(role, message):
                 self._malformed(f"a {type(message).__name__} of {role}: {problem}")
                 continue
-            self._deaths.heard(role)
+            if isinstance(message, m.RankBeat):
+                self.watch.beat(role, message)
+                continue
+            self.watch.heard(role)
             match message:
                 case m.Heartbeat():
                     self.ledger.roles[role].now = message.counters

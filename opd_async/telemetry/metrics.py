@@ -77,6 +77,8 @@ CATALOGUE: tuple[Metric, ...] = (
     _gauge("opd_launcher_weight_version", "Weight version that every student engine has loaded."),
     _gauge("opd_launcher_leases_active", "Leases out: samples being generated, scored or waiting to be trained."),
     _counter("opd_launcher_restarts_total", "Restarts of a role's process.", "role"),
+    _counter("opd_launcher_hangs_total", "Processes that hung: killed where the run started them.", "role"),
+    _counter("opd_launcher_foreign_weights_total", "Engines found paused, or with other weights.", "role"),
     _counter("opd_launcher_trained_tokens_total", "Response tokens trained."),
     _counter("opd_launcher_failures_total", "Failures that roles reported.", "kind"),
     _strangers("launcher"),

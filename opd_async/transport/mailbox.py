@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from opd_async.errors import DeadlineError
@@ -21,6 +22,8 @@ class Mailbox:
         self._unread: dict[Hashable, deque[Any]] = {}
         self._waiting: dict[Hashable, asyncio.Future[None]] = {}
         self._failure: BaseException | None = None
+        self.witness: Callable[[str], str] = lambda who: "see the logs in the run's folder"
+        """Says, of somebody who was waited for in vain, where to look."""
 
     def deliver(self, key: Hashable, message: Any) -> None:
         """Hand `message` to whoever waits for `key`, now or next."""
@@ -34,6 +37,7 @@ class Mailbox:
 
         One waiter per key at a time. On cancel: the message stays.
         """
+        since = time.strftime("%H:%M:%S")
         try:
             async with asyncio.timeout(deadline_s):
                 while self._failure is None and key not in self._unread:
@@ -41,7 +45,7 @@ class Mailbox:
                     await self._waiting[key]
         except TimeoutError:
             raise DeadlineError(
-                f"timed out after {deadline_s:.0f} s waiting for {who}; see the logs in the run's folder"
+                f"timed out after {deadline_s:.0f} s waiting, since {since}, for {who}; {self.witness(who)}"
             ) from None
         finally:
             self._waiting.pop(key, None)

@@ -14,7 +14,8 @@ from opd_async.actors.client.engine_client import EngineClient
 from opd_async.actors.client.replies import Delta
 from opd_async.actors.rollout.generation import Generation, Student
 from opd_async.config.topology import RolloutSection
-from opd_async.errors import EngineError
+from opd_async.errors import EngineError, EngineFault
+from opd_async.scheduling.breaker import PASSING
 from opd_async.transport import messages as m
 
 PROMPT = np.array([1, 2, 3], np.int32)
@@ -137,8 +138,9 @@ def test_an_abort_keeps_its_tokens_and_does_not_end_the_response() -> None:
 @pytest.mark.parametrize("version", ["4", "6", "default", "None", "", "05"])
 def test_tokens_of_other_weights_are_refused(version: str) -> None:
     one = generation()
-    with pytest.raises(EngineError, match=r"weight_version: .* where the learner sent 5"):
+    with pytest.raises(EngineError, match=r"weight_version: .* where the learner sent 5") as refused:
         take(one, Delta(np.array([10], np.int32), np.zeros(1, np.float32), version, None, False))
+    assert refused.value.fault is EngineFault.FOREIGN and EngineFault.FOREIGN in PASSING, "the launcher mends it"
     assert (one.length, one.received, one.due_chunks(1, 0)) == (0, 0, [])
 
 

@@ -199,7 +199,7 @@ def state_of(dispatcher: Dispatcher) -> bytes:
     """Everything that a message could change."""
     run, barrier, mailbox = dispatcher.state, dispatcher.barrier, dispatcher.mailbox
     ours = {name: getattr(dispatcher, name) for name in ("_up", "_incarnations")} | {
-        "_heard": dispatcher._deaths._heard
+        "signs": {who: sign.work for who, sign in dispatcher.watch._live._signs.items()},
     }
     ours |= {name: getattr(run, name) for name in ("version", "engine_group", "resetting")}
     roles = {name: totals.now for name, totals in dispatcher.ledger.roles.items() if name != "launcher"}

@@ -37,7 +37,9 @@ async def test_none_is_a_message() -> None:
 
 async def test_the_deadline_names_who_was_waited_for() -> None:
     box = Mailbox()
-    with pytest.raises(DeadlineError, match="timed out after 0 s waiting for rollout-3 to pause"):
+    with pytest.raises(
+        DeadlineError, match=r"timed out after 0 s waiting, since [0-9:]{8}, for rollout-3 to pause; see the logs"
+    ):
         await box.expect("a", 0.01, "rollout-3 to pause")
     box.deliver("a", 1)
     assert await box.expect("a", LONG_S, "x") == 1

@@ -24,19 +24,38 @@ class Clock:
 
 def test_the_wait_doubles_until_the_budget_is_spent() -> None:
     clock = Clock()
-    budget = RestartBudget(3, 0.5, clock)
+    budget = RestartBudget(3, 3600.0, 0.5, clock)
     delays = []
     while (delay := budget.next_delay("learner-0")) is not None:
         delays.append(delay)
         clock.now += delay
     assert delays == [0.5, 1.0, 2.0]
-    clock.now += 1e9
+    clock.now += 3590.0
     assert budget.next_delay("learner-0") is None
     assert budget.used == {"learner-0": 3}
 
 
+def test_a_run_of_weeks_bears_a_death_a_day_without_ever_waiting_longer() -> None:
+    clock = Clock()
+    budget = RestartBudget(1, 3600.0, 0.5, clock)
+    for _ in range(30):
+        assert budget.next_delay("learner-0") == 0.5
+        clock.now += 86400.0
+    assert budget.used == {"learner-0": 30}
+
+
+def test_the_wait_shrinks_as_restarts_grow_old() -> None:
+    clock = Clock()
+    budget = RestartBudget(5, 100.0, 1.0, clock)
+    delays = []
+    for moment in (0.0, 40.0, 80.0, 110.0, 300.0):
+        clock.now = 1000.0 + moment
+        delays.append(budget.next_delay("teacher-0"))
+    assert delays == [1.0, 2.0, 4.0, 4.0, 1.0]
+
+
 def test_no_restarts_at_all() -> None:
-    budget = RestartBudget(0, 0.5, Clock())
+    budget = RestartBudget(0, 3600.0, 0.5, Clock())
     assert budget.next_delay("learner-0") is None
     assert budget.used == {}
 
@@ -50,7 +69,7 @@ def test_no_restarts_at_all() -> None:
 def test_every_restart_is_within_the_budget(limit: int, backoff: float, deaths: list[tuple[str, float]]) -> None:
     """A model: deaths before the due time are free, the n-th paid one waits backoff * 2**(n-1), capped."""
     clock = Clock()
-    budget = RestartBudget(limit, backoff, clock)
+    budget = RestartBudget(limit, 1e9, backoff, clock)
     due = {"rollout-0": -math.inf, "teacher-0": -math.inf}
     used = {"rollout-0": 0, "teacher-0": 0}
     for role, later in deaths:
@@ -69,7 +88,7 @@ def test_every_restart_is_within_the_budget(limit: int, backoff: float, deaths: 
 
 def test_a_very_large_budget_does_not_overflow() -> None:
     clock = Clock()
-    budget = RestartBudget(5000, 0.5, clock)
+    budget = RestartBudget(5000, 1e9, 0.5, clock)
     for _ in range(5000):
         delay = budget.next_delay("rollout-0")
         assert delay is not None and delay <= MAX_BACKOFF_S

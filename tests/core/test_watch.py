@@ -1,53 +1,184 @@
-"""The launcher's watch over heartbeats: who is silent is killed, but not for the launcher's own absence."""
+"""The launcher's watch: what hangs is killed by its role, strangers are named, and changed engines are put right."""
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from small_runs import small_topology
 
-from opd_async.plan.plan import RoleKind
-from opd_async.run import deaths as deaths_module
-from opd_async.run.deaths import Deaths
+from opd_async.engines.pulse import Pulse, parse_pulse
+from opd_async.plan.resolve import make_plan
+from opd_async.run import watch as watch_module
+from opd_async.run.barrier import BarrierState
+from opd_async.run.state import RESYNC, UPDATE, RunState
+from opd_async.run.watch import Watch
+from opd_async.scheduling.liveness import Work
+from opd_async.telemetry.exporter import RoleMetrics
+from opd_async.transport import messages as m
+from opd_async.transport.mailbox import Mailbox
 
 DEADLINE_S = 60.0
 
 
-def killed(monkeypatch: pytest.MonkeyPatch, moments: list[float], heard: dict[str, float]) -> list[str]:
-    """Who is killed when the watch looks at these moments, with these last signs of life."""
-    now, gone = [0.0], []
+class FakeRun:
+    """A dispatcher of whom nothing is asked but what the watch asks; time passes when told."""
 
-    async def sleep(_: float) -> None:
-        if not moments:
-            raise asyncio.CancelledError
-        now[0] = moments.pop(0)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        topology = small_topology(tmp_path)
+        assert topology.supervisor.heartbeat_deadline_s == DEADLINE_S
+        self.plan = make_plan(topology)
+        self.now, self.killed, self.said = 0.0, [], []
+        running = tuple(role.name for role in self.plan.roles)
+        self.fleet: Any = SimpleNamespace(
+            supervisor=SimpleNamespace(running=running, kill=self.killed.append),
+            say=self.said.append,
+            log_folder=lambda: Path("logs"),
+        )
+        self.metrics = RoleMetrics("launcher")
+        self.mailbox = Mailbox()
+        self.state = RunState(version=3)
+        self.barrier: Any = SimpleNamespace(state=BarrierState.OPEN)
+        clock = SimpleNamespace(
+            monotonic=lambda: self.now, time=time.time, strftime=time.strftime, localtime=time.localtime
+        )
+        monkeypatch.setattr(watch_module, "time", clock)
+        self.watch = Watch(self)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(deaths_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(deaths_module, "asyncio", SimpleNamespace(sleep=sleep))
-    fake: Any = SimpleNamespace(
-        plan=SimpleNamespace(topology=SimpleNamespace(supervisor=SimpleNamespace(heartbeat_deadline_s=DEADLINE_S))),
-        fleet=SimpleNamespace(
-            role=lambda name: SimpleNamespace(kind=RoleKind.ROLLOUT),
-            supervisor=SimpleNamespace(running=tuple(heard), kill=gone.append),
-        ),
+    def spawn(self, work: Any, name: str) -> Any:
+        raise AssertionError(f"{name} was spawned")
+
+    def passes(self, monkeypatch: pytest.MonkeyPatch, moments: list[float]) -> None:
+        """Let the watch look at these moments."""
+
+        async def sleep(_: float) -> None:
+            if not moments:
+                raise asyncio.CancelledError
+            self.now = moments.pop(0)
+
+        monkeypatch.setattr(watch_module, "asyncio", SimpleNamespace(sleep=sleep))
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(self.watch.run())
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeRun:
+    return FakeRun(monkeypatch, tmp_path)
+
+
+def seconds(first: int, last: int) -> list[float]:
+    return [float(second) for second in range(first, last)]
+
+
+def test_a_silent_role_is_killed_once(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.watch.heard("rollout-0")
+    run.now = 50.0
+    run.watch.heard("intake-0")
+    run.now = 0.0
+    run.passes(monkeypatch, seconds(1, 70))
+    assert run.killed == ["rollout-0"]
+    assert run.said == ["rollout-0 hangs: no sign of life for 61 s; killing it, see logs/rollout-0.log"]
+
+
+def test_nobody_is_killed_because_the_launcher_itself_stood_still(
+    run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.now = 1.9
+    run.watch.heard("rollout-0")
+    run.now = 0.0
+    run.passes(monkeypatch, [1.0, 2.0, 3600.0, 3601.0, 3602.0])
+    assert run.killed == []
+
+
+def test_the_learner_is_killed_for_a_rank_that_hangs_and_only_once(
+    run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.watch.beat("rank-0", m.RankBeat(0, "Train", 70.0, 1.0))
+    run.watch.heard("learner-0")
+    run.passes(monkeypatch, seconds(1, 100))
+    assert run.killed == ["learner-0"]
+    assert run.said == [
+        "learner-0 hangs (rank-0): at Train for 70 s; the last ones took 1.0 s at most; killing it, "
+        "see logs/learner-0.log"
+    ]
+
+
+def test_a_learner_that_has_nothing_to_say_is_no_hang(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.watch.heard("learner-0")
+    run.passes(monkeypatch, seconds(1, 100))
+    assert run.killed == []
+
+
+def test_an_error_of_a_wait_names_the_role_since_when_and_its_log(run: FakeRun) -> None:
+    run.now = 600.0
+    run.watch.heard("rollout-0")
+    run.watch.heard("intake-0")
+    assert run.watch.witness("rollout-0 to pause") == "rollout-0 was last heard 0 s ago; see logs/rollout-0.log"
+    assert run.watch.witness("an optimizer step").startswith(
+        "no learner rank is at work, so intake-0 has given it none"
     )
-    deaths = Deaths(fake)
-    for role, moment in heard.items():
-        now[0] = moment
-        deaths.heard(role)
-    now[0] = 0.0
-    with pytest.raises(asyncio.CancelledError):
-        asyncio.run(deaths.watch())
-    return gone
+    run.watch.beat("rank-0", m.RankBeat(0, "Train", 500.0, 0.0))
+    text = run.watch.witness("an optimizer step")
+    assert text.startswith("learner-0 (rank-0) is at Train since ") and text.endswith("; see logs/learner-0.log")
 
 
-def test_a_silent_role_is_killed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    moments = [float(second) for second in range(1, 70)]
-    assert killed(monkeypatch, moments, {"rollout-0": 0.0, "rollout-1": 50.0}) == ["rollout-0"]
+def looks(run: FakeRun, *pulses: tuple[str, bool], before: int | None = 3) -> int:
+    """How often the weights are asked for when a student engine answers so, in order."""
+    for version, paused in pulses:
+        run.watch._look_at_student("student-engine-0", Pulse(version, "path", paused, None), before)
+    asked = list(run.mailbox._unread.get(UPDATE, ()))
+    assert set(asked) <= {RESYNC}
+    return len(asked)
 
 
-def test_nobody_is_killed_because_the_launcher_itself_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    moments = [1.0, 2.0, 3600.0, 3601.0, 3602.0]
-    assert killed(monkeypatch, moments, {"rollout-0": 1.9}) == []
+def test_an_engine_with_other_weights_twice_in_a_row_is_sent_them_again(run: FakeRun) -> None:
+    assert looks(run, ("3", False), ("default", False)) == 0
+    assert looks(run, ("default", False)) == 1
+    assert run.state.engine_group == 1
+    assert run.said == ["student-engine-0 names weights 'default' where the learner sent 3: sending the weights again"]
+
+
+def test_an_engine_that_somebody_paused_is_sent_the_weights_which_lets_it_go_on(run: FakeRun) -> None:
+    assert looks(run, ("3", True), ("3", True)) == 1
+
+
+def test_nothing_is_odd_while_weights_may_change(run: FakeRun) -> None:
+    assert looks(run, ("2", True), ("2", True), before=None) == 0
+    run.barrier.state = BarrierState.CLOSED
+    assert looks(run, ("2", True), ("2", True)) == 0
+
+
+@pytest.mark.parametrize("changed", [Pulse("9", "path", None, None), Pulse("1", "zeros", None, None)])
+async def test_a_teacher_whose_weights_were_replaced_is_replaced(run: FakeRun, changed: Pulse) -> None:
+    first, nobody = Pulse("1", "path", None, None), SimpleNamespace()
+    look: Any = run.watch._look_at_teacher
+    await look(nobody, "http://x", "teacher-engine-0", first, first, None)
+    assert run.killed == []
+    await look(nobody, "http://x", "teacher-engine-0", changed, first, None)
+    assert run.killed == ["teacher-engine-0"]
+
+
+def test_what_an_engine_says_of_itself() -> None:
+    embedded = {"weight_version": "4", "model_path": "m", "paused": True, "step_s": 2.5, "longest_step_s": 0.5}
+    assert parse_pulse(embedded) == Pulse("4", "m", True, Work("a step of its model", 2.5, 0.5))
+    sglang = {"weight_version": "default", "model_path": "m", "is_generation": True}
+    assert parse_pulse(sglang) == Pulse("default", "m", None, None)
+    assert [parse_pulse(other) for other in ([], {}, None, {"model_path": "m"})] == [None] * 4
+
+
+def test_one_metric_counts_hangs_by_role(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: Counter[str] = Counter()
+
+    class Counting:
+        def labels(self, role: str) -> Any:
+            return SimpleNamespace(inc=lambda: counted.update([role]))
+
+    run.metrics = {"opd_launcher_hangs_total": Counting()}  # type: ignore[assignment]
+    run.watch.heard("teacher-0")
+    run.passes(monkeypatch, seconds(1, 70))
+    assert counted == {"teacher-0": 1}

@@ -23,7 +23,7 @@ from opd_async.transport.messages.generation import (
     TeacherRestarted,
 )
 from opd_async.transport.messages.learner import ExportModel, LearnerReply, PartDone, SaveCheckpoint, SyncWeights
-from opd_async.transport.messages.roles import Failure, Heartbeat, Hello, Stop
+from opd_async.transport.messages.roles import Failure, Heartbeat, Hello, RankBeat, Stop
 from opd_async.transport.messages.samples import Chunk, ScoredChunk, Train, TrainedSample
 from opd_async.transport.messages.steps import (
     Acks,
@@ -68,6 +68,7 @@ __all__ = [
     "Paused",
     "Quiesce",
     "Quiesced",
+    "RankBeat",
     "Reclaim",
     "Reclaimed",
     "Reset",

@@ -27,6 +27,20 @@ class Heartbeat:
 
 @message
 @dataclass(frozen=True, slots=True)
+class RankBeat:
+    """A learner rank is alive, and `doing` a command for `for_s` seconds; nothing if it waits for one.
+
+    `usual_s`: the longest of the last such commands, in seconds; 0 where it says nothing of the next.
+    """
+
+    rank: int
+    doing: str
+    for_s: float
+    usual_s: float
+
+
+@message
+@dataclass(frozen=True, slots=True)
 class Failure:
     """A role cannot go on; the run ends with this text."""
 

@@ -1,0 +1,224 @@
+"""Find what hangs: processes are listened to, engines are asked, and what gives no sign of life is killed.
+
+who                            sign of life                         what proves that the work goes on
+actors, intake                 a heartbeat of their event loop      the same loop does the work
+a learner rank                 a beat of a thread (`RankBeat`)      the time of its command against the last ones
+an engine                      an answer to `/model_info`           the embedded engine's time of the present step
+
+loop           waits for                         unblocked by
+watch          the silence of a process          the clock
+engine (each)  the next look at an engine        the clock; its answer
+
+A kill is seen by `Deaths`, which handles it as any other end. Engines that the run did not start are named, not killed.
+An engine that is paused, or that names other weights than the run has sent, was changed by somebody: a teacher that
+the run started is replaced, a paused one goes on, a student is sent the weights again and proven (`RESYNC`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+import aiohttp
+
+from opd_async.cluster.fleet import Fleet
+from opd_async.engines.pulse import Pulse, go_on, take_pulse
+from opd_async.plan.plan import Plan, RoleKind
+from opd_async.run.barrier import Barrier, BarrierState
+from opd_async.run.state import RESYNC, UPDATE, RunState
+from opd_async.scheduling.liveness import Liveness, Work
+from opd_async.telemetry.exporter import RoleMetrics
+from opd_async.transport import messages as m
+from opd_async.transport.mailbox import Mailbox
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 1.0
+LOOK_S = 5.0
+"""Seconds between two looks at an engine, or a sixth of `heartbeat_deadline_s` where that is less."""
+
+
+class Reach(Protocol):
+    """What the watch needs of the dispatcher."""
+
+    plan: Plan
+    fleet: Fleet
+    metrics: RoleMetrics
+    mailbox: Mailbox
+    state: RunState
+    barrier: Barrier
+
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        """Run in the background until the run ends."""
+
+
+class Watch:
+    """Listens, looks and kills."""
+
+    def __init__(self, reach: Reach) -> None:
+        self._reach = reach
+        self._settings = reach.plan.topology.supervisor
+        self._live = Liveness(self._settings.heartbeat_deadline_s, self._settings.step_deadline_s)
+        self._learner = next((role.name for role in reach.plan.roles if role.kind is RoleKind.LEARNER), "learner-0")
+        self._named: set[str] = set()
+        """Processes that are not ours to kill, and were reported."""
+        self._odd: dict[str, str] = {}
+        """What was strange of an engine at the last look."""
+
+    # --- signs of life -----------------------------------------------------------------------------------------------
+
+    def heard(self, role: str) -> None:
+        """Note that a role has said something just now."""
+        if role != self._learner:  # its ranks beat each for itself, and it speaks only when it has something to say
+            self._live.spoke(role, time.monotonic())
+
+    def beat(self, rank: str, beat: m.RankBeat) -> None:
+        """Note what a learner rank is doing."""
+        work = Work(beat.doing, beat.for_s, beat.usual_s) if beat.doing else None
+        self._live.heard(rank, time.monotonic(), work)
+
+    def started(self, role: str) -> None:
+        """Expect a sign of a role that was started again, once it has had its time to come up."""
+        self._live.heard(role, time.monotonic() + self._settings.start_deadline_s)
+
+    def ended(self, role: str) -> None:
+        """Expect no sign of a role that has ended."""
+        self._live.forget(role)
+        if role == self._learner:
+            for rank in range(self._reach.plan.topology.learner.ranks):
+                self._live.forget(f"rank-{rank}")
+
+    def witness(self, who: str) -> str:
+        """Say where to look when `who` was waited for in vain: what the roles are at, and the name of a log."""
+        now = time.monotonic()
+        logs = self._reach.fleet.log_folder()
+        role = next((role.name for role in self._reach.plan.roles if role.name in who), None)
+        working = {name: work for name, work in self._live.working(now).items() if name.startswith("rank-")}
+        if role is None and working:
+            rank, work = max(working.items(), key=lambda item: item[1].for_s)
+            began = time.strftime("%H:%M:%S", time.localtime(time.time() - work.for_s))
+            return f"{self._learner} ({rank}) is at {work.command} since {began}; see {logs / self._learner}.log"
+        if role is None:
+            role = next(role.name for role in self._reach.plan.roles if role.kind is RoleKind.INTAKE)
+            silent_s = self._live.silent_s(role, now)
+            return (
+                f"no learner rank is at work, so {role} has given it none (last heard {silent_s:.0f} s ago); "
+                f"see {logs / role}.log"
+            )
+        return f"{role} was last heard {self._live.silent_s(role, now):.0f} s ago; see {logs / role}.log"
+
+    # --- loops -------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Kill what hangs; `Deaths` then sees it end. On cancel: nothing is killed any more."""
+        looked = time.monotonic()
+        while True:
+            await asyncio.sleep(WATCH_S)
+            now = time.monotonic()
+            # while this process stood still (a stopped job, a machine that slept) nobody could be heard
+            self._live.absent(max(now - looked - 2 * WATCH_S, 0.0))
+            looked = now
+            for who, problem in self._live.hanging(now).items():
+                self._hangs(who, problem)
+
+    def _hangs(self, who: str, problem: str) -> None:
+        role = self._learner if who.startswith("rank-") else who
+        if role in self._reach.fleet.supervisor.running:
+            self.ended(role)
+            self._reach.fleet.say(
+                f"{role} hangs{f' ({who})' if who != role else ''}: {problem}; killing it, "
+                f"see {self._reach.fleet.log_folder() / role}.log"
+            )
+            self._reach.metrics["opd_launcher_hangs_total"].labels(role).inc()
+            self._reach.fleet.supervisor.kill(role)
+        elif who in self._engines_of_others and who not in self._named:
+            self._named.add(who)
+            self._reach.metrics["opd_launcher_hangs_total"].labels(who).inc()
+            self._reach.fleet.say(f"{who}: {problem}; the run did not start it, so whoever did must restart it")
+
+    # --- engines -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _engines_of_others(self) -> set[str]:
+        return {url for url, role in self._engines.items() if role is None}
+
+    @property
+    def _engines(self) -> dict[str, str | None]:
+        """Every engine's address, and its role where the run starts it."""
+        plan = self._reach.plan
+        found: dict[str, str | None] = dict.fromkeys((*plan.student_engines, *plan.teacher_engines))
+        for role in plan.roles:
+            if role.kind in (RoleKind.STUDENT_ENGINE, RoleKind.TEACHER_ENGINE):
+                found[f"http://{role.host}:{role.ports['http']}"] = role.name
+        return found
+
+    def look_after_engines(self) -> None:
+        """Begin to look at every engine, in tasks of the dispatcher."""
+        for url, role in self._engines.items():
+            self._reach.spawn(self._look_at(url, role or url), f"watch-{role or url}")
+
+    async def _look_at(self, url: str, who: str) -> None:
+        """Look at one engine again and again. On cancel: nothing has changed."""
+        every_s = min(LOOK_S, self._settings.heartbeat_deadline_s / 6)
+        section, first = self._reach.plan.section(url), None
+        async with aiohttp.ClientSession() as session:
+            while True:
+                await asyncio.sleep(every_s)
+                before = self._weights()
+                pulse = await take_pulse(session, url, section.api_key, every_s)
+                if pulse is None:  # it may not be up yet: what never answered is the business of those who start it
+                    continue
+                self._named.discard(who)
+                self._live.heard(who, time.monotonic(), pulse.work)
+                if url in self._reach.plan.student_engines:
+                    self._look_at_student(who, pulse, before)
+                else:
+                    first = first or pulse
+                    admin = section.admin_api_key or section.api_key
+                    await self._look_at_teacher(session, url, who, pulse, first, admin)
+
+    def _weights(self) -> int | None:
+        """The version that every student engine should have now; None while that may change."""
+        opened = self._reach.barrier.state is BarrierState.OPEN and self._reach.state.version >= 0
+        return self._reach.state.version if opened else None
+
+    def _look_at_student(self, who: str, pulse: Pulse, before: int | None) -> None:
+        """Have the weights sent again to an engine that twice in a row names others, or is paused."""
+        odd = ""
+        if before is not None and before == self._weights():
+            if pulse.weight_version != str(before):
+                odd = f"names weights {pulse.weight_version!r:.40} where the learner sent {before}"
+            elif pulse.paused:
+                odd = "is paused, though nobody of this run has paused it"
+        again = odd and self._odd.get(who) == odd
+        self._odd[who] = odd
+        if again:
+            self._odd[who] = ""
+            self._reach.metrics["opd_launcher_foreign_weights_total"].labels(who).inc()
+            self._reach.fleet.say(f"{who} {odd}: sending the weights again")
+            self._reach.state.engine_group += 1
+            self._reach.mailbox.deliver(UPDATE, RESYNC)
+
+    async def _look_at_teacher(
+        self, session: aiohttp.ClientSession, url: str, who: str, pulse: Pulse, first: Pulse, admin: str | None
+    ) -> None:
+        """Continue a teacher that is paused; replace one whose weights were replaced, if the run has started it."""
+        if pulse.paused:
+            goes = await go_on(session, url, admin, LOOK_S)
+            self._reach.metrics["opd_launcher_foreign_weights_total"].labels(who).inc()
+            if goes:
+                self._reach.fleet.say(f"{who} was paused by somebody: it goes on")
+            else:
+                self._reach.fleet.say(f"{who} was paused by somebody, and does not obey /continue_generation")
+        change = (pulse.weight_version, pulse.model_path) != (first.weight_version, first.model_path)
+        if change and who in self._reach.fleet.supervisor.running:
+            self._live.forget(who)
+            self._reach.metrics["opd_launcher_foreign_weights_total"].labels(who).inc()
+            self._reach.fleet.say(
+                f"{who} names weights {pulse.weight_version!r:.40} of {pulse.model_path:.200}, where "
+                f"it began with {first.weight_version!r:.40} of {first.model_path:.200}: killing it"
+            )
+            self._reach.fleet.supervisor.kill(who)
