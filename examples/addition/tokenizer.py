@@ -5,7 +5,8 @@
 
 Ids: 0 <pad>, 1 <bos>, 2 <eos>, 3..16 the characters, 17 <unk>; the models' tables are padded to 32 rows.
 Encoding a prompt gives <bos> and its characters: the post-processor inside tokenizer.json puts <bos> there, so both
-libraries agree. The chat template renders a user message as its bare text; encode that text to get the same ids.
+libraries agree. The chat template renders a user message as <bos> and its text: encoded without more special tokens,
+it has the same ids.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 VOCAB_SIZE = 32
 
 CHAT_TEMPLATE = (
-    "{%- for message in messages -%}{{ message['content'] }}"
+    "{{- bos_token -}}{%- for message in messages -%}{{ message['content'] }}"
     "{%- if message['role'] == 'assistant' -%}{{ eos_token }}{%- endif -%}{%- endfor -%}"
 )
 

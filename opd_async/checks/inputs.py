@@ -153,8 +153,8 @@ class _Reader:
         if prompts is None:
             return None
         judged = key == "train" or self._topology.evaluation.judge == "reward"
-        if judged:
-            self._try(f"data.{key}.label_key", lambda: require_labels(prompts, section, self._topology.reward.kind))
+        kind = self._topology.reward.kind if judged else None
+        self._try(f"data.{key}.label_key", lambda: require_labels(prompts, section, kind))
         if prompts.skipped_too_long:
             self.notes.append(f"{section.path}: skipped {prompts.skipped_too_long} prompts longer than {limit} tokens")
         return prompts

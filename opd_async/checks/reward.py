@@ -31,14 +31,18 @@ def reward_problems(topology: Topology) -> Iterator[str]:
         yield problem
 
 
-def require_labels(prompts: PromptSet, section: PromptsSection, kind: RewardKind) -> None:
-    """Raise `InputError` if the rule compares with labels and a prompt has none. Its reward would always be "wrong"."""
-    if not kind.facts.label:
+def require_labels(prompts: PromptSet, section: PromptsSection, kind: RewardKind | None) -> None:
+    """Raise `InputError` if responses are compared with labels and a prompt has none: they would always be "wrong".
+
+    `kind` is the rule that judges; None stands for `evaluation.judge: answer`, which compares with the label itself.
+    """
+    if kind is not None and not kind.facts.label:
         return
     if missing := prompts.unlabelled():
+        rule = "evaluation.judge answer" if kind is None else f"reward.kind {kind}"
         raise InputError(
             f"{section.path}: {missing} of {len(prompts.prompts)} prompts have no label under {section.label_key!r}, "
-            f"which reward.kind {kind} compares responses with; set label_key, or remove these prompts"
+            f"which {rule} compares responses with; set label_key, or remove these prompts"
         )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from opd_async.config.section import (
     Devices,
+    FilePath,
     Milliseconds,
     NonNegative,
     Positive,
@@ -45,7 +45,7 @@ class EngineSection(Section):
     """`external`: one URL for each replica."""
     router: Url | None = None
     """Student side: a router in front of the engines, such as smg. Requests go through it, all else to the engines."""
-    python: Path | None = None
+    python: FilePath | None = None
     """`sglang`: the Python of the environment that has it, such as `.venv-sglang/bin/python`."""
     args: tuple[str, ...] = ()
     """`sglang`: further arguments of `sglang.launch_server`, one word each. They win over those of the run."""

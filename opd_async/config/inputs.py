@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field
 
-from opd_async.config.section import HookName, Section, TeacherName
+from opd_async.config.section import FilePath, HookName, Section, TeacherName
 
 
 class ModelSection(Section):
     """A Hugging Face checkpoint folder."""
 
-    path: Path
+    path: FilePath
     """The folder: `config.json`, `tokenizer.json`, `*.safetensors`. All models of a run have one vocabulary."""
 
 
@@ -30,7 +28,7 @@ class ModelsSection(Section):
 class PromptsSection(Section):
     """A prompts file (JSONL or parquet) and the names of its keys."""
 
-    path: Path
+    path: FilePath
     """The file: JSONL or parquet, one prompt a row."""
     prompt_key: str = "prompt"
     """Key of the prompt: text, or a list of chat messages."""
@@ -43,7 +41,7 @@ class PromptsSection(Section):
 class CompletionsSection(Section):
     """A file (JSONL or parquet) of prompts with a response each, and the names of its keys."""
 
-    path: Path
+    path: FilePath
     """The file: JSONL or parquet, a prompt and a response a row."""
     prompt_key: str = "prompt"
     """Key of the prompt: text, or a list of chat messages."""
@@ -67,7 +65,7 @@ class DataSection(Section):
     """Responses to distil on beside the student's own. `opd.gkd_lambda` is the student's share."""
     shuffle: bool = True
     """Draw a new order of the prompts for each epoch, from `seed`. False: in the order of the file."""
-    chat_template: Path | None = None
+    chat_template: FilePath | None = None
     """A Jinja file to use instead of the tokenizer's own chat template."""
     teacher_key: str | None = None
     """Several teachers: the key in a prompt's metadata that names its teacher."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 
 from pydantic import Field
 
 from opd_async.config.estimators import Estimator
 from opd_async.config.losses import DEFAULT_LOSS, LOSSES, TOPK_LOSSES, Mismatch
 from opd_async.config.rewards import RewardKind
-from opd_async.config.section import HookName, NonNegative, Positive, Seconds, Section, StepsOr0
+from opd_async.config.section import FilePath, HookName, NonNegative, Positive, Seconds, Section, StepsOr0
 
 
 class OpdType(StrEnum):
@@ -30,7 +29,7 @@ class OpdSection(Section):
     """False: no teacher at all; the student learns from the reward alone."""
     type: OpdType = OpdType.SGLANG
     """Where the teacher runs. `sglang`: on engines of its own, of any kind. `megatron`: in the learner's ranks."""
-    teacher_load: Path | None = None
+    teacher_load: FilePath | None = None
     """`megatron`: the teacher's checkpoint: a run's folder, a step of it, or what `opd convert` wrote."""
     teacher_ckpt_step: NonNegative | None = None
     """Which step's checkpoint in `teacher_load`; null takes the newest."""
@@ -97,9 +96,9 @@ class RewardSection(Section):
 class CriticSection(Section):
     """`ppo`: the model that learns what a prefix is worth, in the learner's ranks and split like the student."""
 
-    path: Path | None = None
+    path: FilePath | None = None
     """Hugging Face folder whose `config.json` is the critic's shape; null: the student's."""
-    load: Path | None = None
+    load: FilePath | None = None
     """A Megatron checkpoint: its critic, or, where it has none, its model with a new head. Null: the weights in `path`,
     or, without one, what the student begins with."""
     lr: float | None = Field(default=None, gt=0)
@@ -134,7 +133,7 @@ class AdvantageSection(Section):
     """A negative advantage counts at most this many times, however large the ratio; null switches it off."""
     reference_kl_coef: float = Field(default=0.0, ge=0)
     """Weight of the reverse KL to a reference model, which the learner then holds; 0 switches it off."""
-    reference_load: Path | None = None
+    reference_load: FilePath | None = None
     """The reference's Megatron checkpoint, of the student's shape; null: what the student begins with."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the student's entropy, mean over trained tokens, as a bonus."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -22,6 +25,27 @@ Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+/?$", examples=["http://
 HookName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$", examples=["my_module:my_function"])]
 """A function of the user's own (`opd_async.hooks`)."""
 TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_PRINTABLE = 32
+
+
+def _expanded(path: Path) -> Path:
+    """Put in `~` at the start and `${NAME}` anywhere, as a shell would. Raises `ValueError` with what is wrong."""
+    text = str(path)
+    if any(ord(one) < _PRINTABLE for one in text):
+        raise ValueError(f"{text!r} holds a control character; write the path without it")
+    if unset := [name for name in _VARIABLE.findall(text) if name not in os.environ]:
+        raise ValueError(f"{text} names the variable {unset[0]}, which is not set; set it, or write the path itself")
+    try:
+        return Path(_VARIABLE.sub(lambda found: os.environ[found[1]], text)).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{text} begins with the home folder of nobody; write the path itself") from None
+
+
+FilePath = Annotated[Path, AfterValidator(_expanded)]
+"""A path in which `~` and `${NAME}` stand for the home folder and for a variable of the environment."""
 
 
 class Section(BaseModel):

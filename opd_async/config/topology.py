@@ -31,7 +31,7 @@ from opd_async.config.operating import (
     TelemetrySection,
     TrackingSection,
 )
-from opd_async.config.section import Device, NonNegative, Section
+from opd_async.config.section import Device, FilePath, NonNegative, Section
 from opd_async.config.training import LearnerSection, OptimizerSection, PauseMode, ScheduleSection, StepRule, TrainOn
 
 __all__ = (
@@ -84,7 +84,7 @@ class Topology(Section):
     seed: NonNegative = 0
     """Seed of the prompts' order and of the engines' sampling. Runs still differ: which tokens meet in a step depends
     on timing."""
-    run_dir: Path = Path("runs")
+    run_dir: FilePath = Path("runs")
     """Folder in which the runs' folders are made."""
     models: ModelsSection
     """The student and its teachers."""

@@ -274,6 +274,8 @@ def _explain(document: YamlDocument, detail: ErrorDetails) -> Problem:
         text = unknown_key(path)
     elif detail["type"] == "missing":
         text = f"missing; write {expected(path)}"
+    elif detail["type"] == "value_error":
+        text = str(detail["ctx"]["error"])
     else:
         text = f"found {found(detail['input'])}; write {expected(path)}"
     return line, f"{dotted(path)}: {text}"

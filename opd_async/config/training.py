@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -11,6 +10,7 @@ from pydantic import Field
 from opd_async.config.section import (
     Decay,
     Devices,
+    FilePath,
     HookName,
     Mebibytes,
     Positive,
@@ -101,7 +101,7 @@ class OptimizerSection(Section):
 class LearnerSection(Section):
     """The Megatron-core learner: parallel sizes and numerics."""
 
-    load: Path | None = None
+    load: FilePath | None = None
     """A Megatron checkpoint whose weights the student begins with, instead of those in `models.student.path`."""
     devices: Devices = ("cpu",)
     """One device for each rank, or `cpu` for all."""

@@ -70,8 +70,9 @@ def parse_yaml(text: str, name: str) -> YamlDocument:
 
     Raises `InputError` with `name`, line and column when the text is not YAML, or holds a type other than the above.
     """
-    loader = _CoreLoader(text)
+    loader = None
     try:
+        loader = _CoreLoader(text)
         node = loader.get_single_node()
         document = YamlDocument(None)
         if node is not None:
@@ -81,10 +82,15 @@ def parse_yaml(text: str, name: str) -> YamlDocument:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "unknown position"
         raise InputError(f"{name}: {where}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        what = f"the character U+{int(error.character):04X}"
+        raise InputError(f"{name}: line {line}: {what} is not allowed in YAML; remove it") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{name}: not valid YAML: {error}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return document
 
 

@@ -75,8 +75,10 @@ class Tokenizer:
         """
         if self._template is None:
             raise InputError(f"{self._template_source} has no chat template; give one in data.chat_template")
+        # Always there, as in transformers: templates ask whether they are none.
+        names = {"tools": None, "documents": None, **self._special}
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._special)
+            return self._template.render(messages=list(messages), add_generation_prompt=True, **names)
         except _TEMPLATE_ERRORS as error:
             raise InputError(f"the chat template of {self._template_source} refuses the messages: {error}") from None
 

@@ -19,6 +19,8 @@ from tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opd_async.data.tokenizer import Tokenizer as OurTokenizer
+
 MODELS = ["teacher", "student"]
 
 
@@ -74,12 +76,19 @@ def test_foreign_text_becomes_unknown_tokens(addition: Path) -> None:
     assert bare.encode("1 a\n").ids == [BOS_ID, 4, 17, 17, 17]
 
 
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_both_forms_of_a_prompt_are_the_same_tokens(addition: Path, side: str) -> None:
+    """Text, and chat messages: the second must not lack the token that the first begins with."""
+    tokenizer = OurTokenizer(addition / "models" / side)
+    assert tokenizer.encode_chat([{"role": "user", "content": "347+589="}]) == tokenizer.encode("347+589=")
+
+
 def test_chat_template_leaves_a_user_message_bare(addition: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(addition / "models" / "student")
     turn = [{"role": "user", "content": "347+589="}]
-    assert tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) == "347+589="
+    assert tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) == "<bos>347+589="
     answered = [*turn, {"role": "assistant", "content": "x"}]
-    assert tokenizer.apply_chat_template(answered, tokenize=False) == "347+589=x<eos>"
+    assert tokenizer.apply_chat_template(answered, tokenize=False) == "<bos>347+589=x<eos>"
 
 
 def greedy_share(path: Path, problems: list[Problem]) -> float:
