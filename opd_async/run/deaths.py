@@ -99,6 +99,7 @@ class Deaths:
                 reach.watch.started(ended.name)
             if kind is RoleKind.STUDENT_ENGINE:
                 await reach.fleet.wait_for_engine(kind, self._url(ended.name))
+                reach.watch.heard(ended.name)
                 reach.state.engine_group += 1
                 reach.mailbox.deliver(UPDATE, RESYNC)
         except OpdError as error:

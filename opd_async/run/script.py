@@ -99,6 +99,7 @@ class Script:
         deadline_s = self._deadlines.start_deadline_s
         self._state.version = -1
         there = await all_up(self._arrivals(), deadline_s, self._progress.say)
+        self._dispatcher.watch.engines_answered()
         frontier = there[INTAKE]
         self._accounted = self._began = frontier.version
         topology = self._topology

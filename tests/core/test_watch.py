@@ -108,6 +108,14 @@ def test_the_learner_is_killed_for_a_rank_that_hangs_and_only_once(
     ]
 
 
+def test_an_engine_that_hangs_before_the_watch_first_asked_it_is_found(
+    run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.watch.engines_answered()
+    run.passes(monkeypatch, seconds(1, 70))
+    assert sorted(run.killed) == ["student-engine-0", "teacher-engine-0"]
+
+
 def test_a_learner_that_has_nothing_to_say_is_no_hang(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run.watch.heard("learner-0")
     run.passes(monkeypatch, seconds(1, 100))
