@@ -24,6 +24,7 @@ from opd_async.data.prompt_table import ColumnWriter, Prompt, PromptTable
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
 from opd_async.extras import need
+from opd_async.transport.bounds import MAX_WORDS
 
 __all__ = ["Prompt", "PromptSet", "TeacherChoice", "load_prompts"]
 
@@ -224,10 +225,12 @@ def _row(where: str, value: Any, section: PromptsSection, teachers: TeacherChoic
 
 
 def _label(value: Any) -> str:
-    if value is None:
+    if value is None or value != value:  # pandas writes NaN for nothing
         return ""
     if isinstance(value, str):
-        return value
+        return _travels("the label", value)
+    if isinstance(value, float) and value.is_integer():  # and 3.0 for 3 where a column has gaps
+        return str(int(value))
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise RowError(f"the label is {_kind(value)}; write text or a number")
@@ -238,7 +241,19 @@ def _metadata(value: Any) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise RowError(f"the metadata is {_kind(value)}; write an object")
+    _travels("the metadata", json.dumps(value, default=str, ensure_ascii=False))
     return value
+
+
+def _travels(what: str, text: str) -> str:
+    """Return a text that goes to other processes as it is; `RowError` for one that is no text, or too long for that."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowError(f"{what} holds half of a surrogate pair, which is not text") from None
+    if len(text) > MAX_WORDS:
+        raise RowError(f"{what} has {len(text)} characters, and at most {MAX_WORDS} go to another process")
+    return text
 
 
 def _prepare(row: _Row, tokenizer: Tokenizer) -> None:
@@ -251,6 +266,8 @@ def _prepare(row: _Row, tokenizer: Tokenizer) -> None:
                 isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
             ):
                 raise RowError("a chat message needs a role and a content, both text")
+        if row.prompt[-1]["role"] == "assistant":
+            raise RowError("the last message is the assistant's, an answer and no prompt; leave it out")
         try:
             row.text = tokenizer.apply_chat_template(row.prompt)
         except InputError as error:
@@ -259,7 +276,7 @@ def _prepare(row: _Row, tokenizer: Tokenizer) -> None:
     else:
         raise RowError(f"the prompt is {_kind(row.prompt)}; write text or a list of chat messages")
     try:
-        row.text.encode()
+        row.text.encode()  # only its tokens travel, which have a limit of their own
     except UnicodeEncodeError:
         raise RowError("the prompt holds half of a surrogate pair, which is not text") from None
 

@@ -19,6 +19,7 @@ from opd_async.config.topology import PromptsSection
 from opd_async.data.prompts import PromptSet, load_prompts
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
+from opd_async.transport.bounds import MAX_WORDS
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_texts_chats_labels_and_metadata(tmp_path: Path, tokenizer: Tokenizer) -
 
 
 def test_parquet_says_the_same_as_jsonl(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
     rows: list[dict[str, Any]] = [
         {"question": chat, "answer": 3, "metadata": {"x": 1}},
         {"question": chat[:1], "answer": None, "metadata": {"x": 2}},
@@ -95,7 +96,11 @@ BROKEN = {
     '{"prompt": "a", "label": true}': "the label is true; write text or a number",
     '{"prompt": "a", "label": ["1"]}': "the label is a list",
     '{"prompt": "a", "metadata": "x"}': "the metadata is text; write an object",
-    '{"prompt": "\\ud800"}': "half of a surrogate pair",
+    '{"prompt": "\\ud800"}': "the prompt holds half of a surrogate pair",
+    '{"prompt": "a", "label": "\\ud83d"}': "the label holds half of a surrogate pair",
+    '{"prompt": "a", "metadata": {"a": ["\\udc00"]}}': "the metadata holds half of a surrogate pair",
+    '{"prompt": "a", "metadata": {"\\ud83d": 1}}': "the metadata holds half of a surrogate pair",
+    '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}': "an answer and no prompt",
 }
 
 
@@ -159,3 +164,16 @@ def test_a_hundred_thousand_lines(tmp_path: Path, tokenizer: Tokenizer, monkeypa
     loaded = load(path, tokenizer)
     assert len(loaded.prompts) == 100_000 and loaded.prompts[-1].prompt_id == 99_999
     assert loaded.prompts[-1].label == "99999"
+
+
+def test_labels_as_pandas_writes_them(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"prompt": "a", "label": value} for value in (3.0, -2.0, 2.5, 1e3, float("nan"), None, 7)]
+    path = write_lines(tmp_path / "p.jsonl", *rows)
+    assert [prompt.label for prompt in load(path, tokenizer).prompts] == ["3", "-2", "2.5", "1000", "", "", "7"]
+
+
+def test_what_is_too_long_for_a_message_is_said_of_its_row(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    long = "x" * (MAX_WORDS + 1)
+    path = write_lines(tmp_path / "p.jsonl", {"prompt": "a", "label": long}, {"prompt": "b", "metadata": {"x": long}})
+    text = refused(path, tokenizer)
+    assert f":1: the label has {MAX_WORDS + 1} characters" in text and ":2: the metadata has" in text
