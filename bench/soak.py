@@ -206,7 +206,7 @@ def soak(
         launcher.terminate()
         launcher.wait()
     rows = [fitted(role, figure, points) for (role, figure), points in sorted(series.items()) if len(points) > BLOCKS]
-    return rows, int(max((points[-1][0] for points in series.values()), default=0.0))
+    return rows, int(Samples(root / "soak").look())
 
 
 def table(rows: Sequence[Row]) -> str:
