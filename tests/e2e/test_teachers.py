@@ -18,7 +18,8 @@ def test_each_sample_is_scored_by_its_teacher(inputs: Path, tmp_path: Path) -> N
     owners = ["same" if n < SAME else "other" for n in range(400)]
     prompts = [{"prompt": f"t{10 + n % 90} t{100 + n % 90}", "metadata": {"who": who}} for n, who in enumerate(owners)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts[SAME - 2 : SAME + 3]))
+    judged = [row | {"label": "t1"} for row in prompts[SAME - 2 : SAME + 3]]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
     # the student must stay what it is
     values = topology(inputs, tmp_path, schedule__steps=STEPS, learner__optimizer__lr=1e-12)
     values["models"] = {
