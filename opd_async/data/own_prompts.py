@@ -51,11 +51,6 @@ class OwnPrompts(Sequence[Prompt]):
         else:
             raise self._wrong(f"returned {type(found).__name__}, not a sequence or an iterator of rows")
 
-    @property
-    def endless(self) -> bool:
-        """Whether it is an iterator, which nobody can shuffle."""
-        return self._cursor is not None
-
     def __len__(self) -> int:
         """How many rows there are; `ENDLESS` for an iterator."""
         return ENDLESS if self._rows is None else len(self._rows)
@@ -124,12 +119,17 @@ class _Cursor:
         return (self._kept[index],)
 
     def _advance(self) -> bool:
-        for calls in range(2):
-            for row in self._rows:
-                self._kept[self._next] = row
-                self._kept.pop(self._next - KEPT, None)
-                self._next += 1
-                return True
-            if not calls:
-                self._rows = self._again()
-        return False
+        """Read one row, if need be of the iterator of another call; False if that has none."""
+        row = next(self._rows, _NONE)
+        if row is _NONE:
+            self._rows = self._again()
+            if (row := next(self._rows, _NONE)) is _NONE:
+                return False
+        self._kept[self._next] = row
+        self._kept.pop(self._next - KEPT, None)
+        self._next += 1
+        return True
+
+
+_NONE = object()
+"""Stands for the end of an iterator, whose rows may be anything."""

@@ -90,7 +90,7 @@ def calls() -> list[object]:
 
 def test_a_sequence_is_asked_for_the_rows_that_are_needed_alone(tokenizer: Tokenizer) -> None:
     prompts = own("squares", tokenizer)
-    assert len(prompts) == 10**12 and not prompts.endless
+    assert len(prompts) == 10**12
     prompt = prompts[123_456_789]
     assert (prompt.prompt_id, prompt.label) == (123_456_789, "246913578")
     assert prompt.token_ids.tolist() == tokenizer.encode("123456789+123456789=")
@@ -99,7 +99,7 @@ def test_a_sequence_is_asked_for_the_rows_that_are_needed_alone(tokenizer: Token
 
 def test_an_iterator_is_advanced_and_begins_anew_where_it_ends(tokenizer: Tokenizer) -> None:
     prompts = own("counting", tokenizer)
-    assert len(prompts) == ENDLESS and prompts.endless
+    assert len(prompts) == ENDLESS
     wanted = [tokenizer.encode(f"{index % 5}=") for index in range(13)]
     assert [prompts[index].token_ids.tolist() for index in range(13)] == wanted
     assert [prompts[index].prompt_id for index in (12, 3, 12)] == [12, 3, 12], "kept rows are given again"
