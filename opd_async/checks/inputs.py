@@ -1,8 +1,8 @@
 """Check a topology and the files that it names, and report every finding at once, with its line.
 
-    file -> schema -> checks of models, devices, ports, rewards -> prompts, completions -> Topology and Inputs
-               |                                            |                        |
-               +--------------------- findings -------------+------------------------+---> one InputError
+    file -> schema -> sizes -> checks of models, devices, ports, rewards -> prompts, completions -> sizes -> the result
+               |                                                     |                        |
+               +--------------------- findings ----------------------+------------------------+---> one InputError
 
 A key that the schema refuses does not stop the other checks. They see the key's default in its place, and their
 findings about this key are left out.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
+from opd_async.checks.findings import longest_of, what_was_chosen, what_was_read
 from opd_async.checks.reward import require_labels
 from opd_async.checks.validation import validate, warnings
 from opd_async.config.topology import PromptsSection, Topology
@@ -25,6 +26,7 @@ from opd_async.data.own_prompts import KEY, OwnPrompts
 from opd_async.data.prompts import PromptSet, TeacherChoice, load_prompts
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
+from opd_async.forecast.sizes import fitted
 from opd_async.hooks import HookError
 from opd_async.run.inputs import Inputs
 
@@ -35,22 +37,24 @@ _LENGTH_KEYS = ("engines.student.context_tokens", "max_response_tokens")
 _Found = TypeVar("_Found")
 
 
-def examine(path: Path, overrides: Collection[str], say: Say) -> tuple[Topology, Inputs]:
+def examine(path: Path, overrides: Collection[str], say: Say, *, details: bool = False) -> tuple[Topology, Inputs]:
     """Read and check a topology file; returns the topology and the data that it names. `say` gets the warnings.
 
-    `say` also hears how many prompts were skipped. Raises `InputError`, which lists every finding about the schema, the
-    models, the data and this machine, each with its line.
+    In the topology that is returned every size that was `auto` is chosen. `say` also hears how many prompts were
+    skipped; with `details` it hears what was read, and each size that was chosen with its reason. Raises `InputError`,
+    which lists every finding about the schema, the models, the data and this machine, each with its line.
     """
-    return examine_source(read_topology(path, list(overrides)), say)
+    return examine_source(read_topology(path, list(overrides)), say, details=details)
 
 
-def examine_source(source: TopologySource, say: Say) -> tuple[Topology, Inputs]:
+def examine_source(source: TopologySource, say: Say, *, details: bool = False) -> tuple[Topology, Inputs]:
     """Check a topology file that has been read already. Returns and raises as `examine`."""
     problems = list(source.problems)
     inputs = None
     topology = source.topology
     notes: list[str] = []
     if topology is not None:
+        topology, _ = fitted(topology)
         found = [text for text in validate(topology) if not _is_about(text, source.broken)]
         reader = _Reader(topology, found, source.broken)
         inputs = reader.read()
@@ -58,8 +62,13 @@ def examine_source(source: TopologySource, say: Say) -> tuple[Topology, Inputs]:
         notes = reader.notes
     if problems or topology is None or inputs is None:
         raise InputError(list_problems(source.name, problems))
+    assert source.topology is not None
+    topology, chosen = fitted(source.topology, longest_of(inputs))
     for line in (*(f"warning: {warning}" for warning in warnings(topology)), *notes):
         say(line)
+    if details:
+        for line in (*what_was_read(topology, inputs), *what_was_chosen(chosen)):
+            say(line)
     return topology, inputs
 
 

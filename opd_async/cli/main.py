@@ -1,7 +1,8 @@
 """The command `opd`: which commands there are, and what each takes.
 
-    opd run FILE             opd check FILE      opd plan FILE       opd report FOLDER
-    opd convert ...          opd schema          opd example NAME    opd completion SHELL
+    opd init STUDENT TEACHER PROMPTS       opd example NAME         opd schema
+    opd check FILE      opd plan FILE      opd run FILE             opd completion SHELL
+    opd report FOLDER   opd samples FOLDER                          opd convert ...
 
 `opd run` is `python -m opd_async.launch --topology`, with the same options. Exit codes: 0 done; 2 the input cannot be
 used and nothing was started; 1 the run failed; 130 stopped by a signal.
@@ -95,6 +96,33 @@ def _example_arguments(parser: argparse.ArgumentParser) -> Handler:
     return example
 
 
+def _init_arguments(parser: argparse.ArgumentParser) -> Handler:
+    from opd_async.cli.commands import DEFAULT_TOPOLOGY
+    from opd_async.cli.init import RESPONSE, STEPS, init
+
+    parser.add_argument("student", type=Path, help="folder of the model that is trained")
+    parser.add_argument("teacher", type=Path, help="folder of the model that scores")
+    parser.add_argument("train", type=Path, metavar="PROMPTS", help="prompts to train on, JSONL or parquet")
+    parser.add_argument("--held-out", type=Path, metavar="FILE", help="prompts with labels, for evaluations")
+    parser.add_argument("--name", default="run", help="the run's name (run)")
+    parser.add_argument("--steps", type=_at_least_one, default=STEPS, metavar="N", help=f"optimizer steps ({STEPS})")
+    parser.add_argument(
+        "--response",
+        type=_at_least_one,
+        default=RESPONSE,
+        metavar="N",
+        help=f"tokens of the longest response ({RESPONSE})",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(DEFAULT_TOPOLOGY),
+        metavar="FILE",
+        help=f"file to write ({DEFAULT_TOPOLOGY})",
+    )
+    return init
+
+
 def _no_arguments(parser: argparse.ArgumentParser) -> Handler:
     return lambda arguments: 0
 
@@ -107,6 +135,7 @@ def _completion_arguments(parser: argparse.ArgumentParser) -> Handler:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Handler]]] = {
+    "init": ("write a topology for two models and a file of prompts, and check it", _init_arguments),
     "run": ("run a topology to its report", _run_arguments),
     "check": ("say everything that is wrong with a topology, or print its processes; start nothing", _check_arguments),
     "plan": ("predict step time, memory and the best split, without a GPU", _plan_arguments),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from opd_async.config.section import (
+    Auto,
     Devices,
     FilePath,
     Milliseconds,
     NonNegative,
+    OrAuto,
     Positive,
     Seconds,
     Section,
@@ -55,11 +57,11 @@ class EngineSection(Section):
     """`tensor_parallel` devices for each replica, one replica after the other, or one device for all."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of weights and activations. Best the learner's: what differs is in every importance ratio."""
-    context_tokens: Tokens = 4096
+    context_tokens: Annotated[Tokens, OrAuto(4096)] = Auto(4096)
     """Longest prompt and response together. A prompt may have this minus `rollout.sampling.max_response_tokens`."""
-    kv_tokens: Tokens = 65536
+    kv_tokens: Annotated[Tokens, OrAuto(65536)] = Auto(65536)
     """Size of the key/value cache of one replica, over all its requests. Give it slots times mean length or more."""
-    max_running: Positive = 256
+    max_running: Annotated[Positive, OrAuto(256)] = Auto(256)
     """Requests that one replica computes at once; further ones wait in it."""
     threads: Positive = 1
     """Threads of one replica on a CPU."""
@@ -105,14 +107,14 @@ class RolloutSection(Section):
 
     replicas: Positive = 1
     """Number of rollout actors. One drives many engines; more help when its event loop is late."""
-    slots: Positive = 256
+    slots: Annotated[Positive, OrAuto(256)] = Auto(256)
     """Responses that are generated at once, over all actors. Each is an open connection: beyond the hard limit on
     open files (`ulimit -Hn`) it is refused."""
     group_size: Positive = 1
     """Responses to each prompt. Estimators that compare responses need 2 or more."""
-    chunk_tokens: Tokens = 512
+    chunk_tokens: Annotated[Tokens, OrAuto(512)] = Auto(512)
     """A partial response leaves for the teacher at this many new tokens, and whenever the weights change."""
-    stream_interval: Tokens = 8
+    stream_interval: Annotated[Tokens, OrAuto(8)] = Auto(8)
     """Tokens in one streamed event of the engine."""
     sampling: SamplingSection = SamplingSection()
     """How the student samples."""
@@ -132,7 +134,7 @@ class TeacherSection(Section):
 
     replicas: Positive = 1
     """Number of teacher actors, for each teacher."""
-    batch_tokens: Tokens = 4096
+    batch_tokens: Annotated[Tokens, OrAuto(4096)] = Auto(4096)
     """New tokens in one scoring batch: it leaves when so many are there."""
     max_wait_ms: Milliseconds = 10.0
     """A batch leaves no later than this after its first chunk came."""

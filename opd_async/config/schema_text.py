@@ -74,7 +74,8 @@ def expected(path: Location) -> str:
     if schema is None:
         return "nothing"
     optional = any(option.get("type") == "null" for option in schema.get("anyOf", ()))
-    return _describe(schema) + (", or null" if optional else "")
+    words = [f", or {option['const']}" for option in schema.get("anyOf", ()) if "const" in option]
+    return _describe(schema) + "".join(words) + (", or null" if optional else "")
 
 
 def _describe(schema: Schema) -> str:

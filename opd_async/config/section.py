@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+)
+from pydantic_core import CoreSchema, core_schema
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -25,6 +36,45 @@ Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+/?$", examples=["http://
 HookName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$", examples=["my_module:my_function"])]
 """A function of the user's own (`opd_async.hooks`)."""
 TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
+AUTO = "auto"
+"""What a user writes for a size that the program shall choose."""
+
+
+class Auto(int):
+    """A size that is still to be chosen (`opd_async.forecast.sizes`); until then it counts as this number."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Written as the word that a user would write, also as a default in the schema."""
+        written = core_schema.plain_serializer_function_ser_schema(lambda _: AUTO)
+        return core_schema.is_instance_schema(cls, serialization=written)
+
+
+@dataclass(frozen=True, slots=True)
+class OrAuto:
+    """Annotation of a whole number that may be `auto` as well, which is read as `Auto(stand_in)`."""
+
+    stand_in: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Read `auto`, keep what is `Auto` already, and leave the rest to the number's own schema."""
+
+        def read(value: Any, check: Callable[[Any], Any]) -> Any:
+            if value == AUTO:
+                return Auto(self.stand_in)
+            return value if isinstance(value, Auto) else check(value)
+
+        def write(value: int) -> int | str:
+            return AUTO if isinstance(value, Auto) else value
+
+        written = core_schema.plain_serializer_function_ser_schema(write)
+        return core_schema.no_info_wrap_validator_function(read, handler(source), serialization=written)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Say that a number may stand here, or the word."""
+        assert schema["type"] == "function-wrap"
+        return {"anyOf": [handler(schema["schema"]), {"const": AUTO}]}
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")

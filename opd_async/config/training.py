@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from opd_async.config.section import (
+    Auto,
     Decay,
     Devices,
     FilePath,
     HookName,
     Mebibytes,
+    OrAuto,
     Positive,
     Section,
     Share,
@@ -117,7 +119,7 @@ class LearnerSection(Section):
     """Mixtures of experts: ranks of a pipeline stage over which a layer's experts are spread. It adds no ranks."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the forward and backward pass."""
-    micro_batch_tokens: Tokens = 16384
+    micro_batch_tokens: Annotated[Tokens, OrAuto(16384)] = Auto(16384)
     """Largest size of a micro-batch, prompts and context included. A single longer sequence is one by itself."""
     logprob_chunk_rows: Positive = 1024
     """Trained tokens whose logits exist at once; less memory for less, at little cost in speed."""
@@ -127,7 +129,7 @@ class LearnerSection(Section):
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more work."""
     threads: Positive = 1
     """Threads of one rank on a CPU."""
-    bucket_mib: Mebibytes = 256
+    bucket_mib: Annotated[Mebibytes, OrAuto(256)] = Auto(256)
     """Size of the buckets in which weights are sent to the engines."""
     weight_transport: Literal["broadcast", "tensor", "disk"] = "broadcast"
     """How student engines get their weights: `broadcast` over NCCL or gloo; `tensor`, handles to the learner's memory,

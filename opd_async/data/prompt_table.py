@@ -164,6 +164,11 @@ class PromptTable(Sequence[Prompt]):
             raise IndexError(f"prompt {index} of {len(self)}")
         return self._columns.prompt(position if self._rows is None else int(self._rows[position]), self._names)
 
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Return the tokens of each prompt, int64[n], without making one."""
+        found = self._columns.lengths()
+        return found if self._rows is None else found[self._rows]
+
     def unlabelled(self) -> int:
         """Count the prompts that have no label."""
         found = self._columns.unlabelled()

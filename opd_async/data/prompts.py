@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from opd_async.config.topology import PromptsSection
 from opd_async.data.prompt_cache import columns_of
@@ -41,6 +42,10 @@ class PromptSet:
 
     prompts: Sequence[Prompt]
     skipped_too_long: int
+
+    def lengths(self) -> npt.NDArray[np.int64] | None:
+        """Return the tokens of each prompt, int64[n]; None where prompts are made as they are leased."""
+        return self.prompts.lengths() if isinstance(self.prompts, PromptTable) else None
 
     def unlabelled(self) -> int:
         """Count the prompts that have no label."""

@@ -74,8 +74,13 @@ def learner_memory(
 
 
 def _activations(model: Decoder, section: LearnerSection, longest: int) -> float:
-    """What the layers keep for the backward pass."""
-    tokens = max(section.micro_batch_tokens, longest) / section.context_parallel
+    """What the layers keep for the backward pass of the largest micro-batch."""
+    return activation_bytes(model, section, max(section.micro_batch_tokens, longest))
+
+
+def activation_bytes(model: Decoder, section: LearnerSection, micro_batch_tokens: int) -> float:
+    """Bytes that the layers of one rank keep for the backward pass of a micro-batch, in bfloat16."""
+    tokens = micro_batch_tokens / section.context_parallel
     per_layer = LAYER_BYTES * model.hidden * tokens / section.tensor_parallel
     layers = model.layers / section.pipeline_parallel
     return BF16 * model.hidden * tokens * layers + per_layer if section.recompute else per_layer * layers

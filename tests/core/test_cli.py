@@ -119,6 +119,24 @@ def test_examples_are_written_once_and_pass_their_check(tmp_path: Path) -> None:
     assert code == 2 and "quickstart.yaml exists already; remove it, or give another folder with --to" in errors
 
 
+def test_a_topology_is_made_for_two_models_and_prompts(tmp_path: Path) -> None:
+    topology_data(tmp_path)
+    words = ("init", "student", "teacher", "train.jsonl", "--response", "20", "--steps", "7", "--name", "mine")
+    code, out, errors = opd(*words, "--held-out", "train.jsonl", cwd=tmp_path)
+    assert code == 0, errors
+    assert out.splitlines()[-1] == "next: opd run"
+    assert "engines.student.context_tokens: 24 " in out  # <bos>abc and 20
+    topology = Topology.load(tmp_path / "topology.yaml")
+    assert (topology.name, topology.schedule.steps, topology.rollout.sampling.max_response_tokens) == ("mine", 7, 20)
+    assert topology.data.held_out is not None
+    assert opd("check", cwd=tmp_path)[0] == 0
+    code, _, errors = opd(*words, cwd=tmp_path)
+    assert code == 2 and "topology.yaml exists already; remove it, or give another name with --output" in errors
+    code, _, errors = opd("init", "student", "no-such", "train.jsonl", "--output", "other.yaml", cwd=tmp_path)
+    assert code == 2 and "models.teacher.path: no folder no-such" in errors
+    assert not (tmp_path / "other.yaml").exists()
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_example_is_written_whole(name: str, tmp_path: Path) -> None:
     written = write_example(name, tmp_path / "new" / "folder")

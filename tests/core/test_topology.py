@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from small_runs import small_topology, topology_data, write_topology
 
-from opd_async.config.section import Section
+from opd_async.config.section import Auto, Section
 from opd_async.config.topology import ModelSection, SamplingSection, ScheduleSection, TrainOn
 from opd_async.config.topology_file import dump_topology, load_topology
 from opd_async.config.yaml_source import parse_yaml
@@ -31,10 +31,12 @@ def test_the_quickstart_loads_and_round_trips(tmp_path: Path) -> None:
     topology = load_topology(Path("examples/quickstart.yaml"))
     assert topology.learner.optimizer.lr == 2e-3
     assert topology.schedule.train_on is TrainOn.TOKENS
-    assert topology.max_prompt_tokens == 32
     path = tmp_path / "again.yaml"
     path.write_text(dump_topology(topology))
-    assert load_topology(path) == topology
+    again = load_topology(path)
+    assert again == topology
+    assert isinstance(topology.rollout.slots, Auto)
+    assert isinstance(again.rollout.slots, Auto)
 
 
 def test_numbers_are_read_as_yaml_1_2(tmp_path: Path) -> None:

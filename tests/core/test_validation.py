@@ -21,6 +21,7 @@ from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology
 from opd_async.errors import InputError
+from opd_async.forecast.sizes import fitted
 
 GRPO = ("advantage.estimator=grpo", "reward.kind=exact_match", "schedule.train_on=samples", "rollout.group_size=2")
 
@@ -371,7 +372,7 @@ def test_a_chat_template_that_does_not_parse_is_reported_before_the_start(tmp_pa
 
 
 def test_the_quickstart_is_valid_but_for_the_data_that_is_made_first() -> None:
-    topology = load_topology(Path("examples/quickstart.yaml"))
+    topology, _ = fitted(load_topology(Path("examples/quickstart.yaml")))
     assert [line for line in validate(topology) if not line.startswith("data.")] == []
     assert warnings(topology) == []
 

@@ -1,0 +1,71 @@
+"""Say what was read of a topology's files, and which sizes were chosen: what `opd check` prints for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from opd_async.config.topology import Topology
+from opd_async.data.end_tokens import end_ids
+from opd_async.data.prompts import PromptSet
+from opd_async.data.tokenizer import Tokenizer
+from opd_async.forecast.sizes import Choice, Longest
+from opd_async.run.inputs import Inputs
+
+SHOWN = 600
+"""Characters of a rendered prompt; longer ones lose their middle."""
+
+
+def longest_of(inputs: Inputs) -> Longest:
+    """Tokens of the longest prompts that a run will use, those with given responses included."""
+    train = _longest(inputs.prompts)
+    given = max((len(one.prompt.token_ids) for one in inputs.completions.completions), default=0)
+    held_out = 0 if inputs.held_out is None else _longest(inputs.held_out) or 0
+    return Longest(None if train is None else max(train, given), held_out)
+
+
+def _longest(prompts: PromptSet) -> int | None:
+    lengths = prompts.lengths()
+    return None if lengths is None else int(lengths.max())
+
+
+def what_was_read(topology: Topology, inputs: Inputs) -> Iterator[str]:
+    """Lines about the prompts, the tokens that end a response, and one prompt as both sides read it."""
+    data = topology.data
+    source = f"{data.function}" if data.train is None else f"{data.train.path}"
+    yield f"data.train: {source}: {_in_numbers(inputs.prompts)}"
+    if inputs.held_out is not None and data.held_out is not None:
+        yield f"data.held_out: {data.held_out.path}: {_in_numbers(inputs.held_out)}"
+    if given := inputs.completions.completions:
+        yield f"data.completions: {len(given)} given responses, {inputs.completions.skipped_too_long} too long"
+    ends = [*end_ids(topology.models.student.path), *topology.rollout.sampling.stop_token_ids]
+    named = ", ".join(f"{token} {inputs.tokenizer.decode([token], skip_special=False)!r}" for token in ends)
+    yield f"a response ends with: {named or 'nothing but its limit'}"
+    first = inputs.prompts.prompts[0]
+    yield f"the first prompt, {len(first.token_ids)} tokens, as student and teacher read it:"
+    yield f"    {_rendered(first.token_ids.tolist(), inputs.tokenizer)!r}"
+
+
+def _in_numbers(prompts: PromptSet) -> str:
+    """How many prompts, how long they are, and how many are left out."""
+    lengths = prompts.lengths()
+    if lengths is None:
+        return "read as they are leased"
+    median, high = (int(value) for value in np.percentile(lengths, (50, 99), method="higher"))
+    spread = f"median {median}, p99 {high}, longest {int(lengths.max())} tokens"
+    return f"{len(lengths)} prompts, {spread}; {prompts.skipped_too_long} skipped as too long"
+
+
+def _rendered(token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    text = tokenizer.decode(token_ids, skip_special=False)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
+
+
+def what_was_chosen(choices: Sequence[Choice]) -> Iterator[str]:
+    """Lines about the sizes that were `auto`, with their reasons; they can be pasted into a topology."""
+    if choices:
+        yield "sizes that were left open (auto):"
+    width = max((len(f"{choice.key}: {choice.value}") for choice in choices), default=0)
+    for choice in choices:
+        yield f"    {f'{choice.key}: {choice.value}':<{width}}  # {choice.why}"
