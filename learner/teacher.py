@@ -45,6 +45,17 @@ class TeacherRows:
     the head; None where the sampled tokens are enough."""
     head: Head | None = None
     """The teacher's LM head, whose weights are shared by all micro-batches."""
+    own_O: Tensor | None = None
+    """int64[O]: which of the R rows `hidden_OY` are; None where they are all. A teacher that reads other prompts has
+    other positions, so that a rank of a context group holds other rows of it than of the student."""
+
+    def hidden_of(self, packed: PackedBatch) -> Tensor:
+        """The hidden states of the rows that `packed`, the student's layout, has on this rank: [O, Y]. All ranks of a
+        context group call it."""
+        assert self.hidden_OY is not None
+        if self.own_O is None or packed.own_O is self.own_O:
+            return self.hidden_OY
+        return packed.own(all_rows(self.hidden_OY, self.own_O, len(packed.targets_R)))
 
 
 class Teacher:
@@ -95,7 +106,7 @@ class Teacher:
     def _report(self, packed: PackedBatch, hidden: Tensor, loss: str) -> TeacherRows:
         hidden_OY, head = hidden[packed.rows_O, 0], head_of(self.model, self._config)
         if loss in FULL_LOSSES:
-            return TeacherRows(hidden_OY=hidden_OY, head=head)
+            return TeacherRows(hidden_OY=hidden_OY, head=head, own_O=packed.own_O)
         found = row_logprobs(hidden_OY, head, packed.own(packed.targets_R))
         return TeacherRows(logprobs_R=all_rows(found.sampled_R, packed.own_O, len(packed.targets_R)))
 

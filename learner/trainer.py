@@ -139,7 +139,9 @@ class Trainer:
             return output.loss / step.denominator, (output.sums, output.maxima)
 
         packs = self._lay_out(batch.micro_batches)
-        teacher = self.teacher.rows(packs, self.config.loss.loss) if self.teacher is not None else None
+        teacher = None
+        if self.teacher is not None:
+            teacher = self.teacher.rows(self._as_read_by_teacher(batch, packs), self.config.loss.loss)
         if self.reference is not None:
             rows = self.reference.rows(packs, "reverse_kl")  # empty but on the last stage, which alone needs them
             packs = [replace(pack, reference_R=row.logprobs_R) for pack, row in zip(packs, rows, strict=False)] or packs
@@ -175,17 +177,27 @@ class Trainer:
         }
         return [lay_out(batch, **options) for batch in batches]
 
+    def _as_read_by_teacher(self, batch: StepBatch, packs: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+        """The micro-batches with the prompts that the teacher reads; `packs` themselves where those are the student's.
+
+        Rows are in the same order in both, so that what is said of one is said of the same token.
+        """
+        pairs = zip(batch.micro_batches, packs, strict=True)
+        return [
+            pack if mb.teacher_prompts is None else self._lay_out([mb.as_read_by_teacher()])[0] for mb, pack in pairs
+        ]
+
     def _objective(self, packed: PackedBatch, hidden: Tensor, teacher: TeacherRows | None) -> LossOutput:
         """The loss of a micro-batch from the last stage's hidden states [P, 1, hidden] and what the teacher said."""
         if teacher is None:
             return self._of_rows(packed, hidden)
         if teacher.logprobs_R is not None:
             return self._of_rows(replace(packed, teacher_R=teacher.logprobs_R), hidden)
-        assert teacher.hidden_OY is not None and teacher.head is not None
+        assert teacher.head is not None
         found = row_divergences(
             hidden[packed.rows_O, 0],
             head_of(self.model, self.config),
-            teacher.hidden_OY,
+            teacher.hidden_of(packed),
             teacher.head,
             packed.own(packed.targets_R),
             loss=self.config.loss.loss,

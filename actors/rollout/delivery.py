@@ -25,7 +25,9 @@ class Delivery:
     def open(self, lease: m.Lease) -> None:
         """A training lease begins: from now on its tokens are listed when generation is paused."""
         route = self._downstream.route(lease.prompt_id, lease.teacher)
-        self._outbox.open(lease.sample_id, lease.attempt, route, lease.prompt, lease.prefix)
+        self._outbox.open(
+            lease.sample_id, lease.attempt, route, lease.prompt, lease.prefix, teacher_prompt=lease.teacher_prompt
+        )
 
     async def send_due(self, generation: Generation, chunk_tokens: int) -> None:
         """Send what is due of a training response, in chunks of `chunk_tokens` tokens at least.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import zmq.asyncio
 
@@ -41,4 +43,4 @@ class Downstream:
 
 def unscored(chunk: Chunk, sender: str) -> ScoredChunk:
     """The chunk as the intake takes it where no teacher engine scores: without a teacher's logprobs."""
-    return chunk.scored(sender, 0.0, np.zeros(0, np.float32))
+    return replace(chunk.scored(sender, 0.0, np.zeros(0, np.float32)), teacher_prompt=chunk.teacher_prompt)

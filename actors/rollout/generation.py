@@ -189,6 +189,7 @@ class Generation:
             reward=self._reward if finish is not None else None,
             teacher=self.lease.teacher,
             grant=self.lease.grant,
+            teacher_prompt_tokens=0 if self.lease.teacher_prompt is None else len(self.lease.teacher_prompt),
         )
         self._sent_end = chunk.end
         self._pending_tokens -= len(chunk.token_ids)

@@ -131,7 +131,13 @@ class TeacherActor:
                 lane.batcher.drop(chunk.sample_id)
             self._points.drop(chunk.sample_id)
             prefix = chunk.context
-        elif known is not None and known[0] == chunk.attempt and len(known[1]) == chunk.prompt_tokens + chunk.start:
+            if chunk.teacher_prompt is not None:  # the same response behind another prompt
+                prefix = np.concatenate([chunk.teacher_prompt, chunk.context[chunk.prompt_tokens :]])
+        elif (
+            known is not None
+            and known[0] == chunk.attempt
+            and len(known[1]) == chunk.scored_prompt_tokens + chunk.start
+        ):
             prefix = known[1]
         else:
             self._role.count("orphan_chunks")
@@ -165,7 +171,7 @@ class TeacherActor:
         known = self._ids.get(item.sample_id)
         if known is None:
             return None
-        return known[1][: last.prompt_tokens + last.end], first.prompt_tokens + first.start
+        return known[1][: last.scored_prompt_tokens + last.end], first.scored_prompt_tokens + first.start
 
     async def deliver(self, item: ScoreItem, scores: Scores | None) -> None:
         """Send the item's chunks with their share of the scores; forget the sample after its last one.
@@ -190,7 +196,9 @@ class TeacherActor:
 
     def _holds(self, chunk: m.Chunk) -> bool:
         known = self._ids.get(chunk.sample_id)
-        return known is not None and known[0] == chunk.attempt and len(known[1]) >= chunk.prompt_tokens + chunk.end
+        return (
+            known is not None and known[0] == chunk.attempt and len(known[1]) >= chunk.scored_prompt_tokens + chunk.end
+        )
 
     def count_failure(self, items: Sequence[ScoreItem]) -> int:
         """Count one more failed try of each sample; returns the highest count since a sample's last score."""

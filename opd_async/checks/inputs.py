@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from opd_async.checks.findings import longest_of, what_was_chosen, what_was_read
 from opd_async.checks.reward import require_labels
+from opd_async.checks.teacher import teacher_limits
 from opd_async.checks.validation import validate, warnings
 from opd_async.config.topology import PromptsSection, Topology
 from opd_async.config.topology_file import TopologySource, list_problems, read_topology
@@ -24,6 +26,7 @@ from opd_async.data.completions import CompletionSet, load_completions
 from opd_async.data.model_folder import read_model
 from opd_async.data.own_prompts import KEY, OwnPrompts
 from opd_async.data.prompts import PromptSet, TeacherChoice, load_prompts
+from opd_async.data.teacher_prompts import TeacherPrompts
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
 from opd_async.forecast.sizes import fitted
@@ -110,10 +113,16 @@ class _Reader:
         tokenizer = self._try("models.student.path", self._tokenizer)
         if tokenizer is None:
             return None
-        choice = TeacherChoice(tuple(topology.teachers) or ("",), topology.data.teacher_key)
+        plain = TeacherChoice(tuple(topology.teachers) or ("",), topology.data.teacher_key)
+        try:
+            prompts = TeacherPrompts.of(topology.data, tokenizer, teacher_limits(topology))
+        except InputError as error:
+            self.problems.append(str(error))
+            return None
+        choice = replace(plain, prompts=prompts)
         train = self._train(tokenizer, choice)
         limit, section = topology.max_held_out_tokens, topology.data.held_out
-        held_out = None if section is None else self._prompts("held_out", section, tokenizer, limit, choice)
+        held_out = None if section is None else self._prompts("held_out", section, tokenizer, limit, plain)
         completions = self._try("data.completions.path", lambda: self._completions(tokenizer, choice))
         if train is None or completions is None or (section is not None and held_out is None) or self.problems:
             return None
@@ -166,6 +175,9 @@ class _Reader:
         self._try(f"data.{key}.label_key", lambda: require_labels(prompts, section, kind))
         if prompts.skipped_too_long:
             self.notes.append(f"{section.path}: skipped {prompts.skipped_too_long} prompts longer than {limit} tokens")
+        if prompts.read_plainly:
+            plainly = f"{prompts.read_plainly} of {len(prompts.prompts)} prompts have no text for their teacher"
+            self.notes.append(f"{section.path}: {plainly}, who reads the student's prompt there")
         return prompts
 
     def _completions(self, tokenizer: Tokenizer, choice: TeacherChoice) -> CompletionSet:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from opd_async.config.learning import OpdType
 from opd_async.config.topology import Topology
+from opd_async.data.model_folder import try_model
 from opd_async.errors import InputError
 from opd_async.run.checkpoints import shards
 
@@ -20,6 +21,7 @@ from opd_async.run.checkpoints import shards
 def opd_problems(topology: Topology) -> Iterator[str]:
     """List every combination of the `opd` keys that cannot run; reads a checkpoint's names and sizes, no weights."""
     opd = topology.opd
+    yield from _prompt_problems(topology)
     if opd.teacher_mix:
         yield (
             f"opd.teacher_mix: {opd.teacher_mix:g}, but to sample from a mixture of student and teacher an engine must "
@@ -40,6 +42,36 @@ def opd_problems(topology: Topology) -> Iterator[str]:
         yield from _megatron_problems(topology)
     if opd.teacher_ckpt_step is not None and opd.teacher_load is None:
         yield "opd.teacher_ckpt_step: a step of no checkpoint; remove it, or write opd.teacher_load"
+
+
+def teacher_limits(topology: Topology) -> dict[str, tuple[int, str]]:
+    """By teacher, the most tokens of a prompt of its own that leave room for a response, and the key that bounds them.
+
+    The teacher inside the learner has the name "" and the bound of its positions.
+    """
+    room, models = topology.rollout.sampling.max_response_tokens, topology.models
+    if topology.teachers:
+        sides = [(key, model, section) for key, model, section in topology.engine_sides[1:]]
+        return {
+            name: (section.context_tokens - room, f"engines.{key}.context_tokens")
+            for name, (key, _, section) in zip(topology.teachers, sides, strict=True)
+        }
+    facts = try_model((models.teacher or models.student).path)
+    return {} if facts is None else {"": (facts.max_tokens - room, "max_position_embeddings of the teacher's model")}
+
+
+def _prompt_problems(topology: Topology) -> Iterator[str]:
+    """List prompts of teachers that nobody reads."""
+    data = topology.data
+    if not topology.opd.use_opd:
+        for key in ("teacher_prompt", "privileged_key"):
+            if getattr(data, key) is not None:
+                yield f"data.{key}: given, but opd.use_opd is false and no teacher reads it; remove it"
+    if data.teacher_prompt is None and data.privileged_key is None and data.teacher_prompt_missing != "refuse":
+        yield (
+            f"data.teacher_prompt_missing: {data.teacher_prompt_missing}, but teachers read what the student reads; "
+            "write data.teacher_prompt or data.privileged_key, or remove it"
+        )
 
 
 def _sglang_problems(topology: Topology) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from opd_async.config.section import FilePath, HookName, Section, TeacherName
@@ -69,3 +71,11 @@ class DataSection(Section):
     """A Jinja file to use instead of the tokenizer's own chat template."""
     teacher_key: str | None = None
     """Several teachers: the key in a prompt's metadata that names its teacher."""
+    teacher_prompt: str | None = None
+    """What a teacher reads in place of the student's prompt: a key of the row that holds a prompt, or a Jinja template
+    over the row (docs/learning.md). Null: what the student reads."""
+    privileged_key: str | None = None
+    """Key of the row, or of its metadata, with text that only a teacher is shown: `privileged` in the template, behind
+    the student's prompt without one."""
+    teacher_prompt_missing: Literal["refuse", "plain"] = "refuse"
+    """Rows that lack what their teacher's prompt is made of: refused before the start, or trained plainly."""

@@ -2,7 +2,7 @@
 
     rows -> ColumnWriter -> one file for each column (or memory) -> PromptTable -> Prompt, made when it is asked for
 
-A million prompts as objects take gigabytes; as columns they take their tokens, their text, and 29 bytes each, and what
+A million prompts as objects take gigabytes; as columns they take their tokens, their text, and 37 bytes each, and what
 is mapped from files is not even the process's own.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -29,6 +29,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "label_ends": np.dtype("<i8"),
     "metadata_ends": np.dtype("<i8"),
     "teachers": np.dtype("u1"),
+    "teacher_ids": np.dtype("<i4"),
+    "teacher_id_ends": np.dtype("<i8"),
 }
 """`text` has label and metadata of each prompt back to back, in UTF-8; `teachers` are indices into the names."""
 
@@ -43,6 +45,9 @@ class Prompt:
     metadata: dict[str, Any]
     teacher: str = ""
     """Who scores its responses; "" where no teacher engine does."""
+    _: KW_ONLY
+    teacher_ids: Int32Array | None = None
+    """int32[m]: what its teacher reads in place of `token_ids`; None: the same."""
 
     @property
     def metadata_json(self) -> str:
@@ -59,10 +64,17 @@ class ColumnWriter:
         self._files: dict[str, BinaryIO] = {
             name: io.BytesIO() if folder is None else (folder / name).open("wb") for name in DTYPES
         }
-        self._ids = self._text = 0
+        self._ids = self._text = self._teacher_ids = 0
 
-    def add(self, token_ids: Sequence[int], label: str, metadata: dict[str, Any], teacher: int) -> None:
-        """Append one prompt, whose teacher is the one with this index."""
+    def add(
+        self,
+        token_ids: Sequence[int],
+        label: str,
+        metadata: dict[str, Any],
+        teacher: int,
+        teacher_ids: Sequence[int] = (),
+    ) -> None:
+        """Append one prompt, whose teacher is the one with this index, and what it reads (nothing: the prompt)."""
         words = label.encode("utf-8", "surrogatepass")
         more = json.dumps(metadata, default=str).encode() if metadata else b""
         self._ids += len(token_ids)
@@ -73,6 +85,9 @@ class ColumnWriter:
         self._text += len(words) + len(more)
         self._files["metadata_ends"].write(self._text.to_bytes(8, "little"))
         self._files["teachers"].write(bytes((teacher,)))
+        self._teacher_ids += len(teacher_ids)
+        self._files["teacher_ids"].write(np.asarray(teacher_ids, DTYPES["teacher_ids"]).tobytes())
+        self._files["teacher_id_ends"].write(self._teacher_ids.to_bytes(8, "little"))
 
     def finish(self) -> Columns:
         """Close the columns and return them."""
@@ -119,6 +134,14 @@ class Columns:
         """Return the tokens of each prompt, int64[n]."""
         return np.diff(self._arrays["id_ends"], prepend=0)
 
+    def teacher_lengths(self) -> npt.NDArray[np.int64]:
+        """Return the tokens of each teacher's own prompt, int64[n]; 0 where it reads the student's."""
+        return np.diff(self._arrays["teacher_id_ends"], prepend=0)
+
+    def teachers(self) -> npt.NDArray[np.uint8]:
+        """Return which teacher each prompt has, uint8[n]."""
+        return np.asarray(self._arrays["teachers"])
+
     def unlabelled(self) -> npt.NDArray[np.bool_]:
         """Tell which prompts have no label, bool[n]."""
         ends = self._arrays["metadata_ends"]
@@ -131,12 +154,14 @@ class Columns:
         first, text = (0, 0) if row == 0 else (int(arrays["id_ends"][row - 1]), int(arrays["metadata_ends"][row - 1]))
         middle, end = int(arrays["label_ends"][row]), int(arrays["metadata_ends"][row])
         metadata = arrays["text"][middle:end].tobytes()
+        begin, read = 0 if row == 0 else int(arrays["teacher_id_ends"][row - 1]), int(arrays["teacher_id_ends"][row])
         return Prompt(
             row,
             np.array(arrays["ids"][first : int(arrays["id_ends"][row])], np.int32),
             arrays["text"][text:middle].tobytes().decode("utf-8", "surrogatepass"),
             json.loads(metadata) if metadata else {},
             names[int(arrays["teachers"][row])],
+            teacher_ids=np.array(arrays["teacher_ids"][begin:read], np.int32) if read > begin else None,
         )
 
 

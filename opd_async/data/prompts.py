@@ -22,6 +22,7 @@ import numpy.typing as npt
 from opd_async.config.topology import PromptsSection
 from opd_async.data.prompt_cache import columns_of
 from opd_async.data.prompt_table import ColumnWriter, Prompt, PromptTable
+from opd_async.data.teacher_prompts import StudentPrompt, TeacherPromptError, TeacherPrompts, TeacherText
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
 from opd_async.extras import need
@@ -42,6 +43,8 @@ class PromptSet:
 
     prompts: Sequence[Prompt]
     skipped_too_long: int
+    read_plainly: int = 0
+    """Prompts whose teacher has none of its own, though others' have."""
 
     def lengths(self) -> npt.NDArray[np.int64] | None:
         """Return the tokens of each prompt, int64[n]; None where prompts are made as they are leased."""
@@ -63,6 +66,7 @@ class _Row:
     teacher: str
     text: str = ""
     add_special_tokens: bool = True
+    teacher_text: TeacherText | None = None
 
 
 class RowError(ValueError):
@@ -75,6 +79,8 @@ class TeacherChoice:
 
     names: tuple[str, ...] = ("",)
     key: str | None = None
+    prompts: TeacherPrompts | None = None
+    """Makes what a teacher reads; None: what the student reads."""
 
     def of(self, metadata: dict[str, Any]) -> str:
         """Return the teacher's name; `RowError` where the metadata name no teacher of the topology."""
@@ -97,6 +103,7 @@ def load_prompts(
     path, limit = section.path, max_prompt_tokens
     keys = (section.prompt_key, section.label_key, section.metadata_key)
     words = [tokenizer.fingerprint, *map(str, keys), str(teachers.key), *teachers.names]
+    words += teachers.prompts.words if teachers.prompts is not None else ()
     try:
         columns = columns_of(path, words, lambda writer: _fill(writer, section, tokenizer, teachers))
     except OSError as error:
@@ -108,7 +115,9 @@ def load_prompts(
             f"{int(columns.lengths().min())}); raise engines.student.context_tokens or lower "
             "rollout.sampling.max_response_tokens"
         )
-    return PromptSet(prompts, len(columns) - len(prompts))
+    own = teachers.prompts
+    read_plainly = 0 if own is None else own.read_plainly(path, columns, teachers.names, limit)
+    return PromptSet(prompts, len(columns) - len(prompts), read_plainly)
 
 
 def _fill(writer: ColumnWriter, section: PromptsSection, tokenizer: Tokenizer, teachers: TeacherChoice) -> None:
@@ -119,10 +128,11 @@ def _fill(writer: ColumnWriter, section: PromptsSection, tokenizer: Tokenizer, t
         count += len(batch)
         if broken:  # no more than what is wrong is asked for now
             continue
-        for row, ids in zip(batch, _token_ids(batch, tokenizer), strict=True):
+        read = _teacher_ids(batch, tokenizer)
+        for row, ids, others in zip(batch, _token_ids(batch, tokenizer), read, strict=True):
             if not ids:
                 broken.append(f"{row.where}: the prompt has no tokens")
-            writer.add(ids, row.label, row.metadata, teachers.names.index(row.teacher))
+            writer.add(ids, row.label, row.metadata, teachers.names.index(row.teacher), others)
     if broken:
         raise InputError(_report(section.path, broken))
     if not count:
@@ -135,6 +145,7 @@ def _rows(section: PromptsSection, tokenizer: Tokenizer, teachers: TeacherChoice
         try:
             row = _row(where, value, section, teachers)
             _prepare(row, tokenizer)
+            _read_by_teacher(row, value, teachers)
         except RowError as error:
             broken.append(f"{where}: {error}")
         else:
@@ -148,13 +159,47 @@ def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
 
 def _token_ids(rows: list[_Row], tokenizer: Tokenizer) -> list[list[int]]:
     """Tokenize a batch: chats have their special tokens already, texts are given them."""
+    return _encoded([(row.text, row.add_special_tokens) for row in rows], tokenizer)
+
+
+def _teacher_ids(rows: list[_Row], tokenizer: Tokenizer) -> list[list[int]]:
+    """Tokenize what the teachers of a batch read; nothing for those that read the student's prompt."""
     ids: list[list[int]] = [[] for _ in rows]
+    own = [(index, row.teacher_text) for index, row in enumerate(rows) if row.teacher_text is not None]
+    found = _encoded([(one.text, one.special) for _, one in own], tokenizer)
+    for (index, _), tokens in zip(own, found, strict=True):
+        ids[index] = tokens
+    return ids
+
+
+def _encoded(texts: list[tuple[str, bool]], tokenizer: Tokenizer) -> list[list[int]]:
+    """Tokenize texts, each with the tokenizer's special tokens or without."""
+    ids: list[list[int]] = [[] for _ in texts]
     for special in (True, False):
-        chosen = [index for index, row in enumerate(rows) if row.add_special_tokens is special]
-        texts = [rows[index].text for index in chosen]
-        for index, found in zip(chosen, tokenizer.encode_batch(texts, add_special_tokens=special), strict=True):
+        chosen = [index for index, (_, wanted) in enumerate(texts) if wanted is special]
+        batch = [texts[index][0] for index in chosen]
+        for index, found in zip(chosen, tokenizer.encode_batch(batch, add_special_tokens=special), strict=True):
             ids[index] = found
     return ids
+
+
+def _read_by_teacher(row: _Row, value: dict[str, Any], teachers: TeacherChoice) -> None:
+    """Set `row.teacher_text`, where teachers have prompts of their own. Raises `RowError` where none can be made."""
+    if teachers.prompts is None:
+        return
+    student = StudentPrompt(
+        row=value,
+        prompt=row.prompt,
+        text=row.text,
+        special=row.add_special_tokens,
+        label=row.label,
+        metadata=row.metadata,
+        teacher=row.teacher,
+    )
+    try:
+        row.teacher_text = teachers.prompts.text(student)
+    except TeacherPromptError as error:
+        raise RowError(str(error)) from None
 
 
 def read_row(
@@ -163,12 +208,16 @@ def read_row(
     """Check and tokenize one row that no file holds. Raises `RowError` for one that is broken, empty or too long."""
     row = _row("", value, section, teachers)
     _prepare(row, tokenizer)
-    ids = tokenizer.encode_batch([row.text], add_special_tokens=row.add_special_tokens)[0]
+    _read_by_teacher(row, value, teachers)
+    (ids,), (others,) = _token_ids([row], tokenizer), _teacher_ids([row], tokenizer)
     if not ids:
         raise RowError("the prompt has no tokens")
     if len(ids) > limit:
         raise RowError(f"the prompt has {len(ids)} tokens, and at most {limit} fit; leave it out")
-    return Prompt(index, np.asarray(ids, np.int32), row.label, row.metadata, row.teacher)
+    if teachers.prompts is not None and (problem := teachers.prompts.too_long(row.teacher, len(others))):
+        raise RowError(problem)
+    own = np.asarray(others, np.int32) if others else None
+    return Prompt(index, np.asarray(ids, np.int32), row.label, row.metadata, row.teacher, teacher_ids=own)
 
 
 def _read(path: Path) -> Iterator[tuple[str, Any]]:

@@ -28,7 +28,7 @@ from opd_async.errors import InputError
 Message = dict[str, Any]
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What a template can raise by itself: Jinja's own errors, and those of the expressions in it.
-_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 class Tokenizer:
@@ -52,7 +52,9 @@ class Tokenizer:
         config = _read_config(folder / "tokenizer_config.json")
         self._special = _special_tokens(folder, config)
         self._template_source, template = _find_template(folder, config, chat_template)
-        self._template = _compile(template, self._template_source) if template is not None else None
+        self._template = (
+            compile_template(template, f"chat template of {self._template_source}") if template is not None else None
+        )
         self._template_text = template or ""
 
     def encode(self, text: str) -> list[int]:
@@ -68,18 +70,19 @@ class Tokenizer:
         """Return the text of token ids; `skip_special` leaves special tokens out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
-    def apply_chat_template(self, messages: Sequence[Message]) -> str:
-        """Return the text of a conversation, up to where the assistant is to speak.
+    def apply_chat_template(self, messages: Sequence[Message], **more: Any) -> str:
+        """Return the text of a conversation, up to where the assistant is to speak; `more` are names that the template
+        sees beside its own.
 
         Raises `InputError` if the folder has no chat template, or the template refuses the messages.
         """
         if self._template is None:
             raise InputError(f"{self._template_source} has no chat template; give one in data.chat_template")
         # Always there, as in transformers: templates ask whether they are none.
-        names = {"tools": None, "documents": None, **self._special}
+        names = {"tools": None, "documents": None, "add_generation_prompt": True, **self._special, **more}
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, **names)
-        except _TEMPLATE_ERRORS as error:
+            return self._template.render(**{**names, "messages": list(messages)})
+        except TEMPLATE_ERRORS as error:
             raise InputError(f"the chat template of {self._template_source} refuses the messages: {error}") from None
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
@@ -154,9 +157,17 @@ def _find_template(folder: Path, config: dict[str, Any], override: Path | None) 
     return str(folder), template if isinstance(template, str) else None
 
 
-def _compile(template: str, source: str) -> jinja2.Template:
+def compile_template(template: str, named: str, *, strict: bool = False) -> jinja2.Template:
+    """Compile a template in the sandbox. `strict`: a name that is missing or none cannot be written.
+
+    Raises `InputError`, which begins with `named`, for one that does not parse.
+    """
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[jinja2.ext.loopcontrols, _Generation],
+        undefined=jinja2.StrictUndefined if strict else jinja2.Undefined,
+        finalize=_written if strict else None,
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
@@ -164,7 +175,13 @@ def _compile(template: str, source: str) -> jinja2.Template:
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"chat template of {source}, line {error.lineno}: {error.message}") from None
+        raise InputError(f"{named}, line {error.lineno}: {error.message}") from None
+
+
+def _written(value: object) -> object:
+    if value is None:
+        raise jinja2.UndefinedError("a value that is none")
+    return value
 
 
 class _Generation(jinja2.ext.Extension):

@@ -19,6 +19,7 @@ class ChunkBounds:
         """`keys` are those of the run; without them (a test) leases are not checked."""
         self._vocab = plan.vocab_size
         self._context = plan.topology.engines.student.context_tokens
+        self._teacher_contexts = {name: side.engines.context_tokens for name, side in plan.topology.teachers.items()}
         self._actors = {role.index: role.name for role in plan.of_kind(RoleKind.ROLLOUT)}
         self._teachers = {role.name: role.teacher for role in plan.of_kind(RoleKind.TEACHER)}
         self._grants = Grants(keys)
@@ -27,6 +28,11 @@ class ChunkBounds:
         """Why a chunk on its way to a teacher is not believed; None if it is."""
         if sender is not None and sender != self._actors.get(chunk.actor):
             return f"actor {chunk.actor} from {sender}"
+        room, read = self._teacher_contexts.get(chunk.teacher, self._context), chunk.scored_prompt_tokens
+        if read + chunk.end > room:
+            return f"{read} + {chunk.end} tokens in the teacher's context of {room}"
+        if chunk.context is not None and chunk.teacher_prompt_tokens and chunk.teacher_prompt is None:
+            return f"a context without the teacher's prompt of {chunk.teacher_prompt_tokens} tokens"
         return self._common(chunk)
 
     def of_scored(self, sender: str | None, chunk: ScoredChunk, newest: int) -> str | None:
@@ -51,7 +57,8 @@ class ChunkBounds:
             return f"sample {chunk.sample_id}, attempt {chunk.attempt} was never leased to actor {chunk.actor}"
         if chunk.prompt_tokens + chunk.end > self._context:
             return f"{chunk.prompt_tokens} + {chunk.end} tokens in a context of {self._context}"
-        for name, ids in (("token_ids", chunk.token_ids), ("context", chunk.context)):
+        own = ("teacher_prompt", chunk.teacher_prompt)
+        for name, ids in (("token_ids", chunk.token_ids), ("context", chunk.context), own):
             if ids is not None and ids.size and int(ids.max()) >= self._vocab:
                 return f"{name}: {int(ids.max())} in a vocabulary of {self._vocab}"
         return None

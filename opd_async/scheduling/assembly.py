@@ -81,6 +81,8 @@ class Sample:
     prompt_id: int
     label: str
     prompt: NDArray[np.int32]
+    teacher_prompt: NDArray[np.int32] | None = None
+    """What a teacher in the learner reads in place of it; None: the same."""
     trained: list[NDArray[np.int32]] = field(default_factory=list)
     """Token ids that need no further training: trained ones, and the prefix of a resumed response."""
     untrained: list[Piece] = field(default_factory=list)
@@ -139,6 +141,14 @@ class Segment:
     weight: float | None = None
     reward: float | None = None
     chunks: tuple[ChunkFacts, ...] = ()
+    teacher_prompt: NDArray[np.int32] | None = None
+    """int32[m]: what a teacher in the learner reads in place of the prompt; None: the same."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of the two sequences that the learner forwards, the student's and the teacher's."""
+        read = self.prompt_tokens if self.teacher_prompt is None else len(self.teacher_prompt)
+        return len(self.token_ids) + max(0, read - self.prompt_tokens)
 
 
 class Resumable(NamedTuple):
@@ -197,6 +207,7 @@ class Assembler:
                 prompt_id=chunk.prompt_id,
                 label=chunk.label,
                 prompt=chunk.context,
+                teacher_prompt=chunk.teacher_prompt,
             )
             self.samples[chunk.sample_id] = sample
         if chunk.attempt < sample.attempt:
@@ -226,7 +237,7 @@ class Assembler:
             return False
         sample.attempt, sample.actor = chunk.attempt, chunk.actor
         sample.prompt_id, sample.label = chunk.prompt_id, chunk.label
-        sample.prompt = chunk.context[: chunk.prompt_tokens]
+        sample.prompt, sample.teacher_prompt = chunk.context[: chunk.prompt_tokens], chunk.teacher_prompt
         sample.early.clear()
         return True
 
@@ -319,4 +330,5 @@ def _segment(sample: Sample, complete: bool) -> Segment:
         topk=join([piece.topk for piece in pieces]),
         teacher=sample.teacher,
         chunks=tuple(piece.facts for piece in pieces if piece.facts is not None),
+        teacher_prompt=sample.teacher_prompt,
     )

@@ -24,6 +24,8 @@ class _Entry:
     route: int
     """Index of the teacher actor that scores it; 0 where none does."""
     prompt: NDArray[np.int32]
+    teacher_prompt: NDArray[np.int32] | None
+    """What the teacher reads in place of it."""
     tokens: list[NDArray[np.int32]]
     """Response so far, the prefix of an earlier attempt included."""
     end: int
@@ -40,10 +42,23 @@ class Outbox:
         self._entries: dict[int, _Entry] = {}
 
     def open(
-        self, sample_id: int, attempt: int, route: int, prompt: NDArray[np.int32], prefix: NDArray[np.int32]
+        self,
+        sample_id: int,
+        attempt: int,
+        route: int,
+        prompt: NDArray[np.int32],
+        prefix: NDArray[np.int32],
+        teacher_prompt: NDArray[np.int32] | None = None,
     ) -> None:
         """A lease begins; `prefix` holds response tokens that are scored already."""
-        self._entries[sample_id] = _Entry(attempt=attempt, route=route, prompt=prompt, tokens=[prefix], end=len(prefix))
+        self._entries[sample_id] = _Entry(
+            attempt=attempt,
+            route=route,
+            prompt=prompt,
+            teacher_prompt=teacher_prompt,
+            tokens=[prefix],
+            end=len(prefix),
+        )
 
     def add(self, chunk: Chunk, now: float) -> Chunk:
         """Keep `chunk` until it is acknowledged; returns what to send, with context where that is needed."""
@@ -91,7 +106,8 @@ class Outbox:
     @staticmethod
     def _with_context(entry: _Entry, chunk: Chunk) -> Chunk:
         response = np.concatenate(entry.tokens)[: chunk.start]
-        return dataclasses.replace(chunk, context=np.concatenate([entry.prompt, response]).astype(np.int32))
+        context = np.concatenate([entry.prompt, response]).astype(np.int32)
+        return dataclasses.replace(chunk, context=context, teacher_prompt=entry.teacher_prompt)
 
     def route_of(self, sample_id: int) -> int:
         """Where all chunks of this sample go."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from opd_async.estimators.topk import TopK, join, split
 from opd_async.scheduling.assembly import Segment
 from opd_async.transport.messages import Train
-from opd_async.transport.step_batch import MicroBatch, StepBatch
+from opd_async.transport.step_batch import MicroBatch, StepBatch, TeacherPrompts
 
 Bin = list[Segment]
 Number = TypeVar("Number", np.int32, np.int64, np.float32)
@@ -30,8 +30,8 @@ def pack(
     """
     bins: list[Bin] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    for segment in sorted(segments, key=lambda s: (-len(s.token_ids), s.sample_id)):
-        length = len(segment.token_ids)
+    for segment in sorted(segments, key=lambda s: (-s.longest, s.sample_id)):
+        length = segment.longest
         at = min(range(len(bins)), key=loads.__getitem__)
         if loads[at] and loads[at] + length > micro_batch_tokens:
             at = len(bins)
@@ -66,6 +66,18 @@ def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:
         weights=_weights(segments),
         rewards=_rewards(segments),
         sample_ids=np.array([segment.sample_id for segment in segments], np.int64),
+        teacher_prompts=_teacher_prompts(segments),
+    )
+
+
+def _teacher_prompts(segments: Sequence[Segment]) -> TeacherPrompts | None:
+    if all(segment.teacher_prompt is None for segment in segments):
+        return None
+    prompts = [np.zeros(0, np.int32) if s.teacher_prompt is None else s.teacher_prompt for s in segments]
+    return TeacherPrompts(
+        np.array([segment.prompt_tokens for segment in segments], np.int32),
+        np.array([len(prompt) for prompt in prompts], np.int32),
+        _join(prompts, np.int32),
     )
 
 
@@ -100,6 +112,8 @@ def to_message(batch: StepBatch) -> Train:
     """The wire form of one rank's step or part."""
     mbs = batch.micro_batches
     topk = join([mb.topk for mb in mbs])
+    read = [mb.teacher_prompts or TeacherPrompts.none(len(mb.cu_seqlens) - 1) for mb in mbs]
+    others = any(mb.teacher_prompts is not None for mb in mbs)
     return Train(
         version=batch.version,
         part=batch.part,
@@ -126,6 +140,9 @@ def to_message(batch: StepBatch) -> Train:
         sample_ids=_join([mb.sample_ids for mb in mbs if mb.sample_ids is not None], np.int64)
         if any(mb.sample_ids is not None for mb in mbs)
         else None,
+        prompt_lengths=_join([one.prompt_lengths_N for one in read], np.int32) if others else None,
+        teacher_prompt_lengths=_join([one.lengths_N for one in read], np.int32) if others else None,
+        teacher_prompts=_join([one.token_ids for one in read], np.int32) if others else None,
     )
 
 
@@ -141,6 +158,7 @@ def from_message(train: Train) -> StepBatch:
     weights = [None] * len(rows) if train.weights is None else np.split(train.weights, cuts)
     rewards = [None] * len(rows) if train.rewards is None else np.split(train.rewards, sequence_cuts)
     samples = [None] * len(rows) if train.sample_ids is None else np.split(train.sample_ids, sequence_cuts)
+    read = _split_prompts(train, sequence_cuts)
     topk = split(TopK.of(train.topk_ids, train.topk_logprobs), train.mb_rows.tolist())
     micro_batches = tuple(
         MicroBatch(
@@ -155,10 +173,22 @@ def from_message(train: Train) -> StepBatch:
             weights=weights[i],
             rewards=rewards[i],
             sample_ids=samples[i],
+            teacher_prompts=read[i],
         )
         for i in range(len(train.mb_tokens))
     )
     return StepBatch(train.version, train.loss_tokens, micro_batches, train.part, train.last)
+
+
+def _split_prompts(train: Train, sequence_cuts: NDArray[Any]) -> Sequence[TeacherPrompts | None]:
+    """The prompts that a teacher in the learner reads, by micro-batch."""
+    prompts, lengths, ids = train.prompt_lengths, train.teacher_prompt_lengths, train.teacher_prompts
+    if prompts is None or lengths is None or ids is None:
+        return [None] * len(train.mb_tokens)
+    parts = np.split(lengths, sequence_cuts)
+    tokens = np.split(ids, np.cumsum([int(part.sum()) for part in parts])[:-1])
+    found = zip(np.split(prompts, sequence_cuts), parts, tokens, strict=True)
+    return [TeacherPrompts(*one) if one[1].any() else None for one in found]
 
 
 def _offsets(lengths: NDArray[np.int32]) -> NDArray[np.int32]:

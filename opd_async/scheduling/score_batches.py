@@ -36,7 +36,7 @@ class ScoreItem:
     @property
     def context(self) -> int:
         """Tokens of the sample up to its last chunk's end: what a request carries."""
-        return self.chunks[-1].prompt_tokens + self.chunks[-1].end
+        return self.chunks[-1].scored_prompt_tokens + self.chunks[-1].end
 
     def add(self, chunk: Chunk) -> None:
         """Put one chunk between the others by its position, and count its tokens."""

@@ -64,6 +64,8 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("mb_tokens", "mb_sequences", "mb_rows", "sequence_lengths", "rows", "staleness"), _COUNT),
     **dict.fromkeys(("token_ids", "prompt", "prefix", "given", "context", "topk_ids", "tokens", "response"), _COUNT),
     **dict.fromkeys(("taken_tokens", "hold"), _COUNT),
+    **dict.fromkeys(("teacher_prompt", "teacher_prompt_tokens", "teacher_prompts"), _COUNT),
+    **dict.fromkeys(("prompt_lengths", "teacher_prompt_lengths"), _COUNT),
     "waited_s": Range(0, NEVER),
     **dict.fromkeys(("partial_tokens", "staleness_counts", "request", "token"), _ID),
     **dict.fromkeys(("behaviour_logprobs", "teacher_logprobs"), _LOGPROB),
@@ -108,16 +110,16 @@ EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
     "Train": (
         ("mb_tokens", "mb_sequences", "mb_rows"),
         ("rows", "behaviour_logprobs", "advantages", "staleness", "weights", "topk_ids", "topk_logprobs"),
-        ("sequence_lengths", "rewards", "sample_ids"),
+        ("sequence_lengths", "rewards", "sample_ids", "prompt_lengths", "teacher_prompt_lengths"),
     ),
 }
 """Arrays of a message that have as many rows as each other; those that are absent do not count."""
-PIECES: dict[str, tuple[str, str]] = {
-    "Reclaimed": ("ends", "tokens"),
-    "Frontier": ("partial_ends", "partial_tokens"),
-    "Train": ("sequence_lengths", "token_ids"),
+PIECES: dict[str, tuple[tuple[str, str], ...]] = {
+    "Reclaimed": (("ends", "tokens"),),
+    "Frontier": (("partial_ends", "partial_tokens"),),
+    "Train": (("sequence_lengths", "token_ids"), ("teacher_prompt_lengths", "teacher_prompts")),
 }
-"""The first array has the lengths of the pieces that the second is made of."""
+"""The first array of a pair has the lengths of the pieces that the second is made of; one that is absent has none."""
 
 
 def receive(frames: Sequence[Frame]) -> Any:
@@ -138,10 +140,11 @@ def problem(message: Any) -> str | None:
         rows = {field: len(values[field]) for field in group if values.get(field) is not None}
         if len(set(rows.values())) > 1:
             return f"lengths that should agree: {rows}"
-    if name in PIECES:
-        lengths, whole = PIECES[name]
-        if (total := int(values[lengths].sum(dtype=np.int64))) != len(values[whole]):
-            return f"{whole}: {len(values[whole])} where {lengths} add up to {total}"
+    for lengths, whole in PIECES.get(name, ()):
+        total = 0 if values[lengths] is None else int(values[lengths].sum(dtype=np.int64))
+        found = 0 if values[whole] is None else len(values[whole])
+        if total != found:
+            return f"{whole}: {found} where {lengths} add up to {total}"
     if name == "TrainedSample":
         return _of_trained(values)
     return _of_chunk(values) if name in ("Chunk", "ScoredChunk") else None
@@ -191,6 +194,11 @@ def _of_trained(values: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _fits(read: np.ndarray[Any, Any], context: np.ndarray[Any, Any] | None, values: Mapping[str, Any]) -> bool:
+    """Whether a teacher's own prompt comes with the context, and is as long as its chunk says."""
+    return context is not None and bool(len(read)) and len(read) == values.get("teacher_prompt_tokens", len(read))
+
+
 def _of_chunk(values: Mapping[str, Any]) -> str | None:
     """What the fields of a chunk say of each other."""
     count, start = len(values["token_ids"]), values["start"]
@@ -199,6 +207,8 @@ def _of_chunk(values: Mapping[str, Any]) -> str | None:
         return f"context: {len(context)} where prompt_tokens and start make {prompt + start}"
     if start + count > MAX_COUNT:
         return f"start: {start}"
+    if (read := values["teacher_prompt"]) is not None and not _fits(read, context, values):
+        return f"teacher_prompt: {len(read)} tokens, which nothing else says"
     if not count and values["finish"] is None:
         return "no tokens and no end"
     scores = len(values.get("teacher_logprobs", ()))

@@ -5,7 +5,7 @@ Shape suffixes: T packed tokens, N sequences, R trained rows (response positions
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,24 @@ from opd_async.estimators.topk import TopK
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPrompts:
+    """The prompts of N sequences that a teacher in the learner reads in place of the student's."""
+
+    prompt_lengths_N: Int32Array
+    """int32[N]: tokens of the student's prompts."""
+    lengths_N: Int32Array
+    """int32[N]: tokens of the teacher's; 0 where it reads the student's."""
+    token_ids: Int32Array
+    """The teacher's prompts, back to back."""
+
+    @classmethod
+    def none(cls, sequences: int) -> TeacherPrompts:
+        """Of sequences that teacher and student read alike."""
+        nothing = np.zeros(sequences, np.int32)
+        return cls(nothing, nothing, np.zeros(0, np.int32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +61,28 @@ class MicroBatch:
     weights: Float32Array | None = None
     rewards: Float32Array | None = None
     sample_ids: Int64Array | None = None
+    teacher_prompts: TeacherPrompts | None = None
+    """None: a teacher in the learner reads what the student reads."""
+
+    def as_read_by_teacher(self) -> MicroBatch:
+        """The same responses and rows, in the same order, behind the prompts that the teacher reads."""
+        read = self.teacher_prompts
+        if read is None:
+            return self
+        prompts = np.split(read.token_ids, np.cumsum(read.lengths_N)[:-1])
+        sequences = np.split(self.token_ids, self.cu_seqlens[1:-1])
+        own_N = np.where(read.lengths_N > 0, read.prompt_lengths_N, 0)  # what the teacher's prompt takes the place of
+        parts = [np.concatenate([p, s[own:]]) for p, s, own in zip(prompts, sequences, own_N.tolist(), strict=True)]
+        bounds = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int32)
+        moved_N = bounds[:-1] - self.cu_seqlens[:-1] + read.lengths_N - own_N
+        sequence_R = np.searchsorted(self.cu_seqlens, self.rows, side="right") - 1
+        return replace(
+            self,
+            token_ids=np.concatenate(parts),
+            cu_seqlens=bounds,
+            rows=(self.rows + moved_N[sequence_R]).astype(np.int32),
+            teacher_prompts=None,
+        )
 
 
 @dataclass(frozen=True, slots=True)

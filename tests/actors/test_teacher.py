@@ -73,6 +73,9 @@ class Teacher:
                 )
             )
 
+    async def push(self, chunk: m.Chunk) -> None:
+        await self._push.send(chunk)
+
     async def all_scored(self) -> None:
         await until(lambda: len(self.scores) == len(self.sent), "all scores")
         assert self.scores == self.sent
@@ -112,6 +115,37 @@ async def teacher(
 def samples_of(engine: FaultyEngine) -> set[tuple[int, ...]]:
     """The prompts that an engine has scored."""
     return {tuple(ids[:12]) for ids in engine.scored}
+
+
+async def test_a_prompt_of_the_teachers_own_stands_in_front_of_the_same_response() -> None:
+    """Whole and in pieces, also where the actor has to be told the beginning again."""
+    prompt, own = prompt_of(5), list(range(31))
+    tokens = continuation(prompt, 3 * CHUNK)
+    async with FaultyEngine() as engine, teacher(engine) as running:
+        for start, again in ((0, True), (CHUNK, False), (2 * CHUNK, True)):
+            part = np.array(tokens[start : start + CHUNK], np.int32)
+            running.sent[5, start] = scores_of([*own, *tokens[: start + CHUNK]], len(own) + start).tolist()
+            sent = m.Chunk(
+                sample_id=5,
+                attempt=0,
+                actor=0,
+                prompt_id=5,
+                prompt_tokens=len(prompt),
+                start=start,
+                weight_version=0,
+                finish="stop" if start == 2 * CHUNK else None,
+                label="",
+                made_at=0.0,
+                token_ids=part,
+                behaviour_logprobs=np.full(CHUNK, -1.0, np.float32),
+                context=np.array([*prompt, *tokens[:start]], np.int32) if again else None,
+                teacher="teacher",
+                teacher_prompt_tokens=len(own),
+                teacher_prompt=np.array(own, np.int32) if again else None,
+            )
+            await running.push(sent)
+            await running.all_scored()
+        assert [ids[: len(own)] for ids in engine.scored if len(ids) > len(own)] == [own] * 3
 
 
 async def test_all_of_a_prompt_meets_one_engine() -> None:

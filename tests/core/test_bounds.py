@@ -60,6 +60,8 @@ def sane(kind: type) -> Any:
             values[name] = {list: ["x"], dict: {"x": 0.5}}.get(origin) if origin else plain[parts[0]]
     if "context" in values:
         values["context"] = np.ones(values["prompt_tokens"] + values["start"], np.int32)
+    if "teacher_prompt_tokens" in values:
+        values["teacher_prompt_tokens"] = ROWS
     if kind is m.TrainedSample:
         values |= {"prompt_tokens": ROWS, "response_tokens": ROWS}
     if "completed" in values:
@@ -94,7 +96,10 @@ def absurd(message: Any) -> Iterator[tuple[str, Any]]:
                     yield field.name, bad
 
 
-SINGLE = {(m.EvalDone, "token_ids"), (m.Train, "teacher_logprobs")}
+SINGLE = {
+    *((m.EvalDone, "token_ids"), (m.Train, "teacher_logprobs")),
+    *((kind, "teacher_prompt") for kind in (m.Lease, m.ScoredChunk)),
+}
 """Arrays that no other one has to agree with, though they do in other messages."""
 
 

@@ -23,7 +23,7 @@ from deadlines import patience
 from full_fixtures import furthest
 from megatron.core import parallel_state
 from safetensors.torch import load_file
-from tiny_learner import EMPTY, learner_config, micro_batch, split, step_batch
+from tiny_learner import EMPTY, learner_config, micro_batch, read_differently, split, step_batch
 
 from opd_async.config.losses import FULL_LOSSES, TOPK_LOSSES
 from opd_async.learner import resume
@@ -70,14 +70,18 @@ def data(version: int) -> list[MicroBatch]:
     return [micro_batch([9, 13, 21, 13], seed=10 * version + index, k=4) for index in range(3)]
 
 
-def steps(trainer: Trainer, place: parallel.Place, until: int) -> list[tuple[float, ...]]:
+def steps(
+    trainer: Trainer, place: parallel.Place, until: int, *, other_prompts: bool = False
+) -> list[tuple[float, ...]]:
     """Loss and gradient norm of every step up to version `until`, and what the critic says where there is one.
 
-    NaN stands for what a step does not compute.
+    NaN stands for what a step does not compute. With `other_prompts` the teacher reads other prompts than the student.
     """
     result: list[tuple[float, ...]] = []
     while trainer.version < until:
         batches = data(trainer.version)
+        if other_prompts:
+            batches = [read_differently(batch, seed=index) for index, batch in enumerate(batches)]
         own = batches[place.data_rank :: place.data_size]
         own += [EMPTY] * (-(-len(batches) // place.data_size) - len(own))
         rows = sum(len(batch.rows) for batch in batches)
@@ -141,7 +145,11 @@ def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[
     reference = LossConfig(reference_kl_coef=0.5)
     inside["a reference"] = replace(config, loss=reference, reference=teacher)
     ratios = {name: replace(config, loss=loss) for name, loss in forms.items()}
-    return {name: steps(Trainer(changed), place, 2) for name, changed in sorted((topk | inside | ratios).items())}
+    found = {name: steps(Trainer(changed), place, 2) for name, changed in sorted((topk | inside | ratios).items())}
+    for loss in ("jsd_full", "reverse_kl"):
+        informed = Trainer(replace(config, loss=LossConfig(loss=loss), teacher=teacher))
+        found[f"{loss} of a teacher that reads other prompts"] = steps(informed, place, 2, other_prompts=True)
+    return found
 
 
 def with_experts(config: LearnerConfig, place: parallel.Place, results: Path) -> list[tuple[float, ...]]:

@@ -14,7 +14,7 @@ from opd_async.estimators.topk import TopK
 from opd_async.learner.config import LearnerConfig, OptimConfig
 from opd_async.learner.hf.mapping import slots
 from opd_async.learner.trainer import Trainer
-from opd_async.transport.step_batch import MicroBatch, StepBatch
+from opd_async.transport.step_batch import MicroBatch, StepBatch, TeacherPrompts
 
 VOCAB = 33
 EMPTY = MicroBatch(
@@ -122,6 +122,29 @@ def random_topk(rows: int, k: int, seed: int) -> TopK:
     return TopK(ids.astype(np.int32), logprobs.astype(np.float32))
 
 
+def read_differently(batch: MicroBatch, prompt: int = 2, seed: int = 0) -> MicroBatch:
+    """The same batch, of whose sequences the teacher reads random prompts of 1 to 12 tokens, but of every third."""
+    generator, count = np.random.default_rng(seed), len(batch.cu_seqlens) - 1
+    lengths = np.where(np.arange(count) % 3 == 2, 0, generator.integers(1, 13, count)).astype(np.int32)
+    ids = generator.integers(0, VOCAB, int(lengths.sum())).astype(np.int32)
+    return replace(batch, teacher_prompts=TeacherPrompts(np.full(count, prompt, np.int32), lengths, ids))
+
+
+def sequences_of_teacher(batch: MicroBatch) -> list[tuple[list[int], int]]:
+    """What the teacher reads of each sequence, and by how much its tokens stand further behind; one after another."""
+    found, at, read = [], 0, batch.teacher_prompts
+    for index, (start, end) in enumerate(pairwise(batch.cu_seqlens.tolist())):
+        ids = batch.token_ids[start:end].tolist()
+        length = 0 if read is None else int(read.lengths_N[index])
+        if read is not None and length:
+            own = int(read.prompt_lengths_N[index])
+            found.append(([*read.token_ids[at : at + length].tolist(), *ids[own:]], length - own))
+        else:
+            found.append((ids, 0))
+        at += length
+    return found
+
+
 def step_batch(version: int, micro_batches: list[MicroBatch], loss_tokens: int | None = None) -> StepBatch:
     """One data-parallel rank's batch; the only rank's unless `loss_tokens` says how many rows there are in all."""
     own = sum(len(batch.rows) for batch in micro_batches)
@@ -134,7 +157,16 @@ def split(batch: MicroBatch) -> list[MicroBatch]:
     for index, (start, end) in enumerate(pairwise(batch.cu_seqlens)):
         inside = (batch.rows >= start) & (batch.rows < end)
         part = take(replace(batch, rows=batch.rows - start), inside, int(start), int(end))
-        parts.append(replace(part, rewards=None if batch.rewards is None else batch.rewards[index : index + 1]))
+        part = replace(part, rewards=None if batch.rewards is None else batch.rewards[index : index + 1])
+        if (read := batch.teacher_prompts) is not None:
+            at, length = int(read.lengths_N[:index].sum()), int(read.lengths_N[index])
+            one = TeacherPrompts(
+                read.prompt_lengths_N[index : index + 1],
+                read.lengths_N[index : index + 1],
+                read.token_ids[at : at + length],
+            )
+            part = replace(part, teacher_prompts=one)
+        parts.append(part)
     return parts
 
 

@@ -14,7 +14,8 @@ class Lease:
     have been scored: generation goes on behind them. `metadata` is the prompt's, as JSON, for its reward;
     `max_tokens` None stands for the topology's `rollout.sampling.max_response_tokens`; `teacher` names the one that
     scores, or, in an evaluation of teachers, generates; `given` int32[n] is the whole response where a data set gives
-    it, and nothing is to be generated."""
+    it, and nothing is to be generated; `teacher_prompt` int32[m] is what the teacher reads in place of `prompt` (None:
+    the same)."""
 
     sample_id: int
     attempt: int
@@ -28,6 +29,7 @@ class Lease:
     max_tokens: int | None = None
     teacher: str = ""
     given: Int32 | None = None
+    teacher_prompt: Int32 | None = None
     grant: int = 0
     """What shows that the sample was leased, with this attempt to this actor; every chunk of it repeats it."""
 

@@ -38,11 +38,20 @@ class Chunk:
     """The teacher that is to score it, as in `Lease`."""
     grant: int = 0
     """That of the `Lease`."""
+    teacher_prompt_tokens: int = 0
+    """Length of the prompt that the teacher reads in place of the student's; 0: it reads the student's."""
+    teacher_prompt: Int32 | None = None
+    """int32[teacher_prompt_tokens], that prompt, beside `context` where there is one."""
 
     @property
     def end(self) -> int:
         """Position after the chunk's last token."""
         return self.start + len(self.token_ids)
+
+    @property
+    def scored_prompt_tokens(self) -> int:
+        """Tokens in front of the response in what the teacher reads."""
+        return self.teacher_prompt_tokens or self.prompt_tokens
 
     @property
     def acknowledged_at(self) -> int:
@@ -110,6 +119,8 @@ class ScoredChunk:
     """That of the `Lease`."""
     made_at: float = 0.0
     """When the chunk's last token arrived at the rollout actor."""
+    teacher_prompt: Int32 | None = None
+    """As in `Chunk`, where no teacher engine scores: the learner then needs it."""
 
     @property
     def end(self) -> int:
@@ -162,7 +173,8 @@ class Train:
 
     `mb_tokens`, `mb_sequences`, `mb_rows` int32[M] say where each micro-batch ends; `sequence_lengths` int32[N];
     `topk_ids` int32[R, k] and `topk_logprobs` float32[R, k] as in `ScoredChunk`; `rewards` float32[N], NaN for none;
-    `sample_ids` int64[N].
+    `sample_ids` int64[N]. Where a teacher in the learner reads other prompts: `prompt_lengths` and
+    `teacher_prompt_lengths` int32[N] (0: the student's own prompt), `teacher_prompts` int32 back to back.
     """
 
     version: int
@@ -184,3 +196,6 @@ class Train:
     weights: Float32 | None = None
     rewards: Float32 | None = None
     sample_ids: Int64 | None = None
+    prompt_lengths: Int32 | None = None
+    teacher_prompt_lengths: Int32 | None = None
+    teacher_prompts: Int32 | None = None

@@ -1,0 +1,209 @@
+"""What a teacher reads in place of the student's prompt: a prompt of its own in the row, or a template over the row.
+
+    row + the student's text -> data.teacher_prompt (a key, or sandboxed Jinja) -> the teacher's text -> its own ids
+
+The response's ids are the same for both: only what stands in front of them differs. That is how a solution, a hint, a
+document, a system prompt or another chat template reaches a teacher, and the student never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import UndefinedError
+
+from opd_async.config.inputs import DataSection
+from opd_async.data.prompt_table import Columns
+from opd_async.data.tokenizer import TEMPLATE_ERRORS, Message, Tokenizer, compile_template
+from opd_async.errors import InputError
+
+KEY = "data.teacher_prompt"
+MARKS = ("{{", "{%")
+"""What tells a template from the name of a key."""
+APPENDED = "{{ text }}{{ privileged }}"
+"""The prompt of a topology that names what is privileged and says no more: slime's form."""
+MISSING = "the text that only the teacher is shown"
+
+
+class TeacherPromptError(ValueError):
+    """Says why no prompt for a teacher can be made of a row."""
+
+
+class _MissingTextError(TeacherPromptError):
+    """Says what the row lacks."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{MISSING} is missing: {what}; write it, or data.teacher_prompt_missing: plain")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentPrompt:
+    """A row as the student's side has read it."""
+
+    row: Mapping[str, Any]
+    prompt: Any
+    """Text, or chat messages."""
+    text: str
+    """What the student reads: the prompt, or what the chat template makes of the messages."""
+    special: bool
+    """Whether the tokenizer adds its special tokens to that text."""
+    label: str
+    metadata: Mapping[str, Any]
+    teacher: str
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherText:
+    """What a teacher reads, and whether the tokenizer adds its special tokens."""
+
+    text: str
+    special: bool
+
+
+@dataclass(slots=True)
+class _Chat:
+    """The student's chat template as a function of templates, which remembers whether it was called."""
+
+    tokenizer: Tokenizer
+    called: bool = field(default=False, init=False)
+
+    def __call__(self, messages: Sequence[Message], **names: Any) -> str:
+        """The text of a conversation; `names` are further variables of the template, `enable_thinking` say."""
+        self.called = True
+        return self.tokenizer.apply_chat_template(messages, **names)
+
+
+class TeacherPrompts:
+    """Makes the teacher's prompt of a row; the same object for all rows and all teachers."""
+
+    def __init__(
+        self, section: DataSection, tokenizer: Tokenizer, limits: Mapping[str, tuple[int, str]] | None = None
+    ) -> None:
+        """`limits` has, by teacher, the most tokens of a prompt and which key bounds it. Raises `InputError` for a
+        template that does not parse."""
+        self._tokenizer = tokenizer
+        self._key, self._privileged = section.teacher_prompt, section.privileged_key
+        self._plain = section.teacher_prompt_missing == "plain"
+        self.limits = dict(limits or {})
+        source = APPENDED if self._key is None else self._key
+        self._template = None
+        if any(mark in source for mark in MARKS):
+            self._template = compile_template(source, KEY, strict=True)
+        self.words = (source, str(self._privileged), section.teacher_prompt_missing)
+        """What decides which texts rows become."""
+
+    @classmethod
+    def of(
+        cls, section: DataSection, tokenizer: Tokenizer, limits: Mapping[str, tuple[int, str]]
+    ) -> TeacherPrompts | None:
+        """None where teachers read what the student reads. Raises as the constructor."""
+        wanted = section.teacher_prompt is not None or section.privileged_key is not None
+        return cls(section, tokenizer, limits) if wanted else None
+
+    def text(self, student: StudentPrompt) -> TeacherText | None:
+        """What the teacher reads of a row; None if that is the student's prompt, because its own text is missing and
+        such rows are trained plainly.
+
+        Raises `TeacherPromptError` for such a row where they are refused, for a template that fails, and for a key
+        whose value is no prompt.
+        """
+        try:
+            found = self._rendered(student) if self._template is not None else self._of_key(student)
+        except _MissingTextError:
+            if self._plain:
+                return None
+            raise
+        try:
+            found.text.encode()
+        except UnicodeEncodeError:
+            raise TeacherPromptError("the teacher's prompt holds half of a surrogate pair, which is not text") from None
+        return found
+
+    def _of_key(self, student: StudentPrompt) -> TeacherText:
+        assert self._key is not None
+        value = _lookup(self._key, student)
+        if isinstance(value, str):
+            return TeacherText(value, special=True)
+        if not _is_chat(value):
+            raise TeacherPromptError(f"{self._key!r} is neither text nor a list of chat messages with role and content")
+        return TeacherText(self._chat(value), special=False)
+
+    def _chat(self, messages: Sequence[Message]) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(messages)
+        except InputError as error:
+            raise TeacherPromptError(str(error)) from None
+
+    def _rendered(self, student: StudentPrompt) -> TeacherText:
+        assert self._template is not None
+        chat = _Chat(self._tokenizer)
+        names = {
+            "row": student.row,
+            "prompt": student.prompt,
+            "messages": _messages(student.prompt),
+            "text": student.text,
+            "label": student.label,
+            "metadata": student.metadata,
+            "teacher": student.teacher,
+            "chat": chat,
+        }
+        if self._privileged is not None:
+            names["privileged"] = _lookup(self._privileged, student)
+        try:
+            text = self._template.render(**names)
+        except UndefinedError as error:
+            raise _MissingTextError(error.message or "") from None
+        except (*TEMPLATE_ERRORS, InputError) as error:
+            raise TeacherPromptError(f"{KEY} fails: {error}") from None
+        if not text:
+            raise _MissingTextError(f"{KEY} makes an empty text of the row")
+        # a chat template writes the special tokens itself, called here or for the student's text
+        written = chat.called or (not student.special and student.text in text)
+        return TeacherText(text, special=not written)
+
+    def read_plainly(self, path: Path, columns: Columns, names: Sequence[str], limit: int) -> int:
+        """Count the usable prompts of a file (of at most `limit` tokens) whose teacher has none of its own.
+
+        Raises `InputError` where a prompt is too long for its teacher, one of `names`.
+        """
+        usable, tokens, whose = columns.lengths() <= limit, columns.teacher_lengths(), columns.teachers()
+        for index, name in enumerate(names):
+            mine = np.where(usable & (whose == index), tokens, 0)
+            if problem := self.too_long(name, int(mine.max(initial=0))):
+                count, row = int((mine > self.limits[name][0]).sum()), int(mine.argmax()) + 1
+                raise InputError(f"{path}: {count} rows are too long for their teacher, row {row} most: {problem}")
+        return int((tokens[usable] == 0).sum())
+
+    def too_long(self, teacher: str, tokens: int) -> str | None:
+        """Why a prompt of so many tokens does not fit the teacher; None if it does."""
+        limit, key = self.limits.get(teacher, (None, ""))
+        if limit is None or tokens <= limit:
+            return None
+        return (
+            f"the teacher's prompt has {tokens} tokens, and at most {limit} leave room for the response; raise {key}, "
+            "or shorten what the teacher is shown"
+        )
+
+
+def _lookup(key: str, student: StudentPrompt) -> Any:
+    """The value of a key of the row, or of its metadata; `TeacherPromptError` where it is absent or empty."""
+    value = student.row.get(key)
+    if value is None:
+        value = student.metadata.get(key)
+    if value is None or value != value or value in ("", []):  # pandas writes NaN for nothing
+        raise _MissingTextError(f"no {key!r} in the row or its metadata")
+    return value
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and "content" in one for one in value
+    )
+
+
+def _messages(prompt: Any) -> list[Message]:
+    return [dict(one) for one in prompt] if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
