@@ -22,7 +22,15 @@ def longest_of(inputs: Inputs) -> Longest:
     train = _longest(inputs.prompts)
     given = max((len(one.prompt.token_ids) for one in inputs.completions.completions), default=0)
     held_out = 0 if inputs.held_out is None else _longest(inputs.held_out) or 0
-    return Longest(None if train is None else max(train, given), held_out)
+    return Longest(None if train is None else max(train, given), held_out, _longest_read(inputs))
+
+
+def _longest_read(inputs: Inputs) -> int | None:
+    """Tokens of the longest prompt that only a teacher reads; None where a function makes them."""
+    given = (one.prompt.teacher_ids for one in inputs.completions.completions)
+    longest = max((len(ids) for ids in given if ids is not None), default=0)
+    read = inputs.prompts.longest_read
+    return None if read is None else max(read, longest)
 
 
 def _longest(prompts: PromptSet) -> int | None:

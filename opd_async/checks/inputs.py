@@ -157,7 +157,7 @@ class _Reader:
                 prompts[0]  # what is wrong with every row is known before the start
             except HookError as error:
                 raise InputError(str(error).replace(", and go on with --resume", "")) from None
-            return PromptSet(prompts, 0)
+            return PromptSet(prompts, 0, longest_read=0 if choice.prompts is None else None)
 
         return self._try(KEY, first)
 

@@ -45,6 +45,8 @@ class PromptSet:
     skipped_too_long: int
     read_plainly: int = 0
     """Prompts whose teacher has none of its own, though others' have."""
+    longest_read: int | None = 0
+    """Tokens of the longest prompt that only a teacher reads; None where nobody knows."""
 
     def lengths(self) -> npt.NDArray[np.int64] | None:
         """Return the tokens of each prompt, int64[n]; None where prompts are made as they are leased."""
@@ -116,8 +118,8 @@ def load_prompts(
             "rollout.sampling.max_response_tokens"
         )
     own = teachers.prompts
-    read_plainly = 0 if own is None else own.read_plainly(path, columns, teachers.names, limit)
-    return PromptSet(prompts, len(columns) - len(prompts), read_plainly)
+    read_plainly, longest = (0, 0) if own is None else own.looked_at(path, columns, teachers.names, limit)
+    return PromptSet(prompts, len(columns) - len(prompts), read_plainly, longest)
 
 
 def _fill(writer: ColumnWriter, section: PromptsSection, tokenizer: Tokenizer, teachers: TeacherChoice) -> None:

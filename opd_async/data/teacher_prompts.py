@@ -165,8 +165,9 @@ class TeacherPrompts:
         written = chat.called or (not student.special and student.text in text)
         return TeacherText(text, special=not written)
 
-    def read_plainly(self, path: Path, columns: Columns, names: Sequence[str], limit: int) -> int:
-        """Count the usable prompts of a file (of at most `limit` tokens) whose teacher has none of its own.
+    def looked_at(self, path: Path, columns: Columns, names: Sequence[str], limit: int) -> tuple[int, int]:
+        """Of the usable prompts of a file (`limit` tokens at most): how many have none for their teacher, and the
+        tokens of the longest that one has.
 
         Raises `InputError` where a prompt is too long for its teacher, one of `names`.
         """
@@ -176,7 +177,7 @@ class TeacherPrompts:
             if problem := self.too_long(name, int(mine.max(initial=0))):
                 count, row = int((mine > self.limits[name][0]).sum()), int(mine.argmax()) + 1
                 raise InputError(f"{path}: {count} rows are too long for their teacher, row {row} most: {problem}")
-        return int((tokens[usable] == 0).sum())
+        return int((tokens[usable] == 0).sum()), int(tokens[usable].max(initial=0))
 
     def too_long(self, teacher: str, tokens: int) -> str | None:
         """Why a prompt of so many tokens does not fit the teacher; None if it does."""

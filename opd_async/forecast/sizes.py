@@ -59,6 +59,9 @@ class Longest:
 
     train: int | None
     held_out: int = 0
+    teachers: int | None = 0
+    """Of the prompts that teachers read in place of the student's; 0 where there are none, None where a function makes
+    them."""
 
 
 def host_memory() -> int:
@@ -139,8 +142,15 @@ class _Fitter:
             why = f"the longest prompt ({max(longest.train, longest.held_out)}) and the longest response"
         self._set("engines.student.context_tokens", min(need, most), why)
         student = self.topology.engines.student.context_tokens
+        read = 0 if longest is None else student + PROMPT_ALLOWANCE
+        if longest is not None and longest.teachers is not None:
+            read = longest.teachers + response
         for side in list(self._models)[1:]:
-            self._set(f"engines.{side}.context_tokens", student, "as the student's")
+            own = sections[side].kv_tokens
+            room = self._rooms[side] if isinstance(own, Auto) else min(own, self._rooms[side])
+            size = max(student, min(read, room))
+            why = "as the student's" if size == student else "the longest prompt of its own and the longest response"
+            self._set(f"engines.{side}.context_tokens", size, why)
 
     def _rollout(self) -> None:
         """Responses at once, so that about one step's tokens are under way; chunks, and events of the stream."""

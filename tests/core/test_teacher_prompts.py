@@ -155,7 +155,7 @@ def test_rows_without_it_are_trained_plainly_where_that_is_wanted(tmp_path: Path
     rows = [{"prompt": "ab", "s": "c"}, {"prompt": "ab"}, {"prompt": "b" * 70}, {"prompt": "a", "s": None}]
     found = load(tmp_path, tokenizer, *rows, privileged_key="s", teacher_prompt_missing="plain")
     assert read(found) == [tokenizer.encode("abc"), None, None]
-    assert (found.skipped_too_long, found.read_plainly) == (1, 2)
+    assert (found.skipped_too_long, found.read_plainly, found.longest_read) == (1, 2, 4)
 
 
 def test_kept_prompts_keep_their_teachers_side(
@@ -194,6 +194,22 @@ def test_a_topology_is_checked_before_the_start(tmp_path: Path) -> None:
             examined(*rows, **data)
     with pytest.raises(InputError, match=r"data\.teacher_prompt: given, but opd.use_opd is false"):
         examine(tmp_path / "topology.yaml", ["opd.use_opd=false", "data.teacher_prompt=s"], str)
+
+
+@pytest.mark.parametrize(("shown", "context"), [("c", 32 + 3), ("c" * 30, 32 + 31), ("c" * 95, 32 + 96)])
+def test_a_context_that_is_left_open_has_room_for_what_the_teacher_reads(
+    tmp_path: Path, shown: str, context: int
+) -> None:
+    values = topology_data(tmp_path)
+    write_lines(tmp_path / "train.jsonl", {"prompt": "ab", "t": shown}, {"prompt": "a", "t": "a"})
+    values["data"]["teacher_prompt"] = "t"
+    values["engines"] = {}
+    topology, _ = examine(write_topology(tmp_path, values), [], str)
+    assert topology.engines.student.context_tokens == 32 + 3
+    assert topology.engines.teacher.context_tokens == context
+    write_lines(tmp_path / "train.jsonl", {"prompt": "ab", "t": "a" * 96})
+    with pytest.raises(InputError, match="1 rows are too long for their teacher"):
+        examine(tmp_path / "topology.yaml", [], str)
 
 
 def test_a_run_that_goes_on_needs_the_same_prompts_for_its_teacher(tmp_path: Path) -> None:
