@@ -13,13 +13,11 @@ from pathlib import Path
 
 import uvloop
 
-from opd_async.checks.inputs import examine
+from opd_async.checks.inputs import examine, ready_to_plan
 from opd_async.config.slime_flags import opd_overrides
-from opd_async.config.topology_file import load_topology
 from opd_async.errors import InputError, OpdError
 from opd_async.forecast.advice import plan_text
 from opd_async.forecast.flags import site
-from opd_async.forecast.sizes import fitted
 from opd_async.options import add_run_arguments
 from opd_async.plan.plan import Plan
 from opd_async.plan.resolve import describe_plan, make_plan
@@ -66,7 +64,7 @@ def launch(arguments: argparse.Namespace, terminal: Terminal | None = None) -> N
                 f"--set {key}: every process of this machine can read it in the command line; write it into the file"
             )
     if arguments.plan:
-        say(plan_text(fitted(load_topology(arguments.topology, overrides))[0], site(arguments)))
+        say(plan_text(ready_to_plan(arguments.topology, overrides, say), site(arguments)))
         return
     topology, inputs = examine(arguments.topology, overrides, say, details=arguments.dry_run)
     with ExitStack() as claims:

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from opd_async.checks.findings import longest_of, what_was_chosen, what_was_read
+from opd_async.checks.models import with_models_here
 from opd_async.checks.reward import require_labels
 from opd_async.checks.teacher import teacher_limits
 from opd_async.checks.validation import validate, warnings
 from opd_async.config.topology import PromptsSection, Topology
-from opd_async.config.topology_file import TopologySource, list_problems, read_topology
+from opd_async.config.topology_file import TopologySource, list_problems, load_topology, read_topology
 from opd_async.data.completions import CompletionSet, load_completions
 from opd_async.data.model_folder import read_model
 from opd_async.data.own_prompts import KEY, OwnPrompts
@@ -52,27 +53,32 @@ def examine(path: Path, overrides: Collection[str], say: Say, *, details: bool =
 
 def examine_source(source: TopologySource, say: Say, *, details: bool = False) -> tuple[Topology, Inputs]:
     """Check a topology file that has been read already. Returns and raises as `examine`."""
-    problems = list(source.problems)
-    inputs = None
-    topology = source.topology
-    notes: list[str] = []
-    if topology is not None:
-        topology, _ = fitted(topology)
-        found = [text for text in validate(topology) if not _is_about(text, source.broken)]
-        reader = _Reader(topology, found, source.broken)
-        inputs = reader.read()
-        problems += [(source.line_of(_key(text)), text) for text in reader.problems]
-        notes = reader.notes
-    if problems or topology is None or inputs is None:
+    if source.topology is None:
+        raise InputError(list_problems(source.name, source.problems))
+    named, missing = with_models_here(source.topology, say)
+    broken = source.broken | {_key(text) for text in missing}
+    first, _ = fitted(named)  # before the prompts' lengths are known
+    found = [*missing, *(text for text in validate(first) if not _is_about(text, broken))]
+    reader = _Reader(first, found, broken)
+    inputs = reader.read()
+    problems = [*source.problems, *((source.line_of(_key(text)), text) for text in reader.problems)]
+    if problems or inputs is None:
         raise InputError(list_problems(source.name, problems))
-    assert source.topology is not None
-    topology, chosen = fitted(source.topology, longest_of(inputs))
-    for line in (*(f"warning: {warning}" for warning in warnings(topology)), *notes):
+    topology, chosen = fitted(named, longest_of(inputs))
+    for line in (*(f"warning: {warning}" for warning in warnings(topology)), *reader.notes):
         say(line)
     if details:
         for line in (*what_was_read(topology, inputs), *what_was_chosen(chosen)):
             say(line)
     return topology, inputs
+
+
+def ready_to_plan(path: Path, overrides: Collection[str], say: Say) -> Topology:
+    """Read a topology of which only the models' shapes are needed. Raises `InputError` as `load_topology`."""
+    topology, missing = with_models_here(load_topology(path, list(overrides)), say, weights=False)
+    if missing:
+        raise InputError("\n".join(missing))
+    return fitted(topology)[0]
 
 
 def read_inputs(topology: Topology, say: Say = print) -> Inputs:

@@ -10,10 +10,13 @@ from opd_async.config.section import FilePath, HookName, Section, TeacherName
 
 
 class ModelSection(Section):
-    """A Hugging Face checkpoint folder."""
+    """A Hugging Face checkpoint: a folder, or a name of the hub."""
 
     path: FilePath
-    """The folder: `config.json`, `tokenizer.json`, `*.safetensors`. All models of a run have one vocabulary."""
+    """The folder: `config.json`, `tokenizer.json`, `*.safetensors`. Where it is none here, a name of the hub such as
+    `Qwen/Qwen3-8B`, which is fetched into its cache. All models of a run have one vocabulary."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub. Null: the main branch."""
 
 
 class ModelsSection(Section):

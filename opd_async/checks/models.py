@@ -1,0 +1,50 @@
+"""Find the models that a topology names: folders stay what they are, names of the hub are fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from opd_async.config.topology import ModelSection, Topology
+from opd_async.data.hub import fetch_model, is_hub_name
+from opd_async.errors import InputError
+
+Say = Callable[[str], None]
+"""Print a line."""
+
+
+def with_models_here(topology: Topology, say: Say, *, weights: bool = True) -> tuple[Topology, list[str]]:
+    """Fetch every model that is a name of the hub; returns the topology with folders, and what could not be had.
+
+    A folder in the hub's cache names a commit, so that a resumed run sees whether it is the same model. Without
+    `weights` only configs and tokenizers are fetched, which is enough for a plan.
+    """
+    found: dict[int, ModelSection] = {}
+    problems = []
+    for key, model in _models(topology):
+        if not is_hub_name(model.path):
+            if model.revision is not None:
+                problems.append(f"{key}.revision: {model.path} is a folder; remove it, or write a name of the hub")
+            continue
+        say(f"{key}.path: {model.path} is looked for on the hub, and fetched where it is not in the cache")
+        try:
+            folder = fetch_model(str(model.path), model.revision, weights=weights)
+        except InputError as error:
+            problems.append(f"{key}.path: {error}")
+        else:
+            found[id(model)] = model.model_copy(update={"path": folder, "revision": None})
+    models = topology.models
+    update = {
+        "student": found.get(id(models.student), models.student),
+        "teacher": found.get(id(models.teacher), models.teacher),
+        "teachers": {name: found.get(id(model), model) for name, model in models.teachers.items()},
+    }
+    return topology.model_copy(update={"models": models.model_copy(update=update)}), problems
+
+
+def _models(topology: Topology) -> Iterator[tuple[str, ModelSection]]:
+    """Every model of a topology with its key."""
+    yield "models.student", topology.models.student
+    if topology.models.teacher is not None:
+        yield "models.teacher", topology.models.teacher
+    for name, model in topology.models.teachers.items():
+        yield f"models.teachers.{name}", model

@@ -1,0 +1,104 @@
+"""Models by name: fetched once from a hub, refused in words where that cannot be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deadlines import patience
+from small_hub import COMMIT, GATED, hub_of
+from small_runs import make_model, topology_data, write_topology
+
+from opd_async.config.topology import Topology
+from opd_async.data.hub import is_hub_name
+
+
+def data_by_name(root: Path, **student: Any) -> dict[str, Any]:
+    """A valid topology whose student is `owner/student`, which a hub of `root / "hub"` has."""
+    data = topology_data(root)
+    make_model(root / "hub" / "owner" / "student")
+    data["models"]["student"] = {"path": "owner/student", **student}
+    return data
+
+
+def opd(root: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, since huggingface_hub reads its settings once."""
+    settings = {"HF_HOME": str(root / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "opd_async.cli", *words],
+        cwd=root,
+        env=os.environ | settings | environment,
+        capture_output=True,
+        text=True,
+        timeout=patience(60),
+    )
+
+
+def test_a_model_is_fetched_once_and_found_without_a_hub_afterwards(tmp_path: Path) -> None:
+    file = write_topology(tmp_path, data_by_name(tmp_path))
+    with hub_of(tmp_path / "hub") as (url, asked):
+        first = opd(tmp_path, "check", str(file), HF_ENDPOINT=url)
+        assert first.returncode == 0, first.stderr
+        assert f"snapshots/{COMMIT}" in first.stdout  # the engine gets a folder that names the commit
+        fetched = [path for path in asked if "/resolve/" in path]
+        assert f"/owner/student/resolve/{COMMIT}/model.safetensors" in fetched
+        asked.clear()
+        assert opd(tmp_path, "check", str(file), HF_ENDPOINT=url).returncode == 0
+        assert [path for path in asked if "/resolve/" in path] == []
+    offline = opd(tmp_path, "check", str(file), HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    unreachable = opd(tmp_path, "check", str(file), HF_ENDPOINT=url)
+    assert unreachable.returncode == 0, unreachable.stderr
+
+
+@pytest.mark.parametrize(
+    ("student", "environment", "words"),
+    [
+        ({"path": "owner/none"}, {}, "owner/none: no such folder here, and the hub ("),
+        ({"path": GATED}, {}, "owner/gated: its owner lets in only those who accepted the licence"),
+        ({"revision": "v9"}, {}, "owner/student at revision v9: the hub has the model, and no such revision"),
+        ({}, {"HF_HUB_OFFLINE": "1"}, "owner/student: no such folder here, it is not in the cache, and HF_HUB_OFFLINE"),
+        ({}, {"HF_ENDPOINT": "http://127.0.0.1:1"}, "(http://127.0.0.1:1) could not be reached"),
+        ({"path": "student", "revision": "main"}, {}, "models.student.revision: student is a folder; remove it"),
+    ],
+)
+def test_what_cannot_be_had_is_one_message(
+    tmp_path: Path, student: dict[str, Any], environment: dict[str, str], words: str
+) -> None:
+    file = write_topology(tmp_path, data_by_name(tmp_path, **student))
+    with hub_of(tmp_path / "hub") as (url, _):
+        ended = opd(tmp_path, "check", str(file), **{"HF_ENDPOINT": url} | environment)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[0] == f"error: {file}: 1 problem"
+    assert words in ended.stderr
+
+
+def test_a_file_that_is_cut_short_is_no_model(tmp_path: Path) -> None:
+    file = write_topology(tmp_path, data_by_name(tmp_path))
+    weights = tmp_path / "hub" / "owner" / "student" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with hub_of(tmp_path / "hub") as (url, _):
+        ended = opd(tmp_path, "check", str(file), HF_ENDPOINT=url)
+    assert ended.returncode == 2
+    assert "model.safetensors" in ended.stderr
+
+
+def test_a_plan_fetches_no_weights(tmp_path: Path) -> None:
+    file = write_topology(tmp_path, data_by_name(tmp_path))
+    with hub_of(tmp_path / "hub") as (url, asked):
+        ended = opd(tmp_path, "plan", str(file), HF_ENDPOINT=url)
+    assert ended.returncode == 0, ended.stderr
+    assert [path for path in asked if "safetensors" in path] == []
+
+
+def test_names_of_the_hub_are_told_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    names = {"Qwen/Qwen3-8B": True, "models/student": False, "student": False, "./Qwen/x": True, "a/b/c": False}
+    assert {name: is_hub_name(Path(name)) for name in names} == names
+    assert not is_hub_name(tmp_path / "models")
+    assert Topology.model_validate(topology_data(tmp_path)).models.student.revision is None
