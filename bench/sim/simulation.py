@@ -199,6 +199,7 @@ class Simulation:
         policy, step, closed = self._policy, self._step, not self._may_plan
         self._book.admission.opened(step.taken, not step.busy)
         if policy.overfull(self._assembler, self._version, None if closed else step.taken):
+            self._book.admission.held()
             self._pause()
         if self._rule.stops_when_full and step.busy:
             waiting = sum(sample.finish is not None for sample in self._assembler.samples.values())

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from opd_async.config.topology import EngineSection, StepRule, Topology, TrainOn
+from opd_async.config.topology import EngineSection, Topology, TrainOn
 from opd_async.errors import InputError
 from opd_async.forecast.cost_model import (
     Decoder,
@@ -97,8 +97,6 @@ def uncovered(topology: Topology) -> str | None:
     schedule = topology.schedule
     if schedule.train_on is not TrainOn.TOKENS or schedule.max_staleness < 1:
         return "covers schedule.train_on tokens with schedule.max_staleness of at least 1"
-    if schedule.rule is not StepRule.DEADLINE:
-        return "covers schedule.rule deadline"
     if len(topology.teachers) != 1:
         return "covers one teacher on engines of its own, in models.teacher"
     return None
@@ -142,7 +140,8 @@ class Forecaster(Models):
 
     def forecast(self, devices: Devices) -> Forecast:
         """What the topology's schedule makes of `devices`."""
-        return forecast(self.workload(devices), self.topology.schedule.max_staleness)
+        schedule = self.topology.schedule
+        return forecast(self.workload(devices), schedule.max_staleness, schedule.rule)
 
     def fits(self, devices: Devices) -> bool:
         """Whether every role has the memory that it needs."""

@@ -250,10 +250,13 @@ class Dispatcher:
             )
             await self.server.send(name, part)
         # an account of older weights would stop generation for nothing
-        if acks.hold == self.state.version:
+        hold = acks.hold == self.state.version
+        if hold:
             self.barrier.close_early()
         if self.state.book is not None:
             admission = self.state.book.admission
+            if hold:
+                admission.held()
             admission.ready(acks.next_step, acks.ready_tokens)
             if acks.next_step == self.state.version:
                 admission.opened(acks.taken_tokens, acks.idle)

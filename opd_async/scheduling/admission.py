@@ -60,6 +60,9 @@ class Admission(Protocol):
     def opened(self, taken: int, idle: bool) -> None:
         """The open step has taken so many tokens; `idle`: the learner waits for more."""
 
+    def held(self) -> None:
+        """Generation stands still until the next update, lest the next step become too large."""
+
     def closed(self, tokens: int, waited: float) -> None:
         """A step has closed with `tokens`; the learner waited for responses for a share `waited` of it."""
 
@@ -71,6 +74,9 @@ class _Deaf:
         """Ignored."""
 
     def opened(self, taken: int, idle: bool) -> None:
+        """Ignored."""
+
+    def held(self) -> None:
         """Ignored."""
 
     def closed(self, tokens: int, waited: float) -> None:
@@ -113,16 +119,19 @@ class Front:
     """How much of a step may be taken before no more responses begin, in budgets.
 
     What begins just after an update has the longest time to end by itself. The front starts at 1 and comes down by as
-    much as a step came out too large. It goes up slowly while the learner waits for responses, but not at once after a
-    step that was too large: such a step cuts more, so that the next ones find few responses under way. A step for which
-    the learner waited is as large as its last response made it; fewer responses would only make it later.
+    much as a step came out too large, and a little when generation had to stand still lest the next one do. It goes up
+    slowly while the learner waits for responses, but not at once after a step that was too large: such a step cuts
+    more, so that the next ones find few responses under way. A step for which the learner waited is as large as its
+    last response made it; fewer responses would only make it later.
     """
 
-    LOWEST = 0.05
+    LOWEST = 0.2
     TOO_LARGE = 1.02
     """Budgets of a step from which on the front comes down."""
     LARGEST_MOVE = 0.3
     """Budgets by which it comes down at most; at least by `UP`."""
+    HELD = 0.1
+    """Budgets by which it comes down at least, if generation stood still."""
     WAITED = 0.015
     """Share of a step's time from which on the front goes up."""
     UP = 0.03
@@ -135,11 +144,14 @@ class Front:
         self.budgets = 1.0
         self._calm = 0
 
-    def closed(self, size: float, waited: float) -> None:
-        """A step of `size` budgets has closed; the learner waited for a share `waited` of its time."""
-        if size > self.TOO_LARGE and waited <= self.WAITED:
+    def closed(self, size: float, waited: float, held: bool = False) -> None:
+        """A step of `size` budgets has closed; the learner waited for a share `waited` of its time.
+
+        `held`: generation stood still during it.
+        """
+        if held or (size > self.TOO_LARGE and waited <= self.WAITED):
             self._calm = 0
-            self.budgets -= min(max(size - 1, self.UP), self.LARGEST_MOVE)
+            self.budgets -= min(max(size - 1, self.HELD if held else self.UP), self.LARGEST_MOVE)
         else:
             self._calm += 1
             if waited > self.WAITED and self._calm > self.CALM:
@@ -157,16 +169,22 @@ class FilledAdmission(_Deaf):
         self._bounded = bounded
         self._waiting = WAITING if bounded else WAITING_UNCUT
         self._taken, self._idle = 0, True
+        self._held = False
 
     def opened(self, taken: int, idle: bool) -> None:
         """Remembered until the next account."""
         self._taken, self._idle = taken, idle
 
+    def held(self) -> None:
+        """Remembered until the step has closed."""
+        self._held = True
+
     def closed(self, tokens: int, waited: float) -> None:
         """The front learns from it, unless nothing is ever cut: then no step can be too large."""
         self._taken, self._idle = 0, True
         if self._bounded:
-            self.front.closed(tokens / self._budget, waited)
+            self.front.closed(tokens / self._budget, waited, self._held)
+        self._held = False
 
     def admits(self, flow: Flow) -> bool:
         """By the front while the learner is busy; a learner that waits keeps some responses under way."""

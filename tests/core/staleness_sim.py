@@ -237,6 +237,7 @@ class Simulation:
                 if next_step == self.version:
                     self._book.admission.opened(taken, idle)
                 if hold == self.version:
+                    self._book.admission.held()
                     self._close()
             case ("drain", version):
                 self._intake.inbox.append(("drained", version, self._close()))

@@ -33,7 +33,7 @@ def test_a_step_behind_its_front_lets_nothing_begin_but_for_a_learner_without_wo
 
 def test_the_front_starts_at_one_and_comes_down_by_what_is_too_much() -> None:
     front = Front()
-    for size, budgets in ((1.0, 1.0), (1.02, 1.0), (1.3, 0.7), (1.03, 0.67), (9.0, 0.37), (9.0, 0.07), (9.0, 0.05)):
+    for size, budgets in ((1.0, 1.0), (1.02, 1.0), (1.3, 0.7), (1.03, 0.67), (9.0, 0.37), (9.0, 0.2), (9.0, 0.2)):
         front.closed(size, 0.0)
         assert abs(front.budgets - budgets) < 1e-9
 
@@ -49,6 +49,17 @@ def test_the_front_goes_up_while_the_learner_waits_but_not_just_behind_a_large_s
     for _ in range(20):
         front.closed(1.0, 0.5)
     assert front.budgets == 1.0
+
+
+def test_the_front_comes_down_after_a_step_in_which_generation_stood_still() -> None:
+    rule = FilledAdmission(100, bounded=True)
+    rule.held()
+    for budgets in (0.9, 0.9):  # it stood still in the first of two steps, both of the right size
+        rule.closed(100, 0.0)
+        assert abs(rule.front.budgets - budgets) < 1e-9
+    rule.held()
+    rule.closed(125, 0.5)
+    assert abs(rule.front.budgets - 0.65) < 1e-9
 
 
 def test_without_a_bound_there_is_no_front() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from opd_async.command import launch, parse_arguments
-from opd_async.config.topology import LearnerSection, Topology
+from opd_async.config.topology import LearnerSection, StepRule, Topology
 from opd_async.errors import InputError
 from opd_async.forecast.advice import Forecaster, Site, describe, plan_text, preferred
 from opd_async.forecast.cost_model import H100, H200, NVLINK, QWEN3_8B, QWEN3_32B
@@ -109,6 +109,17 @@ def test_the_best_split_is_no_worse_and_uses_the_same_devices(topology_text: dic
     assert all(plan.fits(devices) for devices in plan.splits())
 
 
+def test_the_plan_follows_the_rule_of_steps(topology_text: dict[str, Any], tmp_path: Path) -> None:
+    # a learner that is behind: deadline cuts make steps larger, filled steps keep their size
+    topology_text["engines"]["teacher"] = {"replicas": 1}
+    topology_text["learner"]["data_parallel"] = 2
+    text = {rule: topology_text | {"schedule": topology_text["schedule"] | {"rule": rule}} for rule in StepRule}
+    devices = Devices(2, 1, 2)
+    plans = {rule: forecaster(text[rule]).forecast(devices) for rule in StepRule}
+    assert plans[StepRule.FILLED].step_budgets < 1.05 < 1.4 < plans[StepRule.DEADLINE].step_budgets
+    assert "(1.0 x schedule.tokens_per_step)" in describe(forecaster(text[StepRule.FILLED]))
+
+
 def test_of_splits_that_are_alike_the_one_with_less_recompute_is_preferred(topology_text: dict[str, Any]) -> None:
     one = forecaster(topology_text).forecast(Devices(2, 2, 4))
     speeds = ((100.0, 1.3), (99.8, 1.2), (99.0, 1.1))
@@ -180,7 +191,6 @@ def test_the_command_prints_the_plan(
     [
         ({"schedule": {"steps": 1, "max_staleness": 0}}, "max_staleness of at least 1"),
         ({"schedule": {"steps": 1, "train_on": "samples"}}, "train_on tokens"),
-        ({"schedule": {"steps": 1, "rule": "filled"}}, "rule deadline"),
     ],
 )
 def test_what_the_planner_does_not_cover_is_refused(
