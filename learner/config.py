@@ -59,6 +59,8 @@ class LossConfig:
     jsd_beta: float = 0.5
     """Weight of the teacher in the mixture of `jsd_topk` and `jsd_full`."""
     kl_coef: float = 1.0
+    divergence_clip: float | None = None
+    """Most that a token's divergence counts, nats; None: no bound."""
     clip_ratio: float | None = 0.2
     """PPO-style clip of the importance ratio at 1 - clip_ratio and (but for `clip_high`) 1 + clip_ratio; None: none."""
     signal_clamp: float | None = None
@@ -102,6 +104,10 @@ class TeacherConfig:
     """Megatron's files of its weights, as `checkpoints.shards` finds them; None: those in `model_path`."""
     offload: bool = False
     """Keep its weights in host memory while it is not computing."""
+    weights: Literal["frozen", "live", "ema"] = "frozen"
+    """`live`: the student's own, of each step: nothing is loaded. `ema`: an average of them over the steps."""
+    decay: float = 0.999
+    """`ema`: what is left of the average at each step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,5 +147,7 @@ class LearnerConfig:
     """None: the rows come with the teacher's log-probabilities."""
     reference: TeacherConfig | None = None
     """A frozen model towards which `loss.reference_kl_coef` pulls; None: there is none."""
+    plain_kl_every: int = 0
+    """Every so many steps the teacher is forwarded behind the student's prompts too, to report the KL there."""
     critic: CriticConfig | None = None
     """None: advantages come with the rows, or there are none."""

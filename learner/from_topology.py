@@ -23,6 +23,7 @@ def learner_config(topology: Topology) -> LearnerConfig:
         seed=topology.seed,
         teacher=teacher_config(topology),
         reference=reference_config(topology),
+        plain_kl_every=topology.opd.plain_kl_every,
         critic=critic,
     )
 
@@ -63,6 +64,7 @@ def loss_config(topology: Topology) -> LossConfig:
         loss=opd.loss if opd.use_opd else "reverse_kl",  # which is nothing but the estimator's part without a teacher
         jsd_beta=opd.jsd_beta,
         kl_coef=opd.kl_coef,
+        divergence_clip=opd.divergence_clip,
         clip_ratio=advantage.clip_low if advantage.clip_low is not None else opd.clip_ratio,
         signal_clamp=opd.signal_clamp,
         mismatch=opd.mismatch,
@@ -81,6 +83,15 @@ def loss_config(topology: Topology) -> LossConfig:
 def teacher_config(topology: Topology) -> TeacherConfig | None:
     """The teacher inside the learner, where the topology has one. Without `models.teacher`, of the student's shape."""
     opd, models = topology.opd, topology.models
+    if opd.of_itself and opd.in_learner:
+        load = opd.teacher_load or topology.learner.load
+        return TeacherConfig(
+            model_path=models.student.path,
+            load=None if load is None else shards(load, opd.teacher_ckpt_step if opd.teacher_load else None),
+            offload=opd.teacher_offload,
+            weights=opd.self.weights,
+            decay=opd.self.decay,
+        )
     if not opd.in_learner or opd.teacher_load is None:
         return None
     shape_of = models.teacher or models.student

@@ -4,6 +4,7 @@ use_opd  type      needs                                      is started
 true     sglang    models.teacher, engines.teacher            teacher engines and teacher actors
                    or models.teachers, engines.teachers       the same for each
 true     megatron  opd.teacher_load                           neither: the learner holds the teacher
+true     self      data.privileged_key or teacher_prompt      neither, or, with opd.self.place engines, both
 false    -         a reward and an advantage estimator        neither
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from opd_async.config.learning import OpdType
+from opd_async.config.learning import OpdType, SelfSection
 from opd_async.config.topology import Topology
 from opd_async.data.model_folder import try_model
 from opd_async.errors import InputError
@@ -33,13 +34,16 @@ def opd_problems(topology: Topology) -> Iterator[str]:
             yield "opd.teacher_load: given, but opd.use_opd is false; remove it, or write use_opd: true (--use-opd)"
     elif "use_opd" in opd.model_fields_set and "type" not in opd.model_fields_set:
         yield (
-            "opd.type: missing although opd.use_opd is written; write sglang for a teacher on engines of its own, or "
-            "megatron for one inside the learner (--opd-type)"
+            "opd.type: missing although opd.use_opd is written; write sglang for a teacher on engines of its own, "
+            "megatron for one inside the learner, or self for the student itself (--opd-type)"
         )
+    elif opd.type is OpdType.SELF:
+        yield from _self_problems(topology)
     elif opd.type is OpdType.SGLANG:
         yield from _sglang_problems(topology)
     else:
         yield from _megatron_problems(topology)
+    yield from _unused_problems(topology)
     if opd.teacher_ckpt_step is not None and opd.teacher_load is None:
         yield "opd.teacher_ckpt_step: a step of no checkpoint; remove it, or write opd.teacher_load"
 
@@ -107,6 +111,58 @@ def _teachers_problems(topology: Topology) -> Iterator[str]:
         yield "data.teacher_key: given, but there is one teacher; remove it, or write models.teachers"
 
 
+def _self_problems(topology: Topology) -> Iterator[str]:
+    """List what a student that is its own teacher lacks, and what has no part in it."""
+    opd, models = topology.opd, topology.models
+    if topology.data.privileged_key is None and topology.data.teacher_prompt is None:
+        yield (
+            "data.privileged_key: missing, but opd.type is self, and a student that reads what its teacher reads learns "
+            "nothing; write the key of the rows that holds what only the teacher is shown "
+            "(--opsd-privileged-info-key), or data.teacher_prompt"
+        )
+    for key, given in (("models.teacher", models.teacher is not None), ("models.teachers", bool(models.teachers))):
+        if given:
+            yield f"{key}: given, but opd.type is self and the teacher is the student; remove it, or write another type"
+    if opd.self.place == "engines":
+        yield from _engine_problems(topology)
+        return
+    if opd.self.weights == "live":
+        for key in ("teacher_load", "teacher_offload"):
+            if getattr(opd, key):
+                yield f"opd.{key}: given, but live weights are the student's own, and there is no second model; remove it"
+    if opd.teacher_load is not None:
+        yield from _load_problems(topology)
+
+
+def _engine_problems(topology: Topology) -> Iterator[str]:
+    """List why engines could not serve the student's first weights."""
+    opd = topology.opd
+    if opd.self.weights != "frozen":
+        yield (
+            f"opd.self.weights: {opd.self.weights}, but engines of a teacher never change theirs; write frozen, or "
+            "opd.self.place: learner"
+        )
+    for key, given in (("opd.teacher_load", opd.teacher_load), ("learner.load", topology.learner.load)):
+        if given is not None:
+            yield (
+                f"{key}: given, but opd.self.place is engines, which read the folder models.student.path; write "
+                "opd.self.place: learner, or export the checkpoint (opd convert megatron-to-hf) and begin with that"
+            )
+
+
+def _unused_problems(topology: Topology) -> Iterator[str]:
+    """List keys of self-distillation that nothing reads."""
+    opd, usual = topology.opd, SelfSection()
+    if opd.type is not OpdType.SELF and opd.self != usual:
+        yield f"opd.self: given, but opd.type is {opd.type.value}; remove it, or write type: self (--opd-type self)"
+    elif opd.self.weights != "ema" and opd.self.decay != usual.decay:
+        yield f"opd.self.decay: {opd.self.decay:g}, but the weights are {opd.self.weights}; write weights: ema"
+    plain = topology.data.teacher_prompt is None and topology.data.privileged_key is None
+    if opd.plain_kl_every and (plain or not opd.in_learner or opd.self.weights == "live"):
+        what = "teacher in the learner that reads other prompts, and has weights of its own"
+        yield f"opd.plain_kl_every: {opd.plain_kl_every}, but it is for a {what}; write 0"
+
+
 def _megatron_problems(topology: Topology) -> Iterator[str]:
     opd = topology.opd
     if topology.models.teachers:
@@ -117,6 +173,12 @@ def _megatron_problems(topology: Topology) -> Iterator[str]:
             "checkpoint (--opd-teacher-load), as `opd convert hf-to-megatron` makes one"
         )
         return
+    yield from _load_problems(topology)
+
+
+def _load_problems(topology: Topology) -> Iterator[str]:
+    opd = topology.opd
+    assert opd.teacher_load is not None
     try:
         shards(opd.teacher_load, opd.teacher_ckpt_step, thorough=True)
     except InputError as error:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from opd_async.config.estimators import Estimator
 from opd_async.config.losses import DEFAULT_LOSS, LOSSES, TOPK_LOSSES, Mismatch
 from opd_async.config.rewards import RewardKind
-from opd_async.config.section import FilePath, HookName, NonNegative, Positive, Seconds, Section, StepsOr0
+from opd_async.config.section import Decay, FilePath, HookName, NonNegative, Positive, Seconds, Section, StepsOr0
+
+
+SELF_CLIP = 0.05
+"""`opd.divergence_clip` of `type: self`, slime's: a few tokens of style would otherwise make most of the signal."""
 
 
 class OpdType(StrEnum):
@@ -19,6 +24,20 @@ class OpdType(StrEnum):
     """On engines of its own, asked over SGLang's HTTP API (`engines.teacher`, of any kind)."""
     MEGATRON = "megatron"
     """In the learner, loaded from a Megatron checkpoint; no teacher engine and no teacher actor is started."""
+    SELF = "self"
+    """The student itself, shown what only a teacher sees: in the learner, or on engines of its own (`opd.self`)."""
+
+
+class SelfSection(Section):
+    """`opd.type: self`: which weights of the student teach, and where they are."""
+
+    weights: Literal["frozen", "live", "ema"] = "frozen"
+    """`frozen`: what the student begins with. `live`: the student of each step, without a second model. `ema`: an
+    average over the steps. The last two are for the learner."""
+    place: Literal["learner", "engines"] = "learner"
+    """Where they score: in the learner's ranks, or on `engines.teacher`."""
+    decay: Decay = 0.999
+    """`ema`: what is left of the average at each step; the student's new weights are the rest."""
 
 
 class OpdSection(Section):
@@ -28,15 +47,20 @@ class OpdSection(Section):
     use_opd: bool = True
     """False: no teacher at all; the student learns from the reward alone."""
     type: OpdType = OpdType.SGLANG
-    """Where the teacher runs. `sglang`: on engines of its own, of any kind. `megatron`: in the learner's ranks."""
+    """Where the teacher runs. `sglang`: on engines of its own, of any kind. `megatron`: in the learner's ranks. `self`:
+    the teacher is the student itself, which reads `data.teacher_prompt`."""
+    self: SelfSection = SelfSection()
+    """`self`: which weights of the student teach, and where they are."""
     teacher_load: FilePath | None = None
-    """`megatron`: the teacher's checkpoint: a run's folder, a step of it, or what `opd convert` wrote."""
+    """`megatron`: the teacher's checkpoint: a run's folder, a step of it, or what `opd convert` wrote. `self`: one to
+    take in place of what the student begins with."""
     teacher_ckpt_step: NonNegative | None = None
     """Which step's checkpoint in `teacher_load`; null takes the newest."""
     teacher_offload: bool = False
-    """`megatron`: keep the teacher's weights in host memory while it is not computing."""
+    """`megatron`, `self`: keep the teacher's weights in host memory while it is not computing."""
     loss: str = Field(default=DEFAULT_LOSS, examples=list(LOSSES)[:3])
-    """Name of the loss. docs/learning.md says what each of them is, and which to use."""
+    """Name of the loss. docs/learning.md says what each of them is, and which to use. With `type: self` and nothing
+    written, `jsd_full`, or `jsd_topk` on engines."""
     function: HookName | None = None
     """A loss of your own in the place of `loss`: `module:name`, called with the rows of each micro-batch
     (docs/hooks.md). `loss` still says what the rows bring along."""
@@ -44,6 +68,8 @@ class OpdSection(Section):
     """How many of the teacher's most likely tokens the losses on its top-k use; no others ask for them."""
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of `jsd_topk` and `jsd_full`."""
+    divergence_clip: float | None = Field(default=None, gt=0)
+    """Most that a token's divergence counts, nats; null: no bound. With `type: self` and nothing written, 0.05."""
     gkd_lambda: float = Field(default=1.0, ge=0, le=1)
     """Share of the samples that the student generates; the others come from `data.completions`."""
     teacher_mix: float = Field(default=0.0, ge=0, lt=1)
@@ -62,15 +88,38 @@ class OpdSection(Section):
     mismatch_high: float | None = Field(default=None, gt=0)
     """Upper bound of that ratio. Null stands for 2 with `tis` and 5 with `icepop`."""
 
+    plain_kl_every: StepsOr0 = 0
+    """A teacher in the learner that reads other prompts: report `learner_plain_kl`, the KL to the same teacher behind
+    the student's prompts, every so many steps, for one more forward pass of it; 0: never."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_for_self(cls, values: Any) -> Any:
+        """Slime's defaults of self-distillation, which has a loss and a clip of its own."""
+        if not isinstance(values, dict) or values.get("type") != OpdType.SELF:
+            return values
+        own = values.get("self")
+        place = own.get("place") if isinstance(own, dict) else getattr(own, "place", None)
+        values = {"loss": "jsd_topk" if place == "engines" else "jsd_full"} | values
+        facts = LOSSES.get(values["loss"]) if isinstance(values["loss"], str) else None
+        clips = facts is not None and "divergence_clip" in facts.options
+        return ({"divergence_clip": SELF_CLIP} if clips else {}) | values
+
+    @property
+    def of_itself(self) -> bool:
+        """True if the student is its own teacher."""
+        return self.use_opd and self.type is OpdType.SELF
+
     @property
     def on_engines(self) -> bool:
         """True if engines of the teacher score the student's tokens."""
-        return self.use_opd and self.type is OpdType.SGLANG
+        own = self.type is OpdType.SELF and self.self.place == "engines"
+        return self.use_opd and (self.type is OpdType.SGLANG or own)
 
     @property
     def in_learner(self) -> bool:
         """True if the learner holds the teacher."""
-        return self.use_opd and self.type is OpdType.MEGATRON
+        return self.use_opd and not self.on_engines
 
     @property
     def wire_topk(self) -> int:

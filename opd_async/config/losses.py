@@ -67,7 +67,7 @@ LOSSES: dict[str, LossFacts] = {
     ),
     "forward_kl_topk": LossFacts(
         needs=Needs.TOPK,
-        options=("topk",),
+        options=("topk", "divergence_clip"),
         tail=True,
         twin="forward_kl_full",
         formula="sum_S q log(q / p) + (1 - Q_S) log((1 - Q_S) / (1 - P_S))",
@@ -76,7 +76,7 @@ LOSSES: dict[str, LossFacts] = {
     ),
     "reverse_kl_topk": LossFacts(
         needs=Needs.TOPK,
-        options=("topk",),
+        options=("topk", "divergence_clip"),
         twin="reverse_kl_full",
         formula="sum_S (p log(p / q) - p + q)",
         looks_at="*S*",
@@ -84,7 +84,7 @@ LOSSES: dict[str, LossFacts] = {
     ),
     "jsd_topk": LossFacts(
         needs=Needs.TOPK,
-        options=("topk", "jsd_beta"),
+        options=("topk", "jsd_beta", "divergence_clip"),
         tail=True,
         twin="jsd_full",
         formula="beta KL(q ‖ m) + (1 - beta) KL(p ‖ m) over *S* and tail, m = beta q + (1 - beta) p",
@@ -104,6 +104,7 @@ LOSSES: dict[str, LossFacts] = {
     ),
     "forward_kl_full": LossFacts(
         needs=Needs.FULL,
+        options=("divergence_clip",),
         twin="forward_kl_topk",
         formula="sum_v q log(q / p) over the whole vocabulary",
         looks_at="every *v*",
@@ -111,6 +112,7 @@ LOSSES: dict[str, LossFacts] = {
     ),
     "reverse_kl_full": LossFacts(
         needs=Needs.FULL,
+        options=("divergence_clip",),
         student_kl=True,
         twin="reverse_kl_topk",
         formula="sum_v p log(p / q)",
@@ -119,7 +121,7 @@ LOSSES: dict[str, LossFacts] = {
     ),
     "jsd_full": LossFacts(
         needs=Needs.FULL,
-        options=("jsd_beta",),
+        options=("jsd_beta", "divergence_clip"),
         twin="jsd_topk",
         formula="beta KL(q ‖ m) + (1 - beta) KL(p ‖ m)",
         looks_at="every *v*",

@@ -106,7 +106,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:  # a section may have a key `self`
         """Build a section in code. Raises `InputError` with every problem, in the words that a file would get."""
         try:
             super().__init__(**values)

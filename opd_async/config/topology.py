@@ -154,6 +154,8 @@ class Topology(Section):
         """Model and engines by name of each teacher that engines of its own score for."""
         if not self.opd.on_engines:
             return {}
+        if self.opd.of_itself:
+            return {ONE_TEACHER: TeacherSide(self.models.student, self.engines.teacher)}
         if self.models.teacher is not None:
             return {ONE_TEACHER: TeacherSide(self.models.teacher, self.engines.teacher)}
         own = self.engines.teachers

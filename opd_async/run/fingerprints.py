@@ -5,7 +5,7 @@
 Prompts of a file count as the launcher has read them (tokens, labels, metadata, in order), so that a file may move or
 be stored in another form, and another chat template shows. Of a function count its name and its first prompts. Of a
 model folder count configuration and tokenizer; a teacher's weights by the names and sizes of their files, the student's
-not at all: they are in the checkpoint.
+not at all: they are in the checkpoint, unless its first weights are its teacher.
 """
 
 from __future__ import annotations
@@ -42,12 +42,20 @@ def fingerprints(
         found["data.held_out"] = _of(map(_prompt, held_out.prompts))
     if topology.data.completions is not None:
         found["data.completions"] = _of(map(_completion, completions.completions))
-    found["models.student"] = _of(_files(topology.models.student.path))
+    student = topology.models.student.path
+    found["models.student"] = _of([*_files(student), *(_weights(student) if _needs_first_weights(topology) else ())])
     models = {"models.teacher": topology.models.teacher} if topology.models.teacher is not None else {}
     models |= {f"models.teachers.{name}": model for name, model in topology.models.teachers.items()}
     for key, model in models.items():
         found[key] = _of([*_files(model.path), *_weights(model.path)])
     return found
+
+
+def _needs_first_weights(topology: Topology) -> bool:
+    """Whether a run that goes on reads the student's folder again for a model that never changes."""
+    opd, load = topology.opd, topology.learner.load
+    frozen = opd.of_itself and opd.self.weights == "frozen" and opd.teacher_load is None
+    return load is None and frozen
 
 
 def differences(saved: dict[str, str], now: dict[str, str]) -> list[str]:
