@@ -48,6 +48,7 @@ from opd_async.learner.convert import hf_to_megatron
 from opd_async.learner.distributed import parallel
 from opd_async.learner.losses.logprobs import RowLogprobs
 from opd_async.learner.model.layout import PackedBatch
+from opd_async.learner.teacher import Teacher
 from opd_async.learner.trainer import Trainer
 from opd_async.transport.step_batch import MicroBatch, StepBatch
 
@@ -128,7 +129,9 @@ def passes(trainer: Trainer, batch: StepBatch) -> dict[str, float]:
 
     Padding is counted as it passes, but not among the tokens that the count is divided by.
     """
-    models = {"student": trainer.model} | ({"teacher": trainer.teacher.model} if trainer.teacher is not None else {})
+    models = {"student": trainer.model}
+    if isinstance(trainer.teacher, Teacher):
+        models["teacher"] = trainer.teacher.model
     passed = {f"{who} {way}": 0 for who in ("student", "teacher") for way in ("forward", "backward")}
 
     def count_back(grad: Tensor, who: str) -> None:

@@ -147,6 +147,8 @@ class LearnerConfig:
     """None: the rows come with the teacher's log-probabilities."""
     reference: TeacherConfig | None = None
     """A frozen model towards which `loss.reference_kl_coef` pulls; None: there is none."""
+    frequent_tokens: int = 0
+    """How many of the most frequent tokens of a micro-batch count as style in what is reported; 0: nothing is."""
     plain_kl_every: int = 0
     """Every so many steps the teacher is forwarded behind the student's prompts too, to report the KL there."""
     critic: CriticConfig | None = None

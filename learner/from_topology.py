@@ -8,6 +8,9 @@ from opd_async.config.topology import Topology
 from opd_async.learner.config import CriticConfig, LearnerConfig, LossConfig, OptimConfig, ParallelConfig, TeacherConfig
 from opd_async.run.checkpoints import shards
 
+FREQUENT = 32
+"""So many of the most frequent tokens stand for style, which a hint changes before anything else."""
+
 
 def learner_config(topology: Topology) -> LearnerConfig:
     """The learner's part of a topology."""
@@ -24,6 +27,7 @@ def learner_config(topology: Topology) -> LearnerConfig:
         teacher=teacher_config(topology),
         reference=reference_config(topology),
         plain_kl_every=topology.opd.plain_kl_every,
+        frequent_tokens=FREQUENT if topology.opd.use_opd and topology.data.informs_teachers else 0,
         critic=critic,
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 SUMS = (
     *("loss", "reverse_kl", "k3", "ratio", "squared_deviation", "clipped", "gated", "clamped", "staleness"),
     *("student_support", "teacher_support", "entropy", "reference_kl"),
+    *("plain_kl", "divergence_clipped", "frequent_signal"),
 )
 """What losses may report as a sum over rows (`LossOutput.sums`)."""
 MAXIMA = ("ratio", "staleness")
@@ -57,6 +58,13 @@ class StepMetrics:
     """Mean entropy of the student, nats; None unless there is a bonus for it."""
     reference_kl: float | None = None
     """KL(student || reference) by the mean of rho (log p - log p_ref) on the sampled tokens; None without one."""
+    plain_kl: float | None = None
+    """The same KL to the teacher behind the student's own prompts; None but in steps that compute it."""
+    divergence_clipped_share: float | None = None
+    """Of tokens whose divergence `opd.divergence_clip` bounded."""
+    frequent_signal_share: float | None = None
+    """Of the signal (the divergence, or |log q - log p|) on the most frequent tokens of each micro-batch; None where
+    teachers read what the student reads."""
     grad_norm: float | None = None
     """Before clipping; None in a step that trains the critic alone."""
     learning_rate: float | None = None
@@ -170,6 +178,9 @@ def step_metrics(
         teacher_support=totals.mean("teacher_support"),
         entropy=totals.mean("entropy"),
         reference_kl=totals.mean("reference_kl"),
+        plain_kl=totals.mean("plain_kl"),
+        divergence_clipped_share=totals.mean("divergence_clipped"),
+        frequent_signal_share=totals.mean("frequent_signal"),
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         seconds=seconds,

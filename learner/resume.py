@@ -2,7 +2,8 @@
 
     all ranks -> <folder>/__<rank>_<n>.distcp, common.pt, .metadata
 
-The student's tensors have Megatron's names, those of a critic the same behind `critic.`.
+The student's tensors have Megatron's names, those of a critic the same behind `critic.`, those of an average that
+teaches behind `average.`.
 `opd_async.run.checkpoints` makes the folder around it, seals it once every writer has finished, and refuses one that
 was cut short. Tensor-, pipeline- and data-parallel sizes may change between save and load. `checkpoints.model` does the
 same with the weights alone, and needs no second copy of them in memory.
@@ -13,6 +14,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replic
 
 from opd_async.errors import StorageError
 from opd_async.files import reserve, storage_failure, unwritten
+from opd_async.learner.average import PREFIX as AVERAGE
+from opd_async.learner.average import MovingTeacher
 from opd_async.learner.checkpoints import fixes as checkpoint_fixes
 from opd_async.learner.checkpoints.model import UNREADABLE, cause, holds, load_model
 from opd_async.learner.critic.value_model import PREFIX
@@ -47,20 +52,26 @@ def save(trainer: Trainer, folder: Path) -> None:
     """
     checkpoint_fixes.install()
     state: dict[str, Any] = {"version": trainer.version, "random_state": torch.get_rng_state()}
-    with quiet(), on_this_device():
+    with quiet(), on_this_device(), _average(trainer) as average:
+        state |= average
         for learning in _learning(trainer):
             checkpoint_fixes.prime_states(learning.optimizer)  # nothing to do but before the first step
             state |= _sharded(learning, loading=False)
             state[f"{learning.prefix}optimizer_step"] = checkpoint_fixes.optimizer_step(learning.optimizer)
-        _make_folder(folder, _bytes(state), next(trainer.model.parameters()).device)
-        try:
-            metadata = {"distrib_optim_sharding_type": OPTIMIZER_FORMAT}
-            dist_checkpointing.save(state, str(folder), content_metadata=metadata)
-        except UNREADABLE as error:
-            if (found := storage_failure(error)) is None:
-                raise
-            raise StorageError(unwritten(folder, found)) from error
+        _write(state, folder, next(trainer.model.parameters()).device)
     dist.barrier()
+
+
+def _write(state: dict[str, Any], folder: Path, device: torch.device) -> None:
+    """Have all ranks write their parts. Raises `StorageError` on every rank where there is no room."""
+    _make_folder(folder, _bytes(state), device)
+    try:
+        metadata = {"distrib_optim_sharding_type": OPTIMIZER_FORMAT}
+        dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+    except UNREADABLE as error:
+        if (found := storage_failure(error)) is None:
+            raise
+        raise StorageError(unwritten(folder, found)) from error
 
 
 def _make_folder(folder: Path, size: int, device: torch.device) -> None:
@@ -103,16 +114,24 @@ def load(trainer: Trainer, folder: Path) -> None:
             f"{folder} has no critic: it was saved with another advantage.estimator; resume with that one, or begin a "
             "run with this checkpoint as learner.load"
         )
+    if isinstance(trainer.teacher, MovingTeacher) and not holds(folder, AVERAGE):
+        raise CheckpointError(
+            f"{folder} has no average that teaches: it was saved with other opd.self.weights; resume with those, or "
+            "begin a run with this checkpoint as learner.load"
+        )
     everyone = _learning(trainer)
     wanted: dict[str, Any] = {}
     try:
-        with quiet(), on_this_device():
+        with quiet(), on_this_device(), _average(trainer) as average:
+            wanted |= average
             for learning in everyone:
                 checkpoint_fixes.prime_states(learning.optimizer)
                 wanted |= _sharded(learning, loading=True)
             state = dist_checkpointing.load(wanted, str(folder))
             for learning in everyone:
                 _restore(learning, state)
+            if isinstance(trainer.teacher, MovingTeacher):
+                _load_weights(trainer.teacher.model, state, AVERAGE)
     except UNREADABLE as error:
         raise CheckpointError(
             f"{folder} cannot be loaded into the model {trainer.config.model_path}: {cause(error)}; resume with the "
@@ -147,13 +166,26 @@ def _learning(trainer: Trainer) -> list[_Learning]:
 def _restore(learning: _Learning, state: dict[str, Any]) -> None:
     """Take model and optimizer out of what was loaded."""
     prefix = learning.prefix
-    learning.model.load_state_dict(
-        {name.removeprefix(prefix): value for name, value in state[f"{prefix}model"].items()}
-    )
+    _load_weights(learning.model, state, prefix)
     for index, part in enumerate(learning.optimizer.chained_optimizers):
         shards = state[f"{prefix}optimizers"][str(index)]
         loaded = {"param_state": shards, "param_state_sharding_type": OPTIMIZER_FORMAT}
         part.load_state_dict(checkpoint_fixes.at_step(part, state[f"{prefix}optimizer_step"]) | loaded)
+
+
+def _load_weights(model: DecoderModel, state: dict[str, Any], prefix: str) -> None:
+    model.load_state_dict({name.removeprefix(prefix): value for name, value in state[f"{prefix}model"].items()})
+
+
+@contextmanager
+def _average(trainer: Trainer) -> Iterator[dict[str, Any]]:
+    """Megatron's description of an average that teaches, in float32 within the block; empty where there is none."""
+    if not isinstance(trainer.teacher, MovingTeacher):
+        yield {}
+        return
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    with trainer.teacher.in_float32() as model:
+        yield {f"{AVERAGE}model": model.sharded_state_dict(prefix=AVERAGE, metadata=metadata)}
 
 
 def _sharded(learning: _Learning, *, loading: bool) -> dict[str, Any]:

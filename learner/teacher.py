@@ -3,18 +3,19 @@
     Megatron checkpoint -> decoder on all ranks (no DDP, no optimizer)
     micro-batches of a step -> forward through the pipeline stages -> what the loss needs of each row, last stage only
 
-A reference model is one too: the same forward pass, and `learner.objective` makes another signal of it.
-It may differ from the student in depth and width; the vocabulary must be the same. In a step, the teacher runs over
-all micro-batches before the student does: weights that are in host memory between steps (`offload`) travel to the
-device once per step and leave it before the student's activations come. Its weights are in no checkpoint, no export and
-no weight update.
+The student itself may be the teacher (`opd.type: self`): as it began, as it is (`LiveTeacher`), or as an average over
+the steps (`learner.average`). A reference model is one too: the same forward pass, and `learner.objective` makes
+another signal of it. A teacher may differ from the student in depth and width; the vocabulary must be the same. In a
+step, the teacher runs over all micro-batches before the student does: weights that are in host memory between steps
+(`offload`) travel to the device once per step and leave it before the student's activations come. Its weights are in no
+checkpoint (but for an average), no export and no weight update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import parallel_state
@@ -95,20 +96,44 @@ class Teacher:
 
     def rows(self, packs: Sequence[PackedBatch], loss: str) -> list[TeacherRows]:
         """What `loss` needs of each micro-batch's rows; empty but on the last pipeline stage. All ranks call it."""
-        with on_this_device(), torch.no_grad(), self._host.on_device() if self._host else nullcontext():
-            return run_schedule(
-                self.model,
-                packs,
-                lambda index, hidden: (hidden.new_zeros(()), self._report(packs[index], hidden, loss)),
-                train=False,
-            )
+        with self._host.on_device() if self._host else nullcontext():
+            return rows_of(self.model, self._config, packs, loss)
 
-    def _report(self, packed: PackedBatch, hidden: Tensor, loss: str) -> TeacherRows:
-        hidden_OY, head = hidden[packed.rows_O, 0], head_of(self.model, self._config)
+    def follow(self, student: DecoderModel) -> None:
+        """The student has taken a step, which changes nothing here."""
+
+
+class LiveTeacher:
+    """The student of the step as its own teacher: its own weights, forwarded without gradient before they change."""
+
+    def __init__(self, config: LearnerConfig, student: DecoderModel) -> None:
+        self._config, self._student = config, student
+
+    def rows(self, packs: Sequence[PackedBatch], loss: str) -> list[TeacherRows]:
+        """As `Teacher.rows`."""
+        return rows_of(self._student, self._config, packs, loss)
+
+    def follow(self, student: DecoderModel) -> None:
+        """The student has taken a step, and with it this teacher."""
+
+
+def rows_of(model: DecoderModel, config: LearnerConfig, packs: Sequence[PackedBatch], loss: str) -> list[TeacherRows]:
+    """What `loss` needs of a model that teaches, by micro-batch; empty but on the last pipeline stage. All ranks call
+    it."""
+
+    def report(packed: PackedBatch, hidden: Tensor) -> TeacherRows:
+        hidden_OY, head = hidden[packed.rows_O, 0], head_of(model, config)
         if loss in FULL_LOSSES:
-            return TeacherRows(hidden_OY=hidden_OY, head=head, own_O=packed.own_O)
+            # detached: of a student that teaches, no gradient may reach the head in this part
+            return TeacherRows(hidden_OY=hidden_OY, head=replace(head, weight=head.weight.detach()), own_O=packed.own_O)
         found = row_logprobs(hidden_OY, head, packed.own(packed.targets_R))
         return TeacherRows(logprobs_R=all_rows(found.sampled_R, packed.own_O, len(packed.targets_R)))
+
+    def last_stage(index: int, hidden: Tensor) -> tuple[Tensor, TeacherRows]:
+        return hidden.new_zeros(()), report(packs[index], hidden)
+
+    with on_this_device(), torch.no_grad():
+        return run_schedule(model, packs, last_stage, train=False)
 
 
 def head_of(model: DecoderModel, config: LearnerConfig) -> Head:

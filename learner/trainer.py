@@ -23,6 +23,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from opd_async.learner.average import MovingTeacher
 from opd_async.learner.config import LearnerConfig
 from opd_async.learner.critic.critic import Critic
 from opd_async.learner.distributed.cpu import on_this_device, this_device
@@ -42,7 +43,7 @@ from opd_async.learner.model.layout import PackedBatch, lay_out
 from opd_async.learner.model.pipeline import run_schedule
 from opd_async.learner.open_step import OpenStep, rescale, without_sums
 from opd_async.learner.optimizer import apply_gradient, finalize, learning_rate, make_optimizer, wrap
-from opd_async.learner.teacher import Teacher, TeacherRows, head_of
+from opd_async.learner.teacher import LiveTeacher, Teacher, TeacherRows, head_of
 from opd_async.transport.step_batch import MicroBatch, StepBatch
 
 PADDING_SLACK = 0.125
@@ -59,7 +60,7 @@ class Trainer:
         with on_this_device():
             self.model = build_model(self.shape, config).to(self.device)
         load_hf(self.model, config.model_path)
-        self.teacher = Teacher(config, config.teacher, self.shape.vocab) if config.teacher is not None else None
+        self.teacher = self._make_teacher()
         self.reference = Teacher(config, config.reference, self.shape.vocab) if config.reference is not None else None
         self.ddp = wrap(self.model)
         self.optimizer = make_optimizer(self.ddp, config.optim, bf16=config.dtype == "bfloat16")
@@ -70,6 +71,15 @@ class Trainer:
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.model.config.finalize_model_grads_func = finalize
         self.padding_slack = 0.0 if has_varlen(self.device, getattr(torch, config.dtype)) else PADDING_SLACK
+
+    def _make_teacher(self) -> Teacher | LiveTeacher | None:
+        teacher = self.config.teacher
+        if teacher is None:
+            return None
+        if teacher.weights == "live":
+            return LiveTeacher(self.config, self.model)
+        kind = MovingTeacher if teacher.weights == "ema" else Teacher
+        return kind(self.config, teacher, self.shape.vocab)
 
     def accumulate(self, batch: StepBatch) -> None:
         """Add up the gradient of a part of a step that others follow. Weights and weight version stay.
@@ -104,6 +114,8 @@ class Trainer:
         totals = self.gradients(batch, train=own_step >= 0)
         rate = learning_rate(own_step, self.config.optim) if own_step >= 0 else 0.0
         grad_norm = self._update(rate) if own_step >= 0 else None
+        if self.teacher is not None and own_step >= 0:
+            self.teacher.follow(self.model)
         values = self.critic.update(self.version) if self.critic is not None else {}
         self.version += 1
         seconds = time.perf_counter() - started
@@ -142,6 +154,11 @@ class Trainer:
         teacher = None
         if self.teacher is not None:
             teacher = self.teacher.rows(self._as_read_by_teacher(batch, packs), self.config.loss.loss)
+            if self._plain_kl_is_due(batch):
+                plain = self.teacher.rows(packs, "reverse_kl")  # empty but on the last stage, as below
+                packs = [
+                    replace(pack, plain_R=row.logprobs_R) for pack, row in zip(packs, plain, strict=False)
+                ] or packs
         if self.reference is not None:
             rows = self.reference.rows(packs, "reverse_kl")  # empty but on the last stage, which alone needs them
             packs = [replace(pack, reference_R=row.logprobs_R) for pack, row in zip(packs, rows, strict=False)] or packs
@@ -173,9 +190,14 @@ class Trainer:
             "multiple": self.config.parallel.tensor,
             "slack": self.padding_slack,
             "device": self.device,
+            "frequent": self.config.frequent_tokens,
             "context": (parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()),
         }
         return [lay_out(batch, **options) for batch in batches]
+
+    def _plain_kl_is_due(self, batch: StepBatch) -> bool:
+        every = self.config.plain_kl_every
+        return every > 0 and batch.version % every == 0
 
     def _as_read_by_teacher(self, batch: StepBatch, packs: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
         """The micro-batches with the prompts that the teacher reads; `packs` themselves where those are the student's.

@@ -57,22 +57,48 @@ def objective(packed: PackedBatch, logprobs: RowLogprobs, config: LossConfig) ->
     rows = _rows(packed, logprobs.sampled_R, packed.teacher_R, config)
     if config.loss in SAMPLED:
         output = SAMPLED[config.loss](rows, config)
+        if rows.teacher_R is not None:
+            output = replace(output, sums=output.sums | style(rows, rows.teacher_R - rows.logprobs_R.detach()))
     else:
         assert logprobs.support_RK is not None
         teacher_RK = packed.topk_logprobs_RK if packed.topk_logprobs_RK is not None else logprobs.support_RK.detach()
         cells = Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK)
         output = with_divergence(rows, _later_signals(rows, packed, config), cells, config)
-    return _plus_entropy(_with_reference(output, packed, logprobs), logprobs.entropy_R, packed.weights_R, config)
+    return _plus_entropy(_with_others(output, packed, logprobs), logprobs.entropy_R, packed.weights_R, config)
 
 
 def full_objective(packed: PackedBatch, found: RowDivergences, config: LossConfig) -> LossOutput:
     """As `objective`, for the losses on the whole vocabulary; what `packed` says of the teacher is not looked at."""
     rows = _rows(packed, found.sampled_R, found.teacher_R, config)
     output = policy_gradient(rows, _later_signals(rows, packed, config), config)
-    output = output.plus(config.kl_coef * weighted(found.divergence_R, packed.weights_R).sum())
+    bounded_R, more = bounded(found.divergence_R, config)
+    output = output.plus(config.kl_coef * weighted(bounded_R, packed.weights_R).sum(), **more, **style(rows, bounded_R))
     if LOSSES[config.loss].student_kl:
         output = replace(output, sums=output.sums | {"reverse_kl": summed(found.divergence_R.detach())})
-    return _with_reference(output, packed, found)
+    return _with_others(output, packed, found)
+
+
+def bounded(divergence_R: Tensor, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """min(D, divergence_clip) at each row, and what to report of it: a row beyond the bound has no gradient.
+
+    Source: slime's `--opsd-jsd-clip`, which bounds a token's divergence, summed over the vocabulary. (The code of the
+    paper on self-distillation, 2601.18734, bounds each term of the sum.)
+    """
+    if config.divergence_clip is None:
+        return divergence_R, {}
+    beyond_R = (divergence_R.detach() > config.divergence_clip).float()
+    return divergence_R.clamp(max=config.divergence_clip), {"divergence_clipped": summed(beyond_R)}
+
+
+def style(rows: Rows, signal_R: Tensor) -> dict[str, Tensor]:
+    """What to report of how much of a signal is on the most frequent tokens, where that was asked for.
+
+    float64[2]: the sum of |signal| on these tokens, and on all.
+    """
+    if rows.frequent_R is None:
+        return {}
+    size_R = signal_R.detach().abs().double()
+    return {"frequent_signal": torch.stack([size_R.where(rows.frequent_R, 0.0).sum(), size_R.sum()])}
 
 
 def _rows(packed: PackedBatch, sampled_R: Tensor, teacher_R: Tensor | None, config: LossConfig) -> Rows:
@@ -85,6 +111,7 @@ def _rows(packed: PackedBatch, sampled_R: Tensor, teacher_R: Tensor | None, conf
         staleness_R=packed.staleness_R,
         sequence_R=packed.sequence_R,
         weights_R=packed.weights_R,
+        frequent_R=packed.frequent_R,
     )
 
 
@@ -101,9 +128,11 @@ def with_divergence(rows: Rows, signal_R: Tensor, cells: Cells, config: LossConf
     The importance ratio acts on advantage and signal; the divergence depends on the prefix only. `signal_clamp` bounds
     the signal alone: clamping terms of a divergence can turn its sign.
     """
-    divergence_R = DIVERGENCES[config.loss](cells, config)
+    divergence_R, more = bounded(DIVERGENCES[config.loss](cells, config), config)
     return policy_gradient(rows, signal_R, config).plus(
         config.kl_coef * weighted(divergence_R, rows.weights_R).sum(),
+        **more,
+        **style(rows, divergence_R),
         student_support=summed(cells.student_RK.detach().exp().sum(-1)),
         teacher_support=summed(cells.teacher_RK.exp().sum(-1)),
     )
@@ -134,14 +163,15 @@ def _advantages(packed: PackedBatch, sampled_R: Tensor, config: LossConfig) -> T
     return packed.advantages_R + config.reference_kl_coef * (packed.reference_R - sampled_R.detach())
 
 
-def _with_reference(output: LossOutput, packed: PackedBatch, found: RowLogprobs | RowDivergences) -> LossOutput:
-    """The same output with the KL to the reference among what is reported, where there is one.
+def _with_others(output: LossOutput, packed: PackedBatch, found: RowLogprobs | RowDivergences) -> LossOutput:
+    """The same output with what is reported of other models, where there are some: the KL to the reference, and to the
+    teacher behind the student's prompts.
 
-    As that to the teacher, it is an estimate of the present student's own: rho (log p - log p_ref), rho = p / mu.
+    As that to the teacher, each is an estimate of the present student's own: rho (log p - log p_other), rho = p / mu.
     """
-    if packed.reference_R is None:
-        return output
-    difference_R = found.sampled_R.detach() - packed.reference_R
-    return replace(
-        output, sums=output.sums | {"reference_kl": summed(ratio(found.sampled_R, packed.behaviour_R) * difference_R)}
-    )
+    others = {"reference_kl": packed.reference_R, "plain_kl": packed.plain_R}
+    sampled_R, sums = found.sampled_R.detach(), dict(output.sums)
+    for name, other_R in others.items():
+        if other_R is not None:
+            sums[name] = summed(ratio(sampled_R, packed.behaviour_R) * (sampled_R - other_R))
+    return replace(output, sums=sums)

@@ -34,6 +34,8 @@ class Rows:
     """int32[R], optimizer steps."""
     sequence_R: Tensor | None = None
     """int64[R], ascending: the response of each row. Only ratios of whole responses need it."""
+    frequent_R: Tensor | None = None
+    """bool[R]: whether the token is one of the most frequent; None where nobody asks."""
     weights_R: Tensor | None = None
     """How often a row counts in the loss (None: once); what is reported of ratios does not look at it."""
 

@@ -69,6 +69,10 @@ class PackedBatch:
     """float32[R]: how often a row counts in the loss; None: once each."""
     reference_R: Tensor | None = None
     """float32[R], nats: the reference model's, where there is one."""
+    plain_R: Tensor | None = None
+    """float32[R], nats: the teacher's behind the student's prompts, in steps that report it."""
+    frequent_R: Tensor | None = None
+    """bool[R]: whether a target is one of the micro-batch's most frequent ones; None where nobody asks."""
     rewards_N: NDArray[np.float32] | None = None
     """float32[N], on the host: of each response, NaN where it has none; None unless the learner needs them."""
     sample_ids_N: NDArray[np.int64] | None = None
@@ -80,14 +84,20 @@ class PackedBatch:
 
 
 def lay_out(
-    batch: MicroBatch, *, multiple: int, slack: float, device: torch.device, context: tuple[int, int] = (0, 1)
+    batch: MicroBatch,
+    *,
+    multiple: int,
+    slack: float,
+    device: torch.device,
+    context: tuple[int, int] = (0, 1),
+    frequent: int = 0,
 ) -> PackedBatch:
     """Lay `batch` out and move it to `device`.
 
     `multiple` divides P (the tensor-parallel size under sequence parallelism). `slack` is the largest share of a
     sequence's slot that may be padding: 0 groups only equal lengths. `context` is this rank's place in its context
-    group and the group's size. An empty micro-batch becomes padding only, so that its rank still takes part in every
-    collective.
+    group and the group's size. `frequent` is how many of the most frequent targets are marked. An empty micro-batch
+    becomes padding only, so that its rank still takes part in every collective.
     """
     lengths_N = np.diff(batch.cu_seqlens).astype(np.int64)
     order_N = np.argsort(-lengths_N, kind="stable")
@@ -125,7 +135,15 @@ def lay_out(
         weights_R=None if batch.weights is None else torch.tensor(batch.weights, device=device),
         rewards_N=batch.rewards,
         sample_ids_N=batch.sample_ids,
+        frequent_R=torch.from_numpy(_frequent(batch, frequent)).to(device) if frequent else None,
     )
+
+
+def _frequent(batch: MicroBatch, most: int) -> NDArray[np.bool_]:
+    """bool[R]: whether a target is one of the `most` most frequent ones."""
+    targets = batch.token_ids[batch.rows + 1]
+    ids, counts = np.unique(targets, return_counts=True)
+    return np.isin(targets, ids[np.argsort(-counts, kind="stable")[:most]])
 
 
 def _held_rows(rows_R: Int64Array, held_P: Int64Array, total: int) -> tuple[Int64Array, Int64Array]:

@@ -71,7 +71,7 @@ def _prompt_problems(topology: Topology) -> Iterator[str]:
         for key in ("teacher_prompt", "privileged_key"):
             if getattr(data, key) is not None:
                 yield f"data.{key}: given, but opd.use_opd is false and no teacher reads it; remove it"
-    if data.teacher_prompt is None and data.privileged_key is None and data.teacher_prompt_missing != "refuse":
+    if not data.informs_teachers and data.teacher_prompt_missing != "refuse":
         yield (
             f"data.teacher_prompt_missing: {data.teacher_prompt_missing}, but teachers read what the student reads; "
             "write data.teacher_prompt or data.privileged_key, or remove it"
@@ -114,10 +114,10 @@ def _teachers_problems(topology: Topology) -> Iterator[str]:
 def _self_problems(topology: Topology) -> Iterator[str]:
     """List what a student that is its own teacher lacks, and what has no part in it."""
     opd, models = topology.opd, topology.models
-    if topology.data.privileged_key is None and topology.data.teacher_prompt is None:
+    if not topology.data.informs_teachers:
         yield (
-            "data.privileged_key: missing, but opd.type is self, and a student that reads what its teacher reads learns "
-            "nothing; write the key of the rows that holds what only the teacher is shown "
+            "data.privileged_key: missing, but opd.type is self, and from a teacher that reads the same the student "
+            "learns nothing; write the key of the rows that holds what only the teacher is shown "
             "(--opsd-privileged-info-key), or data.teacher_prompt"
         )
     for key, given in (("models.teacher", models.teacher is not None), ("models.teachers", bool(models.teachers))):
@@ -129,7 +129,7 @@ def _self_problems(topology: Topology) -> Iterator[str]:
     if opd.self.weights == "live":
         for key in ("teacher_load", "teacher_offload"):
             if getattr(opd, key):
-                yield f"opd.{key}: given, but live weights are the student's own, and there is no second model; remove it"
+                yield f"opd.{key}: given, but live weights are the student's own, there is no second model; remove it"
     if opd.teacher_load is not None:
         yield from _load_problems(topology)
 
@@ -157,7 +157,7 @@ def _unused_problems(topology: Topology) -> Iterator[str]:
         yield f"opd.self: given, but opd.type is {opd.type.value}; remove it, or write type: self (--opd-type self)"
     elif opd.self.weights != "ema" and opd.self.decay != usual.decay:
         yield f"opd.self.decay: {opd.self.decay:g}, but the weights are {opd.self.weights}; write weights: ema"
-    plain = topology.data.teacher_prompt is None and topology.data.privileged_key is None
+    plain = not topology.data.informs_teachers
     if opd.plain_kl_every and (plain or not opd.in_learner or opd.self.weights == "live"):
         what = "teacher in the learner that reads other prompts, and has weights of its own"
         yield f"opd.plain_kl_every: {opd.plain_kl_every}, but it is for a {what}; write 0"

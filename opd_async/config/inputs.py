@@ -82,3 +82,8 @@ class DataSection(Section):
     the student's prompt without one."""
     teacher_prompt_missing: Literal["refuse", "plain"] = "refuse"
     """Rows that lack what their teacher's prompt is made of: refused before the start, or trained plainly."""
+
+    @property
+    def informs_teachers(self) -> bool:
+        """True if teachers read other prompts than the student."""
+        return self.teacher_prompt is not None or self.privileged_key is not None

@@ -12,7 +12,6 @@ from opd_async.config.losses import DEFAULT_LOSS, LOSSES, TOPK_LOSSES, Mismatch
 from opd_async.config.rewards import RewardKind
 from opd_async.config.section import Decay, FilePath, HookName, NonNegative, Positive, Seconds, Section, StepsOr0
 
-
 SELF_CLIP = 0.05
 """`opd.divergence_clip` of `type: self`, slime's: a few tokens of style would otherwise make most of the signal."""
 

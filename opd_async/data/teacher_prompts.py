@@ -101,8 +101,7 @@ class TeacherPrompts:
         cls, section: DataSection, tokenizer: Tokenizer, limits: Mapping[str, tuple[int, str]]
     ) -> TeacherPrompts | None:
         """None where teachers read what the student reads. Raises as the constructor."""
-        wanted = section.teacher_prompt is not None or section.privileged_key is not None
-        return cls(section, tokenizer, limits) if wanted else None
+        return cls(section, tokenizer, limits) if section.informs_teachers else None
 
     def text(self, student: StudentPrompt) -> TeacherText | None:
         """What the teacher reads of a row; None if that is the student's prompt, because its own text is missing and

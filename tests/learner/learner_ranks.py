@@ -149,7 +149,17 @@ def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[
     for loss in ("jsd_full", "reverse_kl"):
         informed = Trainer(replace(config, loss=LossConfig(loss=loss), teacher=teacher))
         found[f"{loss} of a teacher that reads other prompts"] = steps(informed, place, 2, other_prompts=True)
+    live = TeacherConfig(model_path=config.model_path, load=None, weights="live")
+    clipped = LossConfig(loss="jsd_full", divergence_clip=0.05)
+    itself = Trainer(replace(config, loss=clipped, teacher=live, frequent_tokens=3))
+    found["the student as its own teacher"] = steps(itself, place, 2, other_prompts=True)
     return found
+
+
+def with_average(config: LearnerConfig) -> Trainer:
+    """A trainer whose student is taught by an average of itself that moves fast."""
+    average = TeacherConfig(model_path=config.model_path, load=None, weights="ema", decay=0.5)
+    return Trainer(replace(config, loss=LossConfig(loss="jsd_full"), teacher=average))
 
 
 def with_experts(config: LearnerConfig, place: parallel.Place, results: Path) -> list[tuple[float, ...]]:
@@ -211,6 +221,10 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
     if "moe" in model.name:
         report["teacher with experts"] = with_experts(trainer.config, place, results)
     if model.name == WITH_LOSSES:
+        averaged = with_average(trainer.config)
+        report["average"] = steps(averaged, place, SAVED_AT, other_prompts=True)
+        resume.save(averaged, results / f"{model.name}-{name}-average")
+        report["average"] += steps(averaged, place, STEPS, other_prompts=True)
         report["losses"] = losses(trainer.config, place, results)
         report["furthest"] = furthest(parallel_state.get_tensor_model_parallel_group())
     parallel_state.destroy_model_parallel()

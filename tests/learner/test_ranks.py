@@ -23,6 +23,7 @@ from learner_ranks import (
     layouts,
     losses,
     steps,
+    with_average,
     with_critic,
     with_experts,
 )
@@ -156,6 +157,18 @@ def test_a_critic_is_split_as_the_student_and_resumes_anywhere(alone: Place, run
         resume.load(resumed, runs.results / f"{kind}-{layout}-critic")
         after = torch.tensor(steps(resumed, alone, STEPS))
         torch.testing.assert_close(after, expected[SAVED_AT:], **same, msg=layout)
+
+
+def test_an_average_that_teaches_is_split_as_the_student_and_resumes_anywhere(alone: Place, runs: Runs) -> None:
+    config = learner_config(runs.models / WITH_LOSSES)
+    expected = torch.tensor(steps(with_average(config), alone, STEPS, other_prompts=True))
+    for layout in layouts(WITH_LOSSES):
+        found = torch.tensor(runs.jobs.of(layout)[WITH_LOSSES]["average"])
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5, msg=lambda text, n=layout: f"{n}: {text}")
+        resumed = with_average(config)
+        resume.load(resumed, runs.results / f"{WITH_LOSSES}-{layout}-average")
+        after = torch.tensor(steps(resumed, alone, STEPS, other_prompts=True))
+        torch.testing.assert_close(after, expected[SAVED_AT:], rtol=0.0, atol=1e-5, msg=layout)
 
 
 def test_every_layout_computes_the_same_losses(alone: Place, runs: Runs) -> None:

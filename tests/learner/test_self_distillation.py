@@ -1,7 +1,9 @@
-"""A teacher in the learner that reads other prompts than the student: losses and gradients against transformers."""
+"""Teachers in the learner that read other prompts than the student, the student itself among them: losses and gradients
+against transformers, slime's loss, what a checkpoint carries."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +26,14 @@ from tiny_learner import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from opd_async.learner import resume
+from opd_async.learner.average import MovingTeacher
 from opd_async.learner.config import LearnerConfig, LossConfig, TeacherConfig
 from opd_async.learner.distributed.parallel import Place
+from opd_async.learner.errors import CheckpointError
+from opd_async.learner.hf.io import hf_weights
+from opd_async.learner.losses.divergences import Cells, jsd_topk
+from opd_async.learner.losses.objective import bounded
 from opd_async.learner.trainer import Trainer
 from opd_async.transport.step_batch import MicroBatch
 
@@ -104,3 +112,185 @@ def test_the_sampled_token_is_scored_behind_the_teachers_prompt(
     expected = hf_gradients(elsewhere, step_batch(0, [scored]))
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-2
     assert_close(hf_gradients(ours, step_batch(0, [batch])), expected, 1e-5)
+
+
+# --- the student as its own teacher -----------------------------------------------------------------------------------
+
+
+def itself(model_path: Path, weights: str, **changes: object) -> LearnerConfig:
+    own = TeacherConfig(model_path=model_path, load=None, weights=weights, decay=0.75)  # type: ignore[arg-type]
+    return learner_config(model_path, loss=LossConfig(loss="jsd_full", jsd_beta=BETA), teacher=own, **changes)
+
+
+def weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    """The student's weights now, by their Hugging Face names."""
+    return {name: tensor.clone() for name, tensor in hf_weights(trainer.model)}
+
+
+def gradient_of(
+    student: dict[str, Tensor], teacher: dict[str, Tensor], path: Path, batch: MicroBatch
+) -> dict[str, Tensor]:
+    """By transformers, of two models that read the batch each in its way."""
+    ours, theirs = hf(path), hf(path)
+    ours.load_state_dict(student, strict=False)
+    theirs.load_state_dict(teacher, strict=False)
+    with torch.no_grad():
+        wanted = logits(theirs, batch, as_teacher=True).double()
+    rows = zip(logits(ours, batch, as_teacher=False).double(), wanted, strict=True)
+    torch.stack([enumerated("jsd_full", a, b, BETA) for a, b in rows]).mean().backward()
+    return {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("weights", ["frozen", "live", "ema"])
+def test_the_student_teaches_itself_with_the_weights_that_were_asked_for(
+    alone: Place, model_path: Path, weights: str
+) -> None:
+    trainer = Trainer(itself(model_path, weights))
+    first = average = weights_of(trainer)
+    for version in range(3):
+        batch, now = informed([5, 23, 30, 11], seed=version), weights_of(trainer)
+        teaching = {"frozen": first, "live": now, "ema": average}[weights]
+        found = hf_gradients(trainer, step_batch(version, [batch]))
+        expected = gradient_of(now, teaching, model_path, batch)
+        assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
+        assert_close(found, expected, 1e-5)
+        trainer.step(step_batch(version, [batch]))
+        average = {name: 0.75 * average[name] + 0.25 * new for name, new in weights_of(trainer).items()}
+    moved = max(float((new - first[name]).abs().max()) for name, new in weights_of(trainer).items())
+    assert moved > 1e-3, "else the three would be the same"
+
+
+def test_a_live_teacher_is_no_second_model(alone: Place, model_path: Path, tmp_path: Path) -> None:
+    trainer = Trainer(itself(model_path, "live"))
+    assert trainer.teacher is not None and not hasattr(trainer.teacher, "model")
+    trainer.step(step_batch(0, [informed([9, 14])]))
+    resume.save(trainer, tmp_path / "live")
+    resume.load(Trainer(learner_config(model_path)), tmp_path / "live")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_average_goes_on_from_a_checkpoint(alone: Place, model_path: Path, tmp_path: Path, dtype: str) -> None:
+    trainer = Trainer(itself(model_path, "ema", dtype=dtype))
+    for version in range(2):
+        trainer.step(step_batch(version, [informed([9, 14, 30], seed=version)]))
+    resume.save(trainer, tmp_path / "run")
+    resumed = Trainer(itself(model_path, "ema", dtype=dtype))
+    resume.load(resumed, tmp_path / "run")
+
+    def average(of: Trainer) -> list[Tensor]:
+        assert isinstance(of.teacher, MovingTeacher)
+        with of.teacher.in_float32() as model:
+            return [parameter.data.clone() for parameter in model.parameters()]
+
+    student = [parameter.data.float() for parameter in trainer.model.parameters()]
+    assert all(tensor.dtype is torch.float32 for tensor in average(trainer))
+    assert any(not torch.equal(a, s) for a, s in zip(average(trainer), student, strict=True))
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(average(trainer), average(resumed), strict=True))
+        batch = step_batch(trainer.version, [informed([9, 14, 30], seed=trainer.version)])
+        ours, theirs = trainer.step(batch), resumed.step(batch)
+        assert (ours.loss, ours.grad_norm) == (theirs.loss, theirs.grad_norm)
+    resume.save(Trainer(itself(model_path, "frozen", dtype=dtype)), tmp_path / "frozen")
+    with pytest.raises(CheckpointError, match=r"has no average that teaches: .* opd\.self\.weights"):
+        resume.load(resumed, tmp_path / "frozen")
+
+
+def test_an_average_in_low_precision_takes_in_steps_that_its_own_precision_would_lose(
+    alone: Place, model_path: Path
+) -> None:
+    config = itself(model_path, "ema", dtype="bfloat16")
+    assert config.teacher is not None
+    trainer = Trainer(replace(config, teacher=replace(config.teacher, decay=0.999)))
+    assert isinstance(trainer.teacher, MovingTeacher)
+    with torch.no_grad():
+        student = next(trainer.model.parameters())
+        student.add_(0.25)
+    before = next(trainer.teacher.model.parameters()).data.float().clone()
+    for _ in range(1000):
+        trainer.teacher.follow(trainer.model)
+    moved = (next(trainer.teacher.model.parameters()).data.float() - before).mean()
+    assert float(moved) == pytest.approx(0.25 * (1.0 - 0.999**1000), abs=2e-3)
+
+
+# --- slime's loss, and what is reported -------------------------------------------------------------------------------
+
+
+def slimes(student_RV: Tensor, teacher_RV: Tensor, beta: float, clip: float) -> Tensor:
+    """A token's divergence as slime's self-distillation has it, from logits, bounded: float[R]."""
+    p, q = student_RV.log_softmax(-1), teacher_RV.log_softmax(-1)
+    if beta == 0.0:
+        terms = q.exp() * (q - p)
+    elif beta == 1.0:
+        terms = p.exp() * (p - q)
+    else:
+        m = torch.logaddexp(p + math.log(1.0 - beta), q + math.log(beta))
+        terms = beta * q.exp() * (q - m) + (1.0 - beta) * p.exp() * (p - m)
+    return terms.sum(-1).clamp(max=clip)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+def test_slimes_loss_on_the_same_numbers(alone: Place, model_path: Path, beta: float) -> None:
+    """Its mean is over responses, each the mean over its tokens: `learner.loss_mean: responses`."""
+    batch = informed([5, 23, 30, 11])
+    counts = np.bincount(np.searchsorted(batch.cu_seqlens, batch.rows, side="right") - 1)
+    weights = np.repeat(len(batch.rows) / (len(counts) * counts), counts).astype(np.float32)
+    batch = replace(batch, weights=weights)
+    loss = {0.0: "forward_kl_full", 1.0: "reverse_kl_full"}.get(beta, "jsd_full")
+    student = hf(model_path)
+    with torch.no_grad():
+        theirs = logits(hf(model_path), batch, as_teacher=True).double()
+    ours = logits(student, batch, as_teacher=False).double()
+    clip = float(slimes(ours.detach(), theirs, beta, math.inf).sort().values[-12:-10].mean())  # ten are beyond it
+    tokens_R = slimes(ours, theirs, beta, clip)
+    expected = torch.stack([part.mean() for part in tokens_R.split(counts.tolist())]).mean()
+    expected.backward()
+    share = float((tokens_R == clip).double().mean())
+    assert 0.05 < share < 0.95, "the bound must act on some tokens"
+
+    config = itself(model_path, "frozen")
+    config = replace(config, loss=LossConfig(loss=loss, jsd_beta=beta or 0.5, divergence_clip=clip))
+    trainer, step = Trainer(config), step_batch(0, [batch])
+    totals = trainer.gradients(step)
+    assert totals.sums["loss"] / step.loss_tokens == pytest.approx(float(expected.detach()), abs=1e-6)
+    assert totals.mean("divergence_clipped") == pytest.approx(share)
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert_close(hf_gradients(trainer, step), gradients, 1e-5)
+
+
+def test_a_bound_on_a_divergence_of_the_topk() -> None:
+    logits_RK = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    student = logits_RK.log_softmax(-1)[:, :3].requires_grad_()
+    tail = torch.log1p(-student.detach().exp().sum(-1))
+    teacher = (2.0 * logits_RK.roll(1, 0)).log_softmax(-1)[:, :3]
+    config = LossConfig(loss="jsd_topk", divergence_clip=0.1)
+    plain_R = jsd_topk(Cells(student, tail, teacher), config)
+    found_R, said = bounded(plain_R, config)
+    assert torch.equal(found_R, plain_R.clamp(max=0.1))
+    beyond = plain_R > 0.1
+    assert 0 < int(beyond.sum()) < 40 and said["divergence_clipped"].tolist() == [int(beyond.sum()), 40]
+    found_R.sum().backward()
+    assert student.grad is not None
+    assert not student.grad[beyond].any() and student.grad[~beyond].abs().sum(-1).min() > 0.0
+
+
+def test_what_is_reported_of_a_teacher_that_knows_more(alone: Place, model_path: Path, teacher: TeacherConfig) -> None:
+    batch = informed([5, 23, 30, 11])
+    config = config_of(model_path, teacher, "jsd_full", plain_kl_every=2, frequent_tokens=4)
+    trainer = Trainer(config)
+    totals = trainer.gradients(step_batch(0, [batch, EMPTY]))
+    with torch.no_grad():
+        ours = logits(hf(model_path), batch, as_teacher=False).double()
+        plain, read = (logits(hf(teacher.model_path), batch, as_teacher=side).double() for side in (False, True))
+    targets = torch.from_numpy(batch.token_ids[batch.rows + 1].astype("int64"))
+    p, q = (table.log_softmax(-1).gather(1, targets[:, None])[:, 0] for table in (ours, plain))
+    rho = (p - torch.from_numpy(batch.behaviour_logprobs)).exp()
+    assert totals.mean("plain_kl") == pytest.approx(float((rho * (p - q)).mean()), abs=1e-4)
+    signal = torch.stack([enumerated("jsd_full", a, b, BETA) for a, b in zip(ours, read, strict=True)])
+    counts = torch.bincount(targets, minlength=33)
+    frequent = torch.argsort(-counts, stable=True)[:4]
+    share = float(signal[torch.isin(targets, frequent)].sum() / signal.sum())
+    assert 0.05 < share < 0.95
+    assert totals.mean("frequent_signal") == pytest.approx(share, abs=1e-5)
+    trainer.step(step_batch(0, [batch]))
+    assert trainer.step(step_batch(1, [batch])).plain_kl is None
+    assert trainer.step(step_batch(2, [batch])).plain_kl is not None
