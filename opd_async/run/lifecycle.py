@@ -44,6 +44,7 @@ from opd_async.run.ledger import Ledger
 from opd_async.run.script import Script
 from opd_async.signals import Signals
 from opd_async.telemetry.exporter import RoleMetrics, loop_lag, write_targets
+from opd_async.telemetry.length_drift import LengthDrift
 from opd_async.telemetry.progress import Progress
 from opd_async.telemetry.report import Report
 from opd_async.telemetry.samples import SAMPLES_FILE, SampleRecord
@@ -71,7 +72,8 @@ class Lifecycle:
         self._keys = RunKeys.draw()
         self._plan = plan = plan.with_keys(self._keys)
         self._inputs = inputs
-        self._progress = Progress(echo, plan.topology.schedule.steps)
+        informed = plan.topology.opd.use_opd and plan.topology.data.informs_teachers
+        self._progress = Progress(echo, plan.topology.schedule.steps, LengthDrift() if informed else None)
         self._echo = echo
         self._signals = signals
         self._recoveries = 0

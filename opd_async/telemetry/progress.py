@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from opd_async.telemetry.length_drift import LengthDrift
 from opd_async.telemetry.report import Evaluation
 from opd_async.transport.messages import StepStarted
 
@@ -16,8 +17,10 @@ LINE_EVERY_S = 3.0
 class Progress:
     """Prints through `echo`; `steps` is the number of optimizer steps asked for."""
 
-    def __init__(self, echo: Callable[[str], None], steps: int) -> None:
+    def __init__(self, echo: Callable[[str], None], steps: int, drift: LengthDrift | None = None) -> None:
+        """`drift` watches the lengths of responses; None: nobody does."""
         self._echo = echo
+        self._drift = drift
         self.on_event: Callable[[str], None] = lambda text: None
         """Called with each line that is neither a step's nor an evaluation's."""
         self._steps = steps
@@ -37,6 +40,8 @@ class Progress:
     def step(self, step: int, learner: dict[str, float], started: StepStarted) -> None:
         """Print a line about a step, at most every few seconds; the last step always gets one."""
         stats = started.stats
+        if self._drift is not None and (text := self._drift.step(stats.get("response_tokens_mean"))):
+            self.say(text)
         self._tokens += stats["tokens"]
         now = time.monotonic()
         if now - self._last < LINE_EVERY_S and step != self._steps:

@@ -11,6 +11,7 @@ import pytest
 from small_runs import make_model, write_lines
 from test_opd_options import make_checkpoint
 
+from opd_async.checks.inputs import examine
 from opd_async.checks.validation import validate, warnings
 from opd_async.command import launch, parse_arguments
 from opd_async.config.topology import Topology
@@ -42,7 +43,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sealed = make_checkpoint(tmp_path / "teacher-run", 20)
     (sealed / "learner").rename(tmp_path / "models/Qwen3-8B-megatron")
     (tmp_path / "data").mkdir()
-    row = {"prompt": [{"role": "user", "content": "abc"}], "label": "34"}
+    row = {"prompt": [{"role": "user", "content": "abc"}], "label": "34", "solution": "def"}
     make_model(tmp_path / "models/student-1.7b", **QWEN3_8B)
     make_model(tmp_path / "models/teacher-8b", **QWEN3_8B)
     for name in ("dapo-math-17k", "aime-2024", "prompts", "held_out"):
@@ -63,7 +64,7 @@ def read(name: str, *options: str) -> Topology:
     return load_topology(EXAMPLES / name, options)
 
 
-@pytest.mark.parametrize("name", ["qwen3-8b-opd-sglang.yaml", "qwen3-8b-opd-megatron.yaml"])
+@pytest.mark.parametrize("name", ["qwen3-8b-opd-sglang.yaml", "qwen3-8b-opd-megatron.yaml", "qwen3-8b-opsd.yaml"])
 def test_a_dry_run_passes(inputs: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     topology = read(name)
     assert validate(topology) == [] and warnings(topology) == []
@@ -96,6 +97,18 @@ def test_both_have_the_hyperparameters_of_slimes_scripts(inputs: Path) -> None:
         evaluation = topology.evaluation
         assert (evaluation.samples_per_prompt, evaluation.max_response_tokens) == (16, 16384)
         assert topology.learner.loss_mean == "responses"
+
+
+def test_self_distillation_has_slimes_hyperparameters(inputs: Path) -> None:
+    topology, inputs_read = examine(EXAMPLES / "qwen3-8b-opsd.yaml", [], str)
+    opd, sampling = topology.opd, topology.rollout.sampling
+    assert (opd.type, opd.self.weights, opd.self.place, opd.loss) == ("self", "frozen", "learner", "jsd_full")
+    assert (opd.jsd_beta, opd.divergence_clip, topology.learner.loss_mean) == (0.5, 0.05, "responses")
+    assert (topology.learner.optimizer.lr, sampling.temperature) == (1e-6, 1.0)
+    prompt = inputs_read.prompts.prompts[0]
+    read = inputs_read.tokenizer.decode(prompt.teacher_ids.tolist())
+    assert "abc" in read and "def" in read  # the tokenizer of the tests knows ten letters
+    assert "def" not in inputs_read.tokenizer.decode(prompt.token_ids.tolist())
 
 
 def test_slimes_options_turn_one_into_the_other(inputs: Path) -> None:
