@@ -34,6 +34,8 @@ OPD = {
     "mismatch_low": 0.41,
     "mismatch_high": 3.7,
     "gkd_lambda": 0.9,
+    "divergence_clip": 0.77,
+    "plain_kl_every": 6,
 }
 
 
@@ -55,7 +57,7 @@ def topology(folders: dict[str, Path], **sections: dict[str, Any]) -> Topology:
         "name": "x",
         "seed": 91,
         "models": {"student": {"path": Path("s")}, "teacher": {"path": Path("t")}},
-        "data": {"train": {"path": Path("p")}},
+        "data": {"train": {"path": Path("p")}, "privileged_key": "solution"},
         "schedule": {"steps": 100},
         "opd": OPD | {"use_opd": True, "type": "megatron", "teacher_load": folders["teacher"], "teacher_offload": True},
         "advantage": {
@@ -96,7 +98,7 @@ def topology(folders: dict[str, Path], **sections: dict[str, Any]) -> Topology:
 def test_every_field_has_the_value_of_its_key(folders: dict[str, Path]) -> None:
     optim = OptimConfig(**(OPTIMIZER | {"total_steps": 89}))
     loss = dict(OPD)
-    del loss["gkd_lambda"]
+    del loss["gkd_lambda"], loss["plain_kl_every"]
     wanted = LearnerConfig(
         model_path=Path("s"),
         dtype="bfloat16",
@@ -130,12 +132,15 @@ def test_every_field_has_the_value_of_its_key(folders: dict[str, Path]) -> None:
             gamma=0.97,
             lam=0.88,
         ),
+        plain_kl_every=6,
+        frequent_tokens=32,
     )
     found = learner_config(topology(folders))
     assert found == wanted
     assert [f"{where}.{name}" for where, name in unvaried(found)] == [
         "LossConfig.ratio",  # see the next test
         "LossConfig.function",  # a hook, see test_own_loss.py
+        *(["TeacherConfig.weights", "TeacherConfig.decay"] * 2),  # of a student that teaches itself, see below
     ]
 
 
@@ -181,3 +186,20 @@ def test_a_teacher_is_in_the_learner_only_where_the_topology_says_so(folders: di
     for opd in (inside | {"type": "sglang"}, inside | {"use_opd": False}, inside | {"teacher_load": None}):
         assert learner_config(topology(folders, opd=opd)).teacher is None
     assert learner_config(topology(folders, opd=inside)).loss.given is False
+
+
+@pytest.mark.parametrize("weights", ["frozen", "live", "ema"])
+def test_the_student_teaches_itself_from_where_it_begins(folders: dict[str, Path], weights: str) -> None:
+    alone = {"student": {"path": Path("s")}}
+    own = {"type": "self", "self": {"weights": weights, "decay": 0.4}, "teacher_offload": True}
+    expected = TeacherConfig(model_path=Path("s"), load=folders["student"], offload=True, weights=weights, decay=0.4)
+    assert learner_config(topology(folders, opd=own, models=alone)).teacher == expected
+    elsewhere = own | {"teacher_load": folders["teacher"]}
+    found = learner_config(topology(folders, opd=elsewhere, models=alone))
+    assert found.teacher == dataclasses.replace(expected, load=folders["teacher"])
+    first = learner_config(topology(folders, opd=own, models=alone, learner={})).teacher
+    assert first == dataclasses.replace(expected, load=None)
+    engines = own | {"self": {"place": "engines"}}
+    assert learner_config(topology(folders, opd=engines, models=alone)).teacher is None
+    plain = topology(folders, data={"train": {"path": Path("p")}})
+    assert learner_config(plain).frequent_tokens == 0
