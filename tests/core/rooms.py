@@ -36,7 +36,7 @@ ORDER: dict[str, tuple[str, ...]] = {
             "optimizer",
             "critic",
         ),
-        *("teacher", "trainer", "weights", "from_topology", "resume", "beats", "convert", "main"),
+        *("teacher", "average", "trainer", "weights", "from_topology", "resume", "beats", "convert", "main"),
     ),
     "bench": (
         *("sim", "schedules", "sweeps", "baselines", "forecasts", "crosscheck", "convert", "learner", "weights"),
