@@ -27,6 +27,7 @@ from opd_async.actors.client.engine_client import new_connector
 from opd_async.actors.client.replies import Delta
 from opd_async.actors.client.routed_client import GenerationClient
 from opd_async.actors.rollout.abort_and_collect import AbortedError
+from opd_async.actors.rollout.comparing import Comparing
 from opd_async.actors.rollout.delivery import Delivery
 from opd_async.actors.rollout.engines import Engines
 from opd_async.actors.rollout.generation import Generation
@@ -59,6 +60,7 @@ class RolloutActor:
         self._delivery = Delivery(role)
         self._outage_s = topology.supervisor.start_deadline_s
         self._judging = Judging(role)
+        self._comparing = Comparing(role, self._engines)
         self._streams = Streams(topology.schedule.pause_mode, must_abort, role.clock)
         self._live = self._streams.live
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -123,7 +125,9 @@ class RolloutActor:
                 await self._role.control.send(done)
             reward = await self._judging.judge(generation) if generation.awaits_reward else None
             if lease.kind != m.LeaseKind.TRAIN:
-                await self._role.control.send(generation.evaluation(reward))
+                teacher = self._comparing
+                scores = await teacher.teacher_logprobs(generation) if teacher.wants(lease) else None
+                await self._role.control.send(generation.evaluation(reward, scores))
             elif generation.awaits_reward:
                 generation.rewarded(reward)
                 await self._delivery.send_all(generation)

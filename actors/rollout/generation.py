@@ -196,8 +196,24 @@ class Generation:
         self._closed = finish is not None
         return chunk
 
-    def evaluation(self, reward: float | None) -> m.EvalDone:
-        """The complete response of an evaluation lease, and what it earned where that was asked for."""
+    def response(self) -> NDArray[np.int32]:
+        """int32[n], the response so far."""
+        return self.input_ids()[len(self.lease.prompt) :]
+
+    def evaluation(self, reward: float | None, teacher_logprobs: NDArray[np.float32] | None = None) -> m.EvalDone:
+        """The complete response of an evaluation lease, and what it earned, or what the teacher thinks of it, where
+        that was asked for."""
         finish = self.finish.value if self.finish else ""
         version = max(self.student.version, 0)
-        return m.EvalDone(self.lease.sample_id, finish, version, self.input_ids()[len(self.lease.prompt) :], reward)
+        own = None
+        if teacher_logprobs is not None:  # chunks are made in training alone: every token is still here
+            own = np.concatenate([delta.logprobs for delta in self._pending]).astype(np.float32)
+        return m.EvalDone(
+            sample_id=self.lease.sample_id,
+            finish=finish,
+            weight_version=version,
+            token_ids=self.response(),
+            reward=reward,
+            student_logprobs=own,
+            teacher_logprobs=teacher_logprobs,
+        )

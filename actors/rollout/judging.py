@@ -43,7 +43,7 @@ class Judging:
         """
         assert self._pool is not None
         lease, began = generation.lease, time.monotonic()
-        response = generation.input_ids()[len(lease.prompt) :]
+        response = generation.response()
         finished = generation.finish is m.Finish.STOP
         reward = await self._pool.reward(
             np.asarray(lease.prompt, np.int32), response, lease.label, lease.metadata, finished

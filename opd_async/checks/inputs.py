@@ -178,7 +178,8 @@ class _Reader:
             return None
         judged = key == "train" or self._topology.evaluation.judge == "reward"
         kind = self._topology.reward.kind if judged else None
-        self._try(f"data.{key}.label_key", lambda: require_labels(prompts, section, kind))
+        if key == "train" or self._topology.evaluation.judge != "teacher":
+            self._try(f"data.{key}.label_key", lambda: require_labels(prompts, section, kind))
         if prompts.skipped_too_long:
             self.notes.append(f"{section.path}: skipped {prompts.skipped_too_long} prompts longer than {limit} tokens")
         if prompts.read_plainly:

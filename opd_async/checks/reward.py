@@ -80,6 +80,13 @@ def _evaluation_problems(topology: Topology) -> Iterator[str]:
     evaluation, context = topology.evaluation, topology.engines.student.context_tokens
     if evaluation.judge == "reward" and topology.reward.kind is RewardKind.NONE:
         yield "evaluation.judge: reward, but there is none; write reward.kind, or answer"
+    if evaluation.judge == "teacher" and not topology.teachers:
+        yield ("evaluation.judge: teacher, but no teacher has engines of its own to be asked; write answer or reward")
+    if evaluation.judge == "teacher" and evaluation.temperature != 1.0:
+        yield (
+            f"evaluation.temperature: {evaluation.temperature:g}, but evaluation.judge: teacher compares distributions "
+            "at temperature 1; write 1"
+        )
     if (evaluation.max_response_tokens or 0) >= context:
         yield (
             f"evaluation.max_response_tokens: {evaluation.max_response_tokens} leaves no room for a prompt in "

@@ -23,7 +23,7 @@ class CheckpointSection(Section):
 
 
 class EvaluationSection(Section):
-    """pass@1 on held-out prompts: before, during and after training."""
+    """Evaluations on held-out prompts, before, during and after training: pass@1, or the distance to the teacher."""
 
     every_steps: Steps | None = None
     """Steps between evaluations. Null: only before and after training."""
@@ -37,8 +37,9 @@ class EvaluationSection(Section):
     """Temperature of the sampled responses. Nothing is trained on them, so it need not be 1."""
     max_response_tokens: Tokens | None = None
     """Longest response of an evaluation. Null: as in `rollout.sampling`."""
-    judge: Literal["answer", "reward"] = "answer"
-    """What makes a response right: the answer pattern, or a positive reward."""
+    judge: Literal["answer", "reward", "teacher"] = "answer"
+    """What makes a response right: the answer pattern, or a positive reward. `teacher` needs no labels: it is the
+    reverse KL to the teacher on the sampled responses, estimated at temperature 1."""
     answer_pattern: str = r"(?s)^(.*)$"
     """Regular expression over the response text; its first group must equal the label."""
     teacher: bool = True

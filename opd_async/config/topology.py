@@ -109,7 +109,7 @@ class Topology(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     """When the run is saved, and what is exported."""
     evaluation: EvaluationSection = EvaluationSection()
-    """pass@1 on held-out prompts: before, during and after training."""
+    """Evaluations on held-out prompts: before, during and after training."""
     network: NetworkSection = NetworkSection()
     """Where roles listen."""
     supervisor: SupervisorSection = SupervisorSection()

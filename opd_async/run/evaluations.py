@@ -39,7 +39,8 @@ class Evaluations:
         assert self._evaluator is not None
         count, ledger = self._section.prompts, self._dispatcher.ledger
         names = [name for name in self._dispatcher.plan.teacher_urls if self._evaluator.prompts_of(name, count)]
-        teachers = [name for name in names if self._section.teacher and self._who(name) not in ledger.books.teachers]
+        asked = self._section.teacher and self._section.judge != "teacher"  # it is no distance from itself
+        teachers = [name for name in names if asked and self._who(name) not in ledger.books.teachers]
         student = version == 0 and ledger.books.student_before is None
         whom = {0: [], 1: ["the teacher"]}.get(len(teachers), ["the teachers"]) + ["the student"] * student
         if not whom:

@@ -127,7 +127,7 @@ class Ledger:
     def evaluation(self, evaluation: Evaluation, who: str) -> None:
         """File one evaluation of the `student`, the `teacher`, or `teacher <name>` where there are several."""
         self.books.evaluation(evaluation, who)
-        row = {"time": time.time(), "evaluation": who, **evaluation.model_dump(mode="json")}
+        row = {"time": time.time(), "evaluation": who, **evaluation.model_dump(mode="json", exclude_none=True)}
         self._write(row)
         self.on_row("evaluation", row)
 

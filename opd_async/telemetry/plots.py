@@ -6,7 +6,7 @@ Call these from a thread (`asyncio.to_thread`) when an event loop is waiting.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,14 @@ def learning_curve(
     data. Raises `OSError`, `InputError` without matplotlib, and `ValueError` if there is nothing to draw.
     """
     finite_kl = [(step, value) for step, value in reverse_kl if math.isfinite(value)]
-    panels = [bool(student or teacher), bool(finite_kl)]
+    student = sorted(student, key=lambda found: found.step)
+    distances = [
+        (found.step, found.reverse_kl, found.reverse_kl_interval or (found.reverse_kl, found.reverse_kl))
+        for found in student
+        if found.reverse_kl is not None
+    ]
+    student = [found for found in student if found.pass_at_1 is not None]
+    panels = [bool(student or teacher), bool(finite_kl or distances)]
     if not any(panels):
         raise ValueError("no evaluation and no step to draw")
     purpose = "the picture of a run"
@@ -44,9 +51,9 @@ def learning_curve(
     canvas(figure)  # no pyplot: no global state, no display
     axes = list(figure.subplots(sum(panels), 1, sharex=True, squeeze=False)[:, 0])
     if panels[0]:
-        _draw_pass_at_1(axes[0], sorted(student, key=lambda found: found.step), teacher)
+        _draw_pass_at_1(axes[0], student, teacher)
     if panels[1]:
-        _draw_reverse_kl(axes[-1], finite_kl)
+        _draw_reverse_kl(axes[-1], finite_kl, distances)
     axes[-1].set_xlabel("optimizer step")
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
@@ -59,20 +66,26 @@ def learning_curve(
 
 def _draw_pass_at_1(axes: Axes, student: Sequence[Evaluation], teacher: Evaluation | None) -> None:
     steps = [found.step for found in student]
-    sampled = [(found.pass_at_1, found.pass_at_1_interval) for found in student]
-    greedy = [(found.pass_at_1_greedy, found.pass_at_1_greedy_interval) for found in student]
+    sampled = _points((found.pass_at_1, found.pass_at_1_interval) for found in student)
+    greedy = _points((found.pass_at_1_greedy, found.pass_at_1_greedy_interval) for found in student)
     if student:
         _draw_with_intervals(axes, steps, greedy, _GREEDY, "student, greedy")
         _draw_with_intervals(axes, steps, sampled, _SAMPLED, "student, sampled (T = 1)")
     if teacher is not None:
         levels = (("greedy", teacher.pass_at_1_greedy, _GREEDY), ("sampled (T = 1)", teacher.pass_at_1, _SAMPLED))
         for name, level, colour in levels:
+            assert level is not None
             label = f"teacher, {name}: {100 * level:.1f} %"
             axes.axhline(100 * level, color=colour, linestyle=(0, (5, 3)), linewidth=1.1, label=label)
     axes.set_ylabel("pass@1 (%)")
     axes.set_ylim(-2, 104)
     axes.set_title("Held-out prompts: pass@1 with 95 % intervals", loc="left", fontsize=10.5)
     axes.legend(fontsize=8.5, loc="lower right", framealpha=0.9, edgecolor="none")
+
+
+def _points(found: Iterable[tuple[float | None, Interval | None]]) -> list[tuple[float, Interval]]:
+    """Those that were measured."""
+    return [(value, interval) for value, interval in found if value is not None and interval is not None]
 
 
 def _draw_with_intervals(
@@ -96,20 +109,29 @@ def _draw_with_intervals(
     )
 
 
-def _draw_reverse_kl(axes: Axes, reverse_kl: Sequence[tuple[int, float]]) -> None:
+def _draw_reverse_kl(
+    axes: Axes, reverse_kl: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float, Interval]]
+) -> None:
     steps = [step for step, _ in reverse_kl]
     values = [value for _, value in reverse_kl]
+    if held_out:
+        at = [step for step, _, _ in held_out]
+        middle = [value for _, value, _ in held_out]
+        reach = [[value - low for _, value, (low, _) in held_out], [high - value for _, value, (_, high) in held_out]]
+        label = f"held-out prompts: {middle[-1]:.4f} at step {at[-1]}"
+        axes.errorbar(at, middle, yerr=reach, color=_SAMPLED, marker="o", markersize=4, capsize=2.5, label=label)
     if len(values) > _SMOOTH_FROM:
         axes.plot(steps, values, color=_KL, alpha=0.35, linewidth=0.9, label="each step")
         inner = steps[_SMOOTH_REACH:-_SMOOTH_REACH]
         axes.plot(
             inner, _centred_mean(values), color=_KL, linewidth=1.8, label=f"mean over {2 * _SMOOTH_REACH + 1} steps"
         )
-    else:
+    elif values:
         axes.plot(steps, values, color=_KL, marker="o", markersize=4, linewidth=1.6, label="each step")
-    axes.set_ylim(bottom=min(0.0, *values))
+    axes.set_ylim(bottom=min(0.0, *values, *(low for _, _, (low, _) in held_out)))
     axes.set_ylabel("reverse KL (nats per token)")
-    axes.set_title("Training: reverse KL from student to teacher", loc="left", fontsize=10.5)
+    where = "Training and held-out prompts" if held_out else "Training"
+    axes.set_title(f"{where}: reverse KL from student to teacher", loc="left", fontsize=10.5)
     axes.legend(fontsize=8.5, loc="upper right", framealpha=0.9, edgecolor="none")
 
 

@@ -61,10 +61,25 @@ class Progress:
         self._last, self._tokens, self._since = now, 0.0, now
 
     def evaluation(self, who: str, result: Evaluation) -> None:
-        """Print one line with the pass@1 of an evaluation that has ended."""
+        """Print one line about an evaluation that has ended: its pass@1, or the distance to the teacher."""
+        if result.pass_at_1 is None or result.pass_at_1_greedy is None:
+            self._line(f"{who} at step {result.step}: {compared(result)}")
+            return
         sampled = f"avg@{result.samples_per_prompt}" if result.samples_per_prompt > 1 else "pass@1"
         unjudged = f", {result.unjudged} not judged" if result.unjudged else ""
         self._line(
             f"{who} at step {result.step}: {sampled} {100 * result.pass_at_1:.1f} %, "
             f"greedy {100 * result.pass_at_1_greedy:.1f} % of {result.prompts} held-out prompts{unjudged}"
         )
+
+
+def compared(result: Evaluation) -> str:
+    """What an evaluation that the teacher judges has found, in words."""
+    distance = "no response was scored" if result.reverse_kl is None else f"reverse KL {result.reverse_kl:.4f}"
+    if result.reverse_kl_interval is not None:
+        low, high = result.reverse_kl_interval
+        distance += f" ({low:.4f} to {high:.4f})"
+    unscored = f", {result.unjudged} not scored" if result.unjudged else ""
+    length = "" if result.response_tokens is None else f", length {result.response_tokens:,.1f}"
+    ended = "" if result.ended_share is None else f", {100 * result.ended_share:.0f} % ended"
+    return f"{distance} on {result.prompts} held-out prompts{length}{ended}{unscored}"

@@ -6,9 +6,12 @@ Shares are between 0 and 1, times in seconds, staleness in optimizer steps. `Non
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from opd_async.config.section import Section
@@ -36,22 +39,33 @@ def wilson_interval(passed: float, trials: int) -> Interval:
 
 
 class Evaluation(Section):
-    """pass@1 of one model over `prompts` held-out prompts: `samples_per_prompt` sampled responses, and a greedy one."""
+    """One model on `prompts` held-out prompts: `samples_per_prompt` sampled responses, and a greedy one.
+
+    What was not asked for is None: answers where the teacher judges, the distance to the teacher where answers count.
+    """
 
     prompts: int
     samples_per_prompt: int = 1
     temperature: float = 1.0
     """Of the sampled responses."""
-    pass_at_1: float
+    pass_at_1: float | None = None
     """Share of all sampled responses that are right: avg@k with k = `samples_per_prompt`."""
-    pass_at_1_interval: Interval
+    pass_at_1_interval: Interval | None = None
     """95 %, with prompts for trials: samples of one prompt resemble one another, so it is never too narrow."""
-    pass_at_1_greedy: float
-    pass_at_1_greedy_interval: Interval
+    pass_at_1_greedy: float | None = None
+    pass_at_1_greedy_interval: Interval | None = None
     step: int
     """Optimizer steps behind the evaluated weights; 0 for the teacher."""
     unjudged: int = 0
-    """Responses for which no reward could be computed; they count as wrong."""
+    """Responses for which no reward could be computed, which count as wrong; or that the teacher could not score."""
+    reverse_kl: float | None = None
+    """Nats a token: the mean of log p - log q over all tokens of the sampled responses, which the student drew."""
+    reverse_kl_interval: Interval | None = None
+    """95 %, with responses for trials: tokens of one response resemble one another."""
+    response_tokens: float | None = None
+    """Mean length of the sampled responses."""
+    ended_share: float | None = None
+    """Share of the sampled responses that ended by themselves."""
 
     @classmethod
     def from_counts(
@@ -75,6 +89,38 @@ class Evaluation(Section):
             pass_at_1_greedy=passed_greedy / prompts if prompts else 0.0,
             pass_at_1_greedy_interval=wilson_interval(passed_greedy, prompts),
             step=step,
+        )
+
+    @classmethod
+    def from_differences(
+        cls,
+        prompts: int,
+        differences: Sequence[npt.NDArray[np.float64]],
+        step: int,
+        samples: int = 1,
+        unjudged: int = 0,
+    ) -> Self:
+        """From log p - log q of each token, float64[n] for each sampled response that the teacher has scored.
+
+        The mean is a ratio of two sums over responses; its variance is that of a ratio estimator (Cochran, Sampling
+        Techniques, 1977, 6.4).
+        """
+        sums = np.array([one.sum() for one in differences])
+        lengths = np.array([len(one) for one in differences], np.float64)
+        kl = interval = None
+        if lengths.sum() > 0:
+            kl = float(sums.sum() / lengths.sum())
+            count = len(lengths)
+            spread = float(((sums - kl * lengths) ** 2).sum())
+            error = _Z * math.sqrt(spread * count / max(count - 1, 1)) / float(lengths.sum())
+            interval = (kl - error, kl + error) if count > 1 else None
+        return cls(
+            prompts=prompts,
+            samples_per_prompt=samples,
+            step=step,
+            unjudged=unjudged,
+            reverse_kl=kl,
+            reverse_kl_interval=interval,
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from opd_async.telemetry.report import Interval, Report, Stages
+from opd_async.telemetry.report import Evaluation, Interval, Report, Stages
 
 WIDTH = 86
 
@@ -58,6 +58,10 @@ def _evaluations(report: Report) -> Iterator[str]:
     if all(evaluation is None for _, evaluation in rows):
         return
     first = next(evaluation for _, evaluation in rows if evaluation is not None)
+    if first.pass_at_1 is None:
+        yield f" {'reverse KL, 95 % interval':<26}{'nats a token':<34}{'length':>10}{'ended':>10}"
+        yield from (_distance(label, found) for label, found in rows if found is not None)
+        return
     many = f", avg@{first.samples_per_prompt}" if first.samples_per_prompt > 1 else ""
     yield f" {'pass@1, 95 % interval':<24}{f'sampled, T = {first.temperature:g}{many}':<32}greedy"
     for label, found in rows:
@@ -66,6 +70,15 @@ def _evaluations(report: Report) -> Iterator[str]:
         sampled = _passed(found.pass_at_1, found.pass_at_1_interval, found.prompts)
         greedy = _passed(found.pass_at_1_greedy, found.pass_at_1_greedy_interval, found.prompts)
         yield f" {label:<24}{sampled:<32}{greedy}"
+
+
+def _distance(label: str, found: Evaluation) -> str:
+    """A row of an evaluation that the teacher judges."""
+    kl = _number(found.reverse_kl, 4)
+    if found.reverse_kl_interval is not None:
+        low, high = found.reverse_kl_interval
+        kl += f" ({low:.4f} to {high:.4f}, n={found.prompts})"
+    return f" {label:<26}{kl:<34}{_number(found.response_tokens, 1):>10}{_percent(found.ended_share):>10}"
 
 
 def _stages(stages: Stages, title: str) -> Iterator[str]:
@@ -129,7 +142,9 @@ def _closing(files: Sequence[tuple[str, Path]], commands: Sequence[tuple[str, st
         yield f"     {command}"
 
 
-def _passed(share: float, interval: Interval, prompts: int) -> str:
+def _passed(share: float | None, interval: Interval | None, prompts: int) -> str:
+    if share is None or interval is None:
+        return "-"
     low, high = interval
     return f"{100 * share:.1f} % ({100 * low:.1f} to {100 * high:.1f}, n={prompts})"
 

@@ -39,7 +39,7 @@ DIGITS = 3
 
 
 class EvaluatedSample(NamedTuple):
-    """One sampled response of an evaluation: nobody has scored it."""
+    """One sampled response of an evaluation: right or wrong, or, where the teacher judges, with scores float32[n]."""
 
     who: str
     step: int
@@ -48,8 +48,10 @@ class EvaluatedSample(NamedTuple):
     response: NDArray[np.int32]
     finish: str
     label: str
-    right: bool
+    right: bool | None
     reward: float | None
+    student_logprobs: NDArray[np.float32] | None = None
+    teacher_logprobs: NDArray[np.float32] | None = None
 
 
 class _Rewind(NamedTuple):
@@ -212,10 +214,21 @@ def evaluated_row(sample: EvaluatedSample, tokenizer: Text) -> dict[str, Any]:
         "finish": sample.finish,
         "reward": sample.reward,
         "label": sample.label,
-        "right": sample.right,
+        **({} if sample.right is None else {"right": sample.right}),
+        **_scores_of(sample),
         "prompt": tokenizer.decode(sample.prompt.tolist(), skip_special=False),
         "prompt_tokens": len(sample.prompt),
         **_response(text_of_tokens(tokenizer, sample.response.tolist()), len(sample.response)),
+    }
+
+
+def _scores_of(sample: EvaluatedSample) -> dict[str, Any]:
+    """The logprobs of a response of an evaluation, where the teacher has scored it."""
+    if sample.student_logprobs is None or sample.teacher_logprobs is None:
+        return {}
+    return {
+        "student_logprobs": _rounded(sample.student_logprobs),
+        "teacher_logprobs": _rounded(sample.teacher_logprobs),
     }
 
 

@@ -68,7 +68,7 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("prompt_lengths", "teacher_prompt_lengths"), _COUNT),
     "waited_s": Range(0, NEVER),
     **dict.fromkeys(("partial_tokens", "staleness_counts", "request", "token"), _ID),
-    **dict.fromkeys(("behaviour_logprobs", "teacher_logprobs"), _LOGPROB),
+    **dict.fromkeys(("behaviour_logprobs", "student_logprobs", "teacher_logprobs"), _LOGPROB),
     "topk_logprobs": Range(-math.inf, 1.0e-3),
     **dict.fromkeys(("complete", "taken_complete", "verify", "last", "idle"), _FLAG),
     **dict.fromkeys(("advantages", "weights"), Range(-1.0e30, 1.0e30)),
@@ -102,6 +102,7 @@ EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
     "Frontier": (("partial_ids", "partial_ends"),),
     "Chunk": (("token_ids", "behaviour_logprobs"),),
     "ScoredChunk": (("token_ids", "behaviour_logprobs"),),
+    "EvalDone": (("token_ids", "student_logprobs", "teacher_logprobs"),),
     "TrainedSample": (
         ("response", "behaviour_logprobs"),
         ("chunk_ends", "chunk_versions", "chunk_made_s", "chunk_latency_s"),

@@ -13,7 +13,7 @@ import pytest
 import zmq.asyncio
 from deadlines import patience
 from fake_role import SPEED, Dispatcher, fake_role, make_plan, until, value
-from faulty_engine import FAULTS, VOCAB, FaultyEngine, continuation
+from faulty_engine import FAULTS, VOCAB, FaultyEngine, continuation, scores_of
 
 from opd_async.actors.client.engine_client import new_connector
 from opd_async.actors.rollout.actor import RolloutActor
@@ -72,10 +72,12 @@ async def rollout(
     samples: int = SAMPLES,
     deadline_s: float = 60.0 * SPEED,
     teachers: tuple[str, ...] = (NOBODY,),
+    judge: str = "answer",
 ) -> AsyncIterator[Running]:
     """`deadline_s`: how long an engine may be out."""
     section = {"request_deadline_s": patience(0.05), "chunk_tokens": 4, "sampling": {"max_response_tokens": TOKENS}}
-    plan = make_plan(VOCAB, (engine.url,), teachers, rollout=section, supervisor={"start_deadline_s": deadline_s})
+    limits, evaluation = {"start_deadline_s": deadline_s}, {"judge": judge}
+    plan = make_plan(VOCAB, (engine.url,), teachers, rollout=section, supervisor=limits, evaluation=evaluation)
     async with (
         aiohttp.ClientSession(connector=new_connector()) as session,
         fake_role(plan, RoleKind.ROLLOUT) as (role, dispatcher),
@@ -188,3 +190,42 @@ async def test_an_evaluation_leaves_out_a_teacher_engine_that_is_gone() -> None:
             n = done.sample_id
             assert done.token_ids.tolist() == continuation([n, n + 1, 7], TOKENS)
         assert student.seen == []
+
+
+async def test_a_teacher_judges_what_the_student_sampled() -> None:
+    """It reads a prompt of its own where it has one, is asked again after a failure, and not about greedy responses."""
+    async with (
+        FaultyEngine() as student,
+        FaultyEngine() as teacher,
+        rollout(student, samples=0, teachers=(teacher.url,), judge="teacher") as running,
+    ):
+        teacher.script.append("500")
+        kind, own = m.LeaseKind.EVAL_STUDENT.value, np.array([8, 9], np.int32)
+        first = dataclasses.replace(lease(0), kind=kind)
+        second = dataclasses.replace(lease(1), kind=kind, teacher_prompt=own)
+        greedy = dataclasses.replace(lease(2), kind=kind, temperature=0.0)
+        for one in (first, second, greedy):
+            await running.dispatcher.to_role.put(one)
+        await until(lambda: len(running.dispatcher.of(m.EvalDone)) == 3, "all evaluation responses")
+        done = {one.sample_id: one for one in running.dispatcher.of(m.EvalDone)}
+        responses = {n: continuation([n, n + 1, 7], TOKENS) for n in done}
+        assert {n: one.token_ids.tolist() for n, one in done.items()} == responses
+        for n, prompt in ((0, [0, 1, 7]), (1, [8, 9])):
+            expected = scores_of([*prompt, *responses[n]], len(prompt))
+            np.testing.assert_allclose(np.asarray(done[n].teacher_logprobs), expected, rtol=1e-6)
+            assert len(np.asarray(done[n].student_logprobs)) == TOKENS
+        assert done[2].teacher_logprobs is None
+
+
+async def test_a_teacher_that_cannot_be_asked_leaves_a_response_unscored() -> None:
+    async with (
+        FaultyEngine() as student,
+        FaultyEngine() as teacher,
+        rollout(student, samples=0, teachers=(teacher.url,), judge="teacher") as running,
+    ):
+        teacher.fault = "400"
+        await running.dispatcher.to_role.put(dataclasses.replace(lease(0), kind=m.LeaseKind.EVAL_STUDENT.value))
+        await until(lambda: bool(running.dispatcher.of(m.EvalDone)), "the response")
+        (done,) = running.dispatcher.of(m.EvalDone)
+        assert (done.teacher_logprobs, done.student_logprobs) == (None, None)
+        assert len(done.token_ids) == TOKENS

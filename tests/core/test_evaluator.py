@@ -14,6 +14,7 @@ from opd_async.config.topology import EvaluationSection
 from opd_async.data.prompts import Prompt
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.run.evaluator import Evaluator
+from opd_async.telemetry.progress import compared
 from opd_async.telemetry.report import Evaluation, wilson_interval
 from opd_async.transport.messages import EvalDone, Lease, LeaseKind
 
@@ -42,7 +43,7 @@ def evaluate(tokenizer: Tokenizer, answer: Answer, **section: object) -> tuple[E
 
 
 def done(lease: Lease, ids: np.ndarray[tuple[int], np.dtype[np.int32]], reward: float | None = None) -> EvalDone:
-    return EvalDone(lease.sample_id, "stop", 7, ids, reward)
+    return EvalDone(sample_id=lease.sample_id, finish="stop", weight_version=7, token_ids=ids, reward=reward)
 
 
 def test_avg_at_k_with_settings_of_its_own(tokenizer: Tokenizer) -> None:
@@ -77,3 +78,37 @@ def test_responses_that_could_not_be_judged_are_counted(tokenizer: Tokenizer) ->
 
     found, _ = evaluate(tokenizer, answer, judge="reward")
     assert (found.pass_at_1, found.unjudged) == (0.25, 2)
+
+
+def test_a_teacher_judges_without_labels(tokenizer: Tokenizer) -> None:
+    """The reverse KL is a mean over tokens; its interval is that of a ratio of sums over responses."""
+    lengths, gaps = [1, 2, 3, 4], [0.5, 1.0, -0.25, 0.75]
+
+    def answer(lease: Lease) -> EvalDone:
+        length, gap = lengths[lease.prompt_id], gaps[lease.prompt_id]
+        student = np.full(length, -1.0, np.float32)
+        finish = "length" if lease.prompt_id == 0 else "stop"
+        return EvalDone(
+            sample_id=lease.sample_id,
+            finish=finish,
+            weight_version=7,
+            token_ids=np.full(length, 4, np.int32),
+            student_logprobs=student,
+            teacher_logprobs=student - gap,
+        )
+
+    found, leases = evaluate(tokenizer, answer, judge="teacher")
+    assert [lease.temperature for lease in leases] == [1.0] * 4  # nothing greedy
+    assert (found.pass_at_1, found.pass_at_1_greedy, found.unjudged) == (None, None, 0)
+    mean = (0.5 + 2.0 - 0.75 + 3.0) / 10
+    assert found.reverse_kl == pytest.approx(mean)
+    rest = [gap * length - mean * length for gap, length in zip(gaps, lengths, strict=True)]
+    error = 1.959963985 * (sum(one * one for one in rest) * 4 / 3) ** 0.5 / 10
+    assert found.reverse_kl_interval == pytest.approx((mean - error, mean + error))
+    assert (found.response_tokens, found.ended_share) == (2.5, 0.75)
+
+
+def test_responses_that_no_teacher_scored_are_counted(tokenizer: Tokenizer) -> None:
+    found, _ = evaluate(tokenizer, lambda lease: done(lease, RIGHT), judge="teacher")
+    assert (found.reverse_kl, found.reverse_kl_interval, found.unjudged) == (None, None, 4)
+    assert compared(found) == "no response was scored on 4 held-out prompts, length 2.0, 100 % ended, 4 not scored"

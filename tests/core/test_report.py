@@ -119,6 +119,10 @@ def test_the_file_is_whole_and_reads_back(tmp_path: Path) -> None:
         "pass_at_1_interval",
         "pass_at_1_greedy",
         "pass_at_1_greedy_interval",
+        "reverse_kl",
+        "reverse_kl_interval",
+        "response_tokens",
+        "ended_share",
         "step",
     }
 

@@ -155,7 +155,9 @@ async def test_a_teacher_is_evaluated_on_its_own_prompts(tmp_path: Path) -> None
 
     async def send(lease: Lease) -> None:
         leases.append(lease)
-        evaluator.deliver(EvalDone(lease.sample_id, "stop", 0, np.array([4, 2], np.int32)))
+        evaluator.deliver(
+            EvalDone(sample_id=lease.sample_id, finish="stop", weight_version=0, token_ids=np.array([4, 2], np.int32))
+        )
 
     prompts = [Prompt(n, np.array([1, 3], np.int32), "b", {}, "math" if n % 3 else "code") for n in range(6)]
     tokenizer = Tokenizer(make_model(tmp_path / "model"))

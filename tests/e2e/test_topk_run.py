@@ -1,15 +1,19 @@
-"""A run whose loss is on the teacher's top-k: from the engine's answer to the learner's report."""
+"""A run whose loss is on the teacher's top-k, and whose evaluations the teacher judges: no label anywhere."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 from harness import VOCAB, Launch, check_trained, steps, topology, write_topology
 
 
 def test_forward_kl_on_the_top_k(inputs: Path, tmp_path: Path) -> None:
     values = topology(inputs, tmp_path, schedule__steps=4, opd__loss="forward_kl_topk", opd__topk=VOCAB // 2)
     values["learner"] |= {"tensor_parallel": 2}
+    values["data"]["held_out"] = values["data"]["train"]
+    values["evaluation"] = {"judge": "teacher", "prompts": 6}
     with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
         assert run.wait() == 0, run.text()
     check_trained(tmp_path / "run", 1, 4)
@@ -20,3 +24,15 @@ def test_forward_kl_on_the_top_k(inputs: Path, tmp_path: Path) -> None:
         assert 0.6 < row["learner_teacher_support"] < 1.0
         assert 0.3 < row["learner_student_support"] < row["learner_teacher_support"]
         assert row["learner_loss"] > 0.0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    before, after = report["student_before"], report["student_after"]
+    assert report["teacher"] is None and before["pass_at_1"] is None
+    assert before["reverse_kl"] == pytest.approx(rows[0]["learner_reverse_kl"], rel=0.5)  # of the same student
+    assert after["reverse_kl"] > 0.0
+    assert before["reverse_kl_interval"][0] < before["reverse_kl"] < before["reverse_kl_interval"][1]
+    assert before["unjudged"] == after["unjudged"] == 0
+    texts = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    shown = next(row for row in texts if row.get("evaluation") == "student" and row["step"] == 0)
+    gaps = [p - q for p, q in zip(shown["student_logprobs"], shown["teacher_logprobs"], strict=True)]
+    assert len(gaps) == shown["response_tokens"]
+    assert sum(gaps) / len(gaps) == pytest.approx(before["reverse_kl"], rel=0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opd_async.transport.wire import Int32, Int64, message
+from opd_async.transport.wire import Float32, Int32, Int64, message
 
 
 @message
@@ -46,15 +46,21 @@ class LeaseDone:
 
 
 @message
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalDone:
-    """An evaluation response, complete; `reward` where evaluations are judged by it."""
+    """An evaluation response, complete; `reward` where evaluations are judged by it.
+
+    `student_logprobs` and `teacher_logprobs` float32[n] of its tokens where they are judged by the teacher; None where
+    the teacher could not be asked.
+    """
 
     sample_id: int
     finish: str
     weight_version: int
     token_ids: Int32
     reward: float | None = None
+    student_logprobs: Float32 | None = None
+    teacher_logprobs: Float32 | None = None
 
 
 @message
