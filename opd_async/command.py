@@ -15,10 +15,13 @@ import uvloop
 
 from opd_async.checks.inputs import examine, ready_to_plan
 from opd_async.config.slime_flags import opd_overrides
+from opd_async.config.topology import Topology
+from opd_async.door import carry_through
 from opd_async.errors import InputError, OpdError
 from opd_async.forecast.advice import plan_text
 from opd_async.forecast.flags import site
 from opd_async.options import add_run_arguments
+from opd_async.plan.placement import describe_hosts
 from opd_async.plan.plan import Plan
 from opd_async.plan.resolve import describe_plan, make_plan
 from opd_async.process import configure_logging, known, leaves, report_failure
@@ -64,9 +67,18 @@ def launch(arguments: argparse.Namespace, terminal: Terminal | None = None) -> N
                 f"--set {key}: every process of this machine can read it in the command line; write it into the file"
             )
     if arguments.plan:
-        say(plan_text(ready_to_plan(arguments.topology, overrides, say), site(arguments)))
+        topology = ready_to_plan(arguments.topology, overrides, say)
+        say(plan_text(topology, site(arguments)))
+        if not topology.on_one_host:
+            say(f"\n{describe_hosts(topology)}")
         return
     topology, inputs = examine(arguments.topology, overrides, say, details=arguments.dry_run)
+    if not topology.on_one_host:
+        if arguments.dry_run:
+            say(describe_hosts(topology))
+        else:
+            execute_on_hosts(topology, inputs, arguments, terminal)
+        return
     with ExitStack() as claims:
         plan = make_plan(topology, claims)
         if arguments.dry_run:
@@ -88,6 +100,32 @@ def execute(plan: Plan, inputs: Inputs, arguments: argparse.Namespace, terminal:
             report = runner.run(conduct(lifecycle, signals))
         with answered("stopped by a signal while the report was written\n"):
             finish(report, lifecycle, plan, say)
+
+
+def execute_on_hosts(
+    topology: Topology, inputs: Inputs, arguments: argparse.Namespace, terminal: Terminal | None = None
+) -> None:
+    """Run the topology on several hosts to its end; raises as `execute`."""
+    say = echo if terminal is None else terminal.say
+    signals = Signals()
+
+    def started(folder: Path) -> None:
+        if terminal is not None:
+            terminal.keep_in(folder / "logs" / "launcher.log")
+        signals.install(asyncio.get_running_loop())
+
+    work = carry_through(
+        topology,
+        inputs,
+        say,
+        signals,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        change_lr=arguments.change_lr,
+        on_folder=started,
+    )
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(work)
 
 
 def command(argv: Sequence[str] | None = None) -> int:

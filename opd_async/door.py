@@ -14,17 +14,18 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import uvloop
 
 from opd_async.checks.inputs import examine_source
+from opd_async.cluster.hosting import hosted
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import TopologySource
 from opd_async.config.yaml_source import YamlDocument
 from opd_async.errors import InputError
 from opd_async.plan.plan import Plan
-from opd_async.plan.resolve import make_plan
 from opd_async.process import raise_cause
 from opd_async.run.closing import finish
 from opd_async.run.fingerprints import fingerprints
@@ -70,11 +71,32 @@ async def run_async(topology: Topology, *, resume: bool = False, overwrite: bool
 async def _run(topology: Topology, resume: bool, overwrite: bool, say: Say, signals: Signals) -> Report:
     # reading prompts takes seconds, during which the caller's loop has other things to do
     topology, inputs = await asyncio.to_thread(check, topology, say)
+    return await carry_through(topology, inputs, say, signals, resume=resume, overwrite=overwrite)
+
+
+async def carry_through(
+    topology: Topology,
+    inputs: Inputs,
+    say: Say,
+    signals: Signals,
+    *,
+    resume: bool,
+    overwrite: bool,
+    change_lr: bool = False,
+    on_folder: Callable[[Path], None] = lambda folder: None,
+) -> Report:
+    """Run a checked topology to its end, on one host or on several; raises as `run`.
+
+    `on_folder` is told of the run's folder once it is this process's. On cancel: as `run_async`.
+    """
     with ExitStack() as claims:
-        plan = make_plan(topology, claims)
-        found = await asyncio.to_thread(fingerprints, topology, inputs.prompts, inputs.held_out, inputs.completions)
-        with await _prepared(asyncio.to_thread(prepare, plan, resume, overwrite, found)) as folder:
-            return await _live(Lifecycle(plan, inputs, say, signals, folder.checkpoint), plan, say)
+        async with hosted(topology, claims, say) as (plan, supervise):
+            found = await asyncio.to_thread(fingerprints, topology, inputs.prompts, inputs.held_out, inputs.completions)
+            preparing = asyncio.to_thread(prepare, plan, resume, overwrite, found, change_lr)
+            with await _prepared(preparing) as folder:
+                on_folder(folder.path)
+                lifecycle = Lifecycle(plan, inputs, say, signals, folder.checkpoint, supervise=supervise)
+                return await _live(lifecycle, plan, say)
 
 
 async def _prepared(preparing: Coroutine[Any, Any, RunFolder]) -> RunFolder:

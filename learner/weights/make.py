@@ -13,7 +13,7 @@ from opd_async.learner.weights.base import WeightTransport
 from opd_async.learner.weights.broadcast import WeightSender
 from opd_async.learner.weights.engine_http import EngineAddress
 from opd_async.learner.weights.local import DiskSender, TensorSender
-from opd_async.plan.plan import Plan
+from opd_async.plan.plan import Plan, RoleKind
 
 MIB = 1 << 20
 FOLDER = "weights"
@@ -41,7 +41,7 @@ def make_transport(plan: Plan, urls: Sequence[str], model: DecoderModel) -> Weig
     return WeightSender(
         engines,
         backend="nccl" if device.type == "cuda" else "gloo",
-        bind_host=topology.network.bind,
+        bind_host=plan.role(RoleKind.LEARNER, 0).host,
         bucket_bytes=learner.bucket_mib * MIB,
         timeout_s=timeout_s,
         device=device,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import resource
-import socket
 from collections.abc import Iterator
 
 from opd_async.config.topology import Topology
+from opd_async.plan.free_ports import unusable
 from opd_async.plan.resolve import LAST_PORT, port_keys, rank_devices, replica_devices
 from opd_async.process import MOST_OPEN_FILES
 
@@ -18,6 +17,8 @@ OTHER_FILES = 256
 
 def device_problems(topology: Topology) -> Iterator[str]:
     """List devices that do not fit replicas and ranks, and accelerators given out twice; `cpu` may be shared."""
+    if not topology.on_one_host:
+        return  # the placement deals them out (`opd_async.checks.cluster`)
     users: dict[str, list[tuple[str, str]]] = {}
     for side, _, section in topology.engine_sides:
         if not section.started:
@@ -56,10 +57,10 @@ def device_problems(topology: Topology) -> Iterator[str]:
 def network_problems(topology: Topology) -> Iterator[str]:
     """List an address off loopback, and each explicit port that cannot be bound, with the role that wants the port."""
     network = topology.network
-    if not _is_loopback(network.bind):
+    if topology.on_one_host and not _is_loopback(network.bind):
         yield (
-            f"network.bind: {network.bind} is not an IPv4 loopback address, and messages between roles are not "
-            "authenticated yet (CURVE keys are not supported); write 127.0.0.1"
+            f"network.bind: {network.bind} is not an IPv4 loopback address; write 127.0.0.1, or run on several hosts "
+            "(docs/cluster.md)"
         )
     elif network.base_port:
         keys = port_keys(topology)
@@ -67,8 +68,8 @@ def network_problems(topology: Topology) -> Iterator[str]:
         if last > LAST_PORT:
             yield f"network.base_port: {network.base_port} and {len(keys)} ports pass {LAST_PORT}; write a smaller one"
             return
-        for port, (role, purpose) in enumerate(keys, network.base_port):
-            if reason := _unusable(network.bind, port):
+        for port, (role, purpose) in enumerate(keys if topology.on_one_host else (), network.base_port):
+            if reason := unusable(network.bind, port):
                 yield (
                     f"network.base_port: port {port}, which {role} wants for {purpose}, {reason}; write a base_port "
                     f"with {len(keys)} free ports after it, or 0 to take free ones"
@@ -95,15 +96,3 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.IPv4Address(host).is_loopback
     except ValueError:
         return False
-
-
-def _unusable(host: str, port: int) -> str | None:
-    """Say why nothing can listen on the port now; None if something can."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        # As servers do: a port that only waits out an old connection is free.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            return "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-    return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opd_async.checks.advantage import advantage_problems, advantage_warnings
+from opd_async.checks.cluster import cluster_problems
 from opd_async.checks.completions import completion_problems
 from opd_async.checks.hooks import hook_problems
 from opd_async.checks.host import device_problems, network_problems, open_file_problems
@@ -48,6 +49,7 @@ def validate(topology: Topology) -> list[str]:
         *learner_problems(topology),
         *loss_problems(topology),
         *completion_problems(topology),
+        *cluster_problems(topology),
         *device_problems(topology),
         *reward_problems(topology),
         *advantage_problems(topology),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from opd_async.cluster.supervisor import Exit, ProcessSpec, Supervisor
+from opd_async.cluster.supervisor import Exit, ProcessSpec, Supervising
 from opd_async.config.topology import EngineKind, EngineSection
 from opd_async.engines.info import engine_problem
 from opd_async.engines.probe import wait_until_ready
@@ -37,7 +37,7 @@ STOP_ORDER = (
 class Fleet:
     """Starts and stops roles by name; knows which engines answer."""
 
-    def __init__(self, plan: Plan, supervisor: Supervisor, echo: Callable[[str], None], keys: RunKeys) -> None:
+    def __init__(self, plan: Plan, supervisor: Supervising, echo: Callable[[str], None], keys: RunKeys) -> None:
         """`plan` has the keys already (`Plan.with_keys`)."""
         self.plan = plan
         self.supervisor = supervisor
@@ -47,6 +47,7 @@ class Fleet:
         settings = plan.topology.supervisor
         self._budget = RestartBudget(settings.restarts, settings.restart_window_s, settings.backoff_s, time.monotonic)
         self._roles = {role.name: role for role in plan.roles}
+        self._ranks = {f"rank-{rank}": plan.learner_of(rank) for rank in range(plan.topology.learner.ranks)}
         self._logs = plan.run_folder / "logs"
 
     @property
@@ -70,9 +71,17 @@ class Fleet:
 
     def incarnation(self, name: str) -> str | None:
         """Which start of a role, or of the learner whose rank it is, is the current one; None if it never started."""
-        if name.startswith("rank-"):
-            name = next(role.name for role in self.plan.of_kind(RoleKind.LEARNER))
-        return self._incarnations.get(name)
+        return self._incarnations.get(self._ranks.get(name, name))
+
+    def students_to_reach(self) -> list[str]:
+        """The student engines without those of lost hosts; all of them where every host is lost."""
+        urls = self.plan.student_engines
+        lost = {
+            f"http://{role.host}:{role.ports['http']}"
+            for role in self.plan.of_kind(RoleKind.STUDENT_ENGINE)
+            if self.supervisor.lost(role.name)
+        }
+        return [url for url in urls if url not in lost] or list(urls)
 
     def _engine(self, role: RolePlan) -> EngineSection | None:
         """The section of an engine; None for other roles."""

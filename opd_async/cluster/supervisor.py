@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from opd_async.cluster.process_group import MARK_ENV, ProcessGroup
 from opd_async.errors import DeadlineError, RoleError, StateError
@@ -83,6 +83,38 @@ class _Role:
     """When SIGKILL is due, on `time.monotonic`'s scale; set when the role is asked to stop, or ends by itself."""
     end: Exit | None = None
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def hurry(self) -> None:
+        """Kill it, because that was asked for."""
+        self.asked = True
+        self.kill_at = time.monotonic()
+        self.group.signal(signal.SIGKILL)
+
+
+class Supervising(Protocol):
+    """What a run needs of whoever starts its processes: on this host (`Supervisor`), or on several (`hosts.py`)."""
+
+    exits: asyncio.Queue[Exit]
+    """Ends that nobody asked for, in order."""
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """Names of the processes that are there."""
+
+    def lost(self, name: str) -> bool:
+        """Whether the host of this process cannot be reached now."""
+
+    async def start(self, spec: ProcessSpec) -> None:
+        """Start a process; `RoleError` if that cannot be done."""
+
+    async def stop(self, name: str) -> Exit | None:
+        """Stop a process in order, and wait for its end."""
+
+    async def stop_all(self, order: Sequence[str], at_once: bool = False) -> None:
+        """Stop every process, in order or at once."""
+
+    def kill(self, name: str) -> None:
+        """Kill a process as a crash would."""
 
 
 class Supervisor:
@@ -176,8 +208,10 @@ class Supervisor:
             role.group.signal(signal.SIGTERM)
         watch.add_done_callback(self._watches.discard)
 
-    async def stop(self, name: str) -> Exit | None:
+    async def stop(self, name: str, at_once: bool = False) -> Exit | None:
         """SIGTERM, SIGKILL at the deadline; returns when every process of the role is gone, None if none was there.
+
+        `at_once` sends SIGKILL first, also to a role that is being stopped in order.
 
         `DeadlineError` if SIGKILL does not help either. On cancel: the signals already sent work on, and the
         watch still kills at the deadline what is left once the role's first process has ended.
@@ -185,7 +219,9 @@ class Supervisor:
         role = self._roles.get(name)
         if role is None:
             return None
-        if not role.asked:
+        if at_once:
+            role.hurry()
+        elif not role.asked:
             role.asked = True
             role.kill_at = time.monotonic() + self._stop_deadline_s
             role.group.signal(signal.SIGTERM)
@@ -200,14 +236,16 @@ class Supervisor:
         """
         if at_once:
             for role in self._roles.values():
-                role.asked = True
-                role.kill_at = time.monotonic()
-                role.group.signal(signal.SIGKILL)
+                role.hurry()
         for name in order:
             await self.stop(name)
         async with asyncio.TaskGroup() as stops:
             for name in self.running:
                 stops.create_task(self.stop(name), name=f"stop {name}")
+
+    def lost(self, name: str) -> bool:
+        """Whether the role's host is lost, which this one is not."""
+        return False
 
     def kill(self, name: str) -> None:
         """SIGKILL to every process of a role, as a crash would: the end arrives in `exits`. `RoleError` if absent."""

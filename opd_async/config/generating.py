@@ -54,7 +54,8 @@ class EngineSection(Section):
     tensor_parallel: Positive = 1
     """Devices that share the weights of one replica. More than 1 needs SGLang."""
     devices: Devices = ("cpu",)
-    """`tensor_parallel` devices for each replica, one replica after the other, or one device for all."""
+    """`tensor_parallel` devices for each replica, one replica after the other, or one device for all. On several
+    hosts `[cpu]` or `[cuda]`: which ones is for the placement to say."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of weights and activations. Best the learner's: what differs is in every importance ratio."""
     context_tokens: Annotated[Tokens, OrAuto(4096)] = Auto(4096)

@@ -112,7 +112,7 @@ def _section_below(field: Schema, root: Schema) -> _Below | None:
     """The sections that a key holds, or None where it holds a value."""
     for option in (field, *field.get("anyOf", ())):
         values = option.get("patternProperties")
-        reference = next(iter(values.values()))["$ref"] if values else option.get("$ref")
+        reference = next(iter(values.values())).get("$ref") if values else option.get("$ref")
         found = root["$defs"][reference.rsplit("/", 1)[1]] if reference else {}
         if "properties" in found:
             return _Below(reference, found, bool(values))

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 
 MAY_CHANGE = (
     *("schedule.steps", "run_dir", "checkpoint.*", "evaluation.*", "supervisor.*", "network.*", "shared_devices"),
-    *("telemetry.*", "tracking.*"),
+    *("telemetry.*", "tracking.*", "cluster.*"),
     *("reward.workers", "reward.concurrency", "reward.timeout_s"),
     *(
         "engines.*.kind",

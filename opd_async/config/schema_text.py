@@ -92,6 +92,8 @@ def _describe(schema: Schema) -> str:
         case "array":
             some = "a list of one or more, each " if schema.get("minItems") else "a list, each item "
             return some + _describe(schema["items"])
+        case "object" if "properties" not in schema:
+            return "names, each with " + _describe(next(iter(schema.get("patternProperties", {"": {}}).values())))
         case "object":
             return "a section with the keys " + ", ".join(schema.get("properties", ()))
     if "examples" in schema:

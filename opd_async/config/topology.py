@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
+from opd_async.config.clustering import Backend, ClusterSection
 from opd_async.config.generating import (
     EngineKind,
     EngineSection,
@@ -37,7 +38,9 @@ from opd_async.config.training import LearnerSection, OptimizerSection, PauseMod
 __all__ = (
     "ONE_TEACHER",
     "AdvantageSection",
+    "Backend",
     "CheckpointSection",
+    "ClusterSection",
     "CompletionsSection",
     "DataSection",
     "EngineKind",
@@ -112,6 +115,8 @@ class Topology(Section):
     """Evaluations on held-out prompts: before, during and after training."""
     network: NetworkSection = NetworkSection()
     """Where roles listen."""
+    cluster: ClusterSection = ClusterSection()
+    """The hosts of the run."""
     supervisor: SupervisorSection = SupervisorSection()
     """Restarts and deadlines."""
     telemetry: TelemetrySection = TelemetrySection()
@@ -148,6 +153,11 @@ class Topology(Section):
     def folder(self) -> Path:
         """Where the run leaves its files."""
         return self.run_dir / self.name
+
+    @property
+    def on_one_host(self) -> bool:
+        """Whether every process is a child of the launcher."""
+        return self.cluster.backend is Backend.LOCAL
 
     @property
     def teachers(self) -> dict[str, TeacherSide]:

@@ -106,7 +106,7 @@ class LearnerSection(Section):
     load: FilePath | None = None
     """A Megatron checkpoint whose weights the student begins with, instead of those in `models.student.path`."""
     devices: Devices = ("cpu",)
-    """One device for each rank, or `cpu` for all."""
+    """One device for each rank, or `cpu` for all. On several hosts `[cpu]` or `[cuda]`."""
     tensor_parallel: Positive = 1
     """Ranks over which each matrix is split, and what is between matrices over tokens."""
     pipeline_parallel: Positive = 1

@@ -7,6 +7,7 @@ its port seconds after the draw, or anew after it died, and until then another l
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 from contextlib import ExitStack
@@ -51,3 +52,15 @@ def _claim(port: int) -> socket.socket:
         claim.close()
         raise
     return claim
+
+
+def unusable(host: str, port: int) -> str | None:
+    """Say why nothing can listen on the port now; None if something can."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        # As servers do: a port that only waits out an old connection is free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            return "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+    return None

@@ -40,6 +40,8 @@ class RolePlan(Section):
     """Port by purpose: `http`, `chunks`, `scored`, `batches`, `metrics`."""
     teacher: str = ""
     """The teacher that a teacher engine or actor serves."""
+    node: str = ""
+    """Name of the host that it is on; empty for the launcher's."""
 
     @property
     def name(self) -> str:
@@ -55,6 +57,8 @@ class Plan(Section):
     control: str
     """ZeroMQ endpoint of the dispatcher (ROUTER)."""
     launcher_metrics_port: int
+    launcher_host: str = "127.0.0.1"
+    """Address of the launcher's host."""
     scored: str
     """Endpoint of the intake for scored chunks (PULL)."""
     batches: str
@@ -123,6 +127,16 @@ class Plan(Section):
             if role.kind is kind and role.index == index:
                 return role
         raise KeyError(f"no {kind.value} {index} in the plan")
+
+    def learner_of(self, rank: int) -> str:
+        """The role, one for each host of the learner, whose process a learner rank is."""
+        first = 0
+        learners = self.of_kind(RoleKind.LEARNER)
+        for role in learners:
+            first += len(role.devices)
+            if rank < first:
+                return role.name
+        return learners[0].name if learners else "learner-0"
 
     def of_kind(self, kind: RoleKind) -> tuple[RolePlan, ...]:
         """All roles of one kind, by index."""

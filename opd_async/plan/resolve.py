@@ -1,6 +1,6 @@
 """Turn a topology into the plan of its processes: who runs where, on which ports, with which command.
 
-    topology + model folders -> ports -> roles and endpoints -> Plan
+    topology + model folders -> placement (several hosts) -> ports -> roles and endpoints -> Plan
 
 `make_plan` starts nothing and writes nothing; `describe_plan` is what `--dry-run` prints.
 """
@@ -11,12 +11,14 @@ import os
 import shlex
 import sys
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from opd_async.config.topology import EngineKind, EngineSection, ModelSection, Topology
 from opd_async.data.model_folder import read_model
 from opd_async.engines.command import engine_command, engine_environment
 from opd_async.errors import InputError
 from opd_async.plan.free_ports import free_ports
+from opd_async.plan.placement import CPU, CUDA, Spot, place
 from opd_async.plan.plan import Plan, RoleKind, RolePlan
 
 LAUNCHER = "launcher"
@@ -38,32 +40,45 @@ _PURPOSES = {
 }
 
 
-def make_plan(topology: Topology, claims: ExitStack | None = None) -> Plan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """The hosts of a run in the order of the placement, the launcher's first."""
+
+    names: tuple[str, ...]
+    """Empty for the launcher's host."""
+    addresses: tuple[str, ...]
+    ports: tuple[tuple[int, ...], ...]
+    """Free ports of each host, as many as `ports_wanted` says."""
+
+
+def make_plan(topology: Topology, claims: ExitStack | None = None, site: Site | None = None) -> Plan:
     """Resolve every process, port and endpoint of a valid topology (see `opd_async.checks.validation`).
 
-    With `network.base_port` 0 the ports are free at this moment and claimed until `claims` is closed, else they are
-    consecutive from it in the order of `port_keys`. Raises `InputError` if the student's `config.json` cannot be read
-    or no port is free.
+    `site` has the hosts where there are several. On one host, with `network.base_port` 0, the ports are free at this
+    moment and claimed until `claims` is closed, else they are consecutive from it in the order of `port_keys`. Raises
+    `InputError` if the student's `config.json` cannot be read or no port is free.
     """
     student = read_model(topology.models.student.path)
-    host = topology.network.bind
-    ports = _assign_ports(topology, claims)
-    roles = tuple(_role(topology, kind, index, ports) for kind, index in _roles(topology))
+    ports = _assign_ports(topology, claims) if site is None else _ports_of(topology, site)
+    where = _whereabouts(topology)
+    site = site or Site(names=("",), addresses=(topology.network.bind,), ports=())
+    roles = tuple(_role(topology, kind, index, ports, where, site) for kind, index in where)
 
     def endpoints(kind: RoleKind, purpose: str, scheme: str) -> tuple[str, ...]:
-        return tuple(f"{scheme}://{host}:{role.ports[purpose]}" for role in roles if role.kind is kind)
+        return tuple(f"{scheme}://{role.host}:{role.ports[purpose]}" for role in roles if role.kind is kind)
 
     def engines(section: EngineSection, kind: RoleKind, teacher: str = "") -> tuple[str, ...]:
         external = tuple(url.rstrip("/") for url in section.urls)
         started = (role for role in roles if role.kind is kind and role.teacher == teacher)
-        own = tuple(f"http://{host}:{role.ports['http']}" for role in started)
+        own = tuple(f"http://{role.host}:{role.ports['http']}" for role in started)
         return external if section.kind is EngineKind.EXTERNAL else own
 
     return Plan(
         topology=topology,
         run_folder=topology.folder,
-        control=f"tcp://{host}:{ports[LAUNCHER, 'control']}",
+        control=f"tcp://{site.addresses[0]}:{ports[LAUNCHER, 'control']}",
         launcher_metrics_port=ports[LAUNCHER, "metrics"],
+        launcher_host=site.addresses[0],
         scored=endpoints(RoleKind.INTAKE, "scored", "tcp")[0],
         batches=endpoints(RoleKind.INTAKE, "batches", "tcp")[0],
         chunks=endpoints(RoleKind.TEACHER, "chunks", "tcp"),
@@ -80,13 +95,48 @@ def make_plan(topology: Topology, claims: ExitStack | None = None) -> Plan:
 def port_keys(topology: Topology) -> list[PortKey]:
     """Every port that the run binds, in the order in which `network.base_port` counts them."""
     keys = [(LAUNCHER, "control"), (LAUNCHER, "metrics")]
-    for kind, index in _roles(topology):
+    for kind, index in _whereabouts(topology):
         keys += [(_name(kind, index), purpose) for purpose in _PURPOSES[kind]]
     return keys
 
 
-def _roles(topology: Topology) -> list[tuple[RoleKind, int]]:
-    """Kind and index of every process, in start order."""
+def ports_wanted(topology: Topology) -> list[int]:
+    """How many ports each host has to find; none with `network.base_port`, which counts them for all."""
+    wanted = [0] * topology.cluster.nodes
+    if topology.network.base_port == 0:
+        wanted[0] = 2
+        for (kind, _), spot in _whereabouts(topology).items():
+            wanted[spot.host] += len(_PURPOSES[kind])
+    return wanted
+
+
+def ports_by_host(topology: Topology) -> list[list[int]]:
+    """The ports of each host that `network.base_port` asks for; none where it is 0."""
+    found: list[list[int]] = [[] for _ in range(topology.cluster.nodes)]
+    if base := topology.network.base_port:
+        found[0] += [base, base + 1]
+        hosts = [spot.host for (kind, _), spot in _whereabouts(topology).items() for _ in _PURPOSES[kind]]
+        for port, host in enumerate(hosts, base + 2):
+            found[host].append(port)
+    return found
+
+
+def _ports_of(topology: Topology, site: Site) -> dict[PortKey, int]:
+    """A port of its own host for every purpose of every process."""
+    if base := topology.network.base_port:
+        return {key: base + offset for offset, key in enumerate(port_keys(topology))}
+    free = [iter(ports) for ports in site.ports]
+    ports = {(LAUNCHER, "control"): next(free[0]), (LAUNCHER, "metrics"): next(free[0])}
+    for (kind, index), spot in _whereabouts(topology).items():
+        ports |= {(_name(kind, index), purpose): next(free[spot.host]) for purpose in _PURPOSES[kind]}
+    return ports
+
+
+def _whereabouts(topology: Topology) -> dict[tuple[RoleKind, int], Spot]:
+    """The host and the devices of every process, in start order."""
+    if not topology.on_one_host:
+        spots = place(topology).spots
+        return {(kind, index): spot for kind in RoleKind for index, spot in enumerate(spots[kind])}
     counts = {
         RoleKind.TEACHER_ENGINE: len(_teachers_of(topology, RoleKind.TEACHER_ENGINE)),
         RoleKind.STUDENT_ENGINE: _started(topology.engines.student),
@@ -95,7 +145,18 @@ def _roles(topology: Topology) -> list[tuple[RoleKind, int]]:
         RoleKind.ROLLOUT: topology.rollout.replicas,
         RoleKind.LEARNER: 1,
     }
-    return [(kind, index) for kind in RoleKind for index in range(counts[kind])]
+    each = [(kind, index) for kind in RoleKind for index in range(counts[kind])]
+    return {(kind, index): Spot(0, _own_devices(topology, kind, index)) for kind, index in each}
+
+
+def _own_devices(topology: Topology, kind: RoleKind, index: int) -> tuple[str, ...]:
+    """The devices that the topology itself gives a process."""
+    if kind is RoleKind.LEARNER:
+        return rank_devices(topology)
+    if kind not in (RoleKind.TEACHER_ENGINE, RoleKind.STUDENT_ENGINE):
+        return (CPU,)
+    _, section, replica = _engine(topology, kind, index)
+    return replica_devices(section)[replica]
 
 
 def _teachers_of(topology: Topology, kind: RoleKind) -> list[str]:
@@ -126,29 +187,39 @@ def _assign_ports(topology: Topology, claims: ExitStack | None) -> dict[PortKey,
         raise InputError(f"network.bind: no free port on {topology.network.bind} ({error.strerror})") from None
 
 
-def _role(topology: Topology, kind: RoleKind, index: int, ports: dict[PortKey, int]) -> RolePlan:
+def _role(
+    topology: Topology,
+    kind: RoleKind,
+    index: int,
+    ports: dict[PortKey, int],
+    where: dict[tuple[RoleKind, int], Spot],
+    site: Site,
+) -> RolePlan:
     own = {purpose: ports[_name(kind, index), purpose] for purpose in _PURPOSES[kind]}
     plan_file = str(topology.folder / PLAN_FILE)
-    devices: tuple[str, ...] = ("cpu",)
+    spot = where[kind, index]
+    host, devices = site.addresses[spot.host], spot.devices
     env: dict[str, str] = {}
     teacher = _teachers_of(topology, kind)[index] if kind in (RoleKind.TEACHER_ENGINE, RoleKind.TEACHER) else ""
     match kind:
         case RoleKind.TEACHER_ENGINE | RoleKind.STUDENT_ENGINE:
-            model, section, replica = _engine(topology, kind, index)
-            devices = replica_devices(section)[replica]
+            model, section, _ = _engine(topology, kind, index)
             env = engine_environment(section, devices, own["metrics"])
             if section.kind is EngineKind.SGLANG:
                 own["metrics"] = own["http"]  # SGLang serves them beside its API
             seed = topology.seed + index
             keys_file = topology.folder / KEYS_FOLDER / f"{_name(kind, index)}.yaml"
-            command = engine_command(section, model.path, devices, topology.network.bind, own, seed, keys_file)
+            command = engine_command(section, model.path, devices, host, own, seed, keys_file)
         case RoleKind.LEARNER:
-            devices = rank_devices(topology)
             # each rank takes the CUDA device of its local rank among those that it can see
             indices = [device.removeprefix("cuda:") for device in devices if device.startswith("cuda:")]
             # one hardware queue keeps communication kernels from overtaking; read when CUDA starts, so set before
             env = {"CUDA_VISIBLE_DEVICES": ",".join(indices), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-            command = _learner_command(topology, own["master"], plan_file)
+            first = site.addresses[where[kind, 0].host]
+            hosts = sum(1 for other, _ in where if other is kind)
+            # Ranks of one host meet on it, whatever address the other roles bind.
+            master = ("127.0.0.1" if hosts == 1 else first, ports[_name(kind, 0), "master"])
+            command = _learner_command(len(devices), (hosts, index), master, plan_file)
         case RoleKind.INTAKE:
             command = (sys.executable, "-m", "opd_async.actors.intake", "--plan", plan_file)
         case RoleKind.TEACHER | RoleKind.ROLLOUT:
@@ -161,9 +232,16 @@ def _role(topology: Topology, kind: RoleKind, index: int, ports: dict[PortKey, i
                 "--index",
                 str(index),
             )
-    host = topology.network.bind
     return RolePlan(
-        kind=kind, index=index, host=host, devices=devices, command=command, env=env, ports=own, teacher=teacher
+        kind=kind,
+        index=index,
+        host=host,
+        devices=devices,
+        command=command,
+        env=env,
+        ports=own,
+        teacher=teacher,
+        node=site.names[spot.host],
     )
 
 
@@ -175,9 +253,9 @@ def replica_devices(section: EngineSection) -> tuple[tuple[str, ...], ...]:
 
 
 def rank_devices(topology: Topology) -> tuple[str, ...]:
-    """The device of each learner rank; `cpu` alone stands for all ranks."""
+    """The device of each learner rank; `cpu` alone, or `cuda` on several hosts, stands for all ranks."""
     learner = topology.learner
-    return learner.devices * learner.ranks if learner.devices == ("cpu",) else learner.devices
+    return learner.devices * learner.ranks if learner.devices in ((CPU,), (CUDA,)) else learner.devices
 
 
 def _engine(topology: Topology, kind: RoleKind, index: int) -> tuple[ModelSection, EngineSection, int]:
@@ -189,18 +267,19 @@ def _engine(topology: Topology, kind: RoleKind, index: int) -> tuple[ModelSectio
     return side.model, side.engines, index - names.index(names[index])
 
 
-def _learner_command(topology: Topology, master_port: int, plan_file: str) -> tuple[str, ...]:
+def _learner_command(ranks: int, node: tuple[int, int], master: tuple[str, int], plan_file: str) -> tuple[str, ...]:
+    """The command of one host's `ranks`; `node` is (hosts of the learner, which of them this is)."""
     # it prints what ranks print; a folder for logs of its own would stay behind in /tmp
-    launcher = (sys.executable, "-m", "opd_async.cluster.ranks", "--nnodes", "1", "--log-dir", os.devnull)
-    ranks = ("--nproc-per-node", str(topology.learner.ranks), "--max-restarts", "0")
-    # Ranks of one learner meet on this machine, whatever address the other roles bind.
-    master = ("--master-addr", "127.0.0.1", "--master-port", str(master_port))
-    return (*launcher, *ranks, *master, "-m", "opd_async.learner.main", "--plan", plan_file)
+    launcher = (sys.executable, "-m", "opd_async.cluster.ranks", "--nnodes", str(node[0]), "--log-dir", os.devnull)
+    number = ("--node-rank", str(node[1])) if node[0] > 1 else ()
+    local = (*number, "--nproc-per-node", str(ranks), "--max-restarts", "0")
+    meeting = ("--master-addr", master[0], "--master-port", str(master[1]))
+    return (*launcher, *local, *meeting, "-m", "opd_async.learner.main", "--plan", plan_file)
 
 
 def describe_plan(plan: Plan) -> str:
     """The plan as an aligned table: role, host, devices, ports, command; keys are not shown."""
-    host = plan.topology.network.bind
+    host = plan.launcher_host
     control = f"control={plan.control.rsplit(':', 1)[1]} metrics={plan.launcher_metrics_port}"
     rows = [("role", "host", "devices", "ports", "command"), (LAUNCHER, host, "cpu", control, "(this process)")]
     teachers = plan.topology.teachers

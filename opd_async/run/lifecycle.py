@@ -28,7 +28,7 @@ from typing import Any
 import zmq.asyncio
 
 from opd_async.cluster.fleet import Fleet
-from opd_async.cluster.supervisor import Supervisor
+from opd_async.cluster.hosting import Supervise, alone
 from opd_async.data.completions import Mix
 from opd_async.errors import StorageError
 from opd_async.files import storing
@@ -67,8 +67,11 @@ class Lifecycle:
         echo: Callable[[str], None],
         signals: Signals,
         checkpoint: checkpoints.Newest = checkpoints.NONE,
+        supervise: Supervise = alone,
     ) -> None:
-        """`checkpoint` is the one to go on from, verified (`run_folder.prepare` has found it)."""
+        """`checkpoint` is the one to go on from, verified (`run_folder.prepare` has found it). `supervise` makes what
+        starts the processes, on this host or on several (`opd_async.cluster.hosting`)."""
+        self._supervise = supervise
         self._keys = RunKeys.draw()
         self._plan = plan = plan.with_keys(self._keys)
         self._inputs = inputs
@@ -130,9 +133,9 @@ class Lifecycle:
             samples,
             zmq.asyncio.Context() as context,
             contextlib.closing(ledger),
-            metrics.serve(plan.topology.network.bind, plan.launcher_metrics_port),
+            metrics.serve(plan.launcher_host, plan.launcher_metrics_port),
         ):
-            async with Supervisor(self._echo, stop_deadline_s, on_unwritten=ledger.unwritten_lines) as supervisor:
+            async with self._supervise(self._echo, stop_deadline_s, ledger.unwritten_lines) as supervisor:
                 fleet = Fleet(plan, supervisor, self._progress.say, self._keys)
                 prompts, topology = self._inputs.prompts.prompts, plan.topology
                 given = self._inputs.completions.completions
@@ -165,9 +168,10 @@ class Lifecycle:
             )
 
     def _write_targets(self) -> None:
-        host = self._plan.topology.network.bind
-        targets = {role.name: f"{role.host}:{role.ports['metrics']}" for role in self._plan.roles}
-        targets["launcher"] = f"{host}:{self._plan.launcher_metrics_port}"
+        # of the learner's ranks the first serves metrics
+        serving = [role for role in self._plan.roles if role.kind is not RoleKind.LEARNER or role.index == 0]
+        targets = {role.name: f"{role.host}:{role.ports['metrics']}" for role in serving}
+        targets["launcher"] = f"{self._plan.launcher_host}:{self._plan.launcher_metrics_port}"
         teachers = {role.name: role.teacher for role in self._plan.roles if role.teacher}
         try:
             write_targets(self._plan.run_folder / "targets.json", targets, teachers)
@@ -222,8 +226,9 @@ class Lifecycle:
         assert dispatcher.state.lost is not None
         self._recoveries += 1
         await fleet.await_restart(dispatcher.state.lost)
-        learner, intake = dispatcher.name_of(RoleKind.LEARNER), dispatcher.name_of(RoleKind.INTAKE)
-        for name in (learner, intake):
+        intake = dispatcher.name_of(RoleKind.INTAKE)
+        learners = [role.name for role in self._plan.of_kind(RoleKind.LEARNER)]
+        for name in (*learners, intake):
             await fleet.supervisor.stop(name)
         dispatcher.forget()
         script.abandon_evaluation()
@@ -232,7 +237,8 @@ class Lifecycle:
         self._set_aside()
         env, version = self._checkpoint.environment, self._checkpoint.step
         await fleet.start(intake, env | {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
-        await fleet.start(learner, env)
+        for learner in learners:
+            await fleet.start(learner, env)
         dispatcher.ledger.rewind(version, self._checkpoint.folder)
         if self._samples is not None:
             self._samples.rewind(version)

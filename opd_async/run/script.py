@@ -125,10 +125,10 @@ class Script:
         waits: dict[str, Coroutine[Any, Any, Any]] = {INTAKE: dispatcher.mailbox.expect("Frontier", deadline_s, INTAKE)}
         for kind in (RoleKind.LEARNER, RoleKind.ROLLOUT, RoleKind.TEACHER):
             for name in (role.name for role in plan.of_kind(kind)):
-                if kind is RoleKind.LEARNER:
-                    waits["the learner to load the student"] = dispatcher.mailbox.expect(
-                        ("Hello", name), deadline_s, name
-                    )
+                if kind is RoleKind.LEARNER:  # its first rank speaks for all
+                    if name == dispatcher.name_of(kind):
+                        hello = dispatcher.mailbox.expect(("Hello", name), deadline_s, name)
+                        waits["the learner to load the student"] = hello
                 elif name not in dispatcher.up(kind):
                     waits[name] = dispatcher.mailbox.expect(("Hello", name), deadline_s, name)
         for kind, urls in (

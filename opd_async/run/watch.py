@@ -62,7 +62,10 @@ class Watch:
         self._reach = reach
         self._settings = reach.plan.topology.supervisor
         self._live = Liveness(self._settings.heartbeat_deadline_s, self._settings.step_deadline_s)
-        self._learner = next((role.name for role in reach.plan.roles if role.kind is RoleKind.LEARNER), "learner-0")
+        self._learner = reach.plan.learner_of(0)
+        ranks = range(reach.plan.topology.learner.ranks)
+        self._ranks = {f"rank-{rank}": reach.plan.learner_of(rank) for rank in ranks}
+        """The role, on one of the learner's hosts, of each rank."""
         self._named: set[str] = set()
         """Processes that are not ours to kill, and were reported."""
         self._odd: dict[str, str] = {}
@@ -92,9 +95,9 @@ class Watch:
     def ended(self, role: str) -> None:
         """Expect no sign of a role that has ended."""
         self._live.forget(role)
-        if role == self._learner:
-            for rank in range(self._reach.plan.topology.learner.ranks):
-                self._live.forget(f"rank-{rank}")
+        if role in self._ranks.values():  # the others cannot go on without its ranks
+            for rank in self._ranks:
+                self._live.forget(rank)
 
     def witness(self, who: str) -> str:
         """Say where to look when `who` was waited for in vain: what the roles are at, and the name of a log."""
@@ -105,7 +108,8 @@ class Watch:
         if role is None and working:
             rank, work = max(working.items(), key=lambda item: item[1].for_s)
             began = time.strftime("%H:%M:%S", time.localtime(time.time() - work.for_s))
-            return f"{self._learner} ({rank}) is at {work.command} since {began}; see {logs / self._learner}.log"
+            learner = self._ranks.get(rank, self._learner)
+            return f"{learner} ({rank}) is at {work.command} since {began}; see {logs / learner}.log"
         if role is None:
             role = next(role.name for role in self._reach.plan.roles if role.kind is RoleKind.INTAKE)
             silent_s = self._live.silent_s(role, now)
@@ -130,7 +134,7 @@ class Watch:
                 self._hangs(who, problem)
 
     def _hangs(self, who: str, problem: str) -> None:
-        role = self._learner if who.startswith("rank-") else who
+        role = self._ranks.get(who, who)
         if role in self._reach.fleet.supervisor.running:
             self.ended(role)
             self._reach.fleet.say(

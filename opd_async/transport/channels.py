@@ -74,7 +74,8 @@ class Channel:
         return await self._socket.recv_multipart(copy=False)
 
 
-def _bind(socket: zmq.asyncio.Socket, address: str) -> None:
+def bind(socket: zmq.asyncio.Socket, address: str) -> None:
+    """Have `socket` listen at `address`; where it cannot it is closed, and an `OpdError` says why."""
     try:
         socket.bind(address)
     except zmq.ZMQError as error:
@@ -122,7 +123,7 @@ class Pull(Channel):
         socket.rcvhwm = high_water_mark
         if door is not None:
             door.guard(socket, address)
-        _bind(socket, address)
+        bind(socket, address)
         super().__init__(socket, address, on_malformed)
 
     async def receive(self) -> Any:
@@ -164,7 +165,7 @@ class ControlServer(Channel):
         self._door = door if door is not None and door.keys is not None else None
         self._expected = expected
         self._routes: dict[str, bytes] = {}
-        _bind(socket, address)
+        bind(socket, address)
         super().__init__(socket, address, on_malformed)
 
     async def send(self, role: str, message: Any) -> bool:

@@ -57,7 +57,8 @@ def sane(kind: type) -> Any:
         else:
             plain = {int: 1, float: 0.5, str: "x", bool: True}
             origin = typing.get_origin(parts[0])
-            values[name] = {list: ["x"], dict: {"x": 0.5}}.get(origin) if origin else plain[parts[0]]
+            element = plain[typing.get_args(parts[0])[-1]] if origin else None
+            values[name] = {list: [element], dict: {"x": element}}.get(origin) if origin else plain[parts[0]]
     if "context" in values:
         values["context"] = np.ones(values["prompt_tokens"] + values["start"], np.int32)
     if "teacher_prompt_tokens" in values:

@@ -189,6 +189,7 @@ def known_flags() -> frozenset[str]:
         ROOT / "opd_async/options.py",
         *ROOT.glob("opd_async/cli/*.py"),
         ROOT / "opd_async/command.py",
+        ROOT / "opd_async/agent.py",
         ROOT / "opd_async/config/slime_flags.py",
         ROOT / "opd_async/config/reference.py",
         ROOT / "opd_async/forecast/flags.py",
@@ -309,7 +310,7 @@ def test_status_and_commands_come_first() -> None:
     """A reader learns what was never run before the first command, and the first command is the quickstart."""
     readme = ROOT / "README.md"
     before = readme.read_text().partition("\n## Quickstart\n")[0]
-    assert "never run on a GPU" in before and "one host only" in before and "```" not in before
+    assert "never run on a GPU" in before and "on no real cluster" in before and "```" not in before
     assert blocks(readme, "")[0].split()[:2] == ["make", "quickstart"]
     assert "make test" in blocks(readme, "")[0]
 

@@ -1,7 +1,8 @@
 """Every message that crosses a process border; one module for each pair that talks.
 
 `samples`: the data path. `roles`: every role and the dispatcher. `generation`: dispatcher and actors. `steps`:
-dispatcher and intake. `learner`: commands to the learner. Receivers import this package as `m` and match on the class.
+dispatcher and intake. `learner`: commands to the learner. `agents`: the launcher and the agents of its hosts. Receivers
+import this package as `m` and match on the class.
 
 Ids: `sample_id` counts samples over the whole run; `attempt` grows each time a sample is leased again; positions count
 response tokens from 0. Logprobs are natural logarithms. Versions count optimizer steps. Times are `time.time()`.
@@ -10,6 +11,22 @@ response tokens from 0. Logprobs are natural logarithms. Versions count optimize
 from typing import Any
 
 from opd_async.transport.kinds import Finish, LeaseKind
+from opd_async.transport.messages.agents import (
+    AgentBeat,
+    Answer,
+    EndSeen,
+    Farewell,
+    FindPorts,
+    Join,
+    KillProcess,
+    Leave,
+    Lines,
+    LookAt,
+    ProcessEnded,
+    StartProcess,
+    StopProcess,
+    Welcome,
+)
 from opd_async.transport.messages.generation import (
     EngineDown,
     EvalDone,
@@ -45,27 +62,38 @@ Message = Any
 
 __all__ = [
     "Acks",
+    "AgentBeat",
+    "Answer",
     "Chunk",
     "DrainRequest",
     "Drained",
+    "EndSeen",
     "EngineDown",
     "EvalDone",
     "ExportModel",
     "Failure",
+    "Farewell",
+    "FindPorts",
     "Finish",
     "Frontier",
     "Heartbeat",
     "Hello",
+    "Join",
+    "KillProcess",
     "LearnerReply",
     "Lease",
     "LeaseDone",
     "LeaseKind",
+    "Leave",
+    "Lines",
+    "LookAt",
     "Message",
     "NotSaved",
     "PartDone",
     "PartStarted",
     "Pause",
     "Paused",
+    "ProcessEnded",
     "Quiesce",
     "Quiesced",
     "RankBeat",
@@ -76,11 +104,14 @@ __all__ = [
     "Resume",
     "SaveCheckpoint",
     "ScoredChunk",
+    "StartProcess",
     "StepStarted",
     "Stop",
+    "StopProcess",
     "SyncWeights",
     "TeacherRestarted",
     "Train",
     "TrainedSample",
     "Version",
+    "Welcome",
 ]

@@ -1,0 +1,117 @@
+"""Serve one host of a run on several: join the launcher, and start its processes here.
+
+    OPD_CLUSTER_SECRET_FILE=secret python -m opd_async.agent --join h0:19999 [--name h1] [--interface eth0]
+
+Start it in any order with the launcher, on every host but the launcher's own (docs/cluster.md).
+
+Exit codes: 0 the run is over; 2 the launcher refused this host, or what was given here cannot be used; 1 no launcher
+was there, or it has another secret; 130 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import uvloop
+
+from opd_async.cluster.agent import Agent, HostFacts
+from opd_async.cluster.hosting import versions
+from opd_async.cluster.interfaces import own_face, resolve
+from opd_async.cluster.secret import take_secret
+from opd_async.errors import InputError, OpdError
+from opd_async.process import PARENT_ENV, configure_logging, leaves, report_failure
+from opd_async.signals import EXIT_INTERRUPTED
+
+WAIT_S = 600.0
+NVIDIA_DEADLINE_S = 20.0
+FOREIGN = (PARENT_ENV, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that srun and the like copy from another host, and that mean something else to the processes of this."""
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m opd_async.agent", description="Serve one host of a run.")
+    parser.add_argument("--join", required=True, metavar="HOST:PORT", help="the launcher's host and its cluster.port")
+    parser.add_argument("--name", default=socket.gethostname(), help="name of this host in the run (its own name)")
+    parser.add_argument("--interface", help="interface or network to listen on (the one that leads to the launcher)")
+    parser.add_argument("--wait-s", type=float, default=WAIT_S, help="how long to wait for a launcher (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def gpus() -> int:
+    """How many GPUs this process may use: those of CUDA_VISIBLE_DEVICES, else all that NVIDIA's tool lists."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([one for one in visible.split(",") if one.strip()])
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=NVIDIA_DEADLINE_S, check=False
+        )
+        return sum(line.startswith("GPU ") for line in done.stdout.splitlines()) if done.returncode == 0 else 0
+    return 0
+
+
+def say(line: str) -> None:
+    """Print a line with the time."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def make_agent(arguments: argparse.Namespace) -> Agent:
+    """The agent of this host. Raises `InputError` for secret, address or interface."""
+    keys = take_secret()
+    address, port = resolve(arguments.join)
+    facts = HostFacts(
+        name=arguments.name,
+        face=own_face(arguments.interface, address),
+        gpus=gpus(),
+        cores=len(os.sched_getaffinity(0)),
+        versions=versions(),
+    )
+    if not arguments.name or "/" in arguments.name or len(arguments.name) > 64:
+        raise InputError(f"--name {arguments.name!r}: write a word of at most 64 characters without slashes")
+    return Agent(f"{address}:{port}", keys, facts, arguments.wait_s, say)
+
+
+async def serve(agent: Agent) -> int:
+    """Run the agent until its end, or a signal; returns the exit code. On cancel: as on a signal."""
+    task = asyncio.ensure_future(agent.run())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        say("told to end: every process of this host was killed")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends the process."""
+    arguments = parse_arguments(argv)
+    configure_logging("agent")
+    for name in FOREIGN:
+        os.environ.pop(name, None)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            code = runner.run(serve(make_agent(arguments)))
+    except Exception as error:  # the edge of the process: every error becomes an exit code
+        causes = list(leaves(error))
+        if not all(isinstance(cause, OpdError) for cause in causes):
+            sys.exit(report_failure(error))
+        for cause in causes:
+            print(f"error: {cause}", file=sys.stderr, flush=True)
+        code = causes[0].exit_code if isinstance(causes[0], OpdError) else 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
