@@ -30,6 +30,7 @@ from opd_async.role import Role
 from opd_async.run.trained import COLUMNS, TrainedRecord
 from opd_async.scheduling import packing
 from opd_async.scheduling.assembly import Assembler, Sample, Segment
+from opd_async.scheduling.filled_samples import FilledSamples
 from opd_async.scheduling.filled_steps import FilledSteps
 from opd_async.scheduling.step_policy import DeadlineCuts, StepPolicy, WholeSamples
 from opd_async.transport import messages as m
@@ -39,9 +40,11 @@ log = logging.getLogger(__name__)
 SETTLE_NEWS_S = 10.0
 
 
-def make_policy(schedule: ScheduleSection) -> StepPolicy:
-    """The policy that the topology asks for."""
+def make_policy(schedule: ScheduleSection, group_size: int) -> StepPolicy:
+    """The policy that the topology asks for; groups have `group_size` samples."""
     if schedule.train_on is TrainOn.SAMPLES:
+        if schedule.rule is StepRule.FILLED:
+            return FilledSamples(schedule.samples_per_step, group_size)
         return WholeSamples(schedule.samples_per_step)
     if schedule.rule is StepRule.FILLED:
         return FilledSteps(schedule.tokens_per_step, schedule.max_staleness)
@@ -57,7 +60,7 @@ class StepTaker:
         self._metrics = role.metrics
         self._ranks = ranks
         self._unacknowledged = unacknowledged
-        self._policy = make_policy(topology.schedule)
+        self._policy = make_policy(topology.schedule, topology.rollout.group_size)
         self._filter = GroupFilter(topology.schedule.filter, topology.rollout.group_size)
         self._figures = StepFigures(topology, role.metrics)
         self._shown = ShownSamples(topology.telemetry.samples_per_step)

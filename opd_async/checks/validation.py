@@ -150,14 +150,26 @@ def _data_problems(topology: Topology) -> Iterator[str]:
 def _schedule_problems(topology: Topology) -> Iterator[str]:
     samples, group = topology.schedule.samples_per_step, topology.rollout.group_size
     if topology.schedule.train_on is TrainOn.SAMPLES and topology.schedule.rule is StepRule.FILLED:
-        yield (
-            "schedule.rule: filled, but schedule.train_on: samples trains a fixed batch at once; write train_on: "
-            "tokens, or leave rule out"
-        )
+        yield from _part_problems(topology)
     if topology.schedule.train_on is TrainOn.SAMPLES and samples % group:
         yield (
             f"schedule.samples_per_step: {samples} is not a multiple of rollout.group_size {group}, and a step takes "
             f"whole groups; write {max(samples - samples % group, group)}"
+        )
+
+
+def _part_problems(topology: Topology) -> Iterator[str]:
+    """What has to know a whole step before it can weigh the first of its responses."""
+    facts = topology.advantage.estimator.facts
+    if facts.whitened and not facts.critic:  # a learner with a critic keeps the parts and trains them together
+        yield (
+            f"schedule.rule: filled, but advantage.estimator {topology.advantage.estimator} compares all tokens of a "
+            "step; write rule: deadline, or the estimator grpo"
+        )
+    if topology.learner.loss_mean == "responses":
+        yield (
+            "schedule.rule: filled, but learner.loss_mean: responses weighs a token by the tokens of the whole step; "
+            "write rule: deadline, or loss_mean: tokens"
         )
 
 

@@ -45,6 +45,8 @@ class EstimatorFacts:
     """Whether a token's distance from the reward matters, so that `advantage.gamma` acts."""
     critic: bool = False
     """Whether a critic's values are needed, so that the learner makes the advantages (`advantage.lam`, `.critic`)."""
+    whitened: bool = False
+    """Whether all tokens of a step are compared, so that none has an advantage before the last one is there."""
     ratio: Literal["token", "sequence", "truncated"] = "token"
     """The form of the importance ratio in the loss (`learner.losses.surrogate`)."""
     formula: str
@@ -72,14 +74,15 @@ ESTIMATORS: dict[Estimator, EstimatorFacts] = {
         acts_through="sg(clip(rho)) A log p: a cut weight, never a lost gradient",
     ),
     Estimator.REINFORCE_PLUS_PLUS: EstimatorFacts(
-        discounts=True, formula="gamma^(T - 1 - t) *r_i*, whitened over the step's tokens"
+        discounts=True, whitened=True, formula="gamma^(T - 1 - t) *r_i*, whitened over the step's tokens"
     ),
     Estimator.REINFORCE_PLUS_PLUS_BASELINE: EstimatorFacts(
-        groups=True, formula="*r_i* - mean_g, whitened over the step's tokens"
+        groups=True, whitened=True, formula="*r_i* - mean_g, whitened over the step's tokens"
     ),
     Estimator.PPO: EstimatorFacts(
         discounts=True,
         critic=True,
+        whitened=True,
         formula="sum_k (gamma lam)^k delta_{t+k}, delta_t = *r_t* + gamma *V_{t+1}* - *V_t*, whitened over the step's "
         "tokens",
     ),

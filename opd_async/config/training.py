@@ -43,10 +43,11 @@ class PauseMode(StrEnum):
 
 
 class StepRule(StrEnum):
-    """With `train_on: tokens`: when a step is made, and of what."""
+    """When a step is made, and of what."""
 
     DEADLINE = "deadline"
-    """A step is planned as a whole when the update before it is done; it is larger where the learner is behind."""
+    """A step is planned as a whole when the update before it is done. Of tokens it has more where the learner is
+    behind."""
     FILLED = "filled"
     """A step is trained in parts while it fills, and has one budget."""
 
@@ -60,8 +61,10 @@ class ScheduleSection(Section):
     """`tokens`: a step takes scored tokens, also of responses that are still being generated when their age demands it.
     `samples`: a step takes complete responses, in the order of their numbers; estimators need this."""
     rule: StepRule = StepRule.DEADLINE
-    """`tokens`: `deadline` plans a step as a whole once the weights before it are out; where the learner is behind,
-    steps are twice as large. `filled` trains a step in parts while it fills, and cuts last: steps have one budget."""
+    """`deadline` plans a step as a whole once the weights before it are out; where the learner is behind, steps of
+    `tokens` are twice as large. `filled` trains a step in parts while it fills. `tokens`: it cuts last, and steps have
+    one budget. `samples`: a group is trained as soon as all its responses have ended; not with estimators that whiten
+    over a step, but for `ppo`, whose learner trains all parts together, nor with `learner.loss_mean: responses`."""
     tokens_per_step: Tokens = 65536
     """`tokens`: least size of a step, its budget. With `rule: deadline` it takes up to twice as much when the learner
     is behind, and more when tokens would get too old."""

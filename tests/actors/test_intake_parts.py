@@ -71,9 +71,9 @@ class Bench:
 
 
 @asynccontextmanager
-async def filling(tmp_path: Path) -> AsyncIterator[Bench]:
-    """An intake with filled steps of 32 tokens, at weights 0."""
-    plan = make_plan(64, (), (), schedule={"steps": 9, "rule": "filled", "tokens_per_step": BUDGET})
+async def filling(tmp_path: Path, **schedule: Any) -> AsyncIterator[Bench]:
+    """An intake with filled steps of 32 tokens, or as `schedule` has it, at weights 0."""
+    plan = make_plan(64, (), (), schedule={"steps": 9, "rule": "filled", "tokens_per_step": BUDGET} | schedule)
     role_plan = RolePlan(kind=RoleKind.INTAKE, index=0, host="127.0.0.1", devices=("cpu",), command=(), ports={})
     plan = plan.model_copy(update={"run_folder": tmp_path, "roles": (*plan.roles, role_plan)})
     async with fake_role(plan, RoleKind.INTAKE) as (role, dispatcher):
@@ -174,6 +174,28 @@ async def test_a_run_that_stops_closes_the_step_that_is_half_filled(tmp_path: Pa
         bench.hold(3, 40, ended=True)
         await asyncio.sleep(0.05)
         assert len(bench.sent) == 2
+
+
+async def test_a_step_of_samples_goes_out_as_they_end(tmp_path: Path) -> None:
+    async with filling(tmp_path, train_on="samples", samples_per_step=2) as bench:
+        bench.hold(2, 7, ended=True)
+        bench.hold(1, 9, ended=True)
+        await bench.trains(1)
+        bench.done(0)
+        await asyncio.sleep(0.05)  # sample 0 has not ended, and sample 2 is one of the next step
+        assert columns(bench.sent) == [(0, 0, False, 9)]
+        bench.hold(0, 4, ended=True)
+        await bench.trains(2)
+        assert columns(bench.sent)[1:] == [(0, 1, True, 4)]
+        bench.dispatcher.to_role.put_nowait(m.Version(1, *NOBODY))
+        await bench.trains(3)
+        bench.dispatcher.to_role.put_nowait(m.Quiesce("stop"))  # in the middle of a step: its gradients are not lost
+        await until(lambda: bool(bench.dispatcher.of(m.Quiesced)), "the intake to come to rest")
+        assert columns(bench.sent)[2:] == [(1, 0, False, 7), (1, 1, True, 0)]
+        assert [row.ranges.tolist() for row in read_trained(bench.folder)] == [
+            [[1, 0, 9, 0, 0], [0, 0, 4, 0, 0]],
+            [[2, 0, 7, 0, 0]],
+        ]
 
 
 async def test_a_run_that_stops_begins_no_step(tmp_path: Path) -> None:

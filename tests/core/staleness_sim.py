@@ -27,6 +27,7 @@ from opd_async.scheduling.admission import (
     FilledAdmission,
     SampleAdmission,
 )
+from opd_async.scheduling.filled_samples import FilledSamples
 from opd_async.scheduling.filled_steps import FilledSteps
 from opd_async.scheduling.leases import LeaseBook, PromptOrder
 from opd_async.scheduling.step_policy import DeadlineCuts, StepPolicy, WholeSamples
@@ -61,18 +62,18 @@ class Setup:
 
     def admission(self) -> Admission:
         """The rule of admission of these sizes."""
-        if self.filled:
-            return FilledAdmission(self.tokens_per_step, bounded=self.max_staleness is not None)
         if self.train_on is TrainOn.SAMPLES:
             return SampleAdmission(self.samples_per_step, self.max_staleness or 0)
+        if self.filled:
+            return FilledAdmission(self.tokens_per_step, bounded=self.max_staleness is not None)
         return DeadlineAdmission(self.tokens_per_step, self.max_staleness or 0)
 
     def policy(self) -> StepPolicy:
         """The policy of these sizes."""
+        if self.train_on is TrainOn.SAMPLES:
+            return FilledSamples(self.samples_per_step, 1) if self.filled else WholeSamples(self.samples_per_step)
         if self.filled:
             return FilledSteps(self.tokens_per_step, self.max_staleness)
-        if self.train_on is TrainOn.SAMPLES:
-            return WholeSamples(self.samples_per_step)
         return DeadlineCuts(self.tokens_per_step, self.max_staleness or 0)
 
 

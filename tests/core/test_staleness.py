@@ -18,6 +18,7 @@ from staleness_sim import Deadlock, Setup, Simulation, play
 
 from opd_async.config.topology import TrainOn
 from opd_async.scheduling.assembly import Assembler, Piece, Sample
+from opd_async.scheduling.filled_samples import FilledSamples
 from opd_async.scheduling.filled_steps import FilledSteps
 from opd_async.scheduling.marks import Marks
 from opd_async.scheduling.outbox import Outbox
@@ -26,6 +27,7 @@ from opd_async.scheduling.step_policy import DeadlineCuts, Round, StepPolicy, Wh
 EVENTS = 600
 BOUNDS = (0, 1, 2, 4)
 RULES = [*((mode, False, bound) for mode in TrainOn for bound in BOUNDS)]
+RULES += [(TrainOn.SAMPLES, True, bound) for bound in BOUNDS]
 RULES += [(TrainOn.TOKENS, True, bound) for bound in (*BOUNDS, None)]
 """(train_on, filled steps, bound)."""
 
@@ -245,6 +247,20 @@ def test_a_sample_that_two_steps_or_parts_train_is_caught() -> None:
 
 def test_a_filled_step_that_never_closes_is_a_deadlock() -> None:
     assert any(isinstance(error, Deadlock) for error in caught(Setup(1, filled=True), Endless))
+
+
+class ClosesEarly(FilledSamples):
+    """Closes a step although a response of its batch has not ended."""
+
+    def round(self, assembler: Assembler, version: int, taken: int) -> Round:
+        found = super().round(assembler, version, taken)
+        return Round(found.samples, closes=bool(found.samples))
+
+
+def test_a_step_of_groups_that_closes_before_its_last_one_is_caught() -> None:
+    setup = Setup(1, TrainOn.SAMPLES, samples_per_step=3, filled=True)
+    broken = caught(setup, lambda *_: ClosesEarly(setup.samples_per_step, 1))
+    assert any("too old" in str(error) for error in broken)
 
 
 def test_a_part_of_a_step_that_has_closed_is_caught() -> None:

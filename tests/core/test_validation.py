@@ -186,10 +186,18 @@ def test_bounds_of_the_ratio(tmp_path: Path, overrides: list[str], expected: lis
     )
 
 
-def test_filled_steps_are_made_of_tokens(tmp_path: Path) -> None:
-    assert problems(tmp_path, "schedule.rule=filled") == []
-    (found,) = problems(tmp_path, "schedule.rule=filled", "schedule.train_on=samples")
-    assert found.startswith("schedule.rule: filled, but schedule.train_on: samples")
+def test_filled_steps_know_no_whole_step(tmp_path: Path) -> None:
+    filled = ("schedule.rule=filled", "schedule.train_on=samples")
+    assert problems(tmp_path, "schedule.rule=filled") == problems(tmp_path, *filled) == []
+    (found,) = problems(tmp_path, *filled, "learner.loss_mean=responses")
+    assert found.startswith("schedule.rule: filled, but learner.loss_mean: responses")
+    rewarded = (*filled, "rollout.group_size=2", "schedule.samples_per_step=4", "reward.kind=exact_match")
+    for estimator in Estimator:
+        found_of = [
+            line for line in problems(tmp_path, *rewarded, f"advantage.estimator={estimator}") if "rule" in line
+        ]
+        assert len(found_of) == estimator.startswith("reinforce")
+        assert all(line.startswith("schedule.rule: filled, but advantage.estimator reinforce") for line in found_of)
 
 
 def test_losses_that_exist(tmp_path: Path) -> None:
