@@ -31,7 +31,7 @@ def check_nothing_skipped(ranges: dict[int, list[list[int]]]) -> None:
 def test_every_role_may_die(inputs: Path, tmp_path: Path, train_on: str, rule: str) -> None:
     """Filled steps have sixteen parts, so that roles die in the middle of one."""
     schedule = {"schedule__steps": STEPS, "schedule__rule": rule, "schedule__train_on": train_on}
-    schedule |= {"schedule__samples_per_step": 16}
+    schedule |= {"schedule__samples_per_step": 4}
     values = topology(inputs, tmp_path, **schedule, checkpoint__every_steps=2, rollout__resend_after_s=2.0)
     with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
         folder = tmp_path / "run"
