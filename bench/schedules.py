@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from opd_async.bench.sim.colocated import Colocated
 from opd_async.bench.sim.figures import Row
 from opd_async.bench.sim.plots import draw_schedules
 from opd_async.bench.sim.presets import PRESETS
@@ -23,6 +24,7 @@ from opd_async.bench.sim.rules import (
     Rule,
     Scoring,
     deadline_cuts,
+    dropping,
     filled,
     one_step_off,
     partial_rollouts,
@@ -36,6 +38,8 @@ from opd_async.files import write_atomically
 from opd_async.forecast.lengths import parse_lengths
 from opd_async.forecast.workload import Workload
 
+POOLS = tuple((switch_s, full) for full in (False, True) for switch_s in (0.0, 5.0, 10.0))
+"""Colocated: seconds a step to change the work of the devices, and whether each engine has all the slots of one."""
 WARMUP = 10
 STEPS = 30
 
@@ -52,6 +56,7 @@ def rules() -> list[Rule]:
         whole_samples(1),
         whole_samples(4),
         partial_rollouts(),
+        *(dropping(limit) for limit in (1, 2, 4)),
         *(deadline_cuts(staleness) for staleness in (0, 1, 2, 4)),
         *(filled(staleness) for staleness in (0, 1, 2, 4, None)),
     ]
@@ -76,7 +81,8 @@ def describe(workload: Workload) -> str:
 HEADER = (
     f"{'schedule':<14} {'scoring':<9}{'S':>2} {'share':>6} {'tokens/s':>9} {'age mean':>9}{'p99':>4}{'max':>4} "
     f"{'in budgets':>10}{'max':>6} {'score p50':>10}{'p99 s':>8} {'recompute t':>12}{'l':>6} "
-    f"{'idle r':>7}{'t':>6}{'l':>6} {'bubble':>7} {'blocked s':>9} {'step':>5}{'sd':>5}{'max':>5}"
+    f"{'idle r':>7}{'t':>6}{'l':>6} {'bubble':>7} {'blocked s':>9} {'step':>5}{'sd':>5}{'max':>5} "
+    f"{'lost':>5}{'length':>7}"
 )
 
 
@@ -90,6 +96,7 @@ def line(row: Row) -> str:
         f"{row.score_p50_s:>10.2f}{row.score_p99_s:>8.2f} {row.teacher_recompute:>12.2f}{row.learner_recompute:>6.2f}",
         f"{idle.rollout:>7.2f}{idle.teacher:>6.2f}{idle.learner:>6.2f} {row.bubble:>7.2f}",
         f"{row.sync_blocked_s:>9.1f} {row.step_tokens:>5.2f}{row.step_tokens_sd:>5.2f}{row.step_tokens_max:>5.2f}",
+        f"{row.lost_share:>5.2f}{row.trained_length:>7.2f}",
     )
     return " ".join(cells)
 
@@ -113,7 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", help="MEDIAN,P99,CAP, zipf:SHORTEST,EXPONENT,CAP, or a file with a length a line")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps that count, after {WARMUP}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=sorted({rule.name for rule in rules()}), help="these schedules")
+    names = {rule.name for rule in rules()} | {"colocated"}
+    parser.add_argument("--only", nargs="+", choices=sorted(names), help="these schedules")
     parser.add_argument("--scoring", nargs="+", type=Scoring, choices=list(Scoring), default=list(Scoring))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="write a picture (PNG) to this file")
@@ -129,6 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in measure(workload, cases, options.seed, options.steps):
         print(line(row), flush=True)
         rows.append(row)
+    for switch_s, full in POOLS if "colocated" in (options.only or {"colocated"}) else ():
+        rows.append(Colocated(workload, switch_s, full, options.seed).run(WARMUP, options.steps))
+        print(line(rows[-1]), flush=True)
     if options.json is not None:
         settings = {"lengths": options.lengths, "seed": options.seed, "warmup": WARMUP}
         write_atomically(options.json, report(options.preset, workload, rows, settings))

@@ -101,7 +101,9 @@ class Intake:
     def _oldest(self) -> int:
         """No token of older weights may be new: every step so far waited for them."""
         schedule = self._topology.schedule
-        return max(self.steps.steps - schedule.max_staleness - 1, 0) if schedule.train_on is TrainOn.TOKENS else 0
+        if schedule.train_on is not TrainOn.TOKENS or schedule.max_staleness is None:
+            return 0
+        return max(self.steps.steps - schedule.max_staleness - 1, 0)
 
     def _count(self, verdict: Verdict, chunk: m.ScoredChunk, problem: str = "malformed") -> None:
         if verdict is Verdict.ACCEPTED or verdict is Verdict.EARLY:

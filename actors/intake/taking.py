@@ -29,6 +29,7 @@ from opd_async.config.topology import ScheduleSection, StepRule, TrainOn
 from opd_async.role import Role
 from opd_async.run.trained import COLUMNS, TrainedRecord
 from opd_async.scheduling import packing
+from opd_async.scheduling.admission import bound_of
 from opd_async.scheduling.assembly import Assembler, Sample, Segment
 from opd_async.scheduling.filled_samples import FilledSamples
 from opd_async.scheduling.filled_steps import FilledSteps
@@ -48,7 +49,7 @@ def make_policy(schedule: ScheduleSection, group_size: int) -> StepPolicy:
         return WholeSamples(schedule.samples_per_step)
     if schedule.rule is StepRule.FILLED:
         return FilledSteps(schedule.tokens_per_step, schedule.max_staleness)
-    return DeadlineCuts(schedule.tokens_per_step, schedule.max_staleness)
+    return DeadlineCuts(schedule.tokens_per_step, bound_of(schedule.max_staleness))
 
 
 class StepTaker:

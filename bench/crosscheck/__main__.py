@@ -39,6 +39,7 @@ from opd_async.plan.resolve import make_plan
 from opd_async.run.inputs import Inputs
 from opd_async.run.lifecycle import Lifecycle
 from opd_async.run.run_folder import prepare
+from opd_async.scheduling.admission import bound_of
 from opd_async.signals import Signals
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "addition" / "models" / "student"
@@ -46,6 +47,8 @@ MODEL = Path(__file__).resolve().parents[2] / "examples" / "addition" / "models"
 PROMPTS = 4096
 WARMUP = 4
 NEVER = 10**6
+AGES = 64
+"""Ages from here on are not counted; without a bound a token may get as old as its response is long."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +74,15 @@ class Asked:
 
     train_on: TrainOn
     rule: StepRule
-    max_staleness: int
+    max_staleness: int | None
     steps: int
 
     def simulated(self) -> Rule:
         """As the virtual clock has it."""
-        if self.train_on is TrainOn.SAMPLES:
-            return whole_samples(self.max_staleness)
-        return filled(self.max_staleness) if self.rule is StepRule.FILLED else deadline_cuts(self.max_staleness)
+        if self.rule is StepRule.FILLED and self.train_on is TrainOn.TOKENS:
+            return filled(self.max_staleness)
+        bound = bound_of(self.max_staleness)
+        return whole_samples(bound) if self.train_on is TrainOn.SAMPLES else deadline_cuts(bound)
 
 
 def virtual(scenario: Scenario, asked: Asked) -> Figures:
@@ -159,7 +163,7 @@ def real(scenario: Scenario, asked: Asked, folder: Path) -> Figures:
     counted, work = rows[1:], scenario.workload()
     seconds = (rows[-1]["time"] - rows[0]["time"]) * scenario.scale
     tokens = sum(row["tokens"] for row in counted)
-    ages = np.sum([np.pad(row["staleness_counts"], (0, 8))[:8] for row in counted], axis=0)
+    ages = np.sum([np.pad(row["staleness_counts"], (0, AGES))[:AGES] for row in counted], axis=0)
     latency = report.score_latency
     return Figures(
         tokens_per_s=tokens / seconds,
@@ -169,12 +173,16 @@ def real(scenario: Scenario, asked: Asked, folder: Path) -> Figures:
         learner_recompute=sum(row["forwarded_tokens"] for row in counted)
         / (tokens * (work.mean_tokens + work.prompt_tokens) / work.mean_tokens),
         teacher_recompute=report.teacher_recompute or 0.0,
-        age_mean=float(np.arange(8) @ ages / ages.sum()),
+        age_mean=float(np.arange(AGES) @ ages / ages.sum()),
         age_max=int(np.nonzero(ages)[0][-1]),
         score_p50_s=(latency.p50_s or 0.0) * scenario.scale,
         score_p99_s=(latency.p99_s or 0.0) * scenario.scale,
         learner_idle=sum(row["learner_idle_s"] for row in counted) * scenario.scale / seconds,
     )
+
+
+def _staleness(text: str) -> int | None:
+    return None if text == "none" else int(text)
 
 
 def _echo(line: str) -> None:
@@ -188,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train-on", type=TrainOn, choices=tuple(TrainOn), default=TrainOn.TOKENS)
     parser.add_argument("--rule", type=StepRule, choices=tuple(StepRule), default=StepRule.DEADLINE)
     parser.add_argument("--steps", type=int, default=14, help=f"optimizer steps, of which {WARMUP} are a warm-up")
-    parser.add_argument("--max-staleness", type=int, default=1)
+    parser.add_argument("--max-staleness", type=_staleness, default=1, help="steps, or none")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)
     scenario = Scenario.of(options)

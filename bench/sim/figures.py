@@ -50,6 +50,11 @@ class Row:
     step_tokens_max: float
     age_budgets_mean: float
     age_budgets_max: float
+    lost_share: float
+    """Of the tokens that were generated: thrown away for their age."""
+    trained_length: float
+    """Mean length of the responses that were trained to their end, relative to that of all that were begun as long
+    ago: less than 1 where long ones are thrown away."""
     steps: int
     seconds: float
 
@@ -86,12 +91,21 @@ class Account:
     """Trained tokens by how many tokens were trained since the weights that made them, up to their step."""
     counted: int = 0
     """Steps of the warm-up."""
+    lost: int = 0
+    """Tokens that were thrown away."""
+    completed: list[int] = field(default_factory=list)
+    """Lengths of the responses whose last token was trained."""
+    dropped: list[int] = field(default_factory=list)
+    """What the lengths of the responses that were thrown away would have been."""
 
     def begin(self) -> None:
         """What came before does not count in distributions."""
         self.ages.clear()
         self.latencies.clear()
         self.lags.clear()
+        self.completed.clear()
+        self.dropped.clear()
+        self.lost = 0
         self.counted = len(self.sizes)
 
     def aged(self, version: int, versions: NDArray[np.int32]) -> None:
@@ -154,6 +168,8 @@ class Account:
             step_tokens_max=float(sizes.max()),
             age_budgets_mean=sum(lag * count for lag, count in self.lags.items()) / counts[-1] / work.tokens_per_step,
             age_budgets_max=max(self.lags) / work.tokens_per_step,
+            lost_share=self.lost / (self.lost + last.trained - first.trained),
+            trained_length=float(np.mean(self.completed) / np.mean(self.completed + self.dropped)),
             steps=steps,
             seconds=seconds,
         )

@@ -7,6 +7,7 @@ they run; all schedules keep the keys and values of running responses then, the 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ class Rule:
     barrier: bool = False
     lag: int = 0
     """Behind a barrier: batches that must have been generated since before a batch is trained."""
+    drops_after: int | None = None
+    """At each update, responses that would be trained at a larger age than this are thrown away; None: none is."""
     stops_when_full: bool = False
     """Generation stands still from the end of as many responses as the next step has until the next update."""
 
@@ -164,6 +167,16 @@ def filled(staleness: int | None) -> Rule:
         policy=lambda samples, tokens, s: FilledSteps(tokens, s),
         admission=lambda samples, tokens, s: FilledAdmission(tokens, bounded=s is not None),
     )
+
+
+def dropping(limit: int) -> Rule:
+    """As PipelineRL's trainer, and what gets older than `limit` steps is thrown away, in the middle of it or ended.
+
+    prime-rl `max_off_policy_steps` (`orchestrator/scheduler.py` cancels at each update), TRL
+    `experimental/async_grpo` (`max_staleness`), miles `--max-weight-staleness`. A long response lives through more
+    updates than a short one, so it is thrown away more often: what is trained is shorter than what the student writes.
+    """
+    return dataclasses.replace(filled(None), name=f"drop_{limit}", drops_after=limit)
 
 
 def partial_rollouts() -> Rule:

@@ -70,6 +70,8 @@ class Simulation:
         self._drained = False
         self._turn_due = False
         self._ended_at: dict[int, float] = {}
+        self._began: dict[int, int] = {}
+        """Weights under which each response began that is not trained to its end."""
 
     def _engine(self) -> StudentEngine:
         work = self._work
@@ -125,6 +127,7 @@ class Simulation:
         while self._batch_may_begin() and (spec := self._book.lease(ACTOR, self._version)) is not None:
             engine = min(self._engines, key=lambda one: one.load)
             self._leased += 1
+            self._began[spec.sample_id] = self._version
             engine.start(
                 Generation(sample_id=spec.sample_id, prompt_id=spec.prompt_index, length=self._lengths[spec.sample_id])
             )
@@ -182,8 +185,8 @@ class Simulation:
         self._assembler.add(scored)
         if self._unscored.get(chunk.sample_id) == chunk.end:
             del self._unscored[chunk.sample_id]
-        if chunk.finish is not None:
-            self._account.latencies.append(self._clock.now - self._ended_at.pop(chunk.sample_id))
+        if chunk.finish is not None and (ended := self._ended_at.pop(chunk.sample_id, None)) is not None:
+            self._account.latencies.append(self._clock.now - ended)
         self._news()
 
     def _news(self) -> None:
@@ -235,6 +238,9 @@ class Simulation:
             end, complete = sample.scored_end, sample.finish is not None
             segment = self._assembler.take(sample)
             self._book.trained(sample.sample_id, end, complete)
+            if complete:
+                account.completed.append(end)
+                del self._began[sample.sample_id]
             if segment is None:
                 continue
             rows, tokens = segment.end - segment.start, len(segment.token_ids)
@@ -281,6 +287,21 @@ class Simulation:
         self._account.blocked_s += self._work.sync_s
         self._clock.after(self._work.sync_s, lambda: self._updated(owed))
 
+    def _drop(self, oldest: int) -> None:
+        """Throw away every response that began under weights before `oldest`."""
+        for sample_id in [one for one, version in self._began.items() if version < oldest]:
+            length = self._lengths[sample_id]
+            running = next((engine for engine in self._engines if sample_id in engine.running), None)
+            self._account.lost += running.drop(sample_id) if running is not None else length
+            self._account.dropped.append(length)
+            self._assembler.samples.pop(sample_id, None)
+            self._assembler.completed.add(sample_id)  # chunks under way come too late
+            self._unscored.pop(sample_id, None)
+            self._ended_at.pop(sample_id, None)
+            self._kept.pop(sample_id, None)
+            self._book.trained(sample_id, length, complete=True)
+            del self._began[sample_id]
+
     def _owed(self) -> list[OwedSample]:
         return [OwedSample(sample_id, 0, end) for sample_id, end in self._unscored.items()]
 
@@ -290,6 +311,8 @@ class Simulation:
         self._step = OpenStep(began=self._clock.now)
         self._drained = False
         self._assembler.mark(self._version - 1, owed)
+        if self._rule.drops_after is not None:
+            self._drop(self._version - self._rule.drops_after)
         self._may_plan = True
         for engine in self._engines:
             engine.resume()

@@ -73,6 +73,16 @@ class StudentEngine:
         self._aim(generation)
         self._plan()
 
+    def drop(self, sample_id: int) -> int:
+        """Throw a running response away; returns how many tokens it had."""
+        self._advance()
+        generation = self.running.pop(sample_id)
+        position = self.position(generation)
+        self._kv -= self._prompt + position
+        generation.boundary = -1.0
+        self._plan()
+        return position
+
     def pause(self) -> None:
         """Stop, and let all that was made leave as chunks."""
         self._advance()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from opd_async.config.learning import OpdSection
@@ -71,14 +72,16 @@ def loss_warnings(topology: Topology) -> Iterator[str]:
     schedule = topology.schedule
     yield from _idle_options(topology)
     no_clip = topology.opd.clip_ratio is None and topology.opd.mismatch != "tis"  # which is another bound
-    if schedule.max_staleness >= 1 and no_clip and topology.opd.loss in RATIO_LOSSES:
+    bound, oldest = schedule.max_staleness, math.inf if schedule.max_staleness is None else schedule.max_staleness
+    said = "null" if bound is None else bound
+    if oldest >= 1 and no_clip and topology.opd.loss in RATIO_LOSSES:
         yield (
-            f"opd.clip_ratio: off with schedule.max_staleness {schedule.max_staleness}; unclipped importance ratios "
+            f"opd.clip_ratio: off with schedule.max_staleness {said}; unclipped importance ratios "
             "can make the student collapse when tokens are not of the current step; write 0.2"
         )
-    if schedule.max_staleness >= OLD_FOR_RATIOS and topology.opd.use_opd and topology.opd.loss in SAMPLED_LOSSES:
+    if oldest >= OLD_FOR_RATIOS and topology.opd.use_opd and topology.opd.loss in SAMPLED_LOSSES:
         yield (
-            f"schedule.max_staleness: {schedule.max_staleness} with opd.loss {topology.opd.loss}, whose signal is the "
+            f"schedule.max_staleness: {said} with opd.loss {topology.opd.loss}, whose signal is the "
             "sampled token and its importance ratio: students that move fast have collapsed at this age, and not with "
             "losses on the top-k or the whole vocabulary (docs/learning.md); write opd.loss jsd_topk, or at most "
             f"{OLD_FOR_RATIOS - 1}"

@@ -70,9 +70,10 @@ class ScheduleSection(Section):
     is behind, and more when tokens would get too old."""
     samples_per_step: Positive = 256
     """`samples`: responses in a step, exactly. A multiple of `rollout.group_size`."""
-    max_staleness: StepsOr0 = 1
+    max_staleness: StepsOr0 | None = 1
     """Largest age of a trained token: optimizer steps between the weights that sampled it and those that train it. 0 is
-    strictly on-policy, and stops generation for every step."""
+    strictly on-policy, and stops generation for every step. null, with `rule: filled` and `tokens`: no bound, so that
+    no response is cut and each is trained as old as it is."""
     pause_mode: PauseMode = PauseMode.IN_PLACE
     """What happens to running requests when weights change. `in_place`: they keep their key/value cache. `retract`: it
     is computed again under the new weights."""

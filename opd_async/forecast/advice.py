@@ -95,7 +95,7 @@ class Models:
 def uncovered(topology: Topology) -> str | None:
     """Why the steps of a topology cannot be forecast; None if they can."""
     schedule = topology.schedule
-    if schedule.train_on is not TrainOn.TOKENS or schedule.max_staleness < 1:
+    if schedule.train_on is not TrainOn.TOKENS or schedule.max_staleness == 0:
         return "covers schedule.train_on tokens with schedule.max_staleness of at least 1"
     if len(topology.teachers) != 1:
         return "covers one teacher on engines of its own, in models.teacher"

@@ -18,6 +18,13 @@ FULL_STEP_AT_S1 = 1.1
 ends up about twice as large."""
 
 
+def bound_of(max_staleness: int | None) -> int:
+    """The bound of a rule that cannot do without one. `ValueError` if there is none: such topologies are refused."""
+    if max_staleness is None:
+        raise ValueError("schedule.max_staleness: null needs rule: filled with train_on: tokens")
+    return max_staleness
+
+
 def close_early_tokens(tokens_per_step: int, max_staleness: int) -> int:
     """Deadline cuts: return how many tokens the next step may hold before the barrier closes early.
 

@@ -13,7 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.config.topology import ScheduleSection, StepRule, TrainOn
-from opd_async.scheduling.admission import Admission, DeadlineAdmission, FilledAdmission, Flow, SampleAdmission
+from opd_async.scheduling.admission import (
+    Admission,
+    DeadlineAdmission,
+    FilledAdmission,
+    Flow,
+    SampleAdmission,
+    bound_of,
+)
 from opd_async.scheduling.intervals import IntervalSet
 from opd_async.transport.messages import Frontier
 
@@ -64,10 +71,10 @@ class PromptOrder:
 def admission_of(schedule: ScheduleSection) -> Admission:
     """The rule that the topology asks for."""
     if schedule.train_on is TrainOn.SAMPLES:
-        return SampleAdmission(schedule.samples_per_step, schedule.max_staleness)
+        return SampleAdmission(schedule.samples_per_step, bound_of(schedule.max_staleness))
     if schedule.rule is StepRule.FILLED:
-        return FilledAdmission(schedule.tokens_per_step, bounded=True)
-    return DeadlineAdmission(schedule.tokens_per_step, schedule.max_staleness)
+        return FilledAdmission(schedule.tokens_per_step, bounded=schedule.max_staleness is not None)
+    return DeadlineAdmission(schedule.tokens_per_step, bound_of(schedule.max_staleness))
 
 
 class LeaseBook:

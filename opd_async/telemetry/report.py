@@ -195,7 +195,7 @@ class Report(Section):
     """Where there are several: each on its own prompts, by `teacher <name>`."""
     student_before: Evaluation | None = None
     student_after: Evaluation | None = None
-    max_staleness: int
+    max_staleness: int | None
     """The bound that was set."""
     staleness: Staleness
     score_latency: ScoreLatency

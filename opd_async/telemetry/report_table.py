@@ -96,7 +96,7 @@ def _figures(report: Report) -> Iterator[str]:
         (
             "staleness",
             f"mean {_number(age.mean, 2)}, p99 {_number(age.p99)}, max {_number(age.max)} steps "
-            f"(bound {report.max_staleness})",
+            f"({_bound(report.max_staleness)})",
         ),
         ("deadline cuts", f"{report.cuts:,}, recompute factor {_number(report.recompute_factor, 3)}"),
         ("score latency", f"p50 {_seconds(latency.p50_s)}, p99 {_seconds(latency.p99_s)} after a sample's last token"),
@@ -174,3 +174,7 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {left:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _bound(max_staleness: int | None) -> str:
+    return "no bound" if max_staleness is None else f"bound {max_staleness}"

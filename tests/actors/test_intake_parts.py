@@ -176,6 +176,24 @@ async def test_a_run_that_stops_closes_the_step_that_is_half_filled(tmp_path: Pa
         assert len(bench.sent) == 2
 
 
+async def test_without_a_bound_nothing_is_cut(tmp_path: Path) -> None:
+    async with filling(tmp_path, max_staleness=None) as bench:
+        bench.hold(1, 10)
+        for version in range(3):
+            bench.hold(2 + version, BUDGET, version=version, ended=True)
+            await bench.trains(2 * version + 1)
+            bench.done(0, version=version)
+            await bench.trains(2 * version + 2)
+            bench.dispatcher.to_role.put_nowait(m.Version(version + 1, *NOBODY))
+        bench.hold(1, 22, start=10, version=3, ended=True)
+        await bench.trains(7)
+        bench.done(0, version=3)
+        await bench.trains(8)
+        assert columns(bench.sent)[6:] == [(3, 0, False, 32), (3, 1, True, 0)]
+        started = bench.dispatcher.of(m.StepStarted)[3]
+        assert (started.stats["cuts"], started.staleness_counts.tolist()) == (0.0, [22, 0, 0, 10])
+
+
 async def test_a_step_of_samples_goes_out_as_they_end(tmp_path: Path) -> None:
     async with filling(tmp_path, train_on="samples", samples_per_step=2) as bench:
         bench.hold(2, 7, ended=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from opd_async.bench import schedules, sweeps
+from opd_async.bench.sim.colocated import Colocated
 from opd_async.bench.sim.figures import Account
 from opd_async.bench.sim.open_step import OpenStep
 from opd_async.bench.sim.presets import balanced
@@ -17,6 +18,7 @@ from opd_async.bench.sim.rules import (
     Rule,
     Scoring,
     deadline_cuts,
+    dropping,
     filled,
     one_step_off,
     partial_rollouts,
@@ -68,6 +70,31 @@ def test_a_teacher_that_forgets_computes_a_bounded_number_of_times(rule: Rule, l
     row = Simulation(dataclasses.replace(SMALL, cache_tokens=1), rule, Scoring.STREAMED).run(warmup=3, steps=12)
     assert 1.01 < row.teacher_recompute < limit
     assert rule.staleness is not None and row.age_max <= rule.staleness
+
+
+def test_what_is_dropped_is_no_older_and_longer_than_what_is_trained() -> None:
+    kept, few, many = (
+        Simulation(SMALL, rule, Scoring.STREAMED).run(3, 20) for rule in (filled(None), dropping(2), dropping(1))
+    )
+    assert kept.age_max > 2 and few.age_max == 2 and many.age_max == 1
+    assert kept.lost_share == 0.0 and kept.trained_length == 1.0
+    assert 0.02 < few.lost_share < many.lost_share < 0.6
+    assert 0.4 < many.trained_length < few.trained_length < 0.98
+    assert many.share_of_bound < few.share_of_bound < kept.share_of_bound
+
+
+def test_a_colocated_pool_has_the_time_of_its_stages_one_after_the_other() -> None:
+    fast, slow, full = (
+        Colocated(SMALL, switch_s, wide).run(3, 20) for switch_s, wide in ((0.0, False), (2.0, False), (0.0, True))
+    )
+    tokens, pool = fast.tokens_per_s * fast.seconds, 3
+    whole = tokens * (SMALL.mean_tokens + SMALL.prompt_tokens) / SMALL.mean_tokens
+    scored_s = whole / pool * (SMALL.score.token_s + SMALL.score.floor_s / SMALL.batch_tokens)
+    stages_s = scored_s + whole / pool * SMALL.train.token_s + fast.steps * SMALL.sync_s
+    assert fast.seconds * (1 - fast.idle.rollout) + stages_s == pytest.approx(fast.seconds, rel=0.05)
+    assert slow.seconds - fast.seconds == pytest.approx(20 * 2.0, rel=0.05)
+    assert fast.teacher_recompute == pytest.approx(1.0) and 1 < fast.age_max < full.age_max
+    assert full.share_of_bound > fast.share_of_bound and fast.step_tokens_max < 2
 
 
 @pytest.mark.parametrize("staleness", [1, 2, None])

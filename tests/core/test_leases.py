@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored_chunks import frontier_of
 
-from opd_async.config.topology import ScheduleSection, TrainOn
+from opd_async.config.topology import ScheduleSection, StepRule, TrainOn
 from opd_async.scheduling import frontier
+from opd_async.scheduling.admission import Flow
 from opd_async.scheduling.leases import LeaseBook, LeaseSpec, PromptOrder, admission_of
 from opd_async.transport.messages import Frontier
 
@@ -45,6 +46,16 @@ def lease(leases: LeaseBook, actor: str = "a") -> LeaseSpec:
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_bound_responses_begin_whatever_their_step_is() -> None:
+    rule = admission_of(ScheduleSection(steps=1, rule=StepRule.FILLED, tokens_per_step=100, max_staleness=None))
+    rule.closed(200, 0.0)  # no step can be too large where nothing is forced
+    rule.opened(99, False)
+    assert rule.admits(Flow(0, 0, 24, 4, slots=8)) and not rule.admits(Flow(0, 0, 25, 4, slots=8))
+    for schedule in (ScheduleSection(steps=1, max_staleness=None), ScheduleSection(steps=1, train_on=TrainOn.SAMPLES)):
+        with pytest.raises(ValueError, match="max_staleness: null"):
+            admission_of(schedule.model_copy(update={"max_staleness": None}))
 
 
 def test_every_epoch_uses_every_prompt_once_per_member_of_a_group() -> None:

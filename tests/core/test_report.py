@@ -154,6 +154,8 @@ def test_the_table_of_a_run_that_measured_little() -> None:
     assert "pass@1" not in text and "What to do next" not in text and "counted" not in text
     assert " bare: 1 step in 3.2 s" in text
     assert " staleness               mean -, p99 -, max - steps (bound 0)" in text
+    unbound = render(bare().model_copy(update={"max_staleness": None}))
+    assert " staleness               mean -, p99 -, max - steps (no bound)" in unbound
     assert " restarts                none" in text
 
 

@@ -186,6 +186,15 @@ def test_bounds_of_the_ratio(tmp_path: Path, overrides: list[str], expected: lis
     )
 
 
+def test_only_filled_steps_of_tokens_can_do_without_a_bound(tmp_path: Path) -> None:
+    unbound, filled = "schedule.max_staleness=null", "schedule.rule=filled"
+    assert problems(tmp_path, unbound, filled) == []
+    (found,) = problems(tmp_path, unbound)
+    assert found.startswith("schedule.max_staleness: null, but") and found.endswith("or rule: filled")
+    (found,) = problems(tmp_path, unbound, filled, "schedule.train_on=samples")
+    assert found.endswith("write a number of steps, or train_on: tokens")
+
+
 def test_filled_steps_know_no_whole_step(tmp_path: Path) -> None:
     filled = ("schedule.rule=filled", "schedule.train_on=samples")
     assert problems(tmp_path, "schedule.rule=filled") == problems(tmp_path, *filled) == []
