@@ -28,7 +28,8 @@ def test_the_learner_holds_the_teacher(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     values["data"]["completions"] = {"path": str(tmp_path / "given.jsonl")}
     values["learner"]["context_parallel"] = 2
-    values["opd"] |= {"use_opd": True, "type": "megatron", "teacher_load": str(load)}
+    values["data"]["teacher_prompt"] = "t9 t8 t7 t6 t5 {{ text }}"  # five tokens that the student does not have
+    values["opd"] |= {"use_opd": True, "type": "megatron", "teacher_load": str(load), "plain_kl_every": 2}
     del values["engines"]["teacher"], values["teacher"]
     with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
         assert run.wait() == 0, run.text()
@@ -43,3 +44,5 @@ def test_the_learner_holds_the_teacher(inputs: Path, tmp_path: Path) -> None:
     assert len(rows) == 4
     for row in rows:
         assert row["learner_loss"] > 0.1  # two random models: the loss is a divergence, not a surrogate around zero
+        assert 0.0 < row["learner_frequent_signal_share"] <= 1.0
+    assert [("learner_plain_kl" in row) for row in rows] == [True, False, True, False]

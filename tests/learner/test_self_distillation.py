@@ -21,6 +21,7 @@ from tiny_learner import (
     sequences_of_teacher,
     split,
     step_batch,
+    take,
     write_model,
 )
 from torch import Tensor
@@ -294,3 +295,26 @@ def test_what_is_reported_of_a_teacher_that_knows_more(alone: Place, model_path:
     trainer.step(step_batch(0, [batch]))
     assert trainer.step(step_batch(1, [batch])).plain_kl is None
     assert trainer.step(step_batch(2, [batch])).plain_kl is not None
+
+
+def cut(batch: MicroBatch, at: int) -> list[MicroBatch]:
+    """Each sequence as two steps' segments: up to its `at`-th row, and from there on, with all before it as context."""
+    found = []
+    for one in split(batch):
+        first, last = np.arange(len(one.rows)) < at, np.arange(len(one.rows)) >= at
+        end = int(one.rows[first][-1]) + 2
+        for rows, length in ((first, end), (last, len(one.token_ids))):
+            part = take(one, rows, 0, length)
+            found.append(replace(part, teacher_prompts=one.teacher_prompts, weights=None))
+    return [one for one in found if len(one.rows)]
+
+
+def test_responses_that_are_cut_have_the_gradient_of_whole_ones(
+    alone: Place, model_path: Path, teacher: TeacherConfig
+) -> None:
+    batch = informed([5, 23, 30, 11])
+    trainer = Trainer(config_of(model_path, teacher, "jsd_full"))
+    whole = hf_gradients(trainer, step_batch(0, [batch]))
+    parts = cut(batch, 4)
+    assert sum(len(part.rows) for part in parts) == len(batch.rows) and len(parts) == 7
+    assert_close(hf_gradients(trainer, step_batch(0, parts)), whole, 1e-6)
