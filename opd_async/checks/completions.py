@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from opd_async.config.losses import GIVEN_LOSSES, LOSSES, RATIO_LOSSES
 from opd_async.config.topology import Topology
+from opd_async.data.rows import data_files
+from opd_async.errors import InputError
 
-SUFFIXES = (".jsonl", ".parquet")
 PREFIX_LOSSES = tuple(loss for loss in LOSSES if loss not in RATIO_LOSSES)
 """Those that look at the prefix alone, so that it does not matter who wrote the token."""
 
@@ -24,10 +25,10 @@ def completion_problems(topology: Topology) -> Iterator[str]:
         if opd.gkd_lambda < 1.0:
             yield f"opd.gkd_lambda: {opd.gkd_lambda:g}, but nothing is given to mix in; write data.completions, or 1"
         return
-    if section.path.suffix not in SUFFIXES:
-        yield f"data.completions.path: {section.path} is neither .jsonl nor .parquet; write one of these"
-    elif not section.path.is_file():
-        yield f"data.completions.path: no file {section.path}; write the path of a file with prompts and responses"
+    try:
+        data_files(section.path)
+    except InputError as error:
+        yield f"data.completions.path: {error}"
     if opd.gkd_lambda == 1.0:
         yield "data.completions: given, but opd.gkd_lambda is 1, so that none is taken; write less than 1, or remove it"
     if not opd.use_opd:

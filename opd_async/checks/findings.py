@@ -9,6 +9,7 @@ import numpy as np
 from opd_async.config.topology import Topology
 from opd_async.data.end_tokens import end_ids
 from opd_async.data.prompts import PromptSet
+from opd_async.data.rows import named
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.forecast.sizes import Choice, Longest
 from opd_async.run.inputs import Inputs
@@ -41,15 +42,15 @@ def _longest(prompts: PromptSet) -> int | None:
 def what_was_read(topology: Topology, inputs: Inputs) -> Iterator[str]:
     """Lines about the prompts, the tokens that end a response, and one prompt as both sides read it."""
     data = topology.data
-    source = f"{data.function}" if data.train is None else f"{data.train.path}"
+    source = f"{data.function}" if data.train is None else named(data.train.path)
     yield f"data.train: {source}: {_in_numbers(inputs.prompts)}"
     if inputs.held_out is not None and data.held_out is not None:
-        yield f"data.held_out: {data.held_out.path}: {_in_numbers(inputs.held_out)}"
+        yield f"data.held_out: {named(data.held_out.path)}: {_in_numbers(inputs.held_out)}"
     if given := inputs.completions.completions:
         yield f"data.completions: {len(given)} given responses, {inputs.completions.skipped_too_long} too long"
     ends = [*end_ids(topology.models.student.path), *topology.rollout.sampling.stop_token_ids]
-    named = ", ".join(f"{token} {inputs.tokenizer.decode([token], skip_special=False)!r}" for token in ends)
-    yield f"a response ends with: {named or 'nothing but its limit'}"
+    tokens = ", ".join(f"{token} {inputs.tokenizer.decode([token], skip_special=False)!r}" for token in ends)
+    yield f"a response ends with: {tokens or 'nothing but its limit'}"
     first = inputs.prompts.prompts[0]
     yield f"the first prompt, {len(first.token_ids)} tokens, as student and teacher read it:"
     yield f"    {_rendered(first.token_ids.tolist(), inputs.tokenizer)!r}"

@@ -24,9 +24,11 @@ from opd_async.checks.validation import validate, warnings
 from opd_async.config.topology import PromptsSection, Topology
 from opd_async.config.topology_file import TopologySource, list_problems, load_topology, read_topology
 from opd_async.data.completions import CompletionSet, load_completions
+from opd_async.data.messages import ChatOptions
 from opd_async.data.model_folder import read_model
-from opd_async.data.own_prompts import KEY, OwnPrompts
-from opd_async.data.prompts import PromptSet, TeacherChoice, load_prompts
+from opd_async.data.own_prompts import KEY, SECTION, OwnPrompts
+from opd_async.data.prompts import PromptSet, Reading, TeacherChoice, load_prompts
+from opd_async.data.rows import named
 from opd_async.data.teacher_prompts import TeacherPrompts
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
@@ -110,6 +112,7 @@ class _Reader:
         """Go on from the `problems` found so far, which are not said twice; `broken` keys have no value."""
         self._topology = topology
         self._broken = broken
+        self._chats = ChatOptions.of(topology.data)
         self.problems = problems
         self.notes: list[str] = []
 
@@ -159,7 +162,8 @@ class _Reader:
 
         def first() -> PromptSet:
             try:
-                prompts = OwnPrompts(path, tokenizer, limit, choice, labelled=labelled)
+                reading = Reading(SECTION, tokenizer, choice, self._chats)
+                prompts = OwnPrompts(path, reading, limit, labelled=labelled)
                 prompts[0]  # what is wrong with every row is known before the start
             except HookError as error:
                 raise InputError(str(error).replace(", and go on with --resume", "")) from None
@@ -173,7 +177,7 @@ class _Reader:
         """Read the prompts of a file; None where it cannot be used, also where an earlier problem says so."""
         if any(name in problem for problem in self.problems for name in _LENGTH_KEYS):
             limit = _ANY_LENGTH
-        prompts = self._try(f"data.{key}.path", lambda: load_prompts(section, tokenizer, limit, choice))
+        prompts = self._try(f"data.{key}.path", lambda: load_prompts(section, tokenizer, limit, choice, self._chats))
         if prompts is None:
             return None
         judged = key == "train" or self._topology.evaluation.judge == "reward"
@@ -181,10 +185,11 @@ class _Reader:
         if key == "train" or self._topology.evaluation.judge != "teacher":
             self._try(f"data.{key}.label_key", lambda: require_labels(prompts, section, kind))
         if prompts.skipped_too_long:
-            self.notes.append(f"{section.path}: skipped {prompts.skipped_too_long} prompts longer than {limit} tokens")
+            skipped = f"skipped {prompts.skipped_too_long} prompts longer than {limit} tokens"
+            self.notes.append(f"{named(section.path)}: {skipped}")
         if prompts.read_plainly:
             plainly = f"{prompts.read_plainly} of {len(prompts.prompts)} prompts have no text for their teacher"
-            self.notes.append(f"{section.path}: {plainly}, who reads the student's prompt there")
+            self.notes.append(f"{named(section.path)}: {plainly}, who reads the student's prompt there")
         return prompts
 
     def _completions(self, tokenizer: Tokenizer, choice: TeacherChoice) -> CompletionSet:
@@ -194,8 +199,8 @@ class _Reader:
             return CompletionSet()
         limits = topology.max_prompt_tokens, topology.rollout.sampling.max_response_tokens
         ends = read_model(topology.models.student.path).eos_token_ids
-        found = load_completions(section, tokenizer, limits, ends, choice)
+        found = load_completions(section, tokenizer, limits, ends, choice, self._chats)
         if found.skipped_too_long:
             skipped = f"skipped {found.skipped_too_long} rows longer than {limits[0]} + {limits[1]} tokens"
-            self.notes.append(f"{section.path}: {skipped}")
+            self.notes.append(f"{named(section.path)}: {skipped}")
         return found

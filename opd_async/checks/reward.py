@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import PromptsSection, Topology
 from opd_async.data.prompts import PromptSet
+from opd_async.data.rows import named
 from opd_async.errors import InputError
 from opd_async.hooks import away_from_here
 
@@ -41,8 +42,8 @@ def require_labels(prompts: PromptSet, section: PromptsSection, kind: RewardKind
     if missing := prompts.unlabelled():
         rule = "evaluation.judge answer" if kind is None else f"reward.kind {kind}"
         raise InputError(
-            f"{section.path}: {missing} of {len(prompts.prompts)} prompts have no label under {section.label_key!r}, "
-            f"which {rule} compares responses with; set label_key, or remove these prompts"
+            f"{named(section.path)}: {missing} of {len(prompts.prompts)} prompts have no label under "
+            f"{section.label_key!r}, which {rule} compares responses with; set label_key, or remove these prompts"
         )
 
 

@@ -19,14 +19,14 @@ from opd_async.checks.reward import reward_problems
 from opd_async.checks.teacher import opd_problems
 from opd_async.checks.weights import weight_problems
 from opd_async.config.topology import EngineKind, EngineSection, ModelSection, StepRule, Topology, TrainOn
+from opd_async.data.chat_template import TEMPLATE_NAMES
 from opd_async.data.model_folder import ModelFacts, folder_problems, try_config, try_model
 from opd_async.data.rope import rope_problem
+from opd_async.data.rows import data_files
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.data.weight_files import file_problems, plain_problems
 from opd_async.engines.sglang import version_problem
 from opd_async.errors import InputError
-
-PROMPT_SUFFIXES = (".jsonl", ".parquet")
 
 
 def validate(topology: Topology) -> list[str]:
@@ -116,6 +116,11 @@ def _tokenizer_problems(topology: Topology, student_facts: ModelFacts | None) ->
                 if not str(error).startswith("data.chat_template"):
                     yield f"models.{side}.path: {error}"
     student = tokenizers.pop("student", None)
+    if student and (unused := student.template.unused(sorted(topology.data.chat_template_kwargs))):
+        yield (
+            f"data.chat_template_kwargs: {', '.join(unused)}, which the student's chat template does not use; correct "
+            "the name, or remove it"
+        )
     for side, teacher in tokenizers.items():
         if student and student.vocab_hash != teacher.vocab_hash:
             yield (
@@ -139,10 +144,12 @@ def _data_problems(topology: Topology) -> Iterator[str]:
     for key, section in (("train", data.train), ("held_out", data.held_out)):
         if section is None:
             continue
-        if section.path.suffix not in PROMPT_SUFFIXES:
-            yield f"data.{key}.path: {section.path} is neither .jsonl nor .parquet; write one of these"
-        elif not section.path.is_file():
-            yield f"data.{key}.path: no file {section.path}; write the path of a prompts file"
+        try:
+            data_files(section.path)
+        except InputError as error:
+            yield f"data.{key}.path: {error}"
+    if own := sorted(TEMPLATE_NAMES & set(data.chat_template_kwargs)):
+        yield f"data.chat_template_kwargs: {', '.join(own)}, which every template gets from the run; remove it"
     if data.chat_template and not data.chat_template.is_file():
         yield f"data.chat_template: no file {data.chat_template}; write the path of a Jinja file, or null"
 

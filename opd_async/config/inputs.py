@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from opd_async.config.section import FilePath, HookName, Section, TeacherName
+from opd_async.config.section import FilePath, FilePaths, HookName, Section, TeacherName
 
 
 class ModelSection(Section):
@@ -31,27 +31,31 @@ class ModelsSection(Section):
 
 
 class PromptsSection(Section):
-    """A prompts file (JSONL or parquet) and the names of its keys."""
+    """Prompts files (JSONL or parquet) and the names of their keys."""
 
-    path: FilePath
-    """The file: JSONL or parquet, one prompt a row."""
+    path: FilePaths
+    """JSONL (also `.jsonl.gz`) or parquet, one prompt a row: a file, a folder, a pattern, or a list of these."""
     prompt_key: str = "prompt"
-    """Key of the prompt: text, or a list of chat messages."""
+    """Key of the prompt: text, or a list of chat messages. Dots lead into objects, here and in the other keys."""
     label_key: str = "label"
     """Key of the right answer. Evaluations and rules of a reward compare responses with it."""
+    tools_key: str | None = "tools"
+    """Key of the tools that the chat template is told of, a list of objects. Null: none are read."""
     metadata_key: str = "metadata"
     """Key of a mapping that goes to `reward.function` unread. It may hold `data.teacher_key`."""
 
 
 class CompletionsSection(Section):
-    """A file (JSONL or parquet) of prompts with a response each, and the names of its keys."""
+    """Files (JSONL or parquet) of prompts with a response each, and the names of their keys."""
 
-    path: FilePath
-    """The file: JSONL or parquet, a prompt and a response a row."""
+    path: FilePaths
+    """JSONL (also `.jsonl.gz`) or parquet, a prompt and a response a row: a file, a folder, a pattern, or a list."""
     prompt_key: str = "prompt"
     """Key of the prompt: text, or a list of chat messages."""
     completion_key: str = "completion"
-    """Key of the response, text."""
+    """Key of the response: text, or a list with one message of the assistant."""
+    tools_key: str | None = "tools"
+    """Key of the tools that the chat template is told of, a list of objects. Null: none are read."""
     metadata_key: str = "metadata"
     """Key of a mapping. It may hold `data.teacher_key`."""
 
@@ -63,7 +67,7 @@ class DataSection(Section):
     """Prompts to train on: a file. Null: those of `function`."""
     function: HookName | None = None
     """`module:name` of a function that returns the prompts to train on, in the place of `train`: a sequence or an
-    iterator of rows with `prompt`, `label` and `metadata`."""
+    iterator of rows with `prompt`, `label`, `tools` and `metadata`."""
     held_out: PromptsSection | None = None
     """Prompts of the evaluations. Null: no evaluation."""
     completions: CompletionsSection | None = None
@@ -72,6 +76,12 @@ class DataSection(Section):
     """Draw a new order of the prompts for each epoch, from `seed`. False: in the order of the file."""
     chat_template: FilePath | None = None
     """A Jinja file to use instead of the tokenizer's own chat template."""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Names that the chat template sees, such as `enable_thinking: false`. It must use every one of them."""
+    system_prompt: str | None = None
+    """First message of every chat that has no system message of its own."""
+    as_chat: bool = False
+    """Make a prompt that is a plain text one message of the user, which goes through the chat template."""
     teacher_key: str | None = None
     """Several teachers: the key in a prompt's metadata that names its teacher."""
     teacher_prompt: str | None = None

@@ -167,6 +167,10 @@ def _anchor(path: str) -> str:
     return "".join(letter for letter in path.lower() if letter.isalnum() or letter in "_-")
 
 
+_SAME = {"oneOf": "anyOf"}
+"""Forms of a key never overlap here, and `anyOf` is what every editor reads."""
+
+
 def _for_editors(schema: Any) -> Any:
     """Without pydantic's titles, formats and units, which editors show or refuse; units end the descriptions."""
     if isinstance(schema, list):
@@ -177,7 +181,7 @@ def _for_editors(schema: Any) -> Any:
         name: {key: _for_editors(value) for key, value in inner.items()}
         if name in ("properties", "$defs", "patternProperties")
         else _for_editors(inner)
-        for name, inner in schema.items()
+        for name, inner in ((_SAME.get(name, name), inner) for name, inner in schema.items())
         if name not in ("title", "unit", "format")
     }
     units = [option["unit"] for option in (schema, *schema.get("anyOf", ())) if "unit" in option]

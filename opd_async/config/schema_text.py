@@ -39,7 +39,11 @@ def schema_at(path: Location) -> Schema | None:
     schema: Schema | None = _root()
     for part in path:
         resolved = _resolve(schema or {})
-        schema = resolved.get("items") if isinstance(part, int) else _value_at(resolved, part)
+        if isinstance(part, int):
+            items = (form["items"] for form in resolved.get("oneOf", [resolved]) if "items" in form)
+            schema = next(items, None)
+        else:
+            schema = _value_at(resolved, part)
         if schema is None:
             return None
     return schema
@@ -49,7 +53,8 @@ def _value_at(schema: Schema, key: str) -> Schema | None:
     """The schema of a section's key; of a user's own name where the section is a mapping of names."""
     named: Schema | None = schema.get("properties", {}).get(key)
     fitting = (value for pattern, value in schema.get("patternProperties", {}).items() if re.search(pattern, key))
-    return named or next(fitting, None)
+    free: Schema | None = {} if schema.get("additionalProperties") is True else None  # any name, any value
+    return named or next(fitting, free)
 
 
 def keys_at(path: Location) -> tuple[str, ...]:
@@ -80,6 +85,8 @@ def expected(path: Location) -> str:
 
 def _describe(schema: Schema) -> str:
     schema = _resolve(schema)
+    if "oneOf" in schema:
+        return ", or ".join(_describe(form) for form in schema["oneOf"])
     if "enum" in schema:
         return "one of " + ", ".join(str(value) for value in schema["enum"])
     match schema.get("type"):
@@ -92,6 +99,8 @@ def _describe(schema: Schema) -> str:
         case "array":
             some = "a list of one or more, each " if schema.get("minItems") else "a list, each item "
             return some + _describe(schema["items"])
+        case "object" if schema.get("additionalProperties") is True:
+            return "a mapping of names to values"
         case "object" if "properties" not in schema:
             return "names, each with " + _describe(next(iter(schema.get("patternProperties", {"": {}}).values())))
         case "object":

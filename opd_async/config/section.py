@@ -13,9 +13,11 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    Tag,
     ValidationError,
 )
 from pydantic_core import CoreSchema, core_schema
@@ -96,6 +98,20 @@ def _expanded(path: Path) -> Path:
 
 FilePath = Annotated[Path, AfterValidator(_expanded)]
 """A path in which `~` and `${NAME}` stand for the home folder and for a variable of the environment."""
+ONE_PATH, SEVERAL_PATHS = "<a path>", "<a list of paths>"
+FORMS = frozenset((ONE_PATH, SEVERAL_PATHS))
+"""What pydantic puts into the place of an error, behind the key that may have one of these forms."""
+
+
+def _form(value: Any) -> str:
+    return SEVERAL_PATHS if isinstance(value, list | tuple) else ONE_PATH
+
+
+FilePaths = Annotated[
+    Annotated[FilePath, Tag(ONE_PATH)] | Annotated[tuple[FilePath, ...], Field(min_length=1), Tag(SEVERAL_PATHS)],
+    Discriminator(_form),
+]
+"""One path, or several."""
 
 
 class Section(BaseModel):

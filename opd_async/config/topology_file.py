@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from opd_async.config.schema_text import dotted, expected, found, keys_at, place_of, schema_at, unknown_key
+from opd_async.config.section import FORMS
 from opd_async.config.topology import Topology
 from opd_async.config.yaml_source import Location, YamlDocument, parse_yaml
 from opd_async.errors import InputError
@@ -152,6 +153,8 @@ def _validated(data: Any) -> tuple[Topology | None, list[ErrorDetails]]:
 def _leaves(error: ValidationError) -> list[ErrorDetails]:
     """What is wrong; a list with a wrong item is also reported as too short, and the item says it better."""
     details = error.errors(include_url=False)
+    for detail in details:
+        detail["loc"] = tuple(part for part in detail["loc"] if part not in FORMS)
     holders = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
     return [detail for detail in details if detail["loc"] not in holders]
 

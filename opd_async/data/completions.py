@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from opd_async.config.topology import CompletionsSection, PromptsSection
+from opd_async.data.messages import NO_OPTIONS, ChatOptions
 from opd_async.data.prompts import Prompt, TeacherChoice, load_prompts
+from opd_async.data.rows import named
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
 from opd_async.scheduling.leases import PromptOrder
@@ -61,6 +63,7 @@ def load_completions(
     limits: tuple[int, int],
     end_ids: tuple[int, ...],
     teachers: TeacherChoice,
+    chats: ChatOptions = NO_OPTIONS,
 ) -> CompletionSet:
     """Read and tokenize prompts with responses; `limits` are the most tokens of a prompt and of a response.
 
@@ -72,11 +75,13 @@ def load_completions(
         prompt_key=section.prompt_key,
         label_key=section.completion_key,
         metadata_key=section.metadata_key,
+        tools_key=section.tools_key,
     )
-    prompts = load_prompts(source, tokenizer, limits[0], teachers)
+    prompts = load_prompts(source, tokenizer, limits[0], teachers, chats, answers=True)
+    where = named(section.path)
     if empty := [prompt.prompt_id for prompt in prompts.prompts if not prompt.label]:
         raise InputError(
-            f"{section.path}: {len(empty)} rows have no text under {section.completion_key!r}, the first is row "
+            f"{where}: {len(empty)} rows have no text under {section.completion_key!r}, the first is row "
             f"{empty[0] + 1}; write the response, or set completion_key"
         )
     end = tokenizer.end_id if tokenizer.end_id in end_ids else min(end_ids, default=None)
@@ -88,6 +93,6 @@ def load_completions(
             found.append(Completion(prompt, np.asarray(whole, np.int32)))
     if not found:
         raise InputError(
-            f"{section.path}: no response has at most {limits[1]} tokens; raise rollout.sampling.max_response_tokens"
+            f"{where}: no response has at most {limits[1]} tokens; raise rollout.sampling.max_response_tokens"
         )
     return CompletionSet(tuple(found), prompts.skipped_too_long + len(prompts.prompts) - len(found))

@@ -3,8 +3,9 @@
     function() -> sequence of rows    row i is asked for when prompt i is leased; its order is `data.shuffle`'s
                -> iterator of rows    advanced to row i; when it ends, the function is called again
 
-A row is what a line of a prompts file holds: `prompt`, `label`, `metadata`. Both kinds go on where they stopped when a
-run is resumed: an iterator is advanced to the first prompt that is needed, so it must give the same rows again.
+A row is what a line of a prompts file holds: `prompt`, `label`, `tools`, `metadata`. Both kinds go on where they
+stopped when a run is resumed: an iterator is advanced to the first prompt that is needed, so it must give the same
+rows again.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any, overload
 
 from opd_async.config.topology import PromptsSection
-from opd_async.data.prompts import Prompt, RowError, TeacherChoice, read_row
-from opd_async.data.tokenizer import Tokenizer
+from opd_async.data.prompts import Prompt, Reading, read_row
+from opd_async.data.rows import RowError
 from opd_async.hooks import HookError, add_working_directory, blame, load_hook
 
 KEY = "data.function"
@@ -28,15 +29,13 @@ KEPT = 65536
 class OwnPrompts(Sequence[Prompt]):
     """The prompts of `module:name`, tokenized when they are asked for; not for several threads at once."""
 
-    def __init__(
-        self, path: str, tokenizer: Tokenizer, limit: int, teachers: TeacherChoice, *, labelled: bool = False
-    ) -> None:
+    def __init__(self, path: str, reading: Reading, limit: int, *, labelled: bool = False) -> None:
         """Load the function and call it. `limit` is the longest prompt, tokens; `labelled`: no row goes without label.
 
         Raises `InputError` if it cannot be loaded, `HookError` if it raises or returns nothing that has rows.
         """
         add_working_directory()
-        self._path, self._tokenizer, self._limit, self._teachers = path, tokenizer, limit, teachers
+        self._path, self._reading, self._limit = path, reading, limit
         self._labelled = labelled
         self._function: Callable[[], Any] = load_hook(KEY, path)
         found = self._called("its call")
@@ -73,7 +72,7 @@ class OwnPrompts(Sequence[Prompt]):
         except Exception as error:  # the edge of the user's code
             raise blame(KEY, self._path, given, error) from error
         try:
-            prompt = read_row(index, row, SECTION, self._tokenizer, self._limit, self._teachers)
+            prompt = read_row(index, row, self._reading, self._limit)
         except RowError as error:
             raise self._wrong(f"gave {given}, which cannot be used: {error}") from None
         if self._labelled and not prompt.label:
@@ -98,7 +97,7 @@ class OwnPrompts(Sequence[Prompt]):
 
 
 SECTION = PromptsSection(path=Path())
-"""The names of a row's keys."""
+"""The names of a row's keys; no file is read."""
 
 
 class _Cursor:

@@ -1,6 +1,6 @@
-"""Prompts that were tokenized before, found again by content: of the file, the tokenizer, and this package's reading.
+"""Prompts that were tokenized before, found again by content: of the files, the tokenizer, and this package's reading.
 
-    ~/.cache/opd_async/prompts/<key>/     the columns of one file (`prompt_table.py`); $XDG_CACHE_HOME where it is set
+    ~/.cache/opd_async/prompts/<key>/   the columns of a section's files (`prompt_table.py`); $XDG_CACHE_HOME where set
 
 A small file is read anew each time. What cannot be written here is kept in memory; what is damaged is made again.
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 from opd_async.data.prompt_table import Columns, ColumnWriter
 
 SMALL_BYTES = 4 << 20
-"""A file below this size is read within a second."""
+"""Files below this size, together, are read within a second."""
 MOST_FILES = 16
-"""Files whose prompts are kept; the one that was not used for longest goes."""
+"""So many sections' prompts are kept; those that were not used for longest go."""
 _BLOCK = 1 << 20
 
 
@@ -30,16 +30,16 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "opd_async" / "prompts"
 
 
-def columns_of(path: Path, words: Sequence[str], fill: Callable[[ColumnWriter], None]) -> Columns:
-    """Return the columns of a prompts file: those that are kept, or new ones, which `fill` writes.
+def columns_of(files: Sequence[Path], words: Sequence[str], fill: Callable[[ColumnWriter], None]) -> Columns:
+    """Return the columns of prompts files: those that are kept, or new ones, which `fill` writes.
 
-    `words` are everything beside the file's content that decides what `fill` writes. Raises `OSError` if the file
+    `words` are everything beside the files' content that decides what `fill` writes. Raises `OSError` if a file
     cannot be read, and what `fill` raises; nothing is kept then.
     """
-    if path.stat().st_size < SMALL_BYTES:
+    if sum(file.stat().st_size for file in files) < SMALL_BYTES:
         return _filled(ColumnWriter(None), fill)
     root = cache_folder()
-    kept = root / _key(path, words)
+    kept = root / _key(files, words)
     try:
         found = Columns.mapped(kept)
         os.utime(kept)
@@ -78,12 +78,13 @@ def _filled(writer: ColumnWriter, fill: Callable[[ColumnWriter], None]) -> Colum
         writer.close()
 
 
-def _key(path: Path, words: Sequence[str]) -> str:
+def _key(files: Sequence[Path], words: Sequence[str]) -> str:
     """Digest everything that the columns depend on, this package's own modules among it."""
     digest = hashlib.blake2b(digest_size=16)
-    for word in (path.suffix, *words):
+    for word in words:
         digest.update(len(word).to_bytes(8, "little") + word.encode("utf-8", "surrogatepass"))
-    for file in (*sorted(Path(__file__).parent.glob("*.py")), path):
+    for file in (*sorted(Path(__file__).parent.glob("*.py")), *files):
+        digest.update(f"{file.suffix} {file.stat().st_size} ".encode())
         with file.open("rb", buffering=0) as stream:
             while block := stream.read(_BLOCK):
                 digest.update(block)

@@ -37,7 +37,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt: `prompt_id` is the position of its row in the file, `token_ids` int32[n], `label` "" if none."""
+    """One prompt: `prompt_id` is the position of its row in its files, `token_ids` int32[n], `label` "" if none."""
 
     prompt_id: int
     token_ids: Int32Array

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import UndefinedError
 
 from opd_async.config.inputs import DataSection
+from opd_async.data.chat_template import TEMPLATE_ERRORS, Message, compile_template
+from opd_async.data.messages import ChatOptions, read_chat
 from opd_async.data.prompt_table import Columns
-from opd_async.data.tokenizer import TEMPLATE_ERRORS, Message, Tokenizer, compile_template
+from opd_async.data.rows import RowError, lookup
+from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
 
 KEY = "data.teacher_prompt"
@@ -47,6 +49,9 @@ class StudentPrompt:
     row: Mapping[str, Any]
     prompt: Any
     """Text, or chat messages."""
+    messages: Sequence[Message]
+    """The chat that it is; of a plain text one message of the user."""
+    tools: Sequence[Any] | None
     text: str
     """What the student reads: the prompt, or what the chat template makes of the messages."""
     special: bool
@@ -69,12 +74,16 @@ class _Chat:
     """The student's chat template as a function of templates, which remembers whether it was called."""
 
     tokenizer: Tokenizer
+    tools: Sequence[Any] | None
+    """Those of the row, which the template is told of unless it is given others."""
+    options: ChatOptions
     called: bool = field(default=False, init=False)
 
     def __call__(self, messages: Sequence[Message], **names: Any) -> str:
         """The text of a conversation; `names` are further variables of the template, `enable_thinking` say."""
         self.called = True
-        return self.tokenizer.apply_chat_template(messages, **names)
+        tools = names.pop("tools", self.tools)
+        return self.tokenizer.apply_chat_template(messages, tools, {**self.options.template_kwargs, **names})
 
 
 class TeacherPrompts:
@@ -86,6 +95,7 @@ class TeacherPrompts:
         """`limits` has, by teacher, the most tokens of a prompt and which key bounds it. Raises `InputError` for a
         template that does not parse."""
         self._tokenizer = tokenizer
+        self._options = ChatOptions.of(section)
         self._key, self._privileged = section.teacher_prompt, section.privileged_key
         self._plain = section.teacher_prompt_missing == "plain"
         self.limits = dict(limits or {})
@@ -125,25 +135,25 @@ class TeacherPrompts:
     def _of_key(self, student: StudentPrompt) -> TeacherText:
         assert self._key is not None
         value = _lookup(self._key, student)
-        if isinstance(value, str):
-            return TeacherText(value, special=True)
-        if not _is_chat(value):
+        if not isinstance(value, str | list):
             raise TeacherPromptError(f"{self._key!r} is neither text nor a list of chat messages with role and content")
-        return TeacherText(self._chat(value), special=False)
-
-    def _chat(self, messages: Sequence[Message]) -> str:
         try:
-            return self._tokenizer.apply_chat_template(messages)
-        except InputError as error:
-            raise TeacherPromptError(str(error)) from None
+            chat = read_chat(value, student.tools, self._options)
+            if chat is None:
+                return TeacherText(str(value), special=True)
+            names = self._options.template_kwargs
+            return TeacherText(self._tokenizer.apply_chat_template(chat.messages, chat.tools, names), special=False)
+        except (RowError, InputError) as error:
+            raise TeacherPromptError(f"{self._key!r}: {error}") from None
 
     def _rendered(self, student: StudentPrompt) -> TeacherText:
         assert self._template is not None
-        chat = _Chat(self._tokenizer)
+        chat = _Chat(self._tokenizer, student.tools, self._options)
         names = {
             "row": student.row,
             "prompt": student.prompt,
-            "messages": _messages(student.prompt),
+            "messages": [dict(message) for message in student.messages],
+            "tools": student.tools,
             "text": student.text,
             "label": student.label,
             "metadata": student.metadata,
@@ -164,7 +174,7 @@ class TeacherPrompts:
         written = chat.called or (not student.special and student.text in text)
         return TeacherText(text, special=not written)
 
-    def looked_at(self, path: Path, columns: Columns, names: Sequence[str], limit: int) -> tuple[int, int]:
+    def looked_at(self, where: str, columns: Columns, names: Sequence[str], limit: int) -> tuple[int, int]:
         """Of the usable prompts of a file (`limit` tokens at most): how many have none for their teacher, and the
         tokens of the longest that one has.
 
@@ -175,7 +185,7 @@ class TeacherPrompts:
             mine = np.where(usable & (whose == index), tokens, 0)
             if problem := self.too_long(name, int(mine.max(initial=0))):
                 count, row = int((mine > self.limits[name][0]).sum()), int(mine.argmax()) + 1
-                raise InputError(f"{path}: {count} rows are too long for their teacher, row {row} most: {problem}")
+                raise InputError(f"{where}: {count} rows are too long for their teacher, row {row} most: {problem}")
         return int((tokens[usable] == 0).sum()), int(tokens[usable].max(initial=0))
 
     def too_long(self, teacher: str, tokens: int) -> str | None:
@@ -191,19 +201,9 @@ class TeacherPrompts:
 
 def _lookup(key: str, student: StudentPrompt) -> Any:
     """The value of a key of the row, or of its metadata; `TeacherPromptError` where it is absent or empty."""
-    value = student.row.get(key)
+    value = lookup(student.row, key)
     if value is None:
-        value = student.metadata.get(key)
+        value = lookup(student.metadata, key)
     if value is None or value != value or value in ("", []):  # pandas writes NaN for nothing
         raise _MissingTextError(f"no {key!r} in the row or its metadata")
     return value
-
-
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(one, dict) and isinstance(one.get("role"), str) and "content" in one for one in value
-    )
-
-
-def _messages(prompt: Any) -> list[Message]:
-    return [dict(one) for one in prompt] if isinstance(prompt, list) else [{"role": "user", "content": prompt}]

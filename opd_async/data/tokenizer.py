@@ -1,34 +1,24 @@
 """The tokenizer of a Hugging Face checkpoint folder, without transformers.
 
-    text     -> tokenizer.json, post-processor's special tokens included      -> ids
-    messages -> chat template (sandboxed Jinja) -> text -> the same, without them -> ids
-
-The chat template is an override file, else `chat_template.jinja`, else the one in `tokenizer_config.json`: the order
-of transformers. Templates see the names that transformers gives them and can neither change objects nor reach files.
+text     -> tokenizer.json, post-processor's special tokens included      -> ids
+messages -> chat template (`chat_template.py`) -> text -> the same, without them -> ids
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from opd_async.data.chat_template import SPECIAL_NAMES, ChatTemplate, Message, strftime_now
 from opd_async.data.json_object import read_object
 from opd_async.errors import InputError
-
-Message = dict[str, Any]
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# What a template can raise by itself: Jinja's own errors, and those of the expressions in it.
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 class Tokenizer:
@@ -51,11 +41,8 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         config = _read_config(folder / "tokenizer_config.json")
         self._special = _special_tokens(folder, config)
-        self._template_source, template = _find_template(folder, config, chat_template)
-        self._template = (
-            compile_template(template, f"chat template of {self._template_source}") if template is not None else None
-        )
-        self._template_text = template or ""
+        self.template = ChatTemplate(folder, config, chat_template)
+        """How conversations become text."""
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, with the special tokens that the post-processor adds."""
@@ -70,20 +57,18 @@ class Tokenizer:
         """Return the text of token ids; `skip_special` leaves special tokens out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
-    def apply_chat_template(self, messages: Sequence[Message], **more: Any) -> str:
-        """Return the text of a conversation, up to where the assistant is to speak; `more` are names that the template
-        sees beside its own.
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        names: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the text of a conversation, up to where the assistant is to speak.
 
-        Raises `InputError` if the folder has no chat template, or the template refuses the messages.
+        `tools` and further `names` are seen by the template as transformers would pass them. Raises `InputError` if the
+        folder has no chat template, or the template does not use the tools or refuses the messages.
         """
-        if self._template is None:
-            raise InputError(f"{self._template_source} has no chat template; give one in data.chat_template")
-        # Always there, as in transformers: templates ask whether they are none.
-        names = {"tools": None, "documents": None, "add_generation_prompt": True, **self._special, **more}
-        try:
-            return self._template.render(**{**names, "messages": list(messages)})
-        except TEMPLATE_ERRORS as error:
-            raise InputError(f"the chat template of {self._template_source} refuses the messages: {error}") from None
+        return self.template.render(messages, tools, names or {}, self._special)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of a conversation. The template writes the special tokens itself; none are added."""
@@ -103,9 +88,10 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Return a hex digest of everything that decides which ids a text or a conversation becomes."""
         versions = [tokenizers.__version__, jinja2.__version__]
-        parts = [*versions, self._tokenizer.to_str(), self._template_text, json.dumps(self._special, sort_keys=True)]
-        if "strftime_now" in self._template_text:  # another prompt every day
-            parts.append(_strftime_now("%Y-%m-%d %H"))
+        templates = json.dumps(self.template.texts, sort_keys=True)
+        parts = [*versions, self._tokenizer.to_str(), templates, json.dumps(self._special, sort_keys=True)]
+        if "strftime_now" in templates:  # another prompt every day
+            parts.append(strftime_now("%Y-%m-%d %H"))
         digest = hashlib.blake2b(digest_size=16)
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part.encode("utf-8", "surrogatepass"))
@@ -135,79 +121,9 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if "added_tokens_decoder" not in config:
         config = config | _read_config(folder / "special_tokens_map.json")
     tokens: dict[str, str] = {}
-    for name in _SPECIAL_NAMES:
+    for name in SPECIAL_NAMES:
         value = config.get(name)
         text = value.get("content") if isinstance(value, dict) else value
         if isinstance(text, str):
             tokens[name] = text
     return tokens
-
-
-def _find_template(folder: Path, config: dict[str, Any], override: Path | None) -> tuple[str, str | None]:
-    """Find the template; returns its place, for messages, and its source, which is None where there is no template."""
-    for file in [override] if override else [folder / "chat_template.jinja"]:
-        if file.is_file():
-            return str(file), file.read_text(encoding="utf-8")
-        if file is override:
-            raise InputError(f"data.chat_template: no file {file}")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return str(folder), template if isinstance(template, str) else None
-
-
-def compile_template(template: str, named: str, *, strict: bool = False) -> jinja2.Template:
-    """Compile a template in the sandbox. `strict`: a name that is missing or none cannot be written.
-
-    Raises `InputError`, which begins with `named`, for one that does not parse.
-    """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, _Generation],
-        undefined=jinja2.StrictUndefined if strict else jinja2.Undefined,
-        finalize=_written if strict else None,
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"{named}, line {error.lineno}: {error.message}") from None
-
-
-def _written(value: object) -> object:
-    if value is None:
-        raise jinja2.UndefinedError("a value that is none")
-    return value
-
-
-class _Generation(jinja2.ext.Extension):
-    """Renders the body of `{% generation %}...{% endgeneration %}`, with which templates mark the assistant's text."""
-
-    tags = {"generation"}  # noqa: RUF012  (Jinja reads the class attribute)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _tojson(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML characters, which a prompt must not.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

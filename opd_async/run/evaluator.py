@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
@@ -18,11 +19,13 @@ from opd_async.data.prompts import Prompt
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import DeadlineError
 from opd_async.telemetry.report import Evaluation
-from opd_async.telemetry.samples import EvaluatedSample
+from opd_async.telemetry.samples import EvaluatedSample, quoted
 from opd_async.transport.messages import EvalDone, Finish, Lease, LeaseKind
 
 EVAL_IDS = 1 << 48
 """Evaluation samples are numbered from here, far above any training sample."""
+
+log = logging.getLogger(__name__)
 
 SendLease = Callable[[Lease], Awaitable[None]]
 Response = tuple[Prompt, EvalDone]
@@ -65,8 +68,9 @@ class Evaluator:
     ) -> Evaluation:
         """Evaluate on the first `count` held-out prompts, or on those of them that are `teacher`'s.
 
-        By answers or rewards: pass@1 of sampled responses and of greedy ones. By the teacher: the reverse KL on sampled
-        responses. Raises `DeadlineError` when the responses do not come. On cancel: responses under way are ignored.
+        By answers or rewards: pass@1 of sampled responses and of greedy ones; a teacher that is never right is a
+        warning, which shows a response. By the teacher: the reverse KL on sampled responses. Raises `DeadlineError`
+        when the responses do not come. On cancel: responses under way are ignored.
         """
         section = self._section
         prompts = self._prompts[:count] if teacher is None else self.prompts_of(teacher, count)
@@ -84,8 +88,21 @@ class Evaluator:
         who = "student" if teacher is None else teacher if teacher == ONE_TEACHER else f"teacher {teacher}"
         for prompt, done in sampled[: self.shown]:
             self.on_sample(self._shown(who, step, prompt, done))
-        found = self._compared(len(prompts), sampled, step) if section.judge == "teacher" else None
-        return _with_lengths(found or self._judged(len(prompts), sampled, greedy, step), sampled)
+        if section.judge == "teacher":
+            return _with_lengths(self._compared(len(prompts), sampled, step), sampled)
+        found = self._judged(len(prompts), sampled, greedy, step)
+        if teacher is not None and greedy and not found.pass_at_1 and not found.pass_at_1_greedy:
+            self._doubt(len(prompts), self._shown(who, step, *greedy[0]))
+        return _with_lengths(found, sampled)
+
+    def _doubt(self, prompts: int, sample: EvaluatedSample) -> None:
+        """Warn of a teacher that was never right, with one of its responses."""
+        log.warning(
+            "the %s answers none of %d held-out prompts as their labels do, which is rarely its fault; compare its "
+            "greedy response with data.held_out.label_key and evaluation.%s: %s",
+            *(sample.who, prompts, "answer_pattern" if self._section.judge == "answer" else "judge (reward)"),
+            quoted(sample, self._tokenizer),
+        )
 
     def _judged(self, prompts: int, sampled: Sequence[Response], greedy: Sequence[Response], step: int) -> Evaluation:
         """Count the right responses."""

@@ -252,12 +252,27 @@ def printed(row: dict[str, Any]) -> str:
     if "right" in row:
         facts.append("right" if row["right"] else "wrong")
     prompt, response = shown(row["prompt"]), shown(row["response"])
-    before = "..." if len(prompt) > PRINTED_PROMPT else ""
-    after = "..." if len(response) > PRINTED_RESPONSE else ""
     return (
         f"a response {whose} step {row['step']}, {', '.join(facts)}\n"
-        f"    prompt    {before}{prompt[-PRINTED_PROMPT:]}\n    response  {response[:PRINTED_RESPONSE]}{after}"
+        f"    prompt    {_cut(prompt, PRINTED_PROMPT, end=True)}\n    response  {_cut(response, PRINTED_RESPONSE)}"
     )
+
+
+def quoted(sample: EvaluatedSample, tokenizer: Text) -> str:
+    """Write a response on one line, for messages: the end of its prompt, its beginning, and the label."""
+    row = evaluated_row(sample, tokenizer)
+    prompt, response = shown(row["prompt"]), shown(row["response"])
+    return (
+        f"prompt {_cut(prompt, PRINTED_PROMPT, end=True)!r}, response {_cut(response, PRINTED_RESPONSE)!r} "
+        f"(ended by {row['finish']}), label {_cut(shown(row['label']), PRINTED_PROMPT)!r}"
+    )
+
+
+def _cut(text: str, length: int, *, end: bool = False) -> str:
+    """Write the beginning of a text, or its end, with dots for what is left out."""
+    if len(text) <= length:
+        return text
+    return f"...{text[-length:]}" if end else f"{text[:length]}..."
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ WRONG = [
     (["opd.gkd_lambda=0.5", "opd.loss=reverse_kl"], True, "opd.loss: reverse_kl, but given responses were not sampled"),
     (["opd.gkd_lambda=0.5", "opd.use_opd=false"], True, "opd.use_opd: false, but given responses are there to be"),
     (["opd.gkd_lambda=0.5", "data.completions.path=x.jsonl"], True, "data.completions.path: no file x.jsonl; write"),
-    (["opd.gkd_lambda=0.5", "data.completions.path=x.csv"], True, "data.completions.path: x.csv is neither .jsonl nor"),
+    (["opd.gkd_lambda=0.5", "data.completions.path=x.csv"], True, "data.completions.path: no file x.csv; write"),
     (["opd.gkd_lambda=0.5", "advantage.reference_kl_coef=0.1"], True, "advantage.reference_kl_coef: 0.1, but the pull"),
     (["opd.gkd_lambda=0.5", "opd.loss=sft"], True, "opd.loss: sft, but a share of 0.5 of the samples is the student's"),
     (["opd.loss=sft"], False, "opd.loss: sft, but a share of 1 of the samples is the student's own"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
     return Tokenizer(make_model(tmp_path / "model"))
 
 
-def evaluate(tokenizer: Tokenizer, answer: Answer, **section: object) -> tuple[Evaluation, list[Lease]]:
+def evaluate(
+    tokenizer: Tokenizer, answer: Answer, teacher: str | None = None, **section: object
+) -> tuple[Evaluation, list[Lease]]:
     """One evaluation of four prompts, every lease answered at once."""
     leases: list[Lease] = []
 
@@ -38,8 +41,10 @@ def evaluate(tokenizer: Tokenizer, answer: Answer, **section: object) -> tuple[E
         evaluator.deliver(answer(lease))
 
     settings = EvaluationSection.model_validate(section)
-    evaluator = Evaluator(PROMPTS, tokenizer, settings, slots=3, send=send)
-    return asyncio.run(evaluator.evaluate(LeaseKind.EVAL_STUDENT, 4, 7, 10.0)), leases
+    prompts = PROMPTS if teacher is None else [replace(prompt, teacher=teacher) for prompt in PROMPTS]
+    evaluator = Evaluator(prompts, tokenizer, settings, slots=3, send=send)
+    kind = LeaseKind.EVAL_STUDENT if teacher is None else LeaseKind.EVAL_TEACHER
+    return asyncio.run(evaluator.evaluate(kind, 4, 7, 10.0, teacher)), leases
 
 
 def done(lease: Lease, ids: np.ndarray[tuple[int], np.dtype[np.int32]], reward: float | None = None) -> EvalDone:
@@ -112,3 +117,25 @@ def test_responses_that_no_teacher_scored_are_counted(tokenizer: Tokenizer) -> N
     found, _ = evaluate(tokenizer, lambda lease: done(lease, RIGHT), judge="teacher")
     assert (found.reverse_kl, found.reverse_kl_interval, found.unjudged) == (None, None, 4)
     assert compared(found) == "no response was scored on 4 held-out prompts, length 2.0, 100 % ended, 4 not scored"
+
+
+@pytest.mark.parametrize("judge", ["answer", "reward"])
+def test_a_teacher_that_is_never_right_is_a_warning_that_shows_why(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, judge: str
+) -> None:
+    found, _ = evaluate(tokenizer, lambda lease: done(lease, WRONG, -1.0), teacher="teacher", judge=judge)
+    assert found.pass_at_1 == found.pass_at_1_greedy == 0.0
+    (record,) = caplog.records
+    text = record.getMessage()
+    assert record.levelname == "WARNING" and "the teacher answers none of 4 held-out prompts" in text
+    assert "prompt '<bos>a', response 'c<eos>' (ended by stop), label 'b'" in text
+    assert ("evaluation.answer_pattern" in text) == (judge == "answer") and "\n" not in text
+
+
+def test_who_is_right_once_is_no_warning(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    def once(lease: Lease) -> EvalDone:
+        return done(lease, RIGHT if lease.prompt_id == 2 and lease.temperature else WRONG)
+
+    evaluate(tokenizer, once, teacher="teacher")
+    evaluate(tokenizer, lambda lease: done(lease, WRONG))  # an untrained student may be wrong everywhere
+    assert not caplog.records

@@ -11,8 +11,8 @@ from small_runs import make_model, small_topology, topology_data, write_topology
 from opd_async.checks.inputs import examine
 from opd_async.config.topology import Topology
 from opd_async.data.completions import CompletionSet
-from opd_async.data.own_prompts import ENDLESS, KEPT, OwnPrompts
-from opd_async.data.prompts import PromptSet, TeacherChoice
+from opd_async.data.own_prompts import ENDLESS, KEPT, SECTION, OwnPrompts
+from opd_async.data.prompts import PromptSet, Reading
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
 from opd_async.hooks import HookError
@@ -81,7 +81,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def own(name: str, tokenizer: Tokenizer, *, labelled: bool = False) -> OwnPrompts:
-    return OwnPrompts(f"own_rows:{name}", tokenizer, 64, TeacherChoice(), labelled=labelled)
+    return OwnPrompts(f"own_rows:{name}", Reading(SECTION, tokenizer), 64, labelled=labelled)
 
 
 def calls() -> list[object]:

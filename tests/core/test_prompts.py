@@ -141,7 +141,7 @@ def test_rows_with_the_same_fault_are_one_line(tmp_path: Path, tokenizer: Tokeni
 
 def test_files_without_usable_prompts(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = tmp_path / "p.jsonl"
-    assert f"{path}: cannot be read: No such file" in refused(path, tokenizer)
+    assert f"no file {path}; write the path" in refused(path, tokenizer)
     write_lines(path, "", "  ")
     assert "holds no prompts; write one JSON object per line" in refused(path, tokenizer)
     write_lines(path, {"prompt": "abc"}, {"prompt": "abcdef"})

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scored_chunks import PROMPT, chunk, context_to, scored, token_ids
@@ -18,7 +18,9 @@ from small_runs import make_model, small_topology, topology_data, write_lines, w
 from opd_async.checks.inputs import examine
 from opd_async.config.inputs import DataSection, PromptsSection
 from opd_async.data import prompt_cache
-from opd_async.data.prompts import PromptSet, RowError, TeacherChoice, load_prompts, read_row
+from opd_async.data.own_prompts import SECTION
+from opd_async.data.prompts import PromptSet, Reading, TeacherChoice, load_prompts, read_row
+from opd_async.data.rows import RowError
 from opd_async.data.teacher_prompts import TeacherPrompts
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError, WireError
@@ -94,7 +96,7 @@ def test_what_a_teacher_reads(
 ) -> None:
     (found,) = read(load(tmp_path, tokenizer, row, **keys))
     assert found == expected(tokenizer)
-    one = read_row(0, row, PromptsSection(path=Path()), tokenizer, 64, choice(tokenizer, **keys))
+    one = read_row(0, row, Reading(SECTION, tokenizer, choice(tokenizer, **keys)), 64)
     assert one.teacher_ids is not None and one.teacher_ids.tolist() == found
     assert (
         one.token_ids.tolist()
@@ -148,7 +150,7 @@ def test_rows_without_a_prompt_for_the_teacher_are_refused_in_one_message(
         load(tmp_path, tokenizer, *rows, **keys)
     with pytest.raises(RowError):
         for index, row in enumerate(rows):
-            read_row(index, row, PromptsSection(path=Path()), tokenizer, 64, choice(tokenizer, **keys))
+            read_row(index, row, Reading(SECTION, tokenizer, choice(tokenizer, **keys)), 64)
 
 
 def test_rows_without_it_are_trained_plainly_where_that_is_wanted(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -321,6 +323,7 @@ def enumerated(segments: list[Segment], batch: MicroBatch) -> tuple[list[int], l
 SIZES = st.lists(st.tuples(*(st.integers(*span) for span in ((1, 6), (0, 9), (0, 7), (1, 7)))), max_size=9)
 
 
+@settings(deadline=None)
 @given(SIZES, st.integers(1, 3), st.integers(1, 30))
 def test_rows_are_the_same_tokens_behind_another_prompt(
     sizes: list[tuple[int, int, int, int]], ranks: int, budget: int

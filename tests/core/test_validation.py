@@ -69,7 +69,7 @@ WRONG = {
     "evaluation.answer_pattern='('": "evaluation.answer_pattern: '(' is not a regular expression",
     "network.bind=0.0.0.0": "network.bind: 0.0.0.0 is not an IPv4 loopback address",
     "data.train.path=nowhere.jsonl": "data.train.path: no file nowhere.jsonl",
-    "data.held_out.path=prompts.csv": "data.held_out.path: prompts.csv is neither .jsonl nor .parquet",
+    "data.held_out.path=prompts.csv": "data.held_out.path: no file prompts.csv; write the path of a .jsonl, ",
     "data.chat_template=nowhere.jinja": "data.chat_template: no file nowhere.jinja",
 }
 
