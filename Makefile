@@ -20,7 +20,7 @@ QUICKSTART_sglang := --set name=quickstart-sglang \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test chaos test-sglang test-sglang-all lint format install sglang peers clean
+.PHONY: quickstart test chaos test-cluster test-sglang test-sglang-all lint format install sglang peers clean
 
 quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
@@ -34,6 +34,10 @@ test: install
 CHAOS ?= --minutes 3
 chaos: install
 	$(BIN)/python tests/chaos $(CHAOS)
+
+# Runs on several hosts of a lab: network namespaces, which take root (docs/cluster.md).
+test-cluster: install
+	$(BIN)/python -m pytest tests/cluster
 
 # The conformance suite that `make test` runs against the embedded engine, and whole runs, on real SGLang servers.
 test-sglang: install sglang

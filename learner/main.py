@@ -236,7 +236,7 @@ def run(plan: Plan) -> None:
             trainer = Trainer(config)
             _restore(plan, trainer)
             metrics = RoleMetrics("learner")
-            mine = plan.role(RoleKind.LEARNER, 0)
+            mine = plan.role_of_rank(place.rank)
             port = mine.ports["metrics"] if place.rank == 0 else 0
             rank = Rank(plan=plan, trainer=trainer, link=link, rank=place.rank, metrics=metrics, beats=beats)
             with metrics.serve(mine.host, port):

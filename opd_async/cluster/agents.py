@@ -173,7 +173,8 @@ class Agents:
                 return f"{join.host} has {package} {theirs}, the launcher's host {mine}; install the same on every host"
         if node is None and not self._open_to_all:
             return f"{join.host} is no host of this run, which has {', '.join(self.nodes)}; it began without"
-        if node is not None and node.address != join.address:
+        successor = node is not None and (not node.there.is_set() or join.before == node.incarnation)
+        if node is not None and successor and node.address != join.address:
             return (
                 f"{join.host} came back as {join.address}, and the run knows it as {node.address}; give it that again"
             )

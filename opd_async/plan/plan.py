@@ -128,15 +128,21 @@ class Plan(Section):
                 return role
         raise KeyError(f"no {kind.value} {index} in the plan")
 
+    def role_of_rank(self, rank: int) -> RolePlan:
+        """The role, one for each host of the learner, whose process a learner rank is; `KeyError` if there is none."""
+        last = 0
+        for role in self.of_kind(RoleKind.LEARNER):
+            last += len(role.devices)
+            if rank < last:
+                return role
+        raise KeyError(f"no learner rank {rank} in the plan")
+
     def learner_of(self, rank: int) -> str:
-        """The role, one for each host of the learner, whose process a learner rank is."""
-        first = 0
-        learners = self.of_kind(RoleKind.LEARNER)
-        for role in learners:
-            first += len(role.devices)
-            if rank < first:
-                return role.name
-        return learners[0].name if learners else "learner-0"
+        """The name of that role; `learner-0` in plans that start no learner."""
+        try:
+            return self.role_of_rank(rank).name
+        except KeyError:
+            return "learner-0"
 
     def of_kind(self, kind: RoleKind) -> tuple[RolePlan, ...]:
         """All roles of one kind, by index."""

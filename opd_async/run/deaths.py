@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from opd_async.cluster.agents import HostLostError
 from opd_async.cluster.fleet import Fleet
 from opd_async.cluster.supervisor import Exit
 from opd_async.errors import OpdError
@@ -102,8 +103,23 @@ class Deaths:
                 reach.watch.heard(ended.name)
                 reach.state.engine_group += 1
                 reach.mailbox.deliver(UPDATE, RESYNC)
+        except HostLostError as error:
+            if self._dispensable(ended.name, kind):
+                reach.fleet.say(f"going on without {ended.name}: {error}")
+            else:
+                reach.fail(error)
         except OpdError as error:
             reach.fail(error)
+
+    def _dispensable(self, name: str, kind: RoleKind) -> bool:
+        """Whether the run can go on without a student engine, or an actor, whose host stays away: others do its work.
+
+        A teacher's prompts are dealt to all of its actors and engines, and those of one that is gone would wait.
+        """
+        if kind not in (RoleKind.STUDENT_ENGINE, RoleKind.ROLLOUT):
+            return False
+        others = [role.name for role in self._reach.plan.of_kind(kind) if role.name != name]
+        return any(other in self._reach.fleet.supervisor.running for other in others)
 
     async def _reclaim(self, actor: str) -> None:
         """Ask the intake what it holds of the samples of a dead actor; they are leased again behind that."""

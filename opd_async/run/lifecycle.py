@@ -208,7 +208,11 @@ class Lifecycle:
             if ended in ("done", "signal"):
                 self._over = True
                 return
-            await self._recover(dispatcher, fleet, script)
+            # on several hosts this may wait for one to come back
+            recovery = self._recover(dispatcher, fleet, script)
+            if await _race(dispatcher, recovery, signal=self._signals.first) == "signal":
+                self._over = True
+                return
 
     def _evaluator(self, dispatcher: Dispatcher) -> Evaluator | None:
         topology, held_out = self._plan.topology, self._inputs.held_out
@@ -236,9 +240,10 @@ class Lifecycle:
         self._checkpoint = await asyncio.to_thread(checkpoints.newest, self._plan.run_folder / "checkpoints")
         self._set_aside()
         env, version = self._checkpoint.environment, self._checkpoint.step
-        await fleet.start(intake, env | {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
-        for learner in learners:
+        # those first whose host has to come back: the others would wait for them with a deadline
+        for learner in sorted(learners, key=lambda name: not fleet.supervisor.lost(name)):
             await fleet.start(learner, env)
+        await fleet.start(intake, env | {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
         dispatcher.ledger.rewind(version, self._checkpoint.folder)
         if self._samples is not None:
             self._samples.rewind(version)

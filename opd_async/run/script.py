@@ -60,6 +60,7 @@ class Script:
         self._accounted = -1
         self._began = -1
         self._unaccounted: m.LearnerReply | None = None
+        self._reached: list[str] = []
 
     async def run(self) -> None:
         """From the newest checkpoint, or the beginning, to the last step; raises what went wrong.
@@ -206,15 +207,16 @@ class Script:
         dispatcher, before = self._dispatcher, self._state.version
         owed = await dispatcher.barrier.close()
         for tries in range(1, SYNC_TRIES + 1):
+            engines = self._engines_to_reach()
             group = f"opd-{self._state.engine_group}"
-            command = m.SyncWeights(group, list(dispatcher.plan.student_engines), verify or tries > 1)
+            command = m.SyncWeights(group, engines, verify or tries > 1)
             reply = await self._learner.ask(command)
             if reply.error is None:
                 break
             self._progress.say(f"weights were not sent ({reply.error}); trying again")
             self._state.engine_group += 1
             await asyncio.sleep(self._deadlines.backoff_s)
-            for url in dispatcher.plan.student_engines:
+            for url in self._engines_to_reach():
                 await dispatcher.fleet.wait_for_engine(RoleKind.STUDENT_ENGINE, url)
         else:
             raise RoleError(f"the weights could not be sent in {SYNC_TRIES} tries, last: {reply.error}")
@@ -225,6 +227,14 @@ class Script:
         await dispatcher.barrier.open(reply.version, new=reply.version != before)
         dispatcher.leasing.look_again()
         return int(reply.version)
+
+    def _engines_to_reach(self) -> list[str]:
+        """The student engines that get the weights: not those of lost hosts. Others than before are another group."""
+        engines = self._dispatcher.fleet.students_to_reach()
+        if engines != self._reached:
+            self._state.engine_group += bool(self._reached)
+            self._reached = engines
+        return engines
 
     async def forget_samples(self) -> None:
         """Have every actor drop what it holds; generation stays stopped. On cancel: some actors have."""

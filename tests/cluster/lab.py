@@ -88,6 +88,8 @@ class Host:
         self._switch = switch
         self._keeper = _Keeper("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child")
         self._init = self._keeper.pid
+        self._off = False
+        self._started: list[subprocess.Popen[bytes]] = []
         self._port = f"to-{name}"
         self.run(["hostname", name])
         for folder in OWN:
@@ -114,13 +116,15 @@ class Host:
     def start(self, words: Sequence[str], env: Mapping[str, str], output: Path) -> subprocess.Popen[bytes]:
         """Start a command whose output goes to a file."""
         with output.open("a") as out:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 self.command(words),
                 env={**os.environ, **env},
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self._started.append(process)
+        return process
 
     def processes(self, *words: str) -> list[psutil.Process]:
         """The host's processes whose command line has all of `words`; never its keeper, nor zombies."""
@@ -136,6 +140,12 @@ class Host:
             if here and alive and all(word in line for word in words):
                 found.append(process)
         return found
+
+    def signal(self, word: str, number: int) -> None:
+        """Send a signal to the host's processes whose command line has `word`."""
+        for process in self.processes(word):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def has_name(self, text: str) -> None:
         """Give the host an /etc/hosts with this text."""
@@ -168,9 +178,14 @@ class Host:
 
     def power_off(self) -> None:
         """End every process of the host, with no packet that says so."""
+        if self._off:
+            return
+        self._off = True
         with contextlib.suppress(LabError):
             self.cut()
         self._keeper.end()
+        for process in self._started:  # of each the nsenter on the outside is left
+            process.wait(patience(30))
 
 
 class Lab:

@@ -1,0 +1,149 @@
+"""Whole runs on hosts of a lab: to their end, and through the loss of hosts, agents and the launcher."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster_run import FENCE_S, LOST_S, SECRET, ClusterRun, settings
+from deadlines import patience
+from harness import ROOT, check_trained, loud_lines, rows
+from lab import Lab, until
+
+THREE = ("h0", "h1", "h2")
+LEARNER, STUDENT, TEACHER = THREE
+"""Who is where with one slot a host."""
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """Three hosts of their own for each test."""
+    with Lab(THREE) as three:
+        yield three
+
+
+def test_the_quickstart_runs_on_three_hosts_to_its_export(lab: Lab, tmp_path: Path) -> None:
+    """The shipped example with the cluster's keys added: placement, evaluation, checkpoints, export, nothing left."""
+    make_data = [sys.executable, "examples/addition/make_data.py", "--out", str(tmp_path), "--train", "2000"]
+    subprocess.run([*make_data, "--held-out", "100"], cwd=ROOT, check=True, timeout=patience(60))
+    changes = [f"data.{key}.path={tmp_path / key}.jsonl" for key in ("train", "held_out")]
+    changes += [
+        "schedule.steps=6",
+        "evaluation.prompts=16",
+        "evaluation.during_prompts=16",
+        "evaluation.every_steps=null",
+    ]
+    changes += [f"run_dir={tmp_path / 'runs'}", "name=run", "cluster.nodes=3", "cluster.slots_per_node=1"]
+    options = [word for change in changes for word in ("--set", change)]
+    run = ClusterRun(lab, tmp_path, ROOT / "examples/cluster/two-hosts.yaml", *options)
+    run.wait_for_text("weights 0 are in every student engine, proven by version and content", 120)
+    there = {host.name: [" ".join(process.cmdline()) for process in host.processes()] for host in lab.hosts.values()}
+    for host, word in ((LEARNER, "learner.main"), (LEARNER, "actors.intake"), (STUDENT, "actors.rollout")):
+        assert any(word in line for line in there[host]) and sum(word in " ".join(there[name]) for name in there) == 1
+    for host in (STUDENT, TEACHER):
+        assert any("engine.server" in line and f"--host {lab[host].address}" in line for line in there[host])
+    assert not any(SECRET in line for lines in there.values() for line in lines)
+    assert run.end() == 0, run.said()
+    folder = tmp_path / "runs/run"
+    check_trained(folder, 1, 6)
+    assert (folder / "export/model.safetensors").is_file() and loud_lines(folder) == []
+    assert run.left() == [] and [agent.poll() for agent in run.agents.values()] == [0, 0]
+    assert SECRET not in run.said() and not list((tmp_path / "runs").glob(".shared*"))
+    roles = json.loads((folder / "plan.json").read_text())["roles"]
+    assert {role["host"] for role in roles} == {host.address for host in lab.hosts.values()}
+
+
+def test_a_host_is_cut_off_shortly_then_for_good_and_comes_back(lab: Lab, inputs: Path, tmp_path: Path) -> None:
+    """Some seconds change nothing. For good: all of it is gone before it is given up, and starts again on return."""
+    run = ClusterRun(lab, tmp_path, settings(inputs, tmp_path, 3, schedule__steps=30))
+    folder, student = tmp_path / "run", lab[STUDENT]
+    run.wait_for_steps(folder, 2)
+    student.cut()
+    time.sleep(FENCE_S / 2)
+    student.heal()
+    run.wait_for_steps(folder, 6)
+    assert "is lost" not in run.said() and "was not heard" not in run.said(), run.said()
+
+    student.cut()
+    run.wait_for_text(f"{STUDENT} is lost", LOST_S)
+    assert student.processes("opd_async.actors") == [], "the fence is shorter than the launcher's patience"
+    student.heal()
+    run.wait_for_text(f"{STUDENT} is back", 60)
+    assert run.end() == 0, run.said()
+    ranges = check_trained(folder, 1, 30)
+    assert len(ranges) > 10 and run.left() == []
+    report = json.loads((folder / "report.json").read_text())
+    assert report["restarts"].keys() >= {"student-engine-0", "rollout-0"} and "learner-0" not in report["restarts"]
+
+
+def test_an_agent_is_killed_then_the_launcher(lab: Lab, inputs: Path, tmp_path: Path) -> None:
+    """The kernel ends what an agent has started; the lease ends what a launcher has. The run can be resumed."""
+    run = ClusterRun(lab, tmp_path, settings(inputs, tmp_path, 3, schedule__steps=200))
+    folder, teacher = tmp_path / "run", lab[TEACHER]
+    run.wait_for_steps(folder, 2)
+    (agent,) = teacher.processes("opd_async.agent")
+    agent.kill()
+    until(lambda: teacher.processes() == [], lambda: f"the end of {teacher.processes()}")
+    run.agents[TEACHER] = run.agent(teacher)
+    run.wait_for_text(f"{TEACHER} is back", LOST_S + 30)
+    before = len(rows(folder / "metrics.jsonl"))
+    run.wait_for_steps(folder, before + 2)
+
+    lab["h0"].signal("opd_async.launch", signal.SIGKILL)
+    until(lambda: run.left() == [], lambda: f"the end of everything: {run.left()}\n{run.said()}", FENCE_S + 60)
+    assert [agent.wait(patience(30)) for agent in run.agents.values()] == [1, 1], "no launcher came back for them"
+    sealed = (folder / "checkpoints").glob("step_*/complete.json")
+    kept = max(int(path.parent.name.split("_")[1]) for path in sealed)
+
+    again = ClusterRun(lab, tmp_path, settings(inputs, tmp_path, 3, schedule__steps=kept + 4), "--resume")
+    assert again.end() == 0, again.said()
+    check_trained(folder, 1, kept + 4)
+    assert again.left() == []
+
+
+def test_a_learner_of_two_ranks_on_two_hosts_loses_one_of_them(inputs: Path, tmp_path: Path) -> None:
+    """One event, whichever process dies: both ranks and the intake go back to the checkpoint once the host is back."""
+    values = settings(inputs, tmp_path, 4, schedule__steps=12, learner__data_parallel=2)
+    with Lab(("h0", "h1", "h2", "h3")) as lab:
+        run = ClusterRun(lab, tmp_path, values)
+        folder = tmp_path / "run"
+        run.wait_for_steps(folder, 4)
+        ranks = [bool(host.processes("learner.main", "--plan")) for host in lab.hosts.values()]
+        assert ranks == [True, True, False, False]
+        lab["h1"].unplug()
+        run.wait_for_text("h1 is lost", LOST_S)
+        assert lab["h1"].processes("opd_async.learner") == []
+        lab["h1"].plug()
+        run.wait_for_text("learner and intake start again from step 3", 90)
+        assert run.end() == 0, run.said()
+        check_trained(folder, 1, 12)
+        assert run.left() == [] and (folder / "logs/learner-1.log").is_file()
+        report = json.loads((folder / "report.json").read_text())
+        assert sum(report["restarts"].values()) == 1, "one restart, not one for each process"
+
+
+def test_what_is_wrong_with_a_host_is_said_before_anything_starts(lab: Lab, inputs: Path, tmp_path: Path) -> None:
+    """A folder that is not shared, an interface that is not there: a message each, exit code 2."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    values = settings(inputs, shared, 3)
+    lab[TEACHER].hide(shared)
+    run = ClusterRun(lab, tmp_path, values)
+    assert run.end(60) == 2
+    assert f"{TEACHER}: {shared} (run_dir): what the launcher writes there is not seen here" in run.output.read_text()
+    assert run.left() == [] and not (shared / "run").exists()
+
+    values["cluster"]["interface"] = "eth7"
+    run = ClusterRun(lab, tmp_path, values)
+    assert run.process.wait(patience(60)) == 2
+    assert (
+        "h0 has no interface eth7 with an IPv4 address, but lo (127.0.0.1), eth0 (10.88.0.10)" in run.output.read_text()
+    )
+    for agent in run.agents.values():
+        agent.terminate()
