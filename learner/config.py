@@ -143,6 +143,8 @@ class LearnerConfig:
     recompute: bool = False
     """Recompute each layer's activations in the backward pass instead of keeping them."""
     seed: int = 0
+    vocab: int | None = None
+    """Ids below it are sampled, and the student's distribution is that over them; None: all rows of its table."""
     teacher: TeacherConfig | None = None
     """None: the rows come with the teacher's log-probabilities."""
     reference: TeacherConfig | None = None

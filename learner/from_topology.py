@@ -12,8 +12,8 @@ FREQUENT = 32
 """So many of the most frequent tokens stand for style, which a hint changes before anything else."""
 
 
-def learner_config(topology: Topology) -> LearnerConfig:
-    """The learner's part of a topology."""
+def learner_config(topology: Topology, vocab: int | None = None) -> LearnerConfig:
+    """The learner's part of a topology; `vocab` is that of the plan: ids below it are sampled (None: all)."""
     section, critic = topology.learner, critic_config(topology)
     return LearnerConfig(
         model_path=topology.models.student.path,
@@ -24,6 +24,7 @@ def learner_config(topology: Topology) -> LearnerConfig:
         logprob_chunk_rows=section.logprob_chunk_rows,
         recompute=section.recompute,
         seed=topology.seed,
+        vocab=vocab,
         teacher=teacher_config(topology),
         reference=reference_config(topology),
         plain_kl_every=topology.opd.plain_kl_every,

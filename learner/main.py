@@ -228,7 +228,7 @@ class Rank:
 def run(plan: Plan) -> None:
     """Train until told to stop; raises what ends the rank."""
     torch.set_num_threads(plan.topology.learner.threads)
-    config = learner_config(plan.topology)
+    config = learner_config(plan.topology, plan.vocab_size)
     place = parallel.start(config.parallel, config.seed)
     link = Link(plan, place.rank)
     try:

@@ -5,7 +5,7 @@
 
 The student itself may be the teacher (`opd.type: self`): as it began, as it is (`LiveTeacher`), or as an average over
 the steps (`learner.average`). A reference model is one too: the same forward pass, and `learner.objective` makes
-another signal of it. A teacher may differ from the student in depth and width; the vocabulary must be the same. In a
+another signal of it. A teacher may differ from the student in depth, width and the rows of its table of tokens. In a
 step, the teacher runs over all micro-batches before the student does: weights that are in host memory between steps
 (`offload`) travel to the device once per step and leave it before the student's activations come. Its weights are in no
 checkpoint (but for an average), no export and no weight update.
@@ -18,7 +18,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from opd_async.config.losses import FULL_LOSSES
@@ -27,6 +26,7 @@ from opd_async.learner.config import LearnerConfig, TeacherConfig
 from opd_async.learner.distributed.cpu import on_this_device, this_device
 from opd_async.learner.errors import CheckpointError, ModelError
 from opd_async.learner.hf.io import load_hf
+from opd_async.learner.losses.heads import align_head, aligned_head, head_of, rows_of_a_rank
 from opd_async.learner.losses.logprobs import Head, row_logprobs
 from opd_async.learner.model.architecture import read_shape
 from opd_async.learner.model.context import all_rows
@@ -62,19 +62,20 @@ class TeacherRows:
 class Teacher:
     """The teacher's part on this rank."""
 
-    def __init__(self, config: LearnerConfig, teacher: TeacherConfig, vocab: int) -> None:
+    def __init__(self, config: LearnerConfig, teacher: TeacherConfig, vocab: int, *, within: bool = False) -> None:
         """Load the weights; all ranks call it, after `learner.parallel.start`.
 
-        `vocab` is the student's. Raises `ModelError` if the teacher cannot be split like the student or has another
-        vocabulary, `CheckpointError` if its checkpoint is not one of `model_path`'s shape.
+        Ids below `vocab` are sampled. The distribution is that over all rows of the model's table, or, `within`, that
+        over these ids alone. Raises `ModelError` if the teacher cannot be split like the student or has no row for one
+        of them, `CheckpointError` if its checkpoint is not one of `model_path`'s shape.
         """
         self.shape = read_shape(teacher.model_path)
-        if self.shape.vocab != vocab:
+        if self.shape.vocab < vocab:
             raise ModelError(
-                f"the teacher in {teacher.model_path} has a vocabulary of {self.shape.vocab}, the student one of "
-                f"{vocab}; choose a teacher with the student's vocabulary"
+                f"the teacher in {teacher.model_path} has a vocabulary of {self.shape.vocab}, but ids up to "
+                f"{vocab - 1} are sampled; choose a teacher with a row for each"
             )
-        self._config = config
+        self._config, self._vocab, self._within = config, vocab, within
         self._device = this_device()
         try:
             with on_this_device():
@@ -92,12 +93,14 @@ class Teacher:
                 "student's where there is none"
             ) from error
         self.model.requires_grad_(False)
+        if config.loss.loss in FULL_LOSSES and self.model.post_process:
+            align_head(self.model, vocab, rows_of_a_rank(read_shape(config.model_path), config))
         self._host = HostWeights(self.model, self._device) if teacher.offload else None
 
     def rows(self, packs: Sequence[PackedBatch], loss: str) -> list[TeacherRows]:
         """What `loss` needs of each micro-batch's rows; empty but on the last pipeline stage. All ranks call it."""
         with self._host.on_device() if self._host else nullcontext():
-            return rows_of(self.model, self._config, packs, loss)
+            return rows_of(self.model, self._config, packs, loss, self._vocab, within=self._within)
 
     def follow(self, student: DecoderModel) -> None:
         """The student has taken a step, which changes nothing here."""
@@ -117,15 +120,28 @@ class LiveTeacher:
         """The student has taken a step, and with it this teacher."""
 
 
-def rows_of(model: DecoderModel, config: LearnerConfig, packs: Sequence[PackedBatch], loss: str) -> list[TeacherRows]:
+def rows_of(
+    model: DecoderModel,
+    config: LearnerConfig,
+    packs: Sequence[PackedBatch],
+    loss: str,
+    vocab: int | None = None,
+    *,
+    within: bool = False,
+) -> list[TeacherRows]:
     """What `loss` needs of a model that teaches, by micro-batch; empty but on the last pipeline stage. All ranks call
-    it."""
+    it.
+
+    Ids below `vocab` (None: all) are sampled; `within`: the distribution is that over these alone.
+    """
 
     def report(packed: PackedBatch, hidden: Tensor) -> TeacherRows:
-        hidden_OY, head = hidden[packed.rows_O, 0], head_of(model, config)
+        hidden_OY = hidden[packed.rows_O, 0]
         if loss in FULL_LOSSES:
+            head = aligned_head(model, config, model.shape.vocab if vocab is None else vocab)
             # detached: of a student that teaches, no gradient may reach the head in this part
             return TeacherRows(hidden_OY=hidden_OY, head=replace(head, weight=head.weight.detach()), own_O=packed.own_O)
+        head = head_of(model, config, vocab if within else None)
         found = row_logprobs(hidden_OY, head, packed.own(packed.targets_R))
         return TeacherRows(logprobs_R=all_rows(found.sampled_R, packed.own_O, len(packed.targets_R)))
 
@@ -134,16 +150,6 @@ def rows_of(model: DecoderModel, config: LearnerConfig, packs: Sequence[PackedBa
 
     with on_this_device(), torch.no_grad():
         return run_schedule(model, packs, last_stage, train=False)
-
-
-def head_of(model: DecoderModel, config: LearnerConfig) -> Head:
-    """The LM head of a model on the last pipeline stage."""
-    return Head(
-        weight=model.head_weight(),
-        vocab=model.shape.vocab,
-        group=parallel_state.get_tensor_model_parallel_group(),
-        chunk_rows=config.logprob_chunk_rows,
-    )
 
 
 class HostWeights:

@@ -30,6 +30,7 @@ from opd_async.learner.distributed.cpu import on_this_device, this_device
 from opd_async.learner.errors import LearnerError
 from opd_async.learner.hf.io import load_hf
 from opd_async.learner.losses.full_divergences import row_divergences
+from opd_async.learner.losses.heads import head_of
 from opd_async.learner.losses.logprobs import RowLogprobs, row_logprobs
 from opd_async.learner.losses.objective import full_objective, objective, support_of
 from opd_async.learner.losses.own import OwnLoss, with_loss
@@ -43,7 +44,7 @@ from opd_async.learner.model.layout import PackedBatch, lay_out
 from opd_async.learner.model.pipeline import run_schedule
 from opd_async.learner.open_step import OpenStep, rescale, without_sums
 from opd_async.learner.optimizer import apply_gradient, finalize, learning_rate, make_optimizer, wrap
-from opd_async.learner.teacher import LiveTeacher, Teacher, TeacherRows, head_of
+from opd_async.learner.teacher import LiveTeacher, Teacher, TeacherRows
 from opd_async.transport.step_batch import MicroBatch, StepBatch
 
 PADDING_SLACK = 0.125
@@ -60,11 +61,14 @@ class Trainer:
         with on_this_device():
             self.model = build_model(self.shape, config).to(self.device)
         load_hf(self.model, config.model_path)
+        self.vocab = self.shape.vocab if config.vocab is None else min(config.vocab, self.shape.vocab)
         self.teacher = self._make_teacher()
-        self.reference = Teacher(config, config.reference, self.shape.vocab) if config.reference is not None else None
+        # what the student begins as: it is compared over the ids that are sampled
+        reference = config.reference
+        self.reference = Teacher(config, reference, self.vocab, within=True) if reference is not None else None
         self.ddp = wrap(self.model)
         self.optimizer = make_optimizer(self.ddp, config.optim, bf16=config.dtype == "bfloat16")
-        self.critic = Critic(config, config.critic, self.shape.vocab) if config.critic is not None else None
+        self.critic = Critic(config, config.critic, self.vocab) if config.critic is not None else None
         self._own_loss = OwnLoss(config.loss.function) if config.loss.function is not None else None
         self.version = 0
         self._open = OpenStep()
@@ -79,7 +83,7 @@ class Trainer:
         if teacher.weights == "live":
             return LiveTeacher(self.config, self.model)
         kind = MovingTeacher if teacher.weights == "ema" else Teacher
-        return kind(self.config, teacher, self.shape.vocab)
+        return kind(self.config, teacher, self.vocab)
 
     def accumulate(self, batch: StepBatch) -> None:
         """Add up the gradient of a part of a step that others follow. Weights and weight version stay.
@@ -174,6 +178,8 @@ class Trainer:
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         """log p(target) of each micro-batch's rows under the current weights, nats: float32[R] each, no gradient.
 
+        Over all rows of the student's table, as an engine scores a text.
+
         All ranks of a data-parallel rank call it; the list is empty but on the last pipeline stage.
         """
 
@@ -218,7 +224,7 @@ class Trainer:
         assert teacher.head is not None
         found = row_divergences(
             hidden[packed.rows_O, 0],
-            head_of(self.model, self.config),
+            head_of(self.model, self.config, self.vocab),
             teacher.hidden_of(packed),
             teacher.head,
             packed.own(packed.targets_R),
@@ -238,7 +244,7 @@ class Trainer:
         support_RK, tail = support_of(packed, self.config.loss) if train else (None, False)
         found = row_logprobs(
             hidden[packed.rows_O, 0],
-            head_of(self.model, self.config),
+            head_of(self.model, self.config, self.vocab if train else None),
             packed.own(packed.targets_R),
             None if support_RK is None else packed.own(support_RK),
             tail=tail,

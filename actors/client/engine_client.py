@@ -30,6 +30,8 @@ MAX_ERROR_TEXT = 400
 JSON = {"Content-Type": "application/json"}
 PORTION_BYTES = 1 << 14
 """Of a stream, parsed before others have their turn: under load every stream holds a lot ready."""
+BARRED = -1.0e9
+"""Added to the logit of a token that may not be sampled: no probability is left, of those that are reported neither."""
 KEEP_ALIVE_S = 2.0
 """SGLang closes connections that were idle for 5 s: one that is used again at that moment is a failed request."""
 
@@ -66,13 +68,20 @@ class Endpoint:
 class EngineClient:
     """One engine. The caller owns the session, so that connections are shared and closed in one place."""
 
-    def __init__(self, session: aiohttp.ClientSession, endpoint: Endpoint, vocab_size: int, topk: int = 0) -> None:
-        """`topk`: how many of the most likely tokens every score brings along."""
+    def __init__(
+        self, session: aiohttp.ClientSession, endpoint: Endpoint, vocab_size: int, topk: int = 0, *, rows: int = 0
+    ) -> None:
+        """Speak to the engine at `endpoint`, whose model has `rows` ids (0: `vocab_size`).
+
+        Ids at or beyond `vocab_size` are never sampled there. `topk`: how many of the most likely tokens every score
+        brings along; of those, too, ids beyond are left out.
+        """
         self.url = endpoint.url
         self._deadline_s = endpoint.deadline_s
         self._topk = topk
         self._session = session
-        self._vocab_size = vocab_size
+        self._vocab_size, self._rows = vocab_size, max(rows, vocab_size)
+        self._barred = {str(token_id): BARRED for token_id in range(vocab_size, self._rows)}
         self._headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
         admin = endpoint.admin_api_key or endpoint.api_key
         self._admin_headers = {"Authorization": f"Bearer {admin}"} if admin else {}
@@ -94,6 +103,7 @@ class EngineClient:
                 "max_new_tokens": sampling.max_new_tokens,
                 "stop_token_ids": list(sampling.stop_token_ids),
                 "stream_interval": sampling.stream_interval,
+                **({"logit_bias": self._barred} if self._barred else {}),
             },
             "return_logprob": True,
             "stream": True,
@@ -133,7 +143,7 @@ class EngineClient:
             if not isinstance(replies, list) or len(replies) != len(requests):
                 raise EngineError("not one reply per scoring request")
             return [
-                parse_scores(reply, ids, start, self._vocab_size, self._topk)
+                parse_scores(reply, ids, start, self._vocab_size, self._topk, rows=self._rows)
                 for reply, (ids, start) in zip(replies, requests, strict=True)
             ]
 

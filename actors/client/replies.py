@@ -137,10 +137,13 @@ def parse_delta(event: Any, vocab_size: int) -> Delta:
     )
 
 
-def parse_scores(reply: Any, ids: NDArray[np.int32], start: int, vocab_size: int, topk: int = 0) -> Scores:
+def parse_scores(
+    reply: Any, ids: NDArray[np.int32], start: int, vocab_size: int, topk: int = 0, *, rows: int = 0
+) -> Scores:
     """One entry of a prefill-only answer that was asked with `logprob_start_len = start - 1`.
 
     `ids` int32[N] is what was sent; the scores are those of `ids[start:]`, with the `topk` most likely tokens if any.
+    The engine's model has `rows` ids (0: `vocab_size`); those at or beyond `vocab_size` leave the top-k.
     """
     if error := error_in(reply):
         raise error
@@ -155,7 +158,9 @@ def parse_scores(reply: Any, ids: NDArray[np.int32], start: int, vocab_size: int
     prompt_tokens, cached_tokens = meta.get("prompt_tokens"), meta.get("cached_tokens")
     if type(prompt_tokens) is not int or type(cached_tokens) is not int:
         raise EngineError("prompt_tokens or cached_tokens: missing")
-    logprobs = _logprobs(entries[1:], ids[start:].tolist(), vocab_size - 1, "input_token_logprobs")
+    rows = max(rows, vocab_size)
+    logprobs = _logprobs(entries[1:], ids[start:].tolist(), rows - 1, "input_token_logprobs")
     if not topk:
         return Scores(logprobs, prompt_tokens, cached_tokens)
-    return Scores(logprobs, prompt_tokens, cached_tokens, parse_topk(meta, ids[start:], logprobs, topk, vocab_size))
+    found = parse_topk(meta, ids[start:], logprobs, topk, rows)
+    return Scores(logprobs, prompt_tokens, cached_tokens, found.below(vocab_size))

@@ -42,6 +42,8 @@ def parse_topk(
     distribution, and rows that contradict the logprob of their token (those of other positions, say).
     """
     topk = _flat(meta, len(targets), k) if f"{NAME}_val_flat_b64" in meta else _nested(meta, len(targets), k)
+    if topk.ids.size and int(topk.ids.min()) < 0:
+        raise EngineError(f"{NAME}: an id is negative")
     if problem := topk.problem():
         raise EngineError(f"{NAME}: {problem}")
     if topk.ids.size and int(topk.ids.max()) >= vocab_size:

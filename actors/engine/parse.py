@@ -99,6 +99,8 @@ def _request(
     _check_length(len(ids), params.max_new_tokens, limits)
     if params.stop and limits.encode is None:
         raise ApiError("stop strings need a tokenizer; this engine has none: send stop_token_ids")
+    if params.logit_bias:
+        _check_ids(list(params.logit_bias), "logit_bias", limits.vocab_size)
     salt = _pick(body, "cache_salt", *place) or ""
     extra = _pick(body, "extra_key", *place) or ""
     return Request(

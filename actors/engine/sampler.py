@@ -19,6 +19,7 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw one token per row: token ids int64 [S], their logprobs float32 [S], and all logprobs float32 [S, V]."""
     device = logits_SV.device
+    _add_bias(logits_SV, rows.requests)
     forbidding = _forbid_early_stop(logits_SV, rows.requests)
     # The usual temperature 1 skips a pass over [S, V].
     if (rows.temperature_S != 1.0).any():
@@ -59,6 +60,14 @@ def _filter(probs_SV: torch.Tensor, rows: SampleRows) -> torch.Tensor:
         (rank_V >= top_k_S) | ((before_SV > top_p_S) & (top_p_S < 1.0)) | (sorted_SV < sorted_SV[:, :1] * min_p_S)
     )
     return torch.zeros_like(probs_SV).scatter_(1, order_SV, sorted_SV.masked_fill(dropped_SV, 0.0))
+
+
+def _add_bias(logits_SV: torch.Tensor, requests: list[Request]) -> None:
+    """Add each request's `logit_bias` in place; the reported logprobs are those of the biased distribution."""
+    for row, request in enumerate(requests):
+        if bias := request.params.logit_bias:
+            ids = torch.tensor(list(bias), device=logits_SV.device)
+            logits_SV[row, ids] += torch.tensor(list(bias.values()), dtype=logits_SV.dtype, device=logits_SV.device)
 
 
 def _forbid_early_stop(logits_SV: torch.Tensor, requests: list[Request]) -> bool:

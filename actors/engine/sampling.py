@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from opd_async.actors.engine.errors import ApiError
@@ -17,7 +17,6 @@ ALL_TOKENS = 1 << 30
 
 # Features of SGLang that this engine lacks, with the values that mean "off".
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "logit_bias": (None, {}),
     "stop_regex": (None, "", []),
     "frequency_penalty": (None, 0, 0.0),
     "presence_penalty": (None, 0, 0.0),
@@ -38,7 +37,7 @@ class SamplingParams:
     """How one response is sampled.
 
     `temperature` is already 1.0 when `greedy`; `top_k` is `ALL_TOKENS` when off. `stream_interval` is in tokens,
-    None means the server's.
+    None means the server's. `logit_bias` is added to the logits of these ids before anything else.
     """
 
     max_new_tokens: int = 128
@@ -54,6 +53,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
     stream_interval: int | None = None
+    logit_bias: dict[int, float] = field(default_factory=dict)
 
     @property
     def filtered(self) -> bool:
@@ -93,6 +93,7 @@ def parse_sampling_params(raw: object) -> SamplingParams:
         skip_special_tokens=_flag(given, "skip_special_tokens", True),
         no_stop_trim=_flag(given, "no_stop_trim", False),
         stream_interval=_integer(given, "stream_interval", 1, 1) if "stream_interval" in given else None,
+        logit_bias=_logit_bias(given),
     )
 
 
@@ -147,6 +148,14 @@ def _stop_ids(given: dict[str, Any]) -> frozenset[int]:
     if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ApiError(f"stop_token_ids must be a list of integers, got {ids!r}")
     return frozenset(ids)
+
+
+def _logit_bias(given: dict[str, Any]) -> dict[int, float]:
+    """JSON has the ids as text. Whether they are in the vocabulary is the caller's to check."""
+    raw = given.get("logit_bias", {})
+    if not isinstance(raw, dict) or not all(key.isdecimal() for key in raw):
+        raise ApiError(f"logit_bias must map token ids to numbers, got {raw!r:.100}")
+    return {int(key): _number(raw, key, 0.0, "as a logit_bias", lambda _: True) for key in raw}
 
 
 def _stop_strings(given: dict[str, Any]) -> tuple[str, ...]:

@@ -42,7 +42,8 @@ class Engines:
             admin_api_key=section.admin_api_key,
             deadline_s=self._role.plan.topology.rollout.request_deadline_s,
         )
-        return EngineClient(self._session, endpoint, self._role.plan.vocab_size)
+        plan = self._role.plan
+        return EngineClient(self._session, endpoint, plan.vocab_size, rows=plan.table_rows(url))
 
     def student_of(self, prompt_id: int) -> Student:
         """The student engine of a prompt: all samples of its group meet one prefix cache.

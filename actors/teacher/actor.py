@@ -75,7 +75,8 @@ class TeacherActor:
             admin_api_key=section.admin_api_key,
             deadline_s=settings.request_deadline_s,
         )
-        return EngineClient(session, endpoint, self._role.plan.vocab_size, self._topology.opd.wire_topk)
+        plan, topk = self._role.plan, self._topology.opd.wire_topk
+        return EngineClient(session, endpoint, plan.vocab_size, topk, rows=plan.table_rows(url))
 
     def _new_points(self) -> CutPoints:
         schedule = self._topology.schedule

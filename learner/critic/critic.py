@@ -51,14 +51,15 @@ class Critic:
     def __init__(self, config: LearnerConfig, critic: CriticConfig, vocab: int) -> None:
         """Load the weights; all ranks call it, after `learner.parallel.start`.
 
-        `vocab` is the student's. Raises `ModelError` if the critic cannot be split like the student or has another
-        vocabulary, `CheckpointError` if its checkpoint is not one of `model_path`'s shape.
+        Ids below `vocab` are sampled. Raises `ModelError` if the critic cannot be split like the student or has no row
+        for one of them, `CheckpointError` if its checkpoint is not one of `model_path`'s shape.
         """
         self.config = critic
         shape = read_shape(critic.model_path)
-        if shape.vocab != vocab:
+        if shape.vocab < vocab:
             raise ModelError(
-                f"the critic in {critic.model_path} has a vocabulary of {shape.vocab}, the student {vocab}"
+                f"the critic in {critic.model_path} has a vocabulary of {shape.vocab}, but ids up to {vocab - 1} are "
+                "sampled; choose a larger one"
             )
         self._device = this_device()
         with on_this_device():

@@ -9,6 +9,13 @@ reach the student alone. R rows, V vocabulary, V/tp this rank's slice of it, X a
 student and teacher, z the student's logits. Values are nats per row, float32.
 
 Each divergence is a function of the prefix, as those of `learner.divergences` are: no importance ratio belongs to it.
+
+A teacher may have ids beyond the V of the student, of which p is 0. With Q the probability that q gives to the V:
+
+    KL(p || q)   sum over the V of p log(p / q), exact; q is not scaled up to add up to 1
+    JSD(beta)    the sum over the V, exact with beta (1 - Q) log(1 / beta) from the ids beyond, which has no gradient
+    KL(q || p)   infinite, so it is that of q given the V: q / Q in place of q. Its gradient is that of the sum over the
+                 V divided by Q
 """
 
 from __future__ import annotations
@@ -41,11 +48,15 @@ class Formula:
     """A divergence D as sums over the vocabulary; all arguments are log-probabilities float32[B, V/tp], and `beta`.
 
     `terms` gives this rank's parts of (D, c), float32[B] each, where c is what `gradient` needs summed up; `gradient`
-    overwrites its first argument with dD/dz [B, V/tp], given c float32[B, 1] over the whole vocabulary.
+    overwrites its first argument with dD/dz [B, V/tp], given c float32[B, 1] over the whole vocabulary. Where the
+    teacher has ids beyond that vocabulary, q is scaled up to add up to 1 (`conditional`), or D grows by `beyond`, given
+    the probability float32[R] of these ids.
     """
 
     terms: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
     gradient: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    conditional: bool = False
+    beyond: Callable[[Tensor, float], Tensor] | None = None
 
 
 def _forward_kl(student_BV: Tensor, teacher_BV: Tensor, _beta: float) -> tuple[Tensor, Tensor]:
@@ -91,10 +102,15 @@ def _jsd_gradient(student_BV: Tensor, teacher_BV: Tensor, from_student_B1: Tenso
     return student_BV.exp_().mul_(weight_BV).mul_(1.0 - beta)
 
 
+def _jsd_beyond(share_R: Tensor, beta: float) -> Tensor:
+    """Where p is 0, m is beta q: beta q log(q / m) = beta q log(1 / beta)."""
+    return share_R * (-beta * math.log(beta))
+
+
 FORMULAS = {
-    "forward_kl_full": Formula(_forward_kl, _forward_kl_gradient),
+    "forward_kl_full": Formula(_forward_kl, _forward_kl_gradient, conditional=True),
     "reverse_kl_full": Formula(_reverse_kl, _reverse_kl_gradient),
-    "jsd_full": Formula(_jsd, _jsd_gradient),
+    "jsd_full": Formula(_jsd, _jsd_gradient, beyond=_jsd_beyond),
     "minillm_full": Formula(_reverse_kl, _reverse_kl_gradient),
 }
 """By loss. Sources: GKD (2306.13649) for the first three, beta the weight of the teacher; MiniLLM (2306.08543), whose
@@ -116,24 +132,30 @@ class _ChunkedDivergence(torch.autograd.Function):
         formula: Formula,
         beta: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        head, _ = heads
+        head, teacher_head = heads
         sums_4R = torch.zeros(4, len(targets_R), dtype=torch.float32, device=hidden_RX.device)
-        normal_2R = torch.zeros_like(sums_4R[:2])  # logsumexps of student and teacher
+        # logsumexps: of the student, and of the teacher over this vocabulary and over all its ids
+        normal_3R = torch.zeros_like(sums_4R[:3])
         for chunk in head.chunks(len(targets_R)):
             student_BV = (hidden_RX[chunk] @ weight_VX.T).float()
             teacher_BV = (teacher_RY[chunk] @ teacher_weight_VY.T).float()
             for row, (own, logits_BV) in enumerate(zip(heads, (student_BV, teacher_BV), strict=True)):
                 sums_4R[row, chunk] = at_columns(logits_BV, targets_R[chunk, None] - own.first_id)[:, 0]
-                normal_2R[row, chunk] = logsumexp(logits_BV, head.group)
-                logits_BV -= normal_2R[row, chunk, None]
+                normal_3R[row, chunk] = logsumexp(logits_BV, head.group)
+            normal_3R[2, chunk] = _with_beyond(normal_3R[1, chunk], teacher_RY[chunk], teacher_head)
+            student_BV -= normal_3R[0, chunk, None]
+            teacher_BV -= normal_3R[1 if formula.conditional else 2, chunk, None]
             sums_4R[2, chunk], sums_4R[3, chunk] = formula.terms(student_BV, teacher_BV, beta)
         head.all_reduce(sums_4R)
         student_R, teacher_R, value_R, sum_R = sums_4R
+        normal_2R = normal_3R[[0, 1 if formula.conditional else 2]]
         ctx.save_for_backward(hidden_RX, weight_VX, teacher_RY, teacher_weight_VY, targets_R, normal_2R, sum_R)
         ctx.head, ctx.formula, ctx.beta = head, formula, beta
-        logq_R = teacher_R - normal_2R[1]
+        if formula.beyond is not None and teacher_head.beyond is not None:
+            value_R = value_R + formula.beyond(-torch.expm1(normal_3R[1] - normal_3R[2]), beta)
+        logq_R = teacher_R - normal_3R[2]
         ctx.mark_non_differentiable(logq_R)
-        return student_R - normal_2R[0], logq_R, value_R.clone()
+        return student_R - normal_3R[0], logq_R, value_R.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
@@ -155,14 +177,22 @@ class _ChunkedDivergence(torch.autograd.Function):
         return grad_hidden_RX, grad_weight_VX.to(weight_VX.dtype), *[None] * 6
 
 
+def _with_beyond(normal_B: Tensor, teacher_BY: Tensor, head: Head) -> Tensor:
+    """The teacher's logsumexp over all its ids, float32[B], from that over the student's vocabulary."""
+    if head.beyond is None:
+        return normal_B
+    return torch.logaddexp(normal_B, logsumexp((teacher_BY @ head.beyond.T).float(), head.group))
+
+
 def row_divergences(
     hidden_RX: Tensor, head: Head, teacher_RY: Tensor, teacher_head: Head, targets_R: Tensor, *, loss: str, beta: float
 ) -> RowDivergences:
     """The divergence of `loss` (one of `FORMULAS`) at each row, and both models' log-probabilities of its target.
 
     `hidden_RX` [R, X] and `teacher_RY` [R, Y], normed and ready for the heads, are the same on all ranks of the heads'
-    group, which is one for both, as is the vocabulary; `targets_R` int64[R] are global token ids; 0 < `beta` < 1 is
-    used by `jsd_full` alone. Gradients reach `hidden_RX` (whole, on every rank) and `head.weight`.
+    group, which is one for both, as is the vocabulary, but for `teacher_head.beyond`; `targets_R` int64[R] are global
+    token ids; 0 < `beta` < 1 is used by `jsd_full` alone. Gradients reach `hidden_RX` (whole, on every rank) and
+    `head.weight`.
     """
     sampled_R, teacher_R, divergence_R = _ChunkedDivergence.apply(
         hidden_RX,

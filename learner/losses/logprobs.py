@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opd_async.estimators.topk import NO_LOGPROB
+
 
 @dataclass(frozen=True, slots=True)
 class RowLogprobs:
@@ -39,11 +41,14 @@ class Head:
     weight: Tensor
     """[padded V / tp, X]: this rank's rows."""
     vocab: int
-    """Rows at or past it are padding, and take no part."""
+    """Rows at or past it take no part: padding, and ids that are never sampled."""
     group: dist.ProcessGroup
     """The tensor-parallel ranks, over which the vocabulary is split."""
     chunk_rows: int
     """B: on how many rows it runs at a time."""
+    beyond: Tensor | None = None
+    """[U, X]: this rank's rows of ids at or past `vocab` that belong to the distribution all the same: a teacher may
+    have tokens that the student has not. Only `full_divergences` looks at them; None on every rank: there are none."""
 
     @property
     def first_id(self) -> int:
@@ -51,8 +56,8 @@ class Head:
         return self.group.rank() * self.weight.shape[0]
 
     def weight_VX(self) -> Tensor:
-        """[V/tp, X]: this rank's rows without the padding."""
-        return self.weight[: min(self.weight.shape[0], self.vocab - self.first_id)]
+        """[V/tp, X]: this rank's rows without the padding; none where all of them are."""
+        return self.weight[: max(0, min(self.weight.shape[0], self.vocab - self.first_id))]
 
     def chunks(self, rows: int) -> Iterator[slice]:
         """The rows in turns of B."""
@@ -129,10 +134,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 def logsumexp(logits_BV: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """float32[B] over the whole vocabulary."""
+    """float32[B] over the whole vocabulary; a rank may hold nothing of it."""
     if group.size() == 1:
         return logits_BV.logsumexp(-1)
-    largest_B = logits_BV.amax(-1)
+    largest_B = logits_BV.amax(-1) if logits_BV.shape[1] else logits_BV.new_full(logits_BV.shape[:1], -torch.inf)
     dist.all_reduce(largest_B, op=dist.ReduceOp.MAX, group=group)
     total_B = (logits_BV - largest_B[:, None]).exp_().sum(-1)
     dist.all_reduce(total_B, group=group)
@@ -155,12 +160,16 @@ def _here(columns_BJ: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 def at_columns(logits_BV: Tensor, columns_BJ: Tensor) -> Tensor:
     """float32[B, J]: the logits where this rank holds them, else 0."""
+    if not logits_BV.shape[1]:
+        return logits_BV.new_zeros(columns_BJ.shape)
     here_BJ, safe_BJ = _here(columns_BJ, logits_BV.shape[1])
     return logits_BV.gather(1, safe_BJ).masked_fill_(~here_BJ, 0.0)
 
 
 def _without(logits_BV: Tensor, columns_BJ: Tensor) -> Tensor:
     """`logits_BV` itself, now -inf at these columns."""
+    if not logits_BV.shape[1]:
+        return logits_BV
     here_BJ, safe_BJ = _here(columns_BJ, logits_BV.shape[1])
     # a minimum with +inf leaves the columns alone that another rank holds
     limit_BJ = torch.full_like(here_BJ, torch.inf, dtype=logits_BV.dtype).masked_fill_(here_BJ, -torch.inf)
@@ -169,6 +178,8 @@ def _without(logits_BV: Tensor, columns_BJ: Tensor) -> Tensor:
 
 def add_at_columns(grad_BV: Tensor, columns_BJ: Tensor, grad_BJ: Tensor) -> None:
     """Add grad_BJ at each row's columns, where this rank holds them."""
+    if not grad_BV.shape[1]:
+        return
     here_BJ, safe_BJ = _here(columns_BJ, grad_BV.shape[1])
     grad_BV.scatter_add_(1, safe_BJ, grad_BJ * here_BJ)
 
@@ -186,14 +197,15 @@ def row_logprobs(
     `entropy` of each row's distribution.
 
     `hidden_RX` [R, X] is the same on all ranks of the head's group; `targets_R` int64[R] and `support_RK` int64[R, k]
-    are global token ids, those of a row's support distinct and, for `tail`, fewer than the vocabulary. The results are
+    are global token ids, those of a row's support distinct and, for `tail`, fewer than the vocabulary. A place of the
+    support that holds `NO_TOKEN` has the logprob `NO_LOGPROB`, a probability of 0, and no gradient. The results are
     equal on every rank; gradients reach `hidden_RX` (whole, on every rank) and `head.weight`.
     """
     ids_RJ = targets_R[:, None] if support_RK is None else torch.cat([targets_R[:, None], support_RK], 1)
     logprobs_RJ, tail_R, entropy_R = _ChunkedLogprobs.apply(hidden_RX, head.weight_VX(), ids_RJ, head, tail, entropy)
     return RowLogprobs(
         sampled_R=logprobs_RJ[:, 0],
-        support_RK=None if support_RK is None else logprobs_RJ[:, 1:],
+        support_RK=None if support_RK is None else logprobs_RJ[:, 1:].masked_fill(support_RK < 0, NO_LOGPROB),
         tail_R=tail_R,
         entropy_R=entropy_R,
     )

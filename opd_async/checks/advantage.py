@@ -9,7 +9,7 @@ from opd_async.config.learning import CriticSection
 from opd_async.config.losses import FULL_LOSSES
 from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import Topology, TrainOn
-from opd_async.data.model_folder import folder_problems, try_model
+from opd_async.data.model_folder import folder_problems
 from opd_async.errors import InputError
 from opd_async.run.checkpoints import shards
 
@@ -78,12 +78,6 @@ def _critic_problems(topology: Topology) -> Iterator[str]:
     if critic.path is None:
         return
     yield from (f"advantage.critic.path: {problem}" for problem in folder_problems(critic.path))
-    own, student = try_model(critic.path), try_model(topology.models.student.path)
-    if own and student and own.vocab_size != student.vocab_size:
-        yield (
-            f"advantage.critic.path: vocab_size {own.vocab_size} in its config.json, the student's is "
-            f"{student.vocab_size}; choose a model with the student's vocabulary"
-        )
 
 
 def _why_samples(estimator: Estimator) -> str:

@@ -31,6 +31,7 @@ from opd_async.data.prompts import PromptSet, Reading, TeacherChoice, load_promp
 from opd_async.data.rows import named
 from opd_async.data.teacher_prompts import TeacherPrompts
 from opd_async.data.tokenizer import Tokenizer
+from opd_async.data.vocabulary import read_tables
 from opd_async.errors import InputError
 from opd_async.forecast.sizes import fitted
 from opd_async.hooks import HookError
@@ -120,9 +121,11 @@ class _Reader:
         """Read everything; None where something is wrong."""
         topology = self._topology
         tokenizer = self._try("models.student.path", self._tokenizer)
-        if tokenizer is None:
+        tables = self._try("models.student.path", lambda: read_tables(topology))
+        if tokenizer is None or tables is None:
             return None
-        plain = TeacherChoice(tuple(topology.teachers) or ("",), topology.data.teacher_key)
+        rows = tables.shared if tables.shared < tokenizer.vocab_size else None
+        plain = TeacherChoice(tuple(topology.teachers) or ("",), topology.data.teacher_key, rows=rows)
         try:
             prompts = TeacherPrompts.of(topology.data, tokenizer, teacher_limits(topology))
         except InputError as error:

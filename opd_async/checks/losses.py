@@ -18,6 +18,7 @@ from opd_async.config.losses import (
 from opd_async.config.schema_text import found
 from opd_async.config.topology import Topology, TrainOn
 from opd_async.data.model_folder import try_model
+from opd_async.data.vocabulary import read_tables
 
 OLD_FOR_RATIOS = 2
 """Steps of age from which losses on the sampled token are warned about: `python -m bench.learning --part staleness`."""
@@ -34,11 +35,13 @@ def loss_problems(topology: Topology) -> Iterator[str]:
             f"schedule.train_on: tokens, but {topology.opd.loss} weighs a token by what follows it, so it needs whole "
             "responses; write samples"
         )
-    facts = try_model(topology.models.student.path)
-    if facts and topology.opd.wire_topk >= facts.vocab_size:
+    if try_model(topology.models.student.path) is None:
+        return
+    vocabulary = read_tables(topology).shared
+    if topology.opd.wire_topk >= vocabulary:
         yield (
-            f"opd.topk: {topology.opd.topk}, but the vocabulary has {facts.vocab_size} tokens, and some must be left "
-            f"outside; write at most {facts.vocab_size - 1}"
+            f"opd.topk: {topology.opd.topk}, but the vocabulary has {vocabulary} tokens, and some must be left "
+            f"outside; write at most {vocabulary - 1}"
         )
 
 

@@ -17,13 +17,13 @@ from opd_async.checks.learner import learner_problems
 from opd_async.checks.losses import loss_problems, loss_warnings
 from opd_async.checks.reward import reward_problems
 from opd_async.checks.teacher import opd_problems
+from opd_async.checks.vocabulary import taking_part, vocabulary_problems
 from opd_async.checks.weights import weight_problems
-from opd_async.config.topology import EngineKind, EngineSection, ModelSection, StepRule, Topology, TrainOn
+from opd_async.config.topology import EngineKind, EngineSection, StepRule, Topology, TrainOn
 from opd_async.data.chat_template import TEMPLATE_NAMES
-from opd_async.data.model_folder import ModelFacts, folder_problems, try_config, try_model
+from opd_async.data.model_folder import folder_problems, try_config, try_model
 from opd_async.data.rope import rope_problem
 from opd_async.data.rows import data_files
-from opd_async.data.tokenizer import Tokenizer
 from opd_async.data.weight_files import file_problems, plain_problems
 from opd_async.engines.sglang import version_problem
 from opd_async.errors import InputError
@@ -39,6 +39,7 @@ def validate(topology: Topology) -> list[str]:
     return [
         *opd_problems(topology),
         *_model_problems(topology),
+        *vocabulary_problems(topology),
         *_embedded_problems(topology),
         *_data_problems(topology),
         *_schedule_problems(topology),
@@ -75,64 +76,16 @@ def warnings(topology: Topology) -> list[str]:
     return [*doubtful, *advantage_warnings(topology)]
 
 
-def _models(topology: Topology) -> tuple[tuple[str, ModelSection], ...]:
-    """List the models that take part; a teacher inside the learner needs no Hugging Face folder."""
-    models = topology.models
-    teachers = [(f"teachers.{name}", model) for name, model in models.teachers.items()]
-    if models.teacher is not None:
-        teachers.insert(0, ("teacher", models.teacher))
-    return (("student", models.student), *(teachers if topology.opd.use_opd else ()))
-
-
 def _model_problems(topology: Topology) -> Iterator[str]:
     free = {id(model) for side, model, engine in topology.engine_sides if side != "student" and _reads_any_name(engine)}
-    for side, model in _models(topology):
+    for side, model in taking_part(topology):
         problems = folder_problems(model.path, any_name=id(model) in free)
         yield from (f"models.{side}.path: {problem}" for problem in problems)
-    facts = {side: try_model(model.path) for side, model in _models(topology)}
-    student = facts.pop("student")
-    for side, teacher in facts.items():
-        if student and teacher and student.vocab_size != teacher.vocab_size:
-            yield (
-                f"models.{side}.path: vocab_size {teacher.vocab_size} in its config.json, the student's is "
-                f"{student.vocab_size}; choose a teacher with the student's vocabulary"
-            )
-    yield from _tokenizer_problems(topology, student)
 
 
 def _reads_any_name(engine: EngineSection) -> bool:
     """Tell whether the engine reads weights under any file name: SGLang does, transformers does not."""
     return engine.kind is not EngineKind.EMBEDDED
-
-
-def _tokenizer_problems(topology: Topology, student_facts: ModelFacts | None) -> Iterator[str]:
-    tokenizers: dict[str, Tokenizer] = {}
-    for side, model in _models(topology):
-        if (model.path / "tokenizer.json").is_file():
-            try:
-                tokenizers[side] = Tokenizer(model.path, topology.data.chat_template if side == "student" else None)
-            except InputError as error:
-                # A missing template file is reported under data.chat_template already.
-                if not str(error).startswith("data.chat_template"):
-                    yield f"models.{side}.path: {error}"
-    student = tokenizers.pop("student", None)
-    if student and (unused := student.template.unused(sorted(topology.data.chat_template_kwargs))):
-        yield (
-            f"data.chat_template_kwargs: {', '.join(unused)}, which the student's chat template does not use; correct "
-            "the name, or remove it"
-        )
-    for side, teacher in tokenizers.items():
-        if student and student.vocab_hash != teacher.vocab_hash:
-            yield (
-                f"models.{side}.path: its tokenizer.json maps tokens to other ids than the student's (hash "
-                f"{teacher.vocab_hash[:8]}, not {student.vocab_hash[:8]}); choose a teacher with the student's "
-                "vocabulary"
-            )
-    if student and student_facts and student.vocab_size > student_facts.vocab_size:
-        yield (
-            f"models.student.path: tokenizer.json has ids up to {student.vocab_size - 1}, config.json has vocab_size "
-            f"{student_facts.vocab_size}; use the tokenizer that belongs to the model"
-        )
 
 
 def _data_problems(topology: Topology) -> Iterator[str]:
@@ -293,10 +246,6 @@ def _sampling_problems(topology: Topology) -> Iterator[str]:
             f"rollout.sampling.max_response_tokens: {sampling.max_response_tokens} leaves no room for a prompt in "
             f"engines.student.context_tokens {student.context_tokens}; write less than {student.context_tokens}"
         )
-    facts = try_model(topology.models.student.path)
-    outside = [token for token in sampling.stop_token_ids if facts and token >= facts.vocab_size]
-    if facts and outside:
-        yield f"rollout.sampling.stop_token_ids: {outside} not in the vocabulary; write ids below {facts.vocab_size}"
 
 
 def _rollout_problems(topology: Topology) -> Iterator[str]:

@@ -14,13 +14,13 @@ class ModelSection(Section):
 
     path: FilePath
     """The folder: `config.json`, `tokenizer.json`, `*.safetensors`. Where it is none here, a name of the hub such as
-    `Qwen/Qwen3-8B`, which is fetched into its cache. All models of a run have one vocabulary."""
+    `Qwen/Qwen3-8B`, which is fetched into its cache. The tokenizers of all models of a run agree."""
     revision: str | None = None
     """Branch, tag or commit on the hub. Null: the main branch."""
 
 
 class ModelsSection(Section):
-    """The student and its teachers. They must share one vocabulary."""
+    """The student and its teachers. An id that the student can sample must stand for the same token in all of them."""
 
     student: ModelSection
     """The model that is trained."""
@@ -28,6 +28,9 @@ class ModelsSection(Section):
     """The model that scores. Needed where it runs on engines, unless there are several."""
     teachers: dict[TeacherName, ModelSection] = Field(default_factory=dict)
     """Several teachers by name, instead of one. `data.teacher_key` says whose a prompt is."""
+    allow_token_differences: tuple[str, ...] = ()
+    """Tokens by which the tokenizers of student and teachers may differ: either side's name of each. Such an id is
+    scored as what it is for the teacher."""
 
 
 class PromptsSection(Section):

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 
 MAY_CHANGE = (
     *("schedule.steps", "run_dir", "checkpoint.*", "evaluation.*", "supervisor.*", "network.*", "shared_devices"),
-    *("telemetry.*", "tracking.*", "cluster.*"),
+    *("telemetry.*", "tracking.*", "cluster.*", "models.allow_token_differences"),
     *("reward.workers", "reward.concurrency", "reward.timeout_s"),
     *(
         "engines.*.kind",

@@ -17,7 +17,7 @@ import numpy as np
 from opd_async.config.topology import CompletionsSection, PromptsSection
 from opd_async.data.messages import NO_OPTIONS, ChatOptions
 from opd_async.data.prompts import Prompt, TeacherChoice, load_prompts
-from opd_async.data.rows import named
+from opd_async.data.rows import RowError, named
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
 from opd_async.scheduling.leases import PromptOrder
@@ -89,6 +89,10 @@ def load_completions(
     found = []
     for prompt, ids in zip(prompts.prompts, encoded, strict=True):
         whole = ids if end is None or (ids and ids[-1] in end_ids) else [*ids, end]
+        try:
+            teachers.check("the response", whole)
+        except RowError as error:
+            raise InputError(f"{where}: row {prompt.prompt_id + 1}: {error}") from None
         if len(whole) <= limits[1]:
             found.append(Completion(prompt, np.asarray(whole, np.int32)))
     if not found:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from opd_async.data.decoder import ModelShape
 
 Shape = tuple[int, ...]
-HEAD = "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def decoder_tensors(shape: ModelShape) -> dict[str, Shape]:
     """Name and shape of every tensor, in the order of the network. A tied LM head is not among them."""
-    tensors: dict[str, Shape] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
+    tensors: dict[str, Shape] = {EMBEDDING: (shape.vocab, shape.hidden)}
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}."
         tensors |= {f"{prefix}{name}": size for name, size in _layer(shape).items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -23,12 +24,16 @@ from opd_async.transport.bounds import MAX_WORDS
 
 @dataclass(frozen=True, slots=True)
 class TeacherChoice:
-    """Chooses who scores a prompt: the teacher that its metadata name under `key`, or the only teacher."""
+    """Chooses who scores a prompt: the teacher that its metadata name under `key`, or the only teacher.
+
+    Teachers have a row for ids below `rows`; None: for every id of the student's tokenizer.
+    """
 
     names: tuple[str, ...] = ("",)
     key: str | None = None
     prompts: TeacherPrompts | None = None
     """Makes what a teacher reads; None: what the student reads."""
+    rows: int | None = None
 
     def of(self, metadata: dict[str, Any]) -> str:
         """Return the teacher's name; `RowError` where the metadata name no teacher of the topology."""
@@ -38,6 +43,13 @@ class TeacherChoice:
             return str(metadata[self.key])
         there = f"{metadata[self.key]!r}" if self.key in metadata else "missing"
         raise RowError(f"the teacher, {self.key!r} of its metadata, is {there}; write {' or '.join(self.names)}")
+
+    def check(self, what: str, ids: Sequence[int]) -> None:
+        """Raise `RowError` if `what` holds an id for which a teacher has no row: engines do not survive one."""
+        if self.rows is not None and max(ids, default=0) >= self.rows:
+            raise RowError(
+                f"{what} holds token id {max(ids)}, and a teacher's table has {self.rows} rows; leave the row out"
+            )
 
 
 ONE_TEACHER = TeacherChoice()
@@ -61,7 +73,7 @@ class Reading:
         options = [chats.as_chat, chats.system_prompt, chats.template_kwargs, self.answers]
         own = () if teachers.prompts is None else teachers.prompts.words
         keyed = json.dumps([keys, options, teachers.key, teachers.names, own], sort_keys=True)
-        return [self.tokenizer.fingerprint, keyed]
+        return [self.tokenizer.fingerprint, keyed, *([] if teachers.rows is None else [f"rows {teachers.rows}"])]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -98,8 +98,7 @@ def read_row(index: int, value: Any, reading: Reading, limit: int) -> Prompt:
     except RecursionError:  # only a function's rows can hold themselves
         raise RowError("holds itself, or is nested too deeply") from None
     (ids,), (others,) = _token_ids([row], reading.tokenizer), _teacher_ids([row], reading.tokenizer)
-    if not ids:
-        raise RowError("the prompt has no tokens")
+    _check_ids(ids, others, reading.teachers)
     if len(ids) > limit:
         raise RowError(f"the prompt has {len(ids)} tokens, and at most {limit} fit; leave it out")
     prompts = reading.teachers.prompts
@@ -107,6 +106,14 @@ def read_row(index: int, value: Any, reading: Reading, limit: int) -> Prompt:
         raise RowError(problem)
     own = np.asarray(others, np.int32) if others else None
     return Prompt(index, np.asarray(ids, np.int32), row.label, row.metadata, row.teacher, teacher_ids=own)
+
+
+def _check_ids(ids: Sequence[int], others: Sequence[int], teachers: TeacherChoice) -> None:
+    """Raise `RowError` for a prompt of no tokens, and for ids of it or of the teacher's that no teacher can read."""
+    if not ids:
+        raise RowError("the prompt has no tokens")
+    teachers.check("the prompt", ids)
+    teachers.check("the teacher's prompt", others)
 
 
 def _fill(writer: ColumnWriter, reading: Reading) -> None:
@@ -119,8 +126,10 @@ def _fill(writer: ColumnWriter, reading: Reading) -> None:
             continue
         read = _teacher_ids(batch, reading.tokenizer)
         for row, ids, others in zip(batch, _token_ids(batch, reading.tokenizer), read, strict=True):
-            if not ids:
-                broken.append(f"{row.where}: the prompt has no tokens")
+            try:
+                _check_ids(ids, others, reading.teachers)
+            except RowError as error:
+                broken.append(f"{row.where}: {error}")
             writer.add(ids, row.label, row.metadata, reading.teachers.names.index(row.teacher), others)
     if broken:
         raise InputError(_report(where, broken))

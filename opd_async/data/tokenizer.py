@@ -97,11 +97,9 @@ class Tokenizer:
             digest.update(len(part).to_bytes(8, "little") + part.encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
-    @cached_property
-    def vocab_hash(self) -> str:
-        """Return a hex digest (BLAKE2b, 16 bytes) of the whole map from token to id, added tokens included."""
-        text = json.dumps(sorted(self._vocab.items()), ensure_ascii=True, separators=(",", ":"))
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    def tokens(self) -> dict[int, str]:
+        """Return the token of each id, added tokens included; the first by name where several have one id."""
+        return {token_id: token for token, token_id in sorted(self._vocab.items(), reverse=True)}
 
     @cached_property
     def _vocab(self) -> dict[str, int]:

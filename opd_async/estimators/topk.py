@@ -1,6 +1,8 @@
 """The teacher's most likely tokens at each position, where a loss needs them.
 
 Arrays travel together or not at all: `ids` int32[n, k] and `logprobs` float32[n, k], row i for token i of its holder.
+A teacher may have tokens that the student has not. Where one is among its k likeliest, its place holds no token: its
+probability belongs to the tail, as that of every token that is not in the row.
 """
 
 from __future__ import annotations
@@ -15,10 +17,15 @@ MAX_LOGPROB = 1e-3
 """Rounding may lift a logprob of nearly certain tokens a little above zero."""
 MAX_TOTAL = 1.0 + 1e-2
 """Largest sum of a row's probabilities: one, and the rounding of a bfloat16 engine."""
+NO_TOKEN = -1
+"""In the place of an id that the student does not have."""
+NO_LOGPROB = -1.0e4
+"""Beside it, nats: a probability of exactly 0 in float32 and float64, and a number that can be calculated with."""
 
 
 class TopK(NamedTuple):
-    """`ids` int32[n, k], distinct in each row; `logprobs` float32[n, k] of these ids, nats, temperature 1."""
+    """`ids` int32[n, k], distinct in each row or `NO_TOKEN`; `logprobs` float32[n, k] of these ids, nats, temperature
+    1, or `NO_LOGPROB`."""
 
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
@@ -32,6 +39,14 @@ class TopK(NamedTuple):
         """Rows [start, end) of both arrays, as views of them."""
         return TopK(self.ids[start:end], self.logprobs[start:end])
 
+    def below(self, vocab: int) -> TopK:
+        """The same rows without ids at or beyond `vocab`: their places hold `NO_TOKEN`. Copies only what changes."""
+        beyond = self.ids >= vocab
+        if not beyond.any():
+            return self
+        ids, logprobs = np.where(beyond, NO_TOKEN, self.ids), np.where(beyond, NO_LOGPROB, self.logprobs)
+        return TopK(ids.astype(np.int32), logprobs.astype(np.float32))
+
     def problem(self) -> str | None:
         """Why this cannot be the top of a distribution, in words; None if it can."""
         if self.ids.ndim != 2 or self.ids.shape != self.logprobs.shape or not self.ids.shape[1]:
@@ -40,7 +55,11 @@ class TopK(NamedTuple):
             return None
         if not (np.isfinite(self.logprobs).all() and float(self.logprobs.max()) <= MAX_LOGPROB):
             return "a logprob is not a finite number <= 0"
-        if int(self.ids.min()) < 0 or not np.diff(np.sort(self.ids, axis=1), axis=1).all():
+        absent = self.ids == NO_TOKEN
+        if not (self.logprobs[absent] == NO_LOGPROB).all():
+            return f"a place without a token has another logprob than {NO_LOGPROB:g}"
+        ordered = np.sort(self.ids, axis=1)
+        if int(self.ids.min()) < NO_TOKEN or not (np.diff(ordered, axis=1) + (ordered[:, 1:] == NO_TOKEN)).all():
             return "an id is negative or comes twice in a row"
         if float(np.exp(self.logprobs.astype(np.float64)).sum(1).max()) > MAX_TOTAL:
             return "the probabilities of a row add up to more than one"

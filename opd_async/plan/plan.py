@@ -70,7 +70,11 @@ class Plan(Section):
     teacher_urls: dict[str, tuple[str, ...]]
     """Base URLs of the engines of each teacher."""
     vocab_size: int
-    """Ids in [0, vocab_size) are valid for student and teacher."""
+    """Ids in [0, vocab_size) have a row in the tables of student and teachers, and only these are sampled."""
+    student_rows: int
+    """Rows of the student's table, `vocab_size` at least."""
+    teacher_rows: dict[str, int]
+    """Rows of each teacher's table."""
     stop_token_ids: tuple[int, ...]
     """Ids that end a response: those of the student's generation config and of the topology."""
     roles: tuple[RolePlan, ...]
@@ -86,6 +90,13 @@ class Plan(Section):
             if url in urls:
                 return self.topology.teachers[name].engines
         return self.topology.engines.student
+
+    def table_rows(self, url: str) -> int:
+        """Rows of the table of the model that the engine at `url` serves."""
+        for name, urls in self.teacher_urls.items():
+            if url in urls:
+                return self.teacher_rows[name]
+        return self.student_rows
 
     @property
     def peers(self) -> tuple[str, ...]:

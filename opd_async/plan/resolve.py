@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from opd_async.config.topology import EngineKind, EngineSection, ModelSection, Topology
 from opd_async.data.model_folder import read_model
+from opd_async.data.vocabulary import read_tables
 from opd_async.engines.command import engine_command, engine_environment
 from opd_async.errors import InputError
 from opd_async.plan.free_ports import free_ports
@@ -58,7 +59,7 @@ def make_plan(topology: Topology, claims: ExitStack | None = None, site: Site | 
     moment and claimed until `claims` is closed, else they are consecutive from it in the order of `port_keys`. Raises
     `InputError` if the student's `config.json` cannot be read or no port is free.
     """
-    student = read_model(topology.models.student.path)
+    student, tables = read_model(topology.models.student.path), read_tables(topology)
     ports = _assign_ports(topology, claims) if site is None else _ports_of(topology, site)
     where = _whereabouts(topology)
     site = site or Site(names=("",), addresses=(topology.network.bind,), ports=())
@@ -86,7 +87,9 @@ def make_plan(topology: Topology, claims: ExitStack | None = None, site: Site | 
         teacher_urls={
             name: engines(side.engines, RoleKind.TEACHER_ENGINE, name) for name, side in topology.teachers.items()
         },
-        vocab_size=student.vocab_size,
+        vocab_size=tables.shared,
+        student_rows=tables.student,
+        teacher_rows=tables.teachers,
         stop_token_ids=tuple(sorted({*student.eos_token_ids, *topology.rollout.sampling.stop_token_ids})),
         roles=roles,
     )

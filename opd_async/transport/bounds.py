@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from opd_async.errors import WireError
+from opd_async.estimators.topk import NO_TOKEN
 from opd_async.transport.kinds import Finish, LeaseKind
 from opd_async.transport.wire import Frame, decode
 
@@ -62,13 +63,14 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("taken_ends", "prompt_tokens", "response_tokens", "max_tokens", "ready_tokens"), _COUNT),
     **dict.fromkeys(("version", "next_step", "step", "weight_version", "loss_tokens", "part", "rank"), _COUNT),
     **dict.fromkeys(("mb_tokens", "mb_sequences", "mb_rows", "sequence_lengths", "rows", "staleness"), _COUNT),
-    **dict.fromkeys(("token_ids", "prompt", "prefix", "given", "context", "topk_ids", "tokens", "response"), _COUNT),
+    **dict.fromkeys(("token_ids", "prompt", "prefix", "given", "context", "tokens", "response"), _COUNT),
     **dict.fromkeys(("taken_tokens", "hold"), _COUNT),
     **dict.fromkeys(("teacher_prompt", "teacher_prompt_tokens", "teacher_prompts"), _COUNT),
     **dict.fromkeys(("prompt_lengths", "teacher_prompt_lengths"), _COUNT),
     "waited_s": Range(0, NEVER),
     **dict.fromkeys(("partial_tokens", "staleness_counts", "request", "token"), _ID),
     **dict.fromkeys(("behaviour_logprobs", "student_logprobs", "teacher_logprobs"), _LOGPROB),
+    "topk_ids": Range(NO_TOKEN, MAX_COUNT),
     "topk_logprobs": Range(-math.inf, 1.0e-3),
     **dict.fromkeys(("complete", "taken_complete", "verify", "last", "idle", "own_python", "at_once", "failed"), _FLAG),
     **dict.fromkeys(("advantages", "weights"), Range(-1.0e30, 1.0e30)),

@@ -68,6 +68,8 @@ def make_plan(vocab_size: int, student_urls: tuple[str, ...], teacher_urls: tupl
         student_engines=student_urls,
         teacher_urls={ONE_TEACHER: teacher_urls},
         vocab_size=vocab_size,
+        student_rows=vocab_size,
+        teacher_rows={ONE_TEACHER: vocab_size},
         stop_token_ids=(),
         roles=roles,
     )

@@ -139,6 +139,11 @@ def test_the_last_id_of_the_vocabulary_may_be_reported_as_zero() -> None:
     assert parse_scores(reply(input_token_logprobs=entries), ids, 2, VOCAB).logprobs.tolist() == [-0.5, -1.5]
     with pytest.raises(EngineError, match="ids differ"):
         parse_scores(reply(input_token_logprobs=entries), IDS, 2, VOCAB)
+    # the last id is that of the engine's model, not that of the student
+    with pytest.raises(EngineError, match="ids differ"):
+        parse_scores(reply(input_token_logprobs=entries), ids, 2, VOCAB, rows=VOCAB + 1)
+    ids[2] = VOCAB
+    assert parse_scores(reply(input_token_logprobs=entries), ids, 2, VOCAB, rows=VOCAB + 1).logprobs[0] == -0.5
 
 
 @pytest.mark.parametrize(

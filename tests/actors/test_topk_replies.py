@@ -62,6 +62,34 @@ def test_both_forms_are_read(form: Callable[[], dict[str, Any]]) -> None:
     np.testing.assert_allclose(topk.logprobs, TOP, rtol=1e-6)
 
 
+@pytest.mark.parametrize("form", [nested, flat])
+def test_ids_that_the_student_has_not_leave_their_places(form: Callable[..., dict[str, Any]]) -> None:
+    """A teacher of 60 ids, a student of 50: what is dropped keeps no probability, and the others are as they were."""
+    ids = changed(changed(TOP_IDS, 1, 0, 59), 1, 2, 50)
+    scores = parse_scores(json.loads(json.dumps(reply(**form(ids)))), IDS, START, VOCAB, K, rows=60)
+    assert scores.topk is not None and scores.topk.problem() is None
+    np.testing.assert_array_equal(scores.topk.ids, [[5, 1, 2], [-1, 8, -1], [0, 7, 3]])
+    expected = changed(changed(TOP, 1, 0, -1e4), 1, 2, -1e4)
+    np.testing.assert_allclose(scores.topk.logprobs, expected, rtol=1e-6)
+    assert (scores.topk.ids.dtype, scores.topk.logprobs.dtype) == (np.int32, np.float32)
+    np.testing.assert_array_equal(scores.logprobs, OWN)
+    with pytest.raises(EngineError, match="outside the vocabulary"):
+        parse_scores(reply(**form(changed(TOP_IDS, 1, 0, 60))), IDS, START, VOCAB, K, rows=60)
+
+
+def test_places_without_a_token() -> None:
+    ids, logprobs = np.array([[-1, 3, -1]], np.int32), np.array([[-1e4, -0.5, -1e4]], np.float32)
+    assert TopK(ids, logprobs).problem() is None
+    assert (
+        TopK(ids, changed(logprobs, 0, 2, -2.0)).problem() == "a place without a token has another logprob than -10000"
+    )
+    assert TopK(changed(ids, 0, 0, -2), logprobs).problem() == "an id is negative or comes twice in a row"
+    assert TopK(changed(ids, 0, 0, 3), logprobs).problem() == "an id is negative or comes twice in a row"
+    whole = TopK(TOP_IDS, TOP)
+    assert whole.below(VOCAB) is whole and whole.below(1).ids.tolist() == [[-1] * 3, [-1] * 3, [0, -1, -1]]
+    assert whole.below(1).problem() is None
+
+
 def test_nothing_is_asked_for_or_read_without_need() -> None:
     assert request_fields(0) == {}
     assert request_fields(64)["top_logprobs_num"] == 64

@@ -8,6 +8,7 @@ import time
 import aiohttp
 import numpy as np
 import pytest
+import torch
 from server_under_test import ADMIN_KEY, API_KEY, CONTEXT, VERSION, VOCAB, Server, prompt, reference_logprobs, sampling
 from streams import Crowd, Stream
 from transformers import PreTrainedModel
@@ -111,6 +112,29 @@ async def test_both_keys_are_asked_for_and_neither_opens_the_others_doors(server
         return [await refused(*pair, control) for pair in pairs for control in (False, True)]
 
     assert await run() == [False, False, True, True, True, True]
+
+
+async def test_ids_beyond_the_shared_ones_are_never_sampled(server: Server, first: PreTrainedModel) -> None:
+    """A student with more ids than its teacher: it generates within the teacher's, and says so with its logprobs."""
+    shared = VOCAB // 4
+    async with server.client() as whole, aiohttp.ClientSession() as session:
+        endpoint = Endpoint(url=server.url, api_key=API_KEY, admin_api_key=ADMIN_KEY)
+        crowd, own = Crowd(EngineClient(session, endpoint, shared, rows=VOCAB)), Crowd(whole)
+        texts = [prompt(10, seed) % shared for seed in range(6)]
+        crowd.start(*(Stream(crowd.client, text, 40, key="shared") for text in texts))
+        own.start(*(Stream(own.client, text, 40, key="own") for text in texts))  # in the same batches
+        await crowd.finish()
+        await own.finish()
+    assert max(max(stream.tokens) for stream in own.streams) >= shared
+    for stream in own.streams:
+        check_logprobs(stream, first)
+    for stream in crowd.streams:
+        assert len(stream.tokens) == 40 and max(stream.tokens) < shared
+        with torch.no_grad():
+            logits = first(torch.from_numpy(stream.ids.astype("int64"))[None]).logits[0, len(stream.prompt) - 1 : -1]
+        chosen = torch.tensor(stream.tokens)[:, None]
+        expected = logits[:, :shared].double().log_softmax(-1).gather(1, chosen)[:, 0].numpy()
+        assert np.abs(stream.logprobs - expected).max() < EXACT
 
 
 async def test_a_stream_that_cannot_be_is_an_error_with_the_reason(server: Server) -> None:

@@ -36,35 +36,43 @@ DEADLINES = {
 
 def make_inputs(folder: Path, student_layers: int = 2) -> Path:
     """Random Qwen3 models that stop with probability near 1/256 per token, and 40 prompts."""
+    make_model(folder / "student", hidden=32, layers=student_layers, seed=1)
+    make_model(folder / "teacher", hidden=48, layers=2, seed=2)
+    rows = [{"prompt": f"t{10 + i} t{20 + i} t{30 + i}", "label": "x"} for i in range(40)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def make_model(
+    folder: Path, *, hidden: int, layers: int, seed: int, rows: int = VOCAB, words: dict[int, str] | None = None
+) -> Path:
+    """A random Qwen3 with `rows` ids, of which the first 256 are tokens t0, t1, ... or those of `words`."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-    vocabulary = {f"t{i}": i for i in range(VOCAB)}
+    vocabulary = {(words or {}).get(i, f"t{i}"): i for i in range(min(VOCAB, rows))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"t{STOP}", pad_token="t0")
-    for name, hidden, layers, seed in (("student", 32, student_layers, 1), ("teacher", 48, 2, 2)):
-        torch.manual_seed(seed)
-        config = Qwen3Config(
-            vocab_size=VOCAB,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=16,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            initializer_range=0.1,
-            eos_token_id=STOP,
-            bos_token_id=None,
-            pad_token_id=0,
-        )
-        Qwen3ForCausalLM(config).float().save_pretrained(folder / name)
-        fast.save_pretrained(folder / name)
-    rows = [{"prompt": f"t{10 + i} t{20 + i} t{30 + i}", "label": "x"} for i in range(40)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=rows,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        eos_token_id=STOP,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    Qwen3ForCausalLM(config).float().save_pretrained(folder)
+    fast.save_pretrained(folder)
     return folder
 
 

@@ -56,6 +56,13 @@ def at(path: str, value: Any) -> Edit:
 
 def other_vocabulary(values: dict[str, Any], folder: Path) -> None:
     shutil.copytree(values["models"]["teacher"]["path"], folder / "teacher")
+    file = folder / "teacher" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"t77"', '"<think>"'))
+    values["models"]["teacher"]["path"] = str(folder / "teacher")
+
+
+def other_table(values: dict[str, Any], folder: Path) -> None:
+    shutil.copytree(values["models"]["teacher"]["path"], folder / "teacher")
     config = json.loads((folder / "teacher" / "config.json").read_text())
     (folder / "teacher" / "config.json").write_text(json.dumps(config | {"vocab_size": 512}))
     values["models"]["teacher"]["path"] = str(folder / "teacher")
@@ -71,7 +78,8 @@ CASES: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "broken line": (prompts(GOOD_ROW + '{"prompt": "t1\n'), ("prompts.jsonl:2",)),
     "empty prompts": (prompts(""), ("prompts.jsonl", "no prompts")),
     "prompts too long": (prompts('{"prompt": "%s"}\n' % ("t1 " * 300)), ("prompts.jsonl", "tokens")),
-    "vocabularies": (other_vocabulary, ("models.teacher", "512", "256")),
+    "vocabularies": (other_vocabulary, ("models.teacher", "77", "'t77'", "'<think>'")),
+    "tables": (other_table, ("models.teacher", "512", "256")),
     "device twice": (
         lambda values, folder: (
             at("engines.student.devices", ["cuda:0"])(values, folder),

@@ -184,5 +184,5 @@ def test_what_a_critic_begins_with(alone: Place, model_path: Path, tmp_path: Pat
     assert metrics.known()["critic_grad_norm"] > 0.0
     with pytest.raises(CheckpointError, match=r"the critic: .*; its shape is read from advantage.critic.path"):
         with_critic(model_path, model_path=wider, load=tmp_path / "converted")
-    with pytest.raises(ModelError, match="a vocabulary of 33, the student 32"):
-        Critic(trainer.config, CriticConfig(model_path=model_path), 32)
+    with pytest.raises(ModelError, match="a vocabulary of 33, but ids up to 33 are sampled"):
+        Critic(trainer.config, CriticConfig(model_path=model_path), 34)

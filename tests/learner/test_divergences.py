@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from opd_async.estimators.topk import NO_LOGPROB, NO_TOKEN, TopK
 from opd_async.learner.config import LossConfig
 from opd_async.learner.losses.divergences import (
     DIVERGENCES,
@@ -106,6 +108,33 @@ def test_the_reverse_kl_has_the_gradient_of_its_stopped_form() -> None:
     (expected,) = torch.autograd.grad(stopped, logits)
     _, gradient = value_and_gradient("reverse_kl_topk", STUDENT, TEACHER, SUPPORT)
     torch.testing.assert_close(gradient, expected, rtol=0.0, atol=1e-6)
+
+
+def test_tokens_that_the_student_has_not_are_in_the_tail() -> None:
+    """A teacher of seven ids, of which the student has five; its five likeliest are the places of a top-k.
+
+    The student's p is 0 at the other two: the cells are the three ids of both, and everything else.
+    """
+    teacher, places = [*TEACHER, 1.6, -0.4], [1, 5, 0, 3, 6]
+    q = torch.tensor(teacher, dtype=torch.float64).log_softmax(-1)[places].float().numpy()[None]
+    topk = TopK(np.array([places], np.int32), q).below(len(STUDENT))
+    assert topk.ids.tolist() == [[1, NO_TOKEN, 0, 3, NO_TOKEN]] and topk.problem() is None
+    kept = [1, 0, 3]
+    for name in DIVERGENCES:
+        logits = torch.tensor(STUDENT, dtype=torch.float64, requires_grad=True)
+        logprobs = logits.log_softmax(-1)
+        tail = logprobs.scatter(0, torch.tensor(kept), -torch.inf).logsumexp(-1)
+        ids = torch.from_numpy(topk.ids[0].astype(np.int64))
+        own = logprobs[ids.clamp(min=0)].masked_fill(ids < 0, NO_LOGPROB)
+        cells = Cells(own.float()[None], tail.float()[None], torch.from_numpy(topk.logprobs))
+        (value,) = DIVERGENCES[name](cells, LossConfig(loss=name, jsd_beta=0.3))
+        (gradient,) = torch.autograd.grad(value, logits)
+        # a student of seven ids that never samples the last two
+        whole = [*STUDENT, -torch.inf, -torch.inf]
+        expected = enumerated(name, whole, teacher, kept, 0.3)
+        torch.testing.assert_close(value.detach().double(), expected[0], rtol=0.0, atol=1e-6)
+        torch.testing.assert_close(gradient, expected[1:6], rtol=0.0, atol=1e-6)
+        assert not expected[6:].any()
 
 
 logits = st.lists(st.floats(-4.0, 4.0), min_size=7, max_size=7)

@@ -12,6 +12,7 @@ from full_fixtures import enumerated
 from megatron.core.dist_checkpointing import load_tensors_metadata
 from tiny_learner import (
     EMPTY,
+    VOCAB,
     assert_close,
     hf_gradients,
     learner_config,
@@ -31,7 +32,7 @@ from opd_async.learner.convert import hf_to_megatron
 from opd_async.learner.distributed.parallel import Place
 from opd_async.learner.errors import CheckpointError, ModelError
 from opd_async.learner.hf.io import hf_weights
-from opd_async.learner.teacher import HostWeights
+from opd_async.learner.teacher import HostWeights, Teacher
 from opd_async.learner.trainer import Trainer
 from opd_async.transport.step_batch import MicroBatch
 
@@ -167,7 +168,42 @@ def test_what_cannot_be_the_teacher_is_refused(
         Trainer(replace(config, teacher=replace(teacher, model_path=model_path)))
     with pytest.raises(CheckpointError, match="nowhere"):
         Trainer(replace(config, teacher=replace(teacher, load=tmp_path / "nowhere")))
-    raw = (teacher.model_path / "config.json").read_text().replace('"vocab_size": 33', '"vocab_size": 34')
-    (tmp_path / "config.json").write_text(raw)
-    with pytest.raises(ModelError, match="a vocabulary of 34, the student one of 33"):
-        Trainer(replace(config, teacher=replace(teacher, model_path=tmp_path)))
+    with pytest.raises(ModelError, match="a vocabulary of 33, but ids up to 33 are sampled"):
+        Teacher(config, teacher, 34)
+
+
+@pytest.mark.parametrize("rows", [VOCAB + 64, VOCAB - 4])
+@pytest.mark.parametrize("loss", ["forward_kl_full", "jsd_full", "reverse_kl_full", "reverse_kl"])
+def test_tables_of_other_sizes(alone: Place, model_path: Path, tmp_path: Path, loss: str, rows: int) -> None:
+    """A teacher with more rows and with fewer, against transformers: student's logits are cut to the ids of both."""
+    folder, shared = write_model(tmp_path, "teacher", rows=rows), min(rows, VOCAB)
+    batch = unscored(micro_batch([5, 23, 30]))
+    batch.token_ids[:] %= shared
+    batch.advantages[:] = 0.0
+    student = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), batch).double()
+    ours = logits(student, batch).double()[:, :shared]
+    targets = torch.from_numpy(batch.token_ids[batch.rows + 1].astype("int64"))[:, None]
+    own, log_q = ours.log_softmax(-1).gather(1, targets)[:, 0], wanted.log_softmax(-1).gather(1, targets)[:, 0]
+    ratio = (own - torch.from_numpy(batch.behaviour_logprobs)).exp()
+    if loss == "reverse_kl":
+        expected = -(ratio * (log_q - own.detach())).mean()
+    else:
+        expected = torch.stack([enumerated(loss, s, t, BETA) for s, t in zip(ours, wanted, strict=True)]).mean()
+    expected.backward()
+    config = learner_config(
+        model_path,
+        loss=LossConfig(loss=loss, jsd_beta=BETA, clip_ratio=None),
+        teacher=TeacherConfig(model_path=folder, load=None),
+        vocab=shared,
+    )
+    trainer, step = Trainer(config), step_batch(0, [batch])
+    totals = trainer.gradients(step)
+    assert totals.sums["loss"] / totals.tokens == pytest.approx(float(expected.detach()), abs=1e-5)
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert max(float(gradient.abs().max()) for gradient in gradients.values()) > 1e-3
+    assert_close(hf_gradients(trainer, step), gradients, 1e-5)
+    exact = (ratio * (own - log_q)).mean()
+    if loss != "reverse_kl_full":  # that reports the exact one
+        assert totals.sums["reverse_kl"] / totals.tokens == pytest.approx(float(exact.detach()), abs=1e-5)

@@ -29,7 +29,7 @@ from learner_ranks import (
 )
 from megatron.core.parallel_state import RankGenerator
 from safetensors.torch import load_file
-from tiny_learner import learner_config, write_model
+from tiny_learner import VOCAB, learner_config, write_model
 
 from opd_async.config.topology import LearnerSection
 from opd_async.learner import resume
@@ -85,7 +85,9 @@ def jobs(alone: Place, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
         write_model(models / kind, kind)
         if kind not in BRIEF:
             hf_to_megatron(models / kind, results / f"{kind}-alone-converted", ParallelConfig())
-    hf_to_megatron(write_model(results / "teacher", "teacher"), results / "teacher-megatron", ParallelConfig())
+    # more ids than the student has: its head is split at other rows
+    teacher = write_model(results / "teacher", "teacher", rows=VOCAB + 8)
+    hf_to_megatron(teacher, results / "teacher-megatron", ParallelConfig())
     return Jobs(models, results)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from opd_async.estimators.topk import NO_LOGPROB, NO_TOKEN
 from opd_async.learner.distributed.parallel import Place
 from opd_async.learner.losses.logprobs import Head, row_logprobs
 
@@ -59,3 +60,25 @@ def test_no_rows_give_zero_gradients(alone: Place) -> None:
     (found.support_RK.sum() + found.tail_R.sum() + found.sampled_R.sum()).backward()
     assert (found.support_RK.shape, found.tail_R.shape) == ((0, 1), (0,))
     assert weight.grad is not None and not weight.grad.any()
+
+
+def test_a_place_without_a_token_is_part_of_the_tail(alone: Place) -> None:
+    """Of a support of which the student has not every token: the others and the tail are those of a smaller support."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(ROWS, HIDDEN, generator=generator), torch.randn(VOCAB, HIDDEN, generator=generator)
+    support = (hidden @ weight.T).topk(K).indices
+    targets, group = support[:, 0].clone(), dist.group.WORLD or dist.new_group()
+    mix = torch.randn(ROWS, K + 1, generator=generator)
+    results = []
+    for places in (support[:, [0, 1, 3]], torch.where(torch.arange(K) % 4 == 2, NO_TOKEN, support)[:, :4]):
+        own = hidden.clone().requires_grad_()
+        head = Head(weight=weight, vocab=VOCAB, chunk_rows=4, group=group)
+        found = row_logprobs(own, head, targets, places, tail=True)
+        assert found.support_RK is not None and found.tail_R is not None
+        values = torch.cat([found.support_RK[places >= 0].reshape(ROWS, 3), found.tail_R[:, None]], 1)
+        assert (found.support_RK[places < 0] == NO_LOGPROB).all()
+        (values * mix[:, :4]).sum().backward()
+        assert own.grad is not None
+        results.append((values.detach(), own.grad))
+    torch.testing.assert_close(*results, rtol=0.0, atol=1e-6)
+    assert float(results[0][1].abs().max()) > 0.1

@@ -28,13 +28,13 @@ EMPTY = MicroBatch(
 )
 
 
-def write_model(folder: Path, kind: str) -> Path:
-    """A random Hugging Face model with norms and biases away from their initial values."""
+def write_model(folder: Path, kind: str, rows: int = VOCAB) -> Path:
+    """A random Hugging Face model of `rows` ids, with norms and biases away from their initial values."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {
-        "vocab_size": VOCAB,
+        "vocab_size": rows,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
