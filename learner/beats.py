@@ -1,7 +1,8 @@
 """Signs of life of one learner rank, sent by a thread of its own: no step, however long, holds them up.
 
-The thread proves that the process runs. What it sends along, the command under way and for how long, lets the launcher
-see a deadlock: a rank inside a collective whose peer is gone beats on, at the same command.
+The thread proves that the process runs. What it sends along, the command under way, for how long, and since when
+nothing of it was got done (`learner/progress.py`), lets the launcher see a deadlock: a rank inside a collective whose
+peer is gone beats on, and gets nothing done.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import zmq
 
+from opd_async.learner.progress import PROGRESS
 from opd_async.transport import messages as m
 from opd_async.transport.door import Passport
 from opd_async.transport.wire import encode
@@ -65,13 +67,14 @@ class Beats:
     def beat(self) -> m.RankBeat:
         """What to say now."""
         with self._lock:
-            took = self._took.get(self._doing, ())
+            took, now = self._took.get(self._doing, ()), time.monotonic()
             usual_s = max(took) if self._doing in ALIKE and len(took) >= KNOWN_AFTER else 0.0
             return m.RankBeat(
                 rank=self._rank,
                 doing=self._doing,
-                for_s=time.monotonic() - self._since if self._doing else 0.0,
+                for_s=now - self._since if self._doing else 0.0,
                 usual_s=usual_s,
+                still_s=now - max(self._since, PROGRESS.at) if self._doing else 0.0,
             )
 
     def _run(self) -> None:

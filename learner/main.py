@@ -31,6 +31,7 @@ from opd_async.learner.distributed import parallel
 from opd_async.learner.errors import WeightSyncError
 from opd_async.learner.from_topology import learner_config
 from opd_async.learner.hf.io import hf_weights, save_hf
+from opd_async.learner.progress import PROGRESS
 from opd_async.learner.trainer import Trainer
 from opd_async.learner.weights.base import WeightTransport
 from opd_async.learner.weights.make import make_transport
@@ -183,7 +184,7 @@ class Rank:
         engines = self._plan.topology.engines.student
         proof = make_proof(self._trainer, engines.context_tokens) if command.verify else None
         dtype = getattr(torch, engines.dtype)
-        weights = hf_weights(self._trainer.model, dtype)
+        weights = PROGRESS.over(hf_weights(self._trainer.model, dtype))
         if self._rank != 0:
             for _ in weights:
                 pass

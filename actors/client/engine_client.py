@@ -23,6 +23,8 @@ from opd_async.actors.client.topk_replies import request_fields
 from opd_async.errors import EngineError, EngineFault
 
 CONTROL_DEADLINE_S = 120.0
+STOP_DEADLINE_S = 30.0
+"""For pausing and aborting: those who wait for it give up after `CONTROL_DEADLINE_S`."""
 CONNECT_DEADLINE_S = 10.0
 REQUEST_DEADLINE_S = 120.0
 """Unless the topology says otherwise: see `Endpoint`."""
@@ -150,14 +152,14 @@ class EngineClient:
     async def pause(self, mode: str) -> dict[str, int]:
         """Stop generating. Returns how many tokens of each running stream have been written to it, where the engine
         says so."""
-        reply = await self._post("/pause_generation", {"mode": mode}, self._admin_headers, CONTROL_DEADLINE_S)
+        reply = await self._post("/pause_generation", {"mode": mode}, self._admin_headers, STOP_DEADLINE_S)
         emitted = reply.get("emitted", {}) if isinstance(reply, dict) else {}
         return {str(rid): int(count) for rid, count in emitted.items()}
 
     async def abort_all(self) -> None:
         """Have every request end with the tokens that it has. Returns before they do; what comes later is not hit."""
         body = {"rid": "", "abort_all": True}
-        await self._post("/abort_request", body, self._admin_headers, CONTROL_DEADLINE_S)
+        await self._post("/abort_request", body, self._admin_headers, STOP_DEADLINE_S)
 
     async def resume(self) -> None:
         """Go on generating; harmless when the engine is not paused."""

@@ -24,6 +24,7 @@ import aiohttp
 import numpy as np
 
 from opd_async.actors.client.engine_client import new_connector
+from opd_async.actors.client.pacing import Pacing
 from opd_async.actors.client.replies import Delta
 from opd_async.actors.client.routed_client import GenerationClient
 from opd_async.actors.rollout.abort_and_collect import AbortedError
@@ -57,6 +58,7 @@ class RolloutActor:
         self._metrics = role.metrics
         self._clock = role.clock
         self._engines = Engines(role, session)
+        self._pacing = Pacing(role, [student.client.url for student in self._engines.students], streams=True)
         self._delivery = Delivery(role)
         self._outage_s = topology.supervisor.start_deadline_s
         self._judging = Judging(role)
@@ -83,6 +85,8 @@ class RolloutActor:
                     await self._resume(message.version)
                 case m.EngineDown():
                     self._engine_down(message.url)
+                case m.EngineSlow():
+                    self._engine_slow(message)
                 case m.TeacherRestarted():
                     await self._delivery.teacher_restarted(message.index)
                 case m.Reset():
@@ -97,6 +101,7 @@ class RolloutActor:
         self._judging.start()
         self._role.spawn(self.control(), "control")
         self._role.spawn(self._delivery.resend(), "resend")
+        self._role.spawn(self._pacing.tell(), "pace")
 
     def close(self) -> None:
         """Close the sockets; queued chunks may still leave."""
@@ -146,18 +151,27 @@ class RolloutActor:
         if lease.given is not None:
             await self._give(generation, lease.given)
             return
-        on_teacher, client = lease.kind == m.LeaseKind.EVAL_TEACHER, generation.student.client
+        on_teacher = lease.kind == m.LeaseKind.EVAL_TEACHER
+        generation.student = self._engines.placed(generation.student, lease.prompt_id)
+        client: GenerationClient = generation.student.client
         if on_teacher:
             client = self._engines.teacher_of(lease.teacher, lease.sample_id)
-        await self._admitted(generation, client, on_teacher)
-        generation.streaming = not on_teacher
         try:
-            await self._stream(generation, client, on_teacher)
+            async with self._clock.timeout(None) as scope:
+                generation.scope = None if on_teacher else scope
+                await self._admitted(generation, client, on_teacher)
+                generation.streaming = not on_teacher
+                await self._stream(generation, client, on_teacher)
+        except TimeoutError:  # `Streams` has ended the request: another one goes on
+            generation.new_request()
+            await self._streams.progressed()
         except EngineError as error:
             if isinstance(error, AbortedError) and self._streams.may_abort(generation.student):
                 generation.new_request()
             else:
                 await self._failed(generation, client, error)
+        finally:
+            generation.scope = None
 
     async def _give(self, generation: Generation, response: Int32) -> None:
         """A response that a data set gives, in chunks: as if the present weights had been certain of every token."""
@@ -184,14 +198,21 @@ class RolloutActor:
     async def _stream(self, generation: Generation, client: GenerationClient, on_teacher: bool) -> None:
         """One request, to the end of its stream."""
         request = generation.sampling(self._settings, self._role.plan.stop_token_ids)
-        key = "" if on_teacher else generation.cache_key(self._keeps_cache)
+        key, rid = "" if on_teacher else generation.cache_key(self._keeps_cache), generation.rid
+        answers = None if on_teacher else self._pacing.of(client.url)
+        if answers is not None:
+            answers.asked(rid, self._clock.now())
         try:
-            async for delta in client.stream(generation.rid, generation.input_ids(), request, key):
+            async for delta in client.stream(rid, generation.input_ids(), request, key):
+                if answers is not None:
+                    answers.answered(rid, self._clock.now(), len(delta.token_ids))
                 await self._take(generation, delta, on_teacher)
                 self._engines.guards[client.url].succeeded()
             if generation.finish is None:
                 raise EngineError(f"{client.url}: the stream ended without a finish reason")
         finally:
+            if answers is not None:
+                answers.ended(rid)
             generation.streaming = False
             await self._streams.progressed()
 
@@ -232,6 +253,7 @@ class RolloutActor:
         """Stop the engines and deliver every token made so far; then say which tokens exist."""
         if self._paused_at is None:
             self._paused_at = self._clock.now()
+        self._pacing.paused = True
         for student in self._engines.students:
             student.gate.clear()
         up = [student for student in self._engines.students if not student.down]
@@ -256,6 +278,7 @@ class RolloutActor:
                 continue
             self._engines.guards[student.client.url].reset()
             student.gate.set()
+        self._pacing.resume()
         if self._paused_at is not None:
             blocked = self._clock.now() - self._paused_at
             self._metrics["opd_rollout_blocked_seconds_total"].inc(blocked)
@@ -266,6 +289,11 @@ class RolloutActor:
         for student in self._engines.students:
             if url in student.urls:
                 student.lost()
+
+    def _engine_slow(self, message: m.EngineSlow) -> None:
+        student = self._engines.slow(message.url, message.slow)
+        if student is not None and self._engines.placed(student, 0) is not student:
+            self._streams.move(student)
 
     async def _reset(self, request: int) -> None:
         """Forget every sample: the run goes back to a checkpoint."""

@@ -32,12 +32,16 @@ class Delivery:
     async def send_due(self, generation: Generation, chunk_tokens: int) -> None:
         """Send what is due of a training response, in chunks of `chunk_tokens` tokens at least.
 
-        On cancel: a chunk under way is in the outbox, which sends it again; later ones wait in `generation`.
+        On cancel: what was due is in the outbox, which sends it again.
         """
-        for chunk in generation.due_chunks(chunk_tokens, self._role.mine.index):
-            self._metrics["opd_rollout_chunks_total"].inc()
-            outgoing = self._outbox.add(chunk, self._role.clock.now())
-            await self._downstream.send(self._outbox.route_of(chunk.sample_id), outgoing)
+        now = self._role.clock.now()
+        # all are in the outbox before the first is awaited: what `generation` gave away must not be lost by a cancel
+        due = [self._outbox.add(chunk, now) for chunk in generation.due_chunks(chunk_tokens, self._role.mine.index)]
+        if due:
+            route = self._outbox.route_of(generation.lease.sample_id)
+            self._metrics["opd_rollout_chunks_total"].inc(len(due))
+            for chunk in due:
+                await self._downstream.send(route, chunk)
 
     async def send_all(self, generation: Generation) -> None:
         """Send everything that is there of a training response; nothing of others. On cancel: as `send_due`."""

@@ -30,7 +30,7 @@ class Engines:
         plan, mine = self._role.plan, self._role.mine
         urls, router = plan.student_engines, plan.topology.engines.student.router
         if router is None:
-            return [Student(self._client(url), (url,)) for url in urls[mine.index :: plan.topology.rollout.replicas]]
+            return [Student(self._client(url), (url,)) for url in plan.students_of(mine)]
         engines = [self._client(url) for url in urls]
         return [Student(RoutedClient(self._client(router.rstrip("/")), engines), urls)]
 
@@ -52,7 +52,20 @@ class Engines:
         Teachers are chosen by rendezvous hash instead, because another one takes over at once, and only the prompts of
         the one that is gone may then move: every other prompt has its keys and values in a cache.
         """
-        return self.students[prompt_id % len(self.students)]
+        return self.placed(self.students[prompt_id % len(self.students)], prompt_id)
+
+    def placed(self, student: Student, prompt_id: int) -> Student:
+        """`student` itself, or another one in place of a slow one, if there is any that can be used."""
+        usable = [other for other in self.students if not other.slow and not other.down] if student.slow else []
+        return usable[prompt_id % len(usable)] if usable else student
+
+    def slow(self, url: str, is_slow: bool) -> Student | None:
+        """Note that an engine is far slower than its peers, or is to be tried again; returns one that turned slow."""
+        for student in self.students:
+            if student.client.url == url and student.slow != is_slow:
+                student.slow = is_slow
+                return student if is_slow else None
+        return None
 
     def teacher_of(self, teacher: str, sample_id: int) -> EngineClient:
         """The engine of `teacher` that generates for an evaluation: one of those that can be asked, if any can."""

@@ -29,6 +29,8 @@ class Student:
     version: int = -1
     down: bool = False
     """The engine is gone: it cannot be paused, and will send no more tokens."""
+    slow: bool = False
+    """The engine is far slower than its peers: others get its work."""
 
     @property
     def routed(self) -> bool:
@@ -60,6 +62,8 @@ class Generation:
     """The response is to be judged when it has ended: its end is not announced before `rewarded`."""
     streaming: bool = False
     """A request to the student engine is under way."""
+    scope: asyncio.Timeout | None = None
+    """Around a request to a student engine: what ends it early when another engine is to go on."""
     first_version: int | None = None
     """Weight version of the first request: what a prefix cache holds of this response was begun under it."""
     _tokens: list[NDArray[np.int32]] = field(default_factory=list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from opd_async.actors.rollout.abort_and_collect import abort_and_collect
@@ -16,6 +16,8 @@ from opd_async.errors import DeadlineError, EngineError
 log = logging.getLogger(__name__)
 
 PAUSE_DEADLINE_S = 60.0
+COLLECT_DEADLINE_S = 15.0
+"""How long a pause waits for tokens that an engine has made. Then their streams are closed, and made again."""
 
 
 class Streams:
@@ -46,24 +48,50 @@ class Streams:
         async with self._arrived:
             self._arrived.notify_all()
 
+    def move(self, student: Student) -> None:
+        """End every request to an engine; what it has not sent yet, the next request of each response generates."""
+        self._end(g for g in self.live.values() if g.student is student)
+
+    @staticmethod
+    def _end(generations: Iterable[Generation]) -> None:
+        now = asyncio.get_running_loop().time()
+        for generation in generations:
+            if generation.scope is not None:
+                generation.scope.reschedule(now)
+
+    async def _close(self, late: Callable[[], list[Generation]], why: str) -> None:
+        """Close the streams that are late, so that nothing more comes of them: no token that exists is unlisted then.
+
+        Raises `DeadlineError` that names the streams which stay open. On cancel: they are being closed.
+        """
+        log.warning("pause: %s; %d responses go on from the tokens that are here", why, len(late()))
+        self._end(late())
+        try:
+            with self._listening():
+                async with self._clock.timeout(PAUSE_DEADLINE_S), self._arrived:
+                    await self._arrived.wait_for(lambda: not late())
+        except TimeoutError:
+            names = ", ".join(generation.rid for generation in late()[:3])
+            raise DeadlineError(f"pause: streams could not be closed in {PAUSE_DEADLINE_S:.0f} s: {names}") from None
+
     async def stop(self, student: Student) -> dict[str, int]:
         """Stop one engine; returns how many tokens it has sent to each stream, by request id.
 
-        An engine that is gone has sent all that it ever will, and is not in the answer. On cancel: it may generate.
+        An engine that is gone has sent all that it ever will, and is not in the answer. The streams of one that does
+        not stop are closed. On cancel: it may generate.
         """
-        if self._must_abort:
 
-            def open_streams() -> list[Generation]:
-                return [g for g in self.live.values() if g.streaming and g.student is student]
+        def open_streams() -> list[Generation]:
+            return [g for g in self.live.values() if g.streaming and g.student is student]
 
-            with self._listening():
-                await abort_and_collect(student.client, open_streams, self._arrived, PAUSE_DEADLINE_S, self._clock)
-            return {}
         try:
-            return await student.client.pause(self._pause_mode.value)
-        except EngineError as error:
-            log.warning("pause: %s; its responses go on when it is back", error)
-            return {}
+            if not self._must_abort:
+                return await student.client.pause(self._pause_mode.value)
+            with self._listening():
+                await abort_and_collect(student.client, open_streams, self._arrived, COLLECT_DEADLINE_S, self._clock)
+        except (EngineError, DeadlineError) as error:
+            await self._close(open_streams, str(error))
+        return {}
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -75,10 +103,8 @@ class Streams:
             self._listeners -= 1
 
     async def all_arrived(self, emitted: dict[str, int]) -> None:
-        """Wait until every live stream has received what its engine says it sent. On cancel: nothing has changed.
-
-        Raises `DeadlineError` that names the streams which have not.
-        """
+        """Wait until every live stream has received what its engine says it sent; those that have not in time are
+        closed. On cancel: nothing has changed."""
 
         def missing() -> list[Generation]:
             live = self.live.values()
@@ -86,10 +112,8 @@ class Streams:
 
         try:
             with self._listening():
-                async with self._clock.timeout(PAUSE_DEADLINE_S), self._arrived:
+                async with self._clock.timeout(COLLECT_DEADLINE_S), self._arrived:
                     await self._arrived.wait_for(lambda: not missing())
         except TimeoutError:
             late = ", ".join(f"{g.rid} ({g.received} of {emitted[g.rid]})" for g in missing()[:3])
-            raise DeadlineError(
-                f"pause: tokens that the engines sent did not arrive in {PAUSE_DEADLINE_S:.0f} s: {late}"
-            ) from None
+            await self._close(missing, f"tokens did not arrive in {COLLECT_DEADLINE_S:.0f} s: {late}")

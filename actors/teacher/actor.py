@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.actors.client.engine_client import Endpoint, EngineClient, new_connector
+from opd_async.actors.client.pacing import Pacing
 from opd_async.actors.client.replies import Scores
 from opd_async.actors.teacher.lane import Lane, Request
 from opd_async.config.topology import TrainOn
@@ -38,6 +39,7 @@ from opd_async.role import IdleClock, Role, role_arguments
 from opd_async.scheduling.cache_share import CutPoints
 from opd_async.scheduling.routing import rendezvous
 from opd_async.scheduling.score_batches import ScoreItem
+from opd_async.scheduling.unproven import Scored
 from opd_async.transport import messages as m
 from opd_async.transport.channels import Pull, Push
 
@@ -55,7 +57,9 @@ class TeacherActor:
         self._role = role
         self._topology, plan = role.plan.topology, role.plan
         self._metrics = role.metrics
-        self._lanes = [Lane(role, self._client(session, url), self) for url in plan.engines_of(role.mine)]
+        urls = plan.engines_of(role.mine)
+        self._pacing = Pacing(role, urls, streams=False)
+        self._lanes = [Lane(role, self._client(session, url), self, self._pacing.of(url)) for url in urls]
         self._points = self._new_points()
         self._ids: dict[int, tuple[int, NDArray[np.int32]]] = {}
         self._tries: Counter[int] = Counter()
@@ -100,6 +104,7 @@ class TeacherActor:
     def start(self) -> None:
         """Start the loops under the role's task group."""
         self._role.spawn(self.receive(), "receive")
+        self._role.spawn(self._pacing.tell(), "pace")
         for lane in self._lanes:
             self._role.spawn(lane.dispatch(), f"dispatch {lane.client.url}")
             self._role.spawn(lane.watch(), f"watch {lane.client.url}")
@@ -148,8 +153,10 @@ class TeacherActor:
         return True
 
     def _lane(self, prompt_id: int) -> Lane:
-        """The engine of a prompt, among those whose breaker is closed; among all if none is."""
-        usable = [index for index, lane in enumerate(self._lanes) if lane.guard.closed]
+        """The engine of a prompt, among those that can be used and are not slow; among the slow ones, among all, if
+        there is none."""
+        closed = [index for index, lane in enumerate(self._lanes) if lane.guard.closed]
+        usable = [index for index in closed if not self._lanes[index].slow] or closed
         return self._lanes[rendezvous(prompt_id, usable or range(len(self._lanes)), "engine")]
 
     def _queue(self, chunks: Sequence[m.Chunk]) -> None:
@@ -221,6 +228,12 @@ class TeacherActor:
             if not lane.guard.closed:
                 self.reroute(lane.batcher.take_all())
 
+    async def suspect(self, url: str, text: str, scored: Sequence[Scored]) -> None:
+        """Say what an engine has scored that is not to be trusted. On cancel: it may or may not have been sent."""
+        ids, starts, ends = zip(*scored, strict=True)
+        columns = (np.array(ids, np.int64), np.array(starts, np.int32), np.array(ends, np.int32))
+        await self._role.control.send(m.SuspectScores(url, text, *columns))
+
     async def give_up(self, text: str) -> None:
         """End the run with this reason. On cancel: it may or may not have been sent."""
         await self._role.control.send(m.Failure(self._role.name, text))
@@ -240,12 +253,26 @@ class TeacherActor:
             match message:
                 case m.Resume():
                     self._queue(self._points.advance(message.version))
+                case m.EngineSlow():
+                    await self._engine_slow(message)
+                case m.EngineChanged():
+                    for lane in self._lanes:
+                        if lane.client.url == message.url:
+                            await lane.suspect(message.text)
                 case m.Reset():
                     await self._reset(message.request)
                 case m.Stop():
                     self._role.stopped.set()
                 case _:
                     log.warning("ignored a %s", type(message).__name__)
+
+    async def _engine_slow(self, message: m.EngineSlow) -> None:
+        """Give the work of an engine that is far slower than its peers to them, or let it have work again."""
+        for lane in self._lanes:
+            if lane.client.url == message.url:
+                lane.slow = message.slow
+                if lane.slow and not self.is_last_usable(lane):
+                    await lane.hand_over()
 
     async def _reset(self, request: int) -> None:
         """Forget every sample; batches under way are given up."""

@@ -18,6 +18,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -31,7 +32,9 @@ from opd_async.errors import EngineError, EngineFault
 from opd_async.role import Role
 from opd_async.scheduling.breaker import PASSING, backoff_s, given_up
 from opd_async.scheduling.cache_share import CacheShare
+from opd_async.scheduling.pace import Answers
 from opd_async.scheduling.score_batches import ScoreItem, TokenBudgetBatcher
+from opd_async.scheduling.unproven import Scored, Unproven
 from opd_async.transport.messages import Chunk
 
 log = logging.getLogger(__name__)
@@ -67,6 +70,9 @@ class Owner(Protocol):
     def engine_recovered(self) -> None:
         """An engine can score again: others may give it their work."""
 
+    async def suspect(self, url: str, text: str, scored: Sequence[Scored]) -> None:
+        """Say what an engine has scored that is not to be trusted. On cancel: it may or may not have been sent."""
+
     async def give_up(self, text: str) -> None:
         """End the run with this reason. On cancel: it may or may not have been sent."""
 
@@ -74,7 +80,7 @@ class Owner(Protocol):
 class Lane:
     """One engine's queue, slots, breaker, canary and cache."""
 
-    def __init__(self, role: Role, client: EngineClient, owner: Owner) -> None:
+    def __init__(self, role: Role, client: EngineClient, owner: Owner, answers: Answers) -> None:
         self._role = role
         self._settings = role.plan.topology.teacher
         # an engine that is being restarted is out for longer than its start takes
@@ -85,8 +91,13 @@ class Lane:
         self.client = client
         self.guard = Guard(client.url, role.metrics["opd_teacher_breaker_open"].labels(client.url), role.clock)
         self.canary = Canary(client, role.plan.vocab_size)
+        self._unproven = Unproven(self._settings.canary_every_tokens)
+        self._canary_due, self._proven = asyncio.Event(), asyncio.Event()
         self.cache = CacheShare(self._settings.min_cached_share)
         self.batcher = self._new_batcher()
+        self.slow = False
+        """The engine is far slower than its peers: others get its work."""
+        self._answers = answers
         self._batches: set[asyncio.Task[None]] = set()
         self._slots = asyncio.Semaphore(self._settings.max_in_flight)
         self._changed = asyncio.Event()
@@ -110,6 +121,14 @@ class Lane:
         await self._cancel_batches()
         self.batcher = self._new_batcher()
 
+    async def hand_over(self) -> None:
+        """Give everything back that waits here or is being scored; the owner sends it elsewhere.
+
+        On cancel: some batches may still run.
+        """
+        self._owner.reroute(self.batcher.take_all())
+        await self._cancel_batches()
+
     async def _cancel_batches(self) -> None:
         batches = list(self._batches)
         for task in batches:
@@ -129,14 +148,21 @@ class Lane:
             batch = await self._next_batch()
             # no await between taking a batch and reading its tokens: a reset may forget them at any other time
             requests = [self._owner.request(item) for item in batch]
+            tokens = sum(item.new_tokens for item in batch)
+            self._unproven.begins(tokens)
             task = self._role.spawn(self._batch(batch, requests), "batch")
             self._batches.add(task)
             self._owner.busy_changed()
-            task.add_done_callback(self._ended)
+            task.add_done_callback(partial(self._ended, tokens))
 
     async def _next_batch(self) -> list[ScoreItem]:
         while True:
             await self.guard.until_closed()
+            if not self._unproven.room(self._settings.batch_tokens):
+                self._proven.clear()
+                self._canary_due.set()
+                await self._proven.wait()
+                continue
             now = self._clock.now()
             if batch := self.batcher.take(now):
                 return batch
@@ -150,8 +176,10 @@ class Lane:
             except TimeoutError:
                 pass
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, tokens: int, task: asyncio.Task[None]) -> None:
         self._batches.discard(task)
+        self._unproven.ends(tokens)
+        self._proven.set()
         self._slots.release()
         self._changed.set()
         self._owner.busy_changed()
@@ -164,6 +192,10 @@ class Lane:
             if scores is None:
                 return
             self._count(wanted, scores)
+            for item, _ in wanted:
+                self._unproven.scored(Scored(item.sample_id, item.chunks[0].start, item.chunks[-1].end))
+            if self._unproven.due:
+                self._canary_due.set()
             by_sample = {item.sample_id: score for (item, _), score in zip(wanted, scores, strict=True)}
             while left:
                 await self._owner.deliver(left[0][0], by_sample.get(left[0][0].sample_id))
@@ -174,10 +206,13 @@ class Lane:
 
     async def _score(self, wanted: Sequence[tuple[ScoreItem, Request]]) -> list[Scores] | None:
         """Score one batch, trying again after failures; None once the breaker is open: another engine may do it."""
-        failures = 0
+        failures, new_tokens = 0, sum(item.new_tokens for item, _ in wanted)
         while not failures or self.guard.closed:
+            asked = object()
+            self._answers.asked(asked, self._clock.now())
             try:
                 scores = await self.client.score([request for _, request in wanted])
+                self._answers.answered(asked, self._clock.now(), new_tokens)
             except EngineError as error:
                 failures += 1
                 await self._failed([item for item, _ in wanted], error)
@@ -186,6 +221,8 @@ class Lane:
             else:
                 self.guard.succeeded()
                 return scores
+            finally:
+                self._answers.ended(asked)
         return None
 
     async def _failed(self, items: Sequence[ScoreItem], error: EngineError) -> None:
@@ -222,12 +259,12 @@ class Lane:
     # --- trust -------------------------------------------------------------------------------------------------------
 
     async def watch(self) -> None:
-        """Send a canary every `canary_every_s`, and as the probe while the breaker is open.
+        """Send a canary every `canary_every_s` and `canary_every_tokens`, and as the probe while the breaker is open.
 
         On cancel: nothing is lost.
         """
         while True:
-            await self.guard.until_open(self._settings.canary_every_s)
+            await self._until_due()
             if not self.guard.closed:
                 if not self._owner.is_last_usable(self):
                     self._owner.reroute(self.batcher.take_all())
@@ -237,11 +274,32 @@ class Lane:
                 text = f"{self.client.url} has not scored anything for {self.guard.failing_s:.0f} s; see its log"
                 await self._owner.give_up(text)
 
+    async def _until_due(self) -> None:
+        """Wait for the time of the next canary, for its number of tokens, or for the breaker to open."""
+        waits = [self.guard.until_open(self._settings.canary_every_s), self._canary_due.wait()]
+        tasks = [asyncio.ensure_future(wait) for wait in waits]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+        self._canary_due.clear()
+
+    async def suspect(self, text: str) -> None:
+        """Say what this engine has scored since its last good canary. On cancel: it may or may not have been sent."""
+        if scored := self._unproven.suspect():
+            await self._owner.suspect(self.client.url, text, scored)
+        self._proven.set()
+
     async def _send_canary(self) -> None:
         result = "passed"
+        self._unproven.check_begins()
         try:
             await self.canary.check()
         except EngineError as error:
+            self._unproven.unanswered()
+            if self._unproven.due:  # again at once, until the breaker opens
+                self._canary_due.set()
             result = "failed"
             log.warning("canary: %s", error)
             self.guard.failed(error)
@@ -250,6 +308,8 @@ class Lane:
             await self._distrust(error)
         else:
             self._failed_checks = 0
+            self._unproven.passed()
+            self._proven.set()
             if not self.guard.closed:
                 self.guard.succeeded()
                 self._owner.engine_recovered()
@@ -262,6 +322,7 @@ class Lane:
         self._failed_checks += 1
         self.guard.trip(error)
         await self._cancel_batches()
+        await self.suspect(str(error))
         if self._failed_checks >= FAILED_CANARIES:
             await self._owner.give_up(str(error))
 

@@ -22,8 +22,8 @@ LOGPROBS = (-0.001 - (_positions * 37 % 1_000) / 500).astype(np.float32)
 SCORES = (-0.001 - (_positions * 91 % 1_000) / 500).astype(np.float32)
 
 
-def prompts() -> tuple[Prompt, ...]:
-    """All prompts; each is asked once."""
-    ids = np.tile(TOKENS[:PROMPT_TOKENS], (PROMPTS, 1))
-    ids[:, 0] = np.arange(PROMPTS)
-    return tuple(Prompt(index, ids[index], "", {}, ONE_TEACHER) for index in range(PROMPTS))
+def prompts(count: int = PROMPTS) -> tuple[Prompt, ...]:
+    """All prompts; each is asked once. `count` is at most `VOCAB_SIZE`."""
+    ids = np.tile(TOKENS[:PROMPT_TOKENS], (count, 1))
+    ids[:, 0] = np.arange(count)
+    return tuple(Prompt(index, ids[index], "", {}, ONE_TEACHER) for index in range(count))

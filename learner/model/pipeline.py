@@ -10,6 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from opd_async.learner.model.layout import PackedBatch
+from opd_async.learner.progress import PROGRESS
 
 LastStage = Callable[[int, Tensor], tuple[Tensor, Any]]
 """(index of the micro-batch, hidden states [P, 1, hidden] of the last stage) -> (loss, what to report)."""
@@ -24,6 +25,7 @@ def run_schedule(model: Any, packs: Sequence[PackedBatch], last_stage: LastStage
 
     def forward_step(source: Iterator[tuple[int, PackedBatch]], part: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         index, packed = next(source)
+        PROGRESS.made()
 
         def finish(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
             loss, report = last_stage(index, hidden)

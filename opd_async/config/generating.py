@@ -148,6 +148,9 @@ class TeacherSection(Section):
     """A batch without an answer for so long has failed. It is sent again."""
     canary_every_s: Seconds = 300.0
     """How often each engine is checked with a short text."""
+    canary_every_tokens: Tokens = 200_000
+    """Most tokens, and a batch more, that an engine may score before it is checked again. If its weights were replaced,
+    so many scores are wrong at most. They are named in the report."""
     min_cached_share: Share = 0.5
     """Below this share of prefixes found in an engine's cache, chunks wait for the end of their response, or for the
     step that needs them. 0: never."""

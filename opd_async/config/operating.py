@@ -89,8 +89,12 @@ class SupervisorSection(Section):
     heartbeat_deadline_s: Seconds = 60.0
     """A process that gives no sign of life for so long is killed: an actor, the intake, a learner rank, an engine. That
     is handled like any other death. It is also the least time that one step of learner or engine is given."""
+    slow_engine: float | None = Field(default=20.0, gt=1.0)
+    """An engine that takes so many times as long as the median of its peers, for each token and for each answer, and
+    more than a second for an answer, gets no work for a while. Null: engines are not compared."""
     step_deadline_s: Seconds = 600.0
-    """No optimizer step within this time ends the run. A learner rank that is at one command for four fifths of it, or
-    at a step for 20 times as long as the longest of its last steps took, is killed before."""
+    """No optimizer step, and no micro-batch of one, within this time ends the run. A learner rank that gets nothing
+    done of a command for four fifths of it, or of a step for 20 times as long as the longest of its last steps took, is
+    killed before."""
     evaluation_deadline_s: Seconds = 1800.0
     """An evaluation that takes longer ends the run."""

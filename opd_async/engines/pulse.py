@@ -3,6 +3,10 @@
 `/model_info` is answered by the HTTP side of either kind of engine, also while generation is paused (SGLang's `/health`
 generates a token, and says 503 then). The embedded engine adds whether it is paused and how long its model has been at
 the present step.
+
+SGLang's HTTP side answers `/model_info` even when its scheduler, another process, stands still. What says that the
+scheduler lives is `/health_generate`: anything that the scheduler sends answers it, also between the batches of a long
+prefill. `/ready` says 503 while somebody has paused it.
 """
 
 from __future__ import annotations
@@ -53,6 +57,17 @@ async def take_pulse(session: aiohttp.ClientSession, url: str, api_key: str | No
             return parse_pulse(await response.json()) if response.status == 200 else None
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
         return None
+
+
+async def says_yes(session: aiohttp.ClientSession, url: str, route: str, key: str | None, wait_s: float) -> bool | None:
+    """Ask a route that answers 200 for yes; None where there is no such route. On cancel: nothing has changed."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        timeout = aiohttp.ClientTimeout(total=wait_s)
+        async with session.get(f"{url}{route}", headers=headers, timeout=timeout) as response:
+            return None if response.status in (401, 403, 404, 405) else response.status == 200
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return False
 
 
 async def go_on(session: aiohttp.ClientSession, url: str, key: str | None, wait_s: float) -> bool:

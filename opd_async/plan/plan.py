@@ -132,6 +132,19 @@ class Plan(Section):
         actors = [role.index for role in self.of_kind(RoleKind.TEACHER) if role.teacher == actor.teacher]
         return self.teacher_urls[actor.teacher][actors.index(actor.index) :: len(actors)]
 
+    def students_of(self, actor: RolePlan) -> tuple[str, ...]:
+        """Where a rollout actor sends its requests: every n-th student engine, of n actors, or the router to all."""
+        router = self.topology.engines.student.router
+        urls = self.student_engines[actor.index :: self.topology.rollout.replicas]
+        return urls if router is None else (router.rstrip("/"),)
+
+    def driven_by(self, actor: str) -> tuple[str, ...]:
+        """The engines that the rollout or teacher actor of that name sends requests to; none for other roles."""
+        role = next((role for role in self.roles if role.name == actor), None)
+        if role is None or role.kind not in (RoleKind.ROLLOUT, RoleKind.TEACHER):
+            return ()
+        return self.engines_of(role) if role.kind is RoleKind.TEACHER else self.students_of(role)
+
     def role(self, kind: RoleKind, index: int) -> RolePlan:
         """The role of that kind and index; `KeyError` if the plan has none."""
         for role in self.roles:

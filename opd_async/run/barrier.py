@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Hashable
 from enum import Enum, auto
 from typing import Any, Protocol
 
@@ -41,6 +41,9 @@ class Reach(Protocol):
 
     async def to_intake(self, message: m.Message) -> None:
         """Send to the intake."""
+
+    async def answer(self, key: Hashable, deadline_s: float, who: str, role: str) -> Any:
+        """What `role` answers, or None once it has died; one that does not answer is killed."""
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run in the background until the run ends."""
@@ -79,9 +82,9 @@ class Barrier:
     async def close(self, drain: bool = False) -> Owed:
         """Stop generation; returns the tokens that exist and may not be held yet.
 
-        With `drain` only weights of a new version open again. Idempotent. Raises `DeadlineError` that names the actor
-        that does not answer; an actor that dies meanwhile is not waited for. On cancel: it stays CLOSING, and
-        the next `close` asks every actor again.
+        With `drain` only weights of a new version open again. Idempotent. An actor that does not answer is killed, and
+        one that dies meanwhile is not waited for. On cancel: it stays CLOSING, and the next `close` asks every actor
+        again.
         """
         async with self._lock:
             if self._owed is None:
@@ -104,7 +107,7 @@ class Barrier:
         self._expected = dict.fromkeys(actors, request)
         await self._reach.broadcast(RoleKind.ROLLOUT, m.Pause(request))
         replies = [
-            await self._reach.mailbox.expect(("Paused", actor, request), PAUSE_DEADLINE_S, f"{actor} to pause")
+            await self._reach.answer(("Paused", actor, request), PAUSE_DEADLINE_S, f"{actor} to pause", actor)
             for actor in actors
         ]
         self._expected = {}
@@ -146,9 +149,18 @@ class Barrier:
         owed = await self.close(drain=True)
         await self._reach.to_intake(m.Drained(version, owed.sample_ids, owed.attempts, owed.ends))
 
+    def expects(self, actor: str, request: int) -> bool:
+        """Whether `actor` has this `Pause` still to answer."""
+        return self._expected.get(actor) == request
+
+    def paused(self, actor: str, paused: m.Paused) -> None:
+        """Hand over the answer of an actor from which it is expected."""
+        del self._expected[actor]
+        self._reach.mailbox.deliver(("Paused", actor, paused.request), paused)
+
     def absent(self, actor: str) -> None:
         """`actor` has died: do not wait for its answer."""
-        request = self._expected.get(actor)
+        request = self._expected.pop(actor, None)
         if request is not None:
             self._reach.mailbox.deliver(("Paused", actor, request), None)
 

@@ -24,6 +24,8 @@ SPEAKERS: dict[type, frozenset[RoleKind]] = {
     m.Failure: _EVERYBODY,
     m.LeaseDone: frozenset({RoleKind.ROLLOUT}),
     m.EvalDone: frozenset({RoleKind.ROLLOUT}),
+    m.EnginePace: frozenset({RoleKind.ROLLOUT, RoleKind.TEACHER}),
+    m.SuspectScores: frozenset({RoleKind.TEACHER}),
     m.Paused: frozenset({RoleKind.ROLLOUT}),
     m.ResetDone: frozenset({RoleKind.ROLLOUT, RoleKind.TEACHER}),
     m.LearnerReply: frozenset({RoleKind.LEARNER}),
@@ -70,12 +72,20 @@ class ControlBounds:
                 return self._step_started(message)
             case m.LeaseDone():
                 return self._lease_done(role, message)
+            case m.EnginePace() | m.SuspectScores():
+                urls = self._run.plan.driven_by(role)
+                return None if message.url in urls else f"url {message.url!r:.100} is no engine of its own"
             case m.EvalDone():
                 return self._ids("token_ids", message.token_ids) or (
                     f"sample_id {message.sample_id} is of no evaluation" if message.sample_id < EVAL_IDS else None
                 )
+            case m.Paused():
+                return self._paused(role, message)
+            case m.ResetDone():
+                asked = self._run.state.resetting.get(role)
+                return None if asked == message.request else f"request {message.request} where {asked} is open"
             case m.Reclaimed():
-                return self._ids("tokens", message.tokens)
+                return self._ids("tokens", message.tokens) or self._reclaimed(message)
             case m.TrainedSample():
                 # it follows its step, which the learner may have trained meanwhile
                 ids = self._ids("prompt", message.prompt) or self._ids("response", message.response)
@@ -98,17 +108,62 @@ class ControlBounds:
         vocab = self._run.plan.vocab_size
         return f"{name}: {int(ids.max())} in a vocabulary of {vocab}" if ids.size and int(ids.max()) >= vocab else None
 
+    def _paused(self, role: str, paused: m.Paused) -> str | None:
+        if not self._run.barrier.expects(role, paused.request):
+            return f"request {paused.request} is not open"
+        return self._unleased(paused.sample_ids) or self._too_long(paused.ends)
+
+    def _reclaimed(self, reclaimed: m.Reclaimed) -> str | None:
+        ids, book = frozenset(reclaimed.sample_ids.tolist()), self._run.state.book
+        if book is None or ids not in self._run.state.reclaiming:
+            return "nobody asked for these samples"
+        rows = zip(
+            reclaimed.sample_ids.tolist(),
+            reclaimed.attempts.tolist(),
+            reclaimed.ends.tolist(),
+            reclaimed.complete.tolist(),
+            strict=True,
+        )
+        for sample_id, attempt, end, complete in rows:
+            if not complete and end < (trained := book.trained_end(sample_id)):
+                return f"{end} tokens of sample {sample_id}, of which {trained} are trained"
+            if attempt > (book.attempt_of(sample_id) or 0) + 1:
+                return f"attempt {attempt} of sample {sample_id}"
+        return self._too_long(reclaimed.ends)
+
+    def _unleased(self, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> str | None:
+        book = self._run.state.book
+        strange = next((one for one in ids.tolist() if book is not None and not book.was_leased(one)), None)
+        return None if strange is None else f"sample {strange} was never leased"
+
+    def _too_long(self, ends: np.ndarray[tuple[int], np.dtype[np.int32]]) -> str | None:
+        longest = self._run.plan.topology.engines.student.context_tokens + 1  # one more: the end itself is known
+        return f"{int(ends.max())} tokens of a response" if ends.size and int(ends.max()) > longest else None
+
     def _acks(self, acks: m.Acks) -> str | None:
         actors = self._run.plan.topology.rollout.replicas
         if acks.actors.size and int(acks.actors.max()) >= actors:
             return f"actor {int(acks.actors.max())} of {actors}"
         if self._run.state.version >= 0 and acks.next_step > self._run.state.version + 1:
             return f"step {acks.next_step} while engines hold weights {self._run.state.version}"
-        return None
+        book = self._run.state.book
+        for sample_id, attempt in zip(acks.sample_ids.tolist(), acks.attempts.tolist(), strict=True):
+            newest = None if book is None else book.attempt_of(sample_id)
+            if newest is not None and attempt > newest + 1:  # one more: what was given up, and is leased again soon
+                return f"attempt {attempt} of sample {sample_id}, of which {newest} is the newest"
+        return self._unleased(acks.sample_ids) or self._too_long(acks.ends)
 
     def _step_started(self, started: m.PartStarted | m.StepStarted) -> str | None:
-        if self._run.state.book is None:
+        book = self._run.state.book
+        if book is None:
             return "no step can start yet"
+        if text := self._unleased(started.taken_ids) or self._too_long(started.taken_ends):
+            return text
+        for sample_id, end in zip(started.taken_ids.tolist(), started.taken_ends.tolist(), strict=True):
+            if book.is_completed(sample_id):
+                return f"sample {sample_id} has been trained to its end before"
+            if end < (trained := book.trained_end(sample_id)):
+                return f"sample {sample_id} up to {end}, of which {trained} are trained"
         if len(np.unique(started.taken_ids)) != len(started.taken_ids):
             return "a sample is taken twice"
         if started.version < self._newest_step:

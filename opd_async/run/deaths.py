@@ -24,6 +24,7 @@ from opd_async.cluster.supervisor import Exit
 from opd_async.errors import OpdError
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.barrier import Barrier
+from opd_async.run.slow_engines import SlowEngines
 from opd_async.run.state import RESYNC, UPDATE, RunState
 from opd_async.run.watch import Watch
 from opd_async.telemetry.exporter import RoleMetrics
@@ -42,6 +43,7 @@ class Reach(Protocol):
     barrier: Barrier
     learner_lost: asyncio.Event
     watch: Watch
+    slow_engines: SlowEngines
 
     def gone(self, role: str) -> None:
         """Note that the role is not connected any more."""
@@ -88,8 +90,9 @@ class Deaths:
     def _excuse(self, name: str) -> None:
         """Let those go on who wait for an answer of the dead role."""
         self._reach.barrier.absent(name)
-        if self._reach.state.resetting is not None:
-            self._reach.mailbox.deliver(("ResetDone", name, self._reach.state.resetting), None)
+        request = self._reach.state.resetting.pop(name, None)
+        if request is not None:
+            self._reach.mailbox.deliver(("ResetDone", name, request), None)
 
     async def _restart(self, ended: Exit, kind: RoleKind) -> None:
         reach = self._reach
@@ -98,6 +101,8 @@ class Deaths:
             await reach.fleet.start(ended.name)
             if kind in (RoleKind.ROLLOUT, RoleKind.TEACHER):
                 reach.watch.started(ended.name)
+            if kind in (RoleKind.STUDENT_ENGINE, RoleKind.TEACHER_ENGINE):
+                await reach.slow_engines.restarted(ended.name)
             if kind is RoleKind.STUDENT_ENGINE:
                 await reach.fleet.wait_for_engine(kind, self._url(ended.name))
                 reach.watch.heard(ended.name)
@@ -128,6 +133,7 @@ class Deaths:
         if held:
             ids = np.array([spec.sample_id for spec in held], np.int64)
             attempts = np.array([spec.attempt for spec in held], np.int32)
+            self._reach.state.reclaiming.append(frozenset(ids.tolist()))
             await self._reach.to_intake(m.Reclaim(ids, attempts))
 
     def _url(self, engine: str) -> str:

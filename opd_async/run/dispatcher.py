@@ -8,6 +8,7 @@
     deaths     the end of a process                        the supervisor
     leasing    a free slot that admission allows           LeaseDone, a step, a weight update
     watch      what hangs (`watch.py`)                     the clock
+    slow       engines to try again (`slow_engines.py`)    the clock
 
 On cancel: the loops end; `opd_async.run.lifecycle` decides what happens to the run.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +27,7 @@ import zmq.asyncio
 from opd_async.cluster.fleet import Fleet
 from opd_async.data.completions import Mix
 from opd_async.data.prompts import Prompt
-from opd_async.errors import OpdError, RoleError
+from opd_async.errors import DeadlineError, OpdError, RoleError
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.barrier import Barrier, BarrierState
 from opd_async.run.control_bounds import ControlBounds
@@ -34,7 +35,9 @@ from opd_async.run.deaths import Deaths
 from opd_async.run.evaluator import EVAL_IDS
 from opd_async.run.leasing import Leasing
 from opd_async.run.ledger import Ledger
+from opd_async.run.slow_engines import SlowEngines
 from opd_async.run.state import UPDATE, RunState
+from opd_async.run.suspects import Suspects
 from opd_async.run.watch import Watch
 from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.transport import messages as m
@@ -74,7 +77,8 @@ class Dispatcher:
         self.on_eval_done: Callable[[m.EvalDone], None] = lambda done: None
         self._bounds = ControlBounds(self)
         self.watch = Watch(self)
-        self.mailbox.witness = self.watch.witness
+        self.slow_engines, self.suspects = SlowEngines(self), Suspects(plan.run_folder, fleet.say)
+        self.mailbox.witness, self.mailbox.idle_s = self.watch.witness, self.watch.idle_s
         self._deaths = Deaths(self)
         self.leasing = Leasing(self, prompts, mix)
         self._incarnations: dict[str, str] = {}
@@ -104,6 +108,17 @@ class Dispatcher:
         """Send to the intake (and through it to the learner)."""
         await self.server.send(self.name_of(RoleKind.INTAKE), message)
 
+    async def answer(self, key: Hashable, deadline_s: float, who: str, role: str) -> Any:
+        """What `role` answers, or None once it has died; one that does not answer is killed, and so dies.
+
+        Raises `DeadlineError` if not even its end is seen. On cancel: the answer stays in the mailbox.
+        """
+        try:
+            return await self.mailbox.expect(key, deadline_s, who)
+        except DeadlineError as error:
+            self.watch.unanswered(role, str(error))
+            return await self.mailbox.expect(key, deadline_s, f"the end of {role}")
+
     def gone(self, role: str) -> None:
         """Note that the process of a role has ended: it is not connected any more."""
         self._up.discard(role)
@@ -127,7 +142,7 @@ class Dispatcher:
         """Start the loops in `group`; `stop_loops` ends them."""
         self._group = group
         loops = {"receive": self.receive, "deaths": self._deaths.run, "leasing": self.leasing.run}
-        loops |= {"watch": self.watch.run, "door": self.door.keep}
+        loops |= {"watch": self.watch.run, "slow-engines": self.slow_engines.run, "door": self.door.keep}
         for name, loop in loops.items():
             self.spawn(loop(), name)
         self.watch.look_after_engines()
@@ -185,6 +200,10 @@ class Dispatcher:
                     if self.state.book is not None:
                         self.state.book.ended(message.sample_id, message.attempt, message.response_tokens)
                     self.leasing.look_again()
+                case m.EnginePace():
+                    await self.slow_engines.heard(message)
+                case m.SuspectScores():
+                    self.suspects.add(message)
                 case m.EvalDone():
                     self.on_eval_done(message)
                 case m.PartStarted():
@@ -194,6 +213,7 @@ class Dispatcher:
                 case m.TrainedSample():
                     self.on_sample(message)
                 case m.Reclaimed():
+                    self.state.reclaiming.remove(frozenset(message.sample_ids.tolist()))
                     self.leasing.reclaimed(message)
                 case m.DrainRequest():
                     self.barrier.drain(message.version)
@@ -202,8 +222,11 @@ class Dispatcher:
                 case m.Failure():
                     self.metrics["opd_launcher_failures_total"].labels(role.rsplit("-", 1)[0]).inc()
                     self.fail(RoleError(f"{role}: {message.text}"))
-                case m.Paused() | m.ResetDone():
-                    self.mailbox.deliver((type(message).__name__, role, message.request), message)
+                case m.Paused():
+                    self.barrier.paused(role, message)
+                case m.ResetDone():
+                    del self.state.resetting[role]
+                    self.mailbox.deliver(("ResetDone", role, message.request), message)
                 case m.LearnerReply(command="Train"):
                     self.mailbox.deliver(UPDATE, message)
                 case m.LearnerReply():
@@ -227,6 +250,8 @@ class Dispatcher:
             await self.broadcast(RoleKind.ROLLOUT, m.TeacherRestarted(self.fleet.role(role).index))
         if kind in (RoleKind.ROLLOUT, RoleKind.TEACHER) and self.barrier.state is BarrierState.OPEN:
             await self.server.send(role, m.Resume(self.state.version))
+        if kind in (RoleKind.ROLLOUT, RoleKind.TEACHER):
+            await self.slow_engines.tell(role)
         self.mailbox.deliver(("Hello", role), hello)
         self.leasing.look_again()
 

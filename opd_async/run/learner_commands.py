@@ -44,7 +44,7 @@ class LearnerCommands:
 
     async def _reply(self, name: str) -> m.LearnerReply:
         who = f"the learner's answer to {name}"
-        reply = await self._dispatcher.mailbox.expect(("reply", name), self._deadline_s, who)
+        reply = await self._dispatcher.mailbox.expect(("reply", name), self._deadline_s, who, at_work=True)
         self._unanswered[name] -= 1
         assert isinstance(reply, m.LearnerReply)
         return reply

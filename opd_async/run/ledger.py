@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from opd_async.config.topology import TrainOn
 from opd_async.data.jsonl import JsonlRecord, begins_line, read_jsonl, read_jsonl_ends
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.books import GROWING, PER_ROLE, SINCE, Books, RoleTotals, Sums, load_books
-from opd_async.telemetry.report import METRICS_FILE, Evaluation, Launch, Report, ScoreLatency, WeightSync
+from opd_async.telemetry.report import METRICS_FILE, Evaluation, Launch, Report, ScoreLatency, Suspect, WeightSync
 from opd_async.transport.messages import StepStarted
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ class Ledger:
     roles: dict[str, RoleTotals] = field(default_factory=lambda: defaultdict(RoleTotals))
     student_after: Evaluation | None = None
     skipped_prompts: int = 0
+    slow_engines: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """How often an engine was found to be slow, by role or address."""
     complain: Callable[[str], None] = log.warning
     on_row: Callable[[str, dict[str, Any]], None] = lambda kind, row: None
     """Called with each new row, `step` or `evaluation`."""
@@ -182,7 +184,7 @@ class Ledger:
         rows = read_jsonl(self.path) if self.path.exists() else ()
         return [(row["step"], row[KL_COLUMN]) for row in rows if row.get(KL_COLUMN) is not None]
 
-    def report(self, restarts: dict[str, int]) -> Report:
+    def report(self, restarts: dict[str, int], suspect: Sequence[Suspect] = ()) -> Report:
         """The report of what was measured so far."""
         intake, books = self.roles[self.plan.of_kind(RoleKind.INTAKE)[0].name], self.books
         sums, teachers = books.whole.of, bool(self.plan.of_kind(RoleKind.TEACHER))
@@ -217,6 +219,8 @@ class Ledger:
             skipped_prompts=self.skipped_prompts,
             counters={name: count for name, count in counters.items() if count},
             restarts=restarts,
+            slow_engines=dict(self.slow_engines),
+            suspect=list(suspect),
         )
 
     def _this_launch(self) -> Launch:

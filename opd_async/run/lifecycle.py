@@ -150,7 +150,7 @@ class Lifecycle:
                 finally:
                     dispatcher.close()
                     fleet.forget_keys()
-            return ledger.report(fleet.restarts)
+            return ledger.report(fleet.restarts, dispatcher.suspects.summary())
 
     def checkpointed_version(self) -> int:
         """Step of the newest complete checkpoint; 0 where there is none."""

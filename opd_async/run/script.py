@@ -158,7 +158,7 @@ class Script:
 
     async def _trained_step(self, who: str) -> m.LearnerReply | None:
         """The learner's next step, which is owed a row from now on; None when an engine asks for the weights."""
-        event = await self._dispatcher.mailbox.expect(UPDATE, self._deadlines.step_deadline_s, who)
+        event = await self._dispatcher.mailbox.expect(UPDATE, self._deadlines.step_deadline_s, who, at_work=True)
         if event == RESYNC:
             return None
         assert isinstance(event, m.LearnerReply)
@@ -240,17 +240,15 @@ class Script:
         """Have every actor drop what it holds; generation stays stopped. On cancel: some actors have."""
         dispatcher = self._dispatcher
         await dispatcher.barrier.close()
-        request = self._state.resetting = dispatcher.new_request()
-        told = [
-            (k, name)
-            for k in (RoleKind.ROLLOUT, RoleKind.TEACHER)
-            for name in await dispatcher.broadcast(k, m.Reset(request))
-        ]
-        for _, name in told:
-            await dispatcher.mailbox.expect(
-                ("ResetDone", name, request), RESET_DEADLINE_S, f"{name} to forget its samples"
+        request = dispatcher.new_request()
+        kinds = (RoleKind.ROLLOUT, RoleKind.TEACHER)
+        self._state.resetting = {name: request for kind in kinds for name in dispatcher.up(kind)}
+        told = [name for kind in kinds for name in await dispatcher.broadcast(kind, m.Reset(request))]
+        for name in told:
+            await dispatcher.answer(
+                ("ResetDone", name, request), RESET_DEADLINE_S, f"{name} to forget its samples", name
             )
-        self._state.resetting = None
+        self._state.resetting.clear()
         dispatcher.barrier.reset()
 
     async def wind_down(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from opd_async.cluster.supervisor import Exit
 from opd_async.scheduling.leases import LeaseBook
@@ -24,8 +24,10 @@ class RunState:
     engine_group: int = 0
     """Number of the process group of learner and engines; grows whenever it must be made anew. Both: the dispatcher
     when an engine is back, the script when the weights could not be sent."""
-    resetting: int | None = None
-    """Request number of the `Reset` that actors have still to answer. The script."""
+    resetting: dict[str, int] = field(default_factory=dict)
+    """The number of the `Reset` that each actor has still to answer. The script; the dispatcher takes out who has."""
+    reclaiming: list[frozenset[int]] = field(default_factory=list)
+    """The samples of each `Reclaim` that the intake has still to answer. The dispatcher."""
     lost: Exit | None = None
     """How the learner or the intake ended, once `Dispatcher.learner_lost` is set. The dispatcher."""
 
@@ -33,4 +35,5 @@ class RunState:
         """The learner is gone: what was known of its weights and samples counts no more."""
         self.version = -1
         self.book = None
+        self.reclaiming.clear()
         self.engine_group += 1

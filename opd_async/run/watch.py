@@ -3,7 +3,8 @@
 who                            sign of life                         what proves that the work goes on
 actors, intake                 a heartbeat of their event loop      the same loop does the work
 a learner rank                 a beat of a thread (`RankBeat`)      the time of its command against the last ones
-an engine                      an answer to `/model_info`           the embedded engine's time of the present step
+an embedded engine             an answer to `/model_info`           the time of its model's present step
+an SGLang server               an answer to `/health_generate`      the same: its scheduler gives it
 
 loop           waits for                         unblocked by
 watch          the silence of a process          the clock
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Coroutine
 from typing import Any, Protocol
@@ -25,7 +27,7 @@ from typing import Any, Protocol
 import aiohttp
 
 from opd_async.cluster.fleet import Fleet
-from opd_async.engines.pulse import Pulse, go_on, take_pulse
+from opd_async.engines.pulse import Pulse, go_on, says_yes, take_pulse
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.barrier import Barrier, BarrierState
 from opd_async.run.state import RESYNC, UPDATE, RunState
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 WATCH_S = 1.0
 LOOK_S = 5.0
 """Seconds between two looks at an engine, or a sixth of `heartbeat_deadline_s` where that is less."""
+HEALTH_S = 25.0
+"""SGLang's `/health_generate` gives up after 20 s; or half of `heartbeat_deadline_s` where that is less."""
 
 
 class Reach(Protocol):
@@ -50,6 +54,9 @@ class Reach(Protocol):
     mailbox: Mailbox
     state: RunState
     barrier: Barrier
+
+    async def broadcast(self, kind: RoleKind, message: m.Message) -> list[str]:
+        """Send to every connected role of a kind; returns whom it reached."""
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run in the background until the run ends."""
@@ -80,7 +87,7 @@ class Watch:
 
     def beat(self, rank: str, beat: m.RankBeat) -> None:
         """Note what a learner rank is doing."""
-        work = Work(beat.doing, beat.for_s, beat.usual_s) if beat.doing else None
+        work = Work(beat.doing, beat.for_s, beat.usual_s, beat.still_s) if beat.doing else None
         self._live.heard(rank, time.monotonic(), work)
 
     def started(self, role: str) -> None:
@@ -98,6 +105,11 @@ class Watch:
         if role in self._ranks.values():  # the others cannot go on without its ranks
             for rank in self._ranks:
                 self._live.forget(rank)
+
+    def idle_s(self) -> float:
+        """Seconds since a learner rank that is at work last got something done; infinite if none is at work."""
+        working = self._live.working(time.monotonic()).items()
+        return min((work.without_progress_s for name, work in working if name.startswith("rank-")), default=math.inf)
 
     def witness(self, who: str) -> str:
         """Say where to look when `who` was waited for in vain: what the roles are at, and the name of a log."""
@@ -132,6 +144,10 @@ class Watch:
             looked = now
             for who, problem in self._live.hanging(now).items():
                 self._hangs(who, problem)
+
+    def unanswered(self, role: str, problem: str) -> None:
+        """Kill a role that beats but does not answer what it was asked."""
+        self._hangs(role, problem)
 
     def _hangs(self, who: str, problem: str) -> None:
         role = self._ranks.get(who, who)
@@ -180,6 +196,9 @@ class Watch:
                 pulse = await take_pulse(session, url, section.api_key, every_s)
                 if pulse is None:  # it may not be up yet: what never answered is the business of those who start it
                     continue
+                runs = url not in self._reach.plan.student_engines or before is not None
+                if pulse.paused is None and runs and not await self._scheduler_lives(session, url, who):
+                    continue
                 self._named.discard(who)
                 self._live.heard(who, time.monotonic(), pulse.work)
                 if url in self._reach.plan.student_engines:
@@ -188,6 +207,27 @@ class Watch:
                     first = first or pulse
                     admin = section.admin_api_key or section.api_key
                     await self._look_at_teacher(session, url, who, pulse, first, admin)
+
+    async def _scheduler_lives(self, session: aiohttp.ClientSession, url: str, who: str) -> bool:
+        """Ask an engine that says nothing of itself whether what is behind its HTTP side works; have it go on if not.
+
+        To go on harms nobody: a run ends the requests of such student engines, and pauses none of them.
+        """
+        section, settings = self._reach.plan.section(url), self._settings
+        wait_s = min(LOOK_S, settings.heartbeat_deadline_s / 6)
+        if await says_yes(session, url, "/ready", section.api_key, wait_s) is False:
+            await go_on(session, url, section.admin_api_key or section.api_key, wait_s)
+            if await says_yes(session, url, "/ready", section.api_key, wait_s):
+                self._was_paused(who, True)
+        health_s = min(HEALTH_S, settings.heartbeat_deadline_s / 2)
+        return await says_yes(session, url, "/health_generate", section.api_key, health_s) is not False
+
+    def _was_paused(self, who: str, goes: bool) -> None:
+        self._reach.metrics["opd_launcher_foreign_weights_total"].labels(who).inc()
+        if goes:
+            self._reach.fleet.say(f"{who} was paused by somebody: it goes on")
+        else:
+            self._reach.fleet.say(f"{who} was paused by somebody, and does not obey /continue_generation")
 
     def _weights(self) -> int | None:
         """The version that every student engine should have now; None while that may change."""
@@ -216,15 +256,12 @@ class Watch:
     ) -> None:
         """Continue a teacher that is paused; replace one whose weights were replaced, if the run has started it."""
         if pulse.paused:
-            goes = await go_on(session, url, admin, LOOK_S)
-            self._reach.metrics["opd_launcher_foreign_weights_total"].labels(who).inc()
-            if goes:
-                self._reach.fleet.say(f"{who} was paused by somebody: it goes on")
-            else:
-                self._reach.fleet.say(f"{who} was paused by somebody, and does not obey /continue_generation")
+            self._was_paused(who, await go_on(session, url, admin, LOOK_S))
         change = (pulse.weight_version, pulse.model_path) != (first.weight_version, first.model_path)
         if change and who in self._reach.fleet.supervisor.running:
             self._live.forget(who)
+            text = f"it names weights {pulse.weight_version!r:.40} of {pulse.model_path:.200}"
+            await self._reach.broadcast(RoleKind.TEACHER, m.EngineChanged(url, text))
             self._reach.metrics["opd_launcher_foreign_weights_total"].labels(who).inc()
             self._reach.fleet.say(
                 f"{who} names weights {pulse.weight_version!r:.40} of {pulse.model_path:.200}, where "

@@ -185,6 +185,27 @@ class LeaseBook:
         active = self._active.get(sample_id)
         return None if active is None else active.actor
 
+    def attempt_of(self, sample_id: int) -> int | None:
+        """The newest attempt of a sample that is leased or was given back; None for any other."""
+        active = self._active.get(sample_id)
+        if active is not None:
+            return active.spec.attempt
+        return next((spec.attempt for spec in self._returned if spec.sample_id == sample_id), None)
+
+    def was_leased(self, sample_id: int) -> bool:
+        """Whether a sample has ever been leased, in this launch or before its checkpoint."""
+        known = sample_id in self._active or sample_id in self._trained or sample_id in self._completed
+        return known or sample_id < self._next
+
+    def is_completed(self, sample_id: int) -> bool:
+        """Whether all of a sample is trained."""
+        return sample_id in self._completed
+
+    def trained_end(self, sample_id: int) -> int:
+        """Response tokens of a sample that are trained, as long as it is not completed."""
+        active = self._active.get(sample_id)
+        return active.trained_end if active is not None else self._trained.get(sample_id, 0)
+
     def held_by(self, actor: str) -> list[LeaseSpec]:
         """Leases of an actor whose responses or chunks may be lost with it."""
         return [active.spec for active in self._active.values() if active.actor == actor]

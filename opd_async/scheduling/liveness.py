@@ -3,7 +3,8 @@
 A sign of life comes from a thread or a task of its own, which no long step holds up. It proves that the process is
 scheduled at all: a process that is stopped or swapped out gives none. It does not prove that the work goes on: a rank
 that waits for ever inside a collective still beats. So a sign says too what the process is doing, for how long, and how
-long the same has lately taken; what takes many times as long is taken for a deadlock.
+long the same has lately taken; what takes many times as long is taken for a deadlock. Where the parts of a piece of
+work are seen, only the time without any counts: a step of more micro-batches than ever is no deadlock.
 """
 
 from __future__ import annotations
@@ -26,6 +27,18 @@ class Work:
     command: str
     for_s: float
     usual_s: float = 0.0
+    still_s: float | None = None
+    """For how long nothing of it was got done; None where nothing is seen of it before its end."""
+
+    @property
+    def without_progress_s(self) -> float:
+        """Seconds for which it may have been stuck."""
+        return self.for_s if self.still_s is None else min(self.still_s, self.for_s)
+
+    def later(self, seconds: float) -> Work:
+        """The same so many seconds later, if nothing has happened."""
+        still_s = None if self.still_s is None else self.still_s + seconds
+        return Work(self.command, self.for_s + seconds, self.usual_s, still_s)
 
 
 @dataclass(slots=True)
@@ -72,14 +85,10 @@ class Liveness:
     def working(self, now: float) -> dict[str, Work]:
         """What each process that works is doing, brought up to `now`."""
         signs = {who: (sign, sign.work) for who, sign in self._signs.items()}
-        return {
-            who: Work(work.command, work.for_s + now - sign.heard, work.usual_s)
-            for who, (sign, work) in signs.items()
-            if work is not None
-        }
+        return {who: work.later(now - sign.heard) for who, (sign, work) in signs.items() if work is not None}
 
     def allowed_s(self, work: Work) -> float:
-        """How long a piece of work may take, in seconds."""
+        """How long a piece of work, or the next part of it, may take, in seconds."""
         most = PATIENCE * self._longest_s
         return min(max(TIMES_AS_LONG * work.usual_s, self._silence_s), most) if work.usual_s > 0 else most
 
@@ -88,7 +97,8 @@ class Liveness:
         if silent_s > self._silence_s:
             doing = "" if work is None else f"; it was at {work.command} then"
             return f"no sign of life for {silent_s:.0f} s{doing}"
-        if work is not None and work.for_s > self.allowed_s(work):
+        if work is not None and work.without_progress_s > self.allowed_s(work):
             usual = f"; the last ones took {work.usual_s:.1f} s at most" if work.usual_s > 0 else ""
-            return f"at {work.command} for {work.for_s:.0f} s{usual}"
+            still = f", nothing of it done for {work.still_s:.0f} s" if work.still_s is not None else ""
+            return f"at {work.command} for {work.for_s:.0f} s{still}{usual}"
         return None

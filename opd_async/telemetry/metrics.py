@@ -78,6 +78,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _gauge("opd_launcher_leases_active", "Leases out: samples being generated, scored or waiting to be trained."),
     _counter("opd_launcher_restarts_total", "Restarts of a role's process.", "role"),
     _counter("opd_launcher_hangs_total", "Processes that hung: killed where the run started them.", "role"),
+    _counter("opd_launcher_slow_engines_total", "Engines found to be far slower than their peers.", "engine"),
     _counter("opd_launcher_foreign_weights_total", "Engines found paused, or with other weights.", "role"),
     _counter("opd_launcher_trained_tokens_total", "Response tokens trained."),
     _counter("opd_launcher_failures_total", "Failures that roles reported.", "kind"),

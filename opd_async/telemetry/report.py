@@ -180,6 +180,19 @@ class Launch(Section):
     trained_samples: int
 
 
+class Suspect(Section):
+    """What a teacher engine scored between its last good canary and the moment when it was found wrong."""
+
+    engine: str
+    reason: str
+    tokens: int
+    samples: list[int]
+    trained_tokens: int
+    """Of the suspect tokens, those that a step has trained."""
+    steps: list[int]
+    """Steps that have trained any of them, counted from 1 as in `metrics.jsonl`."""
+
+
 class Report(Section):
     """Everything about a run. A field is about all launches together, unless its comment says otherwise."""
 
@@ -219,6 +232,11 @@ class Report(Section):
     """Anything else that was counted in this launch, by name."""
     restarts: dict[str, int] = Field(default_factory=dict)
     """In this launch, by role; roles that never died are absent."""
+    suspect: list[Suspect] = Field(default_factory=list)
+    """Scores of this launch that are not to be trusted."""
+    slow_engines: dict[str, int] = Field(default_factory=dict)
+    """How often in this launch an engine was far slower than its peers and got no work for a while, by role or
+    address."""
     folder: Path | None = Field(default=None, exclude=True)
     """Where the run left its files; None for a report that was read from one."""
 

@@ -120,6 +120,12 @@ def _trouble(report: Report) -> Iterator[str]:
     counters = [f"{name.replace('_', ' ')} {times:,}" for name, times in report.counters.items() if times]
     here = "" if report.this_launch is None else " in this launch"
     yield f" {'restarts':<24}{restarts or 'none'}{here}"
+    for one in report.suspect:
+        steps = f", trained in steps {one.steps[0]} to {one.steps[-1]}" if one.steps else ", not trained"
+        yield f" {'suspect scores':<24}{one.tokens:,} tokens of {one.engine}{steps}"
+    if report.slow_engines:
+        slow = ", ".join(f"{name} {times}" for name, times in report.slow_engines.items())
+        yield f" {'slow engines':<24}{slow}"
     if report.skipped_prompts:
         yield f" {'skipped prompts':<24}{report.skipped_prompts:,}"
     lines: list[str] = []

@@ -43,6 +43,8 @@ class FaultyEngine:
         """What goes wrong with a batch that has a text beginning with `poison`."""
         self.shift = shift
         self.cached = cached
+        self.stalls = False
+        """Every stream stands still behind its first event, and every batch before its answer."""
         self.seen: list[dict[str, Any]] = []
         self.port = 0
         self._runner: web.AppRunner | None = None
@@ -70,7 +72,7 @@ class FaultyEngine:
         app.router.add_post("/generate", self._generate)
         app.router.add_get("/model_info", self._ok)
         app.router.add_post("/continue_generation", self._ok)
-        app.router.add_post("/pause_generation", self._ok)
+        app.router.add_post("/pause_generation", self._pause)
         self._hung.clear()
         self._runner = web.AppRunner(app, shutdown_timeout=0.0)
         await self._runner.setup()
@@ -85,9 +87,19 @@ class FaultyEngine:
             await self._runner.cleanup()
             self._runner = None
 
+    def release(self) -> None:
+        """Let go on what hangs or stalls."""
+        self._hung.set()
+
     @staticmethod
     async def _ok(_: web.Request) -> web.Response:
         return web.json_response({})
+
+    async def _pause(self, _: web.Request) -> web.Response:
+        """Says of every stream that all of its tokens have been sent."""
+        streams = (body for body in self.seen if body.get("stream"))
+        sent = {body["rid"]: body["sampling_params"]["max_new_tokens"] for body in streams}
+        return web.json_response({"emitted": sent})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -106,6 +118,8 @@ class FaultyEngine:
             return web.json_response({"error": {"message": f"injected {fault}"}}, status=int(fault))
         if stream:
             return await self._events(request, self._tokens(body), cut=fault == "disconnect")
+        if self.stalls:
+            await self._hung.wait()
         replies = [self._scores(*pair) for pair in zip(body["input_ids"], body["logprob_start_len"], strict=True)]
         if fault != "disconnect":
             return web.json_response(replies)
@@ -121,6 +135,8 @@ class FaultyEngine:
         await response.prepare(request)
         for event in events[:1] if cut else events:
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            if self.stalls:
+                await self._hung.wait()
         if cut:
             assert request.transport is not None
             await asyncio.sleep(0)

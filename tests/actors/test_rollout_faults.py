@@ -73,11 +73,22 @@ async def rollout(
     deadline_s: float = 60.0 * SPEED,
     teachers: tuple[str, ...] = (NOBODY,),
     judge: str = "answer",
+    silence_s: float = 0.05,
+    others: tuple[str, ...] = (),
+    kind: str = "external",
 ) -> AsyncIterator[Running]:
-    """`deadline_s`: how long an engine may be out."""
-    section = {"request_deadline_s": patience(0.05), "chunk_tokens": 4, "sampling": {"max_response_tokens": TOKENS}}
-    limits, evaluation = {"start_deadline_s": deadline_s}, {"judge": judge}
-    plan = make_plan(VOCAB, (engine.url,), teachers, rollout=section, supervisor=limits, evaluation=evaluation)
+    """`deadline_s`: how long an engine may be out; `silence_s`: how long it may be silent."""
+    sections = {
+        "rollout": {
+            "request_deadline_s": patience(silence_s),
+            "chunk_tokens": 4,
+            "sampling": {"max_response_tokens": TOKENS},
+        },
+        "supervisor": {"start_deadline_s": deadline_s},
+        "evaluation": {"judge": judge},
+        "engines": {"student": {"kind": kind}, "teacher": {"kind": "external"}},
+    }
+    plan = make_plan(VOCAB, (engine.url, *others), teachers, **sections)
     async with (
         aiohttp.ClientSession(connector=new_connector()) as session,
         fake_role(plan, RoleKind.ROLLOUT) as (role, dispatcher),
@@ -154,6 +165,49 @@ async def test_a_restart() -> None:
             await engine.start()
             await until(running.complete, "all responses")
             check(running)
+
+
+async def test_the_responses_of_a_slow_engine_go_on_elsewhere() -> None:
+    """Open requests are sent to another engine behind the tokens that arrived; once it is tried again it has work."""
+    async with (
+        FaultyEngine() as slow,
+        FaultyEngine() as peer,
+        rollout(slow, silence_s=600.0, others=(peer.url,)) as running,
+    ):
+        slow.stalls = True
+        await until(lambda: len(running.dispatcher.of(m.LeaseDone)) == SAMPLES // 2, "the peer's responses")
+        await until(lambda: len(slow.seen) == SAMPLES // 2, "the slow engine's requests")
+        await until(lambda: running.role.counters["tokens"] == SAMPLES // 2 * (TOKENS + 2), "the slow engine's tokens")
+        await running.dispatcher.to_role.put(m.EngineSlow(slow.url, True))
+        await until(running.complete, "all responses")
+        check(running)
+        moved = [body["input_ids"] for body in peer.seen if len(body["input_ids"]) > 3]
+        assert sorted(ids[0] for ids in moved) == [0, 2, 4] and all(len(ids) == 5 for ids in moved)
+        assert "engine_errors" not in running.role.counters
+        slow.stalls = False
+        await running.dispatcher.to_role.put(m.EngineSlow(slow.url, False))
+        await running.dispatcher.to_role.put(lease(8))
+        await until(lambda: len(slow.seen) == SAMPLES // 2 + 1, "work for the engine that was slow")
+
+
+@pytest.mark.parametrize("kind", ["embedded", "external"])
+async def test_an_engine_that_does_not_stop_holds_up_no_pause(kind: str) -> None:
+    """Its streams are closed: no token comes after the list, and what it kept to itself is generated again."""
+    async with FaultyEngine() as engine, rollout(engine, silence_s=600.0, kind=kind) as running:
+        engine.stalls = True
+        await until(lambda: running.role.counters.get("tokens") == 2 * SAMPLES, "the first event of every stream")
+        await running.dispatcher.to_role.put(m.Pause(7))
+        await until(lambda: bool(running.dispatcher.of(m.Paused)), "the list of tokens")
+        (paused,) = running.dispatcher.of(m.Paused)
+        assert paused.request == 7 and paused.sample_ids.tolist() == list(range(SAMPLES))
+        assert paused.ends.tolist() == [2] * SAMPLES
+        engine.stalls = False
+        engine.release()
+        await asyncio.sleep(0.1)
+        assert running.role.counters["tokens"] == 2 * SAMPLES, "none comes after the list"
+        await running.dispatcher.to_role.put(m.Resume(0))
+        await until(running.complete, "all responses")
+        check(running)
 
 
 @pytest.mark.parametrize(("fault", "tries"), [("400", 3), ("500", 6)])

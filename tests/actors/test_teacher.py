@@ -195,6 +195,31 @@ async def test_work_moves_to_another_engine_and_comes_back(fault: str) -> None:
         assert value(running.role, "opd_teacher_rerouted_chunks_total") > 0
 
 
+async def test_the_work_of_a_slow_engine_goes_elsewhere() -> None:
+    """What waits and what is being scored; the actor says how long answers take; and the engine gets work again."""
+    async with (
+        FaultyEngine() as one,
+        FaultyEngine() as two,
+        teacher(one, two, request_deadline_s=600.0) as running,
+    ):
+        one.stalls = True
+        for sample_id in range(12):
+            await running.send(sample_id, 3, end=False)
+        await until(lambda: bool(one.scored), "a batch at the slow engine")
+        told = running.dispatcher.of
+        await until(lambda: any(pace.url == one.url and pace.wait_s > 1 for pace in told(m.EnginePace)), "its pace")
+        await running.dispatcher.to_role.put(m.EngineSlow(one.url, True))
+        await running.all_scored()
+        assert len(samples_of(two)) == 12
+        one.stalls = False
+        one.seen.clear()
+        await running.dispatcher.to_role.put(m.EngineSlow(one.url, False))
+        for sample_id in range(12):
+            await running.send(sample_id, 1, first=3)
+        await running.all_scored()
+        assert 0 < len(samples_of(one)) < 12
+
+
 async def test_no_engine_for_a_while() -> None:
     async with FaultyEngine() as one, FaultyEngine() as two, teacher(one, two) as running:
         one.fault = two.fault = "503"
@@ -242,6 +267,51 @@ async def test_a_teacher_that_changes_is_not_used() -> None:
         assert text.startswith(f"{one.url}: scores of a test text have changed by 0.2 nats")
         assert value(running.role, "opd_teacher_canaries_total", result="insane") >= 3
         assert value(running.role, "opd_teacher_canaries_total", result="passed") >= 1
+
+
+class Replaced(FaultyEngine):
+    """An engine whose weights are replaced when it has scored so many texts."""
+
+    texts = 20
+
+    def _scores(self, ids: list[int], start: int) -> object:
+        self.texts -= len(ids) > 12  # canaries are shorter
+        if self.texts < 0:
+            self.shift = 0.2
+        return super()._scores(ids, start)
+
+
+async def test_wrong_weights_score_no_more_than_so_many_tokens_and_those_are_named() -> None:
+    """Canaries come by tokens, long before their time; what was scored since the last good one is said."""
+    limit = 10 * CHUNK
+    async with (
+        Replaced() as one,
+        FaultyEngine() as two,
+        teacher(one, two, canary_every_s=1e6, canary_every_tokens=limit) as running,
+    ):
+        for sample_id in range(80):
+            await running.send(sample_id, 4)
+        await until(lambda: len(running.scores) == len(running.sent), "all scores")
+        await until(lambda: bool(running.dispatcher.of(m.SuspectScores)), "what is suspect")
+        passed = value(running.role, "opd_teacher_canaries_total", result="passed")
+        assert one.texts < 0 and passed >= 4, "several canaries before the weights were replaced"
+        wrong = {key for key, scores in running.scores.items() if scores != running.sent[key]}
+        found = running.dispatcher.of(m.SuspectScores)
+        rows = [row for one in found for row in zip(one.sample_ids, one.starts, one.ends, strict=True)]
+        named = {(int(sample), at) for sample, start, end in rows for at in range(start, end, CHUNK)}
+        assert wrong <= named and 0 < len(named) * CHUNK <= limit + 4 * CHUNK  # all of a sample may be one batch
+        assert {message.url for message in found} == {one.url} and "have changed by 0.2 nats" in found[0].text
+
+
+async def test_a_teacher_that_names_other_weights_is_suspect_at_once() -> None:
+    async with FaultyEngine() as engine, teacher(engine, canary_every_s=1e6) as running:
+        await running.send(1, 3)
+        await running.all_scored()
+        await running.dispatcher.to_role.put(m.EngineChanged(engine.url, "another version"))
+        await until(lambda: bool(running.dispatcher.of(m.SuspectScores)), "what is suspect")
+        (found,) = running.dispatcher.of(m.SuspectScores)
+        assert int((found.ends - found.starts).sum()) == 3 * CHUNK and set(found.sample_ids) == {1}
+        assert (found.url, found.text) == (engine.url, "another version")
 
 
 async def test_replicas_that_differ_are_refused_at_start() -> None:

@@ -110,6 +110,7 @@ class Server:
     """A running server."""
 
     url: str
+    pid: int
 
     def post(self, path: str, body: dict[str, Any], *, admin: bool = True) -> Any:
         """The decoded answer of a call that must work; None where it is plain text."""
@@ -156,7 +157,7 @@ def running(model: Path, log: Path, settings: EngineSection = SETTINGS, **enviro
         )
     try:
         _wait_until_ready(f"http://127.0.0.1:{port}", process, log)
-        yield Server(f"http://127.0.0.1:{port}")
+        yield Server(f"http://127.0.0.1:{port}", process.pid)
     finally:
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         with suppress(ProcessLookupError):

@@ -38,6 +38,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         *(
             "errors",
             "config",
+            "progress",
             "distributed",
             "model",
             "hf",

@@ -6,10 +6,15 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from opd_async.plan.plan import RoleKind
+from opd_async.run import barrier as barrier_module
 from opd_async.run.barrier import Barrier, BarrierState
+from opd_async.run.dispatcher import Dispatcher
 from opd_async.transport import messages as m
+from opd_async.transport.mailbox import Mailbox
 
 
 def dispatcher() -> Any:
@@ -50,3 +55,44 @@ async def test_without_a_drain_a_returning_engine_opens() -> None:
     assert [message.version for message in fake.sent if isinstance(message, m.Resume)] == [
         1
     ] * 4  # teachers hear it too
+
+
+class Actors:
+    """Two actors, of which `rollout-1` never answers and dies when it is killed."""
+
+    def __init__(self) -> None:
+        self.mailbox = Mailbox()
+        self.barrier = Barrier(self)  # type: ignore[arg-type]
+        self.killed: list[tuple[str, str]] = []
+        self.watch = SimpleNamespace(unanswered=self.kill)
+
+    def up(self, kind: RoleKind) -> list[str]:
+        return ["rollout-0", "rollout-1"]
+
+    def kill(self, role: str, problem: str) -> None:
+        self.killed.append((role, problem))
+        self.barrier.absent(role)
+
+    async def broadcast(self, kind: RoleKind, message: Any) -> list[str]:
+        if isinstance(message, m.Pause):
+            ids, col = np.array([3], np.int64), np.array([1], np.int32)
+            assert self.barrier.expects("rollout-0", message.request)
+            assert not self.barrier.expects("rollout-0", message.request + 1)
+            self.barrier.paused("rollout-0", m.Paused(message.request, ids, col, 7 * col))
+        return self.up(kind)
+
+    async def answer(self, key: Any, deadline_s: float, who: str, role: str) -> Any:
+        return await Dispatcher.answer(self, key, deadline_s, who, role)  # type: ignore[arg-type]
+
+
+async def test_an_actor_that_does_not_answer_is_killed_and_its_end_is_the_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(barrier_module, "PAUSE_DEADLINE_S", 0.05)
+    actors = Actors()
+    owed = await actors.barrier.close()
+    assert owed.ends.tolist() == [7] and actors.barrier.state is BarrierState.CLOSED
+    ((role, problem),) = actors.killed
+    assert role == "rollout-1" and problem.startswith("timed out after 0 s waiting, since ")
+    assert "for rollout-1 to pause" in problem
+    assert actors.mailbox._unread == {} and not actors.barrier.expects("rollout-1", 1)

@@ -142,6 +142,9 @@ class Fleet:
     def incarnation(self, name: str) -> str | None:
         return "1"
 
+    def say(self, line: str) -> None:
+        raise AssertionError(line)
+
 
 class Post:
     """A control server that has these messages to deliver, and then waits for ever."""
@@ -189,6 +192,7 @@ def unbelievable(plan: Plan) -> list[tuple[str, Any]]:
         ("intake-0", m.StepStarted(version=7, **started)),
         ("intake-0", m.StepStarted(version=5, **started | twice)),
         ("intake-0", m.Reclaimed(ids, one, one, one, far)),
+        *unasked(plan),
         ("intake-0", m.Frontier(5, np.array([[3, 1]], np.int64), ids[:0], none, none)),
         ("intake-0", m.Frontier(5, np.array([[0, 4], [2, 9]], np.int64), ids[:0], none, none)),
         ("intake-0", dataclasses.replace(sane(m.TrainedSample), version=99)),
@@ -201,13 +205,56 @@ def unbelievable(plan: Plan) -> list[tuple[str, Any]]:
     ]
 
 
+LEASED, COMPLETED, TRAINED, PAUSE, RESET = 0, 1, 5, 4, 6
+"""A sample that is leased and trained up to `TRAINED`, one that is trained to its end, and requests that are open."""
+
+
+def unasked(plan: Plan) -> list[tuple[str, Any]]:
+    """Answers to what nobody asked, and news of samples that were never leased or go back."""
+
+    def ids(*values: int) -> np.ndarray[Any, Any]:
+        return np.array(values, np.int64)
+
+    def col(*values: int) -> np.ndarray[Any, Any]:
+        return np.array(values, np.int32)
+
+    def acks(sample_id: int, attempt: int, end: int) -> m.Acks:
+        rest = {"ready_tokens": 1, "taken_tokens": 0, "idle": False, "hold": None, "actors": col(0)}
+        return m.Acks(next_step=5, sample_ids=ids(sample_id), attempts=col(attempt), ends=col(end), **rest)
+
+    def step(sample_id: int, end: int) -> m.StepStarted:
+        taken = {"taken_ids": ids(sample_id), "taken_ends": col(end), "taken_complete": col(0)}
+        return m.StepStarted(version=5, waited_s=0.0, stats={"tokens": 1.0}, staleness_counts=ids(1), **taken)
+
+    longest = plan.topology.engines.student.context_tokens
+    tokens = np.ones(TRAINED, np.int32)
+    return [
+        ("rollout-0", m.Paused(PAUSE + 1, ids(LEASED), col(0), col(TRAINED))),
+        ("rollout-0", m.Paused(PAUSE, ids(77), col(0), col(TRAINED))),
+        ("rollout-0", m.Paused(PAUSE, ids(LEASED), col(0), col(longest + 2))),
+        ("rollout-0", m.ResetDone("rollout-0", RESET + 1)),
+        ("teacher-0", m.ResetDone("teacher-0", RESET)),
+        ("intake-0", m.Reclaimed(ids(COMPLETED), col(1), col(TRAINED), col(0), tokens)),
+        ("intake-0", m.Reclaimed(ids(LEASED, COMPLETED), col(1, 1), col(TRAINED, 0), col(0, 1), tokens)),
+        ("intake-0", m.Reclaimed(ids(LEASED), col(1), col(TRAINED - 1), col(0), tokens[1:])),
+        ("intake-0", m.Reclaimed(ids(LEASED), col(2), col(TRAINED), col(0), tokens)),
+        ("intake-0", acks(77, 0, 3)),
+        ("intake-0", acks(LEASED, 2, 3)),
+        ("intake-0", acks(LEASED, 0, longest + 2)),
+        ("intake-0", step(77, 9)),
+        ("intake-0", step(COMPLETED, 9)),
+        ("intake-0", step(LEASED, TRAINED - 1)),
+        ("intake-0", step(LEASED, longest + 2)),
+    ]
+
+
 def state_of(dispatcher: Dispatcher) -> bytes:
     """Everything that a message could change."""
     run, barrier, mailbox = dispatcher.state, dispatcher.barrier, dispatcher.mailbox
     ours = {name: getattr(dispatcher, name) for name in ("_up", "_incarnations")} | {
         "signs": {who: sign.work for who, sign in dispatcher.watch._live._signs.items()},
     }
-    ours |= {name: getattr(run, name) for name in ("version", "engine_group", "resetting")}
+    ours |= {name: getattr(run, name) for name in ("version", "engine_group", "resetting", "reclaiming")}
     roles = {name: totals.now for name, totals in dispatcher.ledger.roles.items() if name != "launcher"}
     gate = (barrier.state, barrier._owed, barrier._expected, dispatcher.leasing._admitting)
     return pickle.dumps((vars(run.book), ours, roles, gate, mailbox._unread, dispatcher.failed.done()))
@@ -225,7 +272,7 @@ async def test_the_dispatcher_believes_nothing_that_cannot_be(tmp_path: Path) ->
         state = m.Frontier(5, np.zeros((0, 2), np.int64), np.zeros(0, np.int64), *2 * [np.zeros(0, np.int32)])
         dispatcher.state.book = book_of(plan, state)
         dispatcher.state.version = 5
-        assert dispatcher.state.book.lease("rollout-0", 5) is not None
+        open_requests(dispatcher)
         letters = unbelievable(plan)
         before = state_of(dispatcher)
         post: Any = Post(letters)
@@ -237,6 +284,52 @@ async def test_the_dispatcher_believes_nothing_that_cannot_be(tmp_path: Path) ->
         loop.cancel()
         assert state_of(dispatcher) == before
         assert ledger.roles["launcher"].now["malformed_frames"] == len(letters)
+
+
+def open_requests(dispatcher: Dispatcher) -> None:
+    """A run in which something is asked of an actor and of the intake."""
+    book = dispatcher.state.book
+    assert book is not None
+    for sample_id in (LEASED, COMPLETED):
+        spec = book.lease("rollout-0", 5)
+        assert spec is not None and spec.sample_id == sample_id
+    book.trained(LEASED, TRAINED, False)
+    book.trained(COMPLETED, 9, True)
+    dispatcher.barrier._expected = {"rollout-0": PAUSE}
+    dispatcher.state.resetting = {"rollout-0": RESET}
+    dispatcher.state.reclaiming = [frozenset({LEASED})]
+
+
+async def test_an_answer_is_taken_once(tmp_path: Path) -> None:
+    """What was asked is believed; the same once more is refused."""
+    plan = make_plan(small_topology(tmp_path))
+    ids, one, end = np.array([LEASED], np.int64), np.ones(1, np.int32), np.full(1, TRAINED, np.int32)
+    answers = [
+        ("rollout-0", m.Paused(PAUSE, ids, 0 * one, end + 1)),
+        ("rollout-0", m.ResetDone("rollout-0", RESET)),
+        ("intake-0", m.Reclaimed(ids, one, end, 0 * one, np.ones(TRAINED, np.int32))),
+    ]
+    with zmq.asyncio.Context() as context:
+        ledger, fleet = Ledger(plan=plan), Fleet(plan)
+        mix = Mix(CompletionSet().completions, 1.0, 0, False)
+        dispatcher = Dispatcher(plan, fleet, ledger, RoleMetrics("launcher"), context, [], mix)  # type: ignore[arg-type]
+        dispatcher.close()
+        empty = np.zeros(0, np.int32)
+        dispatcher.state.book = book_of(plan, m.Frontier(5, np.zeros((0, 2), np.int64), ids[:0], empty, empty))
+        dispatcher.state.version = 5
+        open_requests(dispatcher)
+        post: Any = Post([*answers, *answers])
+        dispatcher.server = post
+        loop = asyncio.create_task(dispatcher.receive())
+        done = asyncio.create_task(post.done.wait())
+        await asyncio.wait({loop, done}, return_when=asyncio.FIRST_COMPLETED)
+        assert not loop.done(), loop.exception()
+        loop.cancel()
+        box = dispatcher.mailbox
+        assert (await box.expect(("Paused", "rollout-0", PAUSE), 1.0, "")).ends.tolist() == [TRAINED + 1]
+        assert await box.expect(("ResetDone", "rollout-0", RESET), 1.0, "") == answers[1][1]
+        assert box._unread == {} and ledger.roles["launcher"].now["malformed_frames"] == len(answers)
+        assert dispatcher.state.book.attempt_of(LEASED) == 1 and dispatcher.state.book.held_by("rollout-0") == []
 
 
 def book_of(plan: Plan, frontier: m.Frontier) -> LeaseBook:

@@ -65,6 +65,18 @@ def test_a_rank_that_beats_at_the_same_step_for_ever_is_a_deadlock() -> None:
     assert watch.hanging(1003.0) == {}
 
 
+def test_a_step_that_gets_micro_batches_done_may_take_as_long_as_it_needs() -> None:
+    watch = live()
+    watch.heard("rank-0", 0.0, Work("Train", 100_000.0, usual_s=1.0, still_s=59.0))
+    assert watch.hanging(0.0) == {} and watch.working(1.0)["rank-0"].without_progress_s == 60.0
+    watch.heard("rank-0", 9.0, Work("Train", 100_009.0, usual_s=1.0, still_s=61.0))
+    assert watch.hanging(9.0) == {
+        "rank-0": "at Train for 100009 s, nothing of it done for 61 s; the last ones took 1.0 s at most"
+    }
+    watch.heard("rank-0", 9.0, Work("Train", 100_009.0, still_s=479.0))
+    assert watch.hanging(9.0) == {}, "the first step of a run"
+
+
 def test_silence_says_what_the_process_was_at() -> None:
     watch = live()
     watch.heard("rank-0", 0.0, Work("SaveCheckpoint", 3.0))

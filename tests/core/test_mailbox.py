@@ -45,6 +45,23 @@ async def test_the_deadline_names_who_was_waited_for() -> None:
     assert await box.expect("a", LONG_S, "x") == 1
 
 
+async def test_who_gets_on_may_take_its_time() -> None:
+    """The deadline counts from the last progress, and only where work is waited for."""
+    box, idle = Mailbox(), iter([0.0, 0.0, 0.0, 1.0])
+    box.idle_s = lambda: next(idle)
+    with pytest.raises(DeadlineError, match="an optimizer step"):
+        await box.expect("a", 0.01, "an optimizer step", at_work=True)
+    assert next(idle, None) is None, "it waited three times more"
+    with pytest.raises(DeadlineError, match="rollout-0 to pause"):
+        await box.expect("a", 0.01, "rollout-0 to pause")
+    box.idle_s = lambda: 0.0
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(box.expect("a", 0.01, "an optimizer step", at_work=True))
+        await asyncio.sleep(0.05)
+        box.deliver("a", 3)
+    assert waiting.result() == 3
+
+
 async def test_unread_messages_are_bounded() -> None:
     box = Mailbox()
     for number in range(MAX_UNREAD + 3):

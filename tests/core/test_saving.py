@@ -62,7 +62,7 @@ class Disk:
             write(folder)
         self.dispatcher.answers.append(m.LearnerReply(name, 0, problem, {}))
 
-    async def _expect(self, key: Any, deadline_s: float, who: str) -> Any:
+    async def _expect(self, key: Any, deadline_s: float, who: str, at_work: bool = False) -> Any:
         return self.dispatcher.answers.pop(0)
 
     def sealed(self) -> list[int]:

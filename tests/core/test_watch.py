@@ -9,10 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp import web
 from small_runs import small_topology
 
 from opd_async.engines.pulse import Pulse, parse_pulse
+from opd_async.plan.plan import RoleKind
 from opd_async.plan.resolve import make_plan
 from opd_async.run import watch as watch_module
 from opd_async.run.barrier import BarrierState
@@ -34,6 +37,7 @@ class FakeRun:
         assert topology.supervisor.heartbeat_deadline_s == DEADLINE_S
         self.plan = make_plan(topology)
         self.now, self.killed, self.said = 0.0, [], []
+        self.sent: list[tuple[RoleKind, Any]] = []
         running = tuple(role.name for role in self.plan.roles)
         self.fleet: Any = SimpleNamespace(
             supervisor=SimpleNamespace(running=running, kill=self.killed.append),
@@ -52,6 +56,10 @@ class FakeRun:
 
     def spawn(self, work: Any, name: str) -> Any:
         raise AssertionError(f"{name} was spawned")
+
+    async def broadcast(self, kind: RoleKind, message: Any) -> list[str]:
+        self.sent.append((kind, message))
+        return []
 
     def passes(self, monkeypatch: pytest.MonkeyPatch, moments: list[float]) -> None:
         """Let the watch look at these moments."""
@@ -98,13 +106,13 @@ def test_nobody_is_killed_because_the_launcher_itself_stood_still(
 def test_the_learner_is_killed_for_a_rank_that_hangs_and_only_once(
     run: FakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run.watch.beat("rank-0", m.RankBeat(0, "Train", 70.0, 1.0))
+    run.watch.beat("rank-0", m.RankBeat(0, "Train", 70.0, 1.0, 70.0))
     run.watch.heard("learner-0")
     run.passes(monkeypatch, seconds(1, 100))
     assert run.killed == ["learner-0"]
     assert run.said == [
-        "learner-0 hangs (rank-0): at Train for 70 s; the last ones took 1.0 s at most; killing it, "
-        "see logs/learner-0.log"
+        "learner-0 hangs (rank-0): at Train for 70 s, nothing of it done for 70 s; the last ones took 1.0 s at most; "
+        "killing it, see logs/learner-0.log"
     ]
 
 
@@ -130,9 +138,21 @@ def test_an_error_of_a_wait_names_the_role_since_when_and_its_log(run: FakeRun) 
     assert run.watch.witness("an optimizer step").startswith(
         "no learner rank is at work, so intake-0 has given it none"
     )
-    run.watch.beat("rank-0", m.RankBeat(0, "Train", 500.0, 0.0))
+    run.watch.beat("rank-0", m.RankBeat(0, "Train", 500.0, 0.0, 500.0))
     text = run.watch.witness("an optimizer step")
     assert text.startswith("learner-0 (rank-0) is at Train since ") and text.endswith("; see logs/learner-0.log")
+
+
+def test_a_rank_that_gets_micro_batches_done_is_waited_for(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run.mailbox.idle_s() == float("inf") == run.watch.idle_s()
+    run.watch.beat("rank-0", m.RankBeat(0, "Train", 5000.0, 1.0, 2.0))
+    run.watch.beat("rank-1", m.RankBeat(1, "Train", 5000.0, 1.0, 7.0))
+    assert run.watch.idle_s() == 2.0
+    run.passes(monkeypatch, seconds(1, 50))
+    assert run.killed == [] and run.watch.idle_s() == 51.0
+    run.watch.beat("rank-0", m.RankBeat(0, "", 0.0, 0.0, 0.0))
+    run.watch.beat("rank-1", m.RankBeat(1, "", 0.0, 0.0, 0.0))
+    assert run.watch.idle_s() == float("inf")
 
 
 def looks(run: FakeRun, *pulses: tuple[str, bool], before: int | None = 3) -> int:
@@ -169,6 +189,66 @@ async def test_a_teacher_whose_weights_were_replaced_is_replaced(run: FakeRun, c
     assert run.killed == []
     await look(nobody, "http://x", "teacher-engine-0", changed, first, None)
     assert run.killed == ["teacher-engine-0"]
+    text = f"it names weights {changed.weight_version!r} of {changed.model_path}"
+    assert run.sent == [(RoleKind.TEACHER, m.EngineChanged("http://x", text))]
+
+
+class Sglang:
+    """An HTTP side that answers whatever its scheduler does, as SGLang's."""
+
+    def __init__(self) -> None:
+        self.paused, self.stopped, self.old = False, False, False
+        self.continued: list[str | None] = []
+        app = web.Application()
+        app.router.add_get("/model_info", self.info)
+        app.router.add_get("/ready", self.ready)
+        app.router.add_get("/health_generate", self.health)
+        app.router.add_post("/continue_generation", self.go_on)
+        self.app = app
+
+    async def info(self, _: web.Request) -> web.Response:
+        return web.json_response({"weight_version": "default", "model_path": "m"})
+
+    async def ready(self, _: web.Request) -> web.Response:
+        return web.Response(status=404 if self.old else 503 if self.paused or self.stopped else 200)
+
+    async def health(self, _: web.Request) -> web.Response:
+        return web.Response(status=404 if self.old else 503 if self.paused or self.stopped else 200)
+
+    async def go_on(self, request: web.Request) -> web.Response:
+        self.continued.append(request.headers.get("Authorization"))
+        self.paused = False
+        return web.Response()
+
+
+@pytest.mark.parametrize(
+    ("state", "lives", "said"),
+    [
+        ({}, True, []),
+        ({"paused": True}, True, ["teacher-engine-0 was paused by somebody: it goes on"]),
+        ({"stopped": True}, False, []),
+        ({"old": True}, True, []),
+    ],
+    ids=["well", "paused by somebody", "its scheduler stands still", "without such routes"],
+)
+async def test_what_is_behind_an_http_side_is_asked(
+    run: FakeRun, state: dict[str, bool], lives: bool, said: list[str]
+) -> None:
+    server = Sglang()
+    vars(server).update(state)
+    runner = web.AppRunner(server.app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        run.plan = SimpleNamespace(section=lambda _: SimpleNamespace(api_key="k", admin_api_key="a"))  # type: ignore[assignment]
+        async with aiohttp.ClientSession() as session:
+            assert await run.watch._scheduler_lives(session, url, "teacher-engine-0") is lives
+    finally:
+        await runner.cleanup()
+    assert run.said == said
+    assert set(server.continued) == ({"Bearer a"} if server.continued else set())
+    assert bool(server.continued) == any(state.get(name, False) for name in ("paused", "stopped"))
 
 
 def test_what_an_engine_says_of_itself() -> None:

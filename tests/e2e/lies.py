@@ -42,9 +42,9 @@ def liar(url: str, every: int, lies: list[str], first: int = 0) -> Iterator[str]
 
 
 @contextmanager
-def embedded_engine(model: Path) -> Iterator[str]:
-    """An embedded engine; yields its URL."""
-    (port,) = free_ports("127.0.0.1", 1)
+def embedded_engine(model: Path, port: int | None = None) -> Iterator[str]:
+    """An embedded engine, on a free port unless one is given; yields its URL. Killed with the block."""
+    port = port or free_ports("127.0.0.1", 1)[0]
     arguments = ("--model-path", str(model), "--host", "127.0.0.1", "--port", str(port), "--context-length", "256")
     with process("-m", "opd_async.actors.engine.server", *arguments, "--max-total-tokens", "8192"):
         yield f"http://127.0.0.1:{port}"

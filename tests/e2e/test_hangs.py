@@ -11,7 +11,7 @@ from typing import Any
 from deadlines import patience
 from harness import Launch, check_trained, left_running, steps, topology, write_topology
 
-STEPS = 22
+STEPS = 24
 HUNG = {
     "student-engine-0": ("actors.engine.server", "student"),
     "teacher-engine-0": ("actors.engine.server", "teacher"),
@@ -58,8 +58,14 @@ def test_what_hangs_is_replaced_and_what_was_changed_is_put_right(inputs: Path, 
         post(plan["teacher_urls"]["teacher"][0], "/pause_generation", mode="retract")
         run.wait_for_text("teacher-engine-0 was paused by somebody: it goes on", patience(10))
         goes_on()
+        post(plan["teacher_urls"]["teacher"][0], "/update_weight_version", new_version="by-hand")
+        run.wait_for_text("teacher-engine-0 names weights 'by-hand'", patience(10))
+        run.wait_for_text("suspect tokens since its last good canary", patience(10))
+        goes_on()
         assert run.wait() == 0, run.text()
     check_trained(folder, 1, STEPS)
     report = json.loads((folder / "report.json").read_text())
     assert set(HUNG) <= set(report["restarts"]), run.text()
+    (suspect,) = report["suspect"]
+    assert 0 < suspect["trained_tokens"] <= suspect["tokens"] and suspect["samples"] and suspect["steps"], suspect
     assert left_running(tmp_path, inputs) == []

@@ -28,7 +28,10 @@ from opd_async.transport.messages.agents import (
     Welcome,
 )
 from opd_async.transport.messages.generation import (
+    EngineChanged,
     EngineDown,
+    EnginePace,
+    EngineSlow,
     EvalDone,
     Lease,
     LeaseDone,
@@ -37,6 +40,7 @@ from opd_async.transport.messages.generation import (
     Reset,
     ResetDone,
     Resume,
+    SuspectScores,
     TeacherRestarted,
 )
 from opd_async.transport.messages.learner import ExportModel, LearnerReply, PartDone, SaveCheckpoint, SyncWeights
@@ -68,7 +72,10 @@ __all__ = [
     "DrainRequest",
     "Drained",
     "EndSeen",
+    "EngineChanged",
     "EngineDown",
+    "EnginePace",
+    "EngineSlow",
     "EvalDone",
     "ExportModel",
     "Failure",
@@ -108,6 +115,7 @@ __all__ = [
     "StepStarted",
     "Stop",
     "StopProcess",
+    "SuspectScores",
     "SyncWeights",
     "TeacherRestarted",
     "Train",

@@ -105,6 +105,48 @@ class EngineDown:
 
 @message
 @dataclass(frozen=True, slots=True)
+class EnginePace:
+    """How long the engine at `url` has lately taken: medians in seconds, for an answer and for each of its tokens."""
+
+    url: str
+    answers: int
+    wait_s: float
+    token_s: float
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class EngineSlow:
+    """The engine at `url` is far slower than its peers: its work goes to others. Not `slow`: it gets work again."""
+
+    url: str
+    slow: bool
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class EngineChanged:
+    """The teacher engine at `url` has other weights than it began with: what it has scored is suspect."""
+
+    url: str
+    text: str
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class SuspectScores:
+    """The teacher engine at `url` has been found wrong: it scored tokens [`starts[i]`, `ends[i]`) of `sample_ids[i]`
+    since it was last known to be right."""
+
+    url: str
+    text: str
+    sample_ids: Int64
+    starts: Int32
+    ends: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
 class TeacherRestarted:
     """Teacher actor `index` has lost what it held: send it everything unacknowledged again, with context."""
 

@@ -31,12 +31,14 @@ class RankBeat:
     """A learner rank is alive, and `doing` a command for `for_s` seconds; nothing if it waits for one.
 
     `usual_s`: the longest of the last such commands, in seconds; 0 where it says nothing of the next.
+    `still_s`: seconds for which nothing of the command was got done.
     """
 
     rank: int
     doing: str
     for_s: float
     usual_s: float
+    still_s: float
 
 
 @message

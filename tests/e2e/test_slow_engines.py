@@ -1,0 +1,44 @@
+"""Engines that answer a hundred times slower than their peers are named, and the run does not become as slow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from harness import Launch, check_trained, topology, write_topology
+from lies import embedded_engine, process
+
+from opd_async.plan.free_ports import free_ports
+
+STEPS = 10
+DELAY_S = 2.0
+
+
+@contextmanager
+def slow(url: str) -> Iterator[str]:
+    """A proxy that makes the engine at `url` slow; yields its address."""
+    (port,) = free_ports("127.0.0.1", 1)
+    with process(str(Path(__file__).with_name("slow_proxy.py")), str(port), url, str(DELAY_S)):
+        yield f"http://127.0.0.1:{port}"
+
+
+def test_the_work_of_slow_engines_goes_to_their_peers(inputs: Path, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        urls: dict[str, list[str]] = {}
+        for side in ("student", "teacher"):
+            one, two = (stack.enter_context(embedded_engine(inputs / side)) for _ in range(2))
+            urls[side] = [one, stack.enter_context(slow(two))]
+        values = topology(inputs, tmp_path, schedule__steps=STEPS, rollout__resend_after_s=2.0)
+        for side in ("student", "teacher"):
+            values["engines"][side] |= {"kind": "external", "urls": urls[side], "replicas": 2}
+        with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
+            assert run.wait() == 0, run.text()
+            text = run.text()
+    check_trained(tmp_path / "run", 1, STEPS)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert set(report["slow_engines"]) == {urls["student"][1], urls["teacher"][1]}, text
+    assert report["restarts"] == {}, text
+    for side in ("student", "teacher"):
+        assert f"{urls[side][1]} is slow: it takes" in text and f"{urls[side][0]} is slow" not in text
