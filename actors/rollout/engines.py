@@ -30,9 +30,9 @@ class Engines:
         plan, mine = self._role.plan, self._role.mine
         urls, router = plan.student_engines, plan.topology.engines.student.router
         if router is None:
-            return [Student(self._client(url), (url,)) for url in plan.students_of(mine)]
+            return [Student(client=self._client(url), urls=(url,)) for url in plan.students_of(mine)]
         engines = [self._client(url) for url in urls]
-        return [Student(RoutedClient(self._client(router.rstrip("/")), engines), urls)]
+        return [Student(client=RoutedClient(self._client(router.rstrip("/")), engines), urls=urls)]
 
     def _client(self, url: str) -> EngineClient:
         section = self._role.plan.section(url)

@@ -18,7 +18,7 @@ from opd_async.errors import EngineError, EngineFault
 from opd_async.transport import messages as m
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Student:
     """A student engine as a rollout actor sees it. The gate is open while it may generate with weights `version`."""
 

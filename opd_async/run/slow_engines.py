@@ -67,12 +67,12 @@ class SlowEngines:
                 await self._tell_all(url, False)
 
     async def tell(self, actor: str) -> None:
-        """Tell an actor that has come up which engines are slow."""
+        """Tell an actor that has come up which engines are slow. On cancel: it may know of some."""
         for url in self._paces.slow if self._paces is not None else ():
             await self._reach.server.send(actor, m.EngineSlow(url, True))
 
     async def restarted(self, role: str) -> None:
-        """Give an engine work that was started again, whatever its pace was before."""
+        """Give an engine work that was started again. On cancel: some actors may not know."""
         url = next((url for url in self._urls if self._name(url) == role), None)
         if url is not None and self._paces is not None and self._paces.restarted(url, time.monotonic()):
             await self._tell_all(url, False)

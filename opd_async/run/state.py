@@ -13,7 +13,7 @@ RESYNC = "resync"
 """A student engine is back and needs the current weights."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class RunState:
     """The present of one run. The comments say who writes; everybody else reads."""
 

@@ -97,7 +97,7 @@ class Answers:
         return Pace(len(waits), statistics.median(waits), statistics.median(per_token))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Engine:
     peers: str
     heard: float
@@ -119,7 +119,7 @@ class Paces:
     def heard(self, url: str, peers: str, pace: Pace, now: float) -> str | None:
         """Note the pace of an engine among `peers`; returns in words what it takes, if it is found to be
         slow now."""
-        engine = self._engines.setdefault(url, _Engine(peers, now, pace))
+        engine = self._engines.setdefault(url, _Engine(peers=peers, heard=now, pace=pace))
         engine.heard, engine.pace = now, pace
         if engine.resting_until is not None:
             return None

@@ -33,7 +33,9 @@ def generation(prefix: list[int] | None = None, version: int = 5, kind: m.LeaseK
         prompt=PROMPT,
         prefix=np.array(prefix or [], np.int32),
     )
-    return Generation(lease=lease, rid="rid", student=Student(cast(EngineClient, None), ("http://e",), version=version))
+    return Generation(
+        lease=lease, rid="rid", student=Student(client=cast(EngineClient, None), urls=("http://e",), version=version)
+    )
 
 
 def delta(*ids: int, version: int = 5, finish: m.Finish | None = None, aborted: bool = False) -> Delta:

@@ -77,7 +77,10 @@ async def test_a_dead_engine_keeps_nothing_from_the_others() -> None:
 
 
 async def test_engines_behind_a_router_are_paused_although_one_is_lost() -> None:
-    alone, behind = Student(cast(EngineClient, Fake("a")), ("a",)), Student(routed(Fake("a"))[0], ("a", "b"))
+    alone, behind = (
+        Student(client=cast(EngineClient, Fake("a")), urls=("a",)),
+        Student(client=routed(Fake("a"))[0], urls=("a", "b")),
+    )
     for student in (alone, behind):
         student.gate.set()
         student.lost()

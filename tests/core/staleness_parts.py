@@ -28,7 +28,7 @@ class SimActor:
     index: int
     wires: list[deque[m.Chunk]]
     outbox: Outbox = field(default_factory=Outbox)
-    student: Student = field(default_factory=lambda: Student(cast(EngineClient, None), ()))
+    student: Student = field(default_factory=lambda: Student(client=cast(EngineClient, None), urls=()))
     live: dict[int, Generation] = field(default_factory=dict)
     control: deque[Any] = field(default_factory=deque)
     up: bool = True
