@@ -31,6 +31,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from opd_async.cluster.process_group import MARK_ENV, ProcessGroup
+from opd_async.cluster.scratch import Scratch
 from opd_async.errors import DeadlineError, RoleError, StateError
 from opd_async.hooks import away_from_here
 from opd_async.process import PARENT_ENV
@@ -142,8 +143,12 @@ class Supervisor:
         self._roles: dict[str, _Role] = {}
         self._tasks = asyncio.TaskGroup()
         self._watches: set[asyncio.Task[None]] = set()
+        self._scratch = Scratch()
+        self._temporary: Path | None = None
+        """Where the roles' temporary files go."""
 
     async def __aenter__(self) -> Self:
+        self._temporary = self._scratch.__enter__()
         await self._tasks.__aenter__()
         return self
 
@@ -157,7 +162,10 @@ class Supervisor:
                 watch.cancel()
             # The block's own error goes on as it is, not in an exception group.
             cancelled = error if isinstance(error, asyncio.CancelledError) else None
-            await self._tasks.__aexit__(type(cancelled) if cancelled else None, cancelled, trace)
+            try:
+                await self._tasks.__aexit__(type(cancelled) if cancelled else None, cancelled, trace)
+            finally:
+                self._scratch.__exit__()
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -261,6 +269,8 @@ class Supervisor:
         mine = {PARENT_ENV: str(os.getpid()), MARK_ENV: role.group.mark, "PYTHONUNBUFFERED": "1"} | away_from_here()
         # a log is UTF-8 whatever the user's terminal is, and no character of a prompt ends a role that prints it
         mine["PYTHONIOENCODING"] = "utf-8:backslashreplace"
+        if self._temporary is not None and "TMPDIR" not in role.spec.env:
+            mine["TMPDIR"] = str(self._temporary)
         # A pipe of our own: asyncio's would make `wait` depend on strangers that hold it open.
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "opd_async.process", *role.spec.command),

@@ -17,6 +17,7 @@ from deadlines import patience
 from harness import Launch
 from small_disk import SmallDisk
 
+from opd_async.cluster.scratch import PREFIX
 from opd_async.plan.plan import Plan
 
 WORDS = {
@@ -99,7 +100,10 @@ class Live:
         psutil.wait_procs(self.family, timeout=patience(10.0))
         plan = Plan.model_validate_json((self.folder / "plan.json").read_bytes())
         self.left += [*left_of(self.family), *ports_in_use(plan)]
-        self.left += [f"temporary file: {path}" for path in self.temporary.iterdir()]
+        # the folder of a launcher that was killed goes with the next start
+        killed = self.launch is not None and self.launch.process.returncode == -signal.SIGKILL
+        temporary = [path for path in self.temporary.iterdir() if not (killed and path.name.startswith(PREFIX))]
+        self.left += [f"temporary file: {path}" for path in temporary]
 
     def killed(self) -> None:
         """Signal 9 to the launcher; raises `Wrong` if anything outlives it."""
