@@ -194,7 +194,7 @@ def known_flags() -> frozenset[str]:
         ROOT / "opd_async/config/reference.py",
         ROOT / "opd_async/forecast/flags.py",
         *ROOT.glob("bench/**/*.py"),
-        *ROOT.glob("examples/*addition/*.py"),
+        *ROOT.glob("examples/*/*.py"),
         ROOT / "tests/chaos/__main__.py",
     ]
     found = {flag for file in sources for flag in re.findall(r'add_argument\(\s*"(--[a-z-]+)"', file.read_text())}
