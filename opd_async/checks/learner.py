@@ -44,7 +44,7 @@ def learner_problems(topology: Topology) -> Iterator[str]:
 
 
 def _decoder_problems(folder: Path, side: str) -> list[str]:
-    """Why the learner would not load the model: by its config, or by the weights (a teacher's come from elsewhere)."""
+    """List why the learner would not load the model: by config, or by weights (a teacher's come from elsewhere)."""
     try:
         shape = read_shape(folder)
     except InputError as error:

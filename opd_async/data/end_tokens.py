@@ -16,7 +16,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 
 def end_ids(folder: Path) -> tuple[int, ...]:
-    """Every id that ends a response of the model in `folder`, ascending; empty if the folder names none.
+    """Return every id that ends a response of the model in `folder`, ascending; empty if the folder names none.
 
     A tokenizer that cannot be read names none: its own check says why. Raises `InputError` for a broken config.
     """
@@ -29,7 +29,7 @@ def end_ids(folder: Path) -> tuple[int, ...]:
 
 
 def _token_ids(value: object) -> set[int]:
-    """`eos_token_id` may be absent, one id or a list of ids."""
+    """Return the ids in an `eos_token_id`, which may be absent, one id or a list."""
     values = value if isinstance(value, list) else [value]
     return {item for item in values if isinstance(item, int) and not isinstance(item, bool)}
 

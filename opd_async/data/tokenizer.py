@@ -107,12 +107,12 @@ class Tokenizer:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """A JSON file beside the tokenizer, empty if there is none."""
+    """Read a JSON file beside the tokenizer; empty if there is none."""
     return read_object(file) if file.is_file() else {}
 
 
 def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Named special tokens as templates see them; older files write each as an object with `content`.
+    """Return the named special tokens as templates see them; older files write each as an object with `content`.
 
     `special_tokens_map.json` is older than `added_tokens_decoder` in the config: where that is, the map says nothing.
     """
