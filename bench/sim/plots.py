@@ -18,7 +18,10 @@ COLOURS = {
     "stream_1.5": "#ffbb78",
     "partial": "#17becf",
     "filled": "#d62728",
+    "drop": "#9467bd",
+    "colocated": "#bcbd22",
 }
+"""By schedule, or by what its name begins with: a setting may follow."""
 MARKERS = {
     "sync": "s",
     "one_step_off": "D",
@@ -29,6 +32,11 @@ MARKERS = {
 }
 
 
+def _colour(schedule: str) -> str:
+    """The colour of a schedule, whatever its setting; `StopIteration` for one that has none."""
+    return COLOURS.get(schedule) or next(colour for name, colour in COLOURS.items() if schedule.startswith(f"{name}_"))
+
+
 def draw_schedules(file: Path, rows: Sequence[Row], title: str) -> None:
     """Throughput against the oldest token, and against the last token's wait for its score."""
     figure = need("matplotlib.figure", "plots", "a picture").Figure(figsize=(11, 4.4), layout="constrained")
@@ -36,14 +44,14 @@ def draw_schedules(file: Path, rows: Sequence[Row], title: str) -> None:
     streamed = [row for row in rows if row.scoring == "streamed"]
     for name in dict.fromkeys(row.schedule for row in streamed):
         mine = [row for row in streamed if row.schedule == name]
-        style = {"color": COLOURS[name], "marker": MARKERS.get(name, "o"), "markersize": 8}
+        style = {"color": _colour(name), "marker": MARKERS.get(name, "o"), "markersize": 8}
         left.plot([r.age_max for r in mine], [r.share_of_bound for r in mine], label=name, linewidth=1.5, **style)
     for row in rows:
         filled = row.scoring == "streamed"
-        face = COLOURS[row.schedule] if filled else "none"
+        face = _colour(row.schedule) if filled else "none"
         marker = MARKERS.get(row.schedule, "o")
         right.plot(
-            row.score_p99_s, row.share_of_bound, marker, color=COLOURS[row.schedule], markerfacecolor=face, markersize=8
+            row.score_p99_s, row.share_of_bound, marker, color=_colour(row.schedule), markerfacecolor=face, markersize=8
         )
     left.set(xlabel="age of the oldest trained token (steps)", ylabel="share of the bound", ylim=(0, 1.08))
     left.legend(loc="lower right", fontsize=8)

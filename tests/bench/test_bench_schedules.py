@@ -145,7 +145,7 @@ def test_a_table_a_file_and_a_picture(
     assert [row["schedule"] for row in json.loads(few.read_text())["rows"]] == ["sync", *["filled"] * 5]
     shown = capsys.readouterr().out
     written = json.loads(figures.read_text())
-    assert len(written["rows"]) == 2 * len(schedules.rules())
+    assert len(written["rows"]) == 2 * len(schedules.rules()) + len(schedules.POOLS)
     assert {"schedule", "scoring", "share_of_bound", "idle", "score_p99_s"} <= written["rows"][0].keys()
     assert all(row["schedule"] in shown for row in written["rows"])
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -60,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _tokenize(folder: Path) -> None:
     tokenizer = Tokenizer(folder)
-    _ = (tokenizer.end_id, tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.tokens)
+    _ = (tokenizer.end_id, tokenizer.vocab_size, tokenizer.fingerprint, tokenizer.tokens())
     tokenizer.decode(tokenizer.encode("ab<eos>"))
     tokenizer.encode_batch(["ab", ""], add_special_tokens=False)
     tokenizer.encode_chat([USER])
