@@ -134,8 +134,9 @@ def test_every_field_has_the_value_of_its_key(folders: dict[str, Path]) -> None:
         ),
         plain_kl_every=6,
         frequent_tokens=32,
+        vocab=31,
     )
-    found = learner_config(topology(folders))
+    found = learner_config(topology(folders), 31)
     assert found == wanted
     assert [f"{where}.{name}" for where, name in unvaried(found)] == [
         "LossConfig.ratio",  # see the next test
