@@ -148,7 +148,8 @@ class _ChunkedDivergence(torch.autograd.Function):
             sums_4R[2, chunk], sums_4R[3, chunk] = formula.terms(student_BV, teacher_BV, beta)
         head.all_reduce(sums_4R)
         student_R, teacher_R, value_R, sum_R = sums_4R
-        normal_2R = normal_3R[[0, 1 if formula.conditional else 2]]
+        # slices: a list of indices would be sent to the device
+        normal_2R = normal_3R[:2] if formula.conditional else normal_3R[::2]
         ctx.save_for_backward(hidden_RX, weight_VX, teacher_RY, teacher_weight_VY, targets_R, normal_2R, sum_R)
         ctx.head, ctx.formula, ctx.beta = head, formula, beta
         if formula.beyond is not None and teacher_head.beyond is not None:
