@@ -87,5 +87,6 @@ def test_real_roles_run_on_simulated_devices(tmp_path: Path, rule: str) -> None:
         found = written[clock]
         assert found["age_max"] <= 1
         assert found["step_tokens"] >= 1 and found["tokens_per_s"] > 0
-        assert 1.0 <= found["learner_recompute"] < 5 and 0.9 < found["teacher_recompute"] < 1.5
+        # of the mean length: the few responses of a short run may be longer, and have less prompt for each token
+        assert 0.9 < found["learner_recompute"] < 5 and 0.9 < found["teacher_recompute"] < 1.5
     assert "real roles" in done.stdout

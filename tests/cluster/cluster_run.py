@@ -80,7 +80,7 @@ class ClusterRun:
     def left(self) -> list[str]:
         """Command lines of processes that are still there on any host."""
         return [
-            f"{host.name}: {' '.join(process.cmdline())}"
+            f"{host.name}: {' '.join(process.info['cmdline'])}"  # as it was found: it may have ended since
             for host in self.lab.hosts.values()
             for process in host.processes()
         ]
