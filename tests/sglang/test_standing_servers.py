@@ -30,7 +30,9 @@ class Run:
         keys = SimpleNamespace(api_key=API_KEY, admin_api_key=ADMIN_KEY)
         supervisor = SimpleNamespace(heartbeat_deadline_s=60.0, step_deadline_s=600.0)
         topology = SimpleNamespace(supervisor=supervisor)
-        self.plan: Any = SimpleNamespace(topology=topology, roles=(), section=lambda url: keys)
+        self.plan: Any = SimpleNamespace(
+            topology=topology, roles=(), section=lambda url: keys, learner_of=lambda rank: "learner-0"
+        )
         self.fleet: Any = SimpleNamespace(say=self.said.append)
         counter = SimpleNamespace(labels=lambda who: SimpleNamespace(inc=lambda: None))
         self.metrics: Any = {"opd_launcher_foreign_weights_total": counter}
