@@ -29,7 +29,7 @@ class Run:
         self.said: list[str] = []
         keys = SimpleNamespace(api_key=API_KEY, admin_api_key=ADMIN_KEY)
         supervisor = SimpleNamespace(heartbeat_deadline_s=60.0, step_deadline_s=600.0)
-        topology = SimpleNamespace(supervisor=supervisor)
+        topology = SimpleNamespace(supervisor=supervisor, learner=SimpleNamespace(ranks=1))
         self.plan: Any = SimpleNamespace(
             topology=topology, roles=(), section=lambda url: keys, learner_of=lambda rank: "learner-0"
         )
