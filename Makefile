@@ -70,7 +70,7 @@ $(SGLANG_STAMP): engines/sglang/install.sh requirements/sglang-$(SGLANG_VERSION)
 	rm -f $(SGLANG)/.installed-*
 	touch $@
 
-# A real pair on the CPU: ten minutes on two idle cores, 93 MB to download, 1.2 GB on disk.
+# A real pair on the CPU: twelve minutes on two idle cores, 93 MB to download, 1.2 GB on disk.
 smollm2: $(VENV)/.smollm2
 	$(BIN)/python examples/smollm2/make_pair.py
 	$(BIN)/python examples/smollm2/make_prompts.py
