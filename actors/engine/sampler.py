@@ -7,6 +7,8 @@ as in SGLang's sampler; logprobs of given tokens are at temperature 1.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 import torch
 
@@ -64,10 +66,14 @@ def _filter(probs_SV: torch.Tensor, rows: SampleRows) -> torch.Tensor:
 
 def _add_bias(logits_SV: torch.Tensor, requests: list[Request]) -> None:
     """Add each request's `logit_bias` in place; the reported logprobs are those of the biased distribution."""
+    rows_of: dict[tuple[tuple[int, float], ...], list[int]] = defaultdict(list)  # a run gives all requests one bias
     for row, request in enumerate(requests):
         if bias := request.params.logit_bias:
-            ids = torch.tensor(list(bias), device=logits_SV.device)
-            logits_SV[row, ids] += torch.tensor(list(bias.values()), dtype=logits_SV.dtype, device=logits_SV.device)
+            rows_of[tuple(bias.items())].append(row)
+    for pairs, rows in rows_of.items():
+        ids, values = zip(*pairs, strict=True)
+        at = (torch.tensor(rows, device=logits_SV.device)[:, None], torch.tensor(ids, device=logits_SV.device))
+        logits_SV[at] += torch.tensor(values, dtype=logits_SV.dtype, device=logits_SV.device)
 
 
 def _forbid_early_stop(logits_SV: torch.Tensor, requests: list[Request]) -> bool:

@@ -23,8 +23,7 @@ def cluster_problems(topology: Topology) -> Iterator[str]:
     if cluster.backend in _LATER:
         yield (
             f"cluster.backend: {cluster.backend} is not there yet; {_LATER[cluster.backend]}, and write backend: "
-            f"agents "
-            "(docs/cluster.md)"
+            "agents (docs/cluster.md)"
         )
     if cluster.lost_s <= cluster.fence_s:
         yield (
@@ -35,8 +34,7 @@ def cluster_problems(topology: Topology) -> Iterator[str]:
     if topology.network.bind != NetworkSection().bind:
         yield (
             f"network.bind: {topology.network.bind}, but on several hosts each process listens on its own host's "
-            f"address; "
-            "remove it, and write cluster.interface"
+            "address; remove it, and write cluster.interface"
         )
     if topology.shared_devices:
         yield "shared_devices: on several hosts the placement deals the devices out, each once; remove it"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from opd_async.config.topology import ModelSection, Topology
 from opd_async.data.hub import fetch_model, is_hub_name
@@ -18,33 +18,26 @@ def with_models_here(topology: Topology, say: Say, *, weights: bool = True) -> t
     A folder in the hub's cache names a commit, so that a resumed run sees whether it is the same model. Without
     `weights` only configs and tokenizers are fetched, which is enough for a plan.
     """
-    found: dict[int, ModelSection] = {}
-    problems = []
-    for key, model in _models(topology):
+    problems: list[str] = []
+
+    def here(key: str, model: ModelSection) -> ModelSection:
+        """The model with the path of a folder, unless it cannot be had."""
         if not is_hub_name(model.path):
             if model.revision is not None:
                 problems.append(f"{key}.revision: {model.path} is a folder; remove it, or write a name of the hub")
-            continue
+            return model
         say(f"{key}.path: {model.path} is looked for on the hub, and fetched where it is not in the cache")
         try:
             folder = fetch_model(str(model.path), model.revision, weights=weights)
         except InputError as error:
             problems.append(f"{key}.path: {error}")
-        else:
-            found[id(model)] = model.model_copy(update={"path": folder, "revision": None})
+            return model
+        return model.model_copy(update={"path": folder, "revision": None})
+
     models = topology.models
     update = {
-        "student": found.get(id(models.student), models.student),
-        "teacher": found.get(id(models.teacher), models.teacher),
-        "teachers": {name: found.get(id(model), model) for name, model in models.teachers.items()},
+        "student": here("models.student", models.student),
+        "teacher": None if models.teacher is None else here("models.teacher", models.teacher),
+        "teachers": {name: here(f"models.teachers.{name}", model) for name, model in models.teachers.items()},
     }
     return topology.model_copy(update={"models": models.model_copy(update=update)}), problems
-
-
-def _models(topology: Topology) -> Iterator[tuple[str, ModelSection]]:
-    """Every model of a topology with its key."""
-    yield "models.student", topology.models.student
-    if topology.models.teacher is not None:
-        yield "models.teacher", topology.models.teacher
-    for name, model in topology.models.teachers.items():
-        yield f"models.teachers.{name}", model

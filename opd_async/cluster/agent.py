@@ -288,7 +288,7 @@ class _Service:
             if reason := unusable(address, port):
                 raise InputError(
                     f"network.base_port: port {port} of {address} {reason}; write another base_port, or 0 to take "
-                    f"free ones"
+                    "free ones"
                 )
         return free_ports(address, request.count, self._claims)
 
@@ -321,7 +321,7 @@ def look_at(request: m.LookAt) -> None:
     except OSError as error:
         raise InputError(
             f"{request.folder}: {error.strerror}, where the launcher was started; start it in a folder that every "
-            f"host has"
+            "host has"
         ) from None
     seen = Path(request.seen)
     try:
@@ -331,8 +331,7 @@ def look_at(request: m.LookAt) -> None:
     if content != request.nonce:
         raise InputError(
             f"{seen.parent.absolute()} (run_dir): what the launcher writes there is not seen here ({content:.40}); "
-            f"write a "
-            "folder of a file system that every host has mounted"
+            "write a folder of a file system that every host has mounted"
         )
     write_atomically(Path(request.mine), request.nonce)
     for path in request.paths:

@@ -181,8 +181,7 @@ class Agents:
         if join.gpus < self._cluster.gpus_per_node:
             return (
                 f"{join.host} has {join.gpus} GPUs, and cluster.gpus_per_node says {self._cluster.gpus_per_node}; "
-                f"write a "
-                "smaller number, or see CUDA_VISIBLE_DEVICES there"
+                "write a smaller number, or see CUDA_VISIBLE_DEVICES there"
             )
         return None
 

@@ -64,7 +64,7 @@ async def hosted(
     if reason := unusable(face.address, cluster.port):
         raise InputError(
             f"cluster.port: {cluster.port} of {face.address} {reason}; write another one, here and in every agent's "
-            f"--join"
+            "--join"
         )
     async with Agents(cluster, stop_deadline_s, keys, face, versions(), say=say) as agents:
         nodes = await agents.gather()
@@ -163,6 +163,5 @@ async def _shares(agents: Agents, node: Node, mark: Path, nonce: str, models: li
     if content != nonce:
         raise InputError(
             f"run_dir: what {node.name} writes into {mine.parent.absolute()} is not seen on the launcher's host; "
-            f"write a "
-            "folder of a file system that every host has mounted"
+            "write a folder of a file system that every host has mounted"
         )

@@ -134,8 +134,7 @@ class Hosts:
         except TimeoutError:
             raise HostLostError(
                 f"{node.name} has not come back in {self._node_back_s:.0f} s (cluster.node_back_s), and {name} was "
-                f"there; "
-                "mend the host and start its agent, then go on with --resume"
+                "there; mend the host and start its agent, then go on with --resume"
             ) from None
 
     def _request(self, spec: ProcessSpec) -> Callable[[int], m.Message]:

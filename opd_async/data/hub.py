@@ -55,7 +55,7 @@ def _fetch(name: str, revision: str | None, files: list[str]) -> Path:
             "name, or log in where it is private"
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        if constants.is_offline_mode():
+        if constants.HF_HUB_OFFLINE:
             raise InputError(
                 f"{at}: no such folder here, it is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; fetch it "
                 f"once without that, with: hf download {name}"

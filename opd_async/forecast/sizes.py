@@ -77,17 +77,12 @@ def fitted(topology: Topology, longest: Longest | None = None, memory: int = 0) 
     """
     try:
         models = {side: read_decoder(model.path) for side, model, _ in topology.engine_sides}
-        rooms = {side: _room(topology, side) for side in models}
+        rooms = {side: read_model(model.path).max_tokens for side, model, _ in topology.engine_sides}
     except InputError:
         return topology, ()
     fitter = _Fitter(topology, models, rooms, memory or host_memory())
     fitter.choose(longest)
     return fitter.topology, tuple(fitter.choices)
-
-
-def _room(topology: Topology, side: str) -> int:
-    """Positions that the model of a side has. Raises `InputError` as `read_model`."""
-    return next(read_model(model.path).max_tokens for name, model, _ in topology.engine_sides if name == side)
 
 
 def _power_below(value: float) -> int:

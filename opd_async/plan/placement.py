@@ -133,8 +133,7 @@ def _learner(topology: Topology, hosts: Sequence[_Host]) -> list[Spot]:
         raise InputError(
             f"learner.tensor_parallel: {unit} ranks share each layer and must be on one host; hosts of {each} "
             f"{_WORDS[kind]} take {section.ranks - left} of the {section.ranks} ranks so; write a divisor of {each}, "
-            f"or "
-            "more cluster.nodes"
+            "or more cluster.nodes"
         )
     return spots
 
