@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -103,9 +104,7 @@ class Agents:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        words = (
-            "the run is over" if error is None else f"the launcher has ended: {error or kind.__name__ if kind else ''}"
-        )
+        words = "the run is over" if error is None else f"the launcher has ended: {error or type(error).__name__}"
         for node in self.nodes.values():
             await self._end.send(node.route, m.Leave(words, False, 0.0))
         for loop in self._loops:
@@ -132,8 +131,7 @@ class Agents:
             if waited >= self._cluster.join_s:
                 raise DeadlineError(
                     f"cluster.nodes: {there} have joined at {address} in {waited:.0f} s; start `python -m "
-                    f"opd_async.agent "
-                    f"--join {address}` on the others, and see that they reach this port"
+                    f"opd_async.agent --join {address}` on the others, and see that they reach this port"
                 )
             self._say(f"waiting at {address}: {there} after {waited:.0f} s")
             self._joined.clear()
@@ -309,13 +307,4 @@ class Agents:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """Key that sorts `h2` before `h10`."""
-    parts, digits = [], ""
-    for one in f"{name} ":
-        if one.isdigit():
-            digits += one
-            continue
-        if digits:
-            parts.append((int(digits), ""))
-            digits = ""
-        parts.append((0, one))
-    return parts
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
