@@ -87,6 +87,7 @@ REGIMES = {
     "few": Regime(title="3 digits, 64 prompts", prompts=64),
     "long": Regime(title="6 digits, 60,000 prompts", digits=6, student="student_6", teacher="teacher_6"),
     "small": Regime(title="3 digits, a student of 5 thousand weights", student="student_small"),
+    "paced": Regime(title="3 digits, 60,000 prompts, a constant rate", steps=60),
     "ways": Regime(
         title="3 digits, a teacher that writes in two ways",
         teacher="teacher_ways",
@@ -110,7 +111,8 @@ class Cell:
     method: str
     seed: int
     lr: float
-    staleness: int = 1
+    staleness: int | None = 1
+    rule: str = "deadline"
     train_on: str = "samples"
     slots: int = SAMPLES_PER_STEP
     extra: tuple[str, ...] = field(default=())
@@ -118,12 +120,14 @@ class Cell:
     @property
     def name(self) -> str:
         """The run's name, and its folder's; parts that ask for the same run share it."""
-        return f"{self.regime}-{self.method}-{self.train_on}-S{self.staleness}-lr{self.lr:g}-seed{self.seed}"
+        bound = "none" if self.staleness is None else str(self.staleness)
+        rule = "" if self.rule == "deadline" else f"-{self.rule}"
+        return f"{self.regime}-{self.method}-{self.train_on}{rule}-S{bound}-lr{self.lr:g}-seed{self.seed}"
 
     @property
     def how(self) -> Method:
         """The method or signal."""
-        return (SIGNALS if self.part == "staleness" else METHODS)[self.method]
+        return (SIGNALS if self.part in ("staleness", "rules") else METHODS)[self.method]
 
 
 def rates(seeds: int) -> list[Cell]:
@@ -154,7 +158,7 @@ def regimes(seeds: int) -> list[Cell]:
         )
         for seed in range(seeds)
         for regime in REGIMES
-        if regime != "short"
+        if regime not in ("short", "paced")
         for name in names
     ]
 
@@ -179,9 +183,41 @@ def staleness(seeds: int) -> list[Cell]:
     ]
 
 
+RULES: tuple[tuple[str, int | None], ...] = (
+    *(("deadline", 1), ("deadline", 2)),
+    *(("filled", 1), ("filled", 2), ("filled", None)),
+)
+"""`filled` without a bound is PipelineRL's trainer."""
+
+
+def rules(seeds: int) -> list[Cell]:
+    """Steps of one budget against those that take all that is due, at equal tokens; slots for three steps.
+
+    The rate is constant, so that a curve does not depend on how many steps its rule makes of the same tokens.
+    """
+    return [
+        Cell(
+            part="rules",
+            regime="paced",
+            method=name,
+            seed=seed,
+            lr=HOT,
+            staleness=bound,
+            rule=rule,
+            train_on="tokens",
+            slots=SAMPLES_PER_STEP * 3,
+            extra=("learner.optimizer.decay=constant", "evaluation.every_steps=10"),
+        )
+        for seed in range(seeds)
+        for rule, bound in RULES
+        for name in ("sampled_clip", "topk")
+    ]
+
+
 PARTS: dict[str, Callable[[int], list[Cell]]] = {
     "rates": rates,
     "methods": methods,
     "regimes": regimes,
     "staleness": staleness,
+    "rules": rules,
 }

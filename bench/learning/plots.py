@@ -7,9 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from opd_async.bench.learning.cells import METHODS, REGIMES, SIGNALS
 from opd_async.bench.learning.runs import Outcome
-from opd_async.bench.learning.tables import grouped
+from opd_async.bench.learning.tables import bound, grouped
 from opd_async.extras import need
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ COLOURS = {name: f"C{index}" for names in (METHODS, SIGNALS) for index, name in 
 
 def draw(file: Path, part: str, outcomes: Sequence[Outcome]) -> None:
     """The picture of a part, as PNG."""
-    (draw_staleness if part == "staleness" else draw_curves)(file, outcomes)
+    {"staleness": draw_staleness, "rules": draw_rules}.get(part, draw_curves)(file, outcomes)
 
 
 def draw_curves(file: Path, outcomes: Sequence[Outcome]) -> None:
@@ -32,7 +34,7 @@ def draw_curves(file: Path, outcomes: Sequence[Outcome]) -> None:
     )
     panels = figure.subplots(2, len(regimes), squeeze=False, sharex=True)
     for column, regime in enumerate(regimes):
-        for (name, method, _, lr), runs in grouped(outcomes).items():
+        for (name, method, _, _, lr), runs in grouped(outcomes).items():
             if name == regime:
                 label = runs[0].cell.how.title + (f", lr {lr:g}" if runs[0].cell.part == "rates" else "")
                 band(panels[0, column], method, label, runs[0].steps, [each.sampled for each in runs])
@@ -56,12 +58,31 @@ def band(axes: Axes, method: str, label: str, steps: Sequence[int], curves: Sequ
         axes.fill_between(steps, low, high, color=COLOURS[method], alpha=0.15, linewidth=0)
 
 
+def draw_rules(file: Path, outcomes: Sequence[Outcome]) -> None:
+    """pass@1 against trained tokens, a panel for each loss and a line for each rule and bound: means over seeds."""
+    methods = list(dict.fromkeys(outcome.cell.method for outcome in outcomes))
+    figure = need("matplotlib.figure", "plots", "a picture").Figure(
+        figsize=(1.5 + 4.5 * len(methods), 4.2), layout="constrained"
+    )
+    for axes, name in zip(figure.subplots(1, len(methods), sharey=True, squeeze=False)[0], methods, strict=True):
+        for (_, method, rule, _, _), runs in grouped(outcomes).items():
+            if method != name:
+                continue
+            tokens = np.linspace(0, min(each.tokens for each in runs), 25).astype(int).tolist()
+            curve = [100 * fmean(each.after(at) for each in runs) for at in tokens]
+            axes.plot(tokens, curve, "-" if rule == "filled" else "--", label=f"{rule}, S = {bound(runs[0].cell)}")
+        axes.set(title=SIGNALS[name].title, xlabel="trained tokens", ylabel="pass@1, sampled at T = 1 (%)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
 def draw_staleness(file: Path, outcomes: Sequence[Outcome]) -> None:
     """pass@1 at the end against the bound, and against the measured drift: means over seeds, lowest and highest."""
     figure = need("matplotlib.figure", "plots", "a picture").Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for name, signal in SIGNALS.items():
-        mine = [runs for (_, method, _, _), runs in grouped(outcomes).items() if method == name]
+        mine = [runs for (_, method, _, _, _), runs in grouped(outcomes).items() if method == name]
         style = {"color": COLOURS[name], "markersize": 5, "label": signal.title, "capsize": 3}
         middle = [fmean(ends(runs)) for runs in mine]
         below = [mean - min(ends(runs)) for mean, runs in zip(middle, mine, strict=True)]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from opd_async.bench.learning.cells import CURVE_STEPS, REGIMES, SAMPLES_PER_STEP, Cell
 from opd_async.bench.learning.inputs import ADDITION, Inputs
 
@@ -26,6 +28,8 @@ class Outcome:
     cell: Cell
     steps: list[int]
     """Steps after which the student was evaluated."""
+    seen: list[int]
+    """Tokens trained until then."""
     sampled: list[float]
     """pass@1 at T = 1 after these."""
     greedy: list[float]
@@ -37,16 +41,35 @@ class Outcome:
     """Trained."""
     seconds: float
 
+    def after(self, tokens: int) -> float:
+        """pass@1, sampled, after so many trained tokens: on the line between the evaluations around it."""
+        return float(np.interp(tokens, self.seen, self.sampled))
+
+    @property
+    def budgets(self) -> float:
+        """The mean size of a step in `tokens_per_step`."""
+        return self.tokens / self.steps[-1] / tokens_per_step(self.cell)
+
     @property
     def lowest(self) -> float:
         """The lowest greedy pass@1 after the start: a collapse that was made good again shows here."""
         return min(self.greedy[1:])
 
 
+def response_tokens(cell: Cell) -> int:
+    """The longest response that a correct one can be."""
+    return 10 * REGIMES[cell.regime].digits + 2
+
+
+def tokens_per_step(cell: Cell) -> int:
+    """The budget of a step of a cell that trains on tokens."""
+    return SAMPLES_PER_STEP * response_tokens(cell)
+
+
 def settings(cell: Cell, inputs: Inputs, out: Path) -> list[str]:
     """The launcher's arguments for a cell."""
     regime, how = REGIMES[cell.regime], cell.how
-    response = 10 * regime.digits + 2
+    response = response_tokens(cell)
     context = response + 2 * regime.digits + PROMPT_TOKENS_AND_MARGIN
     values = [
         f"name={cell.name}",
@@ -60,7 +83,8 @@ def settings(cell: Cell, inputs: Inputs, out: Path) -> list[str]:
         f"rollout.slots={cell.slots}",
         f"schedule.steps={regime.steps}",
         f"schedule.train_on={cell.train_on}",
-        f"schedule.max_staleness={cell.staleness}",
+        f"schedule.rule={cell.rule}",
+        f"schedule.max_staleness={'null' if cell.staleness is None else cell.staleness}",
         f"learner.optimizer.lr={cell.lr}",
         "learner.optimizer.warmup_steps=10",
         f"evaluation.every_steps={CURVE_STEPS}",
@@ -79,7 +103,7 @@ def settings(cell: Cell, inputs: Inputs, out: Path) -> list[str]:
     if cell.train_on == "samples":
         values += [f"schedule.samples_per_step={SAMPLES_PER_STEP}", f"rollout.group_size={how.group}"]
     else:
-        values.append(f"schedule.tokens_per_step={SAMPLES_PER_STEP * response}")
+        values.append(f"schedule.tokens_per_step={tokens_per_step(cell)}")
     if how.given:
         values += [f"data.completions.path={inputs.given}", "opd.gkd_lambda=0"]
     if how.teacher_inside:
@@ -115,10 +139,12 @@ def outcome(cell: Cell, out: Path) -> Outcome | None:
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = sorted((row for row in rows if row.get("evaluation") == "student"), key=lambda row: row["step"])
+    trained = {int(row["step"]): int(row["tokens"]) for row in rows if "tokens" in row}
     ratios = [row["learner_ratio_std"] for row in rows if "learner_ratio_std" in row]
     return Outcome(
         cell=cell,
         steps=[row["step"] for row in found],
+        seen=[sum(tokens for step, tokens in trained.items() if step <= row["step"]) for row in found],
         sampled=[row["pass_at_1"] for row in found],
         greedy=[row["pass_at_1_greedy"] for row in found],
         staleness_mean=report["staleness"]["mean"],

@@ -48,17 +48,16 @@ def gae(
     `sequence_R` is ascending and says whose row it is; `rewards_N` has NaN for a response without a reward.
     Source: 1506.02438, equation 16.
     """
-    lengths_N = np.bincount(sequence_R, minlength=len(rewards_N))
+    lengths_N = np.bincount(sequence_R)
     behind_R = np.cumsum(lengths_N)[sequence_R] - 1 - np.arange(len(sequence_R))  # rows of the response after this one
     known_R = ~np.isnan(rewards_N)[sequence_R]
     longest = int(lengths_N.max(initial=0))
     values_LN = np.zeros((longest, len(rewards_N)))  # by distance from the end: all responses end in line 0
     values_LN[behind_R, sequence_R] = values_R
-    advantages_LN = np.zeros_like(values_LN)
+    advantages_LN = np.zeros_like(values_LN)  # NaN where a response has no reward
     following_N, advantage_N = np.zeros(len(rewards_N)), np.zeros(len(rewards_N))
-    reward_N = np.nan_to_num(rewards_N.astype(np.float64), nan=0.0)
     for line in range(longest):
-        delta_N = gamma * following_N - values_LN[line] + (reward_N if line == 0 else 0.0)
+        delta_N = gamma * following_N - values_LN[line] + (rewards_N if line == 0 else 0.0)
         advantage_N = delta_N + gamma * lam * advantage_N
         advantages_LN[line], following_N = advantage_N, values_LN[line]
     advantages_R = np.where(known_R, advantages_LN[behind_R, sequence_R], 0.0)

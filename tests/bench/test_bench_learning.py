@@ -79,6 +79,7 @@ def a_run(out: Path, cell: Cell, sampled: float) -> Outcome:
     ]
     rows += [{"evaluation": "teacher", "step": 0, "pass_at_1": 1.0, "pass_at_1_greedy": 1.0}]
     rows += [{"step": step, "learner_ratio_std": value} for step, value in ((1, 0.1), (2, 0.3), (3, float("nan")))]
+    rows += [{"step": step, "tokens": tokens} for step, tokens in ((1, 1024), (20, 1024), (21, 1024), (40, 1024))]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "report.json").write_text(json.dumps(report))
     found = outcome(cell, out)
@@ -107,9 +108,23 @@ def test_seeds_are_averaged_and_their_range_is_shown(tmp_path: Path) -> None:
     assert " 85.0 (80.0 to 90.0)" in lines[2] and " 70.0 " in lines[3]
 
 
-@pytest.mark.parametrize("part", ["methods", "staleness"])
+def test_rules_are_compared_at_equal_tokens(tmp_path: Path) -> None:
+    cells = [cell for cell in PARTS["rules"](1) if cell.method == "topk"]
+    runs = [a_run(tmp_path, cell, 0.9) for cell in cells]
+    assert runs[0].seen == [0, 2048, 4096]
+    assert [runs[0].after(tokens) for tokens in (0, 1024, 3072, 9999)] == pytest.approx([0.5, 0.45, 0.65, 0.9])
+    assert runs[0].budgets == pytest.approx(4096 / 40 / (128 * 32))
+    lines = table("rules", runs).splitlines()
+    assert [(line.split()[2], line.split()[3]) for line in lines[2:]] == [
+        *(("deadline", "1"), ("deadline", "2"), ("filled", "1"), ("filled", "2"), ("filled", "-"))
+    ]
+    assert lines[1].split()[-5:] == ["819", "1,638", "2,458", "3,277", "4,096"]
+    assert lines[2].split()[-5:] == ["46.0", "42.0", "50.0", "70.0", "90.0"]
+
+
+@pytest.mark.parametrize("part", ["methods", "staleness", "rules"])
 def test_pictures(part: str, tmp_path: Path) -> None:
-    cells = [cell for cell in PARTS[part](2) if part == "methods" or cell.staleness in STALENESS[:2]]
+    cells = [cell for cell in PARTS[part](2) if part != "staleness" or cell.staleness in STALENESS[:2]]
     draw(tmp_path / "out.png", part, [a_run(tmp_path, cell, 0.9) for cell in cells])
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 

@@ -6,10 +6,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from folder_fuzz import ANY_BYTES, FUZZ, other_headers, other_values
+from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import topology_data, write_json
 
@@ -26,16 +26,6 @@ USER = {"role": "user", "content": "ab"}
 JSON_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     "model.safetensors.index.json",
-)
-VALUE: st.SearchStrategy[Any] = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=4)
-    | st.sampled_from([10**30, "\ud83d", -1]),
-    lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=4), part, max_size=3),
-    max_leaves=4,
 )
 
 
@@ -93,33 +83,14 @@ def changed(whole: Path, root: Path, name: str, content: bytes) -> None:
     read_everything(folder)
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a value of JSON."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(place for key, inner in inside for place in places(inner, (*path, key)))]
-
-
-def replaced(value: Any, path: tuple[Any, ...], by: Any) -> Any:
-    if not path:
-        return by
-    copy = dict(value) if isinstance(value, dict) else list(value)
-    copy[path[0]] = replaced(value[path[0]], path[1:], by)
-    return copy
-
-
-FUZZ = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-
-
 @FUZZ
 @given(data=st.data())
 def test_any_value_anywhere_in_a_json_file(
     tmp_path_factory: pytest.TempPathFactory, whole: Path, data: st.DataObject
 ) -> None:
     name = data.draw(st.sampled_from(JSON_FILES))
-    value = json.loads((whole / "student" / name).read_text())
-    place = data.draw(st.sampled_from(places(value)))
-    text = json.dumps(replaced(value, place, data.draw(VALUE)))
-    changed(whole, tmp_path_factory.mktemp("fuzz"), name, text.encode())
+    content = data.draw(other_values((whole / "student" / name).read_bytes()))
+    changed(whole, tmp_path_factory.mktemp("fuzz"), name, content)
 
 
 @FUZZ
@@ -127,7 +98,7 @@ def test_any_value_anywhere_in_a_json_file(
     name=st.sampled_from(
         [*JSON_FILES, "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "model.safetensors"]
     ),
-    content=st.binary(max_size=40) | st.text("{}[]\"':,0ab%|-# \n", max_size=40).map(str.encode),
+    content=ANY_BYTES,
 )
 def test_any_bytes_in_a_file(tmp_path_factory: pytest.TempPathFactory, whole: Path, name: str, content: bytes) -> None:
     changed(whole, tmp_path_factory.mktemp("fuzz"), name, content)
@@ -136,15 +107,8 @@ def test_any_bytes_in_a_file(tmp_path_factory: pytest.TempPathFactory, whole: Pa
 @FUZZ
 @given(data=st.data())
 def test_any_header_of_weights(tmp_path_factory: pytest.TempPathFactory, whole: Path, data: st.DataObject) -> None:
-    """A header with one other value, of any length, in front of the same bytes."""
-    old = (whole / "student" / "model.safetensors").read_bytes()
-    size = int.from_bytes(old[:8], "little")
-    header = json.loads(old[8 : 8 + size])
-    place = data.draw(st.sampled_from(places(header)))
-    text = json.dumps(replaced(header, place, data.draw(VALUE))).encode()
-    length = data.draw(st.just(len(text)) | st.integers(0, 2**64 - 1) | st.integers(0, 300))
-    body = old[8 + size :] if data.draw(st.booleans()) else b""
-    changed(whole, tmp_path_factory.mktemp("fuzz"), "model.safetensors", length.to_bytes(8, "little") + text + body)
+    content = data.draw(other_headers((whole / "student" / "model.safetensors").read_bytes()))
+    changed(whole, tmp_path_factory.mktemp("fuzz"), "model.safetensors", content)
 
 
 STATEMENTS = (
