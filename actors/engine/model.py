@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from opd_async.actors.engine import sampler
 from opd_async.actors.engine.batch import Batch, SampleRows, ScoreRows
 from opd_async.actors.engine.kv import ATTENTION_NAME, PagedCache, place_groups
+from opd_async.actors.engine.loading import loading
 from opd_async.actors.engine.request import FloatArray, TopRows
 from opd_async.data.end_tokens import end_ids
 from opd_async.data.model_folder import try_config
@@ -63,20 +64,25 @@ class ModelRunner:
     def __init__(self, path: Path, *, dtype: str, device: str, pool_tokens: int | None, seed: int) -> None:
         """Load the model from a Hugging Face folder; `pool_tokens` None takes a default.
 
-        Raises `InputError` for a model whose rotary angles depend on the length of a call, for quantised weights, and
-        where the folder's tensors are not those of the model.
+        Raises `InputError` for a model whose rotary angles depend on the length of a call, for quantised weights, for
+        a folder that transformers cannot load, and where its tensors are not those of the model.
         """
         transformers_logging.disable_progress_bar()
         if problem := rope_problem(try_config(path)):
             raise InputError(f"{path}: {problem}")
         if problems := plain_problems(path):
             raise InputError("; ".join(problems))
-        self.config = AutoConfig.from_pretrained(path)
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.device = torch.device(device)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            path, dtype=self.dtype, attn_implementation=ATTENTION_NAME, output_loading_info=True
-        )
+        with loading(path, "model"):
+            self.config = AutoConfig.from_pretrained(path)
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=self.dtype,
+                attn_implementation=ATTENTION_NAME,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
         _refuse_other_tensors(path, loaded)
         self.model: torch.nn.Module = model.to(self.device).eval().requires_grad_(False)
         self.head: torch.nn.Module = model.get_output_embeddings()
@@ -183,10 +189,17 @@ class ModelRunner:
         return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
 
 
+_ODD_TENSORS = {
+    "unexpected_keys": "have no place in the model",
+    "missing_keys": "are missing",
+    "mismatched_keys": "have another shape than config.json asks for",
+}
+
+
 def _refuse_other_tensors(path: Path, loaded: Mapping[str, Collection[object]]) -> None:
     """Raise `InputError` if transformers left tensors of the folder aside, or made some up."""
-    for key, what in (("unexpected_keys", "have no place in the model"), ("missing_keys", "are missing")):
-        if names := sorted(str(name) for name in loaded[key]):
+    for key, what in _ODD_TENSORS.items():
+        if names := sorted(str(name[0] if isinstance(name, tuple) else name) for name in loaded[key]):
             shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
             raise InputError(f"{path}: {shown} {what}; give the folder of a model that is what its config.json says")
 

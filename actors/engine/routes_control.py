@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from safetensors import SafetensorError
 
 from opd_async.actors.engine.app import ENGINE, Engine, read_object, required, success
 from opd_async.actors.engine.core import PauseMode
@@ -145,14 +144,7 @@ async def update_from_disk(http: web.Request) -> web.Response:
     _abort_if_asked(engine, body, default=False)
     async with _exclusive(engine):
         paused = len(engine.core.scheduler.running) + len(engine.core.scheduler.waiting)
-
-        def load() -> None:
-            try:
-                engine.weights.load_folder(path)
-            except (OSError, SafetensorError) as error:
-                raise WeightError(f"cannot read {path}: {error}") from error
-
-        await _timed_load(engine, load)
+        await _timed_load(engine, lambda: engine.weights.load_folder(path))
         # SGLang reports the folder that was loaded last.
         engine.model_path = path
         _after_update(engine, body)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opd_async.actors.engine.loading import loading
 from opd_async.actors.engine.request import Request
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -73,9 +74,10 @@ class TextCodec:
 
 
 def load_codec(path: Path) -> TextCodec | None:
-    """The tokenizer in a model folder, or None when it holds none."""
+    """The tokenizer in a model folder, or None when it holds none; `InputError` if transformers cannot load it."""
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer  # a second of imports that a folder without tokenizer is spared
 
-    return TextCodec(AutoTokenizer.from_pretrained(path))
+    with loading(path, "tokenizer"):
+        return TextCodec(AutoTokenizer.from_pretrained(path))

@@ -62,9 +62,12 @@ class ModelWeights:
             raise WeightError(f"no *.safetensors file in {path}")
         loaded: dict[str, torch.Tensor] = {}
         for file in files:
-            with safe_open(file, framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118  # not a mapping: it has no __iter__
-                    loaded[name] = reader.get_tensor(name)
+            try:
+                with safe_open(file, framework="pt") as reader:
+                    for name in reader.keys():  # noqa: SIM118  # not a mapping: it has no __iter__
+                        loaded[name] = reader.get_tensor(name)
+            except Exception as error:  # the edge to the library: an odd header ends in any exception
+                raise WeightError(f"cannot read {file}: {error}") from error
         # Files may be in another precision than the engine runs in; broadcasts may not.
         for name, tensor in loaded.items():
             self._check(TensorSpec(name, tensor.dtype, tuple(tensor.shape)), same_dtype=False)

@@ -97,7 +97,7 @@ def sequence_ratio(logprobs_R: Tensor, ratio_R: Tensor, sequence_R: Tensor) -> T
     log_ratio_R = ratio_R.detach().log()
     totals_N = log_ratio_R.new_zeros(int(sequence_R[-1]) + 1 if len(sequence_R) else 0)
     counts_N = torch.zeros_like(totals_N).index_add_(0, sequence_R, torch.ones_like(log_ratio_R))
-    mean_N = totals_N.index_add_(0, sequence_R, log_ratio_R) / counts_N.clamp(min=1.0)
+    mean_N = totals_N.index_add_(0, sequence_R, log_ratio_R) / counts_N  # NaN where no row is, which nobody reads
     return mean_N.exp()[sequence_R] * (logprobs_R - logprobs_R.detach()).exp()
 
 

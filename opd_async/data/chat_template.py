@@ -18,6 +18,7 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from opd_async.data.unicode import HALF_A_PAIR, is_text
 from opd_async.errors import InputError
 
 Message = dict[str, Any]
@@ -65,9 +66,12 @@ class ChatTemplate:
         seen = {"documents": None, "add_generation_prompt": True, **special, **names}
         seen |= {"messages": list(messages), "tools": None if tools is None else list(tools)}
         try:
-            return self._templates[chosen].render(**seen)
+            text = self._templates[chosen].render(**seen)
         except TEMPLATE_ERRORS as error:
             raise InputError(f"the chat template of {self._source} refuses the messages: {error}") from None
+        if not is_text(text):
+            raise InputError(f"what the chat template of {self._source} makes of the messages {HALF_A_PAIR}")
+        return text
 
     def unused(self, names: Sequence[str]) -> list[str]:
         """Those of `names` that no template here looks at."""

@@ -18,6 +18,7 @@ from opd_async.data.messages import NO_OPTIONS, Chat, ChatOptions, read_answer, 
 from opd_async.data.rows import Row, RowError, find, from_json, lookup, without_nulls
 from opd_async.data.teacher_prompts import StudentPrompt, TeacherPromptError, TeacherPrompts, TeacherText
 from opd_async.data.tokenizer import Tokenizer
+from opd_async.data.unicode import HALF_A_PAIR, is_text
 from opd_async.errors import InputError
 from opd_async.transport.bounds import MAX_WORDS
 
@@ -192,10 +193,8 @@ def _travels(what: str, text: str) -> str:
 
 
 def _is_text(what: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RowError(f"{what} holds half of a surrogate pair, which is not text") from None
+    if not is_text(text):
+        raise RowError(f"{what} {HALF_A_PAIR}")
 
 
 def _chat(prompt: Any, tools: Any, reading: Reading) -> Chat | None:

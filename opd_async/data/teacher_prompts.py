@@ -21,6 +21,7 @@ from opd_async.data.messages import ChatOptions, read_chat
 from opd_async.data.prompt_table import Columns
 from opd_async.data.rows import RowError, lookup
 from opd_async.data.tokenizer import Tokenizer
+from opd_async.data.unicode import HALF_A_PAIR, is_text
 from opd_async.errors import InputError
 
 KEY = "data.teacher_prompt"
@@ -126,10 +127,8 @@ class TeacherPrompts:
             if self._plain:
                 return None
             raise
-        try:
-            found.text.encode()
-        except UnicodeEncodeError:
-            raise TeacherPromptError("the teacher's prompt holds half of a surrogate pair, which is not text") from None
+        if not is_text(found.text):
+            raise TeacherPromptError(f"the teacher's prompt {HALF_A_PAIR}")
         return found
 
     def _of_key(self, student: StudentPrompt) -> TeacherText:

@@ -127,7 +127,7 @@ def test_a_template_for_tools_of_its_own(tmp_path: Path, in_files: bool) -> None
         ({"prompt": [USER], "tools": {"a": 1}}, "the tools are not a list of objects"),
         ({"prompt": [USER], "tools": ["f"]}, "the tools are not a list of objects"),
         ({"prompt": "ab", "tools": TOOLS}, "tools, but the prompt is a plain text"),
-        ({"prompt": [USER | {"content": "\udfff"}]}, "the prompt holds half of a surrogate pair"),
+        ({"prompt": [USER | {"content": "\udfff"}]}, "makes of the messages holds half of a surrogate pair"),
     ],
 )
 def test_rows_that_are_refused_with_file_and_line(

@@ -141,6 +141,12 @@ def test_templates_that_fail_or_reach_out(tmp_path: Path, template: str, reason:
         Tokenizer(folder).apply_chat_template(CHAT)
 
 
+def test_a_template_that_writes_no_text(tmp_path: Path) -> None:
+    folder = set_config(make_model(tmp_path), chat_template="{{ '\\ud83d' }}")
+    with pytest.raises(InputError, match=r"the chat template of .* makes .* half of a surrogate pair"):
+        Tokenizer(folder).apply_chat_template(CHAT)
+
+
 def test_broken_folders(tmp_path: Path) -> None:
     folder = set_config(make_model(tmp_path), chat_template="{% if %}")
     with pytest.raises(InputError, match="line 1"):

@@ -56,6 +56,13 @@ def test_dual_clip_bounds_what_a_negative_advantage_can_ask_for() -> None:
     assert cut == [False, True, True]
 
 
+def test_icepop_leaves_rows_outside_out_of_value_and_gradient() -> None:
+    logs = [math.log(ratio) for ratio in (0.4, 0.5, 1.1, 5.0, 6.0)]
+    values, gradients, _ = acting(logs, [1.0, 1.0, -1.0, 1.0, -1.0], clip_ratio=None, mismatch="icepop")
+    close(values, [0.0, 0.5, -1.1, 5.0, 0.0])
+    close(gradients, [0.0, 0.5, -1.1, 5.0, 0.0])
+
+
 def test_cispo_keeps_the_gradient_where_the_weight_is_cut() -> None:
     logs = [math.log(ratio) for ratio in (2.0, 0.5, 1.0)]
     values, gradients, cut = acting(logs, [1.0, -1.0, 2.0], ratio="truncated", clip_ratio=1.0, clip_high=0.5)
