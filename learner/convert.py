@@ -23,11 +23,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from opd_async.cli.convert import convert
+from opd_async.data.decoder_tensors import HEAD, decoder_tensors
+from opd_async.data.weight_files import tensor_problems
 from opd_async.errors import InputError
 from opd_async.learner.checkpoints import model as model_checkpoint
 from opd_async.learner.config import LearnerConfig, ParallelConfig
 from opd_async.learner.distributed import parallel
 from opd_async.learner.distributed.cpu import on_this_device, this_device
+from opd_async.learner.errors import ModelError
 from opd_async.learner.hf.files import put_in_place
 from opd_async.learner.hf.io import load_hf, save_hf
 from opd_async.learner.model.architecture import read_shape
@@ -44,7 +47,12 @@ def hf_to_megatron(hf: Path, out: Path, parallel_config: ParallelConfig) -> None
 
     All ranks call it, after `learner.parallel.start`. Raises `ModelError` if `hf` cannot be read.
     """
-    model = _model(hf, read_shape(hf).dtype, parallel_config)
+    shape = read_shape(hf)
+    config = _config(hf, shape.dtype, parallel_config)
+    # Before the model is made: a config that does not belong to the weights may ask for more memory than there is.
+    if problems := tensor_problems(hf, decoder_tensors(shape), {HEAD} if shape.tied else ()):
+        raise ModelError("; ".join(problems))
+    model = _model(config)
     load_hf(model, hf)
     folder = out.with_name(f"{out.name}.tmp")
     if dist.get_rank() == 0:
@@ -64,20 +72,24 @@ def megatron_to_hf(folder: Path, source: Path, out: Path, parallel_config: Paral
     """
     shards = checkpoints.shards(folder, thorough=True)
     stored = str(model_checkpoint.stored_dtype(shards)).removeprefix("torch.")
-    model = _model(source, stored, parallel_config)
+    model = _model(_config(source, stored, parallel_config))
     model_checkpoint.load_model(model, shards)
     save_hf(model, out, source)
 
 
-def _model(path: Path, dtype: str, parallel_config: ParallelConfig) -> DecoderModel:
-    """This rank's part of the model in `path`, with weights still to be filled in."""
+def _config(path: Path, dtype: str, parallel_config: ParallelConfig) -> LearnerConfig:
+    """How the model in `path` is held while it is converted; `InputError` for weights of a dtype that it cannot be."""
     if dtype not in DTYPES:
         raise InputError(f"weights in {dtype} cannot be converted (only {' and '.join(DTYPES)}); cast them first")
-    config = LearnerConfig(
+    return LearnerConfig(
         model_path=path, dtype="bfloat16" if dtype == "bfloat16" else "float32", parallel=parallel_config
     )
+
+
+def _model(config: LearnerConfig) -> DecoderModel:
+    """This rank's part of the model, with weights still to be filled in."""
     with on_this_device():
-        model: DecoderModel = build_model(read_shape(path), config).to(this_device())
+        model: DecoderModel = build_model(read_shape(config.model_path), config).to(this_device())
     return model
 
 

@@ -82,6 +82,16 @@ def test_codes_are_not_converted_as_if_they_were_weights(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_config_that_asks_for_more_than_there_is_is_compared_with_the_weights_first(
+    alone: Place, tmp_path: Path
+) -> None:
+    model_path = write_model(tmp_path / "hf", "qwen3-tied")
+    config = json.loads((model_path / "config.json").read_text())
+    (model_path / "config.json").write_text(json.dumps(config | {"vocab_size": 1 << 36}))
+    with pytest.raises(ModelError, match=r"embed_tokens.weight is \[33, 32\] where config.json asks for"):
+        hf_to_megatron(model_path, tmp_path / "out", ONE)
+
+
 def test_a_run_s_checkpoint_is_exported_and_stays_as_it_was(alone: Place, model_path: Path, tmp_path: Path) -> None:
     trainer = Trainer(learner_config(model_path))
     steps(trainer, 2)

@@ -167,6 +167,10 @@ def test_no_gradient_at_the_teacher(name: str, both: list[float], k: int) -> Non
 def test_a_teacher_without_a_tail_gives_finite_losses() -> None:
     certain = torch.tensor([[0.0, -40.0], [1e-4, -30.0]])
     assert (tail_logprob(certain) >= math.log(0.99e-7)).all()
+    # the rest of a mass near 1 is a small difference, of which float32 sums keep one digit
+    near = torch.tensor([0.7, 0.2, 0.05, 0.03, 0.019, 0.000995], dtype=torch.float64).log().float()
+    rest = math.log1p(-math.fsum(math.exp(value) for value in near.tolist()))
+    assert tail_logprob(near[None]).item() == pytest.approx(rest, abs=1e-5)
     student = torch.tensor([[-50.0, -1e-7], [-1e-9, -60.0]], requires_grad=True)
     tail = torch.tensor([-16.0, -70.0], requires_grad=True)
     for divergence in (forward_kl_topk, reverse_kl_topk, jsd_topk, minillm_topk):
