@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opd_async.learner.config import LossConfig
-from opd_async.learner.losses.sampled import LossOutput, Rows, reverse_kl, reverse_kl_behaviour, sft
+from opd_async.learner.losses.sampled import (
+    LossOutput,
+    Rows,
+    ratio,
+    reverse_kl,
+    reverse_kl_behaviour,
+    sft,
+    summed,
+)
 
 STUDENT = [2.0, 1.0, 0.5, -0.5, -1.0]
 TEACHER = [1.5, 1.8, -0.2, 0.3, -1.2]
@@ -204,6 +212,28 @@ def test_tis_is_a_weight_between_its_bounds_and_no_clip_takes_its_gradient(advan
     expected = [0.0, 0.7, 0.0, 0.0] if advantage > 0 else [1.3, 0.0, 0.0, 2.5]
     assert found == pytest.approx(expected, rel=1e-5)
     assert counts == [1, 2 if advantage > 0 else 1]
+
+
+def test_a_ratio_is_bounded_where_it_would_overflow() -> None:
+    found = ratio(torch.tensor([0.0, -200.0, -1.0]), torch.tensor([-200.0, 0.0, -20.5]))
+    assert found.tolist() == pytest.approx([math.exp(20.0), math.exp(-20.0), math.exp(19.5)], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [reverse_kl, reverse_kl_behaviour, sft])
+def test_what_is_reported_is_exact_and_holds_no_graph(loss: Any) -> None:
+    rows = Rows(
+        logprobs_R=torch.tensor([-1.0, -2.0], requires_grad=True),
+        behaviour_R=torch.tensor([-1.0, -2.5]),
+        teacher_R=torch.tensor([-1.5, -1.0]),
+        advantages_R=torch.zeros(2),
+        staleness_R=torch.zeros(2, dtype=torch.int32),
+    )
+    output = loss(rows, UNCLIPPED)
+    assert output.loss.requires_grad
+    for value in [*output.sums.values(), *output.maxima.values()]:
+        assert value.dtype is torch.float64 and not value.requires_grad
+    # four numbers whose sum float32 cannot hold
+    assert summed(torch.tensor([2.0**25, 1.0, 1.0, 1.0])).tolist() == [2.0**25 + 3, 4.0]
 
 
 def test_what_is_reported() -> None:

@@ -14,6 +14,9 @@ from tiny_learner import EMPTY, assert_close, hf_gradients, learner_config, micr
 from opd_async.hooks import HookError
 from opd_async.learner.config import LossConfig
 from opd_async.learner.distributed.parallel import Place
+from opd_async.learner.losses.divergences import DIVERGENCES
+from opd_async.learner.losses.objective import SAMPLED
+from opd_async.learner.losses.sampled import LossOutput
 from opd_async.learner.trainer import Trainer
 
 MODULE = """
@@ -65,6 +68,22 @@ def test_it_has_the_gradient_of_the_loss_that_it_repeats(alone: Place, model_pat
     own = trainer(model_path, replace(plain, function="loss_hooks:reverse"))
     assert_close(hf_gradients(own, step_batch(0, [whole])), wanted, 1e-6)
     assert_close(hf_gradients(own, step_batch(0, [*split(whole), EMPTY])), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("name", [*sorted(SAMPLED), *sorted(DIVERGENCES), "own"])
+def test_what_a_loss_reports_holds_no_graph(
+    alone: Place, model_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A sum that did would keep the activations of every micro-batch until the end of the step."""
+    loss, function = ("reverse_kl", "loss_hooks:reverse") if name == "own" else (name, None)
+    learner = trainer(model_path, LossConfig(loss=loss, function=function, entropy_coef=0.1))
+    outputs: list[LossOutput] = []
+    kept = Trainer._objective
+    monkeypatch.setattr(Trainer, "_objective", lambda *given: outputs.append(kept(*given)) or outputs[-1])
+    learner.gradients(step_batch(0, [micro_batch([9, 12], k=4 if name in DIVERGENCES else 0)]))
+    (output,) = outputs
+    assert output.loss.requires_grad
+    assert [key for key, value in (output.sums | output.maxima).items() if value.requires_grad] == []
 
 
 def test_it_gets_the_top_k_where_the_loss_has_them(alone: Place, model_path: Path) -> None:
