@@ -27,6 +27,9 @@ def reverse(rows: LossRows) -> LossOutput:
     signal = rows.teacher_R - rows.logprobs_R.detach()
     return LossOutput(-((rows.logprobs_R - rows.behaviour_R).exp() * (signal + rows.advantages_R)).sum())
 
+def twice(rows: LossRows) -> LossOutput:
+    return LossOutput(2 * reverse(rows).loss)
+
 def forward(rows: LossRows) -> LossOutput:
     teacher = rows.topk_logprobs_RK
     return LossOutput((teacher.exp() * (teacher - rows.student_topk_RK)).sum())
@@ -68,6 +71,15 @@ def test_it_has_the_gradient_of_the_loss_that_it_repeats(alone: Place, model_pat
     own = trainer(model_path, replace(plain, function="loss_hooks:reverse"))
     assert_close(hf_gradients(own, step_batch(0, [whole])), wanted, 1e-6)
     assert_close(hf_gradients(own, step_batch(0, [*split(whole), EMPTY])), wanted, 1e-6)
+
+
+def test_it_is_trained_in_place_of_the_configured_loss_and_reported(alone: Place, model_path: Path) -> None:
+    batch, plain = step_batch(0, [micro_batch([9, 31, 14])]), LossConfig(loss="reverse_kl", clip_ratio=None)
+    configured, own = trainer(model_path, plain), trainer(model_path, replace(plain, function="loss_hooks:twice"))
+    doubled = {name: 2 * gradient for name, gradient in hf_gradients(configured, batch).items()}
+    assert_close(hf_gradients(own, batch), doubled, 1e-6)
+    losses = [each.gradients(batch).sums["loss"] for each in (configured, own)]
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", [*sorted(SAMPLED), *sorted(DIVERGENCES), "own"])
