@@ -23,10 +23,11 @@ from collections.abc import Sequence
 
 import uvloop
 
-from opd_async.cluster.agent import Agent, HostFacts
+from opd_async.cluster.agent import Agent
 from opd_async.cluster.hosting import versions
 from opd_async.cluster.interfaces import own_face, resolve
 from opd_async.cluster.secret import take_secret
+from opd_async.cluster.service import HostFacts
 from opd_async.errors import InputError, OpdError
 from opd_async.process import PARENT_ENV, configure_logging, leaves, report_failure
 from opd_async.signals import EXIT_INTERRUPTED

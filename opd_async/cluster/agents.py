@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import re
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,6 +22,7 @@ import zmq.asyncio
 from opd_async.cluster.interfaces import Face
 from opd_async.cluster.lease import beat_seconds
 from opd_async.cluster.line import LauncherEnd
+from opd_async.cluster.nodes import HostLostError, Node, natural, unfit
 from opd_async.config.clustering import ClusterSection
 from opd_async.errors import DeadlineError, InputError, RoleError
 from opd_async.keys import RunKeys
@@ -33,25 +32,6 @@ ASK_S = 60.0
 """An agent that beats, and leaves a request unanswered for so long, has lost it: its host is given up."""
 SAY_EVERY_S = 10.0
 BEATS_OF_PROOF = 3
-
-
-class HostLostError(RoleError):
-    """The host that a process should be on is lost, and has not come back in time."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Node:
-    """One host, from the first time that its agent has joined."""
-
-    name: str
-    address: str
-    incarnation: str
-    route: bytes
-    heard: float
-    there: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while its agent is there."""
-    ended: set[int] = field(default_factory=set)
-    """Numbers of the ends that this incarnation has reported."""
 
 
 class Agents:
@@ -151,7 +131,7 @@ class Agents:
         node = self.nodes.get(join.host)
         if node is not None and node.incarnation == join.incarnation and node.there.is_set():
             await self._welcome(node)  # it has not heard the first answer
-        elif problem := self._unfit(join, node):
+        elif problem := unfit(join, self.nodes, self._versions, self._cluster, self._open_to_all):
             await self._end.send(route, m.Leave(problem, True, 0.0))
             if self._open_to_all:
                 self._refusal = self._refusal or InputError(problem)
@@ -162,26 +142,6 @@ class Agents:
             if node is not None and node.there.is_set():
                 self._lose(node, "its agent has begun anew")
             await self._take(route, join, node)
-
-    def _unfit(self, join: m.Join, node: Node | None) -> str | None:
-        """Say why this host cannot serve the run; None if it can."""
-        for package, mine in self._versions.items():
-            theirs = join.versions.get(package, "none")
-            if theirs != mine:
-                return f"{join.host} has {package} {theirs}, the launcher's host {mine}; install the same on every host"
-        if node is None and not self._open_to_all:
-            return f"{join.host} is no host of this run, which has {', '.join(self.nodes)}; it began without"
-        successor = node is not None and (not node.there.is_set() or join.before == node.incarnation)
-        if node is not None and successor and node.address != join.address:
-            return (
-                f"{join.host} came back as {join.address}, and the run knows it as {node.address}; give it that again"
-            )
-        if join.gpus < self._cluster.gpus_per_node:
-            return (
-                f"{join.host} has {join.gpus} GPUs, and cluster.gpus_per_node says {self._cluster.gpus_per_node}; "
-                "write a smaller number, or see CUDA_VISIBLE_DEVICES there"
-            )
-        return None
 
     async def _second_claim(self, route: bytes, join: m.Join, node: Node) -> None:
         """Refuse a name that another agent has, once that one has shown again that it lives."""
@@ -303,8 +263,3 @@ class Agents:
 
     def _malformed(self, reason: str) -> None:
         self._say(f"dropped a message of an agent: {reason}")
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """Key that sorts `h2` before `h10`."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]

@@ -14,9 +14,10 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from opd_async.cluster.agents import Agents, Node
+from opd_async.cluster.agents import Agents
 from opd_async.cluster.hosts import Hosts
 from opd_async.cluster.interfaces import Face, own_face
+from opd_async.cluster.nodes import Node
 from opd_async.cluster.secret import take_secret
 from opd_async.cluster.supervisor import Supervising, Supervisor
 from opd_async.config.topology import Topology

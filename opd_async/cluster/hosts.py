@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from opd_async.cluster.agents import Agents, HostLostError, Node
+from opd_async.cluster.agents import Agents
+from opd_async.cluster.nodes import HostLostError, Node
 from opd_async.cluster.supervisor import MAX_UNREAD_EXITS, Exit, ProcessSpec, Supervisor
 from opd_async.errors import DeadlineError, RoleError, StateError
 from opd_async.keys import INCARNATION_ENV

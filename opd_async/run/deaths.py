@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from opd_async.cluster.agents import HostLostError
 from opd_async.cluster.fleet import Fleet
+from opd_async.cluster.nodes import HostLostError
 from opd_async.cluster.supervisor import Exit
 from opd_async.errors import OpdError
 from opd_async.plan.plan import Plan, RoleKind

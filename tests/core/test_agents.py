@@ -18,11 +18,13 @@ import psutil
 import pytest
 from deadlines import patience
 
-from opd_async.cluster.agent import Agent, HostFacts, look_at, visible_devices
-from opd_async.cluster.agents import Agents, natural
+from opd_async.cluster.agent import Agent
+from opd_async.cluster.agents import Agents
 from opd_async.cluster.hosts import Hosts
 from opd_async.cluster.interfaces import Face, faces, own_face, resolve
+from opd_async.cluster.nodes import natural
 from opd_async.cluster.secret import SECRET_ENV, SECRET_FILE_ENV, take_secret
+from opd_async.cluster.service import HostFacts, look_at, visible_devices
 from opd_async.cluster.supervisor import Exit, ProcessSpec, Supervisor
 from opd_async.config.clustering import Backend, ClusterSection
 from opd_async.errors import DeadlineError, InputError, RoleError
