@@ -96,7 +96,7 @@ class Service:
         self._ends = 0
 
     async def obey(self) -> m.Leave:
-        """Do what the launcher asks for, until it lets the host go."""
+        """Do what the launcher asks for, until it lets the host go. On cancel: requests under way are given up."""
         work: set[asyncio.Task[None]] = set()
         async with asyncio.TaskGroup() as group:
             while True:
@@ -121,7 +121,7 @@ class Service:
                         continue
 
     async def report(self) -> m.Leave:
-        """Tell the launcher of every end."""
+        """Tell the launcher of every end. On cancel: those that it has not seen are forgotten with the incarnation."""
         while True:
             ended = await self._supervisor.exits.get()
             self._ends += 1
@@ -140,7 +140,7 @@ class Service:
             await self._end.send(end)
 
     async def beat(self) -> m.Leave:
-        """Beat until the lease has run out."""
+        """Beat until the lease has run out. On cancel: the launcher hears nothing more."""
         while (left_s := self._lease.left_s(time.monotonic())) > 0:
             number = self._lease.beat(time.monotonic())
             try:
