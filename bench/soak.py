@@ -22,8 +22,9 @@ import sys
 import tempfile
 import time
 import urllib.request
+from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = 12
 ERRORS = 3.0
 WARM_UP = 1 / 3
-LEAST = {"memory (MiB)": 1.0, "open files": 2.0, "threads": 2.0}
+LOOKED_AT = ("memory (MiB)", "open files", "threads")
+LEAST = {"memory (MiB)": 1.0, "open files": 2.0, "threads": 2.0, "objects": 200.0}
 """Growth over the whole stretch that counts for none; of containers a tenth of their mean."""
 CONTAINERS = (
     "opd_launcher_leases_active",
@@ -51,8 +53,9 @@ CONTAINERS = (
 )
 LAUNCHER = "launcher"
 ADDITION = "examples/addition"
-Series = dict[tuple[str, str], list[tuple[float, float]]]
-"""By role and figure: (samples trained, value)."""
+Series = dict[tuple[str, str], "array[float]"]
+"""By role and figure: (samples trained, value), one after the other. Compact, because `bench.wire.soak` looks at the
+process that keeps them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +71,9 @@ class Row:
     grows: bool
 
 
-def fitted(role: str, figure: str, points: Sequence[tuple[float, float]]) -> Row:
+def fitted(role: str, figure: str, points: Sequence[tuple[float, float]] | array[float]) -> Row:
     """Fit a line to (samples, value) behind the warm-up."""
-    samples, values = np.array(points, np.float64).T
+    samples, values = np.asarray(points, np.float64).reshape(-1, 2).T
     late = samples >= samples[0] + WARM_UP * (samples[-1] - samples[0])
     samples, values = samples[late], values[late]
     parts = [part for part in np.array_split(np.arange(len(samples)), BLOCKS) if len(part)]
@@ -108,14 +111,14 @@ def processes(plan: Plan, launcher: psutil.Process) -> dict[str, list[psutil.Pro
 
 def look(members: Sequence[psutil.Process]) -> dict[str, float]:
     """Memory, open files and threads of a role's processes together."""
-    total: dict[str, float] = dict.fromkeys(LEAST, 0.0)
+    total: dict[str, float] = dict.fromkeys(LOOKED_AT, 0.0)
     for process in members:
         try:
             with process.oneshot():
                 figures = (process.memory_info().rss / (1 << 20), process.num_fds(), process.num_threads())
         except psutil.Error:
             continue
-        for name, value in zip(LEAST, figures, strict=True):
+        for name, value in zip(LOOKED_AT, figures, strict=True):
             total[name] += value
     return total
 
@@ -133,6 +136,11 @@ def containers(folder: Path) -> Iterator[tuple[str, str, float]]:
             name, _, value = line.rpartition(" ")
             if name in CONTAINERS:
                 yield target["labels"]["process"], name, float(value)
+
+
+def new_series() -> Series:
+    """Without any figure yet."""
+    return defaultdict(lambda: array("d"))
 
 
 class Samples:
@@ -157,7 +165,7 @@ def watch(
 ) -> Series:
     """Look at every role until so many samples are trained, or `until`, on `time.monotonic`'s scale. `RuntimeError` if
     the run ends before."""
-    series: Series = defaultdict(list)
+    series = new_series()
     counter, parent = Samples(folder), psutil.Process(launcher.pid)
     while counter.look() < samples and time.monotonic() < until:
         if launcher.poll() is not None:
@@ -168,10 +176,19 @@ def watch(
         plan = Plan.model_validate_json((folder / "plan.json").read_bytes())
         for role, members in processes(plan, parent).items():
             for figure, value in look(members).items():
-                series[role, figure].append((counter.count, value))
+                series[role, figure].extend((counter.count, value))
         for role, figure, value in containers(folder):
-            series[role, figure].append((counter.count, value))
+            series[role, figure].extend((counter.count, value))
     return series
+
+
+def rows_of(series: Series, roles: Container[str] | None = None) -> list[Row]:
+    """The rows of what was looked at often enough; `roles`: of these kinds of roles only."""
+    found = []
+    for (role, figure), points in sorted(series.items()):
+        if len(points) > 2 * BLOCKS and (roles is None or role.rsplit("-", 1)[0] in roles):
+            found.append(fitted(role, figure, points))
+    return found
 
 
 def soak(
@@ -205,7 +222,9 @@ def soak(
     finally:
         launcher.terminate()
         launcher.wait()
-    rows = [fitted(role, figure, points) for (role, figure), points in sorted(series.items()) if len(points) > BLOCKS]
+    rows = [
+        fitted(role, figure, points) for (role, figure), points in sorted(series.items()) if len(points) > 2 * BLOCKS
+    ]
     return rows, int(Samples(root / "soak").look())
 
 

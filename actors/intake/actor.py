@@ -58,6 +58,7 @@ class Intake:
         self._attempt_floor = 0
         self._unacknowledged = Unacknowledged()
         self._latencies = LatencyReservoir()
+        role.refresh = lambda: role.counters.update(self._latencies.quantiles())
         self._door = role.guard()
         self._bounds = ChunkBounds(plan, self._door.keys)
         self._pull = Pull(role.context, plan.scored, self._malformed_frame, door=self._door)
@@ -126,7 +127,6 @@ class Intake:
             rows = self._unacknowledged.rows(self.steps.assembler)
             if rows is not None:
                 await self._role.control.send(self.steps.acks(rows))
-                self._role.counters.update(self._latencies.quantiles())
 
     # --- control -----------------------------------------------------------------------------------------------------
 

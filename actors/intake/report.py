@@ -91,26 +91,25 @@ def describe_rewards(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 class LatencyReservoir:
-    """A uniform sample of all score latencies (seconds), of bounded size."""
+    """A uniform sample of all score latencies (seconds), of bounded size, whose memory is taken at once."""
 
     def __init__(self) -> None:
-        self._values: list[float] = []
+        self._values = np.full(RESERVOIR, np.nan)
         self._seen = 0
         self._random = random.Random(0)
 
     def add(self, seconds: float) -> None:
         """Add the score latency (seconds) of one finished response."""
         self._seen += 1
-        if len(self._values) < RESERVOIR:
-            self._values.append(seconds)
-        elif (at := self._random.randrange(self._seen)) < RESERVOIR:
+        at = self._seen - 1 if self._seen <= RESERVOIR else self._random.randrange(self._seen)
+        if at < RESERVOIR:
             self._values[at] = seconds
 
     def quantiles(self) -> dict[str, float]:
         """p50 and p99 in seconds; empty while nothing was counted."""
-        if not self._values:
+        if not self._seen:
             return {}
-        p50, p99 = np.quantile(self._values, [0.5, 0.99])
+        p50, p99 = np.quantile(self._values[: self._seen], [0.5, 0.99])
         return {"score_latency_p50_s": float(p50), "score_latency_p99_s": float(p99)}
 
 

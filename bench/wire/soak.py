@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import gc
 import json
 import math
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,18 @@ from typing import Any, cast
 import psutil
 import uvloop
 
-from opd_async.bench.soak import BLOCKS, Row, Samples, Series, containers, fitted, look, processes, table
+from opd_async.bench.soak import (
+    LAUNCHER,
+    Row,
+    Samples,
+    Series,
+    containers,
+    look,
+    new_series,
+    processes,
+    rows_of,
+    table,
+)
 from opd_async.bench.wire.pattern import VOCAB_SIZE, prompts
 from opd_async.bench.wire.run import ROLES, Case, make_topology, with_null_roles
 from opd_async.data.completions import CompletionSet
@@ -42,7 +53,7 @@ CASE = Case(chunk_tokens=16, event_tokens=16, http=False, response_tokens=48, sl
 
 async def watch(plan: Plan, samples: int, every_s: float, until: float) -> Series:
     """Look at the roles until so many samples are trained, or `until`, on `time.monotonic`'s scale."""
-    series: Series = defaultdict(list)
+    series = new_series()
     counter, me = Samples(plan.run_folder), psutil.Process()
     while counter.look() < samples and time.monotonic() < until:
         await asyncio.sleep(every_s)
@@ -50,10 +61,17 @@ async def watch(plan: Plan, samples: int, every_s: float, until: float) -> Serie
             continue
         for role, members in processes(plan, me).items():
             for figure, value in look(members).items():
-                series[role, figure].append((counter.count, value))
+                series[role, figure].extend((counter.count, value))
+        series[LAUNCHER, "objects"].extend((counter.count, _objects()))
         for role, figure, value in await asyncio.to_thread(lambda: list(containers(plan.run_folder))):
-            series[role, figure].append((counter.count, value))
+            series[role, figure].extend((counter.count, value))
     return series
+
+
+def _objects() -> int:
+    """How many containers this process, which is the launcher, holds, by what Python's collector knows of them."""
+    gc.collect()
+    return len(gc.get_objects())
 
 
 async def conduct(plan: Plan, samples: int, every_s: float, until: float) -> Series:
@@ -76,8 +94,7 @@ def soak(samples: int, every_s: float, until: float = math.inf) -> tuple[list[Ro
         with prepare(plan), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             series = runner.run(conduct(plan, samples, every_s, until))
         count = int(Samples(plan.run_folder).look())
-    real = ((key, points) for key, points in sorted(series.items()) if key[0].rsplit("-", 1)[0] in ROLES)
-    return [fitted(role, figure, points) for (role, figure), points in real if len(points) > BLOCKS], count
+    return rows_of(series, ROLES), count
 
 
 def main(argv: Sequence[str] | None = None) -> int:

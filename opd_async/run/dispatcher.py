@@ -133,8 +133,10 @@ class Dispatcher:
         self.learner_lost.clear()
         self.mailbox.clear()
         self.state.forget()
-        for kind in (RoleKind.LEARNER, RoleKind.INTAKE):
-            self._up.discard(self.name_of(kind))
+        for role in (*self.plan.of_kind(RoleKind.LEARNER), *self.plan.of_kind(RoleKind.INTAKE)):
+            self.gone(role.name)
+            # stopped by the run itself, they would seem to be silent while they are started again
+            self.watch.ended(role.name)
 
     # --- loops -------------------------------------------------------------------------------------------------------
 

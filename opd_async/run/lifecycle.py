@@ -244,6 +244,7 @@ class Lifecycle:
         for learner in sorted(learners, key=lambda name: not fleet.supervisor.lost(name)):
             await fleet.start(learner, env)
         await fleet.start(intake, env | {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
+        dispatcher.watch.started(intake)
         dispatcher.ledger.rewind(version, self._checkpoint.folder)
         if self._samples is not None:
             self._samples.rewind(version)

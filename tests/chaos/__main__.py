@@ -1,23 +1,28 @@
 """Faults at random, run after run, and what became of them.
 
-    python tests/chaos [--faults 24] [--seed N] [--per-run 8] [--minutes M] [--json FILE]
+    python tests/chaos [--faults 24] [--seed N] [--per-run 24] [--minutes M] [--only WORDS] [--json FILE]
 
 Each run is of another regime; it gets some faults of random kinds, one after the other, is stopped by Ctrl-C, and
 audited: tokens twice or lost, staleness, checksums of its checkpoints, processes, ports, files and shared memory that
 are left. The exit code is 1 if anything is wrong. The seed says which faults come; what they meet depends on timing.
+
+As root it has a network and temporary folders of its own (`island.py`): only there are networks cut.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import re
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +30,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "e2e"), str(HERE.parent), str(HERE.parents[1])]
 
-from audit import Audit, audit_run, shared_memory  # noqa: E402
-from faults import Kind, kinds  # noqa: E402
-from harness import SLOTS, make_inputs  # noqa: E402
-from live import Live, Wrong  # noqa: E402
+from audit import Audit, audit_run  # noqa: E402
+from external import External  # noqa: E402
+from harness import ROOT, SLOTS, make_inputs, make_model  # noqa: E402
+from island import Island, make_island  # noqa: E402
+from kinds import QUICK, Kind, kinds  # noqa: E402
+from live import KEY, Live, Wrong  # noqa: E402
 from regimes import REGIMES, Regime, values_of  # noqa: E402
 
 
@@ -60,10 +67,11 @@ class Total:
 
 
 class Deck:
-    """Kinds in random order, each once before any comes again."""
+    """Kinds in random order, each as often as it should before any comes more often."""
 
-    def __init__(self, chance: random.Random) -> None:
+    def __init__(self, chance: random.Random, every: Sequence[Kind]) -> None:
         self._chance = chance
+        self._every = [kind for kind in every for _ in range(kind.often)]
         self._cards: list[Kind] = []
 
     def draw(self, regime: Regime) -> Kind:
@@ -73,8 +81,8 @@ class Deck:
                 if set(kind.roles) <= set(regime.roles):
                     self._cards.remove(kind)
                     return kind
-            self._cards += self._chance.sample(kinds(), len(kinds()))
-        raise AssertionError("every regime has roles")
+            self._cards += self._chance.sample(self._every, len(self._every))
+        raise Wrong("no kind that is thrown suits this regime")
 
 
 def throw(live: Live, kind: Kind, chance: random.Random, total: Total) -> None:
@@ -85,41 +93,56 @@ def throw(live: Live, kind: Kind, chance: random.Random, total: Total) -> None:
     score.thrown += 1
     kind.act(live, chance)
     score.next_s.append(live.step_after(moment))
-    full = live.speed_after(moment)
+    full = live.speed_after(moment) if kind.often < QUICK else None
     if full is not None:
         score.full_s.append(full)
     score.survived += 1
 
 
-def one_run(
-    regime: Regime, faults: int, deck: Deck, chance: random.Random, root: Path, total: Total, until: float
-) -> None:
-    """A run of one regime, `faults` faults or as many as there is time for, an orderly end, an audit."""
-    inputs = root / "inputs"
-    folder = root / f"run-{total.runs}"
-    folder.mkdir()
-    total.runs += 1
-    before = shared_memory()
-    thrown: list[str] = []
-    with Live(folder, values_of(regime, inputs, folder)) as live:
-        try:
-            live.step_after(time.time())
-            live.sealed(1)
-            for index in range(faults):
-                if index and time.monotonic() > until:
-                    break
-                time.sleep(chance.uniform(0.0, 1.0))
-                kind = deck.draw(regime)
-                thrown.append(kind.name)
-                print(f"  {regime.name}: {kind.name}", flush=True)
-                throw(live, kind, chance, total)
-            live.stop()
-        except (Wrong, AssertionError) as error:
-            total.wrong.append(f"{regime.name}, after {', '.join(thrown) or 'the start'}: {error}")
-            return
-        found = audit_run(live.folder, regime.bound, 2 * SLOTS)
-        found.left += live.left + [f"shared memory: {path}" for path in sorted(shared_memory() - before)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chaos:
+    """Where runs take place, what is thrown, and until when (`time.monotonic`)."""
+
+    root: Path
+    island: Island
+    deck: Deck
+    chance: random.Random
+    until: float
+
+    def run(self, regime: Regime, faults: int, total: Total) -> None:
+        """A run of one regime, `faults` faults or as many as there is time for, an orderly end, an audit."""
+        inputs, folder = self.root / "inputs", self.root / f"run-{total.runs}"
+        folder.mkdir()
+        total.runs += 1
+        before = self.island.present()
+        thrown: list[str] = []
+        with ExitStack() as stack:
+            external = stack.enter_context(External(inputs / "student", KEY)) if regime.external else None
+            values = values_of(regime, inputs, folder, () if external is None else (external.url,))
+            live = stack.enter_context(Live(folder, values, regime.roles, self.island, external))
+            try:
+                self._throw_all(live, regime, faults, thrown, total)
+                live.stop()
+            except (Wrong, AssertionError) as error:
+                total.wrong.append(f"{regime.name}, after {', '.join(thrown) or 'the start'}: {error}")
+                print(f"WRONG: {total.wrong[-1]}", flush=True)
+                return
+            found = audit_run(live.folder, regime.bound, 2 * SLOTS)
+            found.left += live.left
+        found.left += self.island.left_since(before)
         _add(found, regime, thrown, total)
+
+    def _throw_all(self, live: Live, regime: Regime, faults: int, thrown: list[str], total: Total) -> None:
+        live.step_after(time.time())
+        live.sealed(1)
+        for index in range(faults):
+            if index and time.monotonic() > self.until:
+                return
+            time.sleep(self.chance.uniform(0.0, 1.0))
+            kind = self.deck.draw(regime)
+            thrown.append(kind.name)
+            print(f"{time.strftime('%X')} {regime.name}: {kind.name}", flush=True)
+            throw(live, kind, self.chance, total)
 
 
 def _add(found: Audit, regime: Regime, thrown: Sequence[str], total: Total) -> None:
@@ -128,6 +151,7 @@ def _add(found: Audit, regime: Regime, thrown: Sequence[str], total: Total) -> N
     total.lost += found.lost
     if found.wrong:
         total.wrong.append(f"{regime.name}, after {', '.join(thrown)}: {'; '.join(found.wrong)}")
+        print(f"WRONG: {total.wrong[-1]}", flush=True)
 
 
 def table(total: Total) -> str:
@@ -146,29 +170,39 @@ def table(total: Total) -> str:
     return "\n".join([*lines, *(f"WRONG: {text}" for text in total.wrong)])
 
 
+def prepared(root: Path, island: Island, chance: random.Random, until: float, only: str) -> Chaos:
+    """The models and prompts of every run, and the deck of the kinds that match `only`."""
+    thrown = [kind for kind in kinds(island.own) if re.search(only, kind.name)]
+    inputs = root / "inputs"
+    inputs.mkdir()
+    make_inputs(inputs)
+    make_model(inputs / "other", hidden=48, layers=2, seed=3)
+    return Chaos(root=root, island=island, deck=Deck(chance, thrown), chance=chance, until=until)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Throw, print, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python tests/chaos", description="Throw faults at runs.")
     parser.add_argument("--faults", type=int, default=24)
-    parser.add_argument("--per-run", type=int, default=8)
+    parser.add_argument("--per-run", type=int, default=24)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--only", default="", help="kinds whose names match this regular expression")
     parser.add_argument("--minutes", type=float, default=1e6, help="throw nothing later than this")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args(argv)
-    chance, total, began = random.Random(arguments.seed), Total(), time.monotonic()
-    deck = Deck(chance)
-    print(f"seed {arguments.seed}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="opd-chaos-") as name:
-        root = Path(name)
-        (root / "inputs").mkdir()
-        make_inputs(root / "inputs")
-        until = began + 60 * arguments.minutes
-        while total.thrown < arguments.faults and time.monotonic() < until:
-            count = min(arguments.per_run, arguments.faults - total.thrown)
-            one_run(REGIMES[total.runs % len(REGIMES)], count, deck, chance, root, total, until)
-    print(f"{table(total)}\n{time.monotonic() - began:.0f} s, seed {arguments.seed}")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(_values(total), indent=1))
+    began, total = time.monotonic(), Total()
+    # opened before the island hides the folder that it may lie in
+    with (arguments.json or Path(os.devnull)).open("w", encoding="utf-8") as file:
+        island = make_island((ROOT,))
+        print(f"seed {arguments.seed}, {'with' if island.own else 'without'} cuts of the network", flush=True)
+        with tempfile.TemporaryDirectory(prefix="opd-chaos-") as name:
+            chance, until = random.Random(arguments.seed), began + 60 * arguments.minutes
+            chaos = prepared(Path(name), island, chance, until, arguments.only)
+            while total.thrown < arguments.faults and time.monotonic() < chaos.until:
+                count = min(arguments.per_run, arguments.faults - total.thrown)
+                chaos.run(REGIMES[total.runs % len(REGIMES)], count, total)
+        print(f"{table(total)}\n{time.monotonic() - began:.0f} s, seed {arguments.seed}")
+        json.dump(_values(total), file, indent=1)
     return 1 if total.wrong else 0
 
 

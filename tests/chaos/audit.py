@@ -96,15 +96,3 @@ def ports_in_use(plan: Plan) -> list[str]:
     ours = {port for role in plan.roles for port in role.ports.values()} | {int(plan.control.rsplit(":", 1)[1])}
     heard = [one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
     return [f"port {one.laddr.port} of process {one.pid}" for one in heard if one.laddr.port in ours]
-
-
-def shared_memory() -> set[Path]:
-    """What lies in /dev/shm and no living process has mapped."""
-    there = set(Path("/dev/shm").iterdir())
-    mapped: set[Path] = set()
-    for process in psutil.process_iter():
-        try:
-            mapped |= {Path(part.path) for part in process.memory_maps() if part.path.startswith("/dev/shm/")}
-        except (psutil.Error, OSError):
-            continue
-    return there - mapped

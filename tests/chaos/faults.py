@@ -1,4 +1,4 @@
-"""The kinds of faults: what each does to a run, and how the run has to take it.
+"""Faults of processes and disks, and strangers: what each does to a run, and how the run has to take it.
 
 An act returns when the run is up again or goes on; it raises `Wrong` where the run ended in another way than it should.
 """
@@ -11,24 +11,11 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
-from live import Live, Wrong
+from live import WORDS, Live
 from outsiders import OUTSIDERS
-
-Act = Callable[[Live, random.Random], None]
-
-
-class Kind(NamedTuple):
-    """A kind of fault, and the roles that a run must have for it."""
-
-    name: str
-    act: Act
-    roles: tuple[str, ...] = ()
-
 
 # --- processes ------------------------------------------------------------------------------------------------------
 
@@ -39,17 +26,6 @@ def signalled(live: Live, _: random.Random, role: str, number: int, first: bool 
         live.process(role, first).send_signal(number)
     except psutil.NoSuchProcess:
         live.process(role, first).send_signal(number)
-
-
-def frozen(live: Live, chance: random.Random, role: str) -> None:
-    """A role stands still for a moment, as on a machine that swaps."""
-    process = live.process(role)
-    try:
-        process.suspend()
-        time.sleep(chance.uniform(0.2, 1.5))
-        process.resume()
-    except psutil.NoSuchProcess:
-        return
 
 
 def everybody_killed(live: Live, _: random.Random) -> None:
@@ -65,7 +41,7 @@ def everybody_killed(live: Live, _: random.Random) -> None:
 
 def two_killed(live: Live, chance: random.Random) -> None:
     """Two roles die at the same time."""
-    for role in chance.sample(("rollout", "student-engine", "intake", "learner"), 2):
+    for role in chance.sample([role for role in live.roles if role in WORDS], 2):
         signalled(live, chance, role, signal.SIGKILL)
 
 
@@ -207,44 +183,3 @@ def leftover(live: Live, _: random.Random) -> None:
 def outsider(live: Live, chance: random.Random, name: str) -> None:
     """Somebody who is not of the run knocks at its doors."""
     OUTSIDERS[name](live.plan(), chance)
-
-
-def kinds() -> tuple[Kind, ...]:
-    """Every kind of fault, by name."""
-    roles = ("rollout", "teacher", "student-engine", "teacher-engine", "intake", "learner")
-    found = []
-    for role in roles:
-        found.append(Kind(f"kill -9 {role}", partial(signalled, role=role, number=signal.SIGKILL), (role,)))
-        found.append(Kind(f"SIGTERM to {role}", partial(signalled, role=role, number=signal.SIGTERM), (role,)))
-        found.append(Kind(f"{role} frozen for a moment", partial(frozen, role=role), (role,)))
-    agent = partial(signalled, role="learner", number=signal.SIGKILL, first=True)
-    shard, sealing = "learner/*.distcp", "complete.json"
-    found += [
-        Kind("kill -9 the agent of the ranks", agent),
-        Kind("kill -9 two roles at once", two_killed),
-        Kind("kill -9 the launcher", launcher_killed),
-        Kind("kill -9 everything", everybody_killed),
-        *(Kind(f"{signal.Signals(n).name} to the launcher", partial(stopped, number=n)) for n in (2, 15, 1)),
-        Kind("Ctrl-C twice", stopped_twice),
-        Kind("full disk", full_disk),
-        Kind("full disk for a moment", full_for_a_moment),
-        Kind("checkpoints cannot be written", read_only),
-        *(
-            Kind(f"flipped bit in {name}", partial(damaged, pattern=pattern, harm=flip_bit))
-            for name, pattern in (
-                *(("a shard", shard), ("the frontier", "frontier.msgpack"), ("the marker", sealing)),
-                *(("the books", "ledger.json"), (".metadata", "learner/.metadata")),
-            )
-        ),
-        Kind("shard cut short", partial(damaged, pattern=shard, harm=cut_short)),
-        Kind("shard removed", partial(damaged, pattern=shard, harm=removed)),
-        Kind("flipped bit, then kill -9 learner", damaged_under_way),
-        Kind("half a row of metrics.jsonl", partial(half_a_row, name="metrics.jsonl")),
-        Kind("half a row of trained.jsonl", partial(half_a_row, name="trained.jsonl")),
-        Kind("half a checkpoint", leftover),
-        *(Kind(f"stranger: {name}", partial(outsider, name=name)) for name in OUTSIDERS),
-    ]
-    return tuple(found)
-
-
-__all__ = ["Kind", "Wrong", "kinds"]

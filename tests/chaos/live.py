@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ import psutil
 import yaml
 from audit import left_of, ports_in_use
 from deadlines import patience
+from external import External
 from harness import Launch
+from island import Island
 from small_disk import SmallDisk
 
 from opd_async.cluster.scratch import PREFIX
@@ -33,6 +38,18 @@ SPEED = 0.7
 """Full speed: this share of the median before the fault, over a window of rows."""
 WINDOW = 4
 SPEED_WITHIN_S = 20.0
+KEY = "a-key-of-the-chaos"
+"""Of every engine: somebody has it."""
+
+
+def hang_s() -> float:
+    """`supervisor.heartbeat_deadline_s` of a run that starts now: short, and longer on a busy machine."""
+    return 6.0 * max(1.0, os.getloadavg()[0] / (2 * (os.cpu_count() or 1)))
+
+
+def age_s() -> float:
+    """Seconds after its start from which a process is surely up and heard."""
+    return 4 * hang_s()
 
 
 class Wrong(Exception):
@@ -42,12 +59,19 @@ class Wrong(Exception):
 class Live:
     """A run of one regime in a folder on a disk of its own."""
 
-    def __init__(self, root: Path, values: dict[str, Any]) -> None:
+    def __init__(
+        self, root: Path, values: dict[str, Any], roles: Sequence[str], island: Island, external: External | None
+    ) -> None:
+        """The run `values` in the folder `root`, on an island, with an engine that it did not start or without."""
         self.values = values
+        self.roles = roles
+        self.island = island
+        self._external = external
         self.folder = Path(values["run_dir"]) / values["name"]
         self.temporary = root / "tmp"
         self.temporary.mkdir(parents=True)
         self._file = root / "run.yaml"
+        self._own_teacher(root)
         self._file.write_text(yaml.safe_dump(values))
         self.disk = SmallDisk(self.folder, mib=192)
         self.left: list[str] = []
@@ -57,6 +81,12 @@ class Live:
         """`time.time` of the last launch."""
         self.family: list[psutil.Process] = []
 
+    def _own_teacher(self, root: Path) -> None:
+        """Give the run a copy of its teacher, whose files a fault may replace."""
+        path = Path(self.values["models"]["teacher"]["path"])
+        self.other_teacher = path.with_name("other")
+        self.values["models"]["teacher"]["path"] = str(shutil.copytree(path, root / "teacher"))
+
     def __enter__(self) -> Live:
         self.disk.__enter__()
         self.start()
@@ -65,7 +95,14 @@ class Live:
     def __exit__(self, *_: object) -> None:
         if self.launch is not None:
             self.launch.__exit__()
+        self.island.heal()
         self.disk.__exit__()
+
+    @property
+    def external(self) -> External:
+        """The engine that the run did not start."""
+        assert self._external is not None
+        return self._external
 
     # --- start and end -------------------------------------------------------------------------------------------
 
@@ -136,6 +173,19 @@ class Live:
             time.sleep(0.05)
         raise Wrong(f"no process of {role}")
 
+    def settled(self, role: str) -> psutil.Process:
+        """A role's process, once it has been up for so long that it is expected to give signs of life."""
+        while True:
+            process = self.process(role)
+            try:
+                young_s = age_s() - (time.time() - process.create_time())
+            except psutil.NoSuchProcess:
+                continue
+            if young_s <= 0.0:
+                return process
+            self.alive()
+            time.sleep(min(young_s, 1.0))
+
     def sealed(self, at_least: int = 1) -> list[Path]:
         """The checkpoints that there are, newest last, once there are so many."""
         give_up = time.monotonic() + patience(60.0)
@@ -144,7 +194,7 @@ class Live:
             found = [folder for folder in found if not folder.name.endswith(".damaged")]
             if len(found) >= at_least:
                 return found
-            self._alive()
+            self.alive()
             time.sleep(0.05)
         raise Wrong(f"no {at_least} checkpoints")
 
@@ -170,7 +220,28 @@ class Live:
                 continue
         return [row for row in rows if "evaluation" not in row]
 
-    def _alive(self) -> None:
+    def text(self) -> str:
+        """What the launch has printed."""
+        assert self.launch is not None
+        return self.launch.text()
+
+    def said(self, words: str) -> int:
+        """How often the launch has printed `words`."""
+        return self.text().count(words)
+
+    @contextmanager
+    def will_say(self, words: str) -> Iterator[None]:
+        """What is done in the block makes the launch print `words` once more; raises `Wrong` if it does not."""
+        before, give_up = self.said(words), time.monotonic() + patience(20.0)
+        yield
+        while self.said(words) == before:
+            self.alive()
+            if time.monotonic() > give_up:
+                raise Wrong(f"{words!r} was not printed:\n{self.text()[-3000:]}")
+            time.sleep(0.05)
+
+    def alive(self) -> None:
+        """Raise `Wrong` if the launch has ended by itself."""
         assert self.launch is not None
         if self.launch.process.poll() is not None:
             code, text = self.launch.process.returncode, self.launch.text()
@@ -186,7 +257,7 @@ class Live:
             later = [row["time"] for row in self.rows() if row["time"] > max(moment, self.launched_at)]
             if later:
                 return float(min(later) - moment)
-            self._alive()
+            self.alive()
             time.sleep(0.05)
         raise Wrong(f"no step in {patience(deadline_s):.0f} s after the fault")
 
@@ -201,7 +272,7 @@ class Live:
                 if _rate(part) >= SPEED * usual:
                     self._rates.append(_rate(part))
                     return float(part[0]["time"] - moment)
-            self._alive()
+            self.alive()
             time.sleep(0.1)
         return None
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness import SLOTS, topology
+from live import KEY, hang_s
 
 FOREVER = 1_000_000
 """Steps: the chaos ends the run."""
@@ -17,6 +17,8 @@ COMMON: dict[str, Any] = {
     "rollout__resend_after_s": 2.0,
     "supervisor__restarts": 1000,
     "supervisor__backoff_s": 0.1,
+    "teacher__canary_every_s": 2.0,
+    "teacher__canary_every_tokens": 4000,
 }
 
 
@@ -27,10 +29,13 @@ class Regime(NamedTuple):
     changes: dict[str, Any]
     bound: int | None
     roles: tuple[str, ...]
+    external: bool = False
+    """Whether somebody else starts the student engine."""
 
 
 EVERYBODY = ("rollout", "teacher", "student-engine", "teacher-engine", "intake", "learner")
 NO_TEACHER = ("rollout", "student-engine", "intake", "learner")
+OUTSIDE = ("rollout", "teacher", "external", "teacher-engine", "intake", "learner")
 REGIMES = (
     Regime("tokens, S = 1", {"engines__teacher__replicas": 2}, 1, EVERYBODY),
     Regime(
@@ -59,15 +64,16 @@ REGIMES = (
         NO_TEACHER,
     ),
     Regime("tokens, S = 1, two ranks", {"learner__data_parallel": 2}, 1, EVERYBODY),
+    Regime("a student engine of others", {"schedule__rule": "filled"}, 1, OUTSIDE, external=True),
 )
 
 
-def values_of(regime: Regime, inputs: Path, root: Path) -> dict[str, Any]:
-    """The topology of one run."""
-    return topology(inputs, root / "runs", **COMMON, **regime.changes)
-
-
-def in_turn(count: int) -> Iterator[Regime]:
-    """So many runs, one regime after the other."""
-    for index in range(count):
-        yield REGIMES[index % len(REGIMES)]
+def values_of(regime: Regime, inputs: Path, root: Path, urls: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The topology of one run; `urls` are those of student engines that others start."""
+    values = topology(inputs, root / "runs", **COMMON, **regime.changes)
+    values["supervisor"]["heartbeat_deadline_s"] = hang_s()
+    for side in ("student", "teacher"):
+        values["engines"][side] |= {"api_key": KEY, "admin_api_key": KEY}
+    if urls:
+        values["engines"]["student"] |= {"kind": "external", "urls": list(urls)}
+    return values

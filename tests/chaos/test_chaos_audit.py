@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from audit import audit_steps, left_of
-from faults import flip_bit, kinds
+from faults import flip_bit
+from kinds import kinds
 from regimes import REGIMES
 
 from opd_async.run.trained import TrainedStep

@@ -14,14 +14,18 @@ import pytest
 from aiohttp import web
 from small_runs import small_topology
 
+from opd_async.cluster.supervisor import Exit
 from opd_async.engines.pulse import Pulse, parse_pulse
 from opd_async.plan.plan import RoleKind
 from opd_async.plan.resolve import make_plan
 from opd_async.run import watch as watch_module
 from opd_async.run.barrier import BarrierState
+from opd_async.run.dispatcher import Dispatcher
+from opd_async.run.lifecycle import Lifecycle
 from opd_async.run.state import RESYNC, UPDATE, RunState
 from opd_async.run.watch import Watch
 from opd_async.scheduling.liveness import Work
+from opd_async.signals import Signals
 from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.transport import messages as m
 from opd_async.transport.mailbox import Mailbox
@@ -257,6 +261,47 @@ def test_what_an_engine_says_of_itself() -> None:
     sglang = {"weight_version": "default", "model_path": "m", "is_generation": True}
     assert parse_pulse(sglang) == Pulse("default", "m", None, None)
     assert [parse_pulse(other) for other in ([], {}, None, {"model_path": "m"})] == [None] * 4
+
+
+async def test_those_who_start_again_after_a_loss_are_not_taken_for_silent(
+    run: FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the run takes to find its checkpoint and the intake to come up, within the deadline of a start."""
+    dispatcher, started = Recovered(run), []
+    fleet: Any = run.fleet
+    fleet.supervisor.stop, fleet.supervisor.lost, fleet.await_restart = nothing, lambda name: False, nothing
+
+    async def start(name: str, env: dict[str, str]) -> None:
+        run.now += 500.0
+        started.append(name)
+
+    fleet.start = start
+    run.watch.heard("intake-0")
+    run.watch.beat("rank-0", m.RankBeat(0, "Train", 1.0, 1.0, 1.0))
+    inputs: Any = SimpleNamespace(prompts=SimpleNamespace(prompts=[]))
+    lifecycle = Lifecycle(run.plan, inputs, run.said.append, Signals())
+    script: Any = SimpleNamespace(abandon_evaluation=lambda: None, forget_samples=nothing)
+    await lifecycle._recover(dispatcher, fleet, script)  # type: ignore[arg-type]
+    assert started == ["learner-0", "intake-0"] and run.now == 1000.0
+    limit = run.plan.topology.supervisor.start_deadline_s + DEADLINE_S
+    assert run.watch._live.hanging(run.now + limit - 1.0) == {}
+    assert set(run.watch._live.hanging(run.now + limit + 1.0)) == {"intake-0"}
+
+
+async def nothing(*_: Any) -> None:
+    pass
+
+
+class Recovered(Dispatcher):
+    """The dispatcher of a fake run, as far as a recovery needs it."""
+
+    def __init__(self, run: FakeRun) -> None:
+        self.plan, self.fleet, self.watch = run.plan, run.fleet, run.watch
+        self.mailbox, self.state = run.mailbox, run.state
+        self.state.lost = Exit("learner-0", -9, ())
+        self.learner_lost = asyncio.Event()
+        self._up = {"learner-0", "intake-0"}
+        self.ledger: Any = SimpleNamespace(rewind=lambda version, folder: None)
 
 
 def test_one_metric_counts_hangs_by_role(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
