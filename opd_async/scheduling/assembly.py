@@ -280,7 +280,7 @@ class Assembler:
 
     def mark(self, version: int, owed: Iterable[OwedSample]) -> None:
         """Learn which tokens of weights `version` or older may still be on their way; all others are held."""
-        self._marks.add(version, owed)
+        self._marks.add(version, owed, self._holds)
 
     def settled(self, version: int) -> bool:
         """Whether every token made by weights `version` or older is here. True before the first mark is due."""

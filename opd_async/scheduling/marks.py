@@ -33,21 +33,31 @@ class Marks:
         """Begin at `version`: no token of older weights exists."""
         self._settled_through = version - 1
 
-    def add(self, version: int, owed: Iterable[OwedSample]) -> None:
-        """Learn which tokens of weights `version` or older may still be on their way; all others are held."""
+    def add(self, version: int, owed: Iterable[OwedSample], holds: Callable[[OwedSample], bool]) -> None:
+        """Learn which tokens of weights `version` or older may still be on their way; all others are held.
+
+        Marks that are settled by now are forgotten: where steps do not wait for them, nobody else would.
+        """
         self._marks.append(Mark(version, {one.sample_id: one for one in owed}))
+        self._settle(version, holds)
 
     def settled(self, version: int, holds: Callable[[OwedSample], bool]) -> bool:
         """Whether every token made by weights `version` or older is here. True before the first mark is due."""
+        self._settle(version, holds)
+        if self._marks and self._marks[0].version <= version:
+            return False
+        return self._settled_through is None or self._settled_through >= version
+
+    def _settle(self, version: int, holds: Callable[[OwedSample], bool]) -> None:
+        """Forget the marks up to `version` that nothing is missing of, oldest first."""
         while self._marks and self._marks[0].version <= version:
             mark = self._marks[0]
             for one in [one for one in mark.owed.values() if holds(one)]:
                 del mark.owed[one.sample_id]
             if mark.owed:
-                return False
+                return
             self._settled_through = mark.version
             self._marks.pop(0)
-        return self._settled_through is None or self._settled_through >= version
 
     def owed(self) -> list[OwedSample]:
         """What the oldest mark still waits for."""
