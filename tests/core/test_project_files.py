@@ -17,8 +17,8 @@ def test_the_workflow_runs_targets_that_there_are() -> None:
     commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     used = {word for command in commands for word in re.findall(r"make ([a-z-]+)", command)}
-    assert used == {"lint", "test", "install"} and used <= targets
-    assert set(workflow["jobs"]) == {"lint", "tests", "wheel"}
+    assert used == {"lint", "test", "chaos", "install"} and used <= targets
+    assert set(workflow["jobs"]) == {"lint", "tests", "chaos", "wheel"}
 
 
 def test_the_citation_is_of_this_version() -> None:
