@@ -64,7 +64,6 @@ def make_optimizer(ddp: Any, config: OptimConfig, *, bf16: bool) -> Any:
         adam_beta1=config.beta1,
         adam_beta2=config.beta2,
         adam_eps=config.eps,
-        clip_grad=config.clip_grad,
         bf16=bf16,
         params_dtype=ddp.config.params_dtype,
         use_distributed_optimizer=True,

@@ -72,12 +72,13 @@ def test_steps_are_those_of_adamw_without_decay_on_norms_and_biases(
 
 
 def test_the_gradient_is_clipped_to_its_global_norm(alone: Place, model_path: Path) -> None:
-    """Adam's first step hides a gradient's scale, its second does not: compare two, the second far larger."""
+    """Adam's first step hides a gradient's scale, the next do not: far below the bound, just below it, far above."""
     config = replace(OPTIM, clip_grad=0.5)
     trainer = Trainer(learner_config(model_path, optim=config))
     expected = copies(trainer.model)
     reference = adamw(expected, config)
-    for seed, scale in enumerate((1e-4, 1.0)):
+    just_below = 0.7 * config.clip_grad / sum(weight.numel() for weight in expected.values()) ** 0.5
+    for seed, scale in enumerate((1e-4, just_below, 1.0)):
         gradients = shake(trainer.model, seed, scale)
         for name, weight in expected.items():
             weight.grad = gradients[name]

@@ -16,6 +16,7 @@ from opd_async.learner.config import LossConfig
 from opd_async.learner.distributed.parallel import Place
 from opd_async.learner.losses.divergences import DIVERGENCES
 from opd_async.learner.losses.objective import SAMPLED
+from opd_async.learner.losses.own import OwnLoss
 from opd_async.learner.losses.sampled import LossOutput
 from opd_async.learner.trainer import Trainer
 
@@ -57,6 +58,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     sys.modules.pop("loss_hooks", None)
+
+
+def test_it_is_found_in_the_folder_where_the_run_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(Path.cwd()))])
+    OwnLoss("loss_hooks:reverse")
 
 
 def trainer(model_path: Path, config: LossConfig) -> Trainer:
