@@ -14,12 +14,11 @@ import argparse
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import uvloop
 
@@ -30,7 +29,8 @@ from opd_async.cluster.secret import take_secret
 from opd_async.cluster.service import HostFacts
 from opd_async.errors import InputError, OpdError
 from opd_async.process import PARENT_ENV, configure_logging, leaves, report_failure
-from opd_async.signals import EXIT_INTERRUPTED
+from opd_async.signals import EXIT_INTERRUPTED, stop_signals
+from opd_async.telemetry.terminal import Terminal
 
 WAIT_S = 600.0
 NVIDIA_DEADLINE_S = 20.0
@@ -61,12 +61,12 @@ def gpus() -> int:
     return 0
 
 
-def say(line: str) -> None:
-    """Print a line with the time."""
-    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+def with_time(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Say lines with the time before them."""
+    return lambda line: say(f"{time.strftime('%H:%M:%S')} {line}")
 
 
-def make_agent(arguments: argparse.Namespace) -> Agent:
+def make_agent(arguments: argparse.Namespace, say: Callable[[str], None]) -> Agent:
     """The agent of this host. Raises `InputError` for secret, address or interface."""
     keys = take_secret()
     address, port = resolve(arguments.join)
@@ -82,10 +82,10 @@ def make_agent(arguments: argparse.Namespace) -> Agent:
     return Agent(f"{address}:{port}", keys, facts, arguments.wait_s, say)
 
 
-async def serve(agent: Agent) -> int:
+async def serve(agent: Agent, say: Callable[[str], None]) -> int:
     """Run the agent until its end, or a signal; returns the exit code. On cancel: as on a signal."""
     task = asyncio.ensure_future(agent.run())
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in stop_signals():
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
         await task
@@ -98,20 +98,29 @@ async def serve(agent: Agent) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends the process."""
     arguments = parse_arguments(argv)
-    configure_logging("agent")
     for name in FOREIGN:
         os.environ.pop(name, None)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            code = runner.run(serve(make_agent(arguments)))
-    except Exception as error:  # the edge of the process: every error becomes an exit code
-        causes = list(leaves(error))
-        if not all(isinstance(cause, OpdError) for cause in causes):
-            sys.exit(report_failure(error))
-        for cause in causes:
-            print(f"error: {cause}", file=sys.stderr, flush=True)
-        code = causes[0].exit_code if isinstance(causes[0], OpdError) else 1
+    # what it prints is for the eyes: an agent outlives the terminal that it was started from
+    with Terminal() as terminal:
+        configure_logging("agent", stream=terminal.errors)
+        say = with_time(terminal.say)
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                code = runner.run(serve(make_agent(arguments, say), say))
+        except Exception as error:  # the edge of the process: every error becomes an exit code
+            code = explain(error, terminal)
     sys.exit(code)
+
+
+def explain(error: BaseException, terminal: Terminal) -> int:
+    """Say why the agent ends; returns the exit code."""
+    causes = list(leaves(error))
+    expected = [cause for cause in causes if isinstance(cause, OpdError)]
+    if len(expected) != len(causes):
+        return report_failure(error)
+    for cause in expected:
+        terminal.complain(f"error: {cause}")
+    return expected[0].exit_code
 
 
 if __name__ == "__main__":

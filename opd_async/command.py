@@ -32,15 +32,10 @@ from opd_async.run.lifecycle import Lifecycle
 from opd_async.run.run_folder import prepare
 from opd_async.signals import Signals, answered
 from opd_async.telemetry.report import Report
-from opd_async.telemetry.terminal import Terminal
+from opd_async.telemetry.terminal import Terminal, show
 
 Say = Callable[[str], None]
 """Print a line, or several."""
-
-
-def echo(line: str) -> None:
-    """Print one line at once, also into a pipe."""
-    print(line, flush=True)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,7 +54,7 @@ async def conduct(lifecycle: Lifecycle, signals: Signals) -> Report:
 
 def launch(arguments: argparse.Namespace, terminal: Terminal | None = None) -> None:
     """Everything that the command line asks for; raises `OpdError`."""
-    say = echo if terminal is None else terminal.say
+    say = show if terminal is None else terminal.say
     overrides = [*arguments.set, *opd_overrides(arguments)]
     for setting in arguments.set:
         if (key := setting.partition("=")[0].strip()).endswith("api_key"):
@@ -89,7 +84,7 @@ def launch(arguments: argparse.Namespace, terminal: Terminal | None = None) -> N
 
 def execute(plan: Plan, inputs: Inputs, arguments: argparse.Namespace, terminal: Terminal | None = None) -> None:
     """Run the plan to its end; raises `InterruptedRun` behind the report when a signal has ended it."""
-    say = echo if terminal is None else terminal.say
+    say = show if terminal is None else terminal.say
     found = fingerprints(plan.topology, inputs.prompts, inputs.held_out, inputs.completions)
     with prepare(plan, arguments.resume, arguments.overwrite, found, arguments.change_lr) as folder:
         if terminal is not None:
@@ -106,7 +101,7 @@ def execute_on_hosts(
     topology: Topology, inputs: Inputs, arguments: argparse.Namespace, terminal: Terminal | None = None
 ) -> None:
     """Run the topology on several hosts to its end; raises as `execute`."""
-    say = echo if terminal is None else terminal.say
+    say = show if terminal is None else terminal.say
     signals = Signals()
 
     def started(folder: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from opd_async.errors import InputError, OpdError
 from opd_async.extras import need
 from opd_async.signals import answered
+from opd_async.telemetry.terminal import show
 
 DEFAULT_TOPOLOGY = "topology.yaml"
 Handler = Callable[[argparse.Namespace], int]
@@ -90,7 +91,7 @@ def report(arguments: argparse.Namespace) -> None:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{file}: {reason}; a run writes it at its end, into its own folder") from None
     try:
-        print(render(Report.model_validate_json(text)))
+        show(render(Report.model_validate_json(text)))
     except ValidationError as error:
         raise InputError(f"{file}: is no report of this version: {error.errors()[0]['msg']}") from None
 
@@ -107,7 +108,7 @@ def samples(arguments: argparse.Namespace) -> None:
         raise InputError(f"{out}: cannot be written: {error.strerror}; give another place with --output") from None
     except (LookupError, TypeError, ValueError) as error:
         raise InputError(f"{arguments.folder}: its responses are not of this version ({error!r})") from None
-    print(f"{count:,} responses: {out}")
+    show(f"{count:,} responses: {out}")
     if arguments.open:
         webbrowser.open(out.resolve().as_uri())
 
@@ -117,7 +118,7 @@ def schema(arguments: argparse.Namespace) -> None:
     """`opd schema`, which is `python -m opd_async.config.reference --json-schema`."""
     from opd_async.config.reference import json_schema_text
 
-    print(json_schema_text(), end="")
+    show(json_schema_text().rstrip("\n"))
 
 
 @in_words
@@ -125,4 +126,4 @@ def completion(arguments: argparse.Namespace) -> None:
     """`opd completion`: a script for the shell."""
     from opd_async.cli.main import make_parser
 
-    print(need("shtab", "completion", "opd completion").complete(make_parser(), shell=arguments.shell))
+    show(need("shtab", "completion", "opd completion").complete(make_parser(), shell=arguments.shell))

@@ -15,6 +15,7 @@ from pathlib import Path
 import opd_async
 from opd_async.cli.commands import in_words
 from opd_async.errors import InputError
+from opd_async.telemetry.terminal import show
 
 PACKAGED = Path(opd_async.__file__ or "").parent / "examples"
 NEEDS = {"quickstart": "addition"}
@@ -61,9 +62,9 @@ def example(arguments: argparse.Namespace) -> None:
         for name in names():
             lines = (PACKAGED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
             first = next(line for line in lines if not line.startswith("# yaml-language-server"))
-            print(f"{name:<24}{first.removeprefix('# ')}")
+            show(f"{name:<24}{first.removeprefix('# ')}")
         return
     for path in write_example(arguments.name, arguments.to):
-        print(path)
+        show(str(path))
     command = "opd run" if arguments.to == Path() else f"cd {arguments.to} && opd run"
-    print(f"next: {command} {arguments.name}.yaml")
+    show(f"next: {command} {arguments.name}.yaml")

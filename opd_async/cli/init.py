@@ -9,6 +9,7 @@ from pathlib import Path
 from opd_async.checks.inputs import examine
 from opd_async.cli.commands import DEFAULT_TOPOLOGY, in_words
 from opd_async.errors import InputError
+from opd_async.telemetry.terminal import show
 
 RESPONSE = 512
 STEPS = 100
@@ -86,8 +87,8 @@ def init(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}; give another name with --output") from None
     try:
-        examine(out, (), print, details=True)
+        examine(out, (), show, details=True)
     except BaseException:
         out.unlink()
         raise
-    print(f"next: opd run{'' if out == Path(DEFAULT_TOPOLOGY) else f' {out}'}")
+    show(f"next: opd run{'' if out == Path(DEFAULT_TOPOLOGY) else f' {out}'}")

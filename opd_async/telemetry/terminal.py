@@ -23,6 +23,7 @@ from collections import deque
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from opd_async.errors import StorageError
 from opd_async.files import PRIVATE
 
 MAX_WAITING = 2000
@@ -65,6 +66,22 @@ def encoded(text: str, encoding: str) -> bytes:
         return text.encode(encoding)
     except UnicodeEncodeError:
         return text.translate(_PLAIN).encode(encoding, "backslashreplace")
+
+
+def show(text: str) -> None:
+    """Write what a command was asked for to stdout, and nowhere else, as lines.
+
+    A reader that has enough (`| head`), or none at all, is no error. Raises `StorageError` where it cannot be written.
+    """
+    try:
+        stream = _Stream("stdout", sys.stdout)
+        if not stream.gone:
+            sys.stdout.flush()  # what others have printed comes first
+            stream.write(text)
+    except BrokenPipeError:
+        return
+    except OSError as error:
+        raise StorageError(f"stdout: {error.strerror}; what was asked for could not be written there") from None
 
 
 class Terminal:
@@ -163,7 +180,8 @@ class Terminal:
             stream, line = item
             if self._left_out:
                 left_out, self._left_out = self._left_out, 0
-                self._deliver(stream, f"({left_out} lines were left out here; they are in the run's logs/launcher.log)")
+                where = "; they are in the run's logs/launcher.log" if self._file is not None else ""
+                self._deliver(stream, f"({left_out} lines were left out here{where})")
             self._deliver(stream, line)
 
     def _deliver(self, stream: _Stream, line: str) -> None:

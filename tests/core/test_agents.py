@@ -143,6 +143,37 @@ async def test_another_secret_is_an_error_where_it_is() -> None:
         assert agents.nodes == {}
 
 
+@pytest.mark.parametrize("end", ["run", "hangup"])
+async def test_an_agent_outlives_its_terminal(tmp_path: Path, end: str) -> None:
+    """Nobody reads what it prints; and `nohup` says that a lost terminal does not matter."""
+    section = cluster()
+    reading, writing = os.pipe()
+    os.close(reading)
+    hosted = {"opd_async": "1", "torch": "2"}
+    code = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from opd_async import agent\n"
+        f"agent.versions = lambda: {hosted}\n"
+        f"agent.main(['--join', '127.0.0.1:{section.port}', '--name', 'h1', '--interface', 'lo'])"
+    )
+    environment = {**os.environ, SECRET_ENV: keys().run}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code), env=environment, stdout=writing, stderr=asyncio.subprocess.PIPE
+    )
+    os.close(writing)
+    async with launcher(section) as agents:
+        (node,) = await agents.gather()
+        if end == "hangup":
+            process.send_signal(signal.SIGHUP)
+        answer = await agents.ask(node, lambda number: m.FindPorts(number, 1, []))
+        assert len(answer.numbers) == 1
+    async with asyncio.timeout(patience(60)):
+        _, errors = await process.communicate()
+    assert process.returncode == 0
+    assert b"stdout is gone (Broken pipe); the run goes on without it" in errors and b"Traceback" not in errors
+
+
 async def test_a_second_agent_of_one_name_is_refused_and_the_first_serves_on(tmp_path: Path) -> None:
     section = cluster(fence_s=patience(1), lost_s=patience(60))
     agent = asyncio.create_task(agent_of(section).run())

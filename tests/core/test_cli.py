@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 from small_runs import topology_data, write_lines, write_topology
@@ -23,15 +24,18 @@ ROOT = Path(__file__).parents[2]
 PATIENCE_S = 120.0
 
 
-def opd(*words: str | Path, cwd: Path = ROOT) -> tuple[int, str, str]:
+def opd(
+    *words: str | Path, cwd: Path = ROOT, stdout: int | IO[str] = subprocess.PIPE, **environment: str
+) -> tuple[int, str, str]:
     """Exit code, output and errors of a command."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     ended = subprocess.run(
         [sys.executable, "-P", "-m", "opd_async.cli", *map(str, words)],
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": paths, **environment},
         timeout=PATIENCE_S,
         check=False,
     )
@@ -148,6 +152,26 @@ def test_the_schema_is_that_of_the_topology() -> None:
     code, out, _ = opd("schema")
     assert code == 0 and out == (ROOT / "examples/topology.schema.json").read_text()
     assert set(json.loads(out)["properties"]) == set(Topology.model_fields)
+
+
+@pytest.mark.parametrize("command", ["schema", "example"])
+def test_a_full_disk_is_one_message_and_a_reader_who_has_enough_is_none(command: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        code, _, errors = opd(command, stdout=full)
+    words = "error: stdout: No space left on device; what was asked for could not be written there\n"
+    assert (code, errors) == (1, words)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        code, _, errors = opd(command, stdout=closed)
+    assert (code, errors) == (0, "")
+
+
+def test_a_terminal_without_a_report_s_characters() -> None:
+    code = "from opd_async.telemetry.terminal import show; print('first'); show('━━ naïve')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=PATIENCE_S)
+    assert (out.returncode, out.stdout) == (0, b"first\n== na\\xefve\n")
 
 
 def test_completion_knows_every_command_and_option() -> None:
