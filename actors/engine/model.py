@@ -3,7 +3,7 @@
     Batch (numpy) -> transformers decoder over PagedCache -> LM head on the wanted rows only -> StepResult (numpy)
 
 The model and its code are transformers'; any causal LM whose attention goes through AttentionInterface works
-(Qwen3, Qwen2, Llama). Runs on the engine's single model thread.
+(Qwen3, Qwen2, Llama, Mistral, Gemma 3). Runs on the engine's single model thread.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ UPDATE_DEADLINE_S = 60.0
 def step_seconds(cost: TrainCost, command: m.Train) -> float:
     """Virtual seconds of a step: every sequence forwarded and backward, the LM head on trained rows."""
     lengths = command.sequence_lengths.astype(np.float64)
-    forwarded = float((lengths * (cost.token_s + cost.pair_s * lengths / 2)).sum())
+    forwarded = float((lengths * cost.token_s + cost.pairs.seconds(lengths)).sum())
     return cost.floor_s + forwarded + cost.row_s * len(command.rows)
 
 

@@ -64,7 +64,7 @@ def _layer(shape: ModelShape, stage: int, ours: str, theirs: str, expert_size: i
         _columns(
             stage, f"{attention}linear_proj.weight", f"{attn}o_proj.weight", (hidden, shape.heads * shape.head_dim)
         ),
-        _whole(stage, f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", hidden),
+        *_norms_around_mlp(shape, stage, ours, theirs),
         *_mlp(shape, stage, f"{ours}mlp.", f"{theirs}mlp.", expert_size),
     ]
     if shape.qkv_bias:
@@ -73,6 +73,18 @@ def _layer(shape: ModelShape, stage: int, ours: str, theirs: str, expert_size: i
         result.insert(2, _whole(stage, f"{attention}q_layernorm.weight", f"{attn}q_norm.weight", shape.head_dim))
         result.insert(3, _whole(stage, f"{attention}k_layernorm.weight", f"{attn}k_norm.weight", shape.head_dim))
     return result
+
+
+def _norms_around_mlp(shape: ModelShape, stage: int, ours: str, theirs: str) -> list[Slot]:
+    """The norm before the MLP; with Gemma's, which has other names, those behind attention and MLP as well."""
+    names = {f"{ours}pre_mlp_layernorm.weight": f"{theirs}post_attention_layernorm.weight"}
+    if shape.gemma:
+        names = {
+            f"{ours}self_attention.linear_proj.post_norm.weight": f"{theirs}post_attention_layernorm.weight",
+            f"{ours}pre_mlp_layernorm.weight": f"{theirs}pre_feedforward_layernorm.weight",
+            f"{ours}mlp.linear_fc2.post_norm.weight": f"{theirs}post_feedforward_layernorm.weight",
+        }
+    return [_whole(stage, name, hf_name, shape.hidden) for name, hf_name in names.items()]
 
 
 def _mlp(shape: ModelShape, stage: int, ours: str, theirs: str, expert_size: int) -> list[Slot]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from opd_async.data import decoder
-from opd_async.data.decoder import ARCHITECTURES, ExpertShape, ModelShape, RopeShape
+from opd_async.data.decoder import ARCHITECTURES, ExpertShape, ModelShape
+from opd_async.data.rope_shape import RopeShape
 from opd_async.errors import InputError
 from opd_async.learner.errors import ModelError
 

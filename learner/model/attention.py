@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional
 
-from opd_async.learner.model.context import Piece
+from opd_async.learner.model.architecture import ModelShape
+from opd_async.learner.model.context import Piece, Segment
 from opd_async.learner.model.layout import Packing
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
@@ -49,11 +51,13 @@ class PackedAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: Any,
         attention_type: str,
-        softmax_scale: float | None = None,
+        shape: ModelShape,
         **_unused: Any,
     ) -> None:
         super().__init__(config=config)
-        self.scale = softmax_scale
+        layer = layer_number - 1
+        self.scale = shape.score_scale(layer)
+        self.window = shape.window if layer in shape.windowed else None
 
     def forward(
         self,
@@ -92,7 +96,8 @@ class PackedAttention(MegatronModule):
             piece.key_bounds,
             *piece.longest,
             scale=self.scale,
-            window_size=(-1, 0),  # causal, where the last query of a sequence sees its last key
+            # causal, where the last query of a sequence sees its last key
+            window_size=(-1 if self.window is None else self.window - 1, 0),
             **shared,
         )
         assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are asked for
@@ -113,10 +118,7 @@ class PackedAttention(MegatronModule):
             key_NKLD, value_NKLD = (
                 _batched(t, segment.first_key, segment.count, segment.reach) for t in (keys, values)
             )
-            mask = None
-            if segment.length < segment.reach:
-                mask = torch.ones(segment.length, segment.reach, dtype=torch.bool, device=query_PHE.device)
-                mask = mask.tril(segment.reach - segment.length)
+            mask = _mask(segment, self.window, query_PHE.device)
             output_NHLD = functional.scaled_dot_product_attention(
                 query_NHLD,
                 key_NKLD,
@@ -128,6 +130,28 @@ class PackedAttention(MegatronModule):
             )
             outputs.append(output_NHLD.transpose(1, 2).flatten(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _mask(segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
+    """bool[length, reach]: which keys a query sees; None where it is every key up to its own."""
+    ahead = segment.reach - segment.length
+    narrow = window is not None and window < segment.reach
+    if not ahead and not narrow:
+        return None
+    mask = torch.ones(segment.length, segment.reach, dtype=torch.bool, device=device).tril(ahead)
+    return mask.triu(ahead - window + 1) if narrow and window is not None else mask
+
+
+class LayerRopeAttention(SelfAttention):
+    """Self-attention of a model whose layers have one of two ropes: takes its layer's angles of both."""
+
+    def __init__(self, config: Any, submodules: Any, layer_number: int, *, shape: ModelShape, **options: Any) -> None:
+        super().__init__(config, submodules, layer_number, **options)
+        self.kind = int(layer_number - 1 in shape.windowed)
+
+    def forward(self, *inputs: Any, rotary_pos_emb: Tensor, **options: Any) -> Any:
+        """As Megatron's, with `rotary_pos_emb` [2, P, 1, 1, E]: angles of full layers, then of windowed ones."""
+        return super().forward(*inputs, rotary_pos_emb=rotary_pos_emb[self.kind], **options)
 
 
 def _batched(tensor: Tensor, start: int, count: int, length: int) -> Tensor:

@@ -1,27 +1,30 @@
-"""A Qwen3, Qwen2, Llama or Qwen3-MoE decoder as a Megatron GPTModel that returns hidden states.
+"""A decoder of one of the supported families as a Megatron GPTModel that returns hidden states.
 
 The LM head is not run here: `learner.logprobs` runs it on the trained rows only.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 from torch.nn import functional
 
+from opd_async.data.decoder import GELU
 from opd_async.learner.config import LearnerConfig
 from opd_async.learner.distributed.cpu import quiet
 from opd_async.learner.errors import ModelError
 from opd_async.learner.model.architecture import ModelShape
-from opd_async.learner.model.attention import PackedAttention
+from opd_async.learner.model.attention import LayerRopeAttention, PackedAttention
 from opd_async.learner.model.layout import PackedBatch
 from opd_async.learner.model.norm import RMSNorm
 from opd_async.learner.model.rotary import angles, inverse_frequencies
@@ -38,7 +41,7 @@ class DecoderModel(GPTModel):
     def __init__(self, config: Any, shape: ModelShape, padded_vocab: int) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=_block_spec(config),
+            transformer_layer_spec=_block_spec(config, shape),
             vocab_size=padded_vocab,
             max_sequence_length=shape.max_positions,
             position_embedding_type="none",
@@ -49,6 +52,9 @@ class DecoderModel(GPTModel):
         self.shape = shape
         frequencies = inverse_frequencies(shape.rope, shape.head_dim)
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
+        self.window_frequencies: Tensor | None
+        windowed = None if shape.window_rope is None else inverse_frequencies(shape.window_rope, shape.head_dim)
+        self.register_buffer("window_frequencies", windowed, persistent=False)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Hidden states of this pipeline stage: [P, 1, hidden], gathered over tokens on the last stage.
@@ -58,16 +64,25 @@ class DecoderModel(GPTModel):
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=batch.token_ids_P, position_ids=None)
+            if self.shape.gemma:
+                hidden = hidden * torch.tensor(self.shape.hidden**0.5, dtype=hidden.dtype)  # rounded first, as Gemma's
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=angles(self.inverse_frequencies, batch.positions_P),
+            rotary_pos_emb=self._angles(batch.positions_P),
             packed_seq_params=batch.packing,
         )
         if self.post_process and self.config.sequence_parallel:
             # every tensor-parallel rank computes the whole gradient of the gathered rows: split it, do not sum it
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden
+
+    def _angles(self, positions_P: Tensor) -> Tensor:
+        """float32[P, 1, 1, E], or [2, P, 1, 1, E] where windowed layers have angles of their own."""
+        full = angles(self.inverse_frequencies, positions_P)
+        if self.window_frequencies is None:
+            return full
+        return torch.stack([full, angles(self.window_frequencies, positions_P)])
 
     def head_weight(self) -> Tensor:
         """This rank's rows of the LM head [padded vocab / tensor size, hidden]; last pipeline stage only."""
@@ -129,7 +144,8 @@ def _transformer_config(shape: ModelShape, config: LearnerConfig, dtype: torch.d
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
         gated_linear_unit=True,
-        activation_func=functional.silu,
+        layernorm_zero_centered_gamma=shape.gemma,
+        activation_func=_gelu if shape.activation == GELU else functional.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
         qk_layernorm=shape.qk_norm,
@@ -177,7 +193,23 @@ def _expert_options(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _block_spec(config: Any) -> Any:
+_gelu = partial(functional.gelu, approximate="tanh")
+
+
+class NormedOutput(RowParallelLinear):
+    """The output projection of attention or MLP, with Gemma's norm behind it."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **options)
+        self.post_norm = RMSNorm(config, output_size, eps=config.layernorm_epsilon)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's: [tokens, 1, channels of this rank] -> [tokens, 1, hidden], and no bias."""
+        output, bias = super().forward(input_)
+        return self.post_norm(output), bias
+
+
+def _block_spec(config: Any, shape: ModelShape) -> Any:
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
@@ -186,7 +218,13 @@ def _block_spec(config: Any) -> Any:
     # Without this, Megatron files norms under the names of its fused layers, which this model does not have.
     layer.submodules.sharded_state_dict_keys_map = {}
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
+    attention.core_attention = ModuleSpec(module=PackedAttention, params={"shape": shape})
+    if shape.window_rope is not None:
+        layer.submodules.self_attention.module = LayerRopeAttention
+        layer.submodules.self_attention.params["shape"] = shape
+    if shape.gemma:
+        attention.linear_proj = NormedOutput
+        layer.submodules.mlp.submodules.linear_fc2 = NormedOutput
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

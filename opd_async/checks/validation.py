@@ -159,7 +159,7 @@ def _engine_problems(topology: Topology) -> Iterator[str]:
         if facts and section.context_tokens > facts.max_tokens:
             yield (
                 f"engines.{side}.context_tokens: {section.context_tokens}, but the {side} has "
-                f"max_position_embeddings {facts.max_tokens}; write at most {facts.max_tokens}"
+                f"{facts.limit} {facts.max_tokens}; write at most {facts.max_tokens}"
             )
         if facts and facts.has_experts and side == "student" and section.kind is EngineKind.EMBEDDED:
             yield "engines.student.kind: the embedded engine takes no updates of mixtures of experts; write sglang"

@@ -27,6 +27,8 @@ def _layer(shape: ModelShape) -> dict[str, Shape]:
         "post_attention_layernorm.weight": (hidden,),
         "self_attn.o_proj.weight": (hidden, queries),
     }
+    if shape.gemma:
+        tensors |= {f"{when}_feedforward_layernorm.weight": (hidden,) for when in ("pre", "post")}
     for name, rows in (("q", queries), ("k", keys), ("v", keys)):
         tensors[f"self_attn.{name}_proj.weight"] = (rows, hidden)
         if shape.qkv_bias:

@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 from opd_async.data.end_tokens import end_ids
 from opd_async.data.json_object import read_object
+from opd_async.data.rope_shape import positions
 from opd_async.data.weight_files import file_problems
 from opd_async.errors import InputError
 
@@ -26,7 +27,9 @@ class ModelFacts:
     heads: int
     kv_heads: int
     max_tokens: int
-    """`max_position_embeddings`."""
+    """Tokens that it has positions for: `max_position_embeddings`, or what YaRN makes of it."""
+    limit: str
+    """What that number is, for messages."""
     eos_token_ids: tuple[int, ...]
     experts: int
     """Experts of a layer, in place of its MLP; 0 for a dense model."""
@@ -43,13 +46,15 @@ def read_model(folder: Path) -> ModelFacts:
     wrong = [name for name in _SIZES if not _is_size(config.get(name))]
     if wrong:
         raise InputError(f"{folder / 'config.json'}: no whole number for {', '.join(wrong)}; give a complete config")
-    kv_heads = config.get("num_key_value_heads")
+    kv_heads, most = config.get("num_key_value_heads"), positions(config)
+    stretched = most > config["max_position_embeddings"]
     return ModelFacts(
         vocab_size=config["vocab_size"],
         layers=config["num_hidden_layers"],
         heads=config["num_attention_heads"],
         kv_heads=kv_heads if _is_size(kv_heads) else config["num_attention_heads"],
-        max_tokens=config["max_position_embeddings"],
+        max_tokens=most,
+        limit="positions, stretched by YaRN, for" if stretched else "max_position_embeddings",
         eos_token_ids=end_ids(folder),
         experts=next((config[name] for name in ("num_experts", "num_local_experts") if _is_size(config.get(name))), 0),
     )

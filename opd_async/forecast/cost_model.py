@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from opd_async.data.decoder import ARCHITECTURES, is_tied
+from opd_async.data.layer_windows import windows
 from opd_async.errors import InputError
 
 BF16 = 2
@@ -35,6 +40,9 @@ class Decoder:
     tied: bool = False
     experts: int = 0
     experts_per_token: int = 0
+    window: int = 0
+    """Tokens that a position sees in `windowed_layers`; 0 where there are none."""
+    windowed_layers: int = 0
 
     def _body(self, mlps: int) -> int:
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
@@ -67,8 +75,13 @@ class Decoder:
 
     @property
     def pair_flops(self) -> int:
-        """Operations of a forward pass for one pair of positions."""
-        return 4 * self.layers * self.heads * self.head_dim
+        """Operations of a forward pass for one pair of positions, in layers that see everything."""
+        return 4 * (self.layers - self.windowed_layers) * self.heads * self.head_dim
+
+    @property
+    def near_flops(self) -> int:
+        """Operations of a forward pass for one pair of positions within the window, in layers that have one."""
+        return 4 * self.windowed_layers * self.heads * self.head_dim
 
 
 QWEN3_8B = Decoder(layers=36, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=12288, vocab=151936)
@@ -145,37 +158,51 @@ class DecodeCost:
 
 
 @dataclass(frozen=True, slots=True)
+class Pairs:
+    """Seconds of attention: `pair_s` for each pair of positions, `near_s` for each pair within `window`."""
+
+    pair_s: float = 0.0
+    near_s: float = 0.0
+    window: int = 0
+
+    def seconds(self, tokens: Any) -> Any:
+        """Of causal attention over so many tokens; a number, or an array of them."""
+        beyond = np.maximum(tokens - self.window, 0)
+        return self.pair_s * tokens * tokens / 2 + self.near_s * (tokens * tokens - beyond * beyond) / 2
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillCost:
-    """A prefill batch takes `floor_s` + `token_s` * computed tokens + `pair_s` * pairs of positions."""
+    """A prefill batch takes `floor_s` + `token_s` * computed tokens + the seconds of `pairs`."""
 
     floor_s: float
     token_s: float
-    pair_s: float = 0.0
+    pairs: Pairs = Pairs()
 
     def tokens_s(self, cached: int, total: int) -> float:
         """Seconds for the tokens of one request behind `cached` ones, without the batch's floor."""
-        new = total - cached
-        return new * (self.token_s + self.pair_s * (cached + new / 2))
+        between = float(self.pairs.seconds(total) - self.pairs.seconds(cached))
+        return (total - cached) * self.token_s + between
 
 
 @dataclass(frozen=True, slots=True)
 class TrainCost:
-    """A step takes `floor_s` + `token_s` * forwarded tokens + `row_s` * trained tokens + `pair_s` * pairs, for the
-    learner as a whole; the LM head runs on trained rows only."""
+    """A step takes `floor_s` + `token_s` * forwarded tokens + `row_s` * trained tokens + `pairs`, for the learner
+    as a whole; the LM head runs on trained rows only."""
 
     floor_s: float
     token_s: float
     row_s: float = 0.0
-    pair_s: float = 0.0
+    pairs: Pairs = Pairs()
 
     def segment_s(self, tokens: int, rows: int) -> float:
         """Seconds for one sequence of `tokens` of which `rows` are trained."""
-        return tokens * (self.token_s + self.pair_s * tokens / 2) + rows * self.row_s
+        return tokens * self.token_s + float(self.pairs.seconds(tokens)) + rows * self.row_s
 
 
 def decode_cost(model: Decoder, device: Device, tensor_parallel: int = 1) -> DecodeCost:
     """Weights are read once a step (all experts: a batch meets them all), keys and values once; operations of one
-    request beside them."""
+    request beside them. Layers with a window count as if they read everything."""
     bandwidth = device.bandwidth * device.decode_share * tensor_parallel
     weights = model.weights - (0 if model.tied else model.head)
     flops_s = 2 * (model.body + model.head) / (device.flops * device.prefill_share * tensor_parallel)
@@ -188,7 +215,7 @@ def prefill_cost(model: Decoder, device: Device, tensor_parallel: int = 1, with_
     """A forward pass; `with_head` counts the LM head on every token, as scoring needs it."""
     flops = device.flops * device.prefill_share * tensor_parallel
     head = model.head if with_head else 0
-    return PrefillCost(PREFILL_FLOOR_S, 2 * (model.body + head) / flops, model.pair_flops / flops)
+    return PrefillCost(PREFILL_FLOOR_S, 2 * (model.body + head) / flops, _pairs(model, 1 / flops))
 
 
 def train_cost(model: Decoder, device: Device, devices: int, recompute: bool) -> TrainCost:
@@ -196,8 +223,12 @@ def train_cost(model: Decoder, device: Device, devices: int, recompute: bool) ->
     flops = device.flops * device.train_share * devices
     passes = 4 if recompute else 3
     return TrainCost(
-        TRAIN_FLOOR_S, passes * 2 * model.body / flops, 6 * model.head / flops, passes * model.pair_flops / flops
+        TRAIN_FLOOR_S, passes * 2 * model.body / flops, 6 * model.head / flops, _pairs(model, passes / flops)
     )
+
+
+def _pairs(model: Decoder, flop_s: float) -> Pairs:
+    return Pairs(model.pair_flops * flop_s, model.near_flops * flop_s, model.window)
 
 
 def sync_seconds(model: Decoder, link: Link) -> float:
@@ -212,6 +243,8 @@ def read_decoder(folder: Path) -> Decoder:
         config: dict[str, Any] = json.loads(file.read_bytes())
         heads = config["num_attention_heads"]
         experts = config.get("num_experts") or config.get("num_local_experts") or 0
+        family = _family(config)
+        window, windowed = windows(config, family) if family else (None, frozenset[int]())
         return Decoder(
             layers=config["num_hidden_layers"],
             hidden=config["hidden_size"],
@@ -220,14 +253,24 @@ def read_decoder(folder: Path) -> Decoder:
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             ffn=config["moe_intermediate_size"] if experts else config["intermediate_size"],
             vocab=config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=is_tied(config),
             experts=experts,
             experts_per_token=config["num_experts_per_tok"] if experts else 0,
+            window=window or 0,
+            windowed_layers=len(windowed),
         )
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file}: does not describe a decoder ({error!r}); give a complete config") from None
+
+
+def _family(config: Mapping[str, Any]) -> str | None:
+    """The family of a config, where it is one whose windows are known."""
+    named = config.get("architectures")
+    return ARCHITECTURES.get(str(named[0])) if isinstance(named, list) and named else None
 
 
 RESERVED_SHARE = 0.1

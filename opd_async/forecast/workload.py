@@ -83,10 +83,9 @@ class Workload:
         prompt_s = self.prefill.tokens_s(0, self.prompt_tokens)
         rollout = 1 / (step_s / per_engine + prompt_s / mean) * self.engines
         whole = length + self.prompt_tokens
-        pairs = float((whole * whole).mean()) / 2
-        scored = whole.mean() * self.score.token_s + pairs * self.score.pair_s
+        scored = whole.mean() * self.score.token_s + self.score.pairs.seconds(whole).mean()
         scored += self.score.floor_s * mean / self.batch_tokens
-        trained = whole.mean() * self.train.token_s + pairs * self.train.pair_s + mean * self.train.row_s
+        trained = whole.mean() * self.train.token_s + self.train.pairs.seconds(whole).mean() + mean * self.train.row_s
         trained += self.train.floor_s / (self.samples_per_step * budgets)
         return Rates(rollout, mean / float(scored) * self.teachers, mean / float(trained))
 

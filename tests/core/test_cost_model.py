@@ -63,6 +63,37 @@ def test_a_prefix_in_the_cache_costs_attention_only() -> None:
     assert parts == pytest.approx(whole)
 
 
+def test_a_window_bounds_the_pairs_that_attend() -> None:
+    """Half of the layers see 4 tokens: a causal triangle up to there, four a token beyond."""
+    layers = {"layers": 4, "hidden": 8, "heads": 2, "kv_heads": 2, "head_dim": 4, "ffn": 8, "vocab": 8}
+    full, near = Decoder(**layers), Decoder(**layers, window=4, windowed_layers=2)
+    costs = [prefill_cost(model, H100) for model in (full, near)]
+    short, long = ([cost.tokens_s(0, tokens) - tokens * cost.token_s for cost in costs] for tokens in (4, 10))
+    assert short[0] == pytest.approx(short[1])
+    assert long[1] / long[0] == pytest.approx((50 + 8 + 6 * 4) / 100)
+    for cost in costs:
+        assert cost.tokens_s(0, 3) + cost.tokens_s(3, 10) == pytest.approx(cost.tokens_s(0, 10))
+
+
+def test_a_config_with_windows_is_read(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 26,
+        "hidden_size": 1152,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "intermediate_size": 6912,
+        "vocab_size": 262144,
+        "sliding_window": 512,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = read_decoder(tmp_path)
+    assert (model.window, model.windowed_layers, model.tied) == (512, 22, True)
+    assert model.weights == pytest.approx(999_885_952, rel=1e-3)
+
+
 def test_no_room_for_a_cache_beside_weights_that_do_not_fit() -> None:
     assert engine_cache_tokens(QWEN3_32B, H100) > 0
     assert (

@@ -18,14 +18,28 @@ from typing import Any
 import aiohttp
 import torch
 from deadlines import patience
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from opd_async.keys import engine_environment
 from opd_async.plan.free_ports import free_ports
 
 API_KEY, ADMIN_KEY = "key-for-generation", "key-for-control"
 START_SECONDS = 90.0
-CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
+CONFIGS = {
+    "qwen3": Qwen3Config,
+    "qwen2": Qwen2Config,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "gemma3": Gemma3TextConfig,
+}
 
 
 def make_model(folder: Path, family: str = "qwen3", seed: int = 0, **overrides: Any) -> Path:

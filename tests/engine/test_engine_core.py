@@ -94,12 +94,17 @@ def test_memory_pressure_retracts_and_changes_no_result(model_folder: Path, refe
         check_greedy(reference, request)
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [
         ("llama", {"num_key_value_heads": 4}),
         ("qwen2", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("mistral", {"sliding_window": 8, "rope_parameters": YARN}),
+        ("gemma3", {"sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 20}),
     ],
 )
 def test_other_families(tmp_path: Path, family: str, overrides: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from opd_async.learner.config import LearnerConfig, ParallelConfig
+from opd_async.learner.distributed.cpu import on_this_device
 from opd_async.learner.hf.io import local_slots
 from opd_async.learner.model.architecture import read_shape
 from opd_async.learner.model.decoder import build_model
@@ -31,7 +32,7 @@ def check(folder: Path, rank: int) -> int:
     dist.init_process_group("fake", rank=rank, world_size=LAYOUT.tensor * LAYOUT.pipeline, store=FakeStore())
     parallel_state.initialize_model_parallel(LAYOUT.tensor, LAYOUT.pipeline, create_gloo_process_groups=False)
     shape = read_shape(folder)
-    with torch.device("meta"):
+    with on_this_device(), torch.device("meta"):
         model = build_model(shape, LearnerConfig(model_path=folder, parallel=LAYOUT))
     there = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     mapped = {}

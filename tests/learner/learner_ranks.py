@@ -41,7 +41,7 @@ LAYOUTS = {
     "context": ParallelConfig(context=2, timeout_s=patience(60)),
     "expert": ParallelConfig(expert=2, timeout_s=patience(60)),
 }
-BRIEF = ("qwen2",)
+BRIEF = ("qwen2", "gemma3")
 """Models of which only steps and exports are looked at: what sets them apart is their weights."""
 WITH_LOSSES = "qwen3-tied"
 """The one model on which all losses are tried: they see hidden states and a head."""

@@ -42,7 +42,7 @@ def steps(trainer: Trainer, count: int) -> list[tuple[float, float]]:
     return result
 
 
-@pytest.mark.parametrize("kind", ["qwen3-tied", "qwen2", "llama", "qwen3-moe"])
+@pytest.mark.parametrize("kind", ["qwen3-tied", "qwen2", "llama", "qwen3-moe", "mistral", "gemma3"])
 def test_there_and_back_changes_no_bit(alone: Place, tmp_path: Path, kind: str) -> None:
     hf = write_model(tmp_path / "hf", kind)
     (hf / "tokenizer.json").write_text("{}", encoding="utf-8")

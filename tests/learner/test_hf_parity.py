@@ -23,6 +23,7 @@ from opd_async.learner.trainer import Trainer
 from opd_async.transport.step_batch import MicroBatch
 
 KINDS = ["qwen3-tied", "qwen3-untied", "qwen2", "llama", "qwen3-moe", "qwen3-moe-raw"]
+KINDS += ["qwen3-yarn", "qwen2-windows", "mistral", "gemma3"]
 
 
 @pytest.fixture(params=KINDS)
@@ -120,10 +121,10 @@ def test_a_folder_that_lacks_a_tensor_is_refused_by_name(alone: Place, model_pat
     ("change", "message"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported"),
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "layer_types": None}, "sliding"),
+        ({"layer_types": ["sliding_attention"] * 2}, "sliding_attention, but use_sliding_window"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"num_hidden_layers": None}, "config.json"),
     ],
 )

@@ -73,7 +73,56 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [],
     },
 }
-PARAMETERS = {"Qwen3-8B": 8_190_735_360, "Qwen3-32B": 32_762_123_264, "Qwen3-30B-A3B": 30_532_122_624}
+MODELS |= {
+    "Mistral-7B-v0.1": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 32000,
+    },
+    "gemma-3-12b-text": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "rope_theta": 1000000,
+        "sliding_window": 1024,
+        "sliding_window_pattern": 6,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 262208,
+    },
+}
+PARAMETERS = {
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-32B": 32_762_123_264,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Mistral-7B-v0.1": 7_241_732_096,
+    "gemma-3-12b-text": 11_766_034_176,
+}
 LAYOUTS = [(2, 2), (4, 1), (1, 4)]
 """Tensor- and pipeline-parallel sizes."""
 MIDDLE_EXPERTS = re.compile(r"local_experts\.(?!(0|127)\.)")
@@ -96,6 +145,8 @@ def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
         stored = revert_weight_conversion(model, dict(model.state_dict()))
+    if config.tie_word_embeddings:
+        del stored["lm_head.weight"]
     return {key: tuple(tensor.shape) for key, tensor in stored.items()}
 
 

@@ -15,7 +15,7 @@ from threading import Timer
 import pytest
 import torch
 from deadlines import patience
-from tiny_learner import VOCAB, learner_config, write_model
+from tiny_learner import VOCAB, learner_config, micro_batch, step_batch, write_model
 from torch import Tensor
 
 from opd_async.learner.distributed.parallel import Place
@@ -119,6 +119,16 @@ def test_an_update_is_loaded_by_every_engine(trainer: Trainer, pair: list[Engine
             sender.verify(pair[1], first)
         with pytest.raises(WeightSyncError, match=r"holds model.norm.weight with checksum"):
             sender.verify(pair[0], replace(first, version=2))
+
+
+def test_a_family_with_windows_and_two_ropes_is_loaded(alone: Place, tmp_path: Path) -> None:
+    trainer = Trainer(learner_config(write_model(tmp_path / "gemma", "gemma3")))
+    with engines_of(trainer.config.model_path, 1) as engines, sender_to([one.address for one in engines]) as sender:
+        sender.connect(next(groups))
+        trainer.step(step_batch(0, [micro_batch([9, 17])]))
+        report = sender.send(hf_weights(trainer.model), 1)
+        assert {name.split(".")[-2] for name in report.checksums} >= {"post_feedforward_layernorm", "q_norm"}
+        sender.verify(engines[0].address, report)
 
 
 def test_a_report_without_checksums_proves_the_version_only(trainer: Trainer, pair: list[EngineAddress]) -> None:

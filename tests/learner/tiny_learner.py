@@ -51,6 +51,21 @@ def write_model(folder: Path, kind: str, rows: int = VOCAB) -> Path:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     }
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "beta_fast": 4.0,
+        "beta_slow": 0.5,
+        "original_max_position_embeddings": 16,
+    }
+    gemma_ropes = {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    gemma = {"num_hidden_layers": 4, "sliding_window_pattern": 2, "sliding_window": 8, "query_pre_attn_scalar": 20}
+    gemma |= {"pad_token_id": None}  # else transformers holds its row at zero
     wider = {"hidden_size": 48, "num_hidden_layers": 4, "initializer_range": 0.2}
     experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     config = {
@@ -59,6 +74,12 @@ def write_model(folder: Path, kind: str, rows: int = VOCAB) -> Path:
         "teacher": lambda: transformers.Qwen3Config(**options | wider, head_dim=16, tie_word_embeddings=False),
         "qwen2": lambda: transformers.Qwen2Config(**options, tie_word_embeddings=False),
         "llama": lambda: transformers.LlamaConfig(**options, rope_parameters=llama3, tie_word_embeddings=False),
+        "qwen3-yarn": lambda: transformers.Qwen3Config(
+            **options, head_dim=16, rope_parameters=yarn, tie_word_embeddings=True
+        ),
+        "qwen2-windows": lambda: transformers.Qwen2Config(**options, **windows, tie_word_embeddings=False),
+        "mistral": lambda: transformers.MistralConfig(**options, sliding_window=8, rope_parameters=yarn),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**options | gemma, head_dim=16, rope_parameters=gemma_ropes),
         "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**options, head_dim=16, **experts, norm_topk_prob=True),
         "qwen3-moe-raw": lambda: transformers.Qwen3MoeConfig(**options, head_dim=16, **experts, norm_topk_prob=False),
     }[kind]()
