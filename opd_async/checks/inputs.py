@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from opd_async.checks.data_sets import with_data_here
 from opd_async.checks.findings import longest_of, what_was_chosen, what_was_read
 from opd_async.checks.models import with_models_here
 from opd_async.checks.reward import require_labels
@@ -59,6 +60,8 @@ def examine_source(source: TopologySource, say: Say, *, details: bool = False) -
     if source.topology is None:
         raise InputError(list_problems(source.name, source.problems))
     named, missing = with_models_here(source.topology, say)
+    named, not_had = with_data_here(named, say)
+    missing += not_had
     broken = source.broken | {_key(text) for text in missing}
     first, _ = fitted(named)  # before the prompts' lengths are known
     found = [*missing, *(text for text in validate(first) if not _is_about(text, broken))]

@@ -37,7 +37,14 @@ class PromptsSection(Section):
     """Prompts files (JSONL or parquet) and the names of their keys."""
 
     path: FilePaths
-    """JSONL (also `.jsonl.gz`) or parquet, one prompt a row: a file, a folder, a pattern, or a list of these."""
+    """JSONL (also `.jsonl.gz`) or parquet, one prompt a row: a file, a folder, a pattern, a list of these, or a data
+    set of the hub, `hf://owner/name`."""
+    subset: str | None = None
+    """Of a data set of the hub: which of its subsets (`datasets` calls it the name of a config)."""
+    split: str | None = None
+    """Of a data set of the hub: which split, such as `test`, or a part such as `train[:1000]`. Null: `train`."""
+    revision: str | None = None
+    """Of a data set of the hub: branch, tag or commit. Null: the main branch."""
     prompt_key: str = "prompt"
     """Key of the prompt: text, or a list of chat messages. Dots lead into objects, here and in the other keys."""
     label_key: str = "label"
@@ -52,7 +59,14 @@ class CompletionsSection(Section):
     """Files (JSONL or parquet) of prompts with a response each, and the names of their keys."""
 
     path: FilePaths
-    """JSONL (also `.jsonl.gz`) or parquet, a prompt and a response a row: a file, a folder, a pattern, or a list."""
+    """JSONL (also `.jsonl.gz`) or parquet, a prompt and a response a row: a file, a folder, a pattern, a list,
+    or a data set of the hub, `hf://owner/name`."""
+    subset: str | None = None
+    """Of a data set of the hub: which of its subsets (`datasets` calls it the name of a config)."""
+    split: str | None = None
+    """Of a data set of the hub: which split, such as `test`, or a part such as `train[:1000]`. Null: `train`."""
+    revision: str | None = None
+    """Of a data set of the hub: branch, tag or commit. Null: the main branch."""
     prompt_key: str = "prompt"
     """Key of the prompt: text, or a list of chat messages."""
     completion_key: str = "completion"

@@ -37,8 +37,7 @@ def fetch_model(name: str, revision: str | None = None, *, weights: bool = True)
 def _fetch(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import constants, errors, snapshot_download  # takes half a second
 
-    for name_of_client in ("httpx", "httpx2"):  # reports each request; huggingface_hub says what matters
-        logging.getLogger(name_of_client).setLevel(logging.WARNING)
+    quiet_client()
     at = f"{name} at revision {revision}" if revision else name
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
@@ -61,14 +60,20 @@ def _fetch(name: str, revision: str | None, files: list[str]) -> Path:
                 f"once without that, with: hf download {name}"
             ) from None
         raise InputError(
-            f"{at}: no such folder here, and the hub ({constants.ENDPOINT}) could not be reached: {_reason(error)}; "
+            f"{at}: no such folder here, and the hub ({constants.ENDPOINT}) could not be reached: {reason(error)}; "
             "check the network, or HF_ENDPOINT, or write the path of a folder"
         ) from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
-        raise InputError(f"{at}: cannot be fetched from the hub: {_reason(error)}") from None
+        raise InputError(f"{at}: cannot be fetched from the hub: {reason(error)}") from None
 
 
-def _reason(error: BaseException) -> str:
+def quiet_client() -> None:
+    """Have the HTTP client report no requests: huggingface_hub says what matters."""
+    for name in ("httpx", "httpx2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def reason(error: BaseException) -> str:
     """The first line of what an error, or the error behind it, says."""
     cause = error.__cause__ or error
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]

@@ -17,7 +17,10 @@ COMMIT = "c" * 40
 
 def _handler(folder: Path, asked: list[str]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        """Models are the folders `owner/name` below `folder`; each has one revision, `main`."""
+        """Models are the folders `owner/name` below `folder`, data sets those below `folder / "datasets"`.
+
+        Each has one revision, `main`.
+        """
 
         def log_message(self, *_: object) -> None:
             pass
@@ -31,20 +34,19 @@ def _handler(folder: Path, asked: list[str]) -> type[BaseHTTPRequestHandler]:
         def _answer(self, body: bool) -> None:
             path = unquote(urlsplit(self.path).path)
             asked.append(path)
-            if path.startswith("/api/"):
-                parts = path.removeprefix("/api/models/").split("/")
-                name, revision = "/".join(parts[:2]), parts[3] if len(parts) > 3 else "main"
-            else:
-                owner, model, _, revision, *rest = path.strip("/").split("/")
-                name = f"{owner}/{model}"
-            if name == GATED:
+            parts = path.strip("/").split("/")
+            api = parts[0] == "api"
+            kind = "datasets/" if "datasets" in parts[:2] else ""
+            owner, own, *rest = parts[api + (api or kind != "") :]
+            name, revision, rest = f"{kind}{owner}/{own}", rest[1] if len(rest) > 1 else "main", rest[2:]
+            if name.removeprefix(kind) == GATED:
                 self._refuse(403, "GatedRepo")
             elif not (folder / name).is_dir():
                 self._refuse(401, "RepoNotFound")
             elif revision not in ("main", COMMIT):
                 self._refuse(404, "RevisionNotFound")
-            elif path.startswith("/api/"):
-                self._files(folder / name, name, tree="/tree/" in path)
+            elif api:
+                self._files(folder / name, f"{owner}/{own}", tree="/tree/" in path)
             else:
                 self._file(folder / name / "/".join(rest), body)
 
