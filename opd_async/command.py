@@ -62,8 +62,8 @@ def launch(arguments: argparse.Namespace, terminal: Terminal | None = None) -> N
                 f"--set {key}: every process of this machine can read it in the command line; write it into the file"
             )
     if arguments.plan:
-        topology = ready_to_plan(arguments.topology, overrides, say)
-        say(plan_text(topology, site(arguments)))
+        topology, prompt_tokens = ready_to_plan(arguments.topology, overrides, say)
+        say(plan_text(topology, site(arguments, prompt_tokens)))
         if not topology.on_one_host:
             say(f"\n{describe_hosts(topology)}")
         return

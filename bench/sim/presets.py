@@ -11,17 +11,11 @@ from __future__ import annotations
 import dataclasses
 
 from opd_async.forecast.cost_model import (
-    H100,
-    H200,
-    NETWORK_400G,
-    NVLINK,
     QWEN3_8B,
     QWEN3_30B_A3B,
     QWEN3_32B,
     DecodeCost,
     Decoder,
-    Device,
-    Link,
     PrefillCost,
     TrainCost,
     decode_cost,
@@ -30,6 +24,7 @@ from opd_async.forecast.cost_model import (
     sync_seconds,
     train_cost,
 )
+from opd_async.forecast.devices import H100, H200, NETWORK_400G, NVLINK, Device, Link
 from opd_async.forecast.lengths import Lengths, LogNormal, Zipf, typical
 from opd_async.forecast.workload import Devices, Workload
 

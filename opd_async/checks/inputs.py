@@ -79,12 +79,25 @@ def examine_source(source: TopologySource, say: Say, *, details: bool = False) -
     return topology, inputs
 
 
-def ready_to_plan(path: Path, overrides: Collection[str], say: Say) -> Topology:
-    """Read a topology of which only the models' shapes are needed. Raises `InputError` as `load_topology`."""
+def ready_to_plan(path: Path, overrides: Collection[str], say: Say) -> tuple[Topology, int | None]:
+    """Read a topology of which only the models' shapes are needed; returns it, and the mean tokens of a prompt.
+
+    The mean is None where prompts or tokenizer cannot be read, which `say` hears. Raises `InputError` as
+    `load_topology`.
+    """
     topology, missing = with_models_here(load_topology(path, list(overrides)), say, weights=False)
     if missing:
         raise InputError("\n".join(missing))
-    return fitted(topology)[0]
+    try:
+        here, problems = with_data_here(topology, say)
+        if problems:
+            raise InputError(problems[0])
+        inputs = read_inputs(fitted(here)[0], say)
+    except InputError as error:
+        say(f"prompts are not read ({str(error).splitlines()[0]}); --prompt-tokens says their mean length")
+        return fitted(topology)[0], None
+    lengths = inputs.prompts.lengths()
+    return fitted(topology, longest_of(inputs))[0], None if lengths is None else round(float(lengths.mean()))
 
 
 def read_inputs(topology: Topology, say: Say = print) -> Inputs:

@@ -16,8 +16,6 @@ from opd_async.config.topology import EngineSection, Topology, TrainOn
 from opd_async.errors import InputError
 from opd_async.forecast.cost_model import (
     Decoder,
-    Device,
-    Link,
     decode_cost,
     engine_cache_tokens,
     prefill_cost,
@@ -25,6 +23,7 @@ from opd_async.forecast.cost_model import (
     sync_seconds,
     train_cost,
 )
+from opd_async.forecast.devices import Device, Link
 from opd_async.forecast.lengths import Capped, Lengths, typical
 from opd_async.forecast.memory import Memory, engine_memory, learner_memory
 from opd_async.forecast.steps import Forecast, forecast
@@ -45,6 +44,7 @@ class Site:
     link: Link
     lengths: Lengths
     prompt_tokens: int
+    """Mean of a prompt."""
 
 
 class Models:
@@ -52,7 +52,8 @@ class Models:
 
     def __init__(self, topology: Topology, site: Site) -> None:
         critic = topology.advantage.critic.path
-        self.topology, self.site = topology, site
+        self.topology = topology
+        self.site = dataclasses.replace(site, device=site.device.part(self.devices.total))
         self.lengths = Capped(site.lengths, topology.rollout.sampling.max_response_tokens)
         self.prompt_tokens = min(site.prompt_tokens, topology.max_prompt_tokens)
         self.student: Decoder = read_decoder(topology.models.student.path)
@@ -80,15 +81,17 @@ class Models:
         ranks = section.tensor_parallel * section.pipeline_parallel * section.context_parallel
         learner = section.model_copy(update={"data_parallel": max(1, devices.learner // ranks)})
         longest = int(typical(self.lengths).max()) + self.prompt_tokens
-        engines = [engine_memory("student engine", self.student, device, student.tensor_parallel, under_way)]
+        engines = [
+            engine_memory("student engine", self.student, device, student.tensor_parallel, under_way, student.dtype)
+        ]
         for (side, _, own), model in zip(topology.engine_sides[1:], self.teachers, strict=True):
             cached = self.cache_tokens(model, own)
-            engines.append(engine_memory(f"{side} engine", model, device, own.tensor_parallel, cached))
+            engines.append(engine_memory(f"{side} engine", model, device, own.tensor_parallel, cached, own.dtype))
         return [*engines, learner_memory(self.student, device, learner, longest, self.critic)]
 
     def cache_tokens(self, model: Decoder, section: EngineSection) -> int:
         """Of one engine: what fits, and no more than an engine is told to keep that the run starts."""
-        fits = engine_cache_tokens(model, self.site.device, section.tensor_parallel)
+        fits = engine_cache_tokens(model, self.site.device, section.tensor_parallel, section.dtype)
         return min(fits, section.kv_tokens) if section.started else fits
 
 
@@ -117,14 +120,15 @@ class Forecaster(Models):
         """The topology's workload with the roles on `devices`."""
         topology, site = self.topology, self.site
         tp_student, tp_teacher = topology.engines.student.tensor_parallel, self._section.tensor_parallel
-        mean = float(typical(self.lengths).mean())
+        mean, dtype = float(typical(self.lengths).mean()), topology.engines.student.dtype
+        learner, recompute = topology.learner.dtype, topology.learner.recompute
         return Workload(
             lengths=self.lengths,
-            decode=decode_cost(self.student, site.device, tp_student),
-            prefill=prefill_cost(self.student, site.device, tp_student, with_head=False),
-            score=prefill_cost(self.teacher, site.device, tp_teacher),
-            train=train_cost(self.student, site.device, devices.learner, topology.learner.recompute),
-            sync_s=sync_seconds(self.student, site.link),
+            decode=decode_cost(self.student, site.device, tp_student, dtype),
+            prefill=prefill_cost(self.student, site.device, tp_student, with_head=False, dtype=dtype),
+            score=prefill_cost(self.teacher, site.device, tp_teacher, dtype=self._section.dtype),
+            train=train_cost(self.student, site.device, devices.learner, recompute, learner),
+            sync_s=sync_seconds(self.student, site.link, dtype),
             engines=devices.rollout // tp_student,
             teachers=devices.teacher // tp_teacher,
             slots=topology.rollout.slots,
@@ -185,7 +189,7 @@ def plan_text(topology: Topology, site: Site) -> str:
     if reason is None:
         return describe(Forecaster(topology, site))
     models = Models(topology, site)
-    head = f"memory on {models.devices.total} x {site.device.name}, computed, not measured; no forecast, which {reason}"
+    head = f"memory on {_named(models.devices, site)}; computed, not measured; no forecast, which {reason}"
     return "\n".join([head, "", *_memory_lines(models.memory(models.devices))])
 
 
@@ -196,7 +200,7 @@ def describe(forecaster: Forecaster) -> str:
     longest, asked = int(typical(forecaster.lengths).max()), int(typical(site.lengths).max())
     cut = f" (rollout.sampling.max_response_tokens; --lengths has up to {asked:,})" if asked > longest else ""
     lines = [
-        f"planned for {devices.total} x {site.device.name}, weights over {site.link.name}; computed, not measured",
+        f"planned for {_named(devices, site)}; computed, not measured",
         f"responses: mean {work.mean_tokens:,.0f}, longest {longest:,} tokens{cut}; prompts: {work.prompt_tokens:,}",
         "",
         *_stage_lines(devices, work, here),
@@ -207,6 +211,13 @@ def describe(forecaster: Forecaster) -> str:
         _split_line(forecaster, here),
     ]
     return "\n".join(lines)
+
+
+def _named(devices: Devices, site: Site) -> str:
+    """How many of which device, and what weights travel over."""
+    if site.device.shared:
+        return f"{devices.total} processes on {site.device.name}"
+    return f"{devices.total} x {site.device.name}, weights over {site.link.name}"
 
 
 def _stage_lines(devices: Devices, work: Workload, here: Forecast) -> Iterator[str]:
@@ -267,6 +278,8 @@ def _cache_lines(forecaster: Forecaster, work: Workload) -> Iterator[str]:
 
 
 def _split_line(forecaster: Forecaster, here: Forecast) -> str:
+    if forecaster.site.device.shared:
+        return "all roles share this host, each with its part: there is no split to choose"
     found = forecaster.best_split()
     if found is None:
         return f"no split of these {forecaster.devices.total} devices fits into memory"

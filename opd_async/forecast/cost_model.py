@@ -21,9 +21,12 @@ import numpy as np
 from opd_async.data.decoder import ARCHITECTURES, is_tied
 from opd_async.data.layer_windows import windows
 from opd_async.errors import InputError
+from opd_async.forecast.devices import Device, Link
 
 BF16 = 2
-GIGA = 1e9
+WIDTHS = {"float32": 4, "bfloat16": BF16, "float16": BF16}
+"""Bytes of a number, by dtype."""
+BFLOAT16 = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,38 +93,6 @@ QWEN3_30B_A3B = Decoder(
     layers=48, hidden=2048, heads=32, kv_heads=4, head_dim=128, ffn=768, vocab=151936, experts=128, experts_per_token=8
 )
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """An accelerator: peak dense bfloat16 operations and bytes per second, memory in bytes, and the shares of the peaks
-    that well-kept software reaches in decoding (memory), prefill and training (operations)."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    memory: float
-    decode_share: float = 0.75
-    prefill_share: float = 0.5
-    train_share: float = 0.4
-
-
-H100 = Device(name="H100", flops=989e12, bandwidth=3.35e12, memory=80 * GIGA)
-H200 = Device(name="H200", flops=989e12, bandwidth=4.8e12, memory=141 * GIGA)
-DEVICES = {device.name: device for device in (H100, H200)}
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """A way for weights from learner to engines: bytes per second and the share that a broadcast reaches."""
-
-    name: str
-    bandwidth: float
-    share: float = 0.8
-
-
-NVLINK = Link("NVLink", 450e9)
-NETWORK_400G = Link("400G", 50e9)
-LINKS = {link.name: link for link in (NVLINK, NETWORK_400G)}
 
 DECODE_FLOOR_S = 2e-3
 """Of a decode step: kernel launches, sampling, scheduling."""
@@ -200,27 +171,29 @@ class TrainCost:
         return tokens * self.token_s + float(self.pairs.seconds(tokens)) + rows * self.row_s
 
 
-def decode_cost(model: Decoder, device: Device, tensor_parallel: int = 1) -> DecodeCost:
+def decode_cost(model: Decoder, device: Device, tensor_parallel: int = 1, dtype: str = BFLOAT16) -> DecodeCost:
     """Weights are read once a step (all experts: a batch meets them all), keys and values once; operations of one
     request beside them. Layers with a window count as if they read everything."""
     bandwidth = device.bandwidth * device.decode_share * tensor_parallel
     weights = model.weights - (0 if model.tied else model.head)
-    flops_s = 2 * (model.body + model.head) / (device.flops * device.prefill_share * tensor_parallel)
-    return DecodeCost(
-        DECODE_FLOOR_S + weights * BF16 / bandwidth, DECODE_REQUEST_S + flops_s, model.kv_bytes / bandwidth
-    )
+    flops_s = 2 * (model.body + model.head) / (device.flops_in(dtype) * device.prefill_share * tensor_parallel)
+    width = WIDTHS[dtype]
+    kv_s = model.kv_bytes / BF16 * width / bandwidth
+    return DecodeCost(DECODE_FLOOR_S + weights * width / bandwidth, DECODE_REQUEST_S + flops_s, kv_s)
 
 
-def prefill_cost(model: Decoder, device: Device, tensor_parallel: int = 1, with_head: bool = True) -> PrefillCost:
+def prefill_cost(
+    model: Decoder, device: Device, tensor_parallel: int = 1, with_head: bool = True, dtype: str = BFLOAT16
+) -> PrefillCost:
     """A forward pass; `with_head` counts the LM head on every token, as scoring needs it."""
-    flops = device.flops * device.prefill_share * tensor_parallel
+    flops = device.flops_in(dtype) * device.prefill_share * tensor_parallel
     head = model.head if with_head else 0
     return PrefillCost(PREFILL_FLOOR_S, 2 * (model.body + head) / flops, _pairs(model, 1 / flops))
 
 
-def train_cost(model: Decoder, device: Device, devices: int, recompute: bool) -> TrainCost:
+def train_cost(model: Decoder, device: Device, devices: int, recompute: bool, dtype: str = BFLOAT16) -> TrainCost:
     """Forward and backward on `devices` together; `recompute` runs the forward of the body twice."""
-    flops = device.flops * device.train_share * devices
+    flops = device.flops_in(dtype) * device.train_share * devices
     passes = 4 if recompute else 3
     return TrainCost(
         TRAIN_FLOOR_S, passes * 2 * model.body / flops, 6 * model.head / flops, _pairs(model, passes / flops)
@@ -231,9 +204,9 @@ def _pairs(model: Decoder, flop_s: float) -> Pairs:
     return Pairs(model.pair_flops * flop_s, model.near_flops * flop_s, model.window)
 
 
-def sync_seconds(model: Decoder, link: Link) -> float:
-    """A broadcast of all weights in bfloat16, for which generation stands still."""
-    return SYNC_FLOOR_S + model.weights * BF16 / (link.bandwidth * link.share)
+def sync_seconds(model: Decoder, link: Link, dtype: str = BFLOAT16) -> float:
+    """A broadcast of all weights, for which generation stands still."""
+    return SYNC_FLOOR_S + model.weights * WIDTHS[dtype] / (link.bandwidth * link.share)
 
 
 def read_decoder(folder: Path) -> Decoder:
@@ -277,7 +250,8 @@ RESERVED_SHARE = 0.1
 """Of a device's memory: activations, CUDA context, fragments."""
 
 
-def engine_cache_tokens(model: Decoder, device: Device, tensor_parallel: int = 1) -> int:
+def engine_cache_tokens(model: Decoder, device: Device, tensor_parallel: int = 1, dtype: str = BFLOAT16) -> int:
     """Tokens whose keys and values fit beside the weights; 0 when the weights do not fit."""
-    free = device.memory * (1 - RESERVED_SHARE) * tensor_parallel - model.weights * BF16
-    return max(0, int(free / model.kv_bytes))
+    width = WIDTHS[dtype]
+    free = device.memory * (1 - RESERVED_SHARE) * tensor_parallel - model.weights * width
+    return max(0, int(free / (model.kv_bytes / BF16 * width)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 
 from opd_async.forecast.advice import Site
-from opd_async.forecast.cost_model import DEVICES, LINKS
+from opd_async.forecast.devices import CPU, DEVICES, LINKS, device_named
 from opd_async.forecast.lengths import parse_lengths
 
 LENGTHS = "2000,8000,16384"
+PROMPT_TOKENS = 200
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_site_arguments(group: argparse._ActionsContainer) -> None:
     """What is planned for."""
-    group.add_argument("--device", choices=sorted(DEVICES), default="H100", help="every role's accelerator")
+    group.add_argument(
+        "--device", choices=[*sorted(DEVICES), CPU], default="H100", help="every role's device; cpu: this host"
+    )
     group.add_argument("--link", choices=sorted(LINKS), default="NVLink", help="what weights travel over")
     group.add_argument(
         "--lengths",
@@ -28,10 +31,19 @@ def add_site_arguments(group: argparse._ActionsContainer) -> None:
         metavar="L",
         help="response lengths: MEDIAN,P99,CAP, zipf:SHORTEST,EXPONENT,CAP, or a file with one length a line",
     )
-    group.add_argument("--prompt-tokens", type=int, default=200, metavar="N", help="mean length of a prompt")
+    group.add_argument(
+        "--prompt-tokens",
+        type=int,
+        metavar="N",
+        help=f"mean length of a prompt; that of the topology's, or {PROMPT_TOKENS} where they cannot be read",
+    )
 
 
-def site(arguments: argparse.Namespace) -> Site:
-    """What the options describe. Raises `InputError` if `--lengths` cannot be read."""
-    device, link = DEVICES[arguments.device], LINKS[arguments.link]
-    return Site(device, link, parse_lengths(arguments.lengths), arguments.prompt_tokens)
+def site(arguments: argparse.Namespace, prompt_tokens: int | None) -> Site:
+    """What the options describe; `prompt_tokens` is the mean of the topology's prompts, None where it is not known.
+
+    Raises `InputError` if `--lengths` cannot be read.
+    """
+    device, link = device_named(arguments.device), LINKS[arguments.link]
+    mean = arguments.prompt_tokens or prompt_tokens or PROMPT_TOKENS
+    return Site(device, link, parse_lengths(arguments.lengths), mean)

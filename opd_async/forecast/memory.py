@@ -1,7 +1,8 @@
 """What a device of each role has to hold, in bytes, from shapes alone.
 
 Learner, for each weight of a rank's share: 2 bytes of bfloat16 and 4 of gradients; 12 of optimizer state (float32
-weights and two moments), spread over data-parallel ranks. Activations: 34 bytes * hidden for each token and layer
+weights and two moments), spread over data-parallel ranks. In float32: 4, 4, and 8, since the weights themselves are
+those that the optimizer moves. Activations: 34 bytes * hidden for each token and layer
 without recomputation (Korthikanti et al., 2022, less the attention matrix, which flash attention does not keep), else
 the layers' inputs and one layer in full.
 """
@@ -11,10 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opd_async.config.topology import LearnerSection
-from opd_async.forecast.cost_model import BF16, RESERVED_SHARE, Decoder, Device
+from opd_async.forecast.cost_model import BF16, BFLOAT16, RESERVED_SHARE, WIDTHS, Decoder
+from opd_async.forecast.devices import Device
 
 GRADIENT_BYTES = 4
-OPTIMIZER_BYTES = 12
+OPTIMIZER_BYTES = {"bfloat16": 12, "float16": 12, "float32": 8}
 LAYER_BYTES = 34
 LOGIT_COPIES = 3
 """Float32 logits, their gradient and one temporary, of `logprob_chunk_rows` rows."""
@@ -43,13 +45,16 @@ class Memory:
         return self.total <= self.device.memory
 
 
-def engine_memory(role: str, model: Decoder, device: Device, tensor_parallel: int, kv_tokens: float) -> Memory:
+def engine_memory(
+    role: str, model: Decoder, device: Device, tensor_parallel: int, kv_tokens: float, dtype: str = BFLOAT16
+) -> Memory:
     """One device of an engine that keeps `kv_tokens` tokens."""
+    width = WIDTHS[dtype]
     return Memory(
         role=role,
         device=device,
-        weights=model.weights * BF16 / tensor_parallel,
-        kv=model.kv_bytes * kv_tokens / tensor_parallel,
+        weights=model.weights * width / tensor_parallel,
+        kv=model.kv_bytes / BF16 * width * kv_tokens / tensor_parallel,
     )
 
 
@@ -64,12 +69,13 @@ def learner_memory(
     shard = section.tensor_parallel * section.pipeline_parallel
     weights = (model.weights + (critic.headless if critic is not None else 0)) / shard
     logits = LOGIT_COPIES * 4 * section.logprob_chunk_rows * model.vocab / section.tensor_parallel
-    states = GRADIENT_BYTES + OPTIMIZER_BYTES / (section.data_parallel * section.context_parallel)
-    activations = _activations(model, section, longest) + logits
+    states = GRADIENT_BYTES + OPTIMIZER_BYTES[section.dtype] / (section.data_parallel * section.context_parallel)
+    width = WIDTHS[section.dtype]
+    activations = width / BF16 * _activations(model, section, longest) + logits
     if critic is not None:
-        activations = max(activations, _activations(critic, section, longest))
+        activations = max(activations, width / BF16 * _activations(critic, section, longest))
     return Memory(
-        role="learner", device=device, weights=weights * BF16, optimizer=weights * states, activations=activations
+        role="learner", device=device, weights=weights * width, optimizer=weights * states, activations=activations
     )
 
 

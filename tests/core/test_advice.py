@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_runs import topology_data, write_lines, write_topology
 
 from opd_async.command import launch, parse_arguments
 from opd_async.config.topology import LearnerSection, StepRule, Topology
 from opd_async.errors import InputError
 from opd_async.forecast.advice import Forecaster, Site, describe, plan_text, preferred
-from opd_async.forecast.cost_model import H100, H200, NVLINK, QWEN3_8B, QWEN3_32B
+from opd_async.forecast.cost_model import QWEN3_8B, QWEN3_32B
+from opd_async.forecast.devices import DEVICES, H100, H200, NVLINK, device_named
 from opd_async.forecast.lengths import LogNormal
 from opd_async.forecast.memory import engine_memory, learner_memory
 from opd_async.forecast.workload import Devices
@@ -43,10 +45,10 @@ def topology_text(tmp_path: Path) -> dict[str, Any]:
         "name": "plan",
         "models": {name: {"path": str(tmp_path / name)} for name in ("student", "teacher")},
         "data": {"train": {"path": "none.jsonl"}},
-        "engines": {"student": {"replicas": 2}, "teacher": {"replicas": 2}},
+        "engines": {name: {"replicas": 2, "dtype": "bfloat16"} for name in ("student", "teacher")},
         "rollout": {"slots": 64},
         "schedule": {"steps": 1, "tokens_per_step": 40_000, "max_staleness": 1},
-        "learner": {"data_parallel": 4, "recompute": True},
+        "learner": {"data_parallel": 4, "recompute": True, "dtype": "bfloat16"},
     }
 
 
@@ -58,7 +60,9 @@ def test_memory_by_hand() -> None:
     engine = engine_memory("student engine", QWEN3_8B, H100, 2, 100_000)
     assert engine.weights == pytest.approx(8.19 * GIGA, rel=0.01)  # two bytes a weight on two devices
     assert engine.kv == pytest.approx(100_000 * 147_456 / 2)
-    section = LearnerSection(tensor_parallel=2, data_parallel=4, recompute=True, micro_batch_tokens=8192)
+    section = LearnerSection(
+        tensor_parallel=2, data_parallel=4, recompute=True, micro_batch_tokens=8192, dtype="bfloat16"
+    )
     learner = learner_memory(QWEN3_8B, H100, section, 4096)
     assert learner.optimizer == pytest.approx(8.19 * GIGA / 2 * (4 + 12 / 4), rel=0.01)
     kept = learner_memory(QWEN3_8B, H100, section.model_copy(update={"recompute": False}), 4096)
@@ -66,8 +70,50 @@ def test_memory_by_hand() -> None:
     assert learner_memory(QWEN3_8B, H100, section, 16384).activations > learner.activations
 
 
+def test_memory_in_float32_by_hand() -> None:
+    """Twice the bytes of weights, caches and activations; no second copy of the weights in the optimizer."""
+    engine = engine_memory("student engine", QWEN3_8B, H100, 2, 100_000, "float32")
+    assert engine.weights == pytest.approx(8.19 * GIGA * 2, rel=0.01)
+    assert engine.kv == pytest.approx(100_000 * 147_456)
+    halves, wide = (
+        learner_memory(QWEN3_8B, H100, LearnerSection(data_parallel=4, micro_batch_tokens=8192, dtype=dtype), 4096)
+        for dtype in ("bfloat16", "float32")
+    )
+    assert wide.weights == pytest.approx(2 * halves.weights)
+    assert wide.optimizer == pytest.approx(8.19 * GIGA * (4 + 8 / 4), rel=0.01)
+    assert halves.activations < wide.activations < 2 * halves.activations  # logits are float32 in both
+
+
+def test_a_dtype_changes_the_times(topology_text: dict[str, Any]) -> None:
+    halves = forecaster(topology_text).workload(Devices(2, 2, 4))
+    topology_text["engines"]["student"]["dtype"] = topology_text["learner"]["dtype"] = "float32"
+    wide = forecaster(topology_text).workload(Devices(2, 2, 4))
+    assert wide.train.token_s == pytest.approx(halves.train.token_s * H200.flops / H200.float32_flops)
+    assert wide.decode.kv_s == pytest.approx(2 * halves.decode.kv_s)
+    assert wide.score == halves.score
+    assert wide.sync_s > 1.5 * halves.sync_s
+
+
+def test_devices_are_those_of_their_data_sheets() -> None:
+    assert set(DEVICES) == {"A100", "B200", "H100", "H200", "L40S", "MI300X", "RTX4090"}
+    assert DEVICES["B200"].flops > DEVICES["MI300X"].flops > H100.flops > DEVICES["L40S"].flops > DEVICES["A100"].flops
+    for device in DEVICES.values():
+        assert device.flops_in("float16") == device.flops > device.flops_in("float32") > 1e13
+        assert device.part(4) is device
+
+
+def test_this_host_is_measured_and_shared(topology_text: dict[str, Any]) -> None:
+    host = device_named("cpu")
+    assert host.shared and host.flops > 1e9 and host.bandwidth > 1e8 and host.memory > 1e9
+    assert host.part(4).flops == pytest.approx(host.flops / 4)
+    text = describe(forecaster(topology_text, Site(host, NVLINK, LogNormal(500, 2000, 4096), 200)))
+    assert text.startswith("planned for 8 processes on") and "there is no split to choose" in text
+
+
 def test_a_critic_has_weights_and_optimizer_of_its_own() -> None:
-    section = LearnerSection(tensor_parallel=2, data_parallel=4, recompute=True, micro_batch_tokens=8192)
+    section = LearnerSection(
+        tensor_parallel=2, data_parallel=4, recompute=True, micro_batch_tokens=8192, dtype="bfloat16"
+    )
     alone = learner_memory(QWEN3_8B, H100, section, 4096)
     beside = learner_memory(QWEN3_8B, H100, section, 4096, QWEN3_8B)
     critic = QWEN3_8B.weights - QWEN3_8B.vocab * QWEN3_8B.hidden  # no LM head
@@ -184,6 +230,21 @@ def test_the_command_prints_the_plan(
     shown = capsys.readouterr().out
     for text in ("planned for 8 x H200", "<- bottleneck", "bubble", "GiB per device", "these 8 devices"):
         assert text in shown
+    assert "prompts are not read (" in shown and "prompts: 200" in shown  # there is neither tokenizer nor file
+
+
+def test_the_command_reads_the_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One letter is one token, and one begins each prompt: 9 and 13 tokens."""
+    data = topology_data(tmp_path)
+    data["data"] = {"train": {"path": str(write_lines(tmp_path / "p.jsonl", *({"prompt": "1" * n} for n in (8, 12))))}}
+    data.pop("evaluation", None)
+    file = write_topology(tmp_path, data)
+    words = ["--topology", str(file), "--plan", "--device", "A100", "--lengths", "20,30,32"]
+    launch(parse_arguments(words))
+    shown = capsys.readouterr().out
+    assert "prompts: 11\n" in shown and "A100" in shown
+    launch(parse_arguments([*words, "--prompt-tokens", "7"]))
+    assert "prompts: 7\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,6 @@ from hypothesis import strategies as st
 
 from opd_async.errors import InputError
 from opd_async.forecast.cost_model import (
-    H100,
-    H200,
-    NETWORK_400G,
-    NVLINK,
     QWEN3_8B,
     QWEN3_30B_A3B,
     QWEN3_32B,
@@ -27,6 +23,7 @@ from opd_async.forecast.cost_model import (
     sync_seconds,
     train_cost,
 )
+from opd_async.forecast.devices import H100, H200, NETWORK_400G, NVLINK
 
 
 @pytest.mark.parametrize(
