@@ -13,7 +13,8 @@ from opd_async.bench.sim.presets import balanced, real
 from opd_async.bench.sim.rules import Scoring, deadline_cuts, filled
 from opd_async.bench.sim.simulation import Simulation
 from opd_async.config.topology import StepRule
-from opd_async.forecast.cost_model import H200, NETWORK_400G, QWEN3_8B, QWEN3_30B_A3B
+from opd_async.forecast.cost_model import QWEN3_8B, QWEN3_30B_A3B
+from opd_async.forecast.devices import H200, NETWORK_400G
 from opd_async.forecast.steps import forecast
 from opd_async.forecast.workload import Devices
 
