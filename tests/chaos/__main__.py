@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "e2e"), str(HERE.parent), str(HERE.parents[1])]
 
 from audit import Audit, audit_run  # noqa: E402
+from deck import Deck  # noqa: E402
 from external import External  # noqa: E402
 from harness import ROOT, SLOTS, make_inputs, make_model  # noqa: E402
 from island import Island, make_island  # noqa: E402
@@ -64,25 +65,6 @@ class Total:
     def thrown(self) -> int:
         """Faults so far."""
         return sum(score.thrown for score in self.kinds.values())
-
-
-class Deck:
-    """Kinds in random order, each as often as it should before any comes more often."""
-
-    def __init__(self, chance: random.Random, every: Sequence[Kind]) -> None:
-        self._chance = chance
-        self._every = [kind for kind in every for _ in range(kind.often)]
-        self._cards: list[Kind] = []
-
-    def draw(self, regime: Regime) -> Kind:
-        """The next kind that this regime has the roles for."""
-        for _ in range(2):
-            for kind in self._cards:
-                if set(kind.roles) <= set(regime.roles):
-                    self._cards.remove(kind)
-                    return kind
-            self._cards += self._chance.sample(self._every, len(self._every))
-        raise Wrong("no kind that is thrown suits this regime")
 
 
 def throw(live: Live, kind: Kind, chance: random.Random, total: Total) -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from audit import audit_steps, left_of
+from cuts import ports
+from deck import Deck
 from faults import flip_bit
+from island import Island
 from kinds import kinds
 from regimes import REGIMES
 
@@ -84,3 +90,39 @@ def test_there_are_kinds_for_every_role_of_every_regime() -> None:
     roles = {role for kind in kinds() for role in kind.roles}
     assert roles == {role for regime in REGIMES for role in regime.roles}
     assert {regime.bound is None for regime in REGIMES} == {True, False}, "both ways of making steps"
+
+
+def test_every_kind_comes_as_often_as_it_should() -> None:
+    every = [kind for kind in kinds() if set(kind.roles) <= set(REGIMES[0].roles)]
+    deck = Deck(random.Random(1), every)
+    deals = sum(kind.often for kind in every)
+    thrown = Counter(deck.draw(REGIMES[0]).name for _ in range(2 * deals))
+    assert thrown == {kind.name: 2 * kind.often for kind in every}
+
+
+def test_nothing_is_cut_where_the_network_may_not_be() -> None:
+    assert {kind.name for kind in kinds()} - {kind.name for kind in kinds(cuttable=False)} == {
+        kind.name for kind in kinds() if " cut for " in kind.name
+    }
+
+
+def test_what_appears_in_a_folder_is_named(tmp_path: Path) -> None:
+    island = Island(True, [tmp_path])
+    (tmp_path / "before").touch()
+    before = island.present()
+    (tmp_path / "torchelastic_x").mkdir()
+    (tmp_path / "torchelastic_x" / "inner").touch()
+    assert island.left_since(before) == [f"left behind: {tmp_path / 'torchelastic_x'}"]
+
+
+def test_cuts_are_of_ports_of_the_plan() -> None:
+    plan: Any = SimpleNamespace(
+        control="tcp://127.0.0.1:1",
+        scored="tcp://127.0.0.1:2",
+        batches="tcp://127.0.0.1:3",
+        chunks=("tcp://127.0.0.1:4",),
+        student_engines=("http://127.0.0.1:5",),
+        teacher_engines=("http://127.0.0.1:6", "http://127.0.0.1:7"),
+    )
+    found = {of: ports(plan, of) for of in ("control", "scored", "batches", "chunks", "students", "teachers")}
+    assert list(found.values()) == [[1], [2], [3], [4], [5], [6, 7]]

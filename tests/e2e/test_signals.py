@@ -27,9 +27,9 @@ from harness import (
 )
 
 
-@pytest.mark.parametrize("rule", ["deadline", "filled"])
-def test_interrupt_saves_and_resume_goes_on(inputs: Path, tmp_path: Path, rule: str) -> None:
-    values = topology(inputs, tmp_path, schedule__steps=1000, schedule__rule=rule)
+def test_sigterm_saves_and_resume_goes_on(inputs: Path, tmp_path: Path) -> None:
+    """In the middle of a step that is filled while it runs."""
+    values = topology(inputs, tmp_path, schedule__steps=1000, schedule__rule="filled")
     file = write_topology(values, tmp_path / "run.yaml")
     folder = tmp_path / "run"
     with Launch(file) as run:
@@ -47,9 +47,13 @@ def test_interrupt_saves_and_resume_goes_on(inputs: Path, tmp_path: Path, rule: 
         assert run.wait() == 0, run.text()
     check_trained(folder, 1, step + 2)
     assert left_running(tmp_path, inputs) == []
+    check_first_steps(folder, 1, step + 1)
+
+
+def check_first_steps(folder: Path, *first: int) -> None:
+    """What is generated first after a start is of the student's present weights: no others, and no teacher."""
     rows = {row["step"]: row for row in steps(folder)}
-    for row in (rows[1], rows[step + 1]):  # the first after the start, and the first after resuming
-        # what was generated first came from the student's own weights, not from the teacher's, older or initial ones
+    for row in (rows[step] for step in first):
         assert row["learner_staleness_max"] == 0
         assert abs(row["learner_ratio_mean"] - 1.0) < 1e-3 and row["learner_ratio_std"] < 1e-3
 
@@ -89,6 +93,9 @@ def test_a_stopped_run_leaves_report_curve_and_commands_that_work(inputs: Path, 
         step = stopped(folder)
         assert f"saved after step {step} of 1000; go on with --resume" in run.text()
         commands = next_commands(run.text())
+    assert left_running(tmp_path, inputs) == []
+    assert loud_lines(folder) == [], "an orderly stop is no fault"
+    check_trained(folder, 1, step)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert report["steps"] == step and (folder / "learning_curve.png").is_file()
     assert report["trained_tokens"] == sum(row["tokens"] for row in steps(folder))
@@ -98,6 +105,7 @@ def test_a_stopped_run_leaves_report_curve_and_commands_that_work(inputs: Path, 
     resume = f"{commands['the other steps']} --set schedule.steps={step + 1}"
     subprocess.run(resume, shell=True, cwd=ROOT, env=environment(), check=True, capture_output=True)
     check_trained(folder, 1, step + 1)
+    check_first_steps(folder, 1, step + 1)
 
 
 def test_a_signal_while_processes_start(inputs: Path, tmp_path: Path) -> None:

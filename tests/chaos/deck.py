@@ -1,0 +1,29 @@
+"""Which fault comes next: kinds in random order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from kinds import Kind
+from live import Wrong
+from regimes import Regime
+
+
+class Deck:
+    """Kinds in random order, each as often as it should before any comes more often."""
+
+    def __init__(self, chance: random.Random, every: Sequence[Kind]) -> None:
+        self._chance = chance
+        self._every = [kind for kind in every for _ in range(kind.often)]
+        self._cards: list[Kind] = []
+
+    def draw(self, regime: Regime) -> Kind:
+        """The next kind that this regime has the roles for."""
+        for _ in range(2):
+            for kind in self._cards:
+                if set(kind.roles) <= set(regime.roles):
+                    self._cards.remove(kind)
+                    return kind
+            self._cards += self._chance.sample(self._every, len(self._every))
+        raise Wrong("no kind that is thrown suits this regime")
