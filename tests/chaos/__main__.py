@@ -155,6 +155,8 @@ def table(total: Total) -> str:
 def prepared(root: Path, island: Island, chance: random.Random, until: float, only: str) -> Chaos:
     """The models and prompts of every run, and the deck of the kinds that match `only`."""
     thrown = [kind for kind in kinds(island.own) if re.search(only, kind.name)]
+    if not thrown:
+        raise SystemExit(f"--only {only!r} matches none of: {', '.join(kind.name for kind in kinds(island.own))}")
     inputs = root / "inputs"
     inputs.mkdir()
     make_inputs(inputs)
@@ -180,9 +182,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="opd-chaos-") as name:
             chance, until = random.Random(arguments.seed), began + 60 * arguments.minutes
             chaos = prepared(Path(name), island, chance, until, arguments.only)
+            suited = [regime for regime in REGIMES if chaos.deck.suits(regime)]
             while total.thrown < arguments.faults and time.monotonic() < chaos.until:
                 count = min(arguments.per_run, arguments.faults - total.thrown)
-                chaos.run(REGIMES[total.runs % len(REGIMES)], count, total)
+                chaos.run(suited[total.runs % len(suited)], count, total)
         print(f"{table(total)}\n{time.monotonic() - began:.0f} s, seed {arguments.seed}")
         json.dump(_values(total), file, indent=1)
     return 1 if total.wrong else 0

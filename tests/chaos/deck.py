@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 
 from kinds import Kind
-from live import Wrong
 from regimes import Regime
 
 
@@ -18,6 +17,10 @@ class Deck:
         self._every = [kind for kind in every for _ in range(kind.often)]
         self._cards: list[Kind] = []
 
+    def suits(self, regime: Regime) -> bool:
+        """Whether a run of this regime has the roles for any kind."""
+        return any(set(kind.roles) <= set(regime.roles) for kind in self._every)
+
     def draw(self, regime: Regime) -> Kind:
         """The next kind that this regime has the roles for."""
         for _ in range(2):
@@ -26,4 +29,4 @@ class Deck:
                     self._cards.remove(kind)
                     return kind
             self._cards += self._chance.sample(self._every, len(self._every))
-        raise Wrong("no kind that is thrown suits this regime")
+        raise AssertionError(f"no kind suits {regime.name}")

@@ -49,7 +49,7 @@ def hang_s() -> float:
 
 def age_s() -> float:
     """Seconds after its start from which a process is surely up and heard."""
-    return 4 * hang_s()
+    return min(4 * hang_s(), 60.0)
 
 
 class Wrong(Exception):
