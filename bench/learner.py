@@ -223,15 +223,16 @@ def _reset_peak() -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the kernel's name for: reset VmHWM
-    return _status("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def _peak() -> int:
     """The most bytes in use since `_reset_peak`."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status_bytes("VmHWM")
 
 
-def _status(key: str) -> int:
+def status_bytes(key: str) -> int:
+    """Bytes under a key of this process's status, such as `VmRSS`."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 

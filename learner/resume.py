@@ -15,7 +15,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from opd_async.files import reserve, storage_failure, unwritten
 from opd_async.learner.average import PREFIX as AVERAGE
 from opd_async.learner.average import MovingTeacher
 from opd_async.learner.checkpoints import fixes as checkpoint_fixes
-from opd_async.learner.checkpoints.model import UNREADABLE, cause, holds, load_model
+from opd_async.learner.checkpoints.model import UNREADABLE, cause, holds, load_model, without_copies
 from opd_async.learner.critic.value_model import PREFIX
 from opd_async.learner.distributed.cpu import on_this_device, quiet
 from opd_async.learner.errors import CheckpointError
@@ -66,6 +66,7 @@ def _write(state: dict[str, Any], folder: Path, device: torch.device) -> None:
     """Have all ranks write their parts. Raises `StorageError` on every rank where there is no room."""
     _make_folder(folder, _bytes(state), device)
     try:
+        without_copies(state)
         metadata = {"distrib_optim_sharding_type": OPTIMIZER_FORMAT}
         dist_checkpointing.save(state, str(folder), content_metadata=metadata)
     except UNREADABLE as error:
@@ -200,7 +201,8 @@ def _sharded(learning: _Learning, *, loading: bool) -> dict[str, Any]:
     }
     prefix = learning.prefix
     model = learning.model.sharded_state_dict(prefix=prefix, metadata=metadata)
-    with checkpoint_fixes.padded_buckets(learning.optimizer):
+    in_place = nullcontext() if loading else checkpoint_fixes.states_in_place(learning.optimizer)
+    with checkpoint_fixes.padded_buckets(learning.optimizer), in_place:
         parts = [
             part.sharded_state_dict(model, is_loading=loading, metadata=metadata)["param_state"]
             for part in learning.optimizer.chained_optimizers

@@ -29,8 +29,9 @@ from opd_async.data.rope import rope_problem
 from opd_async.data.weight_files import plain_problems
 from opd_async.errors import InputError
 
-# LM head rows x vocabulary held at once, in float32 elements (256 MiB).
-LOGITS_ELEMENTS = 1 << 26
+# LM head rows x vocabulary held at once, in float32 elements: 256 MiB on an accelerator. A CPU is as fast with 32 MiB,
+# and its memory is the host's.
+LOGITS_ELEMENTS, LOGITS_ELEMENTS_CPU = 1 << 26, 1 << 23
 
 # Size of the KV pool when none is asked for: whichever of the two is smaller.
 DEFAULT_POOL_TOKENS = 1 << 18
@@ -134,7 +135,8 @@ class ModelRunner:
         index_R = torch.from_numpy(rows.index_R).to(self.device)
         target_R = torch.from_numpy(rows.target_R).to(self.device)
         # A long prompt's logits would not fit in memory at once.
-        chunk = max(1, LOGITS_ELEMENTS // self.vocab_size)
+        elements = LOGITS_ELEMENTS_CPU if self.device.type == "cpu" else LOGITS_ELEMENTS
+        chunk = max(1, elements // self.vocab_size)
         found: list[FloatArray] = []
         tops: list[TopRows] = []
         chosen_ids: list[list[FloatArray]] = [[] for _ in rows.spans]

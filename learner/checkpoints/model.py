@@ -39,8 +39,7 @@ def save_model(model: DecoderModel, folder: Path) -> None:
     dist.barrier()
     with quiet(), on_this_device():
         state = _weights(model)
-        for tensor in nested_values(state):
-            tensor.data = _own_bytes(tensor.data)
+        without_copies(state)
         dist_checkpointing.save({"model": state}, str(folder))
     dist.barrier()
 
@@ -103,6 +102,14 @@ def _weights(model: DecoderModel, prefix: str = "") -> dict[str, Any]:
     apply_factories(state)
     assert all(isinstance(value, ShardedTensor) for value in nested_values(state))
     return state
+
+
+def without_copies(state: dict[str, Any]) -> None:
+    """Prepare a described state for writing: the library copies every tensor on the CPU that is a view of another."""
+    apply_factories(state)
+    for tensor in nested_values(state):
+        if isinstance(tensor, ShardedTensor) and tensor.data is not None:
+            tensor.data = _own_bytes(tensor.data)
 
 
 def _own_bytes(tensor: Tensor) -> Tensor:

@@ -52,7 +52,18 @@ ORDER: dict[str, tuple[str, ...]] = {
         *("teacher", "average", "trainer", "weights", "from_topology", "resume", "beats", "convert", "main"),
     ),
     "bench": (
-        *("sim", "schedules", "sweeps", "baselines", "forecasts", "crosscheck", "convert", "learner", "weights"),
+        *(
+            "sim",
+            "schedules",
+            "sweeps",
+            "baselines",
+            "forecasts",
+            "crosscheck",
+            "convert",
+            "learner",
+            "memory",
+            "weights",
+        ),
         *("resume", "soak", "teacher", "wire", "learning", "peers"),
     ),
 }

@@ -13,6 +13,7 @@ import torch
 from deadlines import patience
 from engine_harness import load_reference, make_model, reference_logprobs
 
+from opd_async.actors.engine import model as engine_model
 from opd_async.actors.engine.core import EngineCore, PauseMode
 from opd_async.actors.engine.errors import ApiError
 from opd_async.actors.engine.metrics import EngineMetrics
@@ -119,6 +120,24 @@ def test_other_families(tmp_path: Path, family: str, overrides: dict[str, Any]) 
 
     host(make_runner(folder, 400), use, pool_tokens=400, prefill_budget=20)
     reference = load_reference(folder)
+    for request in requests:
+        check_greedy(reference, request)
+
+
+def test_scores_do_not_depend_on_how_many_rows_are_scored_at_once(
+    model_folder: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of 7 rows at a time, across the borders of requests."""
+    monkeypatch.setattr(engine_model, "LOGITS_ELEMENTS_CPU", 7 * 96)
+    rng = np.random.default_rng(2)
+    requests = [make_request(str(i), rng.integers(0, 96, 5 + 9 * i).tolist(), 2, start=0) for i in range(4)]
+
+    async def use(core: EngineCore) -> None:
+        for request in requests:
+            core.submit(request)
+        await finished(requests)
+
+    host(make_runner(model_folder, 400), use, pool_tokens=400, prefill_budget=200)
     for request in requests:
         check_greedy(reference, request)
 

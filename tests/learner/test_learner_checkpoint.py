@@ -9,6 +9,8 @@ from traceback import StackSummary
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from tiny_learner import learner_config, micro_batch, step_batch, write_model
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -43,6 +45,30 @@ def test_resuming_continues_bit_for_bit(alone: Place, model_path: Path, tmp_path
     assert steps(resumed, 4) == expected
     for ours, theirs in zip(resumed.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_written_are_the_states_themselves(
+    alone: Place, model_path: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library would copy what is a view of a larger memory, and gather what it need not: three times everything."""
+    trainer = Trainer(learner_config(model_path, dtype=dtype))
+    steps(trainer, 1)
+    inner = trainer.optimizer.chained_optimizers[0].optimizer
+    moments = {state[key].data_ptr() for state in inner.state.values() for key in ("exp_avg", "exp_avg_sq")}
+    masters = {parameter.data_ptr() for group in inner.param_groups for parameter in group["params"]}
+    weights = {parameter.data_ptr() for parameter in trainer.model.parameters()}
+    written: list[torch.Tensor] = []
+
+    def save(state: dict[str, object], *_: object, **__: object) -> None:
+        written.extend(one.data for one in nested_values(state) if isinstance(one, ShardedTensor))
+
+    monkeypatch.setattr(resume.dist_checkpointing, "save", save)
+    resume.save(trainer, tmp_path / "learner")
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in written)
+    assert moments | masters | weights <= {tensor.data_ptr() for tensor in written}
+    states = 3 * sum(parameter.numel() for group in inner.param_groups for parameter in group["params"]) * 4
+    assert sum(tensor.nbytes for tensor in written) == states + sum(p.nbytes for p in trainer.model.parameters())
 
 
 def test_a_checkpoint_before_the_first_step(alone: Place, model_path: Path, tmp_path: Path) -> None:
