@@ -36,6 +36,10 @@ from opd_async.learner.weights.lane import Lane
 
 FIRST_SLOWER = 5
 """With NCCL the first broadcast of a group may take so many times the deadline of others."""
+NCCL_HINT = (
+    "; it was the first broadcast of its group, in which NCCL connects the members: NCCL_DEBUG=WARN makes both sides "
+    "say what it did not like"
+)
 
 
 class WeightSender(WeightTransport):
@@ -159,7 +163,12 @@ class WeightSender(WeightTransport):
         bodies = [body] * len(self.addresses)
         first, self._fresh = self._fresh, False
         deadline_s = self._first_s if first else self._engines.timeout_s
-        self._engines.together("/update_weights_from_distributed", bodies, broadcasting, timeout_s=deadline_s)
+        try:
+            self._engines.together("/update_weights_from_distributed", bodies, broadcasting, timeout_s=deadline_s)
+        except WeightSyncError as error:
+            if first and self._backend == "nccl":
+                raise WeightSyncError(f"{error}{NCCL_HINT}") from error
+            raise
 
     def _broadcast(self, payload: Sequence[Tensor], ready: Any) -> None:
         failure = self._lane.broadcast(self._group, payload, ready)

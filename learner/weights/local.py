@@ -12,19 +12,25 @@ an engine's HTTP answer   the engine     timeout_s, names the engine
 from __future__ import annotations
 
 import base64
+import io
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import torch.multiprocessing
 from torch import Tensor
+from torch.multiprocessing import reductions
 
 from opd_async.learner.errors import WeightSyncError
 from opd_async.learner.hf.files import Spec, write_folder
 from opd_async.learner.weights.base import SendReport, Tally, WeightTransport
 from opd_async.learner.weights.buckets import Bucket, buckets
 from opd_async.learner.weights.engine_http import EngineAddress
+
+DEVICE_ARGUMENT = 6
+"""Where torch's `rebuild_cuda_tensor` is told the device."""
 
 
 class LocalTransport(WeightTransport):
@@ -88,7 +94,23 @@ class TensorSender(LocalTransport):
 
 def _handles(tensors: list[tuple[str, Tensor]]) -> str:
     """Base64 of pickled (name, handle) pairs; the memory stays ours and must not go before the engine has answered."""
-    return base64.b64encode(ForkingPickler.dumps(tensors)).decode()
+    buffer = io.BytesIO()
+    pickler = ForkingPickler(buffer)
+    pickler.dispatch_table = pickler.dispatch_table | {Tensor: _handle}
+    pickler.dump(tensors)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _handle(tensor: Tensor) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Reduce a tensor to a handle that names its GPU by UUID, which SGLang looks up among those that it sees.
+
+    torch says the index that the GPU has in this process; an engine that sees others would open the handle elsewhere.
+    """
+    rebuild, arguments = reductions.reduce_tensor(tensor)
+    if rebuild is not reductions.rebuild_cuda_tensor:
+        return rebuild, arguments
+    uuid = str(torch.cuda.get_device_properties(arguments[DEVICE_ARGUMENT]).uuid)
+    return rebuild, (*arguments[:DEVICE_ARGUMENT], uuid, *arguments[DEVICE_ARGUMENT + 1 :])
 
 
 class DiskSender(LocalTransport):

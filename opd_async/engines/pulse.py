@@ -6,7 +6,8 @@ the present step.
 
 SGLang's HTTP side answers `/model_info` even when its scheduler, another process, stands still. What says that the
 scheduler lives is `/health_generate`: anything that the scheduler sends answers it, also between the batches of a long
-prefill. `/ready` says 503 while somebody has paused it.
+prefill. `/ready` says 503 while somebody has paused it. Both say little in the middle of a weight update; there
+`/server_info`, which the scheduler has to answer too, says whether it came out of one.
 """
 
 from __future__ import annotations
@@ -67,6 +68,24 @@ async def says_yes(session: aiohttp.ClientSession, url: str, route: str, key: st
         async with session.get(f"{url}{route}", headers=headers, timeout=timeout) as response:
             return None if response.status in (401, 403, 404, 405) else response.status == 200
     except (aiohttp.ClientError, TimeoutError, OSError):
+        return False
+
+
+async def stands_still(session: aiohttp.ClientSession, url: str, key: str | None, wait_s: float) -> bool:
+    """Ask what only an engine's scheduler can answer; True if the engine takes the question and answers nothing.
+
+    An engine that nobody can reach does not stand still: it has ended, or is on its way up. On cancel: nothing has
+    changed.
+    """
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        timeout = aiohttp.ClientTimeout(total=wait_s)
+        async with session.get(f"{url}/server_info", headers=headers, timeout=timeout) as response:
+            await response.read()
+            return False
+    except TimeoutError:
+        return True
+    except (aiohttp.ClientError, OSError):
         return False
 
 

@@ -216,6 +216,7 @@ class Script:
             self._progress.say(f"weights were not sent ({reply.error}); trying again")
             self._state.engine_group += 1
             await asyncio.sleep(self._deadlines.backoff_s)
+            await dispatcher.watch.end_stuck_engines(self._engines_to_reach())
             for url in self._engines_to_reach():
                 await dispatcher.fleet.wait_for_engine(RoleKind.STUDENT_ENGINE, url)
         else:

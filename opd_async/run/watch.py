@@ -21,13 +21,13 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol
 
 import aiohttp
 
 from opd_async.cluster.fleet import Fleet
-from opd_async.engines.pulse import Pulse, go_on, says_yes, take_pulse
+from opd_async.engines.pulse import Pulse, go_on, says_yes, stands_still, take_pulse
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.barrier import Barrier, BarrierState
 from opd_async.run.state import RESYNC, UPDATE, RunState
@@ -148,6 +148,22 @@ class Watch:
     def unanswered(self, role: str, problem: str) -> None:
         """Kill a role that beats but does not answer what it was asked."""
         self._hangs(role, problem)
+
+    async def end_stuck_engines(self, urls: Sequence[str]) -> None:
+        """Kill each of these engines that a failed weight update has left standing still; name those of others.
+
+        NCCL tells nobody that a member of a group has died: the others wait in its broadcast for half an hour, while
+        their HTTP side answers as ever. On cancel: some have been killed.
+        """
+        wait_s = min(HEALTH_S, self._settings.heartbeat_deadline_s / 2)
+        async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
+            asked = {
+                url: group.create_task(stands_still(session, url, self._reach.plan.section(url).api_key, wait_s))
+                for url in urls
+            }
+        for url, question in asked.items():
+            if question.result():
+                self._hangs(self._engines.get(url) or url, f"no answer in {wait_s:g} s after a failed weight update")
 
     def _hangs(self, who: str, problem: str) -> None:
         role = self._ranks.get(who, who)

@@ -112,3 +112,45 @@ async def test_a_step_that_a_signal_left_halfway_gets_its_row(tmp_path: Path) ->
     checkpoints.step_folder(tmp_path / "checkpoints", 2).mkdir(parents=True)
     await stopping
     assert rows == [1, 2]
+
+
+async def test_what_a_failed_update_left_standing_is_ended_before_the_next_try(tmp_path: Path) -> None:
+    told: list[Any] = []
+    dispatcher: Any = FakeDispatcher(tmp_path)
+
+    async def close() -> None:
+        told.append("closed")
+
+    async def opened(version: int, *, new: bool) -> None:
+        told.append(("opened", version))
+
+    async def end_stuck_engines(urls: list[str]) -> None:
+        told.append(("looked at", tuple(urls)))
+
+    async def wait_for_engine(_: Any, url: str) -> None:
+        told.append(("waited for", url))
+
+    dispatcher.metrics = defaultdict(lambda: SimpleNamespace(set=lambda _: None))
+    dispatcher.barrier = SimpleNamespace(close=close, open=opened)
+    dispatcher.fleet = SimpleNamespace(students_to_reach=lambda: ["a", "b"], wait_for_engine=wait_for_engine)
+    dispatcher.watch = SimpleNamespace(end_stuck_engines=end_stuck_engines)
+    dispatcher.leasing = SimpleNamespace(look_again=lambda: None)
+    script = Script(dispatcher, None, 1, Progress(lambda line: None, 10))
+    script._deadlines = script._deadlines.model_copy(update={"backoff_s": 0.0})
+    errors = ["a did not answer", None]
+
+    async def ask(command: m.SyncWeights) -> m.LearnerReply:
+        told.append((command.group, command.verify))
+        return m.LearnerReply("SyncWeights", 1, errors.pop(0), {})
+
+    script._learner = SimpleNamespace(ask=ask)  # type: ignore[assignment]
+    assert await script._update_weights(verify=False) == 1
+    assert told == [
+        "closed",
+        ("opd-0", False),
+        ("looked at", ("a", "b")),
+        ("waited for", "a"),
+        ("waited for", "b"),
+        ("opd-1", True),
+        ("opened", 1),
+    ]

@@ -16,6 +16,7 @@ from small_runs import small_topology
 
 from opd_async.cluster.supervisor import Exit
 from opd_async.engines.pulse import Pulse, parse_pulse
+from opd_async.plan.free_ports import free_ports
 from opd_async.plan.plan import RoleKind
 from opd_async.plan.resolve import make_plan
 from opd_async.run import watch as watch_module
@@ -253,6 +254,55 @@ async def test_what_is_behind_an_http_side_is_asked(
     assert run.said == said
     assert set(server.continued) == ({"Bearer a"} if server.continued else set())
     assert bool(server.continued) == any(state.get(name, False) for name in ("paused", "stopped"))
+
+
+async def test_an_engine_that_a_failed_update_left_standing_is_killed(
+    run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its HTTP side takes the question, its scheduler does not answer. One that nobody reaches is on its way up."""
+
+    over = asyncio.Event()
+
+    async def stands(_: web.Request) -> web.Response:
+        await over.wait()
+        return web.Response()
+
+    async def answers(_: web.Request) -> web.Response:
+        return web.json_response({"tp_size": 1})
+
+    runners, urls = [], []
+    for handler in (stands, answers, stands):
+        app = web.Application()
+        app.router.add_get("/server_info", handler)
+        runners.append(web.AppRunner(app))
+        await runners[-1].setup()
+        await web.TCPSite(runners[-1], "127.0.0.1", 0).start()
+        urls.append(f"http://127.0.0.1:{runners[-1].addresses[0][1]}")
+    nobody = f"http://127.0.0.1:{free_ports('127.0.0.1', 1)[0]}"
+    ours = dict(zip((*urls[:2], nobody), ("student-engine-0", "student-engine-1", "student-engine-2"), strict=True))
+    roles = [
+        SimpleNamespace(
+            kind=RoleKind.STUDENT_ENGINE, host="127.0.0.1", ports={"http": url.rpartition(":")[2]}, name=name
+        )
+        for url, name in ours.items()
+    ]
+    run.plan = SimpleNamespace(  # type: ignore[assignment]
+        section=lambda _: SimpleNamespace(api_key="k"), roles=roles, student_engines=[*urls, nobody], teacher_engines=[]
+    )
+    run.fleet.supervisor.running = tuple(ours.values())
+    monkeypatch.setattr(watch_module, "HEALTH_S", 0.3)
+    try:
+        await run.watch.end_stuck_engines([*urls, nobody])
+    finally:
+        over.set()
+        for runner in runners:
+            await runner.cleanup()
+    assert run.killed == ["student-engine-0"]
+    problem = "no answer in 0.3 s after a failed weight update"
+    assert run.said == [
+        f"student-engine-0 hangs: {problem}; killing it, see logs/student-engine-0.log",
+        f"{urls[2]}: {problem}; the run did not start it, so whoever did must restart it",
+    ]
 
 
 def test_what_an_engine_says_of_itself() -> None:
