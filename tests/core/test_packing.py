@@ -14,14 +14,19 @@ from numpy.typing import NDArray
 from opd_async.estimators.topk import TopK
 from opd_async.scheduling.assembly import Segment
 from opd_async.scheduling.packing import from_message, mean_over_responses, micro_batch, pack, to_message
-from opd_async.transport.step_batch import MicroBatch, StepBatch
+from opd_async.transport.step_batch import MicroBatch, StepBatch, TeacherPrompts
 from opd_async.transport.wire import decode, encode
 
 VERSION = 7
 
 
-def segment(sample_id: int, prompt: int, start: int, count: int, k: int = 0, rewarded: bool = False) -> Segment:
-    """Every token, logprob, version and top-k tells which sample and position it belongs to."""
+def segment(
+    sample_id: int, prompt: int, start: int, count: int, k: int = 0, rewarded: bool = False, read: bool = False
+) -> Segment:
+    """Every token, logprob, version and top-k tells which sample and position it belongs to.
+
+    `read`: the teacher reads another prompt than the student, but for every fourth sample.
+    """
     end = start + count
     rng = np.random.default_rng(sample_id)
     return Segment(
@@ -36,7 +41,13 @@ def segment(sample_id: int, prompt: int, start: int, count: int, k: int = 0, rew
         versions=np.sort(rng.integers(3, VERSION + 1, count)).astype(np.int32),
         topk=topk_of(1000 * sample_id + prompt + np.arange(start, end), k) if k else None,
         reward=_reward(sample_id) if rewarded else None,
+        teacher_prompt=_read(sample_id) if read and sample_id % 4 else None,
     )
+
+
+def _read(sample_id: int) -> NDArray[np.int32]:
+    """What the teacher reads in place of the sample's prompt."""
+    return (-1000 * sample_id - np.arange(sample_id % 7 + 1)).astype(np.int32)
 
 
 def _reward(sample_id: int) -> float:
@@ -55,8 +66,8 @@ def steps(draw: st.DrawFn) -> tuple[list[Segment], int, int]:
     """(segments, ranks, micro_batch_tokens)"""
     sizes = draw(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 20), st.integers(1, 20)), max_size=12))
     k = draw(st.sampled_from([0, 3]))
-    rewarded = draw(st.booleans())
-    segments = [segment(index, *size, k, rewarded) for index, size in enumerate(sizes)]
+    rewarded, read = draw(st.booleans()), draw(st.booleans())
+    segments = [segment(index, *size, k, rewarded, read) for index, size in enumerate(sizes)]
     return segments, draw(st.integers(1, 4)), draw(st.integers(1, 60))
 
 
@@ -89,6 +100,20 @@ def wanted(segments: Sequence[Segment]) -> list[tuple[int, float, float, int]]:
     )
 
 
+def read_in(mb: MicroBatch) -> list[tuple[int, list[int]] | None]:
+    """Of each sequence the length of the prompt that the teacher does not read, and what it reads in its place."""
+    if mb.teacher_prompts is None:
+        return [None] * len(sequences(mb))
+    ids, found = mb.teacher_prompts.token_ids.tolist(), list[tuple[int, list[int]] | None]()
+    for own, length in zip(
+        mb.teacher_prompts.prompt_lengths_N.tolist(), mb.teacher_prompts.lengths_N.tolist(), strict=True
+    ):
+        found.append((own, ids[:length]) if length else None)
+        ids = ids[length:]
+    assert not ids
+    return found
+
+
 def assert_same(left: StepBatch, right: StepBatch) -> None:
     assert (left.version, left.loss_tokens) == (right.version, right.loss_tokens)
     assert len(left.micro_batches) == len(right.micro_batches)
@@ -98,6 +123,12 @@ def assert_same(left: StepBatch, right: StepBatch) -> None:
         for field in dataclasses.fields(MicroBatch):
             a, b = getattr(one, field.name), getattr(two, field.name)
             optional = field.name in ("weights", "rewards") and not len(one.rows)
+            if isinstance(a, TeacherPrompts):
+                assert isinstance(b, TeacherPrompts)
+                for c, d in zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True):
+                    assert c.dtype == d.dtype
+                    np.testing.assert_array_equal(c, d)
+                continue
             if field.name != "topk" and not optional and (a is not None or b is not None):
                 assert a.dtype == b.dtype, field.name
                 np.testing.assert_array_equal(a, b, field.name)
@@ -126,6 +157,10 @@ def test_every_row_once_and_ranks_in_step(step: tuple[list[Segment], int, int]) 
             if mb.rewards is not None:
                 np.testing.assert_equal(mb.rewards[index], np.float32(_reward(sample_id)))
             np.testing.assert_array_equal(mb.token_ids[piece], segments[sample_id].token_ids)
+        assert read_in(mb) == [
+            None if s.teacher_prompt is None else (s.prompt_tokens, s.teacher_prompt.tolist())
+            for s in (segments[int(mb.token_ids[piece.start]) // 1000] for piece in sequences(mb))
+        ]
 
 
 @settings(max_examples=60, deadline=None)
