@@ -23,7 +23,7 @@ from opd_async.forecast.workload import Workload
 
 CASES: tuple[tuple[StepRule, int | None], ...] = (
     *((StepRule.DEADLINE, staleness) for staleness in (1, 2, 4)),
-    *((StepRule.FILLED, staleness) for staleness in (1, 2, 4, None)),
+    *((StepRule.FILLED, staleness) for staleness in (0, 1, 2, 4, None)),
 )
 WARMUP, STEPS = 8, 16
 

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from opd_async.config.topology import EngineSection, Topology, TrainOn
+from opd_async.config.topology import EngineSection, StepRule, Topology, TrainOn
 from opd_async.errors import InputError
 from opd_async.forecast.cost_model import (
     Decoder,
@@ -98,8 +98,10 @@ class Models:
 def uncovered(topology: Topology) -> str | None:
     """Why the steps of a topology cannot be forecast; None if they can."""
     schedule = topology.schedule
-    if schedule.train_on is not TrainOn.TOKENS or schedule.max_staleness == 0:
-        return "covers schedule.train_on tokens with schedule.max_staleness of at least 1"
+    if schedule.train_on is not TrainOn.TOKENS:
+        return "covers schedule.train_on tokens"
+    if schedule.max_staleness == 0 and schedule.rule is not StepRule.FILLED:
+        return "covers schedule.max_staleness 0 with schedule.rule filled only"
     if len(topology.teachers) != 1:
         return "covers one teacher on engines of its own, in models.teacher"
     return None

@@ -17,7 +17,7 @@ Segments = list[tuple[int, int]]
 
 
 class FilledFlow:
-    """Steps of `tokens_per_step` with bound `staleness` >= 1; None: nothing is ever cut."""
+    """Steps of `tokens_per_step` with bound `staleness`; None: nothing is ever cut. 0: a full step drains."""
 
     def __init__(self, tokens_per_step: int, staleness: int | None) -> None:
         self._budget, self._staleness = tokens_per_step, staleness
@@ -28,6 +28,8 @@ class FilledFlow:
         """When the learner became free, or was last seen without anything to do."""
         self._part_end = math.inf
         self._closing = False
+        self._drains = False
+        """Generation stands still until the weights that the open step makes are there."""
         self._settle_at: list[float] = []
         """Computed tokens from which on all tokens of the weights before version 1, 2, ... are scored."""
         self._began = 0.0
@@ -48,7 +50,9 @@ class FilledFlow:
         return self._bound(flow, self._due(flow.version + 1)) - room >= LARGEST_NEXT_STEP * self._budget
 
     def stands(self, flow: Flow) -> bool:
-        """The next step is bound to be too large."""
+        """The open step drains, or the next one is bound to be too large."""
+        if self._drains:
+            return True
         if not self._overfull(flow):
             return False
         self._admission.held()
@@ -87,10 +91,14 @@ class FilledFlow:
         flow.update(self._free_at)
         self._settle_at.append(flow.queued)
         self._free_at = self._began = flow.resume_at
-        self._taken, self._busy_s, self._closing = 0, 0.0, False
+        self._taken, self._busy_s, self._closing, self._drains = 0, 0.0, False, False
 
     def _settled(self, flow: Flow, due: int) -> bool:
         """Whether every token of weights `due` or older is scored."""
+        if due == flow.version:  # those that are generating now
+            self._drains = True
+            flow.send(flow.position > flow.sent)
+            return flow.scored >= flow.queued
         return not 0 <= due < len(self._settle_at) or flow.scored >= self._settle_at[due]
 
     def _round(self, flow: Flow) -> Segments | None:

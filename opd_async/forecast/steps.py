@@ -42,17 +42,15 @@ class Forecast:
 
 
 def forecast(work: Workload, staleness: int | None, rule: StepRule = StepRule.DEADLINE) -> Forecast:
-    """Steps by `rule` with bound `staleness` >= 1 under `work`; None, no bound, with filled steps alone.
+    """Steps by `rule` with bound `staleness` under `work`; None, no bound, with filled steps alone.
 
-    Raises `ValueError` below 1, where every step drains, and for deadline cuts without a bound.
+    Raises `ValueError` for deadline cuts without a bound, and for those with 0, where every step drains.
     """
     steps: Steps
-    if staleness is not None and staleness < 1:
-        raise ValueError("a forecast needs max_staleness >= 1")
     if rule is StepRule.FILLED:
         steps = FilledFlow(work.tokens_per_step, staleness)
-    elif staleness is None:
-        raise ValueError("a forecast of deadline cuts needs a max_staleness")
+    elif not staleness:
+        raise ValueError("a forecast of deadline cuts needs a max_staleness of at least 1")
     else:
         steps = DeadlineSteps(work.tokens_per_step, staleness)
     flow, rates = begin(work, staleness), work.rates()

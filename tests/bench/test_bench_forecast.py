@@ -45,6 +45,9 @@ DEADLINE, FILLED = StepRule.DEADLINE, StepRule.FILLED
         ("8B on H200", DEADLINE, 2),
         ("forgetful", DEADLINE, 1),
         ("forgetful", DEADLINE, 2),
+        ("balanced", FILLED, 0),
+        ("fast learner", FILLED, 0),
+        ("8B on H200", FILLED, 0),
         ("balanced", FILLED, 1),
         ("balanced", FILLED, 2),
         ("balanced", FILLED, 4),
@@ -81,9 +84,7 @@ def test_the_presets_are_compared_and_the_largest_deviation_is_named(
     assert f"largest deviation: {largest:.1%}" in capsys.readouterr().out
 
 
-def test_a_forecast_needs_a_bound_above_zero() -> None:
-    for rule in StepRule:
-        with pytest.raises(ValueError, match="max_staleness >= 1"):
-            forecast(WORKLOADS["balanced"], 0, rule)
-    with pytest.raises(ValueError, match="needs a max_staleness"):
-        forecast(WORKLOADS["balanced"], None, DEADLINE)
+@pytest.mark.parametrize("staleness", [0, None])
+def test_deadline_cuts_are_forecast_with_a_bound_above_zero(staleness: int | None) -> None:
+    with pytest.raises(ValueError, match="a max_staleness of at least 1"):
+        forecast(WORKLOADS["balanced"], staleness, DEADLINE)

@@ -247,7 +247,7 @@ def test_the_command_reads_the_prompts(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schedule": {"steps": 1, "max_staleness": 0}}, "max_staleness of at least 1"),
+        ({"schedule": {"steps": 1, "max_staleness": 0}}, "max_staleness 0 with schedule.rule filled only"),
         ({"schedule": {"steps": 1, "train_on": "samples"}}, "train_on tokens"),
     ],
 )

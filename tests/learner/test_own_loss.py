@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -60,9 +61,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sys.modules.pop("loss_hooks", None)
 
 
-def test_it_is_found_in_the_folder_where_the_run_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_imports_later_is_found_where_the_run_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("loss_more.py").write_text("FACTOR = 3")
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(Path.cwd()))])
     OwnLoss("loss_hooks:reverse")
+    assert importlib.import_module("loss_more").FACTOR == 3
+    del sys.modules["loss_more"]
 
 
 def trainer(model_path: Path, config: LossConfig) -> Trainer:

@@ -297,6 +297,19 @@ def test_what_is_reported_of_a_teacher_that_knows_more(alone: Place, model_path:
     assert trainer.step(step_batch(2, [batch])).plain_kl is not None
 
 
+def test_the_share_of_frequent_tokens_in_a_sampled_signal(alone: Place, model_path: Path) -> None:
+    """The signal is log q - log p of the sampled token, as a teacher's engine scored it."""
+    batch = micro_batch([5, 23, 30, 11])
+    trainer = Trainer(learner_config(model_path, loss=LossConfig(loss="reverse_kl"), frequent_tokens=4))
+    with torch.no_grad():
+        table = logits(hf(model_path), batch, as_teacher=False).double().log_softmax(-1)
+    targets = torch.from_numpy(batch.token_ids[batch.rows + 1].astype("int64"))
+    signal = (torch.from_numpy(batch.teacher_logprobs).double() - table.gather(1, targets[:, None])[:, 0]).abs()
+    frequent = torch.argsort(-torch.bincount(targets, minlength=33), stable=True)[:4]
+    share = float(signal[torch.isin(targets, frequent)].sum() / signal.sum())
+    assert trainer.gradients(step_batch(0, [batch])).mean("frequent_signal") == pytest.approx(share, abs=1e-5)
+
+
 def cut(batch: MicroBatch, at: int) -> list[MicroBatch]:
     """Each sequence as two steps' segments: up to its `at`-th row, and from there on, with all before it as context."""
     found = []
