@@ -112,6 +112,8 @@ class Chaos:
             found = audit_run(live.folder, regime.bound, 2 * SLOTS)
             found.left += live.left
         found.left += self.island.left_since(before)
+        if found.wrong:
+            print(live.text()[-5000:], flush=True)
         _add(found, regime, thrown, total)
 
     def _throw_all(self, live: Live, regime: Regime, faults: int, thrown: list[str], total: Total) -> None:
