@@ -28,6 +28,7 @@ quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 
 # Two workers: whole runs spend much of their time waiting for processes to start.
 test: install
+	requirements/tools.sh
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Faults at random, thrown at whole runs; `make chaos CHAOS="--faults 500"` takes hours.

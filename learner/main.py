@@ -36,12 +36,13 @@ from opd_async.learner.trainer import Trainer
 from opd_async.learner.weights.base import WeightTransport
 from opd_async.learner.weights.make import make_transport
 from opd_async.learner.weights.proof import Proof, check_proof, make_proof
-from opd_async.plan.plan import Plan, RoleKind
+from opd_async.plan.plan import Plan, RoleKind, counters_file
 from opd_async.process import configure_logging, die_with_parent, report_failure
 from opd_async.role import role_arguments
 from opd_async.run.checkpoints import SHARDS, chosen, shards
 from opd_async.scheduling.packing import from_message
 from opd_async.telemetry.exporter import RoleMetrics
+from opd_async.telemetry.features import features_of
 from opd_async.transport import messages as m
 from opd_async.transport.bounds import receive
 from opd_async.transport.door import Passport
@@ -236,8 +237,9 @@ def run(plan: Plan) -> None:
         with Beats(plan.control, place.rank) as beats:
             trainer = Trainer(config)
             _restore(plan, trainer)
-            metrics = RoleMetrics("learner")
             mine = plan.role_of_rank(place.rank)
+            kept = counters_file(plan.run_folder, mine.name) if place.rank == 0 else None
+            metrics = RoleMetrics("learner", features_of(plan.topology), kept)
             port = mine.ports["metrics"] if place.rank == 0 else 0
             rank = Rank(plan=plan, trainer=trainer, link=link, rank=place.rank, metrics=metrics, beats=beats)
             with metrics.serve(mine.host, port):

@@ -21,9 +21,10 @@ import zmq.asyncio
 from opd_async.clock import Clock
 from opd_async.errors import InputError
 from opd_async.keys import RunKeys, incarnation
-from opd_async.plan.plan import Plan, RoleKind, RolePlan
+from opd_async.plan.plan import Plan, RoleKind, RolePlan, counters_file
 from opd_async.process import configure_logging, stop_event
 from opd_async.telemetry.exporter import RoleMetrics, loop_lag
+from opd_async.telemetry.features import features_of
 from opd_async.transport.channels import ControlClient
 from opd_async.transport.door import Door, Passport
 from opd_async.transport.messages import Heartbeat, Hello
@@ -130,7 +131,7 @@ class Role:
         """
         mine = plan.role(kind, index)
         configure_logging(mine.name)
-        metrics = RoleMetrics(kind.value)
+        metrics = RoleMetrics(kind.value, features_of(plan.topology), counters_file(plan.run_folder, mine.name))
         signalled = stop_event(asyncio.get_running_loop())
         context = zmq.asyncio.Context()
         with (

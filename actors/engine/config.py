@@ -31,6 +31,7 @@ class EngineConfig:
     api_key: str | None = None
     admin_api_key: str | None = None
     metrics_port: int | None = None
+    counters_file: Path | None = None
     skip_tokenizer_init: bool = False
     weight_timeout: float = 300.0
     seed: int = 0
@@ -49,11 +50,20 @@ _HELP = {
     "api_key": "bearer key for generation and information routes",
     "admin_api_key": "bearer key for weight, pause, abort and flush routes",
     "metrics_port": "serve /metrics on a port of its own as well",
+    "counters_file": "keep the counters of /metrics there, and go on with them",
     "skip_tokenizer_init": "ids in, ids out; no text",
     "weight_timeout": "deadline for joining a weight group and for each broadcast",
     "threads": "torch threads of the model",
 }
-_TYPES = {"model_path": Path, "port": int, "metrics_port": int, "weight_timeout": float, "seed": int, "threads": int}
+_TYPES = {
+    "model_path": Path,
+    "port": int,
+    "metrics_port": int,
+    "counters_file": Path,
+    "weight_timeout": float,
+    "seed": int,
+    "threads": int,
+}
 _FROM_ENVIRONMENT = {"api_key": API_KEY_ENV, "admin_api_key": ADMIN_API_KEY_ENV}
 """Every process of the machine can read a command line."""
 _COUNTS = {

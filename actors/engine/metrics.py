@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from prometheus_client import generate_latest
 
 from opd_async.telemetry.exporter import RoleMetrics
@@ -10,8 +12,9 @@ from opd_async.telemetry.exporter import RoleMetrics
 class EngineMetrics:
     """The `opd_engine_*` part of the catalogue in `opd_async.telemetry.metrics`, by short names."""
 
-    def __init__(self) -> None:
-        metrics = RoleMetrics("engine")
+    def __init__(self, counters_file: Path | None = None) -> None:
+        """Counters go on from `counters_file`, and are kept there."""
+        metrics = RoleMetrics("engine", counters_file=counters_file)
         self.registry = metrics.registry
         self.running = metrics["opd_engine_running_requests"]
         self.waiting = metrics["opd_engine_waiting_requests"]

@@ -63,7 +63,7 @@ def build_engine(config: EngineConfig) -> Engine:
     )
     codec = None if config.skip_tokenizer_init else load_codec(config.model_path)
     context = config.context_length or int(runner.config.max_position_embeddings)
-    engine_metrics = EngineMetrics()
+    engine_metrics = EngineMetrics(config.counters_file)
     # The slot table has a column per context token, so the context bounds every sequence.
     limits = Limits(runner.pool_tokens, context, config.max_running_requests, config.chunked_prefill_size)
     stop_check = codec.matched_stop if codec else None

@@ -65,6 +65,8 @@ class StepTaker:
         self._filter = GroupFilter(topology.schedule.filter, topology.rollout.group_size)
         self._figures = StepFigures(topology, role.metrics)
         self._shown = ShownSamples(topology.telemetry.samples_per_step)
+        if (bound := topology.schedule.max_staleness) is not None:
+            self._metrics["opd_intake_bound_steps"].set(bound)
         self.assembler = Assembler()
         self.steps = 0
         """Optimizer steps taken so far, resumed ones included: the next step starts from weights of this version."""
@@ -234,6 +236,8 @@ class StepTaker:
         self._metrics["opd_intake_steps_total"].inc()
         self._metrics["opd_intake_cuts_total"].inc(stats["cuts"])
         self._metrics["opd_intake_recompute_tokens_total"].inc(stats["recomputed_tokens"])
+        ages = np.flatnonzero(staleness)
+        self._metrics["opd_intake_oldest_steps"].set(float(ages[-1]) if len(ages) else None)
         for age, count in enumerate(staleness):
             if count:
                 self._metrics["opd_intake_staleness_steps"].observe(age, int(count))

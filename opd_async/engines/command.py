@@ -18,11 +18,12 @@ def engine_command(
     ports: dict[str, int],
     seed: int,
     keys_file: Path | None = None,
+    counters_file: Path | None = None,
 ) -> tuple[str, ...]:
     """Make the command of one replica on its `devices`; `ports` has `http`, and `metrics` for the embedded engine.
 
     The command holds no keys, because every process of the machine can read it. The embedded engine reads its keys from
-    the environment, SGLang from `keys_file`.
+    the environment, SGLang from `keys_file`. The embedded engine keeps the counters of its metrics in `counters_file`.
 
     Replicas need different seeds: they must not sample the same random numbers.
     """
@@ -40,6 +41,7 @@ def engine_command(
         "--threads": section.threads,
         "--seed": seed,
         "--metrics-port": ports["metrics"],
+        "--counters-file": counters_file,
     }
     given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
     return (sys.executable, "-m", "opd_async.actors.engine.server", *given)

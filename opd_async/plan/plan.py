@@ -26,6 +26,15 @@ class RoleKind(StrEnum):
     LEARNER = "learner"
 
 
+COUNTERS_FOLDER = "counters"
+"""Below the run's folder: what each process has counted, for the one that follows it."""
+
+
+def counters_file(run_folder: Path, process: str) -> Path:
+    """Where a process of a run keeps its counters."""
+    return run_folder / COUNTERS_FOLDER / f"{process}.json"
+
+
 class RolePlan(Section):
     """One process of the run. The launcher itself (supervisor and dispatcher) is not among them."""
 
@@ -83,6 +92,18 @@ class Plan(Section):
     def teacher_engines(self) -> tuple[str, ...]:
         """Base URL of each teacher engine, of all teachers."""
         return tuple(url for urls in self.teacher_urls.values() for url in urls)
+
+    @property
+    def device_count(self) -> int:
+        """How many devices the run's processes use; the processors of a host are one."""
+        return len({(role.node, device) for role in self.roles for device in role.devices})
+
+    @property
+    def engine_names(self) -> dict[str, str]:
+        """What each engine is called, by its base URL: the role that it is, or its URL where the run starts none."""
+        kinds = (RoleKind.STUDENT_ENGINE, RoleKind.TEACHER_ENGINE)
+        started = {f"http://{role.host}:{role.ports['http']}": role.name for role in self.roles if role.kind in kinds}
+        return {url: started.get(url, url) for url in (*self.student_engines, *self.teacher_engines)}
 
     def section(self, url: str) -> EngineSection:
         """What the topology says of the engine at `url`."""

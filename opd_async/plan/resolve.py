@@ -20,7 +20,7 @@ from opd_async.engines.command import engine_command, engine_environment
 from opd_async.errors import InputError
 from opd_async.plan.free_ports import free_ports
 from opd_async.plan.placement import CPU, CUDA, Spot, place
-from opd_async.plan.plan import Plan, RoleKind, RolePlan
+from opd_async.plan.plan import Plan, RoleKind, RolePlan, counters_file
 
 LAUNCHER = "launcher"
 PLAN_FILE = "plan.json"
@@ -211,8 +211,9 @@ def _role(
             if section.kind is EngineKind.SGLANG:
                 own["metrics"] = own["http"]  # SGLang serves them beside its API
             seed = topology.seed + index
-            keys_file = topology.folder / KEYS_FOLDER / f"{_name(kind, index)}.yaml"
-            command = engine_command(section, model.path, devices, host, own, seed, keys_file)
+            name = _name(kind, index)
+            keys_file, counters = topology.folder / KEYS_FOLDER / f"{name}.yaml", counters_file(topology.folder, name)
+            command = engine_command(section, model.path, devices, host, own, seed, keys_file, counters)
         case RoleKind.LEARNER:
             # each rank takes the CUDA device of its local rank among those that it can see
             indices = [device.removeprefix("cuda:") for device in devices if device.startswith("cuda:")]

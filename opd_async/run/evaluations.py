@@ -38,6 +38,8 @@ class Evaluations:
         """
         assert self._evaluator is not None
         count, ledger = self._section.prompts, self._dispatcher.ledger
+        for found in ledger.books.evaluations[-1:]:  # of an earlier launch
+            self._export(found)
         names = [name for name in self._dispatcher.plan.teacher_urls if self._evaluator.prompts_of(name, count)]
         asked = self._section.teacher and self._section.judge != "teacher"  # it is no distance from itself
         teachers = [name for name in names if asked and self._who(name) not in ledger.books.teachers]
@@ -76,8 +78,18 @@ class Evaluations:
         evaluation = await self._evaluator.evaluate(kind, count, step, deadline_s, teacher)
         who = "student" if teacher is None else self._who(teacher)
         self._dispatcher.ledger.evaluation(evaluation, who)
+        if teacher is None:
+            self._export(evaluation)
         self._progress.evaluation(who, evaluation)
         return evaluation
+
+    def _export(self, found: Evaluation) -> None:
+        """Give the figures of the student's last evaluation to Prometheus."""
+        metrics = self._dispatcher.metrics
+        figures = {"step": found.step, "score": found.pass_at_1, "reverse_kl": found.reverse_kl}
+        for name, value in figures.items():
+            if value is not None:
+                metrics[f"opd_launcher_evaluation_{name}"].labels("held_out").set(value)
 
     def begin(self, step: int) -> None:
         """Start an evaluation beside training, if one is due after `step`; the next weight update waits for it."""

@@ -109,8 +109,8 @@ class Ledger:
         self._carried.clear()
         return found
 
-    def step(self, started: StepStarted, learner: dict[str, float], sync_s: float, engines_s: float) -> None:
-        """One optimizer step is done and its weights are in the engines; writes a row of metrics.jsonl."""
+    def step(self, started: StepStarted, learner: dict[str, float], sync_s: float, engines_s: float) -> dict[str, Any]:
+        """One optimizer step is done and its weights are in the engines; writes and returns its row."""
         step = started.version + 1
         row: dict[str, Any] = {
             "step": step,
@@ -120,11 +120,21 @@ class Ledger:
             "weight_sync_s": sync_s,
             "engines_blocked_s": engines_s,
         }
+        if row["seconds"] > 0.0:
+            row["tokens_per_device_s"] = started.stats["tokens"] / row["seconds"] / max(self.plan.device_count, 1)
+        row |= self._last_evaluation()
         row |= {f"learner_{name}": value for name, value in learner.items()}
         row["staleness_counts"] = started.staleness_counts.tolist()
         self.books.step(row)
         self._write(row)
         self.on_row("step", row)
+        return row
+
+    def _last_evaluation(self) -> dict[str, float]:
+        """What the student's last evaluation has found, as columns of a step's row."""
+        found = self.books.evaluations[-1] if self.books.evaluations else None
+        columns = {} if found is None else {"score": found.pass_at_1, "reverse_kl": found.reverse_kl}
+        return {f"evaluation_{name}": value for name, value in columns.items() if value is not None}
 
     def evaluation(self, evaluation: Evaluation, who: str) -> None:
         """File one evaluation of the `student`, the `teacher`, or `teacher <name>` where there are several."""

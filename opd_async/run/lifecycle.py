@@ -33,7 +33,7 @@ from opd_async.data.completions import Mix
 from opd_async.errors import StorageError
 from opd_async.files import storing
 from opd_async.keys import RunKeys
-from opd_async.plan.plan import Plan, RoleKind
+from opd_async.plan.plan import Plan, RoleKind, counters_file
 from opd_async.process import leaves
 from opd_async.role import ATTEMPT_FLOOR_ENV
 from opd_async.run import checkpoints
@@ -44,6 +44,7 @@ from opd_async.run.ledger import Ledger
 from opd_async.run.script import Script
 from opd_async.signals import Signals
 from opd_async.telemetry.exporter import RoleMetrics, loop_lag, write_targets
+from opd_async.telemetry.features import features_of
 from opd_async.telemetry.length_drift import LengthDrift
 from opd_async.telemetry.progress import Progress
 from opd_async.telemetry.report import Report
@@ -115,7 +116,7 @@ class Lifecycle:
         """
         plan = self._plan
         self._set_aside()
-        metrics = RoleMetrics("launcher")
+        metrics = self._metrics()
         self._write_targets()
         stop_deadline_s = plan.topology.supervisor.stop_deadline_s
         self.ledger = ledger = Ledger(plan=plan, skipped_prompts=self._inputs.prompts.skipped_too_long)
@@ -150,7 +151,20 @@ class Lifecycle:
                 finally:
                     dispatcher.close()
                     fleet.forget_keys()
+            self._write_targets(over=True)
             return ledger.report(fleet.restarts, dispatcher.suspects.summary())
+
+    def _metrics(self) -> RoleMetrics:
+        """The launcher's own, with a series for each process of the plan that may be counted by name."""
+        plan = self._plan
+        metrics = RoleMetrics("launcher", features_of(plan.topology), counters_file(plan.run_folder, "launcher"))
+        metrics["opd_launcher_steps_wanted"].set(plan.topology.schedule.steps)
+        started, engines = {role.name for role in plan.roles}, set(plan.engine_names.values())
+        metrics.begin("opd_launcher_restarts_total", started)
+        metrics.begin("opd_launcher_hangs_total", started | engines)
+        for name in ("opd_launcher_slow_engines_total", "opd_launcher_foreign_weights_total"):
+            metrics.begin(name, engines)
+        return metrics
 
     def checkpointed_version(self) -> int:
         """Step of the newest complete checkpoint; 0 where there is none."""
@@ -167,14 +181,19 @@ class Lifecycle:
                 f"warning: {problem.partition('; remove')[0]}; kept as {aside.name}, going back to step {found.step}"
             )
 
-    def _write_targets(self) -> None:
+    def _write_targets(self, over: bool = False) -> None:
+        """Say where metrics are; nowhere once the run is over, so that nobody misses its processes."""
         # of the learner's ranks the first serves metrics
         serving = [role for role in self._plan.roles if role.kind is not RoleKind.LEARNER or role.index == 0]
         targets = {role.name: f"{role.host}:{role.ports['metrics']}" for role in serving}
         targets["launcher"] = f"{self._plan.launcher_host}:{self._plan.launcher_metrics_port}"
-        teachers = {role.name: role.teacher for role in self._plan.roles if role.teacher}
+        labels = {
+            role.name: {name: value for name, value in (("teacher", role.teacher), ("host", role.node)) if value}
+            for role in self._plan.roles
+        }
+        name = self._plan.topology.name
         try:
-            write_targets(self._plan.run_folder / "targets.json", targets, teachers)
+            write_targets(self._plan.run_folder / "targets.json", {} if over else targets, labels, name)
         except OSError as error:  # for Prometheus: the run itself does not need it
             self._progress.say(f"targets.json cannot be written: {error}")
 

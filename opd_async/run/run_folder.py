@@ -22,7 +22,7 @@ from opd_async.config.topology import Topology
 from opd_async.config.topology_file import dump_topology, load_topology
 from opd_async.errors import InputError
 from opd_async.files import PRIVATE, write_atomically
-from opd_async.plan.plan import Plan
+from opd_async.plan.plan import COUNTERS_FOLDER, Plan
 from opd_async.plan.resolve import KEYS_FOLDER, PLAN_FILE
 from opd_async.run import checkpoints, fingerprints
 from opd_async.telemetry.samples import SAMPLES_FILE
@@ -40,6 +40,7 @@ MADE_BY_RUNS = (
     SAMPLES_FILE,
     PAGE_FILE,
     "targets.json",
+    COUNTERS_FOLDER,
     fingerprints.INPUTS_FILE,
     "checkpoints",
     "export",

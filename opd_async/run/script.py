@@ -186,7 +186,8 @@ class Script:
         dispatcher, step = self._dispatcher, reply.version
         who = "the intake's account of the step"
         started = await dispatcher.mailbox.expect(("StepStarted", step - 1), self._deadlines.start_deadline_s, who)
-        dispatcher.ledger.step(started, reply.stats, sync_s, engines_s)
+        row = dispatcher.ledger.step(started, reply.stats, sync_s, engines_s)
+        dispatcher.metrics["opd_launcher_tokens_per_device_second"].set(row.get("tokens_per_device_s"))
         dispatcher.metrics["opd_launcher_step"].set(step)
         dispatcher.metrics["opd_launcher_trained_tokens_total"].inc(started.stats["tokens"])
         if self._state.book is not None:
@@ -225,6 +226,7 @@ class Script:
             self._owed = owed
         self._state.version = reply.version
         dispatcher.metrics["opd_launcher_weight_version"].set(reply.version)
+        dispatcher.metrics["opd_launcher_step"].set(max(self._accounted, 0))
         await dispatcher.barrier.open(reply.version, new=reply.version != before)
         dispatcher.leasing.look_again()
         return int(reply.version)

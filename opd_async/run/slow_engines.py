@@ -104,9 +104,7 @@ class SlowEngines:
 
     def _name(self, url: str) -> str:
         """The role of an engine, or its address where the run did not start it."""
-        kinds = (RoleKind.STUDENT_ENGINE, RoleKind.TEACHER_ENGINE)
-        roles = (role for role in self._reach.plan.roles if role.kind in kinds)
-        return next((role.name for role in roles if f"http://{role.host}:{role.ports['http']}" == url), url)
+        return self._reach.plan.engine_names.get(url, url)
 
     def _peers(self, url: str) -> str:
         """What an engine is compared with: those of the same teacher, or all that generate."""

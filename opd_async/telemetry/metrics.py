@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from opd_async.errors import EngineFault
+
 
 class MetricKind(StrEnum):
     """How a metric behaves; the values are Prometheus's names."""
@@ -21,6 +23,18 @@ class MetricKind(StrEnum):
     """The value now."""
     HISTOGRAM = "histogram"
     """Observations counted by bucket; look at its quantiles."""
+
+
+class Feature(StrEnum):
+    """What a run may do without. Where it does, the metrics of it have no series."""
+
+    REWARDS = "rewards"
+    TEACHERS = "several teachers"
+    FILTER = "`schedule.filter`"
+    BUDGET = "`schedule.train_on: tokens`"
+    BOUND = "`schedule.max_staleness`"
+    EVALUATION = "held-out prompts"
+    SLOW_ENGINES = "`supervisor.slow_engine`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +48,11 @@ class Metric:
     buckets: tuple[float, ...] = ()
     absent: bool = False
     """A gauge that has no value until it is set, and none while it is set to None: what was not computed is not 0."""
+    begins: tuple[str, ...] = ()
+    """Values of a counter's one label that are there from the start, at 0: of a series that begins at 1, Prometheus'
+    `increase` misses the first event. Values that only a plan knows are begun by `RoleMetrics.begin`."""
+    needs: Feature | None = None
+    """The metric is only of runs that do this."""
 
     @property
     def role(self) -> str:
@@ -41,26 +60,38 @@ class Metric:
         return self.name.split("_")[1]
 
 
-_LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0)
-_TOKENS = tuple(float(2**power) for power in range(6, 18))
-_STALENESS = tuple(float(steps) for steps in range(17))
+_PREFERRED = (1.0, 1.25, 1.6, 2.0, 2.5, 3.15, 4.0, 5.0, 6.3, 8.0)
+"""Ten numbers a decade (Renard's): a quantile that is interpolated between two of them is off by an eighth at most."""
 
 
-def _counter(name: str, text: str, *labels: str) -> Metric:
-    return Metric(name=name, kind=MetricKind.COUNTER, help=text, labels=labels)
+def _decades(first: int, last: int) -> tuple[float, ...]:
+    """Bounds from 10**first to 10**last."""
+    inner = (float(f"{step}e{power}") for power in range(first, last) for step in _PREFERRED)
+    return (*inner, 10.0**last)
 
 
-def _gauge(name: str, text: str, *labels: str) -> Metric:
-    return Metric(name=name, kind=MetricKind.GAUGE, help=text, labels=labels)
+_LAG = _decades(-4, 1)
+_SECONDS = _decades(-3, 3)
+_TOKENS = (*map(float, range(1, 8)), *(float(2**power * part // 8) for power in range(3, 17) for part in range(8, 16)))
+"""Each bound is an eighth or less above the one before."""
+_STALENESS = (*map(float, range(17)), 20.0, 24.0, 32.0, 48.0, 64.0, 128.0)
 
 
-def _figure(name: str, text: str) -> Metric:
-    return Metric(name=name, kind=MetricKind.GAUGE, help=f"{text} Absent where it is not computed.", absent=True)
+def _counter(name: str, text: str, *labels: str, begins: tuple[str, ...] = (), needs: Feature | None = None) -> Metric:
+    return Metric(name=name, kind=MetricKind.COUNTER, help=text, labels=labels, begins=begins, needs=needs)
 
 
-def _histogram(name: str, text: str, buckets: tuple[float, ...]) -> Metric:
-    return Metric(name=name, kind=MetricKind.HISTOGRAM, help=text, buckets=buckets)
+def _gauge(name: str, text: str, *labels: str, needs: Feature | None = None) -> Metric:
+    return Metric(name=name, kind=MetricKind.GAUGE, help=text, labels=labels, needs=needs)
+
+
+def _figure(name: str, text: str, needs: Feature | None = None) -> Metric:
+    text = f"{text} Absent where it is not computed."
+    return Metric(name=name, kind=MetricKind.GAUGE, help=text, absent=True, needs=needs)
+
+
+def _histogram(name: str, text: str, buckets: tuple[float, ...], needs: Feature | None = None) -> Metric:
+    return Metric(name=name, kind=MetricKind.HISTOGRAM, help=text, buckets=buckets, needs=needs)
 
 
 def _lag(role: str) -> Metric:
@@ -72,19 +103,56 @@ def _strangers(role: str) -> Metric:
     return _counter(f"opd_{role}_strangers_total", text)
 
 
+_FAULTS = tuple(fault.value for fault in EngineFault)
+
 CATALOGUE: tuple[Metric, ...] = (
     _gauge("opd_launcher_step", "Optimizer steps taken."),
+    _gauge("opd_launcher_steps_wanted", "Optimizer steps of the whole run: `schedule.steps`."),
     _gauge("opd_launcher_weight_version", "Weight version that every student engine has loaded."),
     _gauge("opd_launcher_leases_active", "Leases out: samples being generated, scored or waiting to be trained."),
     _counter("opd_launcher_restarts_total", "Restarts of a role's process.", "role"),
     _counter("opd_launcher_hangs_total", "Processes that hung: killed where the run started them.", "role"),
-    _counter("opd_launcher_slow_engines_total", "Engines found to be far slower than their peers.", "engine"),
+    _counter(
+        "opd_launcher_slow_engines_total",
+        "Engines found to be far slower than their peers.",
+        "engine",
+        needs=Feature.SLOW_ENGINES,
+    ),
     _counter("opd_launcher_foreign_weights_total", "Engines found paused, or with other weights.", "role"),
     _counter("opd_launcher_trained_tokens_total", "Response tokens trained."),
-    _counter("opd_launcher_failures_total", "Failures that roles reported.", "kind"),
+    _counter(
+        "opd_launcher_failures_total", "Failures that roles reported.", "kind", begins=("rollout", "teacher", "intake")
+    ),
     _strangers("launcher"),
     _counter("opd_launcher_malformed_total", "Messages dropped because they do not decode, or say what cannot be."),
-    _counter("opd_launcher_unwritten_total", "Rows of metrics.jsonl and lines of logs that no disk took.", "kind"),
+    _counter(
+        "opd_launcher_unwritten_total",
+        "Rows of metrics.jsonl and lines of logs that no disk took.",
+        "kind",
+        begins=("row", "line"),
+    ),
+    _figure(
+        "opd_launcher_tokens_per_device_second",
+        "Tokens that the last step trained, for each second since the step before and each device of the run.",
+    ),
+    _gauge(
+        "opd_launcher_evaluation_score",
+        "Share of right responses in the student's last evaluation, where answers or rewards judge.",
+        "set",
+        needs=Feature.EVALUATION,
+    ),
+    _gauge(
+        "opd_launcher_evaluation_reverse_kl",
+        "Reverse KL to the teacher in the student's last evaluation, where the teacher judges, in nats a token.",
+        "set",
+        needs=Feature.EVALUATION,
+    ),
+    _gauge(
+        "opd_launcher_evaluation_step",
+        "Steps behind the weights of the student's last evaluation.",
+        "set",
+        needs=Feature.EVALUATION,
+    ),
     _lag("launcher"),
     _counter("opd_rollout_tokens_total", "Response tokens generated."),
     _counter("opd_rollout_chunks_total", "Chunks sent to teachers, resent ones not counted."),
@@ -92,10 +160,16 @@ CATALOGUE: tuple[Metric, ...] = (
     _counter("opd_rollout_idle_seconds_total", "Time without any running generation."),
     _counter("opd_rollout_blocked_seconds_total", "Time in which engines were paused for a weight update."),
     _counter("opd_rollout_resent_chunks_total", "Chunks sent again, unacknowledged or after a teacher died."),
-    _counter("opd_rollout_engine_errors_total", "Failed requests to student engines.", "kind"),
+    _counter("opd_rollout_engine_errors_total", "Failed requests to student engines.", "kind", begins=_FAULTS),
     _gauge("opd_rollout_breaker_open", "1 while an engine is given no requests because it failed.", "engine"),
-    _histogram("opd_rollout_reward_seconds", "From the end of a response to its reward.", _SECONDS),
-    _counter("opd_rollout_reward_failures_total", "Responses without a reward: timeout, error, worker_died.", "kind"),
+    _histogram("opd_rollout_reward_seconds", "From the end of a response to its reward.", _SECONDS, Feature.REWARDS),
+    _counter(
+        "opd_rollout_reward_failures_total",
+        "Responses without a reward: timeout, error, worker_died.",
+        "kind",
+        begins=("timeout", "error", "worker_died"),
+        needs=Feature.REWARDS,
+    ),
     _gauge("opd_rollout_unacknowledged_chunks", "Chunks kept until the learner acknowledges them."),
     _lag("rollout"),
     _gauge("opd_engine_running_requests", "Requests that hold keys and values."),
@@ -119,24 +193,36 @@ CATALOGUE: tuple[Metric, ...] = (
     _counter("opd_teacher_idle_seconds_total", "Time without any scoring batch in flight."),
     _histogram("opd_teacher_score_latency_seconds", "From the last token of a sample to its score.", _SECONDS),
     _strangers("teacher"),
-    _counter("opd_teacher_malformed_total", "Frames dropped because they do not decode to the schema.", "kind"),
+    _counter(
+        "opd_teacher_malformed_total", "Frames and chunks dropped because they cannot be.", "kind", begins=("chunk",)
+    ),
     _gauge(
         "opd_teacher_held_tokens",
         "New tokens that wait for the end of their response because the prefix cache does not hold.",
     ),
     _gauge("opd_teacher_prefix_share", "Share of known prefixes that the engine still had in its cache.", "engine"),
     _gauge("opd_teacher_breaker_open", "1 while an engine is given no work because it failed.", "engine"),
-    _counter("opd_teacher_retries_total", "Scoring batches that failed, to be sent again.", "kind"),
+    _counter("opd_teacher_retries_total", "Scoring batches that failed, to be sent again.", "kind", begins=_FAULTS),
     _counter("opd_teacher_rerouted_chunks_total", "Chunks taken back from an engine that could not score them."),
-    _counter("opd_teacher_canaries_total", "Test texts scored, by what they said of the engine.", "result"),
+    _counter(
+        "opd_teacher_canaries_total",
+        "Test texts scored, by what they said of the engine.",
+        "result",
+        begins=("passed", "failed", "insane"),
+    ),
     _counter("opd_teacher_orphan_chunks_total", "Chunks dropped because the start of their sample never came."),
     _lag("teacher"),
     _counter("opd_intake_scored_tokens_total", "Scored tokens received, duplicates not counted."),
     _gauge("opd_intake_backlog_tokens", "Scored tokens that wait to be trained."),
     _counter("opd_intake_duplicates_total", "Chunks received more than once."),
     _strangers("intake"),
-    _counter("opd_intake_malformed_total", "Frames dropped because they do not decode to the schema.", "kind"),
-    _figure("opd_intake_reward_mean", "Mean reward of the responses that the last step completed."),
+    _counter(
+        "opd_intake_malformed_total",
+        "Frames and chunks dropped because they cannot be.",
+        "kind",
+        begins=("frame", "chunk"),
+    ),
+    _figure("opd_intake_reward_mean", "Mean reward of the responses that the last step completed.", Feature.REWARDS),
     _counter("opd_intake_unwritten_rows_total", "Rows of trained.jsonl that no disk took."),
     _counter("opd_intake_steps_total", "Steps taken from the held tokens and sent to the learner."),
     _histogram("opd_intake_response_tokens", "Length of each response, when a step takes its end.", _TOKENS),
@@ -146,16 +232,28 @@ CATALOGUE: tuple[Metric, ...] = (
         "opd_intake_sampled_entropy",
         "Mean of -log mu on the last step's tokens, sampled by weights mu: an estimate of mu's entropy, in nats.",
     ),
-    _figure("opd_intake_budget_share", "Tokens of the last step for each token of schedule.tokens_per_step."),
+    _figure(
+        "opd_intake_budget_share", "Tokens of the last step for each token of schedule.tokens_per_step.", Feature.BUDGET
+    ),
     _gauge(
         "opd_intake_teacher_kl",
         "With several teachers: mean of log mu - log q on the last step's tokens that this one scored, in nats.",
         "teacher",
+        needs=Feature.TEACHERS,
     ),
-    _gauge("opd_intake_teacher_share", "With several teachers: share of the last step's tokens.", "teacher"),
-    _counter("opd_intake_filtered_total", "Responses that `schedule.filter` kept from being trained."),
+    _gauge(
+        "opd_intake_teacher_share",
+        "With several teachers: share of the last step's tokens.",
+        "teacher",
+        needs=Feature.TEACHERS,
+    ),
+    _counter(
+        "opd_intake_filtered_total", "Responses that `schedule.filter` kept from being trained.", needs=Feature.FILTER
+    ),
     _counter("opd_intake_cuts_total", "Responses trained in part because of a deadline."),
     _histogram("opd_intake_staleness_steps", "Age of each token when it is trained, in steps.", _STALENESS),
+    _figure("opd_intake_oldest_steps", "Age of the oldest token of the last step, in steps."),
+    _gauge("opd_intake_bound_steps", "Largest age that a trained token may have, in steps.", needs=Feature.BOUND),
     _counter("opd_intake_recompute_tokens_total", "Tokens forwarded again as the prefix of a cut response."),
     _lag("intake"),
     _counter("opd_learner_steps_total", "Optimizer steps taken."),
@@ -190,7 +288,8 @@ def markdown() -> str:
 def _row(metric: Metric) -> str:
     labels = f"{{{', '.join(metric.labels)}}}" if metric.labels else ""
     buckets = f" Buckets {metric.buckets[0]:g} to {metric.buckets[-1]:g}." if metric.buckets else ""
-    return f"| `{metric.name}{labels}` | {metric.kind.value} | {metric.help}{buckets} |"
+    needs = f" Only with {metric.needs.value}." if metric.needs is not None else ""
+    return f"| `{metric.name}{labels}` | {metric.kind.value} | {metric.help}{buckets}{needs} |"
 
 
 _PAGE_HEAD = """\
@@ -198,10 +297,15 @@ _PAGE_HEAD = """\
 
 Made by `python -m opd_async.telemetry.metrics` from the catalogue in its source; a test keeps this page equal to it.
 
-Every process answers Prometheus on a port of its own with its role's metrics and no others; none of them carries a
-prompt or a response. The run's folder holds `targets.json`, a file for Prometheus' `file_sd_configs` in which every
-target has a `process` label (`rollout-0`, `learner-0`, ...), and the engines and actors of a teacher have a `teacher`
-label. `dashboards/` has a Grafana dashboard."""
+Every process answers Prometheus on a port of its own with its role's metrics, and `process_*` of itself: processor
+time, memory, open files. None of them carries a prompt or a response. The run's folder holds `targets.json`, a file for
+Prometheus' `file_sd_configs` in which every target has the labels `run` (the topology's `name`) and `process`
+(`rollout-0`, `learner-0`, ...); the engines and actors of a teacher have a `teacher` label, and with several hosts each
+role has `host`. It is empty once the run is over. `dashboards/` has a Grafana dashboard and alert rules.
+
+Counters with a label begin at 0, so that `increase` sees their first event. Counters and histograms of a role
+go on after a restart and after `--resume` from what was last scraped (`counters/` in the run's folder). They count
+work, so steps that are taken again count again. A metric of something that a run does not do has no series there."""
 
 
 if __name__ == "__main__":

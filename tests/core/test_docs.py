@@ -293,7 +293,9 @@ def test_every_column_of_a_step_is_listed(tmp_path: Path) -> None:
         taken_ends=nobody,
         taken_complete=nobody,
     )
-    plan: Any = SimpleNamespace(run_folder=tmp_path, topology=Topology.model_validate(LEAST), of_kind=lambda _: ())
+    plan: Any = SimpleNamespace(
+        run_folder=tmp_path, topology=Topology.model_validate(LEAST), of_kind=lambda _: (), device_count=1
+    )
     ledger = Ledger(plan=plan)
     ledger.rewind(0)
     ledger.step(started, {}, 0.0, 0.0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import re
 import socket
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,11 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from opd_async.config.topology import Topology
 from opd_async.errors import OpdError
 from opd_async.telemetry.exporter import RoleMetrics, loop_lag, write_targets
-from opd_async.telemetry.metrics import CATALOGUE, ROLES, MetricKind, markdown
+from opd_async.telemetry.features import features_of
+from opd_async.telemetry.metrics import CATALOGUE, ROLES, Feature, Metric, MetricKind, markdown
 
 ROOT = Path(__file__).parents[2]
 NAMES = {metric.name for metric in CATALOGUE}
@@ -62,7 +66,10 @@ def test_an_exporter_serves_exactly_its_roles_catalogue(role: str) -> None:
     with metrics.serve("127.0.0.1", 0) as port:
         text = scrape(port)
     served = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
-    assert served == {metric.name: metric.kind.value for metric in CATALOGUE if metric.role == role}
+    own = {name: kind for name, kind in served.items() if not name.startswith("process_")}
+    assert own == {metric.name: metric.kind.value for metric in CATALOGUE if metric.role == role}
+    assert {"process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds"} <= set(served)
+    assert samples(text)["process_resident_memory_bytes"] > 1e6
 
 
 def test_values_arrive() -> None:
@@ -115,6 +122,127 @@ def test_unknown_names_are_refused() -> None:
         RoleMetrics("rollout")["opd_learner_loss"]
 
 
+def test_labelled_counters_begin_at_0() -> None:
+    """`increase` over a series that begins at 1 is 0: the first event would be invisible."""
+    known = [metric for metric in CATALOGUE if metric.kind is MetricKind.COUNTER and metric.labels and metric.begins]
+    by_plan = {"restarts", "hangs", "slow_engines", "foreign_weights"}
+    labelled = {metric.name for metric in CATALOGUE if metric.kind is MetricKind.COUNTER and metric.labels}
+    assert labelled == {m.name for m in known} | {f"opd_launcher_{what}_total" for what in by_plan}
+    for role in ROLES:
+        found = samples(generate_latest(RoleMetrics(role).registry).decode())
+        for metric in known:
+            if metric.role == role:
+                assert [found[f"{metric.name}{{{metric.labels[0]}={value}}}"] for value in metric.begins] == [
+                    0.0 for _ in metric.begins
+                ]
+    metrics = RoleMetrics("launcher")
+    metrics.begin("opd_launcher_restarts_total", ["rollout-0"])
+    assert samples(generate_latest(metrics.registry).decode())["opd_launcher_restarts_total{role=rollout-0}"] == 0.0
+
+
+def test_what_is_off_has_no_series_and_may_be_set(tmp_path: Path) -> None:
+    """A run without rewards has no mean reward, no time to a reward, and no failure of one."""
+    without = RoleMetrics("rollout", features=set(Feature) - {Feature.REWARDS})
+    without["opd_rollout_reward_seconds"].observe(1.0)
+    without["opd_rollout_reward_failures_total"].labels("timeout").inc()
+    text = generate_latest(without.registry).decode()
+    assert "opd_rollout_reward" not in text and "opd_rollout_tokens_total" in text
+    assert "opd_rollout_reward_seconds_bucket" in generate_latest(RoleMetrics("rollout").registry).decode()
+
+
+def test_which_features_a_run_has() -> None:
+    least = {
+        "name": "least",
+        "models": {"student": {"path": "student"}, "teacher": {"path": "teacher"}},
+        "data": {"train": {"path": "prompts.jsonl"}},
+        "schedule": {"steps": 1},
+    }
+    assert features_of(Topology.model_validate(least)) == {Feature.BUDGET, Feature.BOUND, Feature.SLOW_ENGINES}
+    most = copy.deepcopy(least) | {
+        "reward": {"kind": "exact_match"},
+        "schedule": {"steps": 1, "train_on": "samples", "filter": "mine:keep", "max_staleness": 0},
+        "supervisor": {"slow_engine": None},
+    }
+    most["data"]["held_out"] = {"path": "held_out.jsonl"}  # type: ignore[index]
+    wanted = {Feature.REWARDS, Feature.FILTER, Feature.BOUND, Feature.EVALUATION}
+    assert features_of(Topology.model_validate(most)) == wanted
+
+
+def test_counters_go_on_after_a_restart(tmp_path: Path) -> None:
+    """From what was scraped last, or from the end of a process that ended in order; not gauges, nor the process's."""
+    path = tmp_path / "counters" / "teacher-0.json"
+    first = RoleMetrics("teacher", counters_file=path)
+    first["opd_teacher_scored_tokens_total"].inc(512)
+    first["opd_teacher_malformed_total"].labels("chunk").inc(2)
+    first["opd_teacher_score_latency_seconds"].observe(0.3, count=4)
+    first["opd_teacher_queue_tokens"].set(7)
+    seen = samples(generate_latest(first.registry).decode())
+    first["opd_teacher_scored_tokens_total"].inc(1000)  # nobody has seen these, and the process is killed
+    second = RoleMetrics("teacher", counters_file=path)
+    found = samples(generate_latest(second.registry).decode())
+    counted = {name: value for name, value in seen.items() if "_total" in name or "_latency_" in name}
+    counted = {name: value for name, value in counted.items() if name.startswith("opd_")}
+    assert counted["opd_teacher_scored_tokens_total"] == 512.0 and len(counted) > 70
+    assert {name: found[name] for name in counted} == counted
+    assert found["opd_teacher_queue_tokens"] == 0.0
+    with second.serve("127.0.0.1", 0):
+        second["opd_teacher_score_latency_seconds"].observe(0.3)
+    third = samples(generate_latest(RoleMetrics("teacher", counters_file=path).registry).decode())
+    assert third["opd_teacher_score_latency_seconds_count"] == 5.0
+    assert third["opd_teacher_score_latency_seconds_sum"] == pytest.approx(1.5)
+    assert [file.name for file in path.parent.iterdir()] == ["teacher-0.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"a": 1}',
+        '{"[\\"opd_teacher_batches_total\\"]": -1}',
+        '{"[\\"x\\"]": "1"}',
+        "null",
+        '{"[1, 2]": 3}',
+    ],
+)
+def test_kept_counters_that_make_no_sense_are_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    path = tmp_path / "teacher-0.json"
+    path.write_text(text)
+    found = samples(generate_latest(RoleMetrics("teacher", counters_file=path).registry).decode())
+    assert found["opd_teacher_batches_total"] == 0.0
+    assert f"{path} cannot be read" in caplog.text
+
+
+def test_kept_buckets_of_another_version_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "teacher-0.json"
+    generate_latest(RoleMetrics("teacher", counters_file=path).registry)
+    kept = json.loads(path.read_text())
+    name = "opd_teacher_batch_tokens"
+    others = {key: value for key, value in kept.items() if name not in key}
+    others |= {f'["{name}_bucket", ["le", "64.0"]]': 3.0, f'["{name}_bucket", ["le", "+Inf"]]': 3.0}
+    path.write_text(json.dumps(others | {f'["{name}_sum"]': 99.0}))
+    found = samples(generate_latest(RoleMetrics("teacher", counters_file=path).registry).decode())
+    assert (found[f"{name}_count"], found[f"{name}_sum"]) == (0.0, 0.0)
+
+
+def test_a_disk_that_takes_no_counters_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "counters").write_text("a file where a folder should be")
+    metrics = RoleMetrics("teacher", counters_file=tmp_path / "counters" / "teacher-0.json")
+    assert "opd_teacher_batches_total 0.0" in generate_latest(metrics.registry).decode()
+
+
+@pytest.mark.parametrize(
+    "metric", [m for m in CATALOGUE if m.kind is MetricKind.HISTOGRAM and "_steps" not in m.name], ids=lambda m: m.name
+)
+def test_a_median_is_hardly_interpolated(metric: Metric) -> None:
+    """Two neighbouring bounds are less than 30 % apart, or whole numbers that follow one another."""
+    ratios = [after / before for before, after in pairwise(metric.buckets) if after - before != 1.0]
+    assert max(ratios) < 1.3 and metric.buckets[0] <= 1.0 and metric.buckets[-1] / metric.buckets[0] >= 1e4
+
+
 def test_a_taken_port_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -136,11 +264,13 @@ async def test_loop_lag_is_observed() -> None:
 
 def test_targets_file(tmp_path: Path) -> None:
     path = tmp_path / "run" / "targets.json"
-    write_targets(path, {"old": "127.0.0.1:1"})
-    write_targets(path, {"rollout-0": "127.0.0.1:9000", "learner-0": "127.0.0.1:9001"})
+    write_targets(path, {"old": "127.0.0.1:1"}, {}, "my-run")
+    labels = {"teacher-0": {"teacher": "maths", "host": "b"}}
+    write_targets(path, {"teacher-0": "127.0.0.1:9000", "learner-0": "127.0.0.1:9001"}, labels, "my-run")
+    teacher = {"process": "teacher-0", "run": "my-run", "teacher": "maths", "host": "b"}
     assert json.loads(path.read_text()) == [
-        {"targets": ["127.0.0.1:9000"], "labels": {"process": "rollout-0"}},
-        {"targets": ["127.0.0.1:9001"], "labels": {"process": "learner-0"}},
+        {"targets": ["127.0.0.1:9000"], "labels": teacher},
+        {"targets": ["127.0.0.1:9001"], "labels": {"process": "learner-0", "run": "my-run"}},
     ]
     assert [file.name for file in path.parent.iterdir()] == ["targets.json"]
 
@@ -155,6 +285,7 @@ def test_the_dashboard_names_only_metrics_of_the_catalogue() -> None:
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
     expressions += [v["query"]["query"] for v in dashboard["templating"]["list"] if v["type"] == "query"]
     names = {name for expression in expressions for name in re.findall(r"\bopd_\w+", expression)}
+    assert all('run=~"$run"' in expression or "label_values" in expression for expression in expressions)
     series = NAMES | {
         metric.name + suffix
         for metric in CATALOGUE

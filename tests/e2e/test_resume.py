@@ -43,6 +43,10 @@ def test_a_run_goes_on_split_in_other_ways(inputs: Path, tmp_path: Path) -> None
         rows = {row["step"]: row for row in steps(folder)}
         # the engines sampled from the very weights that the learner, split anew, has loaded
         assert abs(rows[done - 1]["learner_ratio_mean"] - 1.0) < 1e-3 and rows[done - 1]["learner_ratio_std"] < 1e-3
+    kept = {name: json.loads((folder / "counters" / f"{name}.json").read_text()) for name in ("launcher", "learner-0")}
+    trained = sum(row["tokens"] for row in steps(folder))
+    assert kept["launcher"]['["opd_launcher_trained_tokens_total"]'] == trained, "of four launches"
+    assert kept["learner-0"]['["opd_learner_steps_total"]'] == len(steps(folder))
     assert left_running(tmp_path, inputs) == []
 
 

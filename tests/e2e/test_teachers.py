@@ -1,4 +1,7 @@
-"""A run with two teachers: the student itself, and another model. The reverse KL tells who has scored."""
+"""A run with two teachers: the student itself, and another model. The reverse KL tells who has scored.
+
+It has rewards too, and Prometheus watches it: the run that has the most to show in the dashboard.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 from pathlib import Path
 
 from harness import Launch, check_trained, steps, topology, write_topology
+from monitoring import Prometheus
 
 from opd_async.run.trained import read_trained
 
@@ -16,9 +20,12 @@ SAME = 12
 
 def test_each_sample_is_scored_by_its_teacher(inputs: Path, tmp_path: Path) -> None:
     owners = ["same" if n < SAME else "other" for n in range(400)]
-    prompts = [{"prompt": f"t{10 + n % 90} t{100 + n % 90}", "metadata": {"who": who}} for n, who in enumerate(owners)]
+    prompts = [
+        {"prompt": f"t{10 + n % 90} t{100 + n % 90}", "metadata": {"who": who}, "label": "t1"}
+        for n, who in enumerate(owners)
+    ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    judged = [row | {"label": "t1"} for row in prompts[SAME - 2 : SAME + 3]]
+    judged = prompts[SAME - 2 : SAME + 3]
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
     # the student must stay what it is
     values = topology(inputs, tmp_path, schedule__steps=STEPS, learner__optimizer__lr=1e-12)
@@ -36,9 +43,14 @@ def test_each_sample_is_scored_by_its_teacher(inputs: Path, tmp_path: Path) -> N
     }
     values["rollout"]["sampling"]["max_response_tokens"] = 32
     values["schedule"]["tokens_per_step"] = 128
-    with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
-        assert run.wait() == 0, run.text()
+    values["reward"] = {"kind": "exact_match"}
     folder = tmp_path / "run"
+    with Prometheus(tmp_path / "prometheus", folder / "targets.json") as watcher:
+        with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
+            assert run.wait() == 0, run.text()
+        assert watcher.empty_panels("run", ("SGLang", "Distance to the teacher")) == []
+        watcher.check_rules()
+    assert json.loads((folder / "targets.json").read_text()) == [], "nobody is missed once the run is over"
     check_trained(folder, 1, STEPS)
     log = list(read_trained(folder))
     shares = []
