@@ -56,6 +56,8 @@ class Sums:
     """The first of the steps, counted from 1; 0 while there is none."""
     steps: int = 0
     of: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    sizes: tuple[float, float] | None = None
+    """The smallest and the largest `budget_share`; None where steps have no budget."""
 
     def add(self, row: dict[str, Any]) -> None:
         """Account for one step's row."""
@@ -63,10 +65,13 @@ class Sums:
         self.steps += 1
         for name in SUMMED:
             self.of[name] += row.get(name) or 0.0
+        if (size := row.get("budget_share")) is not None:
+            least, most = self.sizes or (size, size)
+            self.sizes = (min(least, size), max(most, size))
 
     def dump(self) -> dict[str, Any]:
         """As values of JSON."""
-        return {"first": self.first, "steps": self.steps, "of": dict(self.of)}
+        return {"first": self.first, "steps": self.steps, "of": dict(self.of), "sizes": self.sizes}
 
     def stage(self, name: str, tokens: str) -> Stage:
         """Throughput of a stage; `tokens` is the column that counts its tokens."""
@@ -201,6 +206,9 @@ def load_books(checkpoint: Path | None) -> Books:
 
 
 def _sums(values: dict[str, Any]) -> Sums:
-    sums = Sums(first=int(values["first"]), steps=int(values["steps"]))
+    sizes = values.get("sizes")  # not in books of before they were kept
+    sums = Sums(
+        first=int(values["first"]), steps=int(values["steps"]), sizes=sizes and (float(sizes[0]), float(sizes[1]))
+    )
     sums.of.update(values["of"])
     return sums

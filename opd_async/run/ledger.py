@@ -224,6 +224,7 @@ class Ledger:
             trained_tokens=int(tokens),
             trained_samples=int(sums["completed"]),
             budget_share=tokens / budget if budget else None,
+            budget_share_range=books.whole.sizes,
             cuts=int(sums["cuts"]),
             recompute_factor=sums["forwarded_tokens"] / tokens if tokens else None,
             skipped_prompts=self.skipped_prompts,

@@ -138,6 +138,7 @@ class Lifecycle:
         ):
             async with self._supervise(self._echo, stop_deadline_s, ledger.unwritten_lines) as supervisor:
                 fleet = Fleet(plan, supervisor, self._progress.say, self._keys)
+                self._progress.missing = lambda: [r.name for r in plan.roles if r.name not in supervisor.running]
                 prompts, topology = self._inputs.prompts.prompts, plan.topology
                 given = self._inputs.completions.completions
                 mix = Mix(given, topology.opd.gkd_lambda, topology.seed, topology.data.shuffle)

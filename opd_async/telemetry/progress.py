@@ -1,9 +1,16 @@
-"""Print a run's progress: a line every few seconds, and one for each event."""
+"""Print a run's progress: a line every few seconds, and one for each event.
+
+Plain lines, on a terminal too: a run lasts hours and is read later, in a scrolled terminal, a pipe or a log; a display
+that redraws itself leaves nothing there, and its thread would hold the run up where nobody reads.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +19,10 @@ from opd_async.telemetry.report import Evaluation
 from opd_async.transport.messages import StepStarted
 
 LINE_EVERY_S = 3.0
+WIDTH = 80
+"""Columns of a step's line."""
+ETA_STEPS = 21
+"""The end is estimated from the latest twenty steps."""
 
 
 class Progress:
@@ -28,6 +39,9 @@ class Progress:
         self._last = 0.0
         self._tokens = 0.0
         self._since = time.monotonic()
+        self._ended: deque[tuple[int, float]] = deque(maxlen=ETA_STEPS)
+        self.missing: Callable[[], Sequence[str]] = lambda: ()
+        """Says which roles are not up just now."""
 
     def say(self, text: str) -> None:
         """Print one line about an event, with the time since the start."""
@@ -35,7 +49,10 @@ class Progress:
         self.on_event(text)
 
     def _line(self, text: str) -> None:
-        self._echo(f"[{time.monotonic() - self._started:6.1f} s] {text}")
+        self._echo(f"{self._prefix()}{text}")
+
+    def _prefix(self) -> str:
+        return f"[{time.monotonic() - self._started:6.1f} s] "
 
     def step(self, step: int, learner: dict[str, float], started: StepStarted) -> None:
         """Print a line about a step, at most every few seconds; the last step always gets one."""
@@ -44,21 +61,43 @@ class Progress:
             self.say(text)
         self._tokens += stats["tokens"]
         now = time.monotonic()
+        self._ended.append((step, now))
         if now - self._last < LINE_EVERY_S and step != self._steps:
             return
         rate = self._tokens / max(now - self._since, 1e-9)
         ages = started.staleness_counts
-        mean_age = float(np.arange(len(ages)) @ ages / max(ages.sum(), 1))
-        kl = f"reverse KL {learner['reverse_kl']:.4f}  " if "reverse_kl" in learner else ""
-        spread = f"ratio spread {learner['ratio_std']:.3f}  " if "ratio_std" in learner else ""
-        reward = f"reward {stats['reward_mean']:.3f}  " if "reward_mean" in stats else ""
-        length = f"length {stats['response_tokens_mean']:,.0f}  " if "response_tokens_mean" in stats else ""
-        size = f"size {stats['budget_share']:.2f}  " if "budget_share" in stats else ""
-        self._line(
-            f"step {step:>4}/{self._steps}  {reward}{kl}{spread}{length}{size}"
-            f"staleness {mean_age:.2f} (max {len(ages) - 1})  {rate:,.0f} tokens/s  cuts {stats['cuts']:.0f}"
-        )
+        self._line(fitted(self._parts(step, stats | learner, rate, ages), WIDTH - len(self._prefix())))
         self._last, self._tokens, self._since = now, 0.0, now
+
+    def _parts(self, step: int, figures: Mapping[str, float], rate: float, ages: Any) -> list[tuple[int, str]]:
+        """What a step's line may have, in its order; of what does not fit, the highest number leaves first."""
+        missing = self.missing()
+        known = (
+            (0, f"step {step}/{self._steps}", None),
+            (1, f"{len(missing)} down: {missing[0]}" if missing else "", None),
+            (2, f"ETA {in_words(self._left_s(step))}" if step < self._steps else "", None),
+            (4, "reward {:.3f}", "reward_mean"),
+            (3, "KL {:.3f}", "reverse_kl"),
+            (6, "loss {:.3f}", "loss"),
+            (5, "length {:,.0f}", "response_tokens_mean"),
+            (1, f"{per_second(rate)} tokens/s", None),
+            (7, "size {:.2f}", "budget_share"),
+            (8, f"age {float(np.arange(len(ages)) @ ages / max(ages.sum(), 1)):.2f}", None),
+            (9, "cuts {:.0f}", "cuts"),
+            (10, "ratio spread {:.3f}", "ratio_std"),
+        )
+        return [
+            (rank, text if name is None else text.format(figures[name]))
+            for rank, text, name in known
+            if text and (name is None or name in figures)
+        ]
+
+    def _left_s(self, step: int) -> float:
+        """Seconds until the last step, at the pace of the latest ones; weight updates and evaluations included."""
+        began, since = self._ended[0]
+        if step == began:
+            return math.nan
+        return (self._steps - step) * (self._ended[-1][1] - since) / (step - began)
 
     def evaluation(self, who: str, result: Evaluation) -> None:
         """Print one line about an evaluation that has ended: its pass@1, or the distance to the teacher."""
@@ -71,6 +110,30 @@ class Progress:
             f"{who} at step {result.step}: {sampled} {100 * result.pass_at_1:.1f} %, "
             f"greedy {100 * result.pass_at_1_greedy:.1f} % of {result.prompts} held-out prompts{unjudged}"
         )
+
+
+def fitted(parts: Sequence[tuple[int, str]], width: int) -> str:
+    """Join parts in their order with two spaces, leaving out the highest ranks until the line fits; rank 0 stays."""
+    kept = list(parts)
+    while len(line := "  ".join(text for _, text in kept)) > width and max(rank for rank, _ in kept) > 0:
+        kept.remove(max(kept, key=lambda part: part[0]))
+    return line
+
+
+def per_second(rate: float) -> str:
+    """A rate with a decimal below ten."""
+    return f"{rate:.1f}" if rate < 9.95 else f"{rate:,.0f}"
+
+
+def in_words(seconds: float) -> str:
+    """A duration for a line: `0:42`, `12:05`, `3:04:00`, `2 d 3 h`; `-` for what is not known."""
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def compared(result: Evaluation) -> str:

@@ -223,6 +223,8 @@ class Report(Section):
     trained_samples: int
     budget_share: float | None = None
     """Mean tokens of a step for each token of `schedule.tokens_per_step`; None where steps take samples."""
+    budget_share_range: Interval | None = None
+    """The same of the smallest step and of the largest."""
     cuts: int
     """Responses trained in part because of a deadline."""
     recompute_factor: float | None = None

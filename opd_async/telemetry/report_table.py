@@ -90,9 +90,9 @@ def _stages(stages: Stages, title: str) -> Iterator[str]:
 
 def _figures(report: Report) -> Iterator[str]:
     age, latency, sync = report.staleness, report.score_latency, report.weight_sync
-    size = "" if report.budget_share is None else f", {report.budget_share:.2f} budgets a step"
     rows = (
-        ("trained", f"{report.trained_tokens:,} tokens of {report.trained_samples:,} samples{size}"),
+        ("trained", f"{report.trained_tokens:,} tokens of {report.trained_samples:,} samples"),
+        ("size of steps", _size(report)),
         (
             "staleness",
             f"mean {_number(age.mean, 2)}, p99 {_number(age.p99)}, max {_number(age.max)} steps "
@@ -109,9 +109,18 @@ def _figures(report: Report) -> Iterator[str]:
     )
     unscored = report.stages.teacher is None
     for name, text in rows:
-        if unscored and name in ("score latency", "teacher prefix cache"):
+        if (unscored and name in ("score latency", "teacher prefix cache")) or not text:
             continue
         yield f" {name:<24}{text}"
+
+
+def _size(report: Report) -> str:
+    """Steps against their budget; nothing where they have none."""
+    if report.budget_share is None:
+        return ""
+    least_most = report.budget_share_range
+    span = "" if least_most is None else f" ({least_most[0]:.2f} to {least_most[1]:.2f})"
+    return f"{report.budget_share:.2f} budgets{span}"
 
 
 def _trouble(report: Report) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Say things to a person, on the terminal and in `logs/launcher.log`. Neither can hold a run up or end it.
 
-    say, errors -> logs/launcher.log
+    say, errors -> logs/launcher.log, with date and time
                 -> bounded queue -> thread -> file descriptors of stdout and stderr
 
 what happens                                     what follows
@@ -84,6 +84,10 @@ def show(text: str) -> None:
         raise StorageError(f"stdout: {error.strerror}; what was asked for could not be written there") from None
 
 
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
 class Terminal:
     """Lines for a person; a context manager that delivers what is waiting at its end."""
 
@@ -127,18 +131,16 @@ class Terminal:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # what roles complain about may quote prompts: the owner's affair, as their own logs are
                 self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE), "ab", 0)
-                self._file.write(f"=== launch started {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+                early = "".join(f"{line}\n" for line in (f"=== launch started {_now()}", *self._early))
+                self._file.write(encoded(early, "utf-8"))
             except OSError as error:
                 trouble: str | None = f"log {path} cannot be written: {error.strerror}; the run goes on without it"
             else:
                 trouble = None
-            early = list(self._early)
             self._early.clear()
         if trouble is not None:
             self._file_failed = True
             self._hand_over(self._err, trouble)
-        for line in early:
-            self._keep(line)
 
     def close(self) -> None:
         """Deliver the waiting lines, for 10 s at most; then close the log."""
@@ -151,6 +153,7 @@ class Terminal:
                 self._file = None
 
     def _keep(self, line: str) -> None:
+        line = f"{_now()} {line}"
         with self._lock:
             if self._file is None:
                 if not self._file_failed:

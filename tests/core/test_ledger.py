@@ -19,6 +19,7 @@ from opd_async.run import ledger as ledger_module
 from opd_async.run.books import BOOKS_FILE
 from opd_async.run.evaluations import Evaluations
 from opd_async.run.ledger import Ledger
+from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.telemetry.progress import Progress
 from opd_async.telemetry.report import Evaluation
 from opd_async.telemetry.report_table import render
@@ -243,7 +244,9 @@ def evaluations(root: Path, version: int, every: str = "10") -> tuple[Evaluation
     def spawn(work: Coroutine[Any, Any, Evaluation], name: str) -> asyncio.Task[Evaluation]:
         return asyncio.create_task(work, name=name)
 
-    dispatcher: Any = SimpleNamespace(plan=ledger.plan, ledger=ledger, evaluated=evaluated, spawn=spawn)
+    dispatcher: Any = SimpleNamespace(
+        plan=ledger.plan, ledger=ledger, evaluated=evaluated, spawn=spawn, metrics=RoleMetrics("launcher")
+    )
     evaluator = Evaluator()
     fake: Any = evaluator
     return Evaluations(dispatcher, fake, Progress(lambda line: None, 100)), evaluator, ledger

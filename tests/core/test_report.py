@@ -41,6 +41,7 @@ def full() -> Report:
         student_after=Evaluation.from_counts(1000, 958, 977, 300),
         max_staleness=1,
         budget_share=1.25,
+        budget_share_range=(0.98, 2.5),
         staleness=Staleness(mean=0.81, p99=1, max=1),
         score_latency=ScoreLatency(p50_s=0.014, p99_s=1.71),
         weight_sync=WeightSync(blocked_s=2.1, engines_blocked_s=0.9, updates=300),
@@ -184,5 +185,5 @@ def test_plots_load_matplotlib_only_when_they_draw() -> None:
 
 
 def test_the_size_of_steps_is_shown_where_they_have_a_budget() -> None:
-    assert " samples, 1.25 budgets a step\n" in render(full())
+    assert " size of steps           1.25 budgets (0.98 to 2.50)\n" in render(full())
     assert "budgets" not in render(full().model_copy(update={"budget_share": None}))

@@ -90,7 +90,7 @@ async def test_a_step_that_a_signal_left_halfway_gets_its_row(tmp_path: Path) ->
     dispatcher.metrics = defaultdict(lambda: SimpleNamespace(set=lambda _: None, inc=lambda _: None))
     dispatcher.barrier = SimpleNamespace(blocked_s=0.0, close=close)
     dispatcher.ledger = SimpleNamespace(
-        step=lambda started, *_: rows.append(started.version + 1), save=lambda folder: None
+        step=lambda started, *_: {"step": rows.append(started.version + 1)}, save=lambda folder: None
     )
     dispatcher.leasing = SimpleNamespace(admit=lambda _: None)
     script = Script(dispatcher, None, 1, Progress(lambda line: None, 10))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from pathlib import Path
 from typing import TextIO
@@ -19,10 +20,10 @@ def end_of(descriptor: int, encoding: str = "utf-8") -> TextIO:
 
 
 def lines(path: Path) -> list[str]:
-    """Of a log, without its header."""
+    """Of a log, without its header, and without the date and time before each line that was said."""
     header, *rest = path.read_text(encoding="utf-8").splitlines()
     assert header.startswith("=== launch started ")
-    return rest
+    return [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line) for line in rest]
 
 
 def test_lines_go_to_their_streams_and_to_the_log(tmp_path: Path) -> None:
@@ -34,7 +35,9 @@ def test_lines_go_to_their_streams_and_to_the_log(tmp_path: Path) -> None:
         print("a record", file=terminal.errors)
     with os.fdopen(out) as said, os.fdopen(err) as complained:
         assert said.read() == "before the log\none\ntwo\n" and complained.read() == "a record\n"
-    assert lines(tmp_path / "logs" / "launcher.log") == ["before the log", "one", "two", "a record"]
+    log = tmp_path / "logs" / "launcher.log"
+    assert lines(log) == ["before the log", "one", "two", "a record"]
+    assert len(re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", log.read_text(), re.MULTILINE)) == 3, "one for each call"
     assert (tmp_path / "logs" / "launcher.log").stat().st_mode & 0o077 == 0, "it may quote prompts"
 
 
