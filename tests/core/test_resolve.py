@@ -67,6 +67,7 @@ def test_commands(tmp_path: Path) -> None:
         "--threads": "1",
         "--seed": "8",
         "--metrics-port": str(engine.ports["metrics"]),
+        "--counters-file": str(plan.run_folder / "counters" / "student-engine-1.json"),
     }
     plan_file = str(plan.run_folder / "plan.json")
     assert plan.role(RoleKind.ROLLOUT, 0).command[1:] == (
