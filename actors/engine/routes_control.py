@@ -122,6 +122,8 @@ async def update_from_distributed(http: web.Request) -> web.Response:
     if load_format not in (None, "flattened_bucket"):
         raise WeightError(f"load_format must be null or flattened_bucket, got {load_format!r}")
     names, dtypes, shapes = (required(body, key, list) for key in ("names", "dtypes", "shapes"))
+    if not isinstance(version := body.get("weight_version"), str | None):
+        raise ApiError(f"weight_version must be a string, got {version!r}")
     _abort_if_asked(engine, body, default=False)
     async with _exclusive(engine):
         if not engine.updating:
@@ -132,6 +134,8 @@ async def update_from_distributed(http: web.Request) -> web.Response:
         engine.groups.require(group)
         specs = engine.weights.describe(names, dtypes, shapes)
         flattened = load_format is not None
+        if flattened and not specs:  # nobody would send it, and it would be waited for
+            raise WeightError("a flattened bucket without tensors was announced")
         await _timed_load(engine, lambda: engine.weights.load_broadcast(group, specs, flattened))
         _after_update(engine, body)
     return success("Succeeded to update parameter online.")

@@ -1,19 +1,24 @@
-"""What SGLang takes and refuses of the weight routes, by rules read there, and the handles that are sent to it."""
+"""Nothing that SGLang refuses of the weight routes is taken by the engine under test, by rules that were read there."""
 
 from __future__ import annotations
 
 import base64
 import os
 import pickle
+import urllib.error
+from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from server_under_test import KIND, VERSION, Server
 from sglang_rules import VERSIONS, Opened, Refused, Rules, SchedulerEnded, unpickled
 from torch.multiprocessing import reductions
+from weight_trainer import Trainer
 
+from opd_async.config.topology import EngineKind
 from opd_async.learner.weights import local
 
 NEWEST = VERSIONS[-1]
@@ -58,6 +63,7 @@ REFUSED: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "an unknown way to pause": [("/pause_generation", {"mode": "sleep"})],
     "a new name that is a number": [("/update_weight_version", {"new_version": 3, "abort_all_requests": False})],
 }
+ENDS_OLD_SCHEDULERS = ("an unknown group",)
 
 
 def rules(version: str = NEWEST) -> Rules:
@@ -74,6 +80,36 @@ def test_what_sglang_refuses_is_refused_by_its_rules(case: str) -> None:
         server.post(*step)
     with pytest.raises(Refused):
         server.post(route, body)
+
+
+def status(server: Server, route: str, body: dict[str, Any]) -> int:
+    """How the server answers."""
+    try:
+        server.post(route, body)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+    return 200
+
+
+@pytest.fixture
+def clean(server: Server, weight_group: Trainer) -> Iterator[Server]:
+    """The server in its group, without a session before and after, and generating."""
+    yield server
+    for route in ("/end_weight_update", "/continue_generation"):
+        status(server, route, {})
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_sglang_refuses_no_engine_takes(clean: Server, weight_group: Trainer, case: str) -> None:
+    if VERSION is not None and VERSION < (0, 5, 21) and (case in ENDS_OLD_SCHEDULERS or "begin" in case):
+        return  # known of these versions, and nothing that a server could be asked twice
+    *before, (route, body) = REFUSED[case]
+    for path, sent in before:
+        clean.post(path, sent)
+    if body.get("group_name") == GROUP:
+        body = body | {"group_name": weight_group.sender._group_name}  # type: ignore[attr-defined]
+    assert 400 <= status(clean, route, body) < (500 if KIND is EngineKind.EMBEDDED else 600)
 
 
 def test_an_unknown_group_ends_the_scheduler_of_old_versions() -> None:
