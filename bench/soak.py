@@ -222,10 +222,7 @@ def soak(
     finally:
         launcher.terminate()
         launcher.wait()
-    rows = [
-        fitted(role, figure, points) for (role, figure), points in sorted(series.items()) if len(points) > 2 * BLOCKS
-    ]
-    return rows, int(Samples(root / "soak").look())
+    return rows_of(series), int(Samples(root / "soak").look())
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,19 @@ def test_places_without_a_token() -> None:
     whole = TopK(TOP_IDS, TOP)
     assert whole.below(VOCAB) is whole and whole.below(1).ids.tolist() == [[-1] * 3, [-1] * 3, [0, -1, -1]]
     assert whole.below(1).problem() is None
+
+
+def test_one_row_that_cannot_be_is_enough() -> None:
+    good = np.log(np.array([[0.5, 0.3], [0.6, 0.4], [0.1, 0.1]], np.float32))
+    ids = np.array([[0, 1], [2, 3], [4, 5]], np.int32)
+    assert TopK(ids, good).problem() is None
+    for row in range(3):
+        whole = changed(changed(good, row, 0, math.log(0.7)), row, 1, math.log(0.4))
+        assert TopK(ids, whole).problem() == "the probabilities of a row add up to more than one"
+        assert TopK(ids, changed(good, row, 1, math.nan)).problem() == "a logprob is not a finite number <= 0"
+        assert TopK(ids, changed(good, row, 1, 0.2)).problem() == "a logprob is not a finite number <= 0"
+        twice = changed(ids, row, 1, int(ids[row, 0]))
+        assert TopK(twice, good).problem() == "an id is negative or comes twice in a row"
 
 
 def test_nothing_is_asked_for_or_read_without_need() -> None:
