@@ -42,6 +42,7 @@ from opd_async.run.evaluator import Evaluator
 from opd_async.run.inputs import Inputs
 from opd_async.run.ledger import Ledger
 from opd_async.run.script import Script
+from opd_async.run.trained import TrainedRecord
 from opd_async.signals import Signals
 from opd_async.telemetry.exporter import RoleMetrics, loop_lag, write_targets
 from opd_async.telemetry.features import features_of
@@ -88,6 +89,8 @@ class Lifecycle:
         self.unsaved: StorageError | None = None
         """The run ended because no disk took what it has to keep."""
         self._samples: SampleRecord | None = None
+        self._on_the_way_back = False
+        """A signal ended a recovery: the records speak of steps that were lost."""
         signals.on_first = self._acknowledge
 
     @property
@@ -209,6 +212,8 @@ class Lifecycle:
             finally:
                 dispatcher.stop_loops()
                 await self._stop(dispatcher, fleet)
+                if self._on_the_way_back:
+                    self._leave_at_checkpoint(dispatcher)
 
     async def _lead(self, dispatcher: Dispatcher, fleet: Fleet) -> None:
         """Run the script; again after each loss of the learner."""
@@ -231,7 +236,7 @@ class Lifecycle:
             # on several hosts this may wait for one to come back
             recovery = self._recover(dispatcher, fleet, script)
             if await _race(dispatcher, recovery, signal=self._signals.first) == "signal":
-                self._over = True
+                self._over = self._on_the_way_back = True
                 return
 
     def _evaluator(self, dispatcher: Dispatcher) -> Evaluator | None:
@@ -265,10 +270,23 @@ class Lifecycle:
             await fleet.start(learner, env)
         await fleet.start(intake, env | {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
         dispatcher.watch.started(intake)
-        dispatcher.ledger.rewind(version, self._checkpoint.folder)
-        if self._samples is not None:
-            self._samples.rewind(version)
+        self._rewind(dispatcher)
         self._progress.say(f"learner and intake start again from step {version}")
+
+    def _leave_at_checkpoint(self, dispatcher: Dispatcher) -> None:
+        """Cut the records to the newest checkpoint, which is where a resume goes on; every role has ended."""
+        folder = self._plan.run_folder
+        self._checkpoint = checkpoints.newest(folder / "checkpoints")
+        self._set_aside()
+        version, of_checkpoint = self._checkpoint.step, self._checkpoint.folder
+        self._rewind(dispatcher)
+        TrainedRecord(folder, self._progress.say, version, of_checkpoint).close()
+        self._progress.say(f"stopped on the way back to step {version}, where a resume goes on")
+
+    def _rewind(self, dispatcher: Dispatcher) -> None:
+        dispatcher.ledger.rewind(self._checkpoint.step, self._checkpoint.folder)
+        if self._samples is not None:
+            self._samples.rewind(self._checkpoint.step)
 
     async def _stop(self, dispatcher: Dispatcher, fleet: Fleet) -> None:
         """Ask every role to end, then make it end, in order; a second signal cuts this short."""

@@ -58,6 +58,25 @@ def check_first_steps(folder: Path, *first: int) -> None:
         assert abs(row["learner_ratio_mean"] - 1.0) < 1e-3 and row["learner_ratio_std"] < 1e-3
 
 
+def test_a_signal_on_the_way_back_leaves_nothing_beyond_the_checkpoint(inputs: Path, tmp_path: Path) -> None:
+    """The learner has died, and its last steps with it: neither rows nor the report may speak of them."""
+    values = topology(inputs, tmp_path, schedule__steps=1000, checkpoint__every_steps=4)
+    folder = tmp_path / "run"
+    with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
+        run.wait_for_steps(folder, 6)
+        run.find("learner.main").kill()
+        run.wait_for_text("learner-0 ended (")
+        run.interrupt(signal.SIGTERM)
+        assert run.wait() == 130, run.text()
+    assert left_running(tmp_path, inputs) == []
+    saved = sorted((folder / "checkpoints").glob("step_*/complete.json"))[-1]
+    step = int(saved.parent.name.removeprefix("step_"))
+    assert step >= 4 and step % 4 == 0
+    check_trained(folder, 1, step)
+    assert [row["step"] for row in steps(folder)] == list(range(1, step + 1))
+    assert json.loads((folder / "report.json").read_text())["steps"] == step
+
+
 def test_a_second_signal_stops_at_once(inputs: Path, tmp_path: Path) -> None:
     file = write_topology(topology(inputs, tmp_path, schedule__steps=1000), tmp_path / "run.yaml")
     with Launch(file) as run:
