@@ -16,7 +16,6 @@ import numpy as np
 from opd_async.actors.engine.errors import ApiError
 from opd_async.actors.engine.request import LogprobSpec, Request
 from opd_async.actors.engine.sampling import SamplingParams, parse_sampling_params
-from opd_async.data.unicode import HALF_A_PAIR, is_text
 
 MAX_PROMPTS = 4096
 """Sequences of one request; `score_batches.MAX_SAMPLES` stays below it."""
@@ -153,8 +152,6 @@ def _encode(text: object, limits: ModelLimits) -> tuple[list[list[int]], bool]:
     if not texts or not all(isinstance(item, str) for item in texts):
         raise ApiError("text must be a string or a non-empty list of strings")
     _check_count(texts, "text")
-    if not all(map(is_text, texts)):
-        raise ApiError(f"a text prompt {HALF_A_PAIR}")
     if limits.encode is None:
         raise ApiError("this engine has no tokenizer and cannot accept text prompts: send input_ids")
     longest = max(map(len, texts))

@@ -63,7 +63,7 @@ def test_from_a_thread(inputs: Path, tmp_path: Path) -> None:
     assert not thread.is_alive(), f"the run did not end within {PATIENCE_S} s: {said[-3:]}"
     check_report(found[0], tmp_path)
     assert state_of_the_process() == before
-    assert any("step    2/2" in line for line in said)
+    assert any("step 2/2" in line for line in said)
 
 
 def test_from_a_running_loop(inputs: Path, tmp_path: Path) -> None:
