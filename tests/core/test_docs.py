@@ -301,7 +301,8 @@ def test_every_column_of_a_step_is_listed(tmp_path: Path) -> None:
     ledger.step(started, {}, 0.0, 0.0)
     ledger.close()
     (row,) = read_jsonl(tmp_path / "metrics.jsonl")
-    assert sorted(columns_of("Rows of steps")) == sorted([*row, *learner_columns()])
+    evaluated = ("evaluation_score", "evaluation_reverse_kl")  # behind an evaluation, by its judge
+    assert sorted(columns_of("Rows of steps")) == sorted([*row, *evaluated, *learner_columns()])
 
 
 def test_every_column_of_an_evaluation_is_listed() -> None:
