@@ -199,7 +199,7 @@ _ODD_TENSORS = {
 
 
 def _refuse_other_tensors(path: Path, loaded: Mapping[str, Collection[object]]) -> None:
-    """Raise `InputError` if transformers left tensors of the folder aside, or made some up."""
+    """Raise `InputError` if transformers left tensors of the folder aside, or made some up in their place."""
     for key, what in _ODD_TENSORS.items():
         if names := sorted(str(name[0] if isinstance(name, tuple) else name) for name in loaded[key]):
             shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"

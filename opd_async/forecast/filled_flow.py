@@ -95,9 +95,7 @@ class FilledFlow:
 
     def _settled(self, flow: Flow, due: int) -> bool:
         """Whether every token of weights `due` or older is scored."""
-        if due == flow.version:  # those that are generating now
-            self._drains = True
-            flow.send(flow.position > flow.sent)
+        if due == flow.version:
             return flow.scored >= flow.queued
         return not 0 <= due < len(self._settle_at) or flow.scored >= self._settle_at[due]
 
@@ -111,6 +109,9 @@ class FilledFlow:
             if not found and self._overfull(flow):
                 found = self._early(flow, min(self._part, room))
             return found or None
+        if due == flow.version:  # what is generating now has to be in this step
+            self._drains = True
+            flow.send(flow.position > flow.sent)
         if not self._settled(flow, due):
             return None
         self._closing = True
