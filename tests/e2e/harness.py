@@ -199,13 +199,18 @@ class Launch:
         """Return once `count` steps are in metrics.jsonl."""
         wait_for_steps(self.process, folder, count, self.text)
 
-    def wait_for_text(self, words: str, deadline_s: float = 30.0) -> None:
-        """Return once the launcher has printed `words`."""
-        give_up = time.monotonic() + patience(deadline_s)
+    def wait_for_text(self, words: str, deadline_s: float = 30.0, again: Callable[[], None] | None = None) -> None:
+        """Return once the launcher has printed `words`; `again` is called every second until it has."""
+        begun = time.monotonic()
+        give_up, next_s = begun + patience(deadline_s), begun
         while words not in self.text():
-            assert time.monotonic() < give_up, (
-                f"{words!r} was not printed within {patience(deadline_s):.0f} s:\n{self.text()}"
-            )
+            ended = self.process.poll() is not None and words not in self.text()
+            assert not ended, f"the run ended before it printed {words!r}:\n{self.text()}"
+            now = time.monotonic()
+            assert now < give_up, f"{words!r} was not printed within {now - begun:.0f} s:\n{self.text()}"
+            if again and now >= next_s:
+                again()
+                next_s = now + 1.0
             time.sleep(0.05)
 
     def interrupt(self, number: int = signal.SIGINT) -> None:
