@@ -27,29 +27,6 @@ from harness import (
 )
 
 
-def test_sigterm_saves_and_resume_goes_on(inputs: Path, tmp_path: Path) -> None:
-    """In the middle of a step that is filled while it runs."""
-    values = topology(inputs, tmp_path, schedule__steps=1000, schedule__rule="filled")
-    file = write_topology(values, tmp_path / "run.yaml")
-    folder = tmp_path / "run"
-    with Launch(file) as run:
-        run.wait_for_steps(folder, 2)
-        run.interrupt(signal.SIGTERM)
-        assert run.wait() == 130, run.text()
-        assert "go on with --resume" in run.text() and "Traceback" not in run.text()
-    assert left_running(tmp_path, inputs) == []
-    assert loud_lines(folder) == [], "an orderly stop is no fault"
-    saved = sorted((folder / "checkpoints").glob("step_*/complete.json"))[-1]
-    step = int(saved.parent.name.removeprefix("step_"))
-    check_trained(folder, 1, step)
-    assert [row["step"] for row in steps(folder)] == list(range(1, step + 1)), "the last step has its row"
-    with Launch(file, "--resume", "--set", f"schedule.steps={step + 2}") as run:
-        assert run.wait() == 0, run.text()
-    check_trained(folder, 1, step + 2)
-    assert left_running(tmp_path, inputs) == []
-    check_first_steps(folder, 1, step + 1)
-
-
 def check_first_steps(folder: Path, *first: int) -> None:
     """What is generated first after a start is of the student's present weights: no others, and no teacher."""
     rows = {row["step"]: row for row in steps(folder)}
@@ -99,22 +76,26 @@ def next_commands(text: str) -> dict[str, str]:
     return {what.removesuffix(":"): line for what, line in pairwise(lines) if " -m opd_async." in line}
 
 
-def test_a_stopped_run_leaves_report_curve_and_commands_that_work(inputs: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_leaves_report_curve_and_commands_that_work(inputs: Path, tmp_path: Path) -> None:
+    """In the middle of a step that is filled while it runs."""
     place = tmp_path / "a folder"
     place.mkdir()
-    file = write_topology(topology(inputs, place, schedule__steps=1000), tmp_path / "run.yaml")
+    values = topology(inputs, place, schedule__steps=1000, schedule__rule="filled")
+    file = write_topology(values, tmp_path / "run.yaml")
     folder = place / "run"
     with Launch(file) as run:
         run.wait_for_steps(folder, 3)
-        run.interrupt()
+        run.interrupt(signal.SIGTERM)
         run.wait_for_text("stopping: finishing the step under way")
         assert run.wait() == 130, run.text()
         step = stopped(folder)
         assert f"saved after step {step} of 1000; go on with --resume" in run.text()
+        assert "Traceback" not in run.text()
         commands = next_commands(run.text())
     assert left_running(tmp_path, inputs) == []
     assert loud_lines(folder) == [], "an orderly stop is no fault"
     check_trained(folder, 1, step)
+    assert [row["step"] for row in steps(folder)] == list(range(1, step + 1)), "the last step has its row"
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert report["steps"] == step and (folder / "learning_curve.png").is_file()
     assert report["trained_tokens"] == sum(row["tokens"] for row in steps(folder))
@@ -125,6 +106,7 @@ def test_a_stopped_run_leaves_report_curve_and_commands_that_work(inputs: Path, 
     subprocess.run(resume, shell=True, cwd=ROOT, env=environment(), check=True, capture_output=True)
     check_trained(folder, 1, step + 1)
     check_first_steps(folder, 1, step + 1)
+    assert left_running(tmp_path, inputs) == []
 
 
 def test_a_signal_while_processes_start(inputs: Path, tmp_path: Path) -> None:
