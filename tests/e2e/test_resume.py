@@ -30,6 +30,7 @@ def test_a_run_goes_on_split_in_other_ways(inputs: Path, tmp_path: Path) -> None
         (
             "learner.tensor_parallel=2",
             "learner.micro_batch_tokens=512",
+            "engines.student.kv_tokens=4096",
             "rollout.slots=4",
             "supervisor.step_deadline_s=900",
         ),
