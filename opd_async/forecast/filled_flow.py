@@ -11,7 +11,7 @@ import numpy as np
 
 from opd_async.forecast.flow import Ended, Flow
 from opd_async.scheduling import admission
-from opd_async.scheduling.filled_steps import LARGEST_NEXT_STEP, PARTS
+from opd_async.scheduling.filled_steps import FULL_NEXT_STEP, LARGEST_STEP, PARTS
 
 Segments = list[tuple[int, int]]
 
@@ -47,7 +47,7 @@ class FilledFlow:
         if self._staleness is None:
             return False
         room = 0 if self._closing else max(self._budget - self._taken, 0)
-        return self._bound(flow, self._due(flow.version + 1)) - room >= LARGEST_NEXT_STEP * self._budget
+        return self._bound(flow, self._due(flow.version + 1)) - room >= FULL_NEXT_STEP * self._budget
 
     def stands(self, flow: Flow) -> bool:
         """The open step drains, or the next one is bound to be too large."""
@@ -99,12 +99,19 @@ class FilledFlow:
             return flow.scored >= flow.queued
         return not 0 <= due < len(self._settle_at) or flow.scored >= self._settle_at[due]
 
+    def _too_large(self, flow: Flow, due: int) -> bool:
+        return (
+            0 <= due < flow.version
+            and self._settled(flow, due)
+            and self._taken + self._bound(flow, due) >= LARGEST_STEP * self._budget
+        )
+
     def _round(self, flow: Flow) -> Segments | None:
         """The next part, as `FilledSteps.round`; None if there is none yet."""
         due = self._due(flow.version)
         forced = flow.oldest <= due
         room = self._budget - self._taken - float((flow.sent - flow.trained)[forced].sum())
-        if room > self._part or flow.scored_tokens < room:
+        if not self._too_large(flow, due) and (room > self._part or flow.scored_tokens < room):
             found = self._ended(flow, self._part) if room > self._part else []
             if not found and self._overfull(flow):
                 found = self._early(flow, min(self._part, room))

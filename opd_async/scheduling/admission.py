@@ -128,13 +128,15 @@ class Front:
     What begins just after an update has the longest time to end by itself. The front starts at 1 and comes down by as
     much as a step came out too large, and a little when generation had to stand still lest the next one do. It goes up
     slowly while the learner waits for responses, but not at once after a step that was too large: such a step cuts
-    more, so that the next ones find few responses under way. A step for which the learner waited is as large as its
-    last response made it; fewer responses would only make it later.
+    more, so that the next ones find few responses under way. A step for which the learner waited may be a little too
+    large: its last response or its last score made it so, and fewer responses would make it later.
     """
 
     LOWEST = 0.2
     TOO_LARGE = 1.02
     """Budgets of a step from which on the front comes down."""
+    FAR_TOO_LARGE = 1.1
+    """The same, where the learner has waited; it comes down by what is beyond."""
     LARGEST_MOVE = 0.3
     """Budgets by which it comes down at most; at least by `UP`."""
     HELD = 0.1
@@ -156,9 +158,10 @@ class Front:
 
         `held`: generation stood still during it.
         """
-        if held or (size > self.TOO_LARGE and waited <= self.WAITED):
+        large, right = (self.TOO_LARGE, 1.0) if waited <= self.WAITED else (self.FAR_TOO_LARGE, self.FAR_TOO_LARGE)
+        if held or size > large:
             self._calm = 0
-            self.budgets -= min(max(size - 1, self.HELD if held else self.UP), self.LARGEST_MOVE)
+            self.budgets -= min(max(size - right, self.HELD if held else self.UP), self.LARGEST_MOVE)
         else:
             self._calm += 1
             if waited > self.WAITED and self._calm > self.CALM:

@@ -20,8 +20,10 @@ from opd_async.scheduling.step_policy import Round
 
 PARTS = 16
 """A part has a budget divided by so many tokens, or one response more; the last one has what is forced."""
-LARGEST_NEXT_STEP = 1.1
+FULL_NEXT_STEP = 1.0
 """Budgets that the step behind the open one may be bound to train; generation stands still beyond them."""
+LARGEST_STEP = 1.2
+"""Budgets that the open step has trained or is bound to train from which on it closes as soon as it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,18 @@ class FilledSteps:
             return False
         room = 0 if taken is None else max(self.budget - taken, 0)
         bound = _tokens(s for s in assembler.samples.values() if s.untrained and s.oldest_version <= due)
-        return bound - room >= LARGEST_NEXT_STEP * self.budget
+        return bound - room >= FULL_NEXT_STEP * self.budget
+
+    def _too_large(self, assembler: Assembler, view: _View, version: int, taken: int) -> bool:
+        """Whether the step could close, and what it has to train is too much already: it grows until it does.
+
+        Not at S = 0, where a step that closes has generation stand still.
+        """
+        due = self._due(version)
+        if due is None or self.max_staleness == 0 or not assembler.settled(due):
+            return False
+        ended = _tokens(sample for sample in view.ended if sample.untrained and sample.oldest_version <= due)
+        return taken + view.forced_tokens + ended >= LARGEST_STEP * self.budget
 
     def round(self, assembler: Assembler, version: int, taken: int) -> Round:
         """The next part of the step at `version`, which has trained `taken` tokens so far."""
@@ -86,7 +99,7 @@ class FilledSteps:
         view = self._view(assembler, version)
         room = self.budget - taken - view.forced_tokens
         enough = view.ended_tokens >= room
-        if room > part or not enough:
+        if not self._too_large(assembler, view, version, taken) and (room > part or not enough):
             found = _fill(view.ended, part) if room > part else []
             if not found and self.overfull(assembler, version, taken):
                 # generation stands still, so that nothing else will end: cut what the next step would have to

@@ -97,13 +97,27 @@ def test_empty_responses_leave_with_the_others() -> None:
 def test_a_next_step_that_would_be_too_large_stands_generation_still_and_is_begun() -> None:
     """At S = 1 the next step has to train all that is held; what fits is cut before its time."""
     box, policy = assembler(), FilledSteps(tokens_per_step=10 * PARTS, max_staleness=1)
-    for sample_id in range(10):
+    for sample_id in range(9):
         held(box, sample_id=sample_id, end=2 * PARTS, weight_version=1)
     box.mark(0, [])
-    assert not policy.overfull(box, 1, 0)  # ten parts of these twenty fit into the open step
+    assert not policy.overfull(box, 1, 0)  # ten parts of these eighteen fit into the open step
     assert part(policy, box, 1, 0) == ([], False)
-    held(box, sample_id=10, end=PARTS, weight_version=1)
+    held(box, sample_id=10, end=2 * PARTS, weight_version=1)
     assert policy.overfull(box, 1, 0)
     assert part(policy, box, 1, 0) == ([0], False)
     assert not policy.overfull(box, 0, 0)  # the same tokens are younger for a later bound
     assert not FilledSteps(tokens_per_step=10 * PARTS, max_staleness=2).overfull(box, 1, 0)
+
+
+def test_a_step_that_is_bound_to_be_too_large_closes_as_soon_as_it_can() -> None:
+    box, policy = assembler(), FilledSteps(tokens_per_step=10 * PARTS, max_staleness=1)
+    for sample_id in (1, 2, 3):
+        held(box, sample_id=sample_id, end=3 * PARTS, finish="stop")
+    held(box, sample_id=4, end=2 * PARTS)
+    assert part(policy, box, 1, PARTS - 1) == ([1], False)
+    box.mark(0, [OwedSample(4, 0, 2 * PARTS + 1)])
+    assert part(policy, box, 1, PARTS) == ([1], False)  # one token of the weights that are due is not here yet
+    held(box, sample_id=4, end=2 * PARTS + 1)
+    assert part(policy, box, 1, PARTS - 2) == ([1], False)
+    assert part(policy, box, 1, PARTS - 1) == ([4, 1, 2, 3], True)
+    assert part(FilledSteps(tokens_per_step=10 * PARTS, max_staleness=2), box, 1, PARTS - 1) == ([1], False)
