@@ -165,7 +165,7 @@ def filled(staleness: int | None) -> Rule:
         train_on=TrainOn.TOKENS,
         staleness=staleness,
         policy=lambda samples, tokens, s: FilledSteps(tokens, s),
-        admission=lambda samples, tokens, s: FilledAdmission(tokens, bounded=s is not None),
+        admission=lambda samples, tokens, s: FilledAdmission(tokens, s),
     )
 
 

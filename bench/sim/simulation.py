@@ -21,7 +21,7 @@ from opd_async.bench.sim.rules import Rule, Scoring
 from opd_async.bench.sim.student import Generation, StudentEngine
 from opd_async.bench.sim.teacher import PrefixCache, TeacherEngine
 from opd_async.config.topology import TrainOn
-from opd_async.forecast.lengths import LengthStream
+from opd_async.forecast.lengths import LengthStream, typical
 from opd_async.forecast.workload import Workload
 from opd_async.scheduling import frontier
 from opd_async.scheduling.assembly import Assembler
@@ -52,7 +52,8 @@ class Simulation:
         self._lengths = LengthStream(workload.lengths, seed, workload.group_size, workload.correlation)
         sizes = workload.samples_per_step, workload.tokens_per_step, rule.staleness
         order = PromptOrder(1 << 20, workload.group_size, seed, shuffle=False)
-        self._book = LeaseBook(frontier.empty(0), order, rule.admission(*sizes), workload.slots)
+        longest = int(typical(workload.lengths).max())
+        self._book = LeaseBook(frontier.empty(0), order, rule.admission(*sizes), workload.slots, longest=longest)
         self._policy = rule.policy(*sizes)
         self._assembler = Assembler()
         self._assembler.start_at(0)

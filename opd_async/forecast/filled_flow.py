@@ -22,7 +22,7 @@ class FilledFlow:
     def __init__(self, tokens_per_step: int, staleness: int | None) -> None:
         self._budget, self._staleness = tokens_per_step, staleness
         self._part = max(1, tokens_per_step // PARTS)
-        self._admission = admission.FilledAdmission(tokens_per_step, bounded=staleness is not None)
+        self._admission = admission.FilledAdmission(tokens_per_step, staleness)
         self._taken = 0
         self._free_at = 0.0
         """When the learner became free, or was last seen without anything to do."""
@@ -61,7 +61,9 @@ class FilledFlow:
     def admits(self, flow: Flow, generating: int, waiting: int) -> bool:
         """As `FilledAdmission`."""
         self._admission.opened(self._taken, self._part_end == math.inf)
-        return self._admission.admits(admission.Flow(flow.leased, flow.version, waiting, generating, flow.work.slots))
+        work = flow.work
+        now = admission.Flow(flow.leased, flow.version, waiting, generating, work.slots, work.mean_tokens)
+        return self._admission.admits(now)
 
     def turn(self, flow: Flow) -> None:
         """Everything that the learner does up to `flow.now`."""

@@ -107,7 +107,12 @@ class Script:
         shuffle = topology.data.shuffle and self._prompts < ENDLESS  # an iterator has its own order
         order = PromptOrder(self._prompts, topology.rollout.group_size, topology.seed, shuffle)
         self._state.book = LeaseBook(
-            frontier, order, admission_of(topology.schedule), topology.rollout.slots, self._attempt_floor
+            frontier,
+            order,
+            admission_of(topology.schedule),
+            topology.rollout.slots,
+            self._attempt_floor,
+            topology.rollout.sampling.max_response_tokens,
         )
         version = await self._update_weights(verify=True)
         if version != frontier.version:

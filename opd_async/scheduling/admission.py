@@ -8,6 +8,7 @@ too large, or too old, or would have to be cut.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,6 +54,8 @@ class Flow:
     """Untrained tokens of responses that have ended."""
     generating: int
     slots: int
+    mean_tokens: float = 0.0
+    """Mean length of the responses that have ended lately, or what is taken for it before one has."""
 
 
 class Admission(Protocol):
@@ -170,14 +173,19 @@ class Front:
 
 
 class FilledAdmission(_Deaf):
-    """Filled steps: not while ended responses wait, nor once the open step has taken its front."""
+    """Filled steps: not while ended responses wait, nor once the open step has taken its front.
 
-    def __init__(self, budget: int, bounded: bool) -> None:
-        """`bounded`: the age of tokens has a bound, so that responses may be cut."""
+    Nor beyond what the bound leaves room for: what is under way when a step opens has to be trained in it and the
+    `max_staleness` steps behind it. That matters where the slots hold more than a budget of responses.
+    """
+
+    def __init__(self, budget: int, max_staleness: int | None) -> None:
+        """`max_staleness` None: nothing is ever cut, and no token too old."""
         self.front = Front()
         self._budget = budget
-        self._bounded = bounded
-        self._waiting = WAITING if bounded else WAITING_UNCUT
+        self._bounded = max_staleness is not None
+        self._room = math.inf if max_staleness is None else (max(max_staleness, 1) + 1) * budget
+        self._waiting = WAITING if self._bounded else WAITING_UNCUT
         self._taken, self._idle = 0, True
         self._held = False
 
@@ -200,6 +208,7 @@ class FilledAdmission(_Deaf):
         """By the front while the learner is busy; a learner that waits keeps some responses under way."""
         if flow.waiting_tokens >= self._waiting * self._budget:
             return False
-        if self._taken <= self.front.budgets * self._budget:
+        under_way = self._taken + flow.waiting_tokens + flow.generating * flow.mean_tokens
+        if self._taken <= self.front.budgets * self._budget and under_way < self._room:
             return True
         return self._idle and flow.generating < FEWEST * flow.slots

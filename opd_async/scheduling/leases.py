@@ -68,12 +68,16 @@ class PromptOrder:
         return int(self._order[position])
 
 
+LENGTH_SHARE = 1 / 256
+"""Weight of each new response in their mean length, which changes while the student learns."""
+
+
 def admission_of(schedule: ScheduleSection) -> Admission:
     """The rule that the topology asks for."""
     if schedule.train_on is TrainOn.SAMPLES:
         return SampleAdmission(schedule.samples_per_step, bound_of(schedule.max_staleness))
     if schedule.rule is StepRule.FILLED:
-        return FilledAdmission(schedule.tokens_per_step, bounded=schedule.max_staleness is not None)
+        return FilledAdmission(schedule.tokens_per_step, schedule.max_staleness)
     return DeadlineAdmission(schedule.tokens_per_step, bound_of(schedule.max_staleness))
 
 
@@ -90,8 +94,15 @@ class LeaseBook:
     """
 
     def __init__(
-        self, frontier: Frontier, order: PromptOrder, admission: Admission, slots: int, attempt: int = 0
+        self,
+        frontier: Frontier,
+        order: PromptOrder,
+        admission: Admission,
+        slots: int,
+        attempt: int = 0,
+        longest: int = 0,
     ) -> None:
+        """`longest` tokens are taken for the mean length of responses until the first one has ended."""
         self.admission = admission
         self._order = order
         self._slots = slots
@@ -102,6 +113,7 @@ class LeaseBook:
         self._active: dict[int, _Active] = {}
         self._generating: Counter[str] = Counter()
         self._waiting_tokens = 0
+        self._mean_tokens, self._any_ended = float(longest), False
         self._trained: dict[int, int] = {}
         parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
         for sample_id, tokens in zip(frontier.partial_ids.tolist(), parts, strict=False):
@@ -135,7 +147,7 @@ class LeaseBook:
             spec = self._returned.popleft()
         else:
             sample_id = self._first_unleased()
-            flow = Flow(sample_id, version, self.waiting_tokens, self.generating, self._slots)
+            flow = Flow(sample_id, version, self.waiting_tokens, self.generating, self._slots, self._mean_tokens)
             if not self.admission.admits(flow):
                 return None
             spec = LeaseSpec(sample_id, self._attempt, self._order.prompt_of(sample_id), np.zeros(0, np.int32))
@@ -157,6 +169,9 @@ class LeaseBook:
             self._generating[active.actor] -= 1
             active.response_tokens = response_tokens
             self._waiting_tokens += response_tokens - active.trained_end
+            share = LENGTH_SHARE if self._any_ended else 1.0
+            self._mean_tokens += share * (response_tokens - self._mean_tokens)
+            self._any_ended = True
 
     def trained(self, sample_id: int, end: int, complete: bool) -> None:
         """A step has taken the sample's tokens before `end`."""

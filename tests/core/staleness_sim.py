@@ -65,7 +65,7 @@ class Setup:
         if self.train_on is TrainOn.SAMPLES:
             return SampleAdmission(self.samples_per_step, self.max_staleness or 0)
         if self.filled:
-            return FilledAdmission(self.tokens_per_step, bounded=self.max_staleness is not None)
+            return FilledAdmission(self.tokens_per_step, self.max_staleness)
         return DeadlineAdmission(self.tokens_per_step, self.max_staleness or 0)
 
     def policy(self) -> StepPolicy:

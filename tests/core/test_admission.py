@@ -10,14 +10,14 @@ def flow(waiting: int = 0, generating: int = 4) -> Flow:
 
 
 def test_ended_responses_hold_new_ones_back() -> None:
-    rule, uncut = FilledAdmission(100, bounded=True), FilledAdmission(100, bounded=False)
+    rule, uncut = FilledAdmission(100, 1), FilledAdmission(100, None)
     assert rule.admits(flow(waiting=round(100 * WAITING) - 1))
     assert not rule.admits(flow(waiting=round(100 * WAITING)))
     assert uncut.admits(flow(waiting=24)) and not uncut.admits(flow(waiting=25))
 
 
 def test_a_step_behind_its_front_lets_nothing_begin_but_for_a_learner_without_work() -> None:
-    rule = FilledAdmission(100, bounded=True)
+    rule = FilledAdmission(100, 1)
     rule.closed(125, 0.0)
     assert round(rule.front.budgets, 9) == 0.75
     rule.opened(74, False)
@@ -55,7 +55,7 @@ def test_the_front_goes_up_while_the_learner_waits_but_not_just_behind_a_large_s
 
 
 def test_the_front_comes_down_after_a_step_in_which_generation_stood_still() -> None:
-    rule = FilledAdmission(100, bounded=True)
+    rule = FilledAdmission(100, 1)
     rule.held()
     for budgets in (0.9, 0.9):  # it stood still in the first of two steps, both of the right size
         rule.closed(100, 0.0)
@@ -66,6 +66,21 @@ def test_the_front_comes_down_after_a_step_in_which_generation_stood_still() -> 
 
 
 def test_without_a_bound_there_is_no_front() -> None:
-    rule = FilledAdmission(100, bounded=False)
+    rule = FilledAdmission(100, None)
     rule.closed(150, 0.0)
     assert rule.front.budgets == 1.0
+
+
+def test_no_more_is_under_way_than_the_steps_of_the_bound_can_train() -> None:
+    def full(rule: FilledAdmission, generating: int, waiting: int, mean: float) -> bool:
+        return not rule.admits(Flow(0, 0, waiting, generating, slots=50, mean_tokens=mean))
+
+    rule = FilledAdmission(100, 1)
+    assert not full(rule, 50, 40, 0.0)
+    assert full(rule, 40, 40, 4.0) and not full(rule, 39, 40, 4.0)
+    rule.opened(20, idle=False)
+    assert full(rule, 35, 40, 4.0) and not full(rule, 34, 40, 4.0)
+    assert not full(FilledAdmission(100, 2), 49, 40, 4.0) and full(FilledAdmission(100, 0), 40, 40, 4.0)
+    assert not full(FilledAdmission(100, None), 50, 20, 1e9)
+    rule.opened(0, idle=True)
+    assert not full(rule, 12, 0, 1e9)  # a learner without work

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, cast
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from scored_chunks import frontier_of
 
 from opd_async.config.topology import ScheduleSection, StepRule, TrainOn
 from opd_async.scheduling import frontier
-from opd_async.scheduling.admission import Flow
+from opd_async.scheduling.admission import Admission, Flow
 from opd_async.scheduling.leases import LeaseBook, LeaseSpec, PromptOrder, admission_of
 from opd_async.transport.messages import Frontier
 
@@ -259,3 +261,22 @@ def test_counters_and_ids_stay_right(completed: set[int], moves: list[tuple[str,
             assert leases.generating_by(actor) == len([one for one in mine if one not in ended])
             assert sorted(spec.sample_id for spec in leases.held_by(actor)) == sorted(mine)
         assert leases.waiting_tokens == sum(end - trained.get(one, 0) for one, end in ended.items())
+
+
+def test_admission_is_told_the_mean_length_of_what_has_ended() -> None:
+    class Told:
+        """A rule that remembers what it was told."""
+
+        means: ClassVar[list[float]] = []
+
+        def admits(self, flow: Flow) -> bool:
+            self.means.append(flow.mean_tokens)
+            return True
+
+    leases = LeaseBook(frontier.empty(0), ORDER, cast(Admission, Told()), slots=9, longest=100)
+    leases.lease("a", 0)
+    leases.ended(0, attempt=0, response_tokens=20)
+    leases.lease("a", 0)
+    leases.ended(1, attempt=0, response_tokens=276)
+    leases.lease("a", 0)
+    assert Told.means == [100.0, 20.0, 21.0]
