@@ -62,7 +62,14 @@ class FilledFlow:
         """As `FilledAdmission`."""
         self._admission.opened(self._taken, self._part_end == math.inf)
         work = flow.work
-        now = admission.Flow(flow.leased, flow.version, waiting, generating, work.slots, work.mean_tokens)
+        now = admission.Flow(
+            sample_id=flow.leased,
+            version=flow.version,
+            waiting_tokens=waiting,
+            generating=generating,
+            slots=work.slots,
+            mean_tokens=work.mean_tokens,
+        )
         return self._admission.admits(now)
 
     def turn(self, flow: Flow) -> None:

@@ -111,8 +111,8 @@ class Script:
             order,
             admission_of(topology.schedule),
             topology.rollout.slots,
-            self._attempt_floor,
-            topology.rollout.sampling.max_response_tokens,
+            attempt=self._attempt_floor,
+            longest=topology.rollout.sampling.max_response_tokens,
         )
         version = await self._update_weights(verify=True)
         if version != frontier.version:

@@ -44,7 +44,7 @@ FEWEST = 0.25
 for few responses would wait long, with none for ever."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
     """The state of a lease book when it is asked for one more: `sample_id` would begin under weights `version`."""
 

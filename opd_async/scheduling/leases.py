@@ -147,7 +147,14 @@ class LeaseBook:
             spec = self._returned.popleft()
         else:
             sample_id = self._first_unleased()
-            flow = Flow(sample_id, version, self.waiting_tokens, self.generating, self._slots, self._mean_tokens)
+            flow = Flow(
+                sample_id=sample_id,
+                version=version,
+                waiting_tokens=self.waiting_tokens,
+                generating=self.generating,
+                slots=self._slots,
+                mean_tokens=self._mean_tokens,
+            )
             if not self.admission.admits(flow):
                 return None
             spec = LeaseSpec(sample_id, self._attempt, self._order.prompt_of(sample_id), np.zeros(0, np.int32))

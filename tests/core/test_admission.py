@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from opd_async.scheduling.admission import FEWEST, WAITING, FilledAdmission, Flow, Front
 
 
 def flow(waiting: int = 0, generating: int = 4) -> Flow:
-    return Flow(0, 0, waiting, generating, slots=8)
+    return Flow(sample_id=0, version=0, waiting_tokens=waiting, generating=generating, slots=8)
 
 
 def test_ended_responses_hold_new_ones_back() -> None:
@@ -73,7 +75,7 @@ def test_without_a_bound_there_is_no_front() -> None:
 
 def test_no_more_is_under_way_than_the_steps_of_the_bound_can_train() -> None:
     def full(rule: FilledAdmission, generating: int, waiting: int, mean: float) -> bool:
-        return not rule.admits(Flow(0, 0, waiting, generating, slots=50, mean_tokens=mean))
+        return not rule.admits(replace(flow(waiting, generating), slots=50, mean_tokens=mean))
 
     rule = FilledAdmission(100, 1)
     assert not full(rule, 50, 40, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, cast
 
 import numpy as np
@@ -54,7 +55,8 @@ def test_without_a_bound_responses_begin_whatever_their_step_is() -> None:
     rule = admission_of(ScheduleSection(steps=1, rule=StepRule.FILLED, tokens_per_step=100, max_staleness=None))
     rule.closed(200, 0.0)  # no step can be too large where nothing is forced
     rule.opened(99, False)
-    assert rule.admits(Flow(0, 0, 24, 4, slots=8)) and not rule.admits(Flow(0, 0, 25, 4, slots=8))
+    flow = Flow(sample_id=0, version=0, waiting_tokens=24, generating=4, slots=8)
+    assert rule.admits(flow) and not rule.admits(replace(flow, waiting_tokens=25))
     for schedule in (ScheduleSection(steps=1, max_staleness=None), ScheduleSection(steps=1, train_on=TrainOn.SAMPLES)):
         with pytest.raises(ValueError, match="max_staleness: null"):
             admission_of(schedule.model_copy(update={"max_staleness": None}))
