@@ -44,10 +44,10 @@ SETTLE_NEWS_S = 10.0
 def make_policy(schedule: ScheduleSection, group_size: int) -> StepPolicy:
     """The policy that the topology asks for; groups have `group_size` samples."""
     if schedule.train_on is TrainOn.SAMPLES:
-        if schedule.rule is StepRule.FILLED:
+        if schedule.step_rule is StepRule.FILLED:
             return FilledSamples(schedule.samples_per_step, group_size)
         return WholeSamples(schedule.samples_per_step)
-    if schedule.rule is StepRule.FILLED:
+    if schedule.step_rule is StepRule.FILLED:
         return FilledSteps(schedule.tokens_per_step, schedule.max_staleness)
     return DeadlineCuts(schedule.tokens_per_step, bound_of(schedule.max_staleness))
 

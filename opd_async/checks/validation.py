@@ -110,13 +110,16 @@ def _data_problems(topology: Topology) -> Iterator[str]:
 def _schedule_problems(topology: Topology) -> Iterator[str]:
     samples, group = topology.schedule.samples_per_step, topology.rollout.group_size
     if topology.schedule.max_staleness is None:
-        for key, value in (("rule", StepRule.FILLED), ("train_on", TrainOn.TOKENS)):
-            if getattr(topology.schedule, key) is not value:
-                yield (
-                    f"schedule.max_staleness: null, but only filled steps of tokens can do without a bound; write a "
-                    f"number of steps, or {key}: {value}"
-                )
-    if topology.schedule.train_on is TrainOn.SAMPLES and topology.schedule.rule is StepRule.FILLED:
+        fits = {
+            "rule: filled": topology.schedule.rule is not StepRule.DEADLINE,
+            "train_on: tokens": topology.schedule.train_on is TrainOn.TOKENS,
+        }
+        for change in (change for change, fitting in fits.items() if not fitting):
+            yield (
+                f"schedule.max_staleness: null, but only filled steps of tokens can do without a bound; write a "
+                f"number of steps, or {change}"
+            )
+    if topology.schedule.train_on is TrainOn.SAMPLES and topology.schedule.step_rule is StepRule.FILLED:
         yield from _part_problems(topology)
     if topology.schedule.train_on is TrainOn.SAMPLES and samples % group:
         yield (

@@ -45,6 +45,8 @@ class PauseMode(StrEnum):
 class StepRule(StrEnum):
     """When a step is made, and of what."""
 
+    AUTO = "auto"
+    """`filled` with `train_on: tokens`, `deadline` with `samples`."""
     DEADLINE = "deadline"
     """A step is planned as a whole when the update before it is done. Of tokens it has more where the learner is
     behind."""
@@ -60,14 +62,15 @@ class ScheduleSection(Section):
     train_on: TrainOn = TrainOn.TOKENS
     """`tokens`: a step takes scored tokens, also of responses that are still being generated when their age demands it.
     `samples`: a step takes complete responses, in the order of their numbers; estimators need this."""
-    rule: StepRule = StepRule.DEADLINE
-    """`deadline` plans a step as a whole once the weights before it are out; where the learner is behind, steps of
-    `tokens` are twice as large. `filled` trains a step in parts while it fills. `tokens`: it cuts last, and steps have
-    one budget. `samples`: a group is trained as soon as all its responses have ended; not with estimators that whiten
-    over a step, but for `ppo`, whose learner trains all parts together, nor with `learner.loss_mean: responses`."""
+    rule: StepRule = StepRule.AUTO
+    """`auto`: `filled` with `train_on: tokens`, `deadline` with `samples`. `deadline` plans a step as a whole once the
+    weights before it are out; where the learner is behind, steps of `tokens` are twice as large. `filled` trains a step
+    in parts while it fills. `tokens`: it cuts last, and steps have one budget. `samples`: a group is trained as soon as
+    all its responses have ended; not with estimators that whiten over a step, but for `ppo`, whose learner trains all
+    parts together, nor with `learner.loss_mean: responses`."""
     tokens_per_step: Tokens = 65536
     """`tokens`: least size of a step, its budget. With `rule: deadline` it takes up to twice as much when the learner
-    is behind, and more when tokens would get too old."""
+    is behind, and more when tokens would get too old; filled steps take more only where they have to."""
     samples_per_step: Positive = 256
     """`samples`: responses in a step, exactly. A multiple of `rollout.group_size`."""
     max_staleness: StepsOr0 | None = 1
@@ -79,6 +82,13 @@ class ScheduleSection(Section):
     is computed again under the new weights."""
     filter: HookName | None = None
     """`samples`: `module:name` of a function that says of each finished group whether it is trained (docs/hooks.md)."""
+
+    @property
+    def step_rule(self) -> StepRule:
+        """`rule`, or what `auto` stands for."""
+        if self.rule is StepRule.AUTO:
+            return StepRule.FILLED if self.train_on is TrainOn.TOKENS else StepRule.DEADLINE
+        return self.rule
 
 
 class OptimizerSection(Section):

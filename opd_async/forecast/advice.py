@@ -100,7 +100,7 @@ def uncovered(topology: Topology) -> str | None:
     schedule = topology.schedule
     if schedule.train_on is not TrainOn.TOKENS:
         return "covers schedule.train_on tokens"
-    if schedule.max_staleness == 0 and schedule.rule is not StepRule.FILLED:
+    if schedule.max_staleness == 0 and schedule.step_rule is not StepRule.FILLED:
         return "covers schedule.max_staleness 0 with schedule.rule filled only"
     if len(topology.teachers) != 1:
         return "covers one teacher on engines of its own, in models.teacher"
@@ -147,7 +147,7 @@ class Forecaster(Models):
     def forecast(self, devices: Devices) -> Forecast:
         """What the topology's schedule makes of `devices`."""
         schedule = self.topology.schedule
-        return forecast(self.workload(devices), schedule.max_staleness, schedule.rule)
+        return forecast(self.workload(devices), schedule.max_staleness, schedule.step_rule)
 
     def fits(self, devices: Devices) -> bool:
         """Whether every role has the memory that it needs."""

@@ -76,7 +76,7 @@ def admission_of(schedule: ScheduleSection) -> Admission:
     """The rule that the topology asks for."""
     if schedule.train_on is TrainOn.SAMPLES:
         return SampleAdmission(schedule.samples_per_step, bound_of(schedule.max_staleness))
-    if schedule.rule is StepRule.FILLED:
+    if schedule.step_rule is StepRule.FILLED:
         return FilledAdmission(schedule.tokens_per_step, schedule.max_staleness)
     return DeadlineAdmission(schedule.tokens_per_step, bound_of(schedule.max_staleness))
 

@@ -160,6 +160,7 @@ def test_the_plan_follows_the_rule_of_steps(topology_text: dict[str, Any], tmp_p
     devices = Devices(2, 1, 2)
     plans = {rule: forecaster(text[rule]).forecast(devices) for rule in StepRule}
     assert plans[StepRule.FILLED].step_budgets < 1.05 < 1.4 < plans[StepRule.DEADLINE].step_budgets
+    assert plans[StepRule.AUTO] == plans[StepRule.FILLED]
     assert "(1.0 x schedule.tokens_per_step)" in describe(forecaster(text[StepRule.FILLED]))
 
 
@@ -247,7 +248,10 @@ def test_the_command_reads_the_prompts(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schedule": {"steps": 1, "max_staleness": 0}}, "max_staleness 0 with schedule.rule filled only"),
+        (
+            {"schedule": {"steps": 1, "rule": "deadline", "max_staleness": 0}},
+            "max_staleness 0 with schedule.rule filled only",
+        ),
         ({"schedule": {"steps": 1, "train_on": "samples"}}, "train_on tokens"),
     ],
 )

@@ -94,7 +94,7 @@ def topology(inputs: Path, runs: Path, **changes: Any) -> dict[str, Any]:
             "resend_after_s": 5.0,
         },
         "teacher": {"batch_tokens": 512},
-        "schedule": {"steps": 8, "tokens_per_step": 256, "max_staleness": 1},
+        "schedule": {"steps": 8, "rule": "deadline", "tokens_per_step": 256, "max_staleness": 1},
         "learner": {"micro_batch_tokens": 2048, "optimizer": {"lr": 1e-3}},
         "checkpoint": {"every_steps": 3, "export_hf": False},
         "supervisor": {"restarts": 3, "backoff_s": 0.2, **DEADLINES},
