@@ -138,7 +138,7 @@ class Front:
     LOWEST = 0.2
     TOO_LARGE = 1.02
     """Budgets of a step from which on the front comes down."""
-    FAR_TOO_LARGE = 1.1
+    FAR_TOO_LARGE = 1.2
     """The same, where the learner has waited; it comes down by what is beyond."""
     LARGEST_MOVE = 0.3
     """Budgets by which it comes down at most; at least by `UP`."""

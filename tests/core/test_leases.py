@@ -29,7 +29,12 @@ def book(
     attempt: int = 0,
 ) -> LeaseBook:
     schedule = ScheduleSection(
-        steps=1, train_on=train_on, tokens_per_step=10, samples_per_step=4, max_staleness=max_staleness
+        steps=1,
+        train_on=train_on,
+        rule=StepRule.DEADLINE,
+        tokens_per_step=10,
+        samples_per_step=4,
+        max_staleness=max_staleness,
     )
     return LeaseBook(state or frontier.empty(0), ORDER, admission_of(schedule), slots, attempt)
 
@@ -57,9 +62,9 @@ def test_without_a_bound_responses_begin_whatever_their_step_is() -> None:
     rule.opened(99, False)
     flow = Flow(sample_id=0, version=0, waiting_tokens=24, generating=4, slots=8)
     assert rule.admits(flow) and not rule.admits(replace(flow, waiting_tokens=25))
-    for schedule in (ScheduleSection(steps=1, max_staleness=None), ScheduleSection(steps=1, train_on=TrainOn.SAMPLES)):
+    for change in ({"rule": StepRule.DEADLINE}, {"train_on": TrainOn.SAMPLES}):
         with pytest.raises(ValueError, match="max_staleness: null"):
-            admission_of(schedule.model_copy(update={"max_staleness": None}))
+            admission_of(ScheduleSection(steps=1, max_staleness=None).model_copy(update=change))
 
 
 def test_every_epoch_uses_every_prompt_once_per_member_of_a_group() -> None:
