@@ -49,7 +49,7 @@ REGIMES = (
         None,
         EVERYBODY,
     ),
-    Regime("tokens, S = 0", {"schedule__max_staleness": 0}, 0, EVERYBODY),
+    Regime("tokens, S = 0", {"schedule__max_staleness": 0, "schedule__rule": "filled"}, 0, EVERYBODY),
     Regime(
         "GRPO without a teacher",
         {
@@ -63,7 +63,7 @@ REGIMES = (
         None,
         NO_TEACHER,
     ),
-    Regime("tokens, S = 1, two ranks", {"learner__data_parallel": 2}, 1, EVERYBODY),
+    Regime("tokens, S = 1, two ranks", {"learner__data_parallel": 2, "schedule__rule": "filled"}, 1, EVERYBODY),
     Regime("a student engine of others", {"schedule__rule": "filled"}, 1, OUTSIDE, external=True),
 )
 
