@@ -138,8 +138,8 @@ class Front:
     LOWEST = 0.2
     TOO_LARGE = 1.02
     """Budgets of a step from which on the front comes down."""
-    FAR_TOO_LARGE = 1.2
-    """The same, where the learner has waited; it comes down by what is beyond."""
+    FAR_TOO_LARGE = 1.1
+    """The same at a bound of one step or none of age, where the learner has waited; it comes down by what is beyond."""
     LARGEST_MOVE = 0.3
     """Budgets by which it comes down at most; at least by `UP`."""
     HELD = 0.1
@@ -152,8 +152,10 @@ class Front:
     CALM = 2
     """Steps since the last one that was too large, after which it may go up."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_staleness: int | None) -> None:
         self.budgets = 1.0
+        # a larger bound has later steps for what is too much
+        self._far_too_large = math.inf if max_staleness is None or max_staleness > 1 else self.FAR_TOO_LARGE
         self._calm = 0
 
     def closed(self, size: float, waited: float, held: bool = False) -> None:
@@ -161,7 +163,7 @@ class Front:
 
         `held`: generation stood still during it.
         """
-        large, right = (self.TOO_LARGE, 1.0) if waited <= self.WAITED else (self.FAR_TOO_LARGE, self.FAR_TOO_LARGE)
+        large, right = (self.TOO_LARGE, 1.0) if waited <= self.WAITED else (self._far_too_large,) * 2
         if held or size > large:
             self._calm = 0
             self.budgets -= min(max(size - right, self.HELD if held else self.UP), self.LARGEST_MOVE)
@@ -181,7 +183,7 @@ class FilledAdmission(_Deaf):
 
     def __init__(self, budget: int, max_staleness: int | None) -> None:
         """`max_staleness` None: nothing is ever cut, and no token too old."""
-        self.front = Front()
+        self.front = Front(max_staleness)
         self._budget = budget
         self._bounded = max_staleness is not None
         self._room = math.inf if max_staleness is None else (max(max_staleness, 1) + 1) * budget
