@@ -51,8 +51,10 @@ class Row:
     copies: float
 
 
-def make_model(folder: Path, layers: int, hidden: int, vocab: int) -> int:
-    """Write a random Qwen3 in bfloat16; returns the bytes of its weights."""
+def make_model(
+    folder: Path, layers: int, hidden: int, vocab: int, *, seed: int = 0, std: float = 0.02, **changes: Any
+) -> int:
+    """Write a random Qwen3 in bfloat16, with `changes` to its config; returns the bytes of its weights."""
     source = folder.with_name(f"{folder.name}-config")
     source.mkdir(parents=True)
     config = {
@@ -69,14 +71,14 @@ def make_model(folder: Path, layers: int, hidden: int, vocab: int) -> int:
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
         "dtype": "bfloat16",
-    }
+    } | changes
     (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
     specs = [spec for slot in slots(read_shape(source), 1) for spec in zip(slot.hf_names, slot.hf_shapes, strict=True)]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name, shape in specs:
-            yield name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+            yield name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=std, generator=generator)
 
     write_folder(folder, source, specs, torch.bfloat16, weights())
     return sum(torch.Size(shape).numel() * torch.bfloat16.itemsize for _, shape in specs)

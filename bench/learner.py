@@ -175,13 +175,13 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> Row:
         trainer.padding_slack = 1.0
     whole = sequences(options)
     trainer.step(StepBatch(0, *_one(_first(whole))))
-    base = _reset_peak()
+    base = reset_peak()
     seconds = []
     for version in range(1, options.steps + 1):
         began = time.perf_counter()
         trainer.step(StepBatch(version, *_one(whole)))
         seconds.append(time.perf_counter() - began)
-    peak = _peak()
+    peak = peak_bytes()
     counts = passes(trainer, StepBatch(options.steps + 1, *_one(whole)))
     parallel.stop()
     once, back, taught = (counts[key] for key in ("student forward", "student backward", "teacher forward"))
@@ -217,7 +217,7 @@ def _first(batch: MicroBatch) -> MicroBatch:
     )
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Forget the highest memory so far; the bytes in use now."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -226,8 +226,8 @@ def _reset_peak() -> int:
     return status_bytes("VmRSS")
 
 
-def _peak() -> int:
-    """The most bytes in use since `_reset_peak`."""
+def peak_bytes() -> int:
+    """The most bytes in use since `reset_peak`."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status_bytes("VmHWM")
 
 

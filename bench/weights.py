@@ -5,7 +5,8 @@
     path       Megatron model -> Hugging Face tensors -> buckets -> HTTP + broadcast -> loaded by the engines
     broadcast  buffers of the same bytes and sizes -> broadcast -> received, and nothing else
 
-Both run over the same kind of process group (gloo here) with as many receivers, in turns; the median of each counts.
+Both run over the same kind of process group with as many receivers, in turns; the median of each counts. The group is
+gloo's on the CPU. Where there are GPUs it is NCCL's: learner on the first, each engine and receiver on one of the next.
 `share` is what is left of the plain broadcast's rate when everything else is done too.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +24,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -32,7 +34,8 @@ from torch._C._distributed_c10d import TCPStore
 
 from opd_async.bench.convert import make_model
 from opd_async.config.topology import EngineSection
-from opd_async.engines.command import engine_command
+from opd_async.engines.command import engine_command, engine_environment
+from opd_async.errors import InputError
 from opd_async.files import write_atomically
 from opd_async.learner.config import LearnerConfig, ParallelConfig
 from opd_async.learner.distributed import parallel
@@ -46,6 +49,7 @@ from opd_async.plan.free_ports import free_ports
 HOST = "127.0.0.1"
 DEADLINE_S = 180.0
 MIB = 1 << 20
+SETTINGS = EngineSection(context_tokens=512, kv_tokens=1024, max_running=4)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,22 +65,46 @@ class Figures:
     share: float
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Started:
+    """An engine that was started, and its process, which leads a session of its own."""
+
+    address: EngineAddress
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        """End the engine and its children at once; nothing happens where it has ended."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def launch(model: Path, settings: EngineSection, device: str, log: Path | None = None, seed: int = 0) -> Started:
+    """Start an engine as a run does; `wait_for` says when it answers. Its output goes to `log`, or nowhere."""
+    http, spare = free_ports(HOST, 2)
+    command = engine_command(settings, model, (device,), HOST, {"http": http, "metrics": spare}, seed)
+    environment = one_thread() | engine_environment(settings, (device,), spare)
+    with (log or Path(os.devnull)).open("w", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    return Started(EngineAddress(f"http://{HOST}:{http}"), process)
+
+
 @contextmanager
-def engines(model: Path, count: int) -> Iterator[list[EngineAddress]]:
-    """Embedded engines that hold `model`, as a run starts them."""
-    settings = EngineSection(context_tokens=512, kv_tokens=1024, max_running=4)
+def engines(
+    model: Path, devices: Sequence[str], settings: EngineSection = SETTINGS, log: Path | None = None
+) -> Iterator[list[Started]]:
+    """An engine on each of `devices` that holds `model`, all of them ready."""
     with ExitStack() as stack:
-        urls, processes = [], []
-        for _ in range(count):
-            http, metrics = free_ports(HOST, 2)
-            command = engine_command(settings, model, ("cpu",), HOST, {"http": http, "metrics": metrics}, 0)
-            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL, env=one_thread()))
-            stack.callback(process.kill)
-            processes.append(process)
-            urls.append(f"http://{HOST}:{http}")
-        for url, process in zip(urls, processes, strict=True):
-            wait_for(url, process)
-        yield [EngineAddress(url) for url in urls]
+        started = []
+        for seed, device in enumerate(devices):
+            file = None if log is None else log.with_name(f"{log.name}-{seed}")
+            started.append(launch(model, settings, device, file, seed))
+            stack.callback(started[-1].kill)
+        for one in started:
+            wait_for(one.address.url, one.process)
+        yield started
 
 
 def one_thread() -> dict[str, str]:
@@ -97,25 +125,30 @@ def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def receivers(count: int, rounds: int, sizes: Sequence[int]) -> Iterator[dist.ProcessGroup]:
-    """A group of this process and `count` others that receive `rounds` times buffers of `sizes` bytes."""
+def receivers(count: int, rounds: int, sizes: Sequence[int], backend: str) -> Iterator[dist.ProcessGroup]:
+    """A group of this process and `count` others that receive `rounds` times buffers of `sizes` bytes.
+
+    With NCCL each has a GPU of its own, behind the first."""
     store, port = open_store(HOST, count + 1, DEADLINE_S)
     with ExitStack() as stack:
         for rank in range(1, count + 1):
-            words = [str(port), str(rank), str(count + 1), str(rounds), *map(str, sizes)]
+            words = [backend, str(port), str(rank), str(count + 1), str(rounds), *map(str, sizes)]
             command = [sys.executable, "-m", "opd_async.bench.weights", "--receive", *words]
             process = stack.enter_context(subprocess.Popen(command, env=one_thread()))
             stack.callback(process.kill)
-        group = join(store, "plain", 0, count + 1, "gloo", DEADLINE_S)
+        group = join(store, "plain", 0, count + 1, backend, DEADLINE_S)
         yield group
         leave(group)
 
 
-def receive(port: int, rank: int, world_size: int, rounds: int, sizes: Sequence[int]) -> None:
+def receive(backend: str, port: int, rank: int, world_size: int, rounds: int, sizes: Sequence[int]) -> None:
     """What a receiver does."""
+    device = "cpu" if backend == "gloo" else f"cuda:{rank}"
+    if device != "cpu":
+        torch.cuda.set_device(device)
     store = TCPStore(HOST, port, world_size, is_master=False)
-    group = join(store, "plain", rank, world_size, "gloo", DEADLINE_S)
-    buffers = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    group = join(store, "plain", rank, world_size, backend, DEADLINE_S)
+    buffers = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
     for _ in range(rounds):
         broadcast(buffers, group)
     leave(group)
@@ -126,8 +159,14 @@ def broadcast(buffers: Sequence[Tensor], group: dist.ProcessGroup) -> float:
     began = time.perf_counter()
     for buffer in buffers:
         dist.broadcast(buffer, src=0, group=group)
-    dist.all_reduce(torch.zeros(1), group=group)  # the last one has arrived everywhere
+    float(_arrived(buffers[0].device, group))  # the last one has, everywhere
     return time.perf_counter() - began
+
+
+def _arrived(device: torch.device, group: dist.ProcessGroup) -> Tensor:
+    everywhere = torch.ones(1, device=device)
+    dist.all_reduce(everywhere, group=group)
+    return everywhere
 
 
 def bucket_sizes(total: int, bucket_bytes: int) -> list[int]:
@@ -136,24 +175,37 @@ def bucket_sizes(total: int, bucket_bytes: int) -> list[int]:
 
 
 def measure(layers: int, hidden: int, vocab: int, count: int, bucket_mib: int, rounds: int) -> Figures:
-    """Both ways in turns, after one round that does not count."""
+    """Both ways in turns, after one round that does not count. Raises `InputError` where there are too few GPUs."""
+    cuda = torch.cuda.is_available()
+    if cuda and torch.cuda.device_count() <= count:
+        raise InputError(
+            f"{count} engines and a learner need {count + 1} GPUs, and torch sees {torch.cuda.device_count()}; lower "
+            "--engines, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
     bucket_bytes = bucket_mib * MIB
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name) / "model"
         make_model(folder, layers, hidden, vocab)
-        addresses = stack.enter_context(engines(folder, count))
+        backend, device = ("nccl", "cuda:0") if cuda else ("gloo", "cpu")
+        places = [f"cuda:{index}" for index in range(1, count + 1)] if cuda else ["cpu"] * count
+        addresses = [one.address for one in stack.enter_context(engines(folder, places))]
         parallel.start(ParallelConfig(), seed=0)
         stack.callback(parallel.stop)
         model = Trainer(LearnerConfig(model_path=folder)).model
         total = sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize
         sizes = bucket_sizes(total, bucket_bytes)
         sender = WeightSender(
-            addresses, backend="gloo", bind_host=HOST, bucket_bytes=bucket_bytes, timeout_s=DEADLINE_S
+            addresses,
+            backend=backend,
+            bind_host=HOST,
+            bucket_bytes=bucket_bytes,
+            timeout_s=DEADLINE_S,
+            device=torch.device(device),
         )
         stack.callback(sender.close)
         sender.connect("bench")
-        group = stack.enter_context(receivers(count, rounds + 1, sizes))
-        buffers = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+        group = stack.enter_context(receivers(count, rounds + 1, sizes, backend))
+        buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
         path, plain = [], []
         for version in range(rounds + 1):
             path.append(sender.send(hf_weights(model, torch.float32), version, checksums=False).seconds)
@@ -174,8 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the figures, and write them where `--json` says."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["--receive"]:
-        port, rank, world_size, rounds, *sizes = map(int, given[1:])
-        receive(port, rank, world_size, rounds, sizes)
+        port, rank, world_size, rounds, *sizes = map(int, given[2:])
+        receive(given[1], port, rank, world_size, rounds, sizes)
         return
     parser = argparse.ArgumentParser(description="The weight path against a plain broadcast.")
     parser.add_argument("--layers", type=int, default=8)

@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 
 from opd_async.config.topology import EngineSection
-from opd_async.engines.sglang import RESERVED_TOKENS, SUPPORTED
+from opd_async.engines.sglang import RESERVED_TOKENS, SUPPORTED, release
 
 DEADLINE_S = 30.0
 EMBEDDED = "embedded"
@@ -37,7 +37,7 @@ def info_problem(info: dict[str, Any], section: EngineSection) -> str | None:
     """Say why an answer to `/server_info` does not fit the section: its version, or its room for prompts (tokens)."""
     embedded = info.get("kind") == EMBEDDED
     version = str(info.get("version"))
-    if not embedded and version not in SUPPORTED:
+    if not embedded and release(version) not in SUPPORTED:
         return f"is sglang {version}; supported are {', '.join(SUPPORTED)}"
     # The embedded engine scores prompts as long as its context; SGLang says itself what it takes.
     room = info.get("context_length") if embedded else info.get("max_req_input_len")

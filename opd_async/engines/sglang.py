@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from functools import cache
@@ -20,6 +21,8 @@ RESERVED_TOKENS = 8
 """SGLang refuses prompts within 6 tokens of its context length and cuts responses 2 tokens short of it; ours may fill
 `context_tokens`, so the server is given this many more."""
 VERSION_DEADLINE_S = 60.0
+_FURTHER = re.compile(r"(\.post\d+)?(\+[\w.]+)?$")
+"""What follows a release in the version of a repaired one, or of a build for some CUDA."""
 
 _CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
@@ -27,6 +30,11 @@ _CPU_FLAGS = (
     # An idle scheduler spins otherwise, which slows everything else on the machine down.
     "--sleep-on-idle",
 )
+
+
+def release(version: str) -> str:
+    """Return the release that a version belongs to: 0.5.15.post1 and 0.5.15+cu130 are 0.5.15, with its API."""
+    return _FURTHER.sub("", version)
 
 
 @cache
@@ -54,7 +62,7 @@ def version_problem(python: Path) -> str | None:
         version = installed_version(python)
     except InputError as error:
         return str(error)
-    if version not in SUPPORTED:
+    if release(version) not in SUPPORTED:
         return f"{python} has sglang {version}; supported are {', '.join(SUPPORTED)}"
     return None
 
@@ -114,7 +122,7 @@ def server_environment(section: EngineSection, devices: Sequence[str], spare_por
         # Seconds; the default of 5 is shorter than many a pause between two requests.
         "SGLANG_TIMEOUT_KEEP_ALIVE": "300",
     }
-    if section.python is not None and installed_version(section.python) == "0.5.15":
+    if section.python is not None and release(installed_version(section.python)) == "0.5.15":
         # Not listened on there, but its default, 10000 above the server's own, must be a port. Later ones would listen.
         variables["SGLANG_GRPC_PORT"] = str(spare_port)
     if devices[0] != "cpu":

@@ -30,18 +30,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from opd_async.actors.client.engine_client import Endpoint, EngineClient, Sampling
 from opd_async.config.topology import EngineKind, EngineSection
 from opd_async.engines.command import engine_command, engine_environment
-from opd_async.engines.sglang import installed_version, keys_yaml
+from opd_async.engines.sglang import installed_version, keys_yaml, release
 from opd_async.keys import engine_environment as key_variables
 from opd_async.plan.free_ports import free_ports
 
 KIND = EngineKind(os.environ.get("OPD_TEST_ENGINE", "embedded"))
+DEVICE = os.environ.get("OPD_TEST_DEVICE", "cpu")
 PYTHON = Path(os.environ.get("SGLANG_PYTHON", ".venv-sglang/bin/python"))
 ROOT = Path(__file__).parents[2]
 API_KEY, ADMIN_KEY = "key-for-generation", "key-for-control"
 VOCAB = 256
 CONTEXT = 512
 START_S = 240.0
-VERSION = tuple(int(part) for part in installed_version(PYTHON).split(".")) if KIND is EngineKind.SGLANG else None
+VERSION = (
+    tuple(int(part) for part in release(installed_version(PYTHON)).split(".")) if KIND is EngineKind.SGLANG else None
+)
 """Of SGLang; None is the embedded engine, which follows the newest one."""
 SETTINGS = EngineSection(
     kind=KIND,
@@ -140,7 +143,7 @@ class Server:
 def running(model: Path, log: Path, settings: EngineSection = SETTINGS, **environment: str) -> Iterator[Server]:
     """Start a server with the command of a run, wait until it answers, and end it with all its children."""
     port, spare = free_ports("127.0.0.1", 2)
-    devices = ("cpu",) * settings.tensor_parallel
+    devices = (DEVICE,) * settings.tensor_parallel
     keys_file = log.with_suffix(".yaml")
     keys_file.write_text(keys_yaml(settings.api_key, settings.admin_api_key))
     command = engine_command(settings, model, devices, "127.0.0.1", {"http": port, "metrics": spare}, 0, keys_file)

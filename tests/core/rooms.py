@@ -64,7 +64,7 @@ ORDER: dict[str, tuple[str, ...]] = {
             "memory",
             "weights",
         ),
-        *("resume", "soak", "teacher", "wire", "learning", "peers"),
+        *("resume", "soak", "teacher", "wire", "learning", "peers", "gpu"),
     ),
 }
 """Package by package, the first may be imported by all that follow."""

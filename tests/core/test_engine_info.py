@@ -16,6 +16,7 @@ GOOD: list[dict[str, Any]] = [
     {"kind": "embedded", "version": "1", "context_length": 512},
     {"version": "0.5.15", "max_req_input_len": 514},
     {"version": "0.5.23"},
+    {"version": "0.5.15.post1"},
 ]
 
 

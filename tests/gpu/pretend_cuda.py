@@ -77,12 +77,13 @@ class Event:
 
 def install(rank: int, world_size: int) -> None:
     """Answer for `torch.cuda`, NCCL and host reads in this process, which is one rank of `world_size`."""
-    _pretend_device()
+    pretend_device()
     _pretend_groups(rank, world_size)
     _pretend_host_reads()
 
 
-def _pretend_device() -> None:
+def pretend_device() -> None:
+    """Answer for `torch.cuda`: there is one, it is idle, and nothing has to be waited for."""
     cuda: Any = torch.cuda
     properties = SimpleNamespace(
         name="a GPU that is not there", major=9, minor=0, multi_processor_count=132, total_memory=81920 * MIB
