@@ -1,8 +1,8 @@
 """Tensors that say they are on a GPU, hold numbers in host memory, and obey a GPU's rules; collectives go over gloo.
 
 With `cuda_guard.so` preloaded the learner takes its CUDA path and computes, and the result can be compared with the
-CPU's. Operands on two devices raise, as do reads that a GPU does not allow. Kernels, streams and NCCL are not seen. Call
-`install` before `opd_async.learner` is imported, and compute inside `OnCuda()`.
+CPU's. Operands on two devices raise, as do reads that a GPU does not allow. Kernels, streams and NCCL are not seen.
+Call `install` before `opd_async.learner` is imported, and compute inside `OnCuda()`.
 """
 
 from __future__ import annotations
