@@ -20,7 +20,7 @@ QUICKSTART_sglang := --set name=quickstart-sglang \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart smollm2 test chaos test-cluster test-sglang test-sglang-all lint format install sglang peers clean
+.PHONY: quickstart smollm2 test chaos test-cluster test-sglang test-sglang-all lint format install sglang gpu peers clean
 
 quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
@@ -70,6 +70,15 @@ $(SGLANG_STAMP): engines/sglang/install.sh requirements/sglang-$(SGLANG_VERSION)
 	PYTHON=$(PYTHON) engines/sglang/install.sh $(SGLANG) $(SGLANG_VERSION)
 	rm -f $(SGLANG)/.installed-*
 	touch $@
+
+# On a GPU host: the learner with the torch that SGLang pins, so that both sides bring one NCCL, and SGLang (docs/gpu.md).
+gpu: requirements/gpu-$(SGLANG_VERSION).txt requirements/cpu.txt
+	@requirements/venv.sh $(VENV) $(PYTHON) $(if $(filter file,$(origin PYTHON)),keep)
+	grep -vE "^($$(sed -n 's/==.*//p' $< | paste -sd '|'))==" requirements/cpu.txt > $(VENV)/others.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/others.txt -r $<
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $(STAMP)
+	$(MAKE) sglang SGLANG_GPU=1
 
 # A real pair on the CPU: twelve minutes on two idle cores, 93 MB to download, 1.2 GB on disk.
 smollm2: $(VENV)/.smollm2

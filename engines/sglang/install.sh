@@ -3,7 +3,8 @@
 #
 #   engines/sglang/install.sh [FOLDER=.venv-sglang] [VERSION=0.5.23]
 #
-# With an NVIDIA GPU: `pip install sglang==VERSION`, nothing else.
+# With an NVIDIA GPU, or where SGLANG_GPU is set (an image is built where there is none): `pip install sglang==VERSION`,
+# nothing else.
 # Without one: the exact set of requirements/sglang-VERSION.txt (SGLang's own metadata asks for CUDA packages), and two
 # things that make its CPU engine start from PyPI wheels: a stand-in for the compiled kernels (cpu_standin/sgl_kernel)
 # and two operator declarations at the top of torchvision, whose compiled half cannot load beside a CPU torch.
@@ -15,7 +16,7 @@ requirements="$here/../../requirements/sglang-$version.txt"
 pip() { "$folder/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 
 test -x "$folder/bin/python" || "${PYTHON:-python3}" -m venv "$folder"
-if nvidia-smi -L >/dev/null 2>&1; then
+if [ -n "${SGLANG_GPU:-}" ] || nvidia-smi -L >/dev/null 2>&1; then
   pip install "sglang==$version"
   exit 0
 fi

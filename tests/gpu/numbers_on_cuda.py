@@ -54,7 +54,7 @@ class CudaTensor(Tensor):
             return args[0].held.tolist()
         if func is torch.Tensor.numpy:
             raise TypeError(NO_NUMPY)
-        if func is torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]  # made anew each time that it is named
             args[0].held = args[1].held  # torch swaps what it knows of, and not this
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
