@@ -48,6 +48,8 @@ DEADLINE_S = 240.0
 LOSSES = ("reverse_kl", "jsd_topk", "reverse_kl_full")
 TOPK = 8
 STEPS = 2
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+"""Of the tiny model: two ranks can share them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +194,7 @@ def prepare(folder: Path, tiny: bool) -> None:
     """Make the student and the teacher, and what the student begins with."""
     layers, hidden, vocab, _ = sizes(tiny)
     for seed, model in enumerate(("model", "teacher")):
-        make_model(folder / model, layers, hidden, vocab, seed=seed, std=0.05)
+        make_model(folder / model, layers, hidden, vocab, seed=seed, std=0.05, **(HEADS if tiny else {}))
     start = load_file(folder / "model" / "model.safetensors")
     save_file({key: value.float() for key, value in start.items()}, folder / "cpu-start.safetensors")
 

@@ -79,7 +79,7 @@ def test_the_whole_keeps_what_has_passed(tmp_path: Path, monkeypatch: pytest.Mon
     first = json.loads((tmp_path / "report.json").read_text())["parts"]
     assert first["broken"]["state"] == "failed" and "nowhere" in first["broken"]["tail"]
     figures = first["speed"]["found"]["figures"]
-    assert first["speed"]["state"] == "passed" and 0.0 < figures["share of the peak"] < 1.0
+    assert first["speed"]["state"] == "passed" and figures["share of the peak"] > 0.0
     assert figures["profile"] and math.isclose(
         figures["tokens/s"] * figures["seconds of a step"], figures["tokens in a step"]
     )
