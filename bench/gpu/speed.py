@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -89,14 +89,14 @@ def measure(findings: Findings, folder: Path, options: argparse.Namespace) -> No
     """One shape in this process."""
     shape = SHAPES["tiny" if options.tiny else options.shape]
     make_model(folder / "model", **shape, **({} if options.tiny else HEADS))
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16" if torch.cuda.is_available() else "float32"
     peak = matrix_flops(getattr(torch, dtype), 512 if options.tiny else 8192)
     findings.figure(f"matrix peak, {dtype}, TFLOP/s", peak / TERA)
     tokens = 256 if options.tiny else options.tokens
     batch = sequences(argparse.Namespace(tokens=tokens, longest=tokens // 2, vocab=shape["vocab"]))
     config = LearnerConfig(
         model_path=folder / "model",
-        dtype="bfloat16" if dtype == "bfloat16" else "float32",
+        dtype=dtype,
         recompute=options.recompute,
         logprob_chunk_rows=options.chunk_rows,
     )

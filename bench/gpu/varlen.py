@@ -82,11 +82,11 @@ def attention(case: Case) -> PackedAttention:
     return PackedAttention(None, 1, None, "self", shape)
 
 
-def textbook(case: Case, query_THE: Tensor, key_TGE: Tensor, value_TGE: Tensor, lengths: Sequence[int]) -> Tensor:
-    """[T, H, E]: softmax(Q K^T / sqrt(E)) V of each sequence, causal, in the dtype of its inputs."""
+def textbook(case: Case, inputs: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    """[T, H, E]: softmax(Q K^T / sqrt(E)) V of each sequence, causal, in the dtype of its inputs Q, K and V."""
     shared, outputs, start = case.heads // case.kv_heads, [], 0
     for length in lengths:
-        query, key, value = (t[start : start + length].transpose(0, 1) for t in (query_THE, key_TGE, value_TGE))
+        query, key, value = (t[start : start + length].transpose(0, 1) for t in inputs)
         key, value = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
         seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         if case.window is not None:
@@ -97,17 +97,17 @@ def textbook(case: Case, query_THE: Tensor, key_TGE: Tensor, value_TGE: Tensor, 
     return torch.cat(outputs)
 
 
-def learners(case: Case, query_THE: Tensor, key_TGE: Tensor, value_TGE: Tensor, lengths: Sequence[int]) -> Tensor:
+def learners(case: Case, inputs: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
     """The same [T, H, E] by way of the learner's layout and kernel; rank by rank where there is a context group."""
-    module, where = attention(case), query_THE.device
-    slack = 0.0 if has_varlen(where, query_THE.dtype) else 0.125
+    module, where, dtype = attention(case), inputs[0].device, inputs[0].dtype
+    slack = 0.0 if has_varlen(where, dtype) else 0.125
     ranks = RANKS if case.context else 1
     parts = [
         lay_out(pack(lengths), multiple=1, slack=slack, device=where, context=(rank, ranks)) for rank in range(ranks)
     ]
-    padded = [torch.cat([torch.zeros_like(t[:1]), t]) for t in (query_THE, key_TGE, value_TGE)]
+    padded = [torch.cat([torch.zeros_like(t[:1]), t]) for t in inputs]
     everything_T = torch.cat([part.token_ids_P[0] for part in parts])
-    attend = module._varlen if has_varlen(where, query_THE.dtype) else module._grouped
+    attend = module._varlen if has_varlen(where, dtype) else module._grouped
     output_THE = torch.zeros_like(padded[0])
     for part in parts:
         query_PHE = padded[0][part.token_ids_P[0]]
@@ -129,16 +129,22 @@ def errors(case: Case, dtype: torch.dtype, lengths: Sequence[int]) -> dict[str, 
     *inputs, upstream = [t.to(device()) for t in drawn]
     own = [t.clone().requires_grad_() for t in inputs]
     exact = [t.double().requires_grad_() for t in inputs]
-    outputs = learners(case, *own, lengths), textbook(case, *exact, lengths)
+    outputs = learners(case, own, lengths), textbook(case, exact, lengths)
     outputs[0].backward(upstream)
     outputs[1].backward(upstream.double())
     pairs = {"output": outputs} | {
-        name: (one.grad, other.grad) for name, one, other in zip(("query", "key", "value"), own, exact, strict=True)
+        name: (_gradient(one), _gradient(other))
+        for name, one, other in zip(("query", "key", "value"), own, exact, strict=True)
     }
     with torch.no_grad():
         return {
             name: float((one.double() - other).abs().max() / other.abs().max()) for name, (one, other) in pairs.items()
         }
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 def speed(case: Case, lengths: Sequence[int], tries: int) -> tuple[float, float]:
@@ -153,7 +159,7 @@ def speed(case: Case, lengths: Sequence[int], tries: int) -> tuple[float, float]
     seconds: list[tuple[float, float]] = []
     for _ in range(tries):
         marks = [_now()]
-        output = learners(case, *inputs, lengths)
+        output = learners(case, inputs, lengths)
         marks.append(_now())
         output.backward(torch.ones_like(output))
         marks.append(_now())
