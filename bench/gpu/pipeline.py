@@ -55,7 +55,8 @@ def values(way: str, options: argparse.Namespace, folder: Path) -> dict[str, obj
         found["engines.student.devices"] = json.dumps(["cuda:1"])
     if options.tiny:
         found |= {"schedule.steps": 2, "schedule.tokens_per_step": 512, "rollout.slots": 16}
-        found |= {"evaluation.prompts": 16, "evaluation.teacher": "false", "checkpoint.export_hf": "false"}
+        found |= {"evaluation.prompts": 16, "evaluation.during_prompts": 16, "evaluation.teacher": "false"}
+        found |= {"learner.optimizer.warmup_steps": 1, "checkpoint.export_hf": "false"}
     return found
 
 
@@ -74,7 +75,7 @@ def run(findings: Findings, way: str, options: argparse.Namespace, folder: Path)
     try:
         with log.open("w") as out:
             done = subprocess.run(
-                command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, timeout=RUN_S, check=False
+                command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, timeout=options.deadline_s, check=False
             ).returncode
     except subprocess.TimeoutExpired:
         done = 124
@@ -109,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--ways", default="", help="commas between them; all that the machine has if left out")
     made.add_argument("--python", type=Path, help="the Python of an environment with SGLang, for `tensor`")
     made.add_argument("--server-args", default="", help="further arguments of SGLang's servers, spaces between them")
+    made.add_argument("--deadline-s", type=float, default=RUN_S, help="of each run")
     options = parse(made, arguments)
     findings = Findings(options.json)
     if not QUICKSTART.is_file():

@@ -64,7 +64,8 @@ def test_faults_are_survived(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_to_its_end(tmp_path: Path) -> None:
-    pipeline.main(["--tiny", "--ways", "disk", "--json", str(tmp_path / "found.json")])
+    deadline = ["--deadline-s", str(patience(120))]
+    pipeline.main(["--tiny", "--ways", "disk", *deadline, "--json", str(tmp_path / "found.json")])
     checks, figures = read(tmp_path / "found.json")
     assert checks["disk: exit code"] == 0 and figures["disk: trained tokens"]
 
