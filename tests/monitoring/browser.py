@@ -19,6 +19,10 @@ from deadlines import patience
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
+class Refused(Exception):
+    """The browser did not do what it was told."""
+
+
 class Page:
     """One page of a browser."""
 
@@ -29,7 +33,7 @@ class Page:
         """What scripts of the page threw."""
 
     async def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """The result of a command of the DevTools protocol."""
+        """The result of a command of the DevTools protocol. Raises `Refused`."""
         number = next(self._numbers)
         await self._socket.send_json({"id": number, "method": method, "params": params})
         async with asyncio.timeout(patience(120)):
@@ -38,7 +42,8 @@ class Page:
                 if answer.get("method") == "Runtime.exceptionThrown":
                     self.errors.append(str(answer["params"]["exceptionDetails"]))
                 if answer.get("id") == number:
-                    assert "error" not in answer, answer
+                    if "error" in answer:
+                        raise Refused(f"{method}: {answer['error']}")
                     return dict(answer["result"])
 
     async def value(self, expression: str) -> Any:

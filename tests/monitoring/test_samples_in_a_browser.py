@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from browser import open_page
+from browser import Page, Refused, open_page
+from deadlines import patience
 
 from opd_async.telemetry.samples_page import write_page
 
@@ -90,15 +92,22 @@ async def test_ten_thousand_responses_stay_usable(page_file: Path) -> None:
         assert page.errors == []
 
 
+async def outer_html(page: Page, selector: str) -> str:
+    """The first element's; empty while there is none, or the document has changed between question and answer."""
+    try:
+        document = await page.call("DOM.getDocument", depth=1)
+        found = await page.call("DOM.querySelector", nodeId=document["root"]["nodeId"], selector=selector)
+        return str((await page.call("DOM.getOuterHTML", nodeId=found["nodeId"]))["outerHTML"])
+    except Refused:
+        return ""
+
+
 async def test_a_browser_without_scripts_says_what_to_do(page_file: Path) -> None:
     async with open_page(page_file, scripts=False) as page:
         await page.call("DOM.enable")
-        for _ in range(200):
-            document = await page.call("DOM.getDocument", depth=1)
-            found = await page.call("DOM.querySelector", nodeId=document["root"]["nodeId"], selector="noscript p")
-            if found["nodeId"]:
-                break
-        text = (await page.call("DOM.getOuterHTML", nodeId=found["nodeId"]))["outerHTML"]
+        text, give_up = "", time.monotonic() + patience(30)
+        while not text and time.monotonic() < give_up:
+            text = await outer_html(page, "noscript p")
         assert "This page needs JavaScript" in text and "samples.jsonl has the same as text" in text
         picture = plt.imread(await page.screenshot())[..., :3]
         assert (picture.min(axis=-1) < 0.8).sum() > 200, "there are letters to see"
