@@ -62,10 +62,12 @@ def rules() -> list[Rule]:
     ]
 
 
-def measure(workload: Workload, cases: Sequence[tuple[Rule, Scoring]], seed: int, steps: int) -> Iterator[Row]:
-    """A row for every schedule and way of scoring."""
+def measure(
+    workload: Workload, cases: Sequence[tuple[Rule, Scoring]], seed: int, steps: int, warmup: int
+) -> Iterator[Row]:
+    """A row for every schedule and way of scoring: figures of `steps` steps behind the first `warmup`."""
     for rule, scoring in cases:
-        yield Simulation(workload, rule, scoring, seed).run(WARMUP, steps)
+        yield Simulation(workload, rule, scoring, seed).run(warmup, steps)
 
 
 def describe(workload: Workload) -> str:
@@ -118,7 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Schedules side by side on a virtual clock.")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="heavy-tail")
     parser.add_argument("--lengths", help="MEDIAN,P99,CAP, zipf:SHORTEST,EXPONENT,CAP, or a file with a length a line")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps that count, after {WARMUP}")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps that count")
+    parser.add_argument("--warmup", type=int, default=WARMUP, help="steps before them")
     parser.add_argument("--seed", type=int, default=0)
     names = {rule.name for rule in rules()} | {"colocated"}
     parser.add_argument("--only", nargs="+", choices=sorted(names), help="these schedules")
@@ -134,14 +137,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     wanted = [rule for rule in rules() if rule.name in (options.only or {rule.name})]
     cases = [(rule, scoring) for rule in wanted for scoring in options.scoring]
-    for row in measure(workload, cases, options.seed, options.steps):
+    for row in measure(workload, cases, options.seed, options.steps, options.warmup):
         print(line(row), flush=True)
         rows.append(row)
     for switch_s, full in POOLS if "colocated" in (options.only or {"colocated"}) else ():
-        rows.append(Colocated(workload, switch_s, full, options.seed).run(WARMUP, options.steps))
+        rows.append(Colocated(workload, switch_s, full, options.seed).run(options.warmup, options.steps))
         print(line(rows[-1]), flush=True)
     if options.json is not None:
-        settings = {"lengths": options.lengths, "seed": options.seed, "warmup": WARMUP}
+        settings = {"lengths": options.lengths, "seed": options.seed, "warmup": options.warmup}
         write_atomically(options.json, report(options.preset, workload, rows, settings))
     if options.plot is not None:
         draw_schedules(options.plot, rows, name)
