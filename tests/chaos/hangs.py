@@ -103,8 +103,13 @@ def _post(live: Live, role: str, route: str, **body: Any) -> None:
     try:
         urllib.request.urlopen(request, timeout=patience(30.0)).close()
     except urllib.error.HTTPError as error:
-        error.close()
-        raise Wrong(f"{url}{route} answered {error.code}") from None
+        with error:
+            raise Wrong(f"{url}{route} answered {error.code}: {error.read()[:300]!r}") from None
+
+
+def _load(live: Live, role: str, path: Path, **body: Any) -> None:
+    """Somebody loads other weights, perhaps while an update holds the engine and a flush would be refused."""
+    _post(live, role, "/update_weights_from_disk", model_path=str(path), flush_cache=False, **body)
 
 
 def teacher_paused(live: Live, _: random.Random) -> None:
@@ -131,14 +136,13 @@ def student_relabelled(live: Live, chance: random.Random) -> None:
 
 def student_swapped(live: Live, _: random.Random) -> None:
     """Somebody loads a student's first weights: it gets the present ones."""
-    path = live.values["models"]["student"]["path"]
-    _post(live, "student-engine", "/update_weights_from_disk", model_path=path, weight_version="default")
+    _load(live, "student-engine", Path(live.values["models"]["student"]["path"]), weight_version="default")
 
 
 def teacher_swapped(live: Live, _: random.Random) -> None:
     """Somebody loads another teacher: the engine says so, and is replaced."""
     with live.will_say("it began with"):
-        _post(live, "teacher-engine", "/update_weights_from_disk", model_path=str(live.other_teacher))
+        _load(live, "teacher-engine", live.other_teacher)
 
 
 def teacher_swapped_in_silence(live: Live, _: random.Random) -> None:
@@ -148,7 +152,7 @@ def teacher_swapped_in_silence(live: Live, _: random.Random) -> None:
     shutil.copyfile(*files)
     try:
         shutil.copyfile(live.other_teacher / "model.safetensors", files[0])
-        _post(live, "teacher-engine", "/update_weights_from_disk", model_path=str(files[0].parent))
+        _load(live, "teacher-engine", files[0].parent)
         live.ended(1, "a teacher must stay the same")
     finally:
         files[1].replace(files[0])
