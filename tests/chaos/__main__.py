@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -176,6 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=1e6, help="throw nothing later than this")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args(argv)
+    # runs would inherit what nohup and & ignore, and have to obey both
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     began, total = time.monotonic(), Total()
     # opened before the island hides the folder that it may lie in
     with (arguments.json or Path(os.devnull)).open("w", encoding="utf-8") as file:
