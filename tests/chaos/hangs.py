@@ -107,11 +107,6 @@ def _post(live: Live, role: str, route: str, **body: Any) -> None:
             raise Wrong(f"{url}{route} answered {error.code}: {error.read()[:300]!r}") from None
 
 
-def _load(live: Live, role: str, path: Path, **body: Any) -> None:
-    """Somebody loads other weights, perhaps while an update holds the engine and a flush would be refused."""
-    _post(live, role, "/update_weights_from_disk", model_path=str(path), flush_cache=False, **body)
-
-
 def teacher_paused(live: Live, _: random.Random) -> None:
     """Somebody pauses a teacher: it goes on."""
     with live.will_say("was paused by somebody"):
@@ -136,13 +131,16 @@ def student_relabelled(live: Live, chance: random.Random) -> None:
 
 def student_swapped(live: Live, _: random.Random) -> None:
     """Somebody loads a student's first weights: it gets the present ones."""
-    _load(live, "student-engine", Path(live.values["models"]["student"]["path"]), weight_version="default")
+    path = live.values["models"]["student"]["path"]
+    # not flushed: that would be refused while an update holds the engine
+    body = {"model_path": path, "weight_version": "default", "flush_cache": False}
+    _post(live, "student-engine", "/update_weights_from_disk", **body)
 
 
 def teacher_swapped(live: Live, _: random.Random) -> None:
     """Somebody loads another teacher: the engine says so, and is replaced."""
     with live.will_say("it began with"):
-        _load(live, "teacher-engine", live.other_teacher)
+        _post(live, "teacher-engine", "/update_weights_from_disk", model_path=str(live.other_teacher))
 
 
 def teacher_swapped_in_silence(live: Live, _: random.Random) -> None:
@@ -152,7 +150,7 @@ def teacher_swapped_in_silence(live: Live, _: random.Random) -> None:
     shutil.copyfile(*files)
     try:
         shutil.copyfile(live.other_teacher / "model.safetensors", files[0])
-        _load(live, "teacher-engine", files[0].parent)
+        _post(live, "teacher-engine", "/update_weights_from_disk", model_path=str(files[0].parent))
         live.ended(1, "a teacher must stay the same")
     finally:
         files[1].replace(files[0])
