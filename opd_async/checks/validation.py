@@ -17,6 +17,7 @@ from opd_async.checks.learner import learner_problems
 from opd_async.checks.losses import loss_problems, loss_warnings
 from opd_async.checks.reward import reward_problems
 from opd_async.checks.teacher import opd_problems
+from opd_async.checks.trackers import tracker_problems
 from opd_async.checks.vocabulary import taking_part, vocabulary_problems
 from opd_async.checks.weights import weight_problems
 from opd_async.config.topology import EngineKind, EngineSection, StepRule, Topology, TrainOn
@@ -55,6 +56,7 @@ def validate(topology: Topology) -> list[str]:
         *reward_problems(topology),
         *advantage_problems(topology),
         *hook_problems(topology),
+        *tracker_problems(topology),
         *network_problems(topology),
         *open_file_problems(topology),
     ]

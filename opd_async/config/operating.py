@@ -6,7 +6,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from opd_async.config.section import HookName, Mebibytes, NonNegative, Positive, Seconds, Section, Steps, Tokens
+from opd_async.config.section import (
+    FilePath,
+    HookName,
+    Mebibytes,
+    NonNegative,
+    Positive,
+    Seconds,
+    Section,
+    Steps,
+    Tokens,
+)
 
 
 class CheckpointSection(Section):
@@ -60,6 +70,21 @@ class TrackingSection(Section):
 
     function: HookName | None = None
     """`module:name` of a function that gets every row of `metrics.jsonl` and every event (docs/hooks.md)."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that get the topology, every row of `metrics.jsonl`, the samples as tables and the report, each in a
+    process of its own. Their own variables (`WANDB_ENTITY`, `MLFLOW_TRACKING_URI`, ...) hold."""
+    project: str = Field(default="opd_async", min_length=1)
+    """Project of wandb and trackio, experiment of MLflow."""
+    run_name: str | None = Field(default=None, min_length=1)
+    """What the run is called there. Null: the topology's `name`."""
+    group: str | None = Field(default=None, min_length=1)
+    """Group of wandb and trackio, a tag in MLflow."""
+    folder: FilePath | None = None
+    """Where trackers that write files put them, each into a folder of its own. Null: `tracking` in the run's folder."""
+    offline: bool = False
+    """Write files only, send nothing: `wandb sync` and its like send them later. TensorBoard always does."""
+    python: FilePath | None = None
+    """A Python that has the trackers' packages. Null: the run's own."""
 
 
 class TelemetrySection(Section):

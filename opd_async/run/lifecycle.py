@@ -50,6 +50,7 @@ from opd_async.telemetry.length_drift import LengthDrift
 from opd_async.telemetry.progress import Progress
 from opd_async.telemetry.report import Report
 from opd_async.telemetry.samples import SAMPLES_FILE, SampleRecord
+from opd_async.telemetry.trackers import LOST, Trackers
 from opd_async.telemetry.tracking import Tracker
 from opd_async.transport import messages as m
 
@@ -89,6 +90,7 @@ class Lifecycle:
         self.unsaved: StorageError | None = None
         """The run ended because no disk took what it has to keep."""
         self._samples: SampleRecord | None = None
+        self._trackers: Trackers | None = None
         self._on_the_way_back = False
         """A signal ended a recovery: the records speak of steps that were lost."""
         signals.on_first = self._acknowledge
@@ -121,19 +123,52 @@ class Lifecycle:
         self._set_aside()
         metrics = self._metrics()
         self._write_targets()
-        stop_deadline_s = plan.topology.supervisor.stop_deadline_s
         self.ledger = ledger = Ledger(plan=plan, skipped_prompts=self._inputs.prompts.skipped_too_long)
         ledger.rewind(self._checkpoint.step, self._checkpoint.folder)
-        tracker = Tracker(plan.topology.tracking.function, self._echo)
-        ledger.on_row = tracker.track
         ledger.on_unwritten = lambda kind, count: metrics["opd_launcher_unwritten_total"].labels(kind).inc(count)
+        count = metrics[LOST].labels
+        trackers = Trackers(plan.topology, plan.run_folder, self._echo, lambda kind: count(kind).inc())
+        with Tracker(plan.topology.tracking.function, self._echo) as tracker, trackers:
+            self._tell(tracker, trackers)
+            report = await self._run(ledger, metrics)
+            await self._close(trackers, report)
+            return report
+
+    def _tell(self, tracker: Tracker, trackers: Trackers) -> None:
+        """Have every row and event go to the user's function, and to trackers."""
+        assert self.ledger is not None
+
+        def row(kind: str, values: dict[str, Any]) -> None:
+            tracker.track(kind, values)
+            trackers.track(kind, values)
+
+        self.ledger.on_row, self._trackers = row, trackers
         self._progress.on_event = lambda text: tracker.track("event", {"time": time.time(), "event": text})
-        telemetry = plan.topology.telemetry
+        trackers.track("rewind", self._checkpoint.step)
+
+    async def _close(self, trackers: Trackers, report: Report) -> None:
+        """Give the trackers time to send what they have; a signal cuts it short, the second one after an interrupt."""
+        if not self.interrupted:
+            trackers.track("report", report.model_dump(mode="json"))
+        hurry = self._signals.second if self.interrupted else self._signals.first
+        closing = asyncio.create_task(asyncio.to_thread(trackers.close), name="close-trackers")
+        impatient = asyncio.create_task(_wait(hurry), name="impatient")
+        await asyncio.wait([closing, impatient], return_when=asyncio.FIRST_COMPLETED)
+        impatient.cancel()
+        if not closing.done():
+            trackers.kill()
+        await closing
+
+    async def _run(self, ledger: Ledger, metrics: RoleMetrics) -> Report:
+        """The run inside of its trackers."""
+        plan = self._plan
+        telemetry, stop_deadline_s = plan.topology.telemetry, plan.topology.supervisor.stop_deadline_s
         self._samples = samples = SampleRecord(
             plan.run_folder / SAMPLES_FILE, self._inputs.tokenizer, telemetry.samples_mib << 20, self._progress.say
         )
+        if (trackers := self._trackers) is not None:
+            samples.on_row = lambda row: trackers.track("sample", row)
         with (
-            tracker,
             samples,
             zmq.asyncio.Context() as context,
             contextlib.closing(ledger),
@@ -166,6 +201,7 @@ class Lifecycle:
         started, engines = {role.name for role in plan.roles}, set(plan.engine_names.values())
         metrics.begin("opd_launcher_restarts_total", started)
         metrics.begin("opd_launcher_hangs_total", started | engines)
+        metrics.begin(LOST, plan.topology.tracking.trackers)
         for name in ("opd_launcher_slow_engines_total", "opd_launcher_foreign_weights_total"):
             metrics.begin(name, engines)
         return metrics
@@ -287,6 +323,8 @@ class Lifecycle:
         dispatcher.ledger.rewind(self._checkpoint.step, self._checkpoint.folder)
         if self._samples is not None:
             self._samples.rewind(self._checkpoint.step)
+        if self._trackers is not None:
+            self._trackers.track("rewind", self._checkpoint.step)
 
     async def _stop(self, dispatcher: Dispatcher, fleet: Fleet) -> None:
         """Ask every role to end, then make it end, in order; a second signal cuts this short."""

@@ -27,6 +27,7 @@ from opd_async.plan.resolve import KEYS_FOLDER, PLAN_FILE
 from opd_async.run import checkpoints, fingerprints
 from opd_async.telemetry.samples import SAMPLES_FILE
 from opd_async.telemetry.samples_page import PAGE_FILE
+from opd_async.telemetry.trackers import FOLDER as TRACKING_FOLDER
 
 TOPOLOGY_FILE = "topology.yaml"
 LOCK_FILE = ".lock"
@@ -45,6 +46,7 @@ MADE_BY_RUNS = (
     "checkpoints",
     "export",
     "logs",
+    TRACKING_FOLDER,
     KEYS_FOLDER,
 )
 """Files and folders that a run writes into its folder: the only ones that `--overwrite` removes."""

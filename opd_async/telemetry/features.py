@@ -18,5 +18,6 @@ def features_of(topology: Topology) -> frozenset[Feature]:
         Feature.BOUND: schedule.max_staleness is not None,
         Feature.EVALUATION: topology.data.held_out is not None,
         Feature.SLOW_ENGINES: topology.supervisor.slow_engine is not None,
+        Feature.TRACKERS: bool(topology.tracking.trackers),
     }
     return frozenset(feature for feature, on in does.items() if on)

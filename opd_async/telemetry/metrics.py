@@ -35,6 +35,7 @@ class Feature(StrEnum):
     BOUND = "`schedule.max_staleness`"
     EVALUATION = "held-out prompts"
     SLOW_ENGINES = "`supervisor.slow_engine`"
+    TRACKERS = "`tracking.trackers`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +131,12 @@ CATALOGUE: tuple[Metric, ...] = (
         "Rows of metrics.jsonl and lines of logs that no disk took.",
         "kind",
         begins=("row", "line"),
+    ),
+    _counter(
+        "opd_launcher_tracker_lost_total",
+        "Rows that a tracker did not get: it raised, hung, or was slower than the run.",
+        "tracker",
+        needs=Feature.TRACKERS,
     ),
     _figure(
         "opd_launcher_tokens_per_device_second",

@@ -81,6 +81,8 @@ class SampleRecord:
         """Of so many steps one is recorded."""
         self._printed: set[tuple[str, int]] = set()
         self.left_out = 0
+        self.on_row: Callable[[dict[str, Any]], None] = lambda row: None
+        """Called in the thread with each row about a response, as it goes to the file."""
 
     def __enter__(self) -> SampleRecord:
         self._thread.start()
@@ -130,9 +132,11 @@ class SampleRecord:
             if item.version % self._every == 0:
                 self._print(("step", 0), row := trained_row(item, self._tokenizer))
                 self._to_file(row)
+                self.on_row(row)
         else:
             self._print((item.who, item.step), row := evaluated_row(item, self._tokenizer))
             self._to_file(row)
+            self.on_row(row)
 
     def _to_file(self, row: dict[str, Any]) -> None:
         if self._record is None:
