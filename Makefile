@@ -12,6 +12,7 @@ SGLANG_STAMP := $(SGLANG)/.installed-$(SGLANG_VERSION)
 TRL_VERSION := 1.16.0
 TRL := .venv-trl
 TRL_STAMP := $(TRL)/.installed-$(TRL_VERSION)
+TRACKERS := .venv-trackers
 
 # What `make quickstart ENGINE=...` changes in the topology.
 QUICKSTART_embedded :=
@@ -94,12 +95,11 @@ $(VENV)/.smollm2: requirements/smollm2.txt
 	touch $@
 
 # TensorBoard, Weights & Biases, MLflow and trackio, beside the environment: tracking.python names their Python.
-trackers: $(VENV)/.trackers
+trackers: $(TRACKERS)/.installed
 
-$(VENV)/.trackers: requirements/trackers.txt
-	$(MAKE) --no-print-directory install
-	test -x $(VENV)/trackers/bin/python || $(BIN)/python -m venv $(VENV)/trackers
-	$(VENV)/trackers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+$(TRACKERS)/.installed: requirements/trackers.txt
+	$(PYTHON) -m venv $(TRACKERS)
+	$(TRACKERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
 	touch $@
 
 # What `python -m bench.peers` compares with.
@@ -118,4 +118,4 @@ $(STAMP): pyproject.toml requirements/cpu.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venv-sglang* $(TRL) runs
+	rm -rf $(VENV) .venv-sglang* $(TRL) $(TRACKERS) runs

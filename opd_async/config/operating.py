@@ -9,6 +9,7 @@ from pydantic import Field
 from opd_async.config.section import (
     FilePath,
     HookName,
+    Label,
     Mebibytes,
     NonNegative,
     Positive,
@@ -73,11 +74,11 @@ class TrackingSection(Section):
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Trackers that get the topology, every row of `metrics.jsonl`, the samples as tables and the report, each in a
     process of its own. Their own variables (`WANDB_ENTITY`, `MLFLOW_TRACKING_URI`, ...) hold."""
-    project: str = Field(default="opd_async", min_length=1)
+    project: Label = "opd_async"
     """Project of wandb and trackio, experiment of MLflow."""
-    run_name: str | None = Field(default=None, min_length=1)
+    run_name: Label | None = None
     """What the run is called there. Null: the topology's `name`."""
-    group: str | None = Field(default=None, min_length=1)
+    group: Label | None = None
     """Group of wandb and trackio, a tag in MLflow."""
     folder: FilePath | None = None
     """Where trackers that write files put them, each into a folder of its own. Null: `tracking` in the run's folder."""

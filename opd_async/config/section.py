@@ -37,6 +37,8 @@ Devices = Annotated[tuple[Device, ...], Field(min_length=1)]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#]+/?$", examples=["http://127.0.0.1:30000"])]
 HookName = Annotated[str, Field(pattern=r"^[\w.]+:\w+$", examples=["my_module:my_function"])]
 """A function of the user's own (`opd_async.hooks`)."""
+Label = Annotated[str, Field(pattern=r"^[^/\\#?%:]+$", examples=["sums"])]
+"""What something is called in a tracker, and in the name of a file."""
 TeacherName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 AUTO = "auto"

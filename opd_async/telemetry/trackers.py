@@ -1,6 +1,6 @@
 """Feed the trackers of a run (`tracking.trackers`), each in a process of its own.
 
-    Ledger, SampleRecord, Progress -> Trackers.track -> bounded queue -> thread -> pipe -> tracker_process.py
+    Ledger, SampleRecord, Progress -> Trackers.track -> bounded queue -> thread -> pipe -> tracker_process/
                                                         lost, said once <- thread <- pipe <-
 
 Nothing here can end a run or hold it up: a tracker that raises, hangs or is slow loses rows, which are counted. At the
@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import queue
+import select
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from typing import Any
 
 from opd_async.config.topology import Topology
 
-SCRIPT = Path(__file__).with_name("tracker_process.py")
+SCRIPT = Path(__file__).parents[1] / "tracker_process/__main__.py"
 FOLDER = "tracking"
 """In a run's folder: what each tracker has had, and the files of those that write files."""
 MAX_WAITING = 1024
@@ -102,18 +103,18 @@ class Tracker:
         if process is None or self._closed:
             return
         self._closed = True
-        try:
-            code = process.wait(max(deadline - time.monotonic(), 0.0))
-        except subprocess.TimeoutExpired:
+        late = not _ended(process, deadline - time.monotonic())
+        if late:
             self._lose("it had not sent everything by the end", rows=0)
-            code = 0
-        _kill_group(process.pid)  # what the process has started, such as a sender of its own, goes with it
-        process.wait()
+        # what the process has started, such as a sender of its own, goes with it; before `wait`, after which its number
+        # may be another's
+        _kill_group(process.pid)
+        code = process.wait()
         with contextlib.suppress(queue.Full):  # the writer finds the pipe broken and empties the queue
             self._lines.put(None, timeout=1.0)
         for thread in self._threads:
             thread.join(1.0)
-        if code:
+        if code and not late:
             self._lose(f"its process has ended with code {code}", rows=0)
         if self.lost:
             self._say(f"warning: tracker {self._kind} has not got {self.lost} rows; metrics.jsonl has all of them")
@@ -217,6 +218,15 @@ class Trackers:
             line = json.dumps({kind: row})
             for tracker in self._all.values():
                 tracker.put(kind, line)
+
+
+def _ended(process: subprocess.Popen[bytes], within_s: float) -> bool:
+    """Wait for the end of a process, which stays to be waited for."""
+    end = os.pidfd_open(process.pid)
+    try:
+        return bool(select.select([end], [], [], max(within_s, 0.0))[0])
+    finally:
+        os.close(end)
 
 
 def _kill_group(pid: int) -> None:

@@ -23,6 +23,7 @@ ORDER: dict[str, tuple[str, ...]] = {
             "data",
             "engines",
             "plan",
+            "tracker_process",
             "telemetry",
             "forecast",
             "role",

@@ -125,7 +125,7 @@ def test_unknown_names_are_refused() -> None:
 def test_labelled_counters_begin_at_0() -> None:
     """`increase` over a series that begins at 1 is 0: the first event would be invisible."""
     known = [metric for metric in CATALOGUE if metric.kind is MetricKind.COUNTER and metric.labels and metric.begins]
-    by_plan = {"restarts", "hangs", "slow_engines", "foreign_weights"}
+    by_plan = {"restarts", "hangs", "slow_engines", "foreign_weights", "tracker_lost"}
     labelled = {metric.name for metric in CATALOGUE if metric.kind is MetricKind.COUNTER and metric.labels}
     assert labelled == {m.name for m in known} | {f"opd_launcher_{what}_total" for what in by_plan}
     for role in ROLES:

@@ -14,58 +14,20 @@ from typing import Any, ClassVar
 import pytest
 from deadlines import patience
 from small_runs import topology_data, write_topology
+from stand_in_tracker import told, write_package
 
 from opd_async.checks.trackers import tracker_problems
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology
-from opd_async.telemetry.tracker_process import Feeder, numbers
 from opd_async.telemetry.trackers import Trackers, public
-
-PACKAGE = '''
-"""A stand-in for wandb that writes what it is told."""
-import json, os, sys, time
-
-print("a word of the package")
-Table = lambda columns, data: {"columns": columns, "data": data}
-
-class Run:
-    def __init__(self, folder, **given):
-        self.id = given["id"] or "first"
-        self.summary = {}
-        self.file = open(os.path.join(folder, "told.jsonl"), "a")
-        self.write({"init": given})
-
-    def write(self, row):
-        print(json.dumps(row), file=self.file, flush=True)
-
-    def log(self, values, step):
-        what = os.environ.get("TOLD", "")
-        if what == "raise" and step == 2:
-            raise SystemExit("no room at the other side")
-        if what == "hang":
-            time.sleep(1e6)
-        if what == "die":
-            os._exit(7)
-        self.write({"step": step, **values})
-
-    def finish(self, exit_code):
-        self.write({"finish": exit_code, **self.summary})
-
-def init(dir, **given):
-    if os.environ.get("TOLD") == "no login":
-        raise ValueError("no login")
-    return Run(dir, **given)
-
-def login(prompt, verify):
-    return os.environ.get("TOLD") != "no login"
-'''
+from opd_async.tracker_process.feeder import Feeder
+from opd_async.tracker_process.figures import numbers
 
 
 @pytest.fixture(autouse=True)
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in, where processes find it."""
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "packages/wandb.py").write_text(PACKAGE)
+    write_package(tmp_path / "packages")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "packages"), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.delenv("TOLD", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -89,8 +51,7 @@ class Launch:
 
     @property
     def told(self) -> list[dict[str, Any]]:
-        path = self.folder / "tracking/wandb/told.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return told(self.folder)
 
     def steps(self, *numbers: int, tokens: int = 7) -> None:
         for step in numbers:
@@ -112,7 +73,8 @@ def test_a_run_from_its_topology_to_its_report(tmp_path: Path) -> None:
         launch.trackers.track("event", {"event": "of no tracker"})
         launch.trackers.track("report", {"steps": 1})
         launch.trackers.close(patience(60))
-    first, *rows = launch.told
+    first, defined, *rows = launch.told
+    assert defined == {"defined": ["*", "step"]}
     assert first["init"]["project"] == "sums" and first["init"]["group"] == "night"
     assert first["init"]["config"]["engines"]["teacher"]["api_key"] == "..." and "hush" not in json.dumps(first)
     assert rows[0] == {"step": 1, "train/tokens": 7.0}

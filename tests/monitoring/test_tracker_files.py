@@ -1,6 +1,6 @@
 """What the real trackers write offline, read back with their own readers: no step twice after a resume.
 
-Their packages are in an environment of their own, `make trackers`.
+Their packages are in an environment of their own, which `make test` makes before (`make trackers`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from deadlines import patience
 
 from opd_async.telemetry.trackers import SCRIPT
 
-PYTHON = Path(sys.prefix) / "trackers/bin/python"
+PYTHON = Path(__file__).parents[2] / ".venv-trackers/bin/python"
 # each prints what its tracker has, in one form
 READERS = {
     "tensorboard": """
@@ -59,9 +58,9 @@ for path in sorted(glob.glob(f"{sys.argv[1]}/wandb/offline-run-*/run-*.wandb")):
             found["config"] |= "5e-06" in str(record.run.config)
         items = {one.key or "/".join(one.nested_key): json.loads(one.value_json) for one in record.history.item}
         if "train/tokens" in items:
-            found["rows"].append([items["_step"], items["train/tokens"]])
+            found["rows"].append([items["step"], items["train/tokens"]])
         if "evaluation/student/reverse_kl" in items:
-            found["evaluation"].append([items["_step"], items["evaluation/student/reverse_kl"]])
+            found["evaluation"].append([items["step"], items["evaluation/student/reverse_kl"]])
         if "samples" in items or "samples/nrows" in items:
             found["samples"].append(items.get("samples/nrows") or items["samples"]["nrows"])
         summary = [one.key or "/".join(one.nested_key) for one in record.summary.update]
