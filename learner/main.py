@@ -43,6 +43,7 @@ from opd_async.run.checkpoints import SHARDS, chosen, shards
 from opd_async.scheduling.packing import from_message
 from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.telemetry.features import features_of
+from opd_async.telemetry.trace import OFF, Trace
 from opd_async.transport import messages as m
 from opd_async.transport.bounds import receive
 from opd_async.transport.door import Passport
@@ -115,13 +116,23 @@ class Link:
 class Rank:
     """The trainer of this rank and what it is told to do."""
 
-    def __init__(self, plan: Plan, trainer: Trainer, link: Link, rank: int, metrics: RoleMetrics, beats: Beats) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        trainer: Trainer,
+        link: Link,
+        rank: int,
+        metrics: RoleMetrics,
+        beats: Beats,
+        trace: Trace = OFF,
+    ) -> None:
         self._plan = plan
         self._trainer = trainer
         self._link = link
         self._rank = rank
         self._metrics = metrics
         self._beats = beats
+        self._trace = trace
         self._sender: WeightTransport | None = None
         self._group = ""
         self._waited_s = 0.0
@@ -136,7 +147,7 @@ class Rank:
             self._waited_s = time.monotonic() - asked
             if isinstance(command, m.Stop):
                 return
-            with self._beats.at(type(command).__name__):
+            with self._beats.at(type(command).__name__), self._trace.during("commands", _name(command)):
                 self._carry_out(command)
 
     def _carry_out(self, command: m.Message) -> None:
@@ -227,6 +238,13 @@ class Rank:
             self._sender.close()
 
 
+def _name(command: m.Message) -> str:
+    """What a command is called in a timeline."""
+    if isinstance(command, m.Train):
+        return f"train step {command.version + 1}, part {command.part}"
+    return type(command).__name__
+
+
 def run(plan: Plan) -> None:
     """Train until told to stop; raises what ends the rank."""
     torch.set_num_threads(plan.topology.learner.threads)
@@ -241,8 +259,19 @@ def run(plan: Plan) -> None:
             kept = counters_file(plan.run_folder, mine.name) if place.rank == 0 else None
             metrics = RoleMetrics("learner", features_of(plan.topology), kept)
             port = mine.ports["metrics"] if place.rank == 0 else 0
-            rank = Rank(plan=plan, trainer=trainer, link=link, rank=place.rank, metrics=metrics, beats=beats)
-            with metrics.serve(mine.host, port):
+            with (
+                Trace.of(plan, f"learner-{place.rank}") as trace,
+                metrics.serve(mine.host, port),
+            ):
+                rank = Rank(
+                    plan=plan,
+                    trainer=trainer,
+                    link=link,
+                    rank=place.rank,
+                    metrics=metrics,
+                    beats=beats,
+                    trace=trace,
+                )
                 link.hello()
                 try:
                     rank.obey()

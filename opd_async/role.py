@@ -25,6 +25,7 @@ from opd_async.plan.plan import Plan, RoleKind, RolePlan, counters_file
 from opd_async.process import configure_logging, stop_event
 from opd_async.telemetry.exporter import RoleMetrics, loop_lag
 from opd_async.telemetry.features import features_of
+from opd_async.telemetry.trace import OFF, Trace
 from opd_async.transport.channels import ControlClient
 from opd_async.transport.door import Door, Passport
 from opd_async.transport.messages import Heartbeat, Hello
@@ -81,6 +82,7 @@ class Role:
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     door: Door | None = None
     """Who may connect to the sockets that this role binds."""
+    trace: Trace = OFF
     refresh: Callable[[], None] = lambda: None
     """Brings counters up to date before each heartbeat."""
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -136,6 +138,7 @@ class Role:
         context = zmq.asyncio.Context()
         with (
             metrics.serve(mine.host, mine.ports["metrics"]),
+            Trace.of(plan, mine.name) as trace,
             ControlClient(context, plan.control, mine.name, passport=Passport.of_environment(mine.name)) as control,
         ):
             async with asyncio.TaskGroup() as group:
@@ -147,6 +150,7 @@ class Role:
                     metrics=metrics,
                     group=group,
                     signalled=signalled,
+                    trace=trace,
                 )
                 await control.send(Hello(mine.name, incarnation()))
                 role.spawn(role._heartbeats(), "heartbeats")

@@ -22,6 +22,8 @@ class OpenStep:
     outcomes: list[Outcome] = field(default_factory=list)
     waited_s: float = 0.0
     """Seconds for which the learner had no part to train."""
+    opened: float = 0.0
+    """When it could take its first token."""
     idle_since: float | None = None
     """When the learner ran out of work; None while it has some."""
 

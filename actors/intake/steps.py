@@ -16,6 +16,7 @@ from opd_async.config.topology import LearnerSection, Topology
 from opd_async.estimators.advantages import Outcome, estimate
 from opd_async.scheduling import packing
 from opd_async.scheduling.assembly import Segment
+from opd_async.telemetry.trace import TRAINED, Trace
 from opd_async.transport import messages as m
 
 
@@ -87,3 +88,11 @@ def _columns(taken: list[Taken]) -> dict[str, Any]:
         "taken_ends": np.array([one.end for one in taken], np.int32),
         "taken_complete": np.array([one.complete for one in taken], np.int32),
     }
+
+
+def trace_part(trace: Trace, step: int, part: int, taken: list[Taken]) -> None:
+    """Note what a part of the step with this number trains."""
+    trace.event("parts", f"step {step}, part {part}", samples=len(taken))
+    for one in taken:
+        how = "trained to its end" if one.complete else "cut"
+        trace.event(TRAINED, f"{how}, step {step}", sample=one.sample_id, end=one.end, step=step)

@@ -22,7 +22,7 @@ from opd_async.actors.intake.open_step import OpenStep, segments_of
 from opd_async.actors.intake.ranks import LearnerRanks
 from opd_async.actors.intake.report import describe_filtered, describe_rewards, describe_step
 from opd_async.actors.intake.shown import ShownSamples
-from opd_async.actors.intake.steps import Taken, give_advantages, pack, part_started, step_started
+from opd_async.actors.intake.steps import Taken, give_advantages, pack, part_started, step_started, trace_part
 from opd_async.actors.intake.unacknowledged import Unacknowledged
 from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import ScheduleSection, StepRule, TrainOn
@@ -88,7 +88,8 @@ class StepTaker:
     def opens(self, version: int) -> None:
         """Engines and learner hold weights `version`: its step is open."""
         self._version = version
-        self._step = OpenStep(idle_since=time.monotonic())
+        now = time.monotonic()
+        self._step = OpenStep(opened=now, idle_since=now)
         self._wake.set()
 
     def look_again(self) -> None:
@@ -195,6 +196,7 @@ class StepTaker:
         kept = self._filter.kept(taken)
         segments = segments_of(kept)
         step.add(taken, kept, give_advantages(kept, self._topology), time.monotonic())
+        trace_part(self._role.trace, version + 1, part, kept)
         if self._topology.learner.loss_mean == "responses":
             packing.mean_over_responses(segments)
         if closes:
@@ -209,6 +211,7 @@ class StepTaker:
 
     def _closed(self, version: int, step: OpenStep, last: list[Taken]) -> m.StepStarted:
         """The step at `version` is complete: nothing more is taken before the next weights are out."""
+        self._role.trace.span("steps", f"step {version + 1}", time.monotonic() - step.opened, tokens=step.tokens)
         self._version, self.steps = None, version + 1
         self._drain_asked = False
         self._step = OpenStep()

@@ -200,8 +200,9 @@ class RolloutActor:
         request = generation.sampling(self._settings, self._role.plan.stop_token_ids)
         key, rid = "" if on_teacher else generation.cache_key(self._keeps_cache), generation.rid
         answers = None if on_teacher else self._pacing.of(client.url)
+        began = self._clock.now()
         if answers is not None:
-            answers.asked(rid, self._clock.now())
+            answers.asked(rid, began)
         try:
             async for delta in client.stream(rid, generation.input_ids(), request, key):
                 if answers is not None:
@@ -214,7 +215,16 @@ class RolloutActor:
             if answers is not None:
                 answers.ended(rid)
             generation.streaming = False
+            self._trace_request(generation, self._clock.now() - began)
             await self._streams.progressed()
+
+    def _trace_request(self, generation: Generation, seconds: float) -> None:
+        """A request to an engine has ended."""
+        lease, made = generation.lease, {"tokens": generation.received, "version": generation.student.version}
+        if lease.kind == m.LeaseKind.TRAIN:
+            self._role.trace.span("generate", "generate", seconds, sample=lease.sample_id, **made)
+        else:
+            self._role.trace.span("evaluate", "evaluate", seconds, **made)
 
     async def _take(self, generation: Generation, delta: Delta, on_teacher: bool) -> None:
         new_tokens = generation.take(delta, on_teacher, self._role.plan.stop_token_ids)
@@ -282,6 +292,7 @@ class RolloutActor:
         if self._paused_at is not None:
             blocked = self._clock.now() - self._paused_at
             self._metrics["opd_rollout_blocked_seconds_total"].inc(blocked)
+            self._role.trace.span("stopped", f"until weights {version}", blocked)
             self._paused_at = None
         self._update_gauges()
 

@@ -191,6 +191,8 @@ class TeacherActor:
         for chunk in item.chunks:
             latency_s = max(now - chunk.made_at, 0.0)
             await self._push.send(_scored(chunk, scores, chunk.start - first, self._role.name, latency_s))
+            sizes = {"start": chunk.start, "end": chunk.end, "version": chunk.weight_version}
+            self._role.trace.span("from token to score", "scored", latency_s, sample=chunk.sample_id, **sizes)
             if chunk.finish is not None:
                 if self._holds(chunk):  # a later attempt needs its own tokens still
                     del self._ids[chunk.sample_id]

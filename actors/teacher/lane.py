@@ -208,8 +208,8 @@ class Lane:
         """Score one batch, trying again after failures; None once the breaker is open: another engine may do it."""
         failures, new_tokens = 0, sum(item.new_tokens for item, _ in wanted)
         while not failures or self.guard.closed:
-            asked = object()
-            self._answers.asked(asked, self._clock.now())
+            asked, began = object(), self._clock.now()
+            self._answers.asked(asked, began)
             try:
                 scores = await self.client.score([request for _, request in wanted])
                 self._answers.answered(asked, self._clock.now(), new_tokens)
@@ -223,6 +223,8 @@ class Lane:
                 return scores
             finally:
                 self._answers.ended(asked)
+                sizes = {"tokens": new_tokens, "samples": len(wanted)}
+                self._role.trace.span(f"score {self.client.url}", "score", self._clock.now() - began, **sizes)
         return None
 
     async def _failed(self, items: Sequence[ScoreItem], error: EngineError) -> None:
@@ -292,7 +294,7 @@ class Lane:
         self._proven.set()
 
     async def _send_canary(self) -> None:
-        result = "passed"
+        result, began = "passed", self._clock.now()
         self._unproven.check_begins()
         try:
             await self.canary.check()
@@ -315,6 +317,7 @@ class Lane:
                 self._owner.engine_recovered()
         self._role.count(f"canaries_{result}")
         self._metrics["opd_teacher_canaries_total"].labels(result).inc()
+        self._role.trace.span(f"canary {self.client.url}", f"canary {result}", self._clock.now() - began)
 
     async def _distrust(self, error: CanaryError) -> None:
         """Stop using this engine; after `FAILED_CANARIES` failed checks in a row, end the run."""

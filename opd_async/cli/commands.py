@@ -114,6 +114,21 @@ def samples(arguments: argparse.Namespace) -> None:
 
 
 @in_words
+def trace(arguments: argparse.Namespace) -> None:
+    """`opd trace`: the timeline of a run."""
+    from opd_async.telemetry.trace_file import TRACE_FILE, write_trace
+
+    out = arguments.output or arguments.folder / TRACE_FILE
+    try:
+        count = write_trace(arguments.folder, out, arguments.samples)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}; give another place with --output") from None
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{arguments.folder}: its trace is not of this version ({error!r})") from None
+    show(f"{count:,} events: {out}; open it in https://ui.perfetto.dev")
+
+
+@in_words
 def schema(arguments: argparse.Namespace) -> None:
     """`opd schema`, which is `python -m opd_async.config.reference --json-schema`."""
     from opd_async.config.reference import json_schema_text

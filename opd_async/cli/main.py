@@ -2,7 +2,7 @@
 
     opd init STUDENT TEACHER PROMPTS       opd example NAME         opd schema
     opd check FILE      opd plan FILE      opd run FILE             opd completion SHELL
-    opd report FOLDER   opd samples FOLDER                          opd convert ...
+    opd report FOLDER   opd samples FOLDER  opd trace FOLDER        opd convert ...
 
 `opd run` is `python -m opd_async.launch --topology`, with the same options. Exit codes: 0 done; 2 the input cannot be
 used and nothing was started; 1 the run failed; 130 stopped by a signal.
@@ -76,6 +76,22 @@ def _samples_arguments(parser: argparse.ArgumentParser) -> Handler:
     return samples
 
 
+def _trace_arguments(parser: argparse.ArgumentParser) -> Handler:
+    from opd_async.cli.commands import trace
+    from opd_async.telemetry.trace_file import MOST_SAMPLES, TRACE_FILE
+
+    parser.add_argument("folder", type=Path, help="a run's folder, such as runs/quickstart; the run may be going on")
+    parser.add_argument("--output", type=Path, metavar="FILE", help=f"where to write it; {TRACE_FILE} in the folder")
+    parser.add_argument(
+        "--samples",
+        type=_at_least_one,
+        default=MOST_SAMPLES,
+        metavar="N",
+        help=f"samples in lanes of their own ({MOST_SAMPLES})",
+    )
+    return trace
+
+
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; write a number, at least 1")
@@ -142,6 +158,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Handler]]] = 
     "convert": ("Hugging Face folders to Megatron checkpoints and back", _no_arguments),
     "report": ("print the report of a finished run", _report_arguments),
     "samples": ("make a page of a run's responses, coloured token by token", _samples_arguments),
+    "trace": ("make a timeline of a run that was traced, for ui.perfetto.dev", _trace_arguments),
     "schema": ("print the JSON schema of topologies, for editors", _schema_arguments),
     "example": ("write an example to start from", _example_arguments),
     "completion": ("print a script that completes this command in a shell", _completion_arguments),

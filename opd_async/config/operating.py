@@ -97,6 +97,10 @@ class TelemetrySection(Section):
     samples_mib: Mebibytes = 256
     """Size at which `samples.jsonl` is thinned: the responses of every second step leave it, and from then on only half
     as many steps are recorded."""
+    trace: bool = False
+    """Write down what each process does when, as a timeline for ui.perfetto.dev: `trace.json.gz`, made at the end."""
+    trace_mib: Mebibytes = 32
+    """Size at which the trace of a process ends."""
 
 
 class SupervisorSection(Section):

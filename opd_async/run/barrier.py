@@ -19,6 +19,7 @@ from enum import Enum, auto
 from typing import Any, Protocol
 
 from opd_async.plan.plan import RoleKind
+from opd_async.telemetry.trace import Trace
 from opd_async.transport import messages as m
 from opd_async.transport.mailbox import Mailbox
 from opd_async.transport.owed import Owed
@@ -32,6 +33,7 @@ class Reach(Protocol):
     mailbox: Mailbox
     evaluated: asyncio.Event
     """Set while no evaluation is under way."""
+    trace: Trace
 
     def up(self, kind: RoleKind) -> list[str]:
         """The connected roles of a kind."""
@@ -124,7 +126,9 @@ class Barrier:
                 return
             self._owed = None
             self.state = BarrierState.OPEN
-            self.blocked_s += time.monotonic() - self._closed_at
+            stopped_s = time.monotonic() - self._closed_at
+            self.blocked_s += stopped_s
+            self._reach.trace.span("generation", f"stopped until weights {version}", stopped_s)
             for kind in (RoleKind.TEACHER, RoleKind.ROLLOUT):
                 await self._reach.broadcast(kind, m.Resume(version))
 

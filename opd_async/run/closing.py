@@ -22,6 +22,8 @@ from opd_async.telemetry.report import Report, write
 from opd_async.telemetry.report_table import render
 from opd_async.telemetry.samples import SAMPLES_FILE
 from opd_async.telemetry.samples_page import PAGE_FILE, write_page
+from opd_async.telemetry.trace import TRACE_FOLDER
+from opd_async.telemetry.trace_file import TRACE_FILE, write_trace
 
 Say = Callable[[str], None]
 
@@ -78,6 +80,12 @@ def _files(report: Report, ledger: Ledger, folder: Path, say: Say) -> Iterator[t
             yield "responses", folder / PAGE_FILE
         except (OSError, OpdError, ValueError, LookupError) as error:  # the run itself is over and done
             say(f"the page of the responses cannot be written: {error}")
+    if (folder / TRACE_FOLDER).is_dir():
+        try:
+            write_trace(folder, folder / TRACE_FILE)
+            yield "timeline, for ui.perfetto.dev", folder / TRACE_FILE
+        except (OSError, OpdError, ValueError, LookupError, TypeError) as error:  # the run itself is over and done
+            say(f"the timeline cannot be written: {error}")
     yield from (("figures of every step", folder / "metrics.jsonl"), ("logs", folder / "logs"))
     if (folder / EXPORT / "config.json").is_file():
         yield "trained student", folder / EXPORT

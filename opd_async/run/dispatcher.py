@@ -40,6 +40,7 @@ from opd_async.run.state import UPDATE, RunState
 from opd_async.run.suspects import Suspects
 from opd_async.run.watch import Watch
 from opd_async.telemetry.exporter import RoleMetrics
+from opd_async.telemetry.trace import OFF, Trace
 from opd_async.transport import messages as m
 from opd_async.transport.channels import ControlServer
 from opd_async.transport.door import Door
@@ -61,11 +62,13 @@ class Dispatcher:
         context: zmq.asyncio.Context,
         prompts: Sequence[Prompt],
         mix: Mix,
+        trace: Trace = OFF,
     ) -> None:
         self.plan = plan
         self.fleet = fleet
         self.ledger = ledger
         self.metrics = metrics
+        self.trace = trace
         self.mailbox = Mailbox()
         self.door = Door(context, plan.peers, self._stranger, fleet.keys)
         self.server = ControlServer(context, plan.control, self._malformed, door=self.door, expected=fleet.incarnation)

@@ -75,8 +75,9 @@ class Evaluations:
     async def _evaluate(self, kind: m.LeaseKind, count: int, step: int, teacher: str | None = None) -> Evaluation:
         assert self._evaluator is not None
         deadline_s = self._dispatcher.plan.topology.supervisor.evaluation_deadline_s
-        evaluation = await self._evaluator.evaluate(kind, count, step, deadline_s, teacher)
         who = "student" if teacher is None else self._who(teacher)
+        with self._dispatcher.trace.during("evaluations", f"{who} at step {step}"):
+            evaluation = await self._evaluator.evaluate(kind, count, step, deadline_s, teacher)
         self._dispatcher.ledger.evaluation(evaluation, who)
         if teacher is None:
             self._export(evaluation)

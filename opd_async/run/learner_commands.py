@@ -31,9 +31,10 @@ class LearnerCommands:
         name = type(command).__name__
         while self._unanswered[name]:
             await self._reply(name)
-        await self._dispatcher.to_intake(command)
-        self._unanswered[name] += 1
-        return await self._reply(name)
+        with self._dispatcher.trace.during("learner's commands", name):
+            await self._dispatcher.to_intake(command)
+            self._unanswered[name] += 1
+            return await self._reply(name)
 
     async def do(self, command: Command) -> None:
         """Send `command`, which writes files, and wait until it is done. Raises `StorageError` where there is no room

@@ -23,6 +23,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import zmq.asyncio
@@ -50,6 +51,7 @@ from opd_async.telemetry.length_drift import LengthDrift
 from opd_async.telemetry.progress import Progress
 from opd_async.telemetry.report import Report
 from opd_async.telemetry.samples import SAMPLES_FILE, SampleRecord
+from opd_async.telemetry.trace import Trace
 from opd_async.telemetry.trackers import LOST, Trackers
 from opd_async.telemetry.tracking import Tracker
 from opd_async.transport import messages as m
@@ -128,14 +130,15 @@ class Lifecycle:
         ledger.on_unwritten = lambda kind, count: metrics["opd_launcher_unwritten_total"].labels(kind).inc(count)
         count = metrics[LOST].labels
         trackers = Trackers(plan.topology, plan.run_folder, self._echo, lambda kind: count(kind).inc())
-        with Tracker(plan.topology.tracking.function, self._echo) as tracker, trackers:
-            self._tell(tracker, trackers)
-            report = await self._run(ledger, metrics)
+        function = plan.topology.tracking.function
+        with Tracker(function, self._echo) as tracker, trackers, Trace.of(plan, "launcher") as trace:
+            self._tell(tracker, trackers, trace)
+            report = await self._run(ledger, metrics, trace)
             await self._close(trackers, report)
             return report
 
-    def _tell(self, tracker: Tracker, trackers: Trackers) -> None:
-        """Have every row and event go to the user's function, and to trackers."""
+    def _tell(self, tracker: Tracker, trackers: Trackers, trace: Trace) -> None:
+        """Have every row and event go to the user's function, and to trackers; events to the timeline too."""
         assert self.ledger is not None
 
         def row(kind: str, values: dict[str, Any]) -> None:
@@ -143,7 +146,7 @@ class Lifecycle:
             trackers.track(kind, values)
 
         self.ledger.on_row, self._trackers = row, trackers
-        self._progress.on_event = lambda text: tracker.track("event", {"time": time.time(), "event": text})
+        self._progress.on_event = partial(_on_event, tracker, trace)
         trackers.track("rewind", self._checkpoint.step)
 
     async def _close(self, trackers: Trackers, report: Report) -> None:
@@ -159,7 +162,7 @@ class Lifecycle:
             trackers.kill()
         await closing
 
-    async def _run(self, ledger: Ledger, metrics: RoleMetrics) -> Report:
+    async def _run(self, ledger: Ledger, metrics: RoleMetrics, trace: Trace) -> Report:
         """The run inside of its trackers."""
         plan = self._plan
         telemetry, stop_deadline_s = plan.topology.telemetry, plan.topology.supervisor.stop_deadline_s
@@ -181,7 +184,14 @@ class Lifecycle:
                 given = self._inputs.completions.completions
                 mix = Mix(given, topology.opd.gkd_lambda, topology.seed, topology.data.shuffle)
                 self._dispatcher = dispatcher = Dispatcher(
-                    plan=plan, fleet=fleet, ledger=ledger, metrics=metrics, context=context, prompts=prompts, mix=mix
+                    plan=plan,
+                    fleet=fleet,
+                    ledger=ledger,
+                    metrics=metrics,
+                    context=context,
+                    prompts=prompts,
+                    mix=mix,
+                    trace=trace,
                 )
                 dispatcher.on_sample = samples.add
                 samples.rewind(self._checkpoint.step)
@@ -348,6 +358,12 @@ class Lifecycle:
                 break
             await asyncio.sleep(GRACE_POLL_S)
         await fleet.stop_all()
+
+
+def _on_event(tracker: Tracker, trace: Trace, text: str) -> None:
+    """Something worth a line has happened."""
+    tracker.track("event", {"time": time.time(), "event": text})
+    trace.event("events", text)
 
 
 async def _race(dispatcher: Dispatcher, work: Coroutine[Any, Any, None], **events: asyncio.Event) -> str:

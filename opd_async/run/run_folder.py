@@ -27,6 +27,8 @@ from opd_async.plan.resolve import KEYS_FOLDER, PLAN_FILE
 from opd_async.run import checkpoints, fingerprints
 from opd_async.telemetry.samples import SAMPLES_FILE
 from opd_async.telemetry.samples_page import PAGE_FILE
+from opd_async.telemetry.trace import TRACE_FOLDER
+from opd_async.telemetry.trace_file import TRACE_FILE
 from opd_async.telemetry.trackers import FOLDER as TRACKING_FOLDER
 
 TOPOLOGY_FILE = "topology.yaml"
@@ -40,6 +42,8 @@ MADE_BY_RUNS = (
     "learning_curve.png",
     SAMPLES_FILE,
     PAGE_FILE,
+    TRACE_FOLDER,
+    TRACE_FILE,
     "targets.json",
     COUNTERS_FOLDER,
     fingerprints.INPUTS_FILE,

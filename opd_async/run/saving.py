@@ -48,7 +48,8 @@ class Saving:
         if await asyncio.to_thread((folder / checkpoints.MARKER).exists):
             return
         try:
-            await self._write(folder, step)
+            with self._dispatcher.trace.during("checkpoints", f"checkpoint after step {step}"):
+                await self._write(folder, step)
         except StorageError as error:
             gone = await asyncio.to_thread(checkpoints.make_room, folder, keep)
             if gone is None:

@@ -13,6 +13,7 @@ from opd_async.plan.plan import RoleKind
 from opd_async.run import barrier as barrier_module
 from opd_async.run.barrier import Barrier, BarrierState
 from opd_async.run.dispatcher import Dispatcher
+from opd_async.telemetry.trace import OFF
 from opd_async.transport import messages as m
 from opd_async.transport.mailbox import Mailbox
 
@@ -27,7 +28,9 @@ def dispatcher() -> Any:
 
     evaluated = asyncio.Event()
     evaluated.set()
-    return SimpleNamespace(up=lambda kind: [], broadcast=send, to_intake=send, evaluated=evaluated, sent=sent)
+    return SimpleNamespace(
+        up=lambda kind: [], broadcast=send, to_intake=send, evaluated=evaluated, sent=sent, trace=OFF
+    )
 
 
 @pytest.mark.parametrize("drain_first", [True, False])
@@ -65,6 +68,7 @@ class Actors:
         self.barrier = Barrier(self)  # type: ignore[arg-type]
         self.killed: list[tuple[str, str]] = []
         self.watch = SimpleNamespace(unanswered=self.kill)
+        self.trace = OFF
 
     def up(self, kind: RoleKind) -> list[str]:
         return ["rollout-0", "rollout-1"]

@@ -23,6 +23,7 @@ from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.telemetry.progress import Progress
 from opd_async.telemetry.report import Evaluation
 from opd_async.telemetry.report_table import render
+from opd_async.telemetry.trace import OFF
 from opd_async.transport.messages import StepStarted
 
 TOKENS = 100.0
@@ -245,7 +246,7 @@ def evaluations(root: Path, version: int, every: str = "10") -> tuple[Evaluation
         return asyncio.create_task(work, name=name)
 
     dispatcher: Any = SimpleNamespace(
-        plan=ledger.plan, ledger=ledger, evaluated=evaluated, spawn=spawn, metrics=RoleMetrics("launcher")
+        plan=ledger.plan, ledger=ledger, evaluated=evaluated, spawn=spawn, metrics=RoleMetrics("launcher"), trace=OFF
     )
     evaluator = Evaluator()
     fake: Any = evaluator

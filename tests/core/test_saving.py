@@ -22,6 +22,7 @@ from opd_async.run.saving import EXPORT, Saving
 from opd_async.telemetry.progress import Progress
 from opd_async.telemetry.role_log import RoleLog, everything
 from opd_async.telemetry.terminal import Terminal
+from opd_async.telemetry.trace import OFF
 from opd_async.transport import messages as m
 from opd_async.transport.messages import ExportModel, SaveCheckpoint
 
@@ -46,7 +47,7 @@ class Disk:
         ledger = SimpleNamespace(save=lambda folder: (folder / "ledger.json").write_text("{}"))
         mailbox = SimpleNamespace(expect=self._expect)
         self.dispatcher: Any = SimpleNamespace(
-            plan=plan, ledger=ledger, mailbox=mailbox, to_intake=self._to_intake, answers=[]
+            plan=plan, ledger=ledger, mailbox=mailbox, to_intake=self._to_intake, answers=[], trace=OFF
         )
         progress = Progress(self.said.append, 10)
         self.saving = Saving(self.dispatcher, LearnerCommands(self.dispatcher, 1.0), progress)

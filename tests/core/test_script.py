@@ -17,6 +17,7 @@ from opd_async.run import checkpoints
 from opd_async.run.script import Script
 from opd_async.run.state import RESYNC, UPDATE, RunState
 from opd_async.telemetry.progress import Progress
+from opd_async.telemetry.trace import OFF
 from opd_async.transport import messages as m
 from opd_async.transport.mailbox import Mailbox
 
@@ -40,6 +41,7 @@ class FakeDispatcher:
     def __init__(self, folder: Path) -> None:
         self.plan = SimpleNamespace(topology=small_topology(folder), run_folder=folder)
         self.state = RunState()
+        self.trace = OFF
         self.ledger = SimpleNamespace(save=lambda folder: None)
         self.mailbox = Mailbox()
         self.asked: asyncio.Queue[Any] = asyncio.Queue()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from deadlines import patience
 from harness import ROOT, Launch, check_trained, topology, write_topology
+from trace_format import read_checked
 
 from opd_async.telemetry.samples import read_samples
 
@@ -32,6 +33,7 @@ def test_quickstart_in_small(tmp_path: Path, max_staleness: int) -> None:
         "checkpoint.export_hf_every_steps": 1,
         "evaluation.prompts": 100,
         "evaluation.during_prompts": 32,
+        "telemetry.trace": True,
     }
     options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     file = tmp_path / "quickstart.yaml"
@@ -59,6 +61,27 @@ def test_quickstart_in_small(tmp_path: Path, max_staleness: int) -> None:
     assert [column for row in rows for column in row if f"\n| `{column}` |" not in page] == []
     check_trained(folder, max_staleness, 4)
     check_samples(folder, max_staleness)
+    check_timeline(folder)
+
+
+def check_timeline(folder: Path) -> None:
+    """Every process did what its kind does, and samples are followed through all of them to their steps."""
+    events = read_checked(folder / "trace.json.gz")
+    processes = {one["pid"]: one["args"]["name"] for one in events if one["name"] == "process_name"}
+    lanes = {(processes[one["pid"]], one.get("cat")) for one in events if one["ph"] in "Xi"}
+    assert lanes >= {
+        *(("launcher", lane) for lane in ("events", "evaluations", "generation", "learner's commands", "checkpoints")),
+        *(("rollout-0", lane) for lane in ("generate", "evaluate", "stopped")),
+        ("teacher-0", "from token to score"),
+        *(("intake-0", lane) for lane in ("steps", "parts", "trained")),
+        ("learner-0", "commands"),
+        *(("samples", lane) for lane in ("generate", "from token to score", "trained")),
+    }
+    steps = [one["name"] for one in events if one.get("cat") == "steps"]
+    assert steps == ["step 1", "step 2", "step 3", "step 4"]
+    trained = sum(one["args"]["tokens"] for one in events if one.get("cat") == "steps")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert trained == sum(row["tokens"] for row in rows if "evaluation" not in row)
 
 
 def check_samples(folder: Path, max_staleness: int) -> None:
