@@ -102,7 +102,7 @@ $(TRACKERS)/.installed: requirements/trackers.txt
 	$(TRACKERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
 	touch $@
 
-# What `python -m bench.peers` compares with.
+# What `python -m bench.peers` and `python -m bench.real` compare with.
 peers: install $(TRL_STAMP)
 
 $(TRL_STAMP): requirements/trl-$(TRL_VERSION).txt

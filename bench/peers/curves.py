@@ -13,11 +13,12 @@ Kind = Literal["sampled", "greedy"]
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A step has ended: seconds since training began, and tokens trained since then."""
+    """A step has ended at `time` (since 1970): seconds since training began, and tokens trained since then."""
 
     step: int
     seconds: float
     tokens: float
+    time: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def own_ticks(metrics: Iterable[Mapping[str, Any]], seconds: float) -> list[Tick
     began, tokens, ticks = rows[-1]["time"] - seconds, 0.0, []
     for row in rows:
         tokens += row["tokens"]
-        ticks.append(Tick(int(row["step"]), row["time"] - began, tokens))
+        ticks.append(Tick(int(row["step"]), row["time"] - began, tokens, row["time"]))
     return ticks
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from opd_async.bench.peers.curves import Tick, own_ticks
+from opd_async.bench.peers.usage import Usage, watched
 from opd_async.config.topology import Topology
 from opd_async.data.jsonl import read_jsonl
 
@@ -33,10 +34,11 @@ class SideError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A tick for each step, and the folder of the student after each step that was written."""
+    """A tick for each step, the folder of the student after each step that was written, and what it all cost."""
 
     ticks: Sequence[Tick]
     students: Mapping[int, Path]
+    usage: Sequence[Usage] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,9 +116,9 @@ def run_trl(python: Path, job: TrlJob) -> Outcome:
     file.write_text(json.dumps(dataclasses.asdict(job)))
     ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.processes))
     command = [str(python), *(ranks if job.processes > 1 else ()), str(TRL_SCRIPT), str(file)]
-    _run(command, folder / "log.txt", job.threads)
-    ticks = [Tick(int(row["step"]), row["seconds"], row["tokens"]) for row in read_jsonl(folder / "clock.jsonl")]
-    return Outcome(ticks, students(folder))
+    usage = _run(command, folder / "log.txt", job.threads)
+    ticks = [Tick(int(row.pop("step")), **row) for row in read_jsonl(folder / "clock.jsonl")]
+    return Outcome(ticks, students(folder), usage)
 
 
 def run_own(topology: Path, overrides: Sequence[str], folder: Path, every_steps: int) -> Outcome:
@@ -132,11 +134,11 @@ def run_own(topology: Path, overrides: Sequence[str], folder: Path, every_steps:
     ]
     words = [word for one in sets for word in ("--set", one)]
     command = [sys.executable, "-m", "opd_async.launch", "--topology", str(topology), *words]
-    _run(command, folder.with_suffix(".txt"), 1)
+    usage = _run(command, folder.with_suffix(".txt"), 1)
     seconds = json.loads((folder / "report.json").read_text())["seconds"]
     ticks = own_ticks(read_jsonl(folder / "metrics.jsonl"), seconds)
     found = students(folder / "export")
-    return Outcome(ticks, {**found, ticks[-1].step: folder / "export"})
+    return Outcome(ticks, {**found, ticks[-1].step: folder / "export"}, usage)
 
 
 def students(folder: Path) -> dict[int, Path]:
@@ -144,18 +146,22 @@ def students(folder: Path) -> dict[int, Path]:
     return {int(one.name.removeprefix("step_")): one for one in sorted(folder.glob("step_*"))}
 
 
-def _run(command: Sequence[str], log: Path, threads: int) -> None:
+def _run(command: Sequence[str], log: Path, threads: int) -> list[Usage]:
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     with log.open("wb") as out:
-        done = subprocess.run(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment, timeout=DEADLINE_S, check=False
-        )
+        done = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        try:
+            usage = watched(done, DEADLINE_S)
+        finally:
+            done.kill()
+            done.wait()
     if done.returncode != 0:
         raise SideError(f"{command[0]} ... {command[-1]} ended with {done.returncode}; see {log}")
+    return usage
 
 
 def parse_settings(text: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Clock(TrainerCallback):
         self._every = every_steps
         self._batch = batch
         self._limit_s = limit_s
-        self._began = self._paused_s = self._now_s = 0.0
+        self._began = self._paused_s = self._now_s = self._at = 0.0
         self._tokens = 0.0
         self._rows: list[dict[str, float]] = []
 
@@ -39,7 +39,7 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> Any:
         """The step's optimizer has stepped."""
-        self._now_s = time.perf_counter() - self._began - self._paused_s
+        self._now_s, self._at = time.perf_counter() - self._began - self._paused_s, time.time()
         if state.global_step % self._every == 0 and state.is_world_process_zero:
             model.save_pretrained(self._folder / f"step_{state.global_step:08d}")
             self._paused_s = time.perf_counter() - self._began - self._now_s
@@ -50,7 +50,8 @@ class Clock(TrainerCallback):
         """The trainer's own count of completion tokens, logged after each step."""
         if "completions/mean_length" in logs:
             self._tokens += logs["completions/mean_length"] * self._batch
-            self._rows.append({"step": state.global_step, "seconds": self._now_s, "tokens": self._tokens})
+            row = {"step": state.global_step, "seconds": self._now_s, "tokens": self._tokens, "time": self._at}
+            self._rows.append(row)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """All rows at once: nothing is written while the clock runs."""

@@ -34,7 +34,7 @@ def curve(system: str, *shares: float, seed: int = 0) -> Curve:
 def test_ticks_of_a_run_of_this_project() -> None:
     evaluation = {"time": 90.0, "evaluation": "student", "step": 0}
     rows = [evaluation, {"step": 1, "time": 103.0, "tokens": 8.0}, {"step": 2, "time": 105.0, "tokens": 4.0}]
-    assert own_ticks(rows, 5.0) == [Tick(1, 3.0, 8.0), Tick(2, 5.0, 12.0)]
+    assert own_ticks(rows, 5.0) == [Tick(1, 3.0, 8.0, 103.0), Tick(2, 5.0, 12.0, 105.0)]
 
 
 def test_a_target_is_reached_between_two_points() -> None:
@@ -79,7 +79,8 @@ PRETENDED = """
 import json, pathlib, sys
 job = json.loads(pathlib.Path(sys.argv[1]).read_text())
 folder = pathlib.Path(job["folder"])
-rows = [{"step": step, "seconds": 2.0 * step, "tokens": 8.0 * step} for step in range(1, job["steps"] + 1)]
+steps = range(1, job["steps"] + 1)
+rows = [{"step": step, "seconds": 2.0 * step, "tokens": 8.0 * step, "time": 50.0 + step} for step in steps]
 (folder / "clock.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
 (folder / "step_00000002").mkdir()
 sys.exit(job["seed"])
@@ -93,7 +94,7 @@ def test_the_other_side_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     topology = load_topology(QUICKSTART, ["schedule.steps=3"])
     job = sides.trl_job(topology, tmp_path / "good", 2, {})
     outcome = sides.run_trl(Path(sys.executable), job)
-    assert outcome.ticks[-1] == Tick(3, 6.0, 24.0)
+    assert outcome.ticks[-1] == Tick(3, 6.0, 24.0, 53.0)
     assert outcome.students == {2: tmp_path / "good/step_00000002"}
     assert json.loads((tmp_path / "good/job.json").read_text()) == asdict(job)
     with pytest.raises(sides.SideError, match=r"ended with 3; see .*bad/log.txt"):
@@ -105,7 +106,7 @@ def test_everything_but_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyP
     held_out.write_text('{"prompt": "347+589=", "label": "0936"}\n')
 
     def trained(*_: object) -> sides.Outcome:
-        return sides.Outcome([Tick(1, 1.0, 10.0), Tick(2, 2.0, 20.0)], {2: STUDENT})
+        return sides.Outcome([Tick(1, 1.0, 10.0, 101.0), Tick(2, 2.0, 20.0, 102.0)], {2: STUDENT})
 
     monkeypatch.setattr(sides, "run_own", trained)
     monkeypatch.setattr(sides, "run_trl", trained)

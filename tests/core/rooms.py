@@ -65,7 +65,7 @@ ORDER: dict[str, tuple[str, ...]] = {
             "memory",
             "weights",
         ),
-        *("resume", "soak", "teacher", "wire", "learning", "peers", "gpu"),
+        *("resume", "soak", "teacher", "wire", "learning", "peers", "real", "gpu"),
     ),
 }
 """Package by package, the first may be imported by all that follow."""

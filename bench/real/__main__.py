@@ -1,0 +1,177 @@
+"""A real pair here and in TRL: the distance to the teacher over tokens and processor seconds, and memory.
+
+    python -m bench.real [--topology examples/smollm2/smollm2.yaml] [--python .venv-trl/bin/python]
+                         [--own opd.loss=sampled_reverse_kl] [--trl beta=0.5] [--seeds 0] [--steps 16] [--every-steps 8]
+                         [--prompts 96] [--set rollout.sampling.max_response_tokens=512] [--json FILE]
+
+    topology -> this project's launcher --+-> students after every few steps -> exact KL to the teacher -> table
+             -> TRL's trainer ------------+-> processor seconds and memory of all processes
+
+Both sides train in turns on the same cores, from the same folders, on the same prompts, with the same optimizer. A step
+of TRL has as many responses as fill `tokens_per_step` at the limit of their length (`--trl batch=N`: another number).
+Seconds run from the first step to the one whose student is measured; loading and measuring are outside. Processor time
+has the writing of students in it, on both sides. `make smollm2` makes the pair, `make peers` TRL's environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd_async.bench.peers import sides
+from opd_async.bench.peers.__main__ import OWN, TRL, Setup, say
+from opd_async.bench.peers.curves import Tick
+from opd_async.bench.peers.usage import cpu_between, peak_memory
+from opd_async.bench.real import distance
+from opd_async.bench.real.distance import Distance
+from opd_async.config.topology import Topology
+from opd_async.config.topology_file import load_topology
+from opd_async.data.end_tokens import end_ids
+from opd_async.data.prompts import load_prompts
+from opd_async.data.tokenizer import Tokenizer
+from opd_async.files import write_atomically
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A student after `step`: what it has cost since training began, and how near it is to the teacher."""
+
+    step: int
+    tokens: float
+    seconds: float
+    cpu_s: float
+    found: Distance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """One run of one system; `memory` is the peak of all its processes, in bytes."""
+
+    system: str
+    settings: str
+    seed: int
+    memory: int
+    points: tuple[Point, ...]
+
+
+class Judge:
+    """The held-out prompts of a topology and its teacher."""
+
+    def __init__(self, topology: Topology, prompts: int) -> None:
+        assert topology.models.teacher is not None and topology.data.held_out is not None
+        tokenizer = Tokenizer(topology.models.student.path, topology.data.chat_template)
+        rows = load_prompts(topology.data.held_out, tokenizer, topology.max_held_out_tokens).prompts
+        self._prompts = [row.token_ids for row in rows[:prompts]]
+        self._ends = end_ids(topology.models.student.path)
+        self._teacher = distance.load(topology.models.teacher.path)
+        self._most = topology.rollout.sampling.max_response_tokens
+
+    def __call__(self, folder: Path) -> Distance:
+        """Measure the student in `folder`."""
+        return distance.measure(distance.load(folder), self._teacher, self._prompts, self._ends, self._most)
+
+
+def run(options: argparse.Namespace, folder: Path) -> list[Curve]:
+    """Train every setup with every seed, one after the other, then measure all students."""
+    setups = [*(Setup.read(OWN, one) for one in options.own), *(Setup.read(TRL, one) for one in options.trl)]
+    outcomes = []
+    for seed in options.seeds:
+        for number, setup in enumerate(setups):
+            say(f"seed {seed}: {setup.system} {setup.name}")
+            outcomes.append((setup, seed, train(setup, seed, folder / f"seed{seed}-{number}", options)))
+    say("everything is trained; measuring")
+    topology = load_topology(options.topology, options.set)
+    judge = Judge(topology, options.prompts)
+    before = Point(step=0, tokens=0.0, seconds=0.0, cpu_s=0.0, found=judge(topology.models.student.path))
+    curves = []
+    for setup, seed, outcome in outcomes:
+        points = [before, *(_point(outcome, tick, judge) for tick in outcome.ticks if tick.step in outcome.students)]
+        memory = peak_memory(outcome.usage)
+        curves.append(Curve(system=setup.system, settings=setup.name, seed=seed, memory=memory, points=tuple(points)))
+        say(f"measured {setup.system} {setup.name}, seed {seed}: {points[-1].found.reverse_kl:.4f}")
+    return curves
+
+
+def _point(outcome: sides.Outcome, tick: Tick, judge: Judge) -> Point:
+    began = outcome.ticks[0].time - outcome.ticks[0].seconds
+    cpu_s = cpu_between(outcome.usage, began, tick.time)
+    found = judge(outcome.students[tick.step])
+    return Point(step=tick.step, tokens=tick.tokens, seconds=tick.seconds, cpu_s=cpu_s, found=found)
+
+
+def train(setup: Setup, seed: int, folder: Path, options: argparse.Namespace) -> sides.Outcome:
+    """Train one setup with one seed in `folder`."""
+    common = [f"seed={seed}", f"schedule.steps={options.steps}", *options.set]
+    if setup.system == OWN:
+        overrides = [*common, *(one for one in setup.settings.split(",") if one)]
+        return sides.run_own(options.topology, overrides, folder, options.every_steps)
+    topology = load_topology(options.topology, common)
+    whole = {"batch": batch_of(topology), "limit_s": sides.DEADLINE_S}
+    job = sides.trl_job(topology, folder, options.every_steps, whole | sides.parse_settings(setup.settings))
+    return sides.run_trl(options.python, job)
+
+
+def batch_of(topology: Topology) -> int:
+    """Responses that fill a step's budget at the limit of their length."""
+    return max(topology.schedule.tokens_per_step // topology.rollout.sampling.max_response_tokens, 1)
+
+
+def table(curves: Sequence[Curve]) -> str:
+    """Markdown: a row for each student that was measured."""
+    names = ["system", "settings", "seed", "step", "tokens", "s", "CPU s", "CPU s / 1,000 tokens", "tokens/s"]
+    names += ["reverse KL", "length", "ended", "peak memory"]
+    lines = ["| " + " | ".join(names) + " |", "|---|---|" + "---:|" * (len(names) - 2)]
+    for curve in curves:
+        for point in curve.points:
+            found, began = point.found, point.tokens > 0
+            cells = [curve.system, curve.settings or "as given", str(curve.seed), str(point.step)]
+            cells += [f"{point.tokens:,.0f}", f"{point.seconds:,.0f}", f"{point.cpu_s:,.0f}"]
+            cells += [f"{1000 * point.cpu_s / point.tokens:.1f}" if began else "-"]
+            cells += [f"{point.tokens / point.seconds:.1f}" if began else "-"]
+            cells += [f"{found.reverse_kl:.4f} ± {found.error:.4f}", f"{found.length:.1f}", f"{found.ended:.0%}"]
+            lines.append("| " + " | ".join([*cells, f"{curve.memory / (1 << 30):.2f} GiB"]) + " |")
+    return "\n".join(lines)
+
+
+def report(options: argparse.Namespace, curves: Sequence[Curve]) -> dict[str, Any]:
+    """What `--json` writes: the options and every point."""
+    kept = ("steps", "every_steps", "prompts", "seeds", "set", "own", "trl")
+    said = {name: getattr(options, name) for name in kept} | {"topology": str(options.topology)}
+    return {"options": said, "curves": [dataclasses.asdict(one) for one in curves]}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the table, and write the figures where the options say."""
+    parser = argparse.ArgumentParser(prog="python -m bench.real", description="A real pair, here and in TRL.")
+    parser.add_argument("--topology", type=Path, default=Path("examples/smollm2/smollm2.yaml"))
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="for both sides")
+    parser.add_argument("--python", type=Path, default=Path(".venv-trl/bin/python"), help="of TRL's environment")
+    parser.add_argument("--own", action="append", default=[], metavar="A.B=C,...", help="a row of this project")
+    parser.add_argument("--trl", action="append", default=[], metavar="A=B,...", help="a row of TRL")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--every-steps", type=int, default=8, help="a student is measured every so many steps")
+    parser.add_argument("--prompts", type=int, default=96, help="held-out prompts to measure on")
+    parser.add_argument("--folder", type=Path, help="keep everything that was trained here")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    options = parser.parse_args(arguments)
+    if not options.own and not options.trl:
+        options.own, options.trl = [""], [""]
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        curves = run(options, (options.folder or Path(name)).absolute())
+    print(table(curves))
+    if options.json is not None:
+        write_atomically(options.json, json.dumps(report(options, curves), indent=2).encode())
+
+
+if __name__ == "__main__":
+    main()
