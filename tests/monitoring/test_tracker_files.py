@@ -55,7 +55,8 @@ for path in sorted(glob.glob(f"{sys.argv[1]}/wandb/offline-run-*/run-*.wandb")):
     for record in records(open(path, "rb").read()):
         if record.HasField("run"):
             runs.add((record.run.run_id, record.run.project, record.run.display_name))
-            found["config"] |= "5e-06" in str(record.run.config)
+            config = {one.key: json.loads(one.value_json) for one in record.run.config.update}
+            found["config"] |= config["learner"]["optimizer"]["lr"] == 5e-6
         items = {one.key or "/".join(one.nested_key): json.loads(one.value_json) for one in record.history.item}
         if "train/tokens" in items:
             found["rows"].append([items["step"], items["train/tokens"]])
