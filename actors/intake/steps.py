@@ -92,6 +92,8 @@ def _columns(taken: list[Taken]) -> dict[str, Any]:
 
 def trace_part(trace: Trace, step: int, part: int, taken: list[Taken]) -> None:
     """Note what a part of the step with this number trains."""
+    if not trace.on:  # a word for each sample
+        return
     trace.event("parts", f"step {step}, part {part}", samples=len(taken))
     for one in taken:
         how = "trained to its end" if one.complete else "cut"

@@ -58,6 +58,11 @@ class Trace:
         path = plan.run_folder / TRACE_FOLDER / f"{process}.jsonl" if telemetry.trace else None
         return cls(path, process, telemetry.trace_mib << 20)
 
+    @property
+    def on(self) -> bool:
+        """Whether events are kept: what is dear to say may be left unsaid otherwise."""
+        return self._record is not None
+
     def span(self, lane: str, name: str, seconds: float, **values: Value) -> None:
         """Something that ends now and took `seconds`. `lane` is the line of the timeline that it belongs to.
 
