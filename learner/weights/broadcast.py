@@ -9,9 +9,12 @@
 
     wait                      unblocked by                              deadline
     an engine's HTTP answer   the engine                                timeout_s, names the engine
-    joining the group         every engine rank joining                 timeout_s, or the first refusal
-    a broadcast               every engine rank receiving               timeout_s, or the first refusal; with NCCL
-                                                                        the first of a group 5 times that
+    joining the group         every engine rank joining                 timeout_s, or the first refusal; with NCCL
+                                                                        5 times that
+    a broadcast               every engine rank receiving               the same, 5 times for a group's first
+
+NCCL is loaded when a group is joined, and connects its members in the first broadcast. That is one of weights: engines
+know no call for another, so nothing can be broadcast to warm a group before.
 
 The next bucket is gathered from the learner's ranks while the last one is on its way. After a failure the group is
 gone; `connect` with a new name starts over.
@@ -35,7 +38,7 @@ from opd_async.learner.weights.group import join, leave, open_store
 from opd_async.learner.weights.lane import Lane
 
 FIRST_SLOWER = 5
-"""With NCCL the first broadcast of a group may take so many times the deadline of others."""
+"""With NCCL, joining a group and its first broadcast may take so many times the deadline of others."""
 NCCL_HINT = (
     "; it was the first broadcast of its group, in which NCCL connects the members: NCCL_DEBUG=WARN makes both sides "
     "say what it did not like"
@@ -81,8 +84,8 @@ class WeightSender(WeightTransport):
         """
         self._dissolve()
         self._engines.find(numbered=True)
-        world_size, timeout_s = 1 + sum(self._engines.ranks), self._engines.timeout_s
-        store, port = open_store(self._host, world_size, timeout_s)
+        world_size = 1 + sum(self._engines.ranks)
+        store, port = open_store(self._host, world_size, self._first_s)
         bodies, offset = [], 1
         for ranks in self._engines.ranks:
             bodies.append(
@@ -99,7 +102,7 @@ class WeightSender(WeightTransport):
         joining = self._engines.submit(join, store, name, 0, world_size, self._backend, self._first_s)
         self._group_name = name
         try:
-            self._engines.together("/init_weights_update_group", bodies, joining)
+            self._engines.together("/init_weights_update_group", bodies, joining, timeout_s=self._first_s)
         except WeightSyncError:
             joining.add_done_callback(_leave_late)
             self._clean_engines()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,11 @@ from opd_async.learner.distributed.parallel import Place
 from opd_async.learner.errors import WeightSyncError
 from opd_async.learner.hf.io import hf_weights
 from opd_async.learner.trainer import Trainer
+from opd_async.learner.weights import broadcast
 from opd_async.learner.weights.base import SendReport
-from opd_async.learner.weights.broadcast import WeightSender
+from opd_async.learner.weights.broadcast import FIRST_SLOWER, WeightSender
 from opd_async.learner.weights.engine_http import EngineAddress, call
+from opd_async.learner.weights.engines import Engines
 from opd_async.plan.free_ports import free_ports
 
 START_SECONDS = patience(90.0)
@@ -211,3 +214,25 @@ def test_an_engine_that_does_not_join_is_named(trainer: Trainer, pair: list[Engi
         ):
             sender.connect(next(groups))
         assert not sender.connected
+
+
+@pytest.mark.parametrize(("backend", "patience_of_a_group"), [("gloo", 1), ("nccl", FIRST_SLOWER)])
+def test_joining_a_group_has_the_deadline_of_its_backend(
+    monkeypatch: pytest.MonkeyPatch, backend: str, patience_of_a_group: int
+) -> None:
+    """NCCL is loaded then, on every engine: to answer late is no reason to give the group up."""
+    deadlines = {}
+
+    def join(_store: object, name: str, _rank: int, _size: int, joined: str, timeout_s: float) -> None:
+        assert (name, joined) == ("slow", backend)
+        deadlines["join"] = timeout_s
+
+    def together(_self: Engines, path: str, _bodies: object, joining: Future[None], *, timeout_s: float) -> None:
+        joining.result()
+        deadlines[path] = timeout_s
+
+    monkeypatch.setattr(broadcast, "join", join)
+    monkeypatch.setattr(Engines, "together", together)
+    with WeightSender([], backend=backend, bind_host="127.0.0.1", bucket_bytes=1, timeout_s=TIMEOUT_S) as sender:
+        sender.connect("slow")
+    assert deadlines == dict.fromkeys(("join", "/init_weights_update_group"), TIMEOUT_S * patience_of_a_group)
