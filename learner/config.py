@@ -8,6 +8,8 @@ from typing import Literal
 
 from opd_async.config.losses import MISMATCH_BOUNDS, Mismatch
 
+Recompute = bool | Literal["selective"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
@@ -140,8 +142,9 @@ class LearnerConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     logprob_chunk_rows: int = 1024
     """The LM head runs on this many rows at a time."""
-    recompute: bool = False
-    """Recompute each layer's activations in the backward pass instead of keeping them."""
+    recompute: Recompute = False
+    """True: compute each layer again in the backward pass instead of keeping its activations; selective: only norms and
+    gates. See `learner.model.again`."""
     seed: int = 0
     vocab: int | None = None
     """Ids below it are sampled, and the student's distribution is that over them; None: all rows of its table."""

@@ -1,6 +1,6 @@
 """What the learner makes of a GPU: tokens a second, share of the matrix peak that was measured, memory, a profile.
 
-    python -m bench.gpu.speed [--shape 0.6B] [--tokens 32768] [--recompute] [--tiny] [--json FILE]
+    python -m bench.gpu.speed [--shape 0.6B] [--tokens 32768] [--recompute [selective]] [--tiny] [--json FILE]
 
 The peak is that of large products of matrices in the learner's dtype, on the same device and a moment before. A step's
 useful work is counted from shapes, as `--plan` counts it: six operations for each weight of the body and token, six for
@@ -136,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--shape", choices=tuple(SHAPES), default="0.6B")
     made.add_argument("--tokens", type=int, default=32_768, help="of a step; the longest sequence has half of them")
     made.add_argument("--chunk-rows", type=int, default=4096, help="rows of the LM head at a time")
-    made.add_argument("--recompute", action="store_true", help="compute activations again in the backward pass")
+    again = "compute activations again in the backward pass; selective: those of norms and gates alone"
+    made.add_argument("--recompute", nargs="?", const=True, default=False, choices=("selective",), help=again)
     options = parse(made, arguments)
     findings = Findings(options.json)
     with tempfile.TemporaryDirectory() as folder:

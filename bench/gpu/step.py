@@ -6,6 +6,7 @@
     cpu        1       float32    -: no GPU is visible to it
     float32    1       float32    cpu
     recompute  1       float32    cpu: activations are computed again
+    selective  1       float32    cpu: those of norms and gates are
     bfloat16   1       bfloat16   cpu, with more room
     tensor     2       float32    cpu: with two GPUs or more, and on the CPU
     data       2       float32    cpu: the same
@@ -38,7 +39,7 @@ from opd_async.bench.gpu.found import Findings, end, parse, parser
 from opd_async.bench.learner import sequences
 from opd_async.estimators.topk import TopK
 from opd_async.learner import resume
-from opd_async.learner.config import LearnerConfig, LossConfig, OptimConfig, ParallelConfig, TeacherConfig
+from opd_async.learner.config import LearnerConfig, LossConfig, OptimConfig, ParallelConfig, Recompute, TeacherConfig
 from opd_async.learner.distributed import parallel
 from opd_async.learner.hf.io import hf_weights
 from opd_async.learner.trainer import Trainer
@@ -59,7 +60,7 @@ class Way:
     dtype: str = "float32"
     tensor: int = 1
     data: int = 1
-    recompute: bool = False
+    recompute: Recompute = False
     on_cpu: bool = False
     logprob: float = 2e-3
     norm: float = 0.01
@@ -75,6 +76,7 @@ WAYS = {
     "cpu": Way(on_cpu=True),
     "float32": Way(),
     "recompute": Way(recompute=True),
+    "selective": Way(recompute="selective"),
     "bfloat16": Way(dtype="bfloat16", logprob=0.2, norm=0.1, apart=1.0),
     "tensor": Way(tensor=2),
     "data": Way(data=2),

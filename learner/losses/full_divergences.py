@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from opd_async.learner.losses.logprobs import Head, add_at_columns, at_columns, logsumexp
+from opd_async.learner.losses.products import add_product, logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +138,8 @@ class _ChunkedDivergence(torch.autograd.Function):
         # logsumexps: of the student, and of the teacher over this vocabulary and over all its ids
         normal_3R = torch.zeros_like(sums_4R[:3])
         for chunk in head.chunks(len(targets_R)):
-            student_BV = (hidden_RX[chunk] @ weight_VX.T).float()
-            teacher_BV = (teacher_RY[chunk] @ teacher_weight_VY.T).float()
+            student_BV = logits(hidden_RX[chunk], weight_VX)
+            teacher_BV = logits(teacher_RY[chunk], teacher_weight_VY)
             for row, (own, logits_BV) in enumerate(zip(heads, (student_BV, teacher_BV), strict=True)):
                 sums_4R[row, chunk] = at_columns(logits_BV, targets_R[chunk, None] - own.first_id)[:, 0]
                 normal_3R[row, chunk] = logsumexp(logits_BV, head.group)
@@ -166,14 +167,14 @@ class _ChunkedDivergence(torch.autograd.Function):
         grad_hidden_RX = torch.zeros_like(hidden_RX)
         grad_weight_VX = torch.zeros_like(weight_VX, dtype=torch.float32)
         for chunk in ctx.head.chunks(len(targets_R)):
-            student_BV = (hidden_RX[chunk] @ weight_VX.T).float().sub_(normal_2R[0, chunk, None])
-            teacher_BV = (teacher_RY[chunk] @ teacher_weight_VY.T).float().sub_(normal_2R[1, chunk, None])
+            student_BV = logits(hidden_RX[chunk], weight_VX).sub_(normal_2R[0, chunk, None])
+            teacher_BV = logits(teacher_RY[chunk], teacher_weight_VY).sub_(normal_2R[1, chunk, None])
             from_sampled_BV = student_BV.exp().mul_(-grad_sampled_R[chunk, None])
             add_at_columns(from_sampled_BV, targets_R[chunk, None] - ctx.head.first_id, grad_sampled_R[chunk, None])
             grad_BV = ctx.formula.gradient(student_BV, teacher_BV, sum_R[chunk, None], ctx.beta)
             grad_BV = grad_BV.mul_(grad_value_R[chunk, None]).add_(from_sampled_BV).to(hidden_RX.dtype)
             grad_hidden_RX[chunk] = grad_BV @ weight_VX
-            grad_weight_VX += grad_BV.T @ hidden_RX[chunk]
+            add_product(grad_weight_VX, grad_BV, hidden_RX[chunk])
         ctx.head.all_reduce(grad_hidden_RX)
         return grad_hidden_RX, grad_weight_VX.to(weight_VX.dtype), *[None] * 6
 
@@ -182,7 +183,7 @@ def _with_beyond(normal_B: Tensor, teacher_BY: Tensor, head: Head) -> Tensor:
     """The teacher's logsumexp over all its ids, float32[B], from that over the student's vocabulary."""
     if head.beyond is None:
         return normal_B
-    return torch.logaddexp(normal_B, logsumexp((teacher_BY @ head.beyond.T).float(), head.group))
+    return torch.logaddexp(normal_B, logsumexp(logits(teacher_BY, head.beyond), head.group))
 
 
 def row_divergences(

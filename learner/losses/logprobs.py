@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opd_async.estimators.topk import NO_LOGPROB
+from opd_async.learner.losses.products import add_product, logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         tail_R = torch.zeros_like(logsumexp_R) if tail else None
         entropy_R = torch.zeros_like(logsumexp_R) if entropy else None
         for chunk in head.chunks(len(ids_RJ)):
-            logits_BV = (hidden_RX[chunk] @ weight_VX.T).float()
+            logits_BV = logits(hidden_RX[chunk], weight_VX)
             columns_BJ = ids_RJ[chunk] - head.first_id
             logsumexp_R[chunk] = logsumexp(logits_BV, head.group)
             logprobs_RJ[chunk] = at_columns(logits_BV, columns_BJ)
@@ -115,7 +116,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_hidden_RX = torch.zeros_like(hidden_RX)
         grad_weight_VX = torch.zeros_like(weight_VX, dtype=torch.float32)
         for chunk in ctx.head.chunks(len(ids_RJ)):
-            logits_BV = (hidden_RX[chunk] @ weight_VX.T).float()
+            logits_BV = logits(hidden_RX[chunk], weight_VX)
             columns_BJ = ids_RJ[chunk] - ctx.head.first_id
             factor_BV = -total_R[chunk, None]
             logprobs_BV = logits_BV - logsumexp_R[chunk, None]
@@ -128,7 +129,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             add_at_columns(grad_BV, columns_BJ, grad_RJ[chunk])
             grad_BV = grad_BV.to(hidden_RX.dtype)
             grad_hidden_RX[chunk] = grad_BV @ weight_VX
-            grad_weight_VX += grad_BV.T @ hidden_RX[chunk]
+            add_product(grad_weight_VX, grad_BV, hidden_RX[chunk])
         ctx.head.all_reduce(grad_hidden_RX)
         return grad_hidden_RX, grad_weight_VX.to(weight_VX.dtype), None, None, None, None
 

@@ -5,28 +5,27 @@ The LM head is not run here: `learner.logprobs` runs it on the trained rows only
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
-from torch.nn import functional
 
 from opd_async.data.decoder import GELU
-from opd_async.learner.config import LearnerConfig
+from opd_async.learner.config import LearnerConfig, Recompute
 from opd_async.learner.distributed.cpu import quiet
 from opd_async.learner.errors import ModelError
+from opd_async.learner.model import gated
+from opd_async.learner.model.again import QueryKeyValue
 from opd_async.learner.model.architecture import ModelShape
 from opd_async.learner.model.attention import LayerRopeAttention, PackedAttention
 from opd_async.learner.model.layout import PackedBatch
-from opd_async.learner.model.norm import RMSNorm
+from opd_async.learner.model.norm import NormedOutput, RMSNorm
 from opd_async.learner.model.rotary import angles, inverse_frequencies
 
 Model = TypeVar("Model", bound="DecoderModel")
@@ -145,7 +144,7 @@ def _transformer_config(shape: ModelShape, config: LearnerConfig, dtype: torch.d
         layernorm_epsilon=shape.norm_eps,
         gated_linear_unit=True,
         layernorm_zero_centered_gamma=shape.gemma,
-        activation_func=_gelu if shape.activation == GELU else functional.silu,
+        activation_func=(gated.GELU if shape.activation == GELU else gated.SILU).value,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
         qk_layernorm=shape.qk_norm,
@@ -170,10 +169,17 @@ def _transformer_config(shape: ModelShape, config: LearnerConfig, dtype: torch.d
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
-        recompute_granularity="full" if config.recompute else None,
-        recompute_method="uniform" if config.recompute else None,
-        recompute_num_layers=1 if config.recompute else None,
+        **_recompute_options(config.recompute),
     )
+
+
+def _recompute_options(recompute: Recompute) -> dict[str, Any]:
+    """Whole layers are Megatron's to compute again; of what it can select, nothing: `learner.model.again` selects."""
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": []}
+    if recompute:
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {}
 
 
 def _expert_options(shape: ModelShape) -> dict[str, Any]:
@@ -193,22 +199,6 @@ def _expert_options(shape: ModelShape) -> dict[str, Any]:
     }
 
 
-_gelu = partial(functional.gelu, approximate="tanh")
-
-
-class NormedOutput(RowParallelLinear):
-    """The output projection of attention or MLP, with Gemma's norm behind it."""
-
-    def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:
-        super().__init__(input_size, output_size, config=config, **options)
-        self.post_norm = RMSNorm(config, output_size, eps=config.layernorm_epsilon)
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As Megatron's: [tokens, 1, channels of this rank] -> [tokens, 1, hidden], and no bias."""
-        output, bias = super().forward(input_)
-        return self.post_norm(output), bias
-
-
 def _block_spec(config: Any, shape: ModelShape) -> Any:
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
@@ -218,13 +208,15 @@ def _block_spec(config: Any, shape: ModelShape) -> Any:
     # Without this, Megatron files norms under the names of its fused layers, which this model does not have.
     layer.submodules.sharded_state_dict_keys_map = {}
     attention = layer.submodules.self_attention.submodules
+    attention.linear_qkv = QueryKeyValue
+    if config.num_moe_experts is None:
+        layer.submodules.mlp = gated.GatedMLP
     attention.core_attention = ModuleSpec(module=PackedAttention, params={"shape": shape})
     if shape.window_rope is not None:
         layer.submodules.self_attention.module = LayerRopeAttention
         layer.submodules.self_attention.params["shape"] = shape
     if shape.gemma:
         attention.linear_proj = NormedOutput
-        layer.submodules.mlp.submodules.linear_fc2 = NormedOutput
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

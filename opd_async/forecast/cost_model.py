@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -191,10 +191,13 @@ def prefill_cost(
     return PrefillCost(PREFILL_FLOOR_S, 2 * (model.body + head) / flops, _pairs(model, 1 / flops))
 
 
-def train_cost(model: Decoder, device: Device, devices: int, recompute: bool, dtype: str = BFLOAT16) -> TrainCost:
-    """Forward and backward on `devices` together; `recompute` runs the forward of the body twice."""
+def train_cost(
+    model: Decoder, device: Device, devices: int, recompute: bool | Literal["selective"], dtype: str = BFLOAT16
+) -> TrainCost:
+    """Forward and backward on `devices` together; `recompute` runs the forward of the body twice, but no part of it
+    that counts here where it is selective."""
     flops = device.flops_in(dtype) * device.train_share * devices
-    passes = 4 if recompute else 3
+    passes = 4 if recompute is True else 3
     return TrainCost(
         TRAIN_FLOOR_S, passes * 2 * model.body / flops, 6 * model.head / flops, _pairs(model, passes / flops)
     )

@@ -3,8 +3,8 @@
 Learner, for each weight of a rank's share: 2 bytes of bfloat16 and 4 of gradients; 12 of optimizer state (float32
 weights and two moments), spread over data-parallel ranks. In float32: 4, 4, and 8, since the weights themselves are
 those that the optimizer moves. Activations: 34 bytes * hidden for each token and layer
-without recomputation (Korthikanti et al., 2022, less the attention matrix, which flash attention does not keep), else
-the layers' inputs and one layer in full.
+without recomputation (Korthikanti et al., 2022, less the attention matrix, which flash attention does not keep), with
+it the layers' inputs and one layer in full. Selective recomputation keeps all but what two norms and the gate give.
 """
 
 from __future__ import annotations
@@ -89,4 +89,11 @@ def activation_bytes(model: Decoder, section: LearnerSection, micro_batch_tokens
     tokens = micro_batch_tokens / section.context_parallel
     per_layer = LAYER_BYTES * model.hidden * tokens / section.tensor_parallel
     layers = model.layers / section.pipeline_parallel
+    if section.recompute == "selective":
+        return (per_layer - BF16 * _made_again(model) * tokens / section.tensor_parallel) * layers
     return BF16 * model.hidden * tokens * layers + per_layer if section.recompute else per_layer * layers
+
+
+def _made_again(model: Decoder) -> int:
+    """Channels of a token that a layer computes again: two norms and the gate; with experts the first norm alone."""
+    return model.hidden if model.experts else 2 * model.hidden + model.ffn

@@ -66,6 +66,10 @@ def test_memory_by_hand() -> None:
     assert learner.optimizer == pytest.approx(8.19 * GIGA / 2 * (4 + 12 / 4), rel=0.01)
     kept = learner_memory(QWEN3_8B, H100, section.model_copy(update={"recompute": False}), 4096)
     assert kept.activations > 5 * learner.activations
+    some = learner_memory(QWEN3_8B, H100, section.model_copy(update={"recompute": "selective"}), 4096)
+    # what two norms and the gate give: 2 bytes of each channel, token and layer, on two devices
+    assert kept.activations - some.activations == pytest.approx(2 * (2 * 4096 + 12_288) * 8192 * 36 / 2)
+    assert some.activations > 3 * learner.activations
     assert learner_memory(QWEN3_8B, H100, section, 16384).activations > learner.activations
 
 

@@ -50,6 +50,7 @@ def test_costs_fall_with_better_hardware() -> None:
     assert train_cost(QWEN3_8B, H100, 8, False).segment_s(4096, 4096) < train_cost(QWEN3_8B, H100, 8, True).segment_s(
         4096, 4096
     )
+    assert train_cost(QWEN3_8B, H100, 8, "selective") == train_cost(QWEN3_8B, H100, 8, False)
     assert sync_seconds(QWEN3_8B, NVLINK) < sync_seconds(QWEN3_8B, NETWORK_400G)
 
 

@@ -31,7 +31,7 @@ class Case:
     loss: dict[str, Any] = field(default_factory=dict)
     """Fields of `LossConfig`."""
     topk: int = 0
-    recompute: bool = False
+    recompute: bool | str = False
     teacher: str | None = None
     offload: bool = False
     reference: str | None = None
@@ -60,6 +60,8 @@ class Found:
     peak_at: str = ""
     operations: int = 0
     operation_bytes: int = 0
+    bytes_by: dict[str, int] = field(default_factory=dict)
+    """By operation."""
     flops: int = 0
     syncs: dict[str, int] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)

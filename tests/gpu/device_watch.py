@@ -16,6 +16,7 @@ VIEWS = frozenset(
         *("view", "t", "transpose", "slice", "select", "split", "detach", "expand", "unsqueeze", "squeeze", "permute"),
         *("alias", "as_strided", "_unsafe_view", "unflatten", "narrow", "reshape", "empty", "chunk", "unbind"),
         *("empty_strided", "split_with_sizes", "new_empty", "empty_like", "lift_fresh"),
+        "prim::device",
     )
 )
 """Operations that touch no element."""

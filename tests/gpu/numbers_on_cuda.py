@@ -7,6 +7,7 @@ Call `install` before `opd_async.learner` is imported, and compute inside `OnCud
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.attention.varlen as varlen
 from torch import Tensor
+from torch._decomp.decompositions import _fused_rms_norm_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -22,6 +24,14 @@ ACROSS = frozenset(("copy_", "_to_copy"))
 """Operations that move numbers between devices."""
 HOST_INDICES = frozenset(("index", "index_put", "index_put_", "_index_put_impl_"))
 """CUDA takes indices that lie on the host."""
+BY_HAND: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.mm.dtype: lambda left, right, _dtype: left.float() @ right.float(),
+    torch.ops.aten.addmm.dtype_out: lambda total, left, right, _dtype, *, out: out.copy_(
+        total + left.float() @ right.float()
+    ),
+    torch.ops.aten._fused_rms_norm_backward.default: _fused_rms_norm_backward,
+}
+"""Operations for which the host has no kernel."""
 MATH = 0
 """Of torch's attention kernels the one that is made of other operations."""
 NO_NUMPY = "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
@@ -90,7 +100,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if wanted is not None and to_cuda:
         kwargs = kwargs | {"device": torch.device("cpu")} | ({"pin_memory": False} if "pin_memory" in kwargs else {})
     given, options = tree_map(_held, (args, kwargs))
-    found = func(*given, **options)
+    found = BY_HAND.get(func, func)(*given, **options)
     known = {id(tensor.held): tensor for tensor in there}
 
     def placed(value: Any) -> Any:

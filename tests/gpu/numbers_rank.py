@@ -18,6 +18,8 @@ numbers_on_cuda.install()
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
 
 from opd_async.bench.gpu import step, varlen  # noqa: E402
+from opd_async.learner.losses import products  # noqa: E402
+from opd_async.learner.model.norm import in_one_kernel, in_parts  # noqa: E402
 
 any_random: Any = megatron_random
 any_random._get_cuda_rng_state = lambda *_args, **_options: torch.zeros(16, dtype=torch.uint8)
@@ -60,6 +62,44 @@ def attention() -> None:
             assert error < varlen.LIMITS[torch.bfloat16], f"{case.name}: {name} is off by {error}"
 
 
+def kernels() -> None:
+    """Norms and the head's products in bfloat16, by the operations that a GPU has: closer to float64 than by those of
+    the CPU, and with the same gradients."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, grad = (torch.randn(n, 96, generator=generator).bfloat16() for n in (24, 40, 24))
+    assert products.has_wide_product("cuda", torch.bfloat16) and products.has_wide_sum("cuda", torch.bfloat16)
+    right = hidden.double() @ weight.double().T
+    plain = (hidden @ weight.T).float()
+    assert apart(products.logits(hidden.cuda(), weight.cuda()), right) < 1e-6 < apart(plain, right)
+    right = 0.5 + weight.double().T @ weight.double()
+    total, plain = torch.full((96, 96), 0.5, device="cuda"), 0.5 + (weight.T @ weight).float()
+    products.add_product(total, weight.cuda(), weight.cuda())
+    assert apart(total, right) < 1e-6 < apart(plain, right)
+    for centred in (False, True):
+        found, plain, right = (
+            normed(norm, hidden.to(device, dtype), weight[0].to(device, dtype), grad.to(device, dtype), centred)
+            for norm, device, dtype in (
+                (in_one_kernel, "cuda", torch.bfloat16),
+                (in_parts, "cpu", torch.bfloat16),
+                (in_parts, "cpu", torch.float32),
+            )
+        )
+        for one, parts, wanted in zip(found, plain, right, strict=True):
+            assert one.is_cuda and apart(one, wanted) <= apart(parts, wanted) * 1.01
+
+
+def apart(found: torch.Tensor, right: torch.Tensor) -> float:
+    """||a - b|| / ||b||."""
+    return float((found.cpu().double() - right.double()).norm() / right.double().norm())
+
+
+def normed(norm: Any, hidden: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, centred: bool) -> Any:
+    """A norm of `hidden`, and the gradients of both."""
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    output = norm(hidden, weight, 1e-6, centred=centred)
+    return output.detach(), *torch.autograd.grad(output, (hidden, weight), grad)
+
+
 def main() -> None:
     """Try the rules, then take the steps."""
     torch.set_num_threads(1)
@@ -67,6 +107,7 @@ def main() -> None:
         rules()
         if sys.argv[1] == "float32":
             attention()
+            kernels()
         step.take(sys.argv[1], Path(sys.argv[2]), tiny=True, deadline_s=float(sys.argv[3]))
 
 

@@ -26,7 +26,10 @@ SYNCS: Counter[str] = Counter()
 MIB = 1 << 20
 COALESCED = ("reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_", "allreduce_coalesced_")
 OWN_CODE = ("/learner/", "/megatron/core/")
+KERNELS = ("_fused_rms_norm", "_fused_rms_norm_backward")
+"""Operations that only a build with CUDA has whole: elsewhere they fall into parts before autograd sees them."""
 _library: Any = None
+_kernels: Any = None
 
 
 def here() -> str:
@@ -84,6 +87,10 @@ def install(rank: int, world_size: int) -> None:
 
 def pretend_device() -> None:
     """Answer for `torch.cuda`: there is one, it is idle, and nothing has to be waited for."""
+    global _kernels  # the registration lasts as long as the object
+    _kernels = torch.library.Library("aten", "IMPL")
+    for name in KERNELS:
+        _kernels.impl(name, _never, "CUDA")
     cuda: Any = torch.cuda
     properties = SimpleNamespace(
         name="a GPU that is not there", major=9, minor=0, multi_processor_count=132, total_memory=81920 * MIB
@@ -109,6 +116,10 @@ def pretend_device() -> None:
     cuda.Stream, cuda.Event = Stream, Event
     cuda.current_stream = cuda.default_stream = lambda *_args, **_options: Stream()
     cuda.stream = lambda _stream: contextlib.nullcontext()
+
+
+def _never(*_args: Any, **_options: Any) -> Any:
+    raise AssertionError("a kernel of a device that is not there")
 
 
 def _pretend_groups(rank: int, world_size: int) -> None:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -52,11 +53,13 @@ EXPERTS = DENSE | {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
+MODELS = {"dense": DENSE, "experts": EXPERTS}
 ALONE = [
     Case(name="bfloat16", model="dense", weights=True, state=True),
     Case(name="float32", model="dense", dtype="float32", state=True),
     Case(name="torch 2.11's attention", model="dense", old_varlen=True),
     Case(name="recompute", model="dense", recompute=True),
+    Case(name="selective", model="dense", recompute="selective"),
     Case(name="given responses", model="dense", loss={"given": True}),
     Case(name="entropy bonus", model="dense", loss={"entropy_coef": 0.1}),
     Case(name="reference model", model="dense", loss={"reference_kl_coef": 0.1}, reference="dense"),
@@ -100,9 +103,11 @@ def guard(folder: Path) -> Path:
     return library
 
 
-def run(cases: list[Case], folder: Path, library: Path) -> dict[str, Found]:
-    """What one process found of its cases, by name."""
-    for name, config in (("dense", DENSE), ("experts", EXPERTS)):
+def run(
+    cases: list[Case], folder: Path, library: Path, models: Mapping[str, dict[str, object]] = MODELS
+) -> dict[str, Found]:
+    """What one process found of its cases, by name; `models` are the configs that they name."""
+    for name, config in models.items():
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(config))
 
@@ -154,6 +159,13 @@ def test_two_steps_on_a_gpu_without_one(process: str, tmp_path: Path, request: p
         assert found.syncs == accepted[case.name]["syncs"], case.name
         for cost in COSTS:
             assert getattr(found, cost) == pytest.approx(accepted[case.name][cost], rel=ROOM), (case.name, cost)
+
+
+def test_selective_recomputation_is_between_the_others() -> None:
+    """Of the accepted costs: no matrix product twice, and memory in between."""
+    none, some, whole = (json.loads(ACCEPTED.read_text())[name] for name in ("bfloat16", "selective", "recompute"))
+    assert none["flops"] == some["flops"] < whole["flops"]
+    assert whole["peak_bytes"] < some["peak_bytes"] < none["peak_bytes"]
 
 
 def main() -> None:
