@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from opd_async.actors.intake.steps import Taken
-from opd_async.scheduling.assembly import ChunkFacts, Segment
+from opd_async.scheduling.segments import ChunkFacts, Segment
 
 PROMPT = np.array([7, 8, 9], np.int32)
 

@@ -6,7 +6,7 @@ Pure functions over decoded JSON. Each raises `EngineError` that names the field
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,18 @@ MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New tokens of a stream: `token_ids` int32[n], `logprobs` float32[n] (nats), all made by `weight_version`."""
+    """New tokens of a stream: `token_ids` int32[n], `logprobs` float32[n] (nats), all made by `weight_version`.
+
+    Or tokens that were given and not `sampled`: they have no logprobs, and came while the engines held that version.
+    """
 
     token_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
     weight_version: str
     finish: Finish | None
     aborted: bool
+    _: KW_ONLY
+    sampled: bool = True
 
 
 @dataclass(frozen=True, slots=True)

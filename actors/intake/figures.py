@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from opd_async.actors.intake.report import describe_distribution, describe_responses
 from opd_async.actors.intake.steps import Taken
 from opd_async.config.topology import Topology, TrainOn
-from opd_async.scheduling.assembly import Segment
+from opd_async.scheduling.segments import Segment
 from opd_async.telemetry.exporter import RoleMetrics
 
 
@@ -24,7 +24,7 @@ class StepFigures:
         """Return the columns of a step's row, and set the metrics."""
         stats = describe_responses(trained) | describe_distribution(segments, several=self._several)
         if self._budget is not None:
-            stats["budget_share"] = sum(segment.end - segment.start for segment in segments) / self._budget
+            stats["budget_share"] = sum(segment.tokens for segment in segments) / self._budget
         self._export(trained, stats)
         return stats
 

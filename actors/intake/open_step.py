@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from opd_async.actors.intake.steps import Taken
 from opd_async.estimators.advantages import Outcome
-from opd_async.scheduling.assembly import Segment
+from opd_async.scheduling.segments import Segment
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class OpenStep:
         self.taken += taken
         self.kept += kept
         self.outcomes += outcomes
-        self.tokens += sum(segment.end - segment.start for segment in segments_of(kept))
+        self.tokens += sum(segment.tokens for segment in segments_of(kept))
         self.parts += 1
         if self.idle_since is not None:
             self.waited_s += now - self.idle_since

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from opd_async.actors.intake.steps import Taken
 from opd_async.estimators.advantages import Outcome, flat_groups
-from opd_async.scheduling.assembly import Segment
+from opd_async.scheduling.segments import Segment
 from opd_async.transport.kinds import Finish
 
 RESERVOIR = 20_000
@@ -20,18 +20,20 @@ def describe_step(segments: Sequence[Segment], version: int) -> tuple[dict[str, 
     """Statistics of one step, and int64[k]: its trained tokens by staleness.
 
     `forwarded_tokens` counts every token of the packed sequences; `recomputed_tokens` those of prefixes that an earlier
-    step had forwarded already, prompts included.
+    step had forwarded already, prompts included. `given_tokens`, where there are any, are those that nobody sampled.
     """
     ages = [version - segment.versions for segment in segments]
     staleness = np.bincount(np.concatenate(ages)) if ages else np.zeros(1, np.int64)
     stats = {
-        "tokens": float(sum(segment.end - segment.start for segment in segments)),
+        "tokens": float(sum(segment.tokens for segment in segments)),
         "segments": float(len(segments)),
         "completed": float(sum(segment.complete for segment in segments)),
         "cuts": float(sum(not segment.complete for segment in segments)),
         "forwarded_tokens": float(sum(len(segment.token_ids) for segment in segments)),
         "recomputed_tokens": float(sum(s.start + s.prompt_tokens for s in segments if s.start)),
     }
+    if any(segment.positions is not None for segment in segments):
+        stats["given_tokens"] = float(sum(segment.end - segment.start - segment.tokens for segment in segments))
     return stats, staleness.astype(np.int64)
 
 

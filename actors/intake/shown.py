@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.actors.intake.steps import Taken
-from opd_async.scheduling.assembly import ChunkFacts, Segment
+from opd_async.scheduling.segments import ChunkFacts, Segment
 from opd_async.transport import messages as m
 from opd_async.transport.bounds import LONGEST_S
 
@@ -40,6 +40,7 @@ class _Parts:
     chunks: list[ChunkFacts] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    given: list[tuple[int, int]] = field(default_factory=list)
     scorer: str = ""
 
     def add(self, segment: Segment, version: int) -> None:
@@ -47,8 +48,9 @@ class _Parts:
         room = max(SHOWN_TOKENS - segment.start, 0)
         fresh = segment.token_ids[segment.prompt_tokens + segment.start :][:room]
         self.tokens.append(fresh.copy())
-        self.behaviour.append(segment.behaviour_logprobs[:room].copy())
-        self.teacher.append(segment.teacher_logprobs[:room].copy())
+        self.behaviour.append(_by_position(segment, segment.behaviour_logprobs)[:room].copy())
+        self.teacher.append(_by_position(segment, segment.teacher_logprobs)[:room].copy())
+        self.given += [(start, min(end, SHOWN_TOKENS)) for start, end in segment.given_runs() if start < SHOWN_TOKENS]
         self.chunks += segment.chunks[: SHOWN_TOKENS - len(self.chunks)]
         self.ends.append(segment.end)
         self.versions.append(version)
@@ -79,6 +81,8 @@ class _Parts:
             chunk_latency_s=np.array([chunk.latency_s for chunk in self.chunks], np.float32),
             part_ends=np.array(self.ends, np.int32),
             part_versions=np.array(self.versions, np.int32),
+            given_starts=np.array([start for start, _ in self.given], np.int32) if self.given else None,
+            given_ends=np.array([end for _, end in self.given], np.int32) if self.given else None,
         )
 
 
@@ -116,6 +120,15 @@ class ShownSamples:
             self._followed[one.sample_id] = _parts(one, version)
         chosen = choose.sample(ended, min(len(ended), self._per_step))
         return [(parts or _parts(one, version)).message(one, version) for one, parts in chosen]
+
+
+def _by_position(segment: Segment, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32[end - start], zero where a token was given, of one value for each trained token; or no value at all."""
+    if segment.positions is None or not len(values):
+        return values
+    whole = np.zeros(segment.end - segment.start, np.float32)
+    whole[segment.positions - segment.start] = values
+    return whole
 
 
 def _parts(taken: Taken, version: int) -> _Parts:

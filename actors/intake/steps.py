@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from opd_async.config.topology import LearnerSection, Topology
 from opd_async.estimators.advantages import Outcome, estimate
 from opd_async.scheduling import packing
-from opd_async.scheduling.assembly import Segment
+from opd_async.scheduling.segments import Segment
 from opd_async.telemetry.trace import TRAINED, Trace
 from opd_async.transport import messages as m
 
@@ -31,6 +31,8 @@ class Taken(NamedTuple):
     finish: str | None = None
     """How the response ended, with `complete`."""
     prompt_id: int = -1
+    given: int = 0
+    """Tokens before `end` that were given and not sampled."""
 
 
 def give_advantages(taken: list[Taken], topology: Topology) -> list[Outcome]:
@@ -41,8 +43,7 @@ def give_advantages(taken: list[Taken], topology: Topology) -> list[Outcome]:
     group_size, section = topology.rollout.group_size, topology.advantage
     complete = [one for one in taken if one.complete]
     outcomes = [
-        Outcome(one.sample_id // group_size, one.reward, one.segment.end - one.segment.start if one.segment else 0)
-        for one in complete
+        Outcome(one.sample_id // group_size, one.reward, one.segment.tokens if one.segment else 0) for one in complete
     ]
     if section.estimator.facts.rewards:
         for one, advantages in zip(complete, estimate(outcomes, section), strict=True):
@@ -83,10 +84,12 @@ def step_started(
 
 
 def _columns(taken: list[Taken]) -> dict[str, Any]:
+    given = np.array([one.given for one in taken], np.int32)
     return {
         "taken_ids": np.array([one.sample_id for one in taken], np.int64),
         "taken_ends": np.array([one.end for one in taken], np.int32),
         "taken_complete": np.array([one.complete for one in taken], np.int32),
+        "taken_given": given if given.any() else None,
     }
 
 

@@ -30,9 +30,10 @@ from opd_async.role import Role
 from opd_async.run.trained import COLUMNS, TrainedRecord
 from opd_async.scheduling import packing
 from opd_async.scheduling.admission import bound_of
-from opd_async.scheduling.assembly import Assembler, Sample, Segment
+from opd_async.scheduling.assembly import Assembler, Sample
 from opd_async.scheduling.filled_samples import FilledSamples
 from opd_async.scheduling.filled_steps import FilledSteps
+from opd_async.scheduling.segments import Segment
 from opd_async.scheduling.step_policy import DeadlineCuts, StepPolicy, WholeSamples
 from opd_async.transport import messages as m
 
@@ -188,6 +189,7 @@ class StepTaker:
             reward=sample.reward,
             finish=sample.finish,
             prompt_id=sample.prompt_id,
+            given=sample.given,
         )
 
     async def _part(self, version: int, taken: list[Taken], closes: bool) -> None:
@@ -229,10 +231,12 @@ class StepTaker:
         return step_started(version, last, step.waited_s, stats, staleness)
 
     def _record(self, version: int, segments: list[Segment], stats: dict[str, float], staleness: Any) -> None:
-        ranges = [(s.sample_id, s.start, s.end, int(s.versions.min()), int(s.versions.max())) for s in segments]
         assert self._trained is not None
-        teachers = [s.teacher for s in segments] if len(self._topology.teachers) > 1 else []
-        if not self._trained.write(version, np.array(ranges, np.int64).reshape(-1, COLUMNS), teachers):
+        runs = [(segment, *run) for segment in segments for run in segment.versioned_runs()]
+        ranges = np.array([(s.sample_id, *run) for s, *run in runs], np.int64).reshape(-1, COLUMNS)
+        given = [(s.sample_id, *run) for s in segments if s.positions is not None for run in s.given_runs()]
+        teachers = [s.teacher for s, *_ in runs] if len(self._topology.teachers) > 1 else []
+        if not self._trained.write(version, ranges, teachers, given):
             self._role.count("unwritten_rows")
             self._metrics["opd_intake_unwritten_rows_total"].inc()
         self._role.count("steps")

@@ -126,8 +126,7 @@ class RolloutActor:
             while generation.finish is None:
                 await self._one_request(generation)
             if lease.kind == m.LeaseKind.TRAIN:
-                done = m.LeaseDone(lease.sample_id, lease.attempt, generation.length, generation.finish.value)
-                await self._role.control.send(done)
+                await self._role.control.send(generation.done())
             reward = await self._judging.judge(generation) if generation.awaits_reward else None
             if lease.kind != m.LeaseKind.TRAIN:
                 teacher = self._comparing

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,11 +65,14 @@ class Generation:
     """A request to the student engine is under way."""
     scope: asyncio.Timeout | None = None
     """Around a request to a student engine: what ends it early when another engine is to go on."""
+    given_tokens: int = 0
+    """Tokens of the response so far that nobody sampled."""
     first_version: int | None = None
     """Weight version of the first request: what a prefix cache holds of this response was begun under it."""
     _tokens: list[NDArray[np.int32]] = field(default_factory=list)
     _pending: list[Delta] = field(default_factory=list)
     _pending_tokens: int = 0
+    _given_waits: bool = False
     _sent_end: int = 0
     _made_at: float = 0.0
     _closed: bool = False
@@ -145,30 +149,52 @@ class Generation:
             self.finish = m.Finish.STOP
         return len(delta.token_ids)
 
+    def give(self, token_ids: NDArray[np.int32]) -> None:
+        """Append int32[n], n > 0, that nobody sampled: context for what comes behind them, never trained or scored.
+
+        They leave with the next `due_chunks`, in a chunk of their own.
+        """
+        version = str(max(self.student.version, 0))
+        self.given_tokens += len(token_ids)
+        self._made_at = time.time()
+        self._tokens.append(token_ids)
+        self._pending.append(Delta(token_ids, np.zeros(0, np.float32), version, None, False, sampled=False))
+        self._pending_tokens += len(token_ids)
+        self._given_waits = True
+
+    def done(self) -> m.LeaseDone:
+        """What the dispatcher is told when the response has ended."""
+        lease, finish = self.lease, self.finish or m.Finish.STOP
+        return m.LeaseDone(lease.sample_id, lease.attempt, self.length, finish.value, self.given_tokens)
+
     def due_chunks(self, chunk_tokens: int, actor: int) -> list[m.Chunk]:
-        """Chunks that must leave now: of an older weight version, at `chunk_tokens`, or at the end of the response.
+        """Chunks that must leave now: of an older weight version, at `chunk_tokens`, of given tokens and what stands
+        before them, or at the end of the response.
 
         Tokens do not wait for a reward: an empty chunk behind them then says how the response ended and what it earned.
         """
-        if self.finish is None and self._pending_tokens < chunk_tokens and self._is_one_run():
+        if self.finish is None and self._pending_tokens < chunk_tokens and self._may_wait():
             return []
+        self._given_waits = False
         end = None if self.awaits_reward else self.finish
         chunks: list[m.Chunk] = []
         while self._pending:
-            version = self._pending[0].weight_version
-            run = [delta for delta in self._pending if delta.weight_version == version]
-            is_last_run = len(run) == len(self._pending)
-            if is_last_run and self.finish is None and sum(len(delta.token_ids) for delta in run) < chunk_tokens:
+            run = list(next(groupby(self._pending, _kind))[1])
+            is_last_run, sampled = len(run) == len(self._pending), run[0].sampled
+            few = sampled and sum(len(delta.token_ids) for delta in run) < chunk_tokens
+            if is_last_run and self.finish is None and few:
                 break
             del self._pending[: len(run)]
-            chunks.append(self._chunk(run, actor, end if is_last_run else None))
+            chunks.append(self._chunk(run, actor, end if is_last_run and sampled else None))
         if end is not None and not self._closed:
             chunks.append(self._chunk([], actor, end))
         return chunks
 
-    def _is_one_run(self) -> bool:
-        """Whether all that waits was made by the same weights; versions never go back."""
-        return not self._pending or self._pending[0].weight_version == self._pending[-1].weight_version
+    def _may_wait(self) -> bool:
+        """Whether all that waits was sampled from the same weights; versions never go back."""
+        if self._given_waits or not self._pending:
+            return not self._given_waits
+        return self._pending[0].weight_version == self._pending[-1].weight_version
 
     def rewarded(self, reward: float | None) -> None:
         """Set the reward (None: it could not be judged); the end of the response may now be announced."""
@@ -194,6 +220,7 @@ class Generation:
             teacher=self.lease.teacher,
             grant=self.lease.grant,
             teacher_prompt_tokens=0 if self.lease.teacher_prompt is None else len(self.lease.teacher_prompt),
+            sampled=deltas[0].sampled if deltas else True,
         )
         self._sent_end = chunk.end
         self._pending_tokens -= len(chunk.token_ids)
@@ -221,3 +248,8 @@ class Generation:
             student_logprobs=own,
             teacher_logprobs=teacher_logprobs,
         )
+
+
+def _kind(delta: Delta) -> tuple[bool, str]:
+    """What is alike of all tokens of a chunk."""
+    return delta.sampled, delta.weight_version

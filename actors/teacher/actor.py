@@ -24,11 +24,11 @@ from dataclasses import replace
 
 import aiohttp
 import numpy as np
-from numpy.typing import NDArray
 
 from opd_async.actors.client.engine_client import Endpoint, EngineClient, new_connector
 from opd_async.actors.client.pacing import Pacing
 from opd_async.actors.client.replies import Scores
+from opd_async.actors.teacher.known_tokens import KnownTokens
 from opd_async.actors.teacher.lane import Lane, Request
 from opd_async.config.topology import TrainOn
 from opd_async.engines.probe import wait_until_ready
@@ -61,7 +61,7 @@ class TeacherActor:
         self._pacing = Pacing(role, urls, streams=False)
         self._lanes = [Lane(role, self._client(session, url), self, self._pacing.of(url)) for url in urls]
         self._points = self._new_points()
-        self._ids: dict[int, tuple[int, NDArray[np.int32]]] = {}
+        self._known = KnownTokens()
         self._tries: Counter[int] = Counter()
         self._room = asyncio.Event()
         self._idle = IdleClock()
@@ -123,33 +123,27 @@ class TeacherActor:
                 log.warning("dropped a chunk of sample %d: %s", chunk.sample_id, problem)
                 self._malformed(problem)
                 continue
-            if self._known(chunk):
+            if not self._extended(chunk):
+                continue
+            if not chunk.sampled:
+                # nothing to score: the intake may have it at once, also where it waits for what stands before it
+                await self._push.send(chunk.scored(self._role.name, 0.0, np.zeros(0, np.float32)))
+            else:
                 self._queue(self._points.offer(chunk, self._lane(chunk.prompt_id).cache.coarse))
             while self._waiting_tokens() > limit:
                 self._room.clear()
                 await self._room.wait()
 
-    def _known(self, chunk: m.Chunk) -> bool:
+    def _extended(self, chunk: m.Chunk) -> bool:
         """Extend the sample's tokens; False for a chunk whose beginning this actor has not seen."""
-        known = self._ids.get(chunk.sample_id)
-        if chunk.context is not None:
-            for lane in self._lanes:
-                lane.batcher.drop(chunk.sample_id)
-            self._points.drop(chunk.sample_id)
-            prefix = chunk.context
-            if chunk.teacher_prompt is not None:  # the same response behind another prompt
-                prefix = np.concatenate([chunk.teacher_prompt, chunk.context[chunk.prompt_tokens :]])
-        elif (
-            known is not None
-            and known[0] == chunk.attempt
-            and len(known[1]) == chunk.scored_prompt_tokens + chunk.start
-        ):
-            prefix = known[1]
-        else:
+        if not self._known.extend(chunk):
             self._role.count("orphan_chunks")
             self._metrics["opd_teacher_orphan_chunks_total"].inc()
             return False
-        self._ids[chunk.sample_id] = (chunk.attempt, np.concatenate([prefix, chunk.token_ids]))
+        if chunk.context is not None:  # the sample begins anew here
+            self._points.drop(chunk.sample_id)
+            for lane in self._lanes:
+                lane.batcher.drop(chunk.sample_id)
         return True
 
     def _lane(self, prompt_id: int) -> Lane:
@@ -175,11 +169,11 @@ class TeacherActor:
 
     def request(self, item: ScoreItem) -> Request | None:
         """All ids so far, and where the new ones begin; None for a chunk that came again after its sample had ended."""
-        first, last = item.chunks[0], item.chunks[-1]
-        known = self._ids.get(item.sample_id)
-        if known is None:
-            return None
-        return known[1][: last.scored_prompt_tokens + last.end], first.scored_prompt_tokens + first.start
+        return self._known.request(item)
+
+    def scored_before(self, item: ScoreItem) -> int:
+        """As `KnownTokens.scored_before`."""
+        return self._known.scored_before(item)
 
     async def deliver(self, item: ScoreItem, scores: Scores | None) -> None:
         """Send the item's chunks with their share of the scores; forget the sample after its last one.
@@ -194,21 +188,15 @@ class TeacherActor:
             sizes = {"start": chunk.start, "end": chunk.end, "version": chunk.weight_version}
             self._role.trace.span("from token to score", "scored", latency_s, sample=chunk.sample_id, **sizes)
             if chunk.finish is not None:
-                if self._holds(chunk):  # a later attempt needs its own tokens still
-                    del self._ids[chunk.sample_id]
+                if self._known.holds(chunk):  # a later attempt needs its own tokens still
+                    self._known.forget(chunk.sample_id)
                 self._metrics["opd_teacher_score_latency_seconds"].observe(latency_s)
 
     def reroute(self, chunks: Sequence[m.Chunk]) -> None:
         """Give chunks that an engine could not score to another one; those of given-up attempts are dropped."""
-        held = [chunk for chunk in chunks if self._holds(chunk)]
+        held = [chunk for chunk in chunks if self._known.holds(chunk)]
         self._metrics["opd_teacher_rerouted_chunks_total"].inc(len(held))
         self._queue(held)
-
-    def _holds(self, chunk: m.Chunk) -> bool:
-        known = self._ids.get(chunk.sample_id)
-        return (
-            known is not None and known[0] == chunk.attempt and len(known[1]) >= chunk.scored_prompt_tokens + chunk.end
-        )
 
     def count_failure(self, items: Sequence[ScoreItem]) -> int:
         """Count one more failed try of each sample; returns the highest count since a sample's last score."""
@@ -278,7 +266,7 @@ class TeacherActor:
 
     async def _reset(self, request: int) -> None:
         """Forget every sample; batches under way are given up."""
-        self._ids.clear()
+        self._known.clear()
         for lane in self._lanes:
             await lane.reset()
         self._points = self._new_points()

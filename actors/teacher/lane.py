@@ -52,6 +52,9 @@ class Owner(Protocol):
     def request(self, item: ScoreItem) -> Request | None:
         """All ids so far, and where the new ones begin; None for a sample that is not scored any more."""
 
+    def scored_before(self, item: ScoreItem) -> int:
+        """Tokens in front of the item that an engine was sent when it scored what is before it."""
+
     async def deliver(self, item: ScoreItem, scores: Scores | None) -> None:
         """Send the item's chunks on; `scores` None: they have no tokens. On cancel: the rest is rerouted."""
 
@@ -254,7 +257,8 @@ class Lane:
         self._metrics["opd_teacher_batches_total"].inc()
         self._metrics["opd_teacher_batch_tokens"].observe(new_tokens)
         # what the engine has been sent before; the beginning of a sample it need not know
-        again = [(start - 1, score) for (item, (_, start)), score in zip(wanted, scores, strict=True) if _later(item)]
+        before = [self._owner.scored_before(item) for item, _ in wanted]
+        again = [(tokens, score) for tokens, score in zip(before, scores, strict=True) if tokens]
         self.cache.observe(sum(prefix for prefix, _ in again), sum(score.cached_tokens for _, score in again))
         self._metrics["opd_teacher_prefix_share"].labels(self.client.url).set(self.cache.share)
 
@@ -328,8 +332,3 @@ class Lane:
         await self.suspect(str(error))
         if self._failed_checks >= FAILED_CANARIES:
             await self._owner.give_up(str(error))
-
-
-def _later(item: ScoreItem) -> bool:
-    """Whether the item is not the beginning of its response."""
-    return item.chunks[0].start > 0

@@ -164,6 +164,8 @@ class ControlBounds:
                 return f"sample {sample_id} has been trained to its end before"
             if end < (trained := book.trained_end(sample_id)):
                 return f"sample {sample_id} up to {end}, of which {trained} are trained"
+        if started.taken_given is not None and (started.taken_given > started.taken_ends).any():
+            return "more tokens were given than there are"
         if len(np.unique(started.taken_ids)) != len(started.taken_ids):
             return "a sample is taken twice"
         if started.version < self._newest_step:
@@ -178,6 +180,8 @@ class ControlBounds:
         longest = self._run.plan.topology.engines.student.context_tokens
         if done.response_tokens > longest:
             return f"a response of {done.response_tokens} tokens in a context of {longest}"
+        if done.given_tokens > done.response_tokens:
+            return f"a response of {done.response_tokens} tokens, of which {done.given_tokens} were given"
         holder = None if self._run.state.book is None else self._run.state.book.holder(done.sample_id)
         return f"sample {done.sample_id} is leased to {holder}" if holder not in (None, role) else None
 
@@ -185,6 +189,8 @@ class ControlBounds:
         low, high = frontier.completed[:, 0], frontier.completed[:, 1]
         if frontier.completed.shape[1] != 2 or (low >= high).any() or (low[1:] <= high[:-1]).any():
             return "completed: no ascending intervals"
+        if frontier.partial_given is not None and (frontier.partial_given > frontier.partial_ends).any():
+            return "partial_given: more tokens were given than there are"
         problem = self._ids("partial_tokens", frontier.partial_tokens)
         self._newest_step = self._newest_step if problem else frontier.version
         return problem

@@ -203,7 +203,8 @@ class Dispatcher:
                     await self._acks(message)
                 case m.LeaseDone():
                     if self.state.book is not None:
-                        self.state.book.ended(message.sample_id, message.attempt, message.response_tokens)
+                        sampled = message.response_tokens - message.given_tokens
+                        self.state.book.ended(message.sample_id, message.attempt, sampled)
                     self.leasing.look_again()
                 case m.EnginePace():
                     await self.slow_engines.heard(message)
@@ -295,9 +296,10 @@ class Dispatcher:
     def _taken(self, part: m.PartStarted | m.StepStarted, tokens: int) -> None:
         """Note a part of the open step, which has `tokens` with it."""
         assert self.state.book is not None
-        columns = (part.taken_ids.tolist(), part.taken_ends.tolist(), part.taken_complete.tolist())
-        for sample_id, end, complete in zip(*columns, strict=True):
-            self.state.book.trained(sample_id, end, bool(complete))
+        given = np.zeros(len(part.taken_ids), np.int32) if part.taken_given is None else part.taken_given
+        columns = (part.taken_ids, part.taken_ends, part.taken_complete, given)
+        for sample_id, end, complete, among in zip(*(column.tolist() for column in columns), strict=True):
+            self.state.book.trained(sample_id, end, bool(complete), among)
         self.state.book.admission.opened(tokens, False)
         self.leasing.look_again()
 

@@ -4,8 +4,9 @@
 
 One line for each step: {"version": 7, "ranges": "<base64>"}, with several teachers also "teachers". The text holds
 (sample, start, end, oldest version, newest version) of each range as differences, packed by MessagePack: a third of the
-same numbers as text. A checkpoint has the file's size in `trained.json`. Who goes back to that checkpoint cuts the file
-there, without reading it.
+same numbers as text. What was given between sampled tokens is in no range; it is listed beside them, as "given":
+[[sample, start, end], ...], with the step that took it as context. A checkpoint has the file's size in `trained.json`.
+Who goes back to that checkpoint cuts the file there, without reading it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class TrainedStep:
     ranges: Ranges
     teachers: tuple[str, ...] = ()
     """Who scored each range; empty with one teacher."""
+    given: tuple[tuple[int, int, int], ...] = ()
+    """(sample, start, end) of tokens that the step took as context: nobody sampled them."""
 
 
 class TrainedRecord:
@@ -52,10 +55,19 @@ class TrainedRecord:
         path = folder / FILE_NAME
         self._record = JsonlRecord(path, complain, 0 if version == 0 else _size_at(path, version, checkpoint))
 
-    def write(self, version: int, ranges: Ranges, teachers: Sequence[str] = ()) -> bool:
-        """Append what a step trained; `teachers` where there are several. Returns whether there was room."""
-        names = {"teachers": list(teachers)} if teachers else {}
-        return self._record.write({"version": version, "ranges": _packed(version, ranges), **names})
+    def write(
+        self,
+        version: int,
+        ranges: Ranges,
+        teachers: Sequence[str] = (),
+        given: Sequence[tuple[int, int, int]] = (),
+    ) -> bool:
+        """Append what a step trained; `teachers` where there are several, `given` as in `TrainedStep`. Returns whether
+        there was room."""
+        row: dict[str, Any] = {"version": version, "ranges": _packed(version, ranges)}
+        row |= {"teachers": list(teachers)} if teachers else {}
+        row |= {"given": [list(one) for one in given]} if given else {}
+        return self._record.write(row)
 
     def save(self, checkpoint: Path) -> None:
         """Note in `checkpoint`, which exists, how long the file is now; raises `OSError` if the note fails."""
@@ -78,7 +90,8 @@ def read_trained(folder: Path) -> Iterator[TrainedStep]:
 def _step_of(row: dict[str, Any], where: str) -> TrainedStep:
     try:
         version = int(row["version"])
-        return TrainedStep(version, _unpacked(version, row["ranges"]), tuple(row.get("teachers", ())))
+        given = tuple((int(sample), int(start), int(end)) for sample, start, end in row.get("given", ()))
+        return TrainedStep(version, _unpacked(version, row["ranges"]), tuple(row.get("teachers", ())), given)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{where}: not the ranges of a step ({error})") from None
 
@@ -122,7 +135,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the run's folder")
     for step in read_trained(parser.parse_args().folder):
         teachers = {"teachers": list(step.teachers)} if step.teachers else {}
-        print(json.dumps({"version": step.version, "ranges": step.ranges.tolist(), **teachers}))
+        given = {"given": [list(one) for one in step.given]} if step.given else {}
+        print(json.dumps({"version": step.version, "ranges": step.ranges.tolist(), **teachers, **given}))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_async.estimators.topk import TopK, join
+from opd_async.estimators.topk import TopK
 from opd_async.scheduling.chunk_checks import well_formed
 from opd_async.scheduling.intervals import IntervalSet
 from opd_async.scheduling.marks import Marks
+from opd_async.scheduling.segments import ChunkFacts, Piece, Segment, segment_of
 from opd_async.transport.messages import ScoredChunk
 from opd_async.transport.owed import OwedSample
 
@@ -37,34 +38,6 @@ class Verdict(StrEnum):
     """Of an unknown sample and without its prompt; the sender will send it again with context."""
     MALFORMED = "malformed"
     """Lengths differ, a logprob is not a finite number <= 0, or the teacher's top-k is not what was asked for."""
-
-
-class ChunkFacts(NamedTuple):
-    """What is remembered of a chunk beside its tokens."""
-
-    end: int
-    """Position after its last token."""
-    version: int
-    """Weights that made it."""
-    made_at: float
-    """When its last token arrived at the rollout actor, in `time.time()`."""
-    latency_s: float
-    """From then to its score."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Piece:
-    """Scored tokens of one weight version. float32[n] each; `token_ids` int32[n]; `topk` n rows or None.
-
-    Where no teacher engine scores, `teacher_logprobs` is empty, here and in all that is made of it.
-    """
-
-    version: int
-    token_ids: NDArray[np.int32]
-    behaviour_logprobs: NDArray[np.float32]
-    teacher_logprobs: NDArray[np.float32]
-    topk: TopK | None = None
-    facts: ChunkFacts | None = None
 
 
 MAX_EARLY = 256
@@ -88,6 +61,10 @@ class Sample:
     untrained: list[Piece] = field(default_factory=list)
     trained_end: int = 0
     scored_end: int = 0
+    given: int = 0
+    """Tokens that were given and not sampled: no step trains them, they go along as context."""
+    untrained_given: int = 0
+    """Those of them that no step has taken along yet."""
     finish: str | None = None
     reward: float | None = None
     """Known with `finish`, where the topology has a reward and the response could be judged."""
@@ -101,54 +78,18 @@ class Sample:
 
     @property
     def untrained_tokens(self) -> int:
-        """Scored tokens that no step has taken yet."""
-        return self.scored_end - self.trained_end
+        """Scored tokens that a step has still to train."""
+        return self.scored_end - self.trained_end - self.untrained_given
 
     @property
     def oldest_version(self) -> int:
-        """Version of the oldest untrained token; only defined while there is one."""
-        return self.untrained[0].version
+        """Version of the oldest token that a step has still to train; only defined while there is one."""
+        return next(piece.version for piece in self.untrained if piece.sampled)
 
     def response(self) -> NDArray[np.int32]:
         """int32[scored_end]: all scored response tokens."""
         parts = [*self.trained, *(piece.token_ids for piece in self.untrained)]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
-
-
-@dataclass(slots=True, kw_only=True)
-class Segment:
-    """What a step takes of one sample: response positions [start, end), with everything before as context.
-
-    `token_ids` int32[prompt + end]; per trained token: `behaviour_logprobs`, `teacher_logprobs` float32[end - start],
-    `versions` int32[end - start] of the weights that made it, `topk` of end - start rows where the loss needs it,
-    `advantages` float32[end - start] where an estimator has set them. `weight` is how often each of its tokens
-    counts in the loss (None: once). `reward` is set where the learner makes advantages of it, NaN where there
-    is none. `chunks` are those that the segment is made of.
-    """
-
-    sample_id: int
-    prompt_tokens: int
-    start: int
-    end: int
-    complete: bool
-    token_ids: NDArray[np.int32]
-    behaviour_logprobs: NDArray[np.float32]
-    teacher_logprobs: NDArray[np.float32]
-    versions: NDArray[np.int32]
-    topk: TopK | None = None
-    advantages: NDArray[np.float32] | None = None
-    teacher: str = ""
-    weight: float | None = None
-    reward: float | None = None
-    chunks: tuple[ChunkFacts, ...] = ()
-    teacher_prompt: NDArray[np.int32] | None = None
-    """int32[m]: what a teacher in the learner reads in place of the prompt; None: the same."""
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longer of the two sequences that the learner forwards, the student's and the teacher's."""
-        read = self.prompt_tokens if self.teacher_prompt is None else len(self.teacher_prompt)
-        return len(self.token_ids) + max(0, read - self.prompt_tokens)
 
 
 class Resumable(NamedTuple):
@@ -178,10 +119,11 @@ class Assembler:
         self._marks = Marks()
         self._finished = 0
 
-    def restore(self, sample_id: int, trained: NDArray[np.int32]) -> None:
-        """A sample that was partly trained before a restart: its next attempt starts behind these tokens."""
+    def restore(self, sample_id: int, trained: NDArray[np.int32], given: int = 0) -> None:
+        """A sample that was partly trained before a restart: its next attempt starts behind these tokens, of which
+        `given` were not sampled."""
         sample = Sample(sample_id=sample_id, attempt=0, actor=-1, prompt_id=-1, label="", prompt=np.zeros(0, np.int32))
-        sample.trained = [trained]
+        sample.trained, sample.given = [trained], given
         sample.trained_end = sample.scored_end = len(trained)
         self.samples[sample_id] = sample
 
@@ -217,7 +159,7 @@ class Assembler:
             return Verdict.ORPHAN
         if chunk.start < sample.scored_end or sample.finish is not None or chunk.start in sample.early:
             return Verdict.DUPLICATE
-        if len(chunk.token_ids) and chunk.weight_version < max(sample.version, oldest):
+        if len(chunk.token_ids) and chunk.sampled and chunk.weight_version < max(sample.version, oldest):
             return Verdict.MALFORMED
         if chunk.start > sample.scored_end:
             if len(sample.early) >= MAX_EARLY:
@@ -226,7 +168,7 @@ class Assembler:
             return Verdict.EARLY
         self._append(sample, chunk)
         while sample.finish is None and (following := sample.early.pop(sample.scored_end, None)) is not None:
-            if len(following.token_ids) and following.weight_version < sample.version:
+            if len(following.token_ids) and following.sampled and following.weight_version < sample.version:
                 break
             self._append(sample, following)
         return Verdict.ACCEPTED
@@ -251,9 +193,15 @@ class Assembler:
                 teacher_logprobs=chunk.teacher_logprobs,
                 topk=topk,
                 facts=ChunkFacts(chunk.end, chunk.weight_version, chunk.made_at, chunk.latency_s),
+                sampled=chunk.sampled,
             )
             sample.untrained.append(piece)
-            sample.scored_end, sample.version = chunk.end, chunk.weight_version
+            sample.scored_end = chunk.end
+            if chunk.sampled:
+                sample.version = chunk.weight_version
+            else:
+                sample.given += len(chunk.token_ids)
+                sample.untrained_given += len(chunk.token_ids)
         sample.actor, sample.teacher = chunk.actor, chunk.teacher
         if chunk.finish is not None:
             sample.finish, sample.reward = chunk.finish, chunk.reward
@@ -303,12 +251,13 @@ class Assembler:
         return sample.attempt > one.attempt or sample.scored_end >= one.end
 
     def take(self, sample: Sample) -> Segment | None:
-        """Cut everything untrained off `sample` for a step; None when there was no token (an empty response)."""
+        """Cut everything untrained off `sample` for a step; None when no token of it is to be trained (an empty
+        response, or given tokens alone)."""
         complete = sample.finish is not None
-        segment = _segment(sample, complete) if sample.untrained else None
+        segment = _segment(sample, complete) if sample.untrained_tokens else None
         sample.trained.extend(piece.token_ids for piece in sample.untrained)
         sample.untrained.clear()
-        sample.trained_end = sample.scored_end
+        sample.trained_end, sample.untrained_given = sample.scored_end, 0
         if complete:
             del self.samples[sample.sample_id]
             self.completed.add(sample.sample_id)
@@ -316,19 +265,14 @@ class Assembler:
 
 
 def _segment(sample: Sample, complete: bool) -> Segment:
-    pieces = sample.untrained
-    return Segment(
+    return segment_of(
+        sample.untrained,
         sample_id=sample.sample_id,
-        prompt_tokens=len(sample.prompt),
+        prompt=sample.prompt,
+        trained=sample.trained,
         start=sample.trained_end,
         end=sample.scored_end,
         complete=complete,
-        token_ids=np.concatenate([sample.prompt, *sample.trained, *(piece.token_ids for piece in pieces)]),
-        behaviour_logprobs=np.concatenate([piece.behaviour_logprobs for piece in pieces]),
-        teacher_logprobs=np.concatenate([piece.teacher_logprobs for piece in pieces]),
-        versions=np.concatenate([np.full(len(piece.token_ids), piece.version, np.int32) for piece in pieces]),
-        topk=join([piece.topk for piece in pieces]),
         teacher=sample.teacher,
-        chunks=tuple(piece.facts for piece in pieces if piece.facts is not None),
         teacher_prompt=sample.teacher_prompt,
     )

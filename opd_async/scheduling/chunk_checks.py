@@ -12,14 +12,18 @@ from opd_async.transport.messages import ScoredChunk
 
 def well_formed(chunk: ScoredChunk, topk: int, teacher: bool) -> bool:
     """Whether lengths fit, logprobs are finite and at most 0 (but for rounding), and the teacher brought what was asked
-    for: its top `topk` ids of each token (0: none may come), and its logprobs (`teacher` False: none may come)."""
-    n = len(chunk.token_ids)
+    for: its top `topk` ids of each token (0: none may come), and its logprobs (`teacher` False: none may come).
+
+    Given tokens come without any of this, and end nothing."""
+    n = len(chunk.token_ids) if chunk.sampled else 0
     if len(chunk.behaviour_logprobs) != n or len(chunk.teacher_logprobs) != n * teacher or chunk.start < 0:
         return False
     if chunk.context is not None and len(chunk.context) != chunk.prompt_tokens + chunk.start:
         return False
     if chunk.reward is not None and not math.isfinite(chunk.reward):
         return False
+    if not chunk.sampled:
+        return bool(len(chunk.token_ids)) and chunk.finish is None and chunk.topk_ids is None
     if n == 0:
         return chunk.finish is not None
     return _topk_fits(chunk, n, topk) and all(

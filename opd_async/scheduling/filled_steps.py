@@ -62,7 +62,7 @@ class FilledSteps:
         for sample in assembler.samples.values():
             if sample.finish is not None:
                 view.ended.append(sample)
-            elif sample.untrained:
+            elif sample.untrained_tokens:
                 forced = due is not None and sample.oldest_version <= due
                 (view.forced if forced else view.free).append(sample)
         view.ended.sort(key=_oldest_first)
@@ -79,7 +79,7 @@ class FilledSteps:
         if due is None:
             return False
         room = 0 if taken is None else max(self.budget - taken, 0)
-        bound = _tokens(s for s in assembler.samples.values() if s.untrained and s.oldest_version <= due)
+        bound = _tokens(s for s in assembler.samples.values() if s.untrained_tokens and s.oldest_version <= due)
         return bound - room >= FULL_NEXT_STEP * self.budget
 
     def _too_large(self, assembler: Assembler, view: _View, version: int, taken: int) -> bool:
@@ -90,7 +90,7 @@ class FilledSteps:
         due = self._due(version)
         if due is None or self.max_staleness == 0 or not assembler.settled(due):
             return False
-        ended = _tokens(sample for sample in view.ended if sample.untrained and sample.oldest_version <= due)
+        ended = _tokens(sample for sample in view.ended if sample.untrained_tokens and sample.oldest_version <= due)
         return taken + view.forced_tokens + ended >= LARGEST_STEP * self.budget
 
     def round(self, assembler: Assembler, version: int, taken: int) -> Round:
@@ -117,7 +117,7 @@ def _tokens(samples: Iterable[Sample]) -> int:
 
 def _oldest_first(sample: Sample) -> tuple[int, int]:
     """An empty response costs nothing and goes first."""
-    return (sample.oldest_version if sample.untrained else -1, sample.order)
+    return (sample.oldest_version if sample.untrained_tokens else -1, sample.order)
 
 
 def _fill(samples: Sequence[Sample], room: int, due: int | None = None) -> list[Sample]:
@@ -125,7 +125,7 @@ def _fill(samples: Sequence[Sample], room: int, due: int | None = None) -> list[
     chosen: list[Sample] = []
     tokens = 0
     for sample in samples:
-        if sample.untrained and tokens >= room and (due is None or sample.oldest_version > due):
+        if sample.untrained_tokens and tokens >= room and (due is None or sample.oldest_version > due):
             break
         chosen.append(sample)
         tokens += sample.untrained_tokens

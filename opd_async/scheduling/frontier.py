@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgpack
 import numpy as np
+from numpy.typing import NDArray
 
 from opd_async.errors import InputError, WireError
 from opd_async.files import CHECKSUM_BYTES, checksum, write_atomically
@@ -28,16 +29,24 @@ def empty(version: int) -> Frontier:
     return Frontier(version, np.zeros((0, 2), np.int64), none.astype(np.int64), none, none)
 
 
+def given_of(frontier: Frontier) -> NDArray[np.int32]:
+    """int32[n]: of each partly trained sample, how many of the trained tokens were given and not sampled."""
+    given = frontier.partial_given
+    return np.zeros(len(frontier.partial_ids), np.int32) if given is None else given
+
+
 def snapshot(assembler: Assembler, version: int) -> Frontier:
     """The frontier right after the step that made `version`."""
     partial = sorted((s for s in assembler.samples.values() if s.trained_end), key=lambda s: s.sample_id)
     tokens = [s.response()[: s.trained_end] for s in partial]
+    given = np.array([s.given - s.untrained_given for s in partial], np.int32)
     return Frontier(
-        version,
-        assembler.completed.to_array(),
-        np.array([s.sample_id for s in partial], np.int64),
-        np.array([s.trained_end for s in partial], np.int32),
-        np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
+        version=version,
+        completed=assembler.completed.to_array(),
+        partial_ids=np.array([s.sample_id for s in partial], np.int64),
+        partial_ends=np.array([s.trained_end for s in partial], np.int32),
+        partial_tokens=np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
+        partial_given=given if given.any() else None,
     )
 
 
@@ -46,8 +55,8 @@ def restore(frontier: Frontier, attempt_floor: int = 0, topk: int = 0, teacher: 
     ids of the teacher on every token, or nothing of a `teacher` at all."""
     assembler = Assembler(IntervalSet.from_array(frontier.completed), attempt_floor, topk, teacher)
     parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
-    for sample_id, tokens in zip(frontier.partial_ids, parts, strict=False):
-        assembler.restore(int(sample_id), tokens)
+    for sample_id, tokens, given in zip(frontier.partial_ids, parts, given_of(frontier), strict=False):
+        assembler.restore(int(sample_id), tokens, int(given))
     assembler.start_at(frontier.version)
     return assembler
 

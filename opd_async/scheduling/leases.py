@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from opd_async.scheduling.admission import (
     SampleAdmission,
     bound_of,
 )
+from opd_async.scheduling.frontier import given_of
 from opd_async.scheduling.intervals import IntervalSet
 from opd_async.transport.messages import Frontier
 
@@ -35,15 +37,22 @@ class LeaseSpec:
     prefix: NDArray[np.int32]
 
 
+class _Trained(NamedTuple):
+    """How far a sample is trained: response positions before `end`, of which `tokens` were sampled."""
+
+    end: int = 0
+    tokens: int = 0
+
+
 @dataclass(slots=True)
 class _Active:
     """A sample between its lease and its last trained token."""
 
     spec: LeaseSpec
     actor: str
-    trained_end: int = 0
+    trained: _Trained
     response_tokens: int | None = None
-    """Known once the response has ended."""
+    """Sampled tokens of the response, known once it has ended."""
 
 
 class PromptOrder:
@@ -114,11 +123,12 @@ class LeaseBook:
         self._generating: Counter[str] = Counter()
         self._waiting_tokens = 0
         self._mean_tokens, self._any_ended = float(longest), False
-        self._trained: dict[int, int] = {}
+        self._trained: dict[int, _Trained] = {}
         parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
-        for sample_id, tokens in zip(frontier.partial_ids.tolist(), parts, strict=False):
+        given = given_of(frontier).tolist()
+        for sample_id, tokens, among in zip(frontier.partial_ids.tolist(), parts, given, strict=False):
             self._returned.append(LeaseSpec(sample_id, attempt, order.prompt_of(sample_id), tokens))
-            self._trained[sample_id] = len(tokens)
+            self._trained[sample_id] = _Trained(len(tokens), len(tokens) - among)
 
     @property
     def generating(self) -> int:
@@ -136,7 +146,7 @@ class LeaseBook:
 
     @property
     def waiting_tokens(self) -> int:
-        """Untrained tokens of responses that have ended."""
+        """Sampled tokens of responses that have ended which no step has trained."""
         return self._waiting_tokens
 
     def lease(self, actor: str, version: int) -> LeaseSpec | None:
@@ -159,7 +169,7 @@ class LeaseBook:
                 return None
             spec = LeaseSpec(sample_id, self._attempt, self._order.prompt_of(sample_id), np.zeros(0, np.int32))
             self._next = sample_id + 1
-        self._active[spec.sample_id] = _Active(spec, actor, self._trained.pop(spec.sample_id, 0))
+        self._active[spec.sample_id] = _Active(spec, actor, self._trained.pop(spec.sample_id, _Trained()))
         self._generating[actor] += 1
         return spec
 
@@ -170,28 +180,29 @@ class LeaseBook:
         return sample_id
 
     def ended(self, sample_id: int, attempt: int, response_tokens: int) -> None:
-        """The response is complete (it may not be scored yet)."""
+        """The response is complete, with so many sampled tokens (it may not be scored yet)."""
         active = self._active.get(sample_id)
         if active is not None and active.spec.attempt == attempt and active.response_tokens is None:
             self._generating[active.actor] -= 1
             active.response_tokens = response_tokens
-            self._waiting_tokens += response_tokens - active.trained_end
+            self._waiting_tokens += response_tokens - active.trained.tokens
             share = LENGTH_SHARE if self._any_ended else 1.0
             self._mean_tokens += share * (response_tokens - self._mean_tokens)
             self._any_ended = True
 
-    def trained(self, sample_id: int, end: int, complete: bool) -> None:
-        """A step has taken the sample's tokens before `end`."""
+    def trained(self, sample_id: int, end: int, complete: bool, given: int = 0) -> None:
+        """A step has taken the sample's tokens before `end`, of which `given` were not sampled."""
+        now = _Trained(end, end - given)
         if complete:
             self._completed.add(sample_id)
         active = self._active.get(sample_id)
         if active is None:
             if sample_id in self._trained and not complete:
-                self._trained[sample_id] = end
+                self._trained[sample_id] = now
             return
         if active.response_tokens is not None:
-            self._waiting_tokens -= end - active.trained_end
-        active.trained_end = end
+            self._waiting_tokens -= now.tokens - active.trained.tokens
+        active.trained = now
         if complete:
             self._remove(active)
 
@@ -199,7 +210,7 @@ class LeaseBook:
         if active.response_tokens is None:
             self._generating[active.actor] -= 1
         else:
-            self._waiting_tokens -= active.response_tokens - active.trained_end
+            self._waiting_tokens -= active.response_tokens - active.trained.tokens
         del self._active[active.spec.sample_id]
 
     def holder(self, sample_id: int) -> str | None:
@@ -226,7 +237,7 @@ class LeaseBook:
     def trained_end(self, sample_id: int) -> int:
         """Response tokens of a sample that are trained, as long as it is not completed."""
         active = self._active.get(sample_id)
-        return active.trained_end if active is not None else self._trained.get(sample_id, 0)
+        return active.trained.end if active is not None else self._trained.get(sample_id, _Trained()).end
 
     def held_by(self, actor: str) -> list[LeaseSpec]:
         """Leases of an actor whose responses or chunks may be lost with it."""
@@ -239,10 +250,10 @@ class LeaseBook:
             return
         if complete:
             # the learner holds all of it; its exact length no longer matters to admission
-            self.ended(sample_id, active.spec.attempt, active.trained_end)
+            self.ended(sample_id, active.spec.attempt, active.trained.tokens)
             return
         if active.spec.attempt >= attempt:  # asked twice: it has been leased again already
             return
         self._remove(active)
-        self._trained[sample_id] = active.trained_end
+        self._trained[sample_id] = active.trained
         self._returned.append(LeaseSpec(sample_id, attempt, active.spec.prompt_index, prefix))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.estimators.topk import TopK, join, split
-from opd_async.scheduling.assembly import Segment
+from opd_async.scheduling.segments import Segment
 from opd_async.transport.messages import Train
 from opd_async.transport.step_batch import MicroBatch, StepBatch, TeacherPrompts
 
@@ -39,7 +39,7 @@ def pack(
             loads.extend([0] * ranks)
         bins[at].append(segment)
         loads[at] += length
-    loss_tokens = sum(segment.end - segment.start for segment in segments)
+    loss_tokens = sum(segment.tokens for segment in segments)
     return [
         StepBatch(version, loss_tokens, tuple(micro_batch(group, version) for group in bins[rank::ranks]), part, last)
         for rank in range(ranks)
@@ -51,7 +51,7 @@ def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:
     lengths = np.array([len(segment.token_ids) for segment in segments], np.int32)
     cu_seqlens = _offsets(lengths)
     rows = [
-        np.arange(segment.start, segment.end, dtype=np.int32) + (offset + segment.prompt_tokens - 1)
+        _positions(segment) + (offset + segment.prompt_tokens - 1)
         for segment, offset in zip(segments, cu_seqlens, strict=False)
     ]
     return MicroBatch(
@@ -70,6 +70,11 @@ def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:
     )
 
 
+def _positions(segment: Segment) -> NDArray[np.int32]:
+    """int32[n]: the response positions that are trained."""
+    return np.arange(segment.start, segment.end, dtype=np.int32) if segment.positions is None else segment.positions
+
+
 def _teacher_prompts(segments: Sequence[Segment]) -> TeacherPrompts | None:
     if all(segment.teacher_prompt is None for segment in segments):
         return None
@@ -84,15 +89,15 @@ def _teacher_prompts(segments: Sequence[Segment]) -> TeacherPrompts | None:
 def mean_over_responses(segments: Sequence[Segment]) -> None:
     """Weigh the tokens of whole responses so that the mean over the step's tokens is one over its responses, each the
     mean over its own tokens."""
-    tokens = sum(segment.end - segment.start for segment in segments)
+    tokens = sum(segment.tokens for segment in segments)
     for segment in segments:
-        segment.weight = tokens / (len(segments) * (segment.end - segment.start))
+        segment.weight = tokens / (len(segments) * segment.tokens)
 
 
 def _weights(segments: Sequence[Segment]) -> NDArray[np.float32] | None:
     if all(segment.weight is None for segment in segments):
         return None
-    return _join([np.full(s.end - s.start, s.weight or 1.0, np.float32) for s in segments], np.float32)
+    return _join([np.full(s.tokens, s.weight or 1.0, np.float32) for s in segments], np.float32)
 
 
 def _rewards(segments: Sequence[Segment]) -> NDArray[np.float32] | None:
@@ -101,7 +106,7 @@ def _rewards(segments: Sequence[Segment]) -> NDArray[np.float32] | None:
 
 
 def _advantages(segment: Segment) -> NDArray[np.float32]:
-    return segment.advantages if segment.advantages is not None else np.zeros(segment.end - segment.start, np.float32)
+    return segment.advantages if segment.advantages is not None else np.zeros(segment.tokens, np.float32)
 
 
 def _join(parts: Sequence[NDArray[Any]], dtype: type[Number]) -> NDArray[Number]:

@@ -83,7 +83,7 @@ class DeadlineCuts(WholeSteps):
         return sum(
             sample.untrained_tokens
             for sample in assembler.samples.values()
-            if sample.untrained and (sample.finish is not None or sample.oldest_version <= due)
+            if sample.untrained_tokens and (sample.finish is not None or sample.oldest_version <= due)
         )
 
     def wants_drain(self, assembler: Assembler, version: int) -> bool:
@@ -106,15 +106,15 @@ class DeadlineCuts(WholeSteps):
         finished: list[Sample] = []
         tokens = 0
         for sample in assembler.samples.values():
-            if sample.untrained and sample.oldest_version <= due:
+            if sample.untrained_tokens and sample.oldest_version <= due:
                 chosen.append(sample)
                 tokens += sample.untrained_tokens
             elif sample.finish is not None:
                 finished.append(sample)
         # an empty remainder costs nothing and would otherwise wait for ever
-        finished.sort(key=lambda s: (s.oldest_version if s.untrained else -1, s.order))
+        finished.sort(key=lambda s: (s.oldest_version if s.untrained_tokens else -1, s.order))
         for sample in finished:
-            if tokens >= LARGEST_STEP * self.budget and sample.untrained:
+            if tokens >= LARGEST_STEP * self.budget and sample.untrained_tokens:
                 break
             chosen.append(sample)
             tokens += sample.untrained_tokens

@@ -203,10 +203,18 @@ def trained_row(sample: TrainedSample, tokenizer: Text) -> dict[str, Any]:
         **_response(text, sample.response_tokens),
         "student_logprobs": _rounded(sample.behaviour_logprobs),
         "teacher_logprobs": _rounded(sample.teacher_logprobs) if len(sample.teacher_logprobs) else None,
+        **_given(sample),
         "made_at": sample.made_at,
         "chunks": [list(chunk) for chunk in chunks],
         "parts": [[end, version + 1] for end, version in parts],
     }
+
+
+def _given(sample: TrainedSample) -> dict[str, Any]:
+    """Where tokens were given and not sampled, if any were."""
+    if sample.given_starts is None or sample.given_ends is None:
+        return {}
+    return {"given": np.stack((sample.given_starts, sample.given_ends), axis=1).tolist()}
 
 
 def evaluated_row(sample: EvaluatedSample, tokenizer: Text) -> dict[str, Any]:
@@ -250,6 +258,8 @@ def printed(row: dict[str, Any]) -> str:
     facts = [f"{row['response_tokens']:,} tokens", f"ended by {row['finish']}"]
     if row.get("teacher_logprobs"):
         difference = np.subtract(row["teacher_logprobs"], row["student_logprobs"])
+        given = [np.arange(start, min(end, len(difference))) for start, end in row.get("given", ())]
+        difference = np.delete(difference, np.concatenate(given)) if given else difference
         facts.append(f"mean log q - log p {float(difference.mean()):.3f}")
     if row.get("reward") is not None:
         facts.append(f"reward {row['reward']:g}")

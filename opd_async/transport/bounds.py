@@ -64,16 +64,17 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("version", "next_step", "step", "weight_version", "loss_tokens", "part", "rank"), _COUNT),
     **dict.fromkeys(("mb_tokens", "mb_sequences", "mb_rows", "sequence_lengths", "rows", "staleness"), _COUNT),
     **dict.fromkeys(("token_ids", "prompt", "prefix", "given", "context", "tokens", "response"), _COUNT),
-    **dict.fromkeys(("taken_tokens", "hold", "answers"), _COUNT),
+    **dict.fromkeys(("taken_tokens", "hold", "answers", "given_tokens", "taken_given", "partial_given"), _COUNT),
     **dict.fromkeys(("teacher_prompt", "teacher_prompt_tokens", "teacher_prompts"), _COUNT),
-    **dict.fromkeys(("prompt_lengths", "teacher_prompt_lengths"), _COUNT),
+    **dict.fromkeys(("prompt_lengths", "teacher_prompt_lengths", "given_starts", "given_ends"), _COUNT),
     **dict.fromkeys(("waited_s", "wait_s", "token_s"), Range(0, NEVER)),
     **dict.fromkeys(("partial_tokens", "staleness_counts", "request", "token"), _ID),
     **dict.fromkeys(("behaviour_logprobs", "student_logprobs", "teacher_logprobs"), _LOGPROB),
     "topk_ids": Range(NO_TOKEN, MAX_COUNT),
     "topk_logprobs": Range(-math.inf, 1.0e-3),
     **dict.fromkeys(
-        ("complete", "taken_complete", "verify", "last", "idle", "own_python", "at_once", "failed", "slow"), _FLAG
+        ("complete", "taken_complete", "verify", "last", "idle", "own_python", "at_once", "failed", "slow", "sampled"),
+        _FLAG,
     ),
     **dict.fromkeys(("advantages", "weights"), Range(-1.0e30, 1.0e30)),
     **dict.fromkeys(("rewards", "stats"), _ANY),
@@ -109,16 +110,15 @@ EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
     "Drained": (("sample_ids", "attempts", "ends"),),
     "Reclaim": (("sample_ids", "attempts"),),
     "Reclaimed": (("sample_ids", "attempts", "ends", "complete"),),
-    "PartStarted": (("taken_ids", "taken_ends", "taken_complete"),),
-    "StepStarted": (("taken_ids", "taken_ends", "taken_complete"),),
-    "Frontier": (("partial_ids", "partial_ends"),),
-    "Chunk": (("token_ids", "behaviour_logprobs"),),
-    "ScoredChunk": (("token_ids", "behaviour_logprobs"),),
+    "PartStarted": (("taken_ids", "taken_ends", "taken_complete", "taken_given"),),
+    "StepStarted": (("taken_ids", "taken_ends", "taken_complete", "taken_given"),),
+    "Frontier": (("partial_ids", "partial_ends", "partial_given"),),
     "EvalDone": (("token_ids", "student_logprobs", "teacher_logprobs"),),
     "TrainedSample": (
         ("response", "behaviour_logprobs"),
         ("chunk_ends", "chunk_versions", "chunk_made_s", "chunk_latency_s"),
         ("part_ends", "part_versions"),
+        ("given_starts", "given_ends"),
     ),
     "Train": (
         ("mb_tokens", "mb_sequences", "mb_rows"),
@@ -204,6 +204,9 @@ def _of_trained(values: Mapping[str, Any]) -> str | None:
     for field in ("chunk_ends", "part_ends"):
         if (np.diff(values[field]) < 0).any():
             return f"{field}: not in order"
+    starts, ends = values["given_starts"], values["given_ends"]
+    if starts is not None and ends is not None and not ((starts <= ends) & (ends <= values["response_tokens"])).all():
+        return "given_ends: no ranges of the response"
     return None
 
 
@@ -224,9 +227,14 @@ def _of_chunk(values: Mapping[str, Any]) -> str | None:
         return f"teacher_prompt: {len(read)} tokens, which nothing else says"
     if not count and values["finish"] is None:
         return "no tokens and no end"
+    sampled = count if values["sampled"] else 0
+    if not values["sampled"] and values["finish"] is not None:
+        return "sampled: given tokens cannot end a response"
+    if (made := len(values["behaviour_logprobs"])) != sampled:
+        return f"behaviour_logprobs: {made} for {sampled} sampled tokens"
     scores = len(values.get("teacher_logprobs", ()))
-    if scores not in (0, count):
-        return f"teacher_logprobs: {scores} for {count} tokens"
+    if scores not in (0, sampled):
+        return f"teacher_logprobs: {scores} for {sampled} sampled tokens"
     for field in ("topk_ids", "topk_logprobs"):
         if (array := values.get(field)) is not None and len(array) != count:
             return f"{field}: {len(array)} rows for {count} tokens"

@@ -32,6 +32,11 @@ def continuation(ids: list[int], count: int) -> list[int]:
     return out[len(ids) :]
 
 
+def _alike(one: list[int], other: list[int]) -> int:
+    """Length of the beginning that two texts share."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 class FaultyEngine:
     """Listens on a port of its own; `fault` is what goes wrong with every request, `script` what with the next ones."""
 
@@ -43,6 +48,8 @@ class FaultyEngine:
         """What goes wrong with a batch that has a text beginning with `poison`."""
         self.shift = shift
         self.cached = cached
+        self.remembers = False
+        """Its cache holds what it has scored, and no more."""
         self.stalls = False
         """Every stream stands still behind its first event, and every batch before its answer."""
         self.seen: list[dict[str, Any]] = []
@@ -167,4 +174,7 @@ class FaultyEngine:
         entries = [[None, ids[start], None]]
         entries += [[float(value), token, None] for value, token in zip(logprobs, ids[start + 1 :], strict=True)]
         cached = start if self.cached else 0
+        if self.remembers:
+            cached = max((_alike(ids, one) for body in self.seen[:-1] for one in body["input_ids"]), default=0)
+            cached = min(cached, start)
         return {"meta_info": {"input_token_logprobs": entries, "prompt_tokens": len(ids), "cached_tokens": cached}}

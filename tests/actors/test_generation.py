@@ -16,6 +16,7 @@ from opd_async.actors.rollout.generation import Generation, Student
 from opd_async.config.topology import RolloutSection
 from opd_async.errors import EngineError, EngineFault
 from opd_async.scheduling.breaker import PASSING
+from opd_async.transport import bounds
 from opd_async.transport import messages as m
 
 PROMPT = np.array([1, 2, 3], np.int32)
@@ -255,3 +256,31 @@ def test_chunks_are_the_stream(events: list[str], chunk_tokens: int, prefix: int
     assert [chunk.finish for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
     for chunk in chunks:
         np.testing.assert_array_equal(chunk.behaviour_logprobs, (-chunk.token_ids / 10).astype(np.float32))
+
+
+def test_given_tokens_leave_in_chunks_of_their_own_and_at_once() -> None:
+    one = generation()
+    take(one, delta(10, 11))
+    assert one.due_chunks(4, actor=3) == []
+    one.give(np.array([20, 21, 22], np.int32))
+    one.give(np.array([23], np.int32))
+    take(one, delta(12))
+    chunks = one.due_chunks(4, actor=3)
+    assert [(c.start, c.token_ids.tolist(), c.sampled) for c in chunks] == [
+        (0, [10, 11], True),
+        (2, [20, 21, 22, 23], False),
+    ]
+    assert len(chunks[1].behaviour_logprobs) == 0 and chunks[1].finish is None
+    assert all(bounds.problem(chunk) is None for chunk in chunks)
+    assert one.input_ids().tolist() == [1, 2, 3, 10, 11, 20, 21, 22, 23, 12]
+    take(one, delta(STOP_ID, finish=m.Finish.STOP))
+    assert shown(one.due_chunks(4, actor=3)) == [(6, [12, STOP_ID], 5, "stop")]
+    assert one.done() == m.LeaseDone(9, 4, 8, "stop", 4)
+
+
+def test_given_tokens_end_no_response() -> None:
+    one = generation(version=-1)
+    one.give(np.array([20], np.int32))
+    one.finish = m.Finish.STOP
+    chunks = one.due_chunks(4, actor=3)
+    assert [(c.end, c.sampled, c.finish) for c in chunks] == [(1, False, None), (1, True, "stop")]

@@ -13,7 +13,7 @@ from opd_async.actors.intake import report as intake_report
 from opd_async.actors.intake.figures import StepFigures
 from opd_async.actors.intake.report import LatencyReservoir, describe_distribution, describe_responses, describe_step
 from opd_async.config.topology import TrainOn
-from opd_async.scheduling.assembly import Segment
+from opd_async.scheduling.segments import Segment
 from opd_async.telemetry.exporter import RoleMetrics
 
 

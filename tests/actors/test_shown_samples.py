@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 from taken_samples import taken
 
 from opd_async.actors.intake.shown import FOLLOWED, SHOWN_TOKENS, ShownSamples
+from opd_async.telemetry.samples import printed, trained_row
 from opd_async.transport.bounds import problem
 
 
@@ -64,3 +66,28 @@ def test_of_a_long_response_the_first_tokens_are_shown() -> None:
     assert (len(one.response), one.response_tokens) == (SHOWN_TOKENS, SHOWN_TOKENS + 50)
     assert len(one.teacher_logprobs) == len(one.behaviour_logprobs) == SHOWN_TOKENS
     assert problem(one) is None
+
+
+def test_given_tokens_are_shown_in_their_place_without_logprobs() -> None:
+    shown = ShownSamples(per_step=1)
+    one = taken(5, 0, 10)
+    assert one.segment is not None
+    one.segment.positions = np.array([0, 1, 2, 6, 7], np.int32)
+    one.segment.behaviour_logprobs = np.full(5, -1.0, np.float32)
+    one.segment.teacher_logprobs = np.full(5, -2.0, np.float32)
+    (found,) = shown.of_step([one], [one], version=0)
+    assert found.behaviour_logprobs.tolist() == [-1, -1, -1, 0, 0, 0, -1, -1, 0, 0]
+    assert found.teacher_logprobs.tolist() == [-2, -2, -2, 0, 0, 0, -2, -2, 0, 0]
+    assert found.given_starts is not None and found.given_starts.tolist() == [3, 8]
+    assert found.given_ends is not None and found.given_ends.tolist() == [6, 10]
+    assert problem(found) is None, "it passes the bounds of the wire"
+    row = trained_row(found, Numbers())
+    assert row["given"] == [[3, 6], [8, 10]]
+    assert "mean log q - log p -1.000" in printed(row), "of sampled tokens alone"
+
+
+class Numbers:
+    """A tokenizer whose text is numbers."""
+
+    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+        return " ".join(map(str, ids))

@@ -148,6 +148,68 @@ async def test_a_prompt_of_the_teachers_own_stands_in_front_of_the_same_response
         assert [ids[: len(own)] for ids in engine.scored if len(ids) > len(own)] == [own] * 3
 
 
+def span(sample_id: int, tokens: list[int], start: int, count: int, *, sampled: bool, finish: bool = False) -> m.Chunk:
+    """A part of an episode; its beginning brings the prompt."""
+    prompt = prompt_of(sample_id)
+    return m.Chunk(
+        sample_id=sample_id,
+        attempt=0,
+        actor=0,
+        prompt_id=sample_id,
+        prompt_tokens=len(prompt),
+        start=start,
+        weight_version=0,
+        finish="stop" if finish else None,
+        label="",
+        made_at=0.0,
+        token_ids=np.array(tokens[start : start + count], np.int32),
+        behaviour_logprobs=np.full(count if sampled else 0, -1.0, np.float32),
+        context=np.array(prompt, np.int32) if start == 0 else None,
+        teacher="teacher",
+        sampled=sampled,
+    )
+
+
+async def test_given_tokens_are_context_of_what_is_scored_and_cost_no_request() -> None:
+    prompt = prompt_of(5)
+    tokens = continuation(prompt, 30)
+    async with FaultyEngine() as engine, teacher(engine) as running:
+        canaries = len(engine.scored)
+        await running.push(span(5, tokens, 0, 5, sampled=True))
+        running.sent[5, 0] = scores_of([*prompt, *tokens[:5]], len(prompt)).tolist()
+        await running.all_scored()
+        for start, count in ((5, 7), (12, 3)):
+            await running.push(span(5, tokens, start, count, sampled=False))
+            running.sent[5, start] = []
+        await running.all_scored()
+        assert len(engine.scored) == canaries + 1, "they are on their way to the intake, and no engine was asked"
+        await running.push(span(5, tokens, 15, 4, sampled=True, finish=True))
+        running.sent[5, 15] = scores_of([*prompt, *tokens[:19]], len(prompt) + 15).tolist()
+        await running.all_scored()
+        assert engine.scored[-1] == [*prompt, *tokens[:19]]
+        assert value(running.role, "opd_teacher_scored_tokens_total") == 9
+
+
+async def test_given_tokens_are_no_sign_of_a_cache_that_does_not_hold() -> None:
+    """No engine has seen them before: that they are computed says nothing of what it has forgotten."""
+    async with FaultyEngine() as engine, teacher(engine) as running:
+        engine.remembers = True
+        for sample_id in range(16):
+            tokens = continuation(prompt_of(sample_id), 300)
+            await running.push(span(sample_id, tokens, 0, 4, sampled=True))
+            await running.push(span(sample_id, tokens, 4, 200, sampled=False))
+            running.sent[sample_id, 0] = scores_of(
+                [*prompt_of(sample_id), *tokens[:4]], len(prompt_of(sample_id))
+            ).tolist()
+            running.sent[sample_id, 4] = []
+            await running.all_scored()
+            await running.push(span(sample_id, tokens, 204, 4, sampled=True, finish=True))
+            whole = [*prompt_of(sample_id), *tokens[:208]]
+            running.sent[sample_id, 204] = scores_of(whole, len(whole) - 4).tolist()
+            await running.all_scored()
+        assert value(running.role, "opd_teacher_prefix_share", engine=engine.url) > 0.95
+
+
 async def test_all_of_a_prompt_meets_one_engine() -> None:
     async with FaultyEngine() as one, FaultyEngine() as two, teacher(one, two) as running:
         for sample_id in range(12):

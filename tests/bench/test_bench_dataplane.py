@@ -12,8 +12,8 @@ from opd_async.bench.wire.learner import Account
 from opd_async.bench.wire.pattern import LOGPROBS, PROMPT_TOKENS, SCORES, TOKENS, prompts
 from opd_async.bench.wire.run import ROLES, Case, buckets, measure, quantile, value
 from opd_async.errors import RoleError
-from opd_async.scheduling.assembly import Segment
 from opd_async.scheduling.packing import micro_batch
+from opd_async.scheduling.segments import Segment
 from opd_async.transport.step_batch import MicroBatch
 
 SMALL = Case(chunk_tokens=32, event_tokens=8, http=False, response_tokens=200, slots=4, step_tokens=800, seconds=0.1)

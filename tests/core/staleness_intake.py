@@ -35,8 +35,12 @@ class SimIntake:
 
     def receive(self, chunk: m.ScoredChunk) -> None:
         """A scored chunk arrives."""
-        if self.assembler.add(chunk) in (Verdict.ACCEPTED, Verdict.DUPLICATE):
+        if self.assembler.add(chunk, self._oldest()) in (Verdict.ACCEPTED, Verdict.DUPLICATE):
             self._touched.add(chunk.sample_id)
+
+    def _oldest(self) -> int:
+        bound = getattr(self._policy, "max_staleness", None)
+        return 0 if bound is None else max(self._steps - bound - 1, 0)
 
     def plan(self) -> tuple[int, bool] | None:
         """Take a part of a step if there is one, or ask for a drain; returns what is trained: (version, last part)."""
@@ -51,7 +55,7 @@ class SimIntake:
             return None
         rows = [self._take(sample) for sample in found.samples]
         self._oracle.step(version, rows, closes=found.closes)
-        self._taken += sum(row.segment.end - row.segment.start for row in rows if row.segment is not None)
+        self._taken += sum(row.segment.tokens for row in rows if row.segment is not None)
         self.outbox.append(("started", version, rows, found.closes, self._taken))
         self.busy = True
         if found.closes:
@@ -63,7 +67,7 @@ class SimIntake:
         if complete:
             self._finished[sample.sample_id] = (sample.attempt, sample.actor, end + 1)
             self._touched.add(sample.sample_id)
-        return Row(sample.sample_id, end, complete, self.assembler.take(sample))
+        return Row(sample.sample_id, end, complete, self.assembler.take(sample), sample.given)
 
     def acknowledge(self) -> None:
         """Say what is held."""

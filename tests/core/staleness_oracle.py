@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from opd_async.scheduling.assembly import Segment
+from opd_async.scheduling.segments import Segment
 
 PROMPT_IDS = 10_000_000
 
@@ -29,6 +29,8 @@ class Row:
     end: int
     complete: bool
     segment: Segment | None
+    given: int = 0
+    """Tokens before `end` that were given."""
 
 
 def prompt_of(sample_id: int) -> NDArray[np.int32]:
@@ -53,6 +55,8 @@ class Oracle:
     max_staleness: int | None
     max_length: int
     seed: int = 0
+    spans: bool = False
+    """Responses have tokens that were given and not sampled."""
     limit: int | None = None
     """Samples from this one on have one token, so that a run can come to its end."""
     made: list[tuple[int, int, int]] = field(default_factory=list)
@@ -72,6 +76,17 @@ class Oracle:
         if draw % 7 == 0:
             return self.max_length
         return 0 if draw % 7 == 1 else draw % (self.max_length // 3)
+
+    def given_until(self, sample_id: int, position: int) -> int:
+        """End of the run of given tokens that begins at a position; the position itself where it is sampled."""
+        turn = (sample_id + self.seed) % 5
+        while self.spans and turn and position < self.length_of(sample_id) and (position // turn + sample_id) % 3 == 0:
+            position += 1
+        return position
+
+    def given_before(self, sample_id: int, position: int) -> int:
+        """How many tokens before a position are given ones."""
+        return sum(self.given_until(sample_id, at) > at for at in range(position))
 
     def make(self, sample_id: int, position: int, version: int) -> int:
         """A new token; returns its id."""
@@ -101,15 +116,15 @@ class Oracle:
             if row.end != self.length_of(sample_id):
                 raise BrokenInvariant(f"sample {sample_id} ends at {row.end}, not at {self.length_of(sample_id)}")
         if row.segment is None:
-            if row.end != len(before):
+            given = row.complete and self.given_until(sample_id, len(before)) == row.end
+            if row.end != len(before) and not given:
                 raise BrokenInvariant(f"sample {sample_id}: no segment, but it moves from {len(before)} to {row.end}")
             return
         new = self._check_segment(row.segment, before, row.end)
         self._check_age(version, row.segment, new)
         self._ids[sample_id] = np.concatenate([before, new])
 
-    @staticmethod
-    def _check_segment(segment: Segment, before: NDArray[np.int32], end: int) -> NDArray[np.int32]:
+    def _check_segment(self, segment: Segment, before: NDArray[np.int32], end: int) -> NDArray[np.int32]:
         """The segment continues what was trained, with its own prompt, ids and logprobs; returns its new ids."""
         prompt = prompt_of(segment.sample_id)
         new = segment.token_ids[segment.prompt_tokens + segment.start :]
@@ -123,21 +138,32 @@ class Oracle:
             raise BrokenInvariant(f"{where}: {len(before)} tokens were trained before, {len(new)} are new")
         if not np.array_equal(segment.token_ids[: len(prompt) + len(before)], np.concatenate([prompt, before])):
             raise BrokenInvariant(f"{where}: its context is not what was trained")
-        if not np.array_equal(segment.behaviour_logprobs, behaviour_of(new)):
+        expected = [p for p in range(segment.start, end) if self.given_until(segment.sample_id, p) == p]
+        positions = np.arange(segment.start, end) if segment.positions is None else segment.positions
+        if positions.tolist() != expected:
+            raise BrokenInvariant(f"{where}: positions {positions.tolist()} are trained, {expected} were sampled")
+        trained = positions - segment.start
+        if not np.array_equal(segment.behaviour_logprobs, behaviour_of(new)[trained]):
             raise BrokenInvariant(f"{where}: behaviour logprobs of other tokens")
         previous = segment.token_ids[segment.prompt_tokens + segment.start - 1 : -1]
-        if not np.array_equal(segment.teacher_logprobs, teacher_of(previous, new)):
+        if not np.array_equal(segment.teacher_logprobs, teacher_of(previous, new)[trained]):
             raise BrokenInvariant(f"{where}: teacher logprobs of other tokens")
         return new
 
     def _check_age(self, version: int, segment: Segment, new: NDArray[np.int32]) -> None:
+        is_sampled = np.full(len(new), segment.positions is None)
+        if segment.positions is not None:
+            is_sampled[segment.positions - segment.start] = True
+        versions = iter(segment.versions.tolist())
         for offset, token in enumerate(new.tolist()):
             sample_id, position, made_by = self.made[token]
             where = f"sample {segment.sample_id} position {segment.start + offset}"
             if (sample_id, position) != (segment.sample_id, segment.start + offset):
                 raise BrokenInvariant(f"{where}: holds a token of sample {sample_id} position {position}")
-            if int(segment.versions[offset]) != made_by:
-                raise BrokenInvariant(f"{where}: labelled {segment.versions[offset]}, made by weights {made_by}")
+            if not is_sampled[offset]:
+                continue
+            if (label := next(versions)) != made_by:
+                raise BrokenInvariant(f"{where}: labelled {label}, made by weights {made_by}")
             if version < made_by:
                 raise BrokenInvariant(f"{where}: made by weights {made_by}, trained at {version}: too new")
             if self.max_staleness is not None and version - made_by > self.max_staleness:

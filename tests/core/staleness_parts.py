@@ -33,7 +33,7 @@ class SimActor:
     control: deque[Any] = field(default_factory=deque)
     up: bool = True
 
-    def start(self, spec: LeaseSpec) -> None:
+    def start(self, spec: LeaseSpec, oracle: Oracle) -> None:
         """Take a lease."""
         prompt = prompt_of(spec.sample_id)
         kind = m.LeaseKind.TRAIN.value
@@ -49,7 +49,8 @@ class SimActor:
         )
         teacher = rendezvous(spec.prompt_index, range(len(self.wires)))
         self.outbox.open(spec.sample_id, spec.attempt, teacher, prompt, spec.prefix)
-        self.live[spec.sample_id] = Generation(lease=lease, rid="", student=self.student)
+        given = oracle.given_before(spec.sample_id, len(spec.prefix))
+        self.live[spec.sample_id] = Generation(lease=lease, rid="", student=self.student, given_tokens=given)
 
     def generate(self, oracle: Oracle, pick: int, tokens: int, chunk_tokens: int, now: int) -> m.LeaseDone | None:
         """Some new tokens of one response; tells when that ends it."""
@@ -57,7 +58,10 @@ class SimActor:
             return None
         generation = list(self.live.values())[pick % len(self.live)]
         lease, start = generation.lease, generation.length
+        if (until := oracle.given_until(lease.sample_id, start)) > start:
+            return self._give(oracle, generation, until, now)
         end = min(start + tokens, oracle.length_of(lease.sample_id))
+        end = next((at for at in range(start, end) if oracle.given_until(lease.sample_id, at) > at), end)
         version = self.student.version
         ids = np.array([oracle.make(lease.sample_id, at, version) for at in range(start, end)], np.int32)
         finish = m.Finish.STOP if end == oracle.length_of(lease.sample_id) else None
@@ -66,7 +70,29 @@ class SimActor:
         if finish is None:
             return None
         del self.live[lease.sample_id]
-        return m.LeaseDone(lease.sample_id, lease.attempt, generation.length, finish.value)
+        return generation.done()
+
+    def waits_for_a_tool(self, oracle: Oracle, pick: int) -> bool:
+        """Whether the next tokens of a response are given ones: they come also while generation stands still."""
+        if not self.live:
+            return False
+        generation = list(self.live.values())[pick % len(self.live)]
+        return oracle.given_until(generation.lease.sample_id, generation.length) > generation.length
+
+    def _give(self, oracle: Oracle, generation: Generation, until: int, now: int) -> m.LeaseDone | None:
+        """A tool answers; where nothing follows its answer, the response ends behind it."""
+        lease, version = generation.lease, self.student.version
+        generation.give(
+            np.array([oracle.make(lease.sample_id, at, version) for at in range(generation.length, until)], np.int32)
+        )
+        self.flush(generation, 1, now)
+        if until < oracle.length_of(lease.sample_id):
+            return None
+        nothing = Delta(np.zeros(0, np.int32), np.zeros(0, np.float32), str(version), m.Finish.STOP, False)
+        generation.take(nothing, False, ())
+        self.flush(generation, 1, now)
+        del self.live[lease.sample_id]
+        return generation.done()
 
     def flush(self, generation: Generation, chunk_tokens: int, now: int) -> None:
         """Send the chunks that are due."""
@@ -114,8 +140,8 @@ class SimTeacher:
         self.in_flight: list[list[tuple[ScoreItem, NDArray[np.int32] | None]]] = []
         self._ids: dict[int, tuple[int, NDArray[np.int32]]] = {}
 
-    def receive(self, chunk: m.Chunk, now: int) -> None:
-        """Queue a chunk if its beginning is known."""
+    def receive(self, chunk: m.Chunk, now: int) -> list[m.ScoredChunk]:
+        """Queue a chunk if its beginning is known; returns what needs no score."""
         known = self._ids.get(chunk.sample_id)
         if chunk.context is not None:
             self.batcher.drop(chunk.sample_id)
@@ -123,9 +149,12 @@ class SimTeacher:
         elif known is not None and known[0] == chunk.attempt and len(known[1]) == chunk.prompt_tokens + chunk.start:
             prefix = known[1]
         else:
-            return
+            return []
         self._ids[chunk.sample_id] = (chunk.attempt, np.concatenate([prefix, chunk.token_ids]))
+        if not chunk.sampled:
+            return [chunk.scored(f"teacher-{self.index}", 0.0, np.zeros(0, np.float32))]
         self.batcher.add(chunk, now)
+        return []
 
     def take(self, now: int) -> None:
         """Let a batch go to the engine if one may."""

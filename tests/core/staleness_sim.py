@@ -59,6 +59,7 @@ class Setup:
     max_length: int = 21
     seed: int = 0
     filled: bool = False
+    spans: bool = False
 
     def admission(self) -> Admission:
         """The rule of admission of these sizes."""
@@ -82,7 +83,7 @@ class Simulation:
 
     def __init__(self, setup: Setup, policy: StepPolicy | None = None) -> None:
         self.setup = setup
-        self.oracle = Oracle(setup.max_staleness, setup.max_length, setup.seed)
+        self.oracle = Oracle(setup.max_staleness, setup.max_length, setup.seed, setup.spans)
         self.now = 0
         self.leased = 0
         self._policy = policy or setup.policy()
@@ -118,6 +119,11 @@ class Simulation:
 
     # --- rollout and teachers ----------------------------------------------------------------------------------------
 
+    @property
+    def checkpoint(self) -> m.Frontier:
+        """The newest one."""
+        return self._intake.checkpoint
+
     def _up(self) -> list[SimActor]:
         return [actor for actor in self._actors if actor.up]
 
@@ -130,7 +136,7 @@ class Simulation:
             if spec is None:
                 return
             self.leased = max(self.leased, spec.sample_id + 1)
-            actor.start(spec)
+            actor.start(spec, self.oracle)
 
     def generate(self, argument: int) -> None:
         """An engine makes up to four tokens of one response."""
@@ -138,7 +144,7 @@ class Simulation:
             self._generate(actors[argument % len(actors)], argument >> 1, 1 + (argument >> 6))
 
     def _generate(self, actor: SimActor, pick: int, tokens: int) -> None:
-        if self._owed is None:
+        if self._owed is None or actor.waits_for_a_tool(self.oracle, pick):
             done = actor.generate(self.oracle, pick, tokens, self.setup.chunk_tokens, self.now)
             if done is not None:
                 self._done.append(done)
@@ -148,7 +154,7 @@ class Simulation:
         wires = [(t, wire) for actor in self._actors for t, wire in enumerate(actor.wires) if wire]
         if wires:
             teacher, wire = wires[argument % len(wires)]
-            self._teachers[teacher].receive(wire.popleft(), self.now)
+            self._scored += self._teachers[teacher].receive(wire.popleft(), self.now)
 
     def score(self, argument: int) -> None:
         """A teacher engine finishes a batch, and a teacher actor lets one go."""
@@ -230,7 +236,7 @@ class Simulation:
         """The dispatcher handles one message of the intake and one of the rollout actors."""
         if self._done:
             done = self._done.popleft()
-            self._book.ended(done.sample_id, done.attempt, done.response_tokens)
+            self._book.ended(done.sample_id, done.attempt, done.response_tokens - done.given_tokens)
         match self._intake.outbox.popleft() if self._intake.outbox else None:
             case ("acks", next_step, ready, (taken, idle, hold), rows):
                 self._pass_on(rows)
@@ -244,7 +250,7 @@ class Simulation:
                 self._intake.inbox.append(("drained", version, self._close()))
             case ("started", version, rows, closes, taken):
                 for row in rows:
-                    self._book.trained(row.sample_id, row.end, row.complete)
+                    self._book.trained(row.sample_id, row.end, row.complete, row.given)
                 self._book.admission.opened(taken, False)
                 if closes:
                     self._book.admission.closed(taken, (self.now % 5) / 50)

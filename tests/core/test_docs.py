@@ -277,11 +277,12 @@ def learner_columns() -> list[str]:
 def test_every_column_of_a_step_is_listed(tmp_path: Path) -> None:
     """The row that the ledger writes of what the intake says about a step with rewards, and of the learner's answer.
     `tests/e2e/test_quickstart.py` looks up what a whole run has written."""
-    stats, ages = describe_step([], 0)
-    stats |= describe_rewards([Outcome(0, 1.0, 3)]) | describe_filtered(0)
-    topology = Topology.model_validate(LEAST)
     step = taken(1, 0, 3)
     assert step.segment is not None
+    step.segment.positions = np.arange(3, dtype=np.int32)
+    stats, ages = describe_step([step.segment], 0)
+    stats |= describe_rewards([Outcome(0, 1.0, 3)]) | describe_filtered(0)
+    topology = Topology.model_validate(LEAST)
     stats |= StepFigures(topology, RoleMetrics("intake")).of_step([step], [step.segment])
     nobody = np.zeros(0, np.int64)
     started = messages.StepStarted(

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from opd_async.estimators.topk import TopK
-from opd_async.scheduling.assembly import Segment
 from opd_async.scheduling.packing import from_message, mean_over_responses, micro_batch, pack, to_message
+from opd_async.scheduling.segments import Segment
 from opd_async.transport.step_batch import MicroBatch, StepBatch, TeacherPrompts
 from opd_async.transport.wire import decode, encode
 

@@ -17,11 +17,12 @@ from staleness_oracle import BrokenInvariant
 from staleness_sim import Deadlock, Setup, Simulation, play
 
 from opd_async.config.topology import TrainOn
-from opd_async.scheduling.assembly import Assembler, Piece, Sample
+from opd_async.scheduling.assembly import Assembler, Sample
 from opd_async.scheduling.filled_samples import FilledSamples
 from opd_async.scheduling.filled_steps import FilledSteps
 from opd_async.scheduling.marks import Marks
 from opd_async.scheduling.outbox import Outbox
+from opd_async.scheduling.segments import Piece
 from opd_async.scheduling.step_policy import DeadlineCuts, Round, StepPolicy, WholeSamples
 
 EVENTS = 600
@@ -53,6 +54,7 @@ def setups(draw: st.DrawFn, train_on: TrainOn, filled: bool, max_staleness: int 
         max_length=draw(st.integers(6, 24)),
         seed=draw(st.integers(0, 99)),
         filled=filled,
+        spans=draw(st.booleans()),
     )
 
 

@@ -27,9 +27,10 @@ from opd_async.errors import InputError, WireError
 from opd_async.plan.chunk_bounds import ChunkBounds
 from opd_async.plan.resolve import make_plan
 from opd_async.run.fingerprints import fingerprints
-from opd_async.scheduling.assembly import Assembler, Segment, Verdict
+from opd_async.scheduling.assembly import Assembler, Verdict
 from opd_async.scheduling.outbox import Outbox
 from opd_async.scheduling.packing import from_message, micro_batch, pack, to_message
+from opd_async.scheduling.segments import Segment
 from opd_async.transport import messages as m
 from opd_async.transport.bounds import receive
 from opd_async.transport.step_batch import MicroBatch

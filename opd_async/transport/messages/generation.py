@@ -43,6 +43,8 @@ class LeaseDone:
     attempt: int
     response_tokens: int
     finish: str
+    given_tokens: int = 0
+    """How many of them nobody sampled."""
 
 
 @message

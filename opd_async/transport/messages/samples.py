@@ -13,7 +13,10 @@ from opd_async.transport.wire import Float32, Float32Matrix, Int32, Int32Matrix,
 @message
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Consecutive new tokens of one response, all made by the same weights.
+    """Consecutive new tokens of one response, all sampled from the same weights, or all given: not `sampled`.
+
+    Given tokens (what a tool said, what a user would say) are context for the tokens behind them. Nobody scores or
+    trains them: they have no logprobs, and their `weight_version` says only when they came.
 
     `context` is int32[prompt + start], prompt and earlier response, present on the first chunk that a teacher actor
     sees of a sample; later chunks carry None. An empty chunk (no tokens) only reports how the response ended.
@@ -42,6 +45,7 @@ class Chunk:
     """Length of the prompt that the teacher reads in place of the student's; 0: it reads the student's."""
     teacher_prompt: Int32 | None = None
     """int32[teacher_prompt_tokens], that prompt, beside `context` where there is one."""
+    sampled: bool = True
 
     @property
     def end(self) -> int:
@@ -80,13 +84,14 @@ class Chunk:
             teacher=self.teacher,
             grant=self.grant,
             made_at=self.made_at,
+            sampled=self.sampled,
         )
 
 
 @message
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredChunk:
-    """A chunk with the teacher's logprobs of the same tokens (temperature 1).
+    """A chunk with the teacher's logprobs of the same tokens (temperature 1); of given ones it has none.
 
     Where no teacher engine scores, rollout actors send it themselves, with `teacher_logprobs` float32[0].
     Where the loss needs them, `topk_ids` int32[n, k] and `topk_logprobs` float32[n, k] are the teacher's most likely
@@ -121,6 +126,8 @@ class ScoredChunk:
     """When the chunk's last token arrived at the rollout actor."""
     teacher_prompt: Int32 | None = None
     """As in `Chunk`, where no teacher engine scores: the learner then needs it."""
+    sampled: bool = True
+    """As in `Chunk`."""
 
     @property
     def end(self) -> int:
@@ -135,6 +142,7 @@ class TrainedSample:
 
     `prompt` int32[p] are the last of `prompt_tokens` tokens, `response` int32[n] the first of `response_tokens`. Per
     recorded token: `behaviour_logprobs` float32[n]; `teacher_logprobs` float32[n], float32[0] without teacher engines.
+    Tokens [`given_starts[i]`, `given_ends[i]`) were given, not sampled, and have zeros in both; None: no token was.
     """
 
     version: int
@@ -164,6 +172,8 @@ class TrainedSample:
     """Position after each part that a step took; more than one part means that the response was cut."""
     part_versions: Int32
     """Weights from which that step started."""
+    given_starts: Int32 | None = None
+    given_ends: Int32 | None = None
 
 
 @message

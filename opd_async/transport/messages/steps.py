@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from opd_async.transport.wire import Int32, Int64, Intervals, message
 
@@ -11,13 +11,16 @@ from opd_async.transport.wire import Int32, Int64, Intervals, message
 @dataclass(frozen=True, slots=True)
 class Frontier:
     """What had been trained when the intake started: completed sample ids as half-open intervals int64[n, 2], and
-    partly trained samples with the response tokens that were trained (flat, `partial_ends[i]` each)."""
+    partly trained samples with the response tokens that were trained (flat, `partial_ends[i]` each), of which
+    `partial_given[i]` were given and not sampled (None: none of any)."""
 
     version: int
     completed: Intervals
     partial_ids: Int64
     partial_ends: Int32
     partial_tokens: Int32
+    _: KW_ONLY
+    partial_given: Int32 | None = None
 
 
 @message
@@ -109,6 +112,7 @@ class PartStarted:
     """The samples of the part; these columns are as in `StepStarted`."""
     taken_ends: Int32
     taken_complete: Int32
+    taken_given: Int32 | None = None
 
 
 @message
@@ -128,6 +132,8 @@ class StepStarted:
     """Up to where each is trained after the step."""
     taken_complete: Int32
     """1 where that is the end of the response."""
+    taken_given: Int32 | None = None
+    """How many tokens before `taken_ends` were given and not sampled; None: none of any sample."""
 
 
 @message

@@ -1,0 +1,81 @@
+"""What a teacher actor knows of unfinished samples: all their tokens so far, and which of them were given. Pure.
+
+A request to an engine carries all ids so far; only a sample's first chunk brings its beginning along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.actors.teacher.lane import Request
+from opd_async.scheduling.score_batches import ScoreItem
+from opd_async.transport.messages import Chunk
+
+
+@dataclass(slots=True)
+class _Known:
+    attempt: int
+    ids: NDArray[np.int32]
+    """Prompt, as the teacher reads it, and response so far."""
+    given: dict[int, int] = field(default_factory=dict)
+    """Where each run of given tokens begins, by its end."""
+
+
+class KnownTokens:
+    """The unfinished samples of one teacher actor."""
+
+    def __init__(self) -> None:
+        self._samples: dict[int, _Known] = {}
+
+    def extend(self, chunk: Chunk) -> bool:
+        """Add a chunk's tokens; False, and nothing is changed, if what stands before them is not known."""
+        known = self._samples.get(chunk.sample_id)
+        if chunk.context is not None:
+            prefix = chunk.context
+            if chunk.teacher_prompt is not None:  # the same response behind another prompt
+                prefix = np.concatenate([chunk.teacher_prompt, chunk.context[chunk.prompt_tokens :]])
+            known = self._samples[chunk.sample_id] = _Known(chunk.attempt, prefix)
+        elif (
+            known is None
+            or known.attempt != chunk.attempt
+            or len(known.ids) != chunk.scored_prompt_tokens + chunk.start
+        ):
+            return False
+        known.ids = np.concatenate([known.ids, chunk.token_ids])
+        if not chunk.sampled:
+            known.given[chunk.end] = known.given.get(chunk.start, chunk.start)
+        return True
+
+    def request(self, item: ScoreItem) -> Request | None:
+        """All ids up to the item's end, and where the first to score stands; None for a sample that has ended."""
+        first, last = item.chunks[0], item.chunks[-1]
+        known = self._samples.get(item.sample_id)
+        if known is None:
+            return None
+        return known.ids[: last.scored_prompt_tokens + last.end], first.scored_prompt_tokens + first.start
+
+    def scored_before(self, item: ScoreItem) -> int:
+        """Tokens that engines were sent when what is before the item was scored; 0 for the beginning of a response.
+
+        They end with the last sampled token before it: given tokens directly in front of the item are new to them.
+        """
+        first, known = item.chunks[0], self._samples.get(item.sample_id)
+        start = first.start if known is None else known.given.get(first.start, first.start)
+        return first.scored_prompt_tokens + start - 1 if start else 0
+
+    def holds(self, chunk: Chunk) -> bool:
+        """Whether a chunk is of the attempt that is known, and was added."""
+        known = self._samples.get(chunk.sample_id)
+        end = chunk.scored_prompt_tokens + chunk.end
+        return known is not None and known.attempt == chunk.attempt and len(known.ids) >= end
+
+    def forget(self, sample_id: int) -> None:
+        """Drop a sample."""
+        self._samples.pop(sample_id, None)
+
+    def clear(self) -> None:
+        """Drop every sample."""
+        self._samples.clear()
