@@ -24,6 +24,7 @@ import torch
 import zmq
 
 from opd_async.errors import DeadlineError, StorageError, WireError
+from opd_async.freed_memory import GivesBack
 from opd_async.keys import incarnation
 from opd_async.learner import resume
 from opd_async.learner.beats import Beats
@@ -133,6 +134,7 @@ class Rank:
         self._metrics = metrics
         self._beats = beats
         self._trace = trace
+        self._give_back = GivesBack()
         self._sender: WeightTransport | None = None
         self._group = ""
         self._waited_s = 0.0
@@ -149,6 +151,7 @@ class Rank:
                 return
             with self._beats.at(type(command).__name__), self._trace.during("commands", _name(command)):
                 self._carry_out(command)
+                self._give_back()
 
     def _carry_out(self, command: m.Message) -> None:
         match command:

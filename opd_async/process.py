@@ -29,6 +29,7 @@ import psutil
 
 from opd_async.errors import OpdError, RoleError, StorageError
 from opd_async.files import FULL, unwritten
+from opd_async.freed_memory import give_back_regularly
 from opd_async.signals import EXIT_INTERRUPTED
 
 PARENT_ENV = "OPD_PARENT_PID"
@@ -177,6 +178,7 @@ def run_role(main: Callable[[], Coroutine[Any, Any, None]]) -> NoReturn:
         die_with_parent()
         settle_garbage()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            give_back_regularly(runner.get_loop())
             runner.run(main())
     except (Exception, KeyboardInterrupt) as error:  # the edge of the process: every error becomes an exit code
         sys.exit(report_failure(error))

@@ -41,6 +41,7 @@ from opd_async.actors.engine.scheduler import Limits
 from opd_async.actors.engine.text import load_codec
 from opd_async.actors.engine.weights import ModelWeights
 from opd_async.errors import RoleError
+from opd_async.freed_memory import give_back_regularly
 from opd_async.process import configure_logging, die_with_parent, report_failure, stop_event
 
 # How long the interpreter lets one thread run while the other wants to: short, since steps are a few milliseconds.
@@ -157,6 +158,7 @@ def run(argv: Sequence[str] | None, build: Callable[[EngineConfig], Engine]) -> 
         if os.environ.get("OPD_DETACHED") != "1":
             die_with_parent()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            give_back_regularly(runner.get_loop())
             runner.run(serve(config, build))
     except (Exception, KeyboardInterrupt) as error:  # the edge of the process: every error becomes an exit code
         code = report_failure(error)

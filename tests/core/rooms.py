@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 ORDER: dict[str, tuple[str, ...]] = {
     "opd_async": (
-        *("errors", "extras", "hooks", "clock", "files", "keys", "signals", "process", "config", "estimators"),
+        *("errors", "extras", "hooks", "clock", "files", "keys", "signals", "freed_memory", "process"),
+        *("config", "estimators"),
         *("transport",),
         *(
             "scheduling",

@@ -63,6 +63,8 @@ class Found:
     bytes_by: dict[str, int] = field(default_factory=dict)
     """By operation."""
     flops: int = 0
+    attention_flops: int = 0
+    """Those of `flops` that are attention's, counted as if every token saw its whole sequence."""
     syncs: dict[str, int] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     devices: list[str] = field(default_factory=list)

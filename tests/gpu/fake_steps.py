@@ -188,6 +188,8 @@ def run_case(case: Case) -> Found:
         found.operations, found.operation_bytes = watch.operations.total(), watch.bytes.total()
         found.bytes_by = dict(watch.bytes)
         found.flops, found.syncs = flops.get_total_flops(), dict(SYNCS)
+        by_operation = flops.get_flop_counts()["Global"]
+        found.attention_flops = sum(count for operation, count in by_operation.items() if "attn" in str(operation))
         found.wrong, found.devices = list(watch.wrong), sorted(seen)
         if case.weights:
             found.tensors = gathered(trainer, found)

@@ -80,7 +80,7 @@ class Row:
     recompute: str
     bytes: float
     flops: float
-    """Of matrix products."""
+    """Of matrix products, attention's not among them."""
     waits: float
     """Of the host for the device."""
     peak: float
@@ -127,7 +127,7 @@ def row_of(name: str, way: str, two: Found, three: Found) -> Row:
     def whole(of_two: float, of_three: float) -> float:
         return of_two + (shape.layers - 2) * (of_three - of_two)
 
-    flops = whole(two.flops, three.flops)
+    flops = whole(*(one.flops - one.attention_flops for one in (two, three)))
     moved = whole(*(sum(n for op, n in one.bytes_by.items() if not is_elsewhere(op)) for one in (two, three)))
     tokens = MICRO_BATCHES * SEQUENCES * LENGTH
     pairs = tokens * LENGTH / 2
