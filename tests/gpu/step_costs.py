@@ -5,8 +5,9 @@
 
 A step has two micro-batches of two sequences of 16,384 tokens for each data-parallel rank, in bfloat16; costs are those
 of rank 0. Layers are alike, so costs are taken with two and with three of them, and go on in a line from there. The
-estimate is arithmetic, no measurement: matrix products at 700 TFLOP/s, attention at 350 forward and 280 backward, bytes
-of all other operations at 2.5 TB/s, one after the other; communication between GPUs is left out.
+estimate is arithmetic, no measurement: matrix products at 700 TFLOP/s, attention at 350 forward and 280 backward with
+FlashAttention 2, at 620 and 450 with 3, bytes of all other operations at 2.5 TB/s, one after the other; communication
+between GPUs is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from cuda_rank import Case, Found
 from test_cuda_paths import DENSE, guard, run
 
 TERA, GIB = 1e12, float(1 << 30)
-MATRIX, FORWARD, BACKWARD, BANDWIDTH = 700 * TERA, 350 * TERA, 280 * TERA, 2.5 * TERA
+MATRIX, BANDWIDTH = 700 * TERA, 2.5 * TERA
+ATTENTION = {"FlashAttention 2": (350 * TERA, 280 * TERA), "FlashAttention 3": (620 * TERA, 450 * TERA)}
+"""FLOP/s of attention forward and backward, which is 2.5 times the work."""
 PEAK = 989 * TERA
 """Of an H100 by its data sheet, bfloat16."""
 ELSEWHERE = ("mm", "attn", "attention", "allgather", "reduce_scatter", "allreduce", "broadcast")
@@ -84,10 +87,18 @@ class Row:
     waits: float
     """Of the host for the device."""
     peak: float
-    seconds: float
-    """Estimated."""
+    rest_s: float
+    """Estimated seconds of everything but attention."""
+    attention: float
+    """FLOPs of one way forward through all layers' attention, which is causal."""
     useful: float
     """FLOPs of forward and backward with nothing computed twice."""
+
+    def speed(self, kernel: str) -> float:
+        """Useful FLOP/s with such a kernel for attention."""
+        forward, backward = ATTENTION[kernel]
+        forwards = 2 if self.recompute == "yes" else 1
+        return self.useful / (self.rest_s + self.attention * (forwards / forward + 2.5 / backward))
 
 
 def measure(names: list[str]) -> list[Row]:
@@ -132,8 +143,6 @@ def row_of(name: str, way: str, two: Found, three: Found) -> Row:
     tokens = MICRO_BATCHES * SEQUENCES * LENGTH
     pairs = tokens * LENGTH / 2
     attention = 4 * shape.heads * HEAD_DIM * pairs * shape.layers / shape.tensor
-    forwards = 2 if way == "yes" else 1
-    seconds = flops / MATRIX + forwards * attention / FORWARD + 2.5 * attention / BACKWARD + moved / BANDWIDTH
     head = tokens * 7 / 8 * VOCAB * shape.hidden
     return Row(
         shape=name,
@@ -142,7 +151,8 @@ def row_of(name: str, way: str, two: Found, three: Found) -> Row:
         flops=flops,
         waits=whole(sum(two.syncs.values()), sum(three.syncs.values())),
         peak=whole(two.peak_bytes, three.peak_bytes),
-        seconds=seconds,
+        rest_s=flops / MATRIX + moved / BANDWIDTH,
+        attention=attention,
         useful=6 * (shape.body * tokens + head) / shape.tensor + 3 * attention,
     )
 
@@ -154,8 +164,8 @@ def is_elsewhere(operation: str) -> bool:
 
 def table(before: list[Row], after: list[Row]) -> str:
     """Markdown: a row for each shape and way, with `before, after` in each cell; `after` alone where it is new."""
-    head = "| model | on | recompute | TB through operations | PFLOP | host waits | peak GiB | TFLOP/s | of the peak |"
-    lines = [head, "|---|---|---|---:|---:|---:|---:|---:|---:|"]
+    head = "| model | on | recompute | TB through operations | PFLOP of products | host waits | peak GiB |"
+    lines = [f"{head} {' | '.join(ATTENTION)} |", "|---|---|---|---:|---:|---:|---:|---:|---:|"]
     old = {(row.shape, row.recompute): row for row in before}
     for row in after:
         shape = SHAPES[row.shape]
@@ -165,8 +175,7 @@ def table(before: list[Row], after: list[Row]) -> str:
             ", ".join(f"{one.flops / TERA / 1e3:.2f}" for one in pair),
             ", ".join(f"{one.waits:.0f}" for one in pair),
             ", ".join(f"{one.peak / GIB:.0f}" for one in pair),
-            ", ".join(f"{one.useful / one.seconds / TERA:.0f}" for one in pair),
-            ", ".join(f"{one.useful / one.seconds / PEAK:.0%}".replace("%", " %") for one in pair),
+            *(", ".join(f"{one.speed(kernel) / PEAK:.0%}".replace("%", " %") for one in pair) for kernel in ATTENTION),
         ]
         place = f"TP {shape.tensor} x DP {shape.data}" if shape.tensor * shape.data > 1 else "one GPU"
         lines.append(f"| {row.shape} | {place} | {row.recompute} | " + " | ".join(cells) + " |")
