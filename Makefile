@@ -13,6 +13,7 @@ TRL_VERSION := 1.16.0
 TRL := .venv-trl
 TRL_STAMP := $(TRL)/.installed-$(TRL_VERSION)
 TRACKERS := .venv-trackers
+KERNELS := .venv-kernels
 
 # What `make quickstart ENGINE=...` changes in the topology.
 QUICKSTART_embedded :=
@@ -21,14 +22,14 @@ QUICKSTART_sglang := --set name=quickstart-sglang \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart smollm2 trackers test chaos test-cluster test-sglang test-sglang-all lint format install sglang gpu peers clean
+.PHONY: quickstart smollm2 trackers kernels test chaos test-cluster test-sglang test-sglang-all lint format install sglang gpu peers clean
 
 quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
 	$(BIN)/python -m opd_async.launch --topology examples/quickstart.yaml $(QUICKSTART_$(ENGINE)) --overwrite
 
 # Two workers: whole runs spend much of their time waiting for processes to start.
-test: install trackers
+test: install trackers kernels
 	requirements/tools.sh
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -102,6 +103,14 @@ $(TRACKERS)/.installed: requirements/trackers.txt
 	$(TRACKERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
 	touch $@
 
+# Liger's kernels and Triton, whose interpreter runs them on the CPU; beside the environment (requirements/kernels.txt).
+kernels: $(KERNELS)/.installed
+
+$(KERNELS)/.installed: requirements/kernels.txt
+	$(PYTHON) -m venv $(KERNELS)
+	$(KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
+	touch $@
+
 # What `python -m bench.peers` and `python -m bench.real` compare with.
 peers: install $(TRL_STAMP)
 
@@ -118,4 +127,4 @@ $(STAMP): pyproject.toml requirements/cpu.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venv-sglang* $(TRL) $(TRACKERS) runs
+	rm -rf $(VENV) .venv-sglang* $(TRL) $(TRACKERS) $(KERNELS) runs

@@ -145,6 +145,8 @@ class LearnerConfig:
     recompute: Recompute = False
     """True: compute each layer again in the backward pass instead of keeping its activations; selective: only norms and
     gates. See `learner.model.again`."""
+    kernels: Literal["auto", "torch", "te", "liger"] = "auto"
+    """Whose kernels compute on CUDA. See `learner.model.kernels`."""
     seed: int = 0
     vocab: int | None = None
     """Ids below it are sampled, and the student's distribution is that over them; None: all rows of its table."""

@@ -23,6 +23,7 @@ def learner_config(topology: Topology, vocab: int | None = None) -> LearnerConfi
         loss=loss_config(topology),
         logprob_chunk_rows=section.logprob_chunk_rows,
         recompute=section.recompute,
+        kernels=section.kernels,
         seed=topology.seed,
         vocab=vocab,
         teacher=teacher_config(topology),

@@ -257,6 +257,8 @@ def run(plan: Plan) -> None:
     try:
         with Beats(plan.control, place.rank) as beats:
             trainer = Trainer(config)
+            if place.rank == 0:
+                log.info("kernels (learner.kernels: %s): %s", config.kernels, trainer.model.config.kernels.said)
             _restore(plan, trainer)
             mine = plan.role_of_rank(place.rank)
             kept = counters_file(plan.run_folder, mine.name) if place.rank == 0 else None

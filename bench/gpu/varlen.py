@@ -26,7 +26,9 @@ from torch import Tensor
 
 from opd_async.bench.gpu.found import Findings, device, end, parse, parser, wait_for_device
 from opd_async.learner.model.attention import PackedAttention, has_varlen
+from opd_async.learner.model.kernels import Kernels
 from opd_async.learner.model.layout import lay_out
+from opd_async.learner.model.packs import PackKernel, by_flash3, by_torch, by_transformer_engine, problem
 from opd_async.transport.step_batch import MicroBatch
 
 LIMITS = {torch.bfloat16: 0.02, torch.float32: 1e-4}
@@ -74,12 +76,12 @@ def pack(lengths: Sequence[int]) -> MicroBatch:
     )
 
 
-def attention(case: Case) -> PackedAttention:
-    """The learner's module."""
+def attention(case: Case, kernel: PackKernel) -> PackedAttention:
+    """The learner's module, with a kernel for packs."""
     scale = case.channels**-0.5
     windowed = (0,) if case.window is not None else ()
     shape: Any = SimpleNamespace(score_scale=lambda _layer: scale, window=case.window, windowed=windowed)
-    return PackedAttention(None, 1, None, "self", shape)
+    return PackedAttention(SimpleNamespace(kernels=Kernels(attention=kernel)), 1, None, "self", shape)
 
 
 def textbook(case: Case, inputs: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
@@ -97,9 +99,9 @@ def textbook(case: Case, inputs: Sequence[Tensor], lengths: Sequence[int]) -> Te
     return torch.cat(outputs)
 
 
-def learners(case: Case, inputs: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+def learners(case: Case, inputs: Sequence[Tensor], lengths: Sequence[int], kernel: PackKernel) -> Tensor:
     """The same [T, H, E] by way of the learner's layout and kernel; rank by rank where there is a context group."""
-    module, where, dtype = attention(case), inputs[0].device, inputs[0].dtype
+    module, where, dtype = attention(case, kernel), inputs[0].device, inputs[0].dtype
     slack = 0.0 if has_varlen(where, dtype) else 0.125
     ranks = RANKS if case.context else 1
     parts = [
@@ -120,7 +122,7 @@ def learners(case: Case, inputs: Sequence[Tensor], lengths: Sequence[int]) -> Te
     return output_THE[1:]
 
 
-def errors(case: Case, dtype: torch.dtype, lengths: Sequence[int]) -> dict[str, float]:
+def errors(case: Case, dtype: torch.dtype, lengths: Sequence[int], kernel: PackKernel = by_torch) -> dict[str, float]:
     """Largest relative difference to the textbook of the output, and of the gradients of query, key and value."""
     generator = torch.Generator().manual_seed(0)
     tokens = sum(lengths)
@@ -129,7 +131,7 @@ def errors(case: Case, dtype: torch.dtype, lengths: Sequence[int]) -> dict[str, 
     *inputs, upstream = [t.to(device()) for t in drawn]
     own = [t.clone().requires_grad_() for t in inputs]
     exact = [t.double().requires_grad_() for t in inputs]
-    outputs = learners(case, own, lengths), textbook(case, exact, lengths)
+    outputs = learners(case, own, lengths, kernel), textbook(case, exact, lengths)
     outputs[0].backward(upstream)
     outputs[1].backward(upstream.double())
     pairs = {"output": outputs} | {
@@ -147,7 +149,7 @@ def _gradient(tensor: Tensor) -> Tensor:
     return tensor.grad
 
 
-def speed(case: Case, lengths: Sequence[int], tries: int) -> tuple[float, float]:
+def speed(case: Case, lengths: Sequence[int], tries: int, kernel: PackKernel) -> tuple[float, float]:
     """TFLOP/s of forward and of backward, the shortest of `tries`: four operations a pair and channel, and ten."""
     generator = torch.Generator().manual_seed(0)
     heads = (case.heads, case.kv_heads, case.kv_heads)
@@ -159,7 +161,7 @@ def speed(case: Case, lengths: Sequence[int], tries: int) -> tuple[float, float]
     seconds: list[tuple[float, float]] = []
     for _ in range(tries):
         marks = [_now()]
-        output = learners(case, inputs, lengths)
+        output = learners(case, inputs, lengths, kernel)
         marks.append(_now())
         output.backward(torch.ones_like(output))
         marks.append(_now())
@@ -179,14 +181,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     findings = Findings(options.json)
     lengths = [1, 7, 33, 12] if options.tiny else [1, 7, 128, 1000, 2048, 129]
     findings.figure("kernel", "varlen_attn" if has_varlen(device(), torch.bfloat16) else "scaled_dot_product_attention")
+    others = others_here(cases(options.tiny)[0], findings)
     for case in cases(options.tiny):
         for dtype in LIMITS:
             for name, error in errors(case, dtype, lengths).items():
                 findings.check(f"{case.name}, {str(dtype).removeprefix('torch.')}: {name}", error, LIMITS[dtype])
+        for other, kernel in others.items():
+            if case.context and kernel is by_transformer_engine:
+                continue  # the learner refuses both together
+            for name, error in errors(case, torch.bfloat16, lengths, kernel).items():
+                findings.check(f"{case.name}, {other}: {name}", error, LIMITS[torch.bfloat16])
     long = [64, 64] if options.tiny else [16_384, 16_384]
-    forward, backward = speed(cases(options.tiny)[0], long, 2 if options.tiny else 5)
-    findings.figure(f"TFLOP/s of {len(long)} x {long[0]} tokens", {"forward": forward, "backward": backward})
+    for other, kernel in {"": by_torch, **others}.items():
+        forward, backward = speed(cases(options.tiny)[0], long, 2 if options.tiny else 5, kernel)
+        by = f", {other}" if other else ""
+        findings.figure(f"TFLOP/s of {len(long)} x {long[0]} tokens{by}", {"forward": forward, "backward": backward})
     end(findings)
+
+
+def others_here(case: Case, findings: Findings) -> dict[str, PackKernel]:
+    """The attention of other packages that works here, by name; of the rest, why it does not."""
+    if not has_varlen(device(), torch.bfloat16):
+        return {}
+    found: dict[str, PackKernel] = {}
+    for name, kernel in (("FlashAttention 3", by_flash3), ("Transformer Engine", by_transformer_engine)):
+        if (reason := problem(kernel, case.heads, case.kv_heads, case.channels, None)) is None:
+            found[name] = kernel
+        else:
+            findings.figure(name, reason)
+    return found
 
 
 if __name__ == "__main__":

@@ -6,9 +6,6 @@ P are this rank's tokens; keys and values are gathered from the other ranks of i
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -31,17 +28,6 @@ def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in FLASH_DTYPES
 
 
-@cache
-def _varlen_attention() -> tuple[Callable[..., Any], bool]:
-    """torch's kernel for packs of sequences, and whether it must be told that heads share keys.
-
-    Until torch 2.11 it takes them as they come and knows no such parameter.
-    """
-    from torch.nn.attention.varlen import varlen_attn  # imports flash attention, CUDA only
-
-    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
 class PackedAttention(MegatronModule):
     """Drop-in for Megatron's `DotProductAttention`, which refuses packed sequences."""
 
@@ -58,6 +44,7 @@ class PackedAttention(MegatronModule):
         layer = layer_number - 1
         self.scale = shape.score_scale(layer)
         self.window = shape.window if layer in shape.windowed else None
+        self.kernel = config.kernels.attention
 
     def forward(
         self,
@@ -84,23 +71,9 @@ class PackedAttention(MegatronModule):
         return output_PHE.reshape(query.shape[0], 1, -1)
 
     def _varlen(self, query_PHE: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:
-        varlen_attn, says_shared = _varlen_attention()
-        shared = {"enable_gqa": query_PHE.shape[1] != keys.shape[1]} if says_shared else {}
         first = piece.segments[0].start
         end = piece.segments[-1].start + piece.segments[-1].count * piece.segments[-1].length
-        output = varlen_attn(
-            query_PHE[first:end],
-            keys,
-            values,
-            piece.query_bounds,
-            piece.key_bounds,
-            *piece.longest,
-            scale=self.scale,
-            # causal, where the last query of a sequence sees its last key
-            window_size=(-1 if self.window is None else self.window - 1, 0),
-            **shared,
-        )
-        assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are asked for
+        output: Tensor = self.kernel(query_PHE[first:end], keys, values, piece, scale=self.scale, window=self.window)
         return output
 
     def _grouped(self, query_PHE: Tensor, keys: Tensor, values: Tensor, piece: Piece) -> Tensor:

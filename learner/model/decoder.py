@@ -5,6 +5,7 @@ The LM head is not run here: `learner.logprobs` runs it on the trained rows only
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -24,11 +25,19 @@ from opd_async.learner.model import gated
 from opd_async.learner.model.again import QueryKeyValue
 from opd_async.learner.model.architecture import ModelShape
 from opd_async.learner.model.attention import LayerRopeAttention, PackedAttention
+from opd_async.learner.model.kernels import Kernels, choose
 from opd_async.learner.model.layout import PackedBatch
 from opd_async.learner.model.norm import NormedOutput, RMSNorm
 from opd_async.learner.model.rotary import angles, inverse_frequencies
 
 Model = TypeVar("Model", bound="DecoderModel")
+
+
+@dataclass
+class DecoderConfig(TransformerConfig):
+    """Megatron's, and whose kernels compute."""
+
+    kernels: Kernels = field(default_factory=Kernels)
 
 
 class DecoderModel(GPTModel):
@@ -101,7 +110,8 @@ def padded_vocab(shape: ModelShape, tensor_size: int) -> int:
 def build_model(shape: ModelShape, config: LearnerConfig) -> DecoderModel:
     """The part of the model that this rank holds, with uninitialised weights: `learner.hf_io` fills them.
 
-    Raises `ModelError` if the sizes do not divide by the parallel sizes.
+    Raises `ModelError` if the sizes do not divide by the parallel sizes, or the kernels that are asked for cannot be
+    had.
     """
     return build(DecoderModel, shape, config)
 
@@ -133,7 +143,8 @@ def _check_divisible(shape: ModelShape, config: LearnerConfig) -> None:
 
 def _transformer_config(shape: ModelShape, config: LearnerConfig, dtype: torch.dtype) -> Any:
     parallel = config.parallel
-    return TransformerConfig(
+    return DecoderConfig(
+        kernels=choose(config, shape),
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,

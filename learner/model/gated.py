@@ -62,6 +62,12 @@ def gate(both: Tensor, activation: Activation) -> Tensor:
     return activation.value(gates).mul_(ups)
 
 
+def by_torch(both: Tensor, activation: Activation) -> Tensor:
+    """As `gate`, with its gradient."""
+    gated: Tensor = _Gate.apply(both, activation)
+    return gated
+
+
 class GatedMLP(MLP):
     """Drop-in for Megatron's, for dense layers without biases; Gemma's has a norm behind it."""
 
@@ -75,13 +81,14 @@ class GatedMLP(MLP):
         )
         self.activation = SILU if config.activation_func is SILU.value else GELU
         self.again = recomputes(config)
+        self.gate = config.kernels.gate
 
     def forward(self, hidden_states: Tensor, *_inputs: Any, **_unused: Any) -> Any:
         """As Megatron's: [tokens, 1, hidden] -> [tokens, 1, hidden], and no bias."""
         with kept_as_made(hidden_states):
             both, _bias = self.linear_fc1(hidden_states)
-        gated = _Gate.apply(both, self.activation)
+        gated = self.gate(both, self.activation)
         if self.again:
-            made_by(gated, partial(gate, both.detach(), self.activation))
+            made_by(gated, partial(self.gate, both.detach(), self.activation))
         with kept_as_made(gated):
             return self.linear_fc2(gated)

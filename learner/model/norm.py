@@ -25,6 +25,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         self.centred: bool = config.layernorm_zero_centered_gamma
         self.again = recomputes(config)
+        self.norm = config.kernels.norm
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         # Megatron sums the gradient of such weights over tensor-parallel ranks.
@@ -32,10 +33,9 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise `hidden` [..., hidden_size]; same shape and dtype."""
-        norm = in_one_kernel if hidden.is_cuda else in_parts
-        normed = norm(hidden, self.weight, self.eps, centred=self.centred)
+        normed: Tensor = self.norm(hidden, self.weight, self.eps, centred=self.centred)
         if self.again:
-            made_by(normed, partial(norm, hidden.detach(), self.weight.detach(), self.eps, centred=self.centred))
+            made_by(normed, partial(self.norm, hidden.detach(), self.weight.detach(), self.eps, centred=self.centred))
         return normed
 
 
@@ -50,6 +50,11 @@ class NormedOutput(RowParallelLinear):
         """As Megatron's: [tokens, 1, channels of this rank] -> [tokens, 1, hidden], and no bias."""
         output, bias = super().forward(input_)
         return self.post_norm(output), bias
+
+
+def by_torch(hidden: Tensor, weight: Tensor, eps: float, *, centred: bool) -> Tensor:
+    """The norm as torch does it best on the device of `hidden`."""
+    return (in_one_kernel if hidden.is_cuda else in_parts)(hidden, weight, eps, centred=centred)
 
 
 def in_parts(hidden: Tensor, weight: Tensor, eps: float, *, centred: bool) -> Tensor:

@@ -13,6 +13,7 @@ from opd_async.checks.cluster import cluster_problems
 from opd_async.checks.completions import completion_problems
 from opd_async.checks.hooks import hook_problems
 from opd_async.checks.host import device_problems, network_problems, open_file_problems
+from opd_async.checks.kernels import kernel_problems
 from opd_async.checks.learner import learner_problems
 from opd_async.checks.losses import loss_problems, loss_warnings
 from opd_async.checks.reward import reward_problems
@@ -34,8 +35,8 @@ def validate(topology: Topology) -> list[str]:
     """List every reason why this topology cannot run, in the order of the file; empty if it can.
 
     Reads the model folders' JSON files and weight headers, loads no weight. With an explicit `network.base_port` it
-    binds each port for an instant. It starts two kinds of short processes: the Python of SGLang engines, to ask for
-    their version, and one that loads the rule of the reward.
+    binds each port for an instant. It starts three kinds of short processes: the Python of SGLang engines, to ask for
+    their version, one that loads the rule of the reward, and one that imports the learner's kernels.
     """
     return [
         *opd_problems(topology),
@@ -49,6 +50,7 @@ def validate(topology: Topology) -> list[str]:
         *_sampling_problems(topology),
         *_rollout_problems(topology),
         *learner_problems(topology),
+        *kernel_problems(topology),
         *loss_problems(topology),
         *completion_problems(topology),
         *cluster_problems(topology),

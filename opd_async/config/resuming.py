@@ -23,7 +23,7 @@ MAY_CHANGE = (
     *("rollout.request_retries", "rollout.request_deadline_s", "rollout.resend_after_s", "teacher.*"),
     *("learner.devices", "learner.tensor_parallel", "learner.pipeline_parallel", "learner.data_parallel"),
     *("learner.context_parallel", "learner.expert_parallel", "learner.micro_batch_tokens"),
-    *("learner.logprob_chunk_rows", "learner.recompute", "learner.threads", "learner.bucket_mib"),
+    *("learner.logprob_chunk_rows", "learner.recompute", "learner.kernels", "learner.threads", "learner.bucket_mib"),
     *("learner.weight_transport", "opd.teacher_offload"),
 )
 """Keys of the place where a run goes on, and of how long it does: they may differ when it is resumed."""

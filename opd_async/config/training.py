@@ -142,6 +142,10 @@ class LearnerSection(Section):
     recompute: bool | Literal["selective"] = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more work.
     `selective`: only what norms and gates give, 30 % less memory for hardly any work: no product or attention twice."""
+    kernels: Literal["auto", "torch", "te", "liger"] = "auto"
+    """Whose kernels compute on CUDA; the learner's log names them. `auto`: torch's, and FlashAttention 3 where it is
+    installed on a Hopper GPU. `torch`: torch's alone. `te`: attention by Transformer Engine. `liger`: norms and gates
+    by Liger, else as `auto`. On the CPU torch computes everything."""
     threads: Positive = 1
     """Threads of one rank on a CPU."""
     bucket_mib: Annotated[Mebibytes, OrAuto(256)] = Auto(256)

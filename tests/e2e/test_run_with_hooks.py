@@ -64,6 +64,8 @@ def test_every_hook_of_the_page_in_one_run(tmp_path: Path) -> None:
     tracked = [json.loads(line) for line in (tmp_path / "tracked.jsonl").read_text().splitlines()]
     assert [row["step"] for row in tracked if row["kind"] == "step"] == [1, 2]
     assert [row["evaluation"] for row in tracked if row["kind"] == "evaluation"] == ["student", "student"]
+    kernels = "kernels (learner.kernels: auto): attention by torch, norms and gates by torch"
+    assert kernels in (folder / "logs/learner-0.log").read_text()
     assert any("starting 6 processes" in row["event"] for row in tracked if row["kind"] == "event")
     going_on = {**SETTINGS, "schedule.steps": 3}
     opd(tmp_path, "run", "--resume", *[word for key, value in going_on.items() for word in ("--set", f"{key}={value}")])

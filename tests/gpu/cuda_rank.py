@@ -40,6 +40,11 @@ class Case:
     sequences: int = 3
     length: int = 64
     chunk_rows: int = 1024
+    kernels: str = "auto"
+    packages: tuple[str, ...] = ()
+    """Of `stand_in_kernels.PACKAGES`, what is installed."""
+    like: str = ""
+    """The case whose accepted costs this one has; "": it has its own."""
     old_varlen: bool = False
     """Whether `varlen_attn` has the parameters of torch 2.11, which knows no `enable_gqa`."""
     weights: bool = False
@@ -54,6 +59,8 @@ class Found:
 
     name: str
     error: str = ""
+    kernels: str = ""
+    """Whose they are, as the log has it."""
     built_bytes: int = 0
     live_bytes: int = 0
     peak_bytes: int = 0

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import token_dispatcher
 from pretend_cuda import READS, SYNCS
+from stand_in_kernels import installed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -113,6 +114,7 @@ def learner_config(case: Case) -> LearnerConfig:
         loss=LossConfig(**case.loss),
         logprob_chunk_rows=case.chunk_rows,
         recompute=case.recompute,  # type: ignore[arg-type]
+        kernels=case.kernels,  # type: ignore[arg-type]
         critic=CriticConfig(model_path=Path(case.critic)) if case.critic is not None else None,
         **inside,
     )
@@ -172,11 +174,12 @@ def run_case(case: Case) -> Found:
     tokens = sum(len(batch.rows) for batch in batches) * data
     with ExitStack() as stack:
         stack.enter_context(world(case, tokens, seen))
+        stack.enter_context(installed(*case.packages))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(watch)
         trainer = trainer_module.Trainer(config)
-        found.built_bytes = watch.live
+        found.built_bytes, found.kernels = watch.live, trainer.model.config.kernels.said
         expect_reads(case, axes, trainer.shape)
         trainer.step(StepBatch(version=0, loss_tokens=tokens, micro_batches=batches))
         SYNCS.clear()

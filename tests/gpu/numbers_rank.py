@@ -15,10 +15,12 @@ import torch
 
 numbers_on_cuda.install()
 
+import stand_in_kernels  # noqa: E402
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
 
 from opd_async.bench.gpu import step, varlen  # noqa: E402
 from opd_async.learner.losses import products  # noqa: E402
+from opd_async.learner.model import packs  # noqa: E402
 from opd_async.learner.model.norm import in_one_kernel, in_parts  # noqa: E402
 
 any_random: Any = megatron_random
@@ -56,10 +58,14 @@ def rules() -> None:
 
 
 def attention() -> None:
-    """The learner's attention in bfloat16, for which it takes torch's kernel for packs on a GPU."""
-    for case in varlen.cases(tiny=True):
-        for name, error in varlen.errors(case, torch.bfloat16, [1, 7, 33, 12]).items():
-            assert error < varlen.LIMITS[torch.bfloat16], f"{case.name}: {name} is off by {error}"
+    """The learner's attention in bfloat16, by torch's kernel for packs on a GPU, and as it calls those of others."""
+    with stand_in_kernels.installed("flash3", "te"):
+        for case in varlen.cases(tiny=True):
+            for kernel in (packs.by_torch, packs.by_flash3, packs.by_transformer_engine):
+                if case.context and kernel is packs.by_transformer_engine:
+                    continue  # the learner refuses both together
+                for name, error in varlen.errors(case, torch.bfloat16, [1, 7, 33, 12], kernel).items():
+                    assert error < varlen.LIMITS[torch.bfloat16], f"{case.name}, {kernel}: {name} is off by {error}"
 
 
 def kernels() -> None:
