@@ -48,6 +48,8 @@ SGLANG_FLAGS = {
     *("--dp-size", "--enable-deterministic-inference"),
 }
 """Options of SGLang's servers that a page gives advice on."""
+LM_EVAL_FLAGS = {"--model", "--model_args", "--batch_size", "--tasks", "--include_path"}
+"""Options of lm-eval, with which a page evaluates an export."""
 
 RUNNING = ROOT / "docs/running.md"
 LEAST: dict[str, Any] = {
@@ -202,7 +204,7 @@ def known_flags() -> frozenset[str]:
         (ROOT / file).read_text() for file in ("opd_async/engines/sglang.py", "tests/sglang/test_router.py")
     )
     found |= {f"--no-{flag[2:]}" for flag in found if flag == "--use-opd"}
-    return frozenset(found | OTHER_FLAGS | SGLANG_FLAGS | set(re.findall(r'"(--[a-z-]+)"', servers)))
+    return frozenset(found | OTHER_FLAGS | SGLANG_FLAGS | LM_EVAL_FLAGS | set(re.findall(r'"(--[a-z-]+)"', servers)))
 
 
 def test_the_launcher_takes_the_options_that_the_readme_names() -> None:
@@ -213,7 +215,7 @@ def test_the_launcher_takes_the_options_that_the_readme_names() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_options_exist(page: Path) -> None:
     texts = [*spans(page), *blocks(page, "", "sh", "bash")]
-    used = {flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)}
+    used = {flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)}
     assert used <= known_flags(), used - known_flags()
 
 
