@@ -20,6 +20,7 @@ from opd_async.door import carry_through
 from opd_async.errors import InputError, OpdError
 from opd_async.forecast.advice import plan_text
 from opd_async.forecast.flags import site
+from opd_async.freed_memory import give_back_regularly
 from opd_async.options import add_run_arguments
 from opd_async.plan.placement import describe_hosts
 from opd_async.plan.plan import Plan
@@ -92,6 +93,7 @@ def execute(plan: Plan, inputs: Inputs, arguments: argparse.Namespace, terminal:
         signals = Signals()
         lifecycle = Lifecycle(plan, inputs, say, signals, folder.checkpoint)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            give_back_regularly(runner.get_loop())
             report = runner.run(conduct(lifecycle, signals))
         with answered("stopped by a signal while the report was written\n"):
             finish(report, lifecycle, plan, say)

@@ -25,6 +25,7 @@ from opd_async.config.topology import Topology
 from opd_async.config.topology_file import TopologySource
 from opd_async.config.yaml_source import YamlDocument
 from opd_async.errors import InputError
+from opd_async.freed_memory import give_back_regularly
 from opd_async.plan.plan import Plan
 from opd_async.process import raise_cause
 from opd_async.run.closing import finish
@@ -55,6 +56,7 @@ def run(topology: Topology, *, resume: bool = False, overwrite: bool = False, sa
         raise RuntimeError("run() was called inside a running event loop; write `await run_async(...)` there")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         signals = Signals()
+        give_back_regularly(runner.get_loop())
         with raise_cause(), _stopped_by_signals(runner.get_loop(), signals):
             return runner.run(_run(topology, resume, overwrite, say, signals))
 
