@@ -1,6 +1,7 @@
 """What the learner makes of a GPU: tokens a second, share of the matrix peak that was measured, memory, a profile.
 
-    python -m bench.gpu.speed [--shape 0.6B] [--tokens 32768] [--recompute [selective]] [--tiny] [--json FILE]
+    python -m bench.gpu.speed [--shape 0.6B] [--tokens 32768] [--recompute [selective]] [--kernels KERNELS] [--tiny]
+        [--json FILE]
 
 The peak is that of large products of matrices in the learner's dtype, on the same device and a moment before. A step's
 useful work is counted from shapes, as `--plan` counts it: six operations for each weight of the body and token, six for
@@ -98,10 +99,12 @@ def measure(findings: Findings, folder: Path, options: argparse.Namespace) -> No
         model_path=folder / "model",
         dtype=dtype,
         recompute=options.recompute,
+        kernels=options.kernels,
         logprob_chunk_rows=options.chunk_rows,
     )
     parallel.start(ParallelConfig(), seed=0)
     trainer = Trainer(config)
+    findings.figure("kernels", trainer.model.config.kernels.said)
 
     def step() -> None:
         trainer.step(StepBatch(trainer.version, len(batch.rows), (batch,)))
@@ -138,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--chunk-rows", type=int, default=4096, help="rows of the LM head at a time")
     again = "compute activations again in the backward pass; selective: those of norms and gates alone"
     made.add_argument("--recompute", nargs="?", const=True, default=False, choices=("selective",), help=again)
+    made.add_argument("--kernels", choices=("auto", "torch", "te", "liger"), default="auto", help="learner.kernels")
     options = parse(made, arguments)
     findings = Findings(options.json)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,6 +8,8 @@
     recompute  1       float32    cpu: activations are computed again
     selective  1       float32    cpu: those of norms and gates are
     bfloat16   1       bfloat16   cpu, with more room
+    liger      1       float32    cpu: with a GPU, where Liger is installed
+    te         1       bfloat16   cpu, with more room: with a GPU, where Transformer Engine is installed
     tensor     2       float32    cpu: with two GPUs or more, and on the CPU
     data       2       float32    cpu: the same
 
@@ -26,7 +28,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,6 +41,7 @@ from torch import Tensor
 from opd_async.bench.convert import make_model
 from opd_async.bench.gpu.found import Findings, end, parse, parser
 from opd_async.bench.learner import sequences
+from opd_async.data.kernel_limits import PARTS
 from opd_async.estimators.topk import TopK
 from opd_async.learner import resume
 from opd_async.learner.config import LearnerConfig, LossConfig, OptimConfig, ParallelConfig, Recompute, TeacherConfig
@@ -61,6 +66,7 @@ class Way:
     tensor: int = 1
     data: int = 1
     recompute: Recompute = False
+    kernels: Literal["auto", "te", "liger"] = "auto"
     on_cpu: bool = False
     logprob: float = 2e-3
     norm: float = 0.01
@@ -71,6 +77,13 @@ class Way:
         """Processes."""
         return self.tensor * self.data
 
+    def fits(self, devices: int) -> bool:
+        """Whether this machine has the ranks' devices, and the packages of the kernels; `devices` is 0 without a GPU,
+        where two ranks share the CPU."""
+        if self.kernels == "auto":
+            return self.ranks <= (devices or 2)
+        return self.ranks <= devices and all(find_spec(module.partition(".")[0]) for module in PARTS[self.kernels])
+
 
 WAYS = {
     "cpu": Way(on_cpu=True),
@@ -78,6 +91,8 @@ WAYS = {
     "recompute": Way(recompute=True),
     "selective": Way(recompute="selective"),
     "bfloat16": Way(dtype="bfloat16", logprob=0.2, norm=0.1, apart=1.0),
+    "liger": Way(kernels="liger"),
+    "te": Way(kernels="te", dtype="bfloat16", logprob=0.2, norm=0.1, apart=1.0),
     "tensor": Way(tensor=2),
     "data": Way(data=2),
 }
@@ -117,6 +132,7 @@ def take(name: str, folder: Path, tiny: bool, deadline_s: float = DEADLINE_S) ->
         optim=OptimConfig(lr=1e-3),
         logprob_chunk_rows=16 if tiny else 1024,
         recompute=way.recompute,
+        kernels=way.kernels,
     )
     mine = batches(tiny)[place.data_rank :: place.data_size]
     tokens = sum(len(one.rows) for one in batches(tiny))
@@ -227,8 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         take(given.way, given.folder, given.tiny, given.deadline_s)
         return
     options = parse(made, arguments)
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 2
-    names = options.ways.split(",") if options.ways else [n for n, way in WAYS.items() if way.ranks <= devices]
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = options.ways.split(",") if options.ways else [name for name, way in WAYS.items() if way.fits(devices)]
     findings = Findings(options.json)
     with tempfile.TemporaryDirectory() as folder:
         try_all(findings, [name for name in names if name != "cpu"], Path(folder), options)

@@ -14,7 +14,7 @@ import torch
 from deadlines import patience
 
 from opd_async.bench.gpu import all as everything
-from opd_async.bench.gpu import engine, faults, found, machine, pipeline, varlen
+from opd_async.bench.gpu import engine, faults, found, machine, pipeline, step, varlen
 from opd_async.bench.gpu.all import PARTS, Part
 from opd_async.bench.gpu.speed import useful_flops
 from opd_async.bench.memory import batch_of
@@ -40,13 +40,25 @@ def test_attention_is_the_textbooks(tmp_path: Path) -> None:
 def test_attention_of_another_scale_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     case, right = varlen.cases(tiny=True)[0], varlen.attention
 
-    def wrong(case: varlen.Case) -> varlen.PackedAttention:
-        module = right(case)
+    def wrong(case: varlen.Case, kernel: varlen.PackKernel) -> varlen.PackedAttention:
+        module = right(case, kernel)
         module.scale *= 1.1
         return module
 
     monkeypatch.setattr(varlen, "attention", wrong)
     assert max(varlen.errors(case, torch.float32, [7, 12]).values()) > varlen.LIMITS[torch.bfloat16]
+
+
+def test_ways_with_kernels_of_others_are_taken_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(devices: int, *installed: str) -> set[str]:
+        monkeypatch.setattr(step, "find_spec", lambda name: name if name in installed else None)
+        return {name for name, way in step.WAYS.items() if way.fits(devices)}
+
+    alone = {"cpu", "float32", "recompute", "selective", "bfloat16"}
+    assert taken(1) == alone and taken(2) == alone | {"tensor", "data"}
+    assert taken(0, "liger_kernel", "transformer_engine") == alone | {"tensor", "data"}
+    assert taken(1, "liger_kernel") == alone | {"liger"}
+    assert taken(1, "transformer_engine") == alone | {"te"}
 
 
 def test_an_engine_is_asked_everything(tmp_path: Path) -> None:
