@@ -80,6 +80,10 @@ def blame(key: str, path: str, given: str, error: BaseException, then: str = "go
     return HookError(f"{key}: {path} raised {type(error).__name__}: {error} for {given}; mend the function, and {then}")
 
 
+AWAITED = frozenset({"rollout.function"})
+"""Keys of functions that are awaited."""
+
+
 def check_call(key: str, path: str, given: tuple[str, ...]) -> None:
     """Load a hook; raises `InputError` if it cannot be called with the arguments `given`, named for the message."""
     hook = load_hook(key, path)
@@ -95,6 +99,8 @@ def check_call(key: str, path: str, given: tuple[str, ...]) -> None:
         signature.bind(*given)
     except TypeError as error:
         raise InputError(f"{key}: {path} takes {signature}, but is called with ({', '.join(given)}): {error}") from None
+    if key in AWAITED and not inspect.iscoroutinefunction(hook):
+        raise InputError(f"{key}: {path} is awaited, but is no coroutine function; write `async def`")
 
 
 def main(words: list[str]) -> int:

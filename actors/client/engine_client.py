@@ -7,7 +7,7 @@ connection, which makes the engine abort the request.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +90,7 @@ class EngineClient:
 
     async def stream(
         self, rid: str, input_ids: NDArray[np.int32], sampling: Sampling, cache_salt: str
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Generate behind `input_ids` int32[N]; yields new tokens as the engine sends them.
 
         Raises `EngineError` for refusals, malformed events and broken connections.

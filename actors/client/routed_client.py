@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ class RoutedClient:
 
     def stream(
         self, rid: str, input_ids: NDArray[np.int32], sampling: Sampling, cache_salt: str
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """See `EngineClient.stream`."""
         return self._router.stream(rid, input_ids, sampling, cache_salt)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from contextlib import aclosing
 
 import aiohttp
 import numpy as np
@@ -31,6 +32,8 @@ from opd_async.actors.rollout.abort_and_collect import AbortedError
 from opd_async.actors.rollout.comparing import Comparing
 from opd_async.actors.rollout.delivery import Delivery
 from opd_async.actors.rollout.engines import Engines
+from opd_async.actors.rollout.episode_generation import EpisodeGeneration
+from opd_async.actors.rollout.episodes import Episodes
 from opd_async.actors.rollout.generation import Generation
 from opd_async.actors.rollout.judging import Judging
 from opd_async.actors.rollout.streams import PAUSE_DEADLINE_S, Streams
@@ -62,6 +65,7 @@ class RolloutActor:
         self._delivery = Delivery(role)
         self._outage_s = topology.supervisor.start_deadline_s
         self._judging = Judging(role)
+        self._episodes = Episodes(role)
         self._comparing = Comparing(role, self._engines)
         self._streams = Streams(topology.schedule.pause_mode, must_abort, role.clock)
         self._live = self._streams.live
@@ -112,7 +116,11 @@ class RolloutActor:
     def _begin_lease(self, lease: m.Lease) -> None:
         student = self._engines.student_of(lease.prompt_id)
         rid = f"{lease.sample_id:016x}-{uuid.uuid4().hex[:12]}"
-        generation = Generation(lease=lease, rid=rid, student=student, awaits_reward=self._judging.wants(lease))
+        judged = self._judging.wants(lease)
+        if self._episodes.wants(lease):
+            generation: Generation = self._episodes.generation(lease, rid, student, awaits_reward=judged)
+        else:
+            generation = Generation(lease=lease, rid=rid, student=student, awaits_reward=judged)
         if lease.kind == m.LeaseKind.TRAIN:
             self._delivery.open(lease)
         self._live[lease.sample_id] = generation
@@ -123,11 +131,13 @@ class RolloutActor:
         """One lease, through broken streams and restarts of its engine, to its end."""
         lease = generation.lease
         try:
-            while generation.finish is None:
-                await self._one_request(generation)
+            if isinstance(generation, EpisodeGeneration):
+                await self._episodes.run(generation, self._until_ended, self._delivery.send_all)
+            else:
+                await self._until_ended(generation)
             if lease.kind == m.LeaseKind.TRAIN:
                 await self._role.control.send(generation.done())
-            reward = await self._judging.judge(generation) if generation.awaits_reward else None
+            reward = await self._judging.judge(generation) if generation.awaits_reward else generation.reward
             if lease.kind != m.LeaseKind.TRAIN:
                 teacher = self._comparing
                 scores = await teacher.teacher_logprobs(generation) if teacher.wants(lease) else None
@@ -140,11 +150,15 @@ class RolloutActor:
             self._tasks.pop(lease.sample_id, None)
             self._update_gauges()
 
+    async def _until_ended(self, generation: Generation) -> None:
+        """Generate, request after request, until the response ends, or the turn of an episode."""
+        while not generation.ended:
+            await self._one_request(generation)
+
     async def _one_request(self, generation: Generation) -> None:
         """Generate until the response ends or the request fails; failures are counted and bounded."""
         lease, longest = generation.lease, generation.max_tokens(self._settings)
-        generation.finish = generation.natural_finish(longest, self._role.plan.stop_token_ids)
-        if generation.finish is not None:
+        if generation.settle(longest, self._role.plan.stop_token_ids):
             await self._delivery.send_all(generation)
             return
         if lease.given is not None:
@@ -203,12 +217,15 @@ class RolloutActor:
         if answers is not None:
             answers.asked(rid, began)
         try:
-            async for delta in client.stream(rid, generation.input_ids(), request, key):
-                if answers is not None:
-                    answers.answered(rid, self._clock.now(), len(delta.token_ids))
-                await self._take(generation, delta, on_teacher)
-                self._engines.guards[client.url].succeeded()
-            if generation.finish is None:
+            async with aclosing(client.stream(rid, generation.input_ids(), request, key)) as stream:
+                async for delta in stream:
+                    if answers is not None:
+                        answers.answered(rid, self._clock.now(), len(delta.token_ids))
+                    await self._take(generation, delta, on_teacher)
+                    self._engines.guards[client.url].succeeded()
+                    if generation.ended and delta.finish is None:  # behind a text that ends a turn
+                        break
+            if not generation.ended:
                 raise EngineError(f"{client.url}: the stream ended without a finish reason")
         finally:
             if answers is not None:

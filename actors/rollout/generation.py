@@ -59,6 +59,8 @@ class Generation:
     failures: int = 0
     received: int = 0
     """Tokens that the current request has delivered."""
+    away: bool = False
+    """The episode's own code has the word: nothing is to be generated now."""
     awaits_reward: bool = False
     """The response is to be judged when it has ended: its end is not announced before `rewarded`."""
     streaming: bool = False
@@ -85,6 +87,21 @@ class Generation:
     def length(self) -> int:
         """Response tokens so far, the prefix of earlier attempts included."""
         return len(self.lease.prefix) + sum(len(part) for part in self._tokens)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no further request is needed for now."""
+        return self.finish is not None
+
+    @property
+    def reward(self) -> float | None:
+        """What the response has earned, where that is known."""
+        return self._reward
+
+    def settle(self, max_tokens: int, stop_token_ids: tuple[int, ...]) -> bool:
+        """Note how the response ended, if the tokens at hand already end it; returns whether they do."""
+        self.finish = self.natural_finish(max_tokens, stop_token_ids)
+        return self.ended
 
     def new_request(self) -> None:
         """Prepare the next request after one that failed: it goes on behind the tokens that arrived."""

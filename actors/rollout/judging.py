@@ -8,7 +8,6 @@ import numpy as np
 
 from opd_async.actors.rewards.pool import RewardPool
 from opd_async.actors.rollout.generation import Generation
-from opd_async.config.rewards import RewardKind
 from opd_async.plan.resolve import PLAN_FILE
 from opd_async.role import Role
 from opd_async.transport import messages as m
@@ -23,7 +22,7 @@ class Judging:
         self._section = topology.reward
         self._evaluations = topology.evaluation.judge == "reward"
         self._pool: RewardPool | None = None
-        if self._section.kind is not RewardKind.NONE:
+        if self._section.kind.facts.pool:
             self._pool = RewardPool(self._section, role.plan.run_folder / PLAN_FILE)
 
     def start(self) -> None:

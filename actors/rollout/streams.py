@@ -35,7 +35,7 @@ class Streams:
     @property
     def running(self) -> int:
         """Responses that are being generated now."""
-        return sum(1 for g in self.live.values() if g.finish is None and g.student.gate.is_set())
+        return sum(1 for g in self.live.values() if g.finish is None and not g.away and g.student.gate.is_set())
 
     def may_abort(self, student: Student) -> bool:
         """Whether an aborted request is no failure: a pause aborts, this actor's or, behind a router, another's."""

@@ -7,7 +7,7 @@ would. Pause and resume are the real calls to the null server, which alone knows
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ class NullClient(EngineClient):
 
     async def stream(
         self, rid: str, input_ids: NDArray[np.int32], sampling: Sampling, cache_salt: str
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """The pattern behind `input_ids`."""
         at = len(input_ids)
         end = at + sampling.max_new_tokens

@@ -15,7 +15,7 @@ LOAD_DEADLINE_S = 60.0
 
 
 def hook_problems(topology: Topology) -> Iterator[str]:
-    """List everything that is wrong with `data.function`, `opd.function`, `schedule.filter` and `tracking.function`.
+    """List everything that is wrong with the user's functions, those of rewards apart.
 
     A process of its own loads the functions, as roles will. Nothing of them is imported here.
     """
@@ -26,11 +26,17 @@ def hook_problems(topology: Topology) -> Iterator[str]:
         )
     if topology.schedule.filter is not None and topology.schedule.train_on is TrainOn.TOKENS:
         yield "schedule.filter: chooses among finished groups, but steps take parts of them; write train_on: samples"
+    if topology.rollout.function is not None and topology.evaluation.judge == "teacher":
+        yield (
+            "evaluation.judge: teacher, which compares a response of the student alone, but rollout.function makes "
+            "episodes with given tokens in them; write reward or answer"
+        )
     hooks = {
         "data.function": (topology.data.function, ""),
         "opd.function": (topology.opd.function, "rows"),
         "schedule.filter": (topology.schedule.filter, "group"),
         "tracking.function": (topology.tracking.function, "kind,row"),
+        "rollout.function": (topology.rollout.function, "session,row"),
     }
     words = [word for key, (path, given) in hooks.items() if path is not None for word in (key, path, given)]
     if words:

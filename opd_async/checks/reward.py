@@ -24,11 +24,16 @@ def reward_problems(topology: Topology) -> Iterator[str]:
     yield from answers
     yield from _evaluation_problems(topology)
     reward = topology.reward
+    if reward.kind is RewardKind.EPISODE and topology.rollout.function is None:
+        yield (
+            "reward.kind: episode, but no rollout.function says what one earns; name your episode there, or write "
+            "another kind"
+        )
     if not reward.kind.facts.function and reward.function is not None:
         yield f"reward.function: only for kind python, this is {reward.kind}; remove it"
     elif reward.kind.facts.function and reward.function is None:
         yield "reward.function: missing; write module:function, the path of an `async def` that returns a number"
-    elif reward.kind is not RewardKind.NONE and not answers and (problem := _unloadable(topology)):
+    elif reward.kind.facts.pool and not answers and (problem := _unloadable(topology)):
         yield problem
 
 

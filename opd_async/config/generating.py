@@ -11,6 +11,7 @@ from opd_async.config.section import (
     Auto,
     Devices,
     FilePath,
+    HookName,
     Milliseconds,
     NonNegative,
     OrAuto,
@@ -127,6 +128,11 @@ class RolloutSection(Section):
     """A stream that is silent for so long has failed. Its response goes on with a new request."""
     resend_after_s: Seconds = 30.0
     """A chunk that the intake has not acknowledged by then is sent again."""
+    function: HookName | None = None
+    """An episode: `async def episode(session, row)`, which makes a response of several turns with what tools or users
+    say in between. Null: a response is one turn of the student."""
+    episode_deadline_s: Seconds = 600.0
+    """An episode whose own code, tools included, takes longer in all has failed. Turns of the student do not count."""
 
 
 class TeacherSection(Section):

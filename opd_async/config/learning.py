@@ -130,7 +130,8 @@ class RewardSection(Section):
     """What a response earns once it has ended, judged in processes beside each rollout actor."""
 
     kind: RewardKind = RewardKind.NONE
-    """How a response is judged: not at all, by math-verify, by `evaluation.answer_pattern`, or by `function`."""
+    """How a response is judged: not at all, by math-verify, by `evaluation.answer_pattern`, by `function`, or by the
+    episode that makes it (`rollout.function`)."""
     function: HookName | None = None
     """`python`: awaited with prompt, response, label and metadata by name."""
     workers: Positive = 1

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     *("engines.*.threads", "engines.*.api_key", "engines.*.admin_api_key"),
     *("rollout.replicas", "rollout.slots", "rollout.chunk_tokens", "rollout.stream_interval"),
     *("rollout.request_retries", "rollout.request_deadline_s", "rollout.resend_after_s", "teacher.*"),
+    "rollout.episode_deadline_s",
     *("learner.devices", "learner.tensor_parallel", "learner.pipeline_parallel", "learner.data_parallel"),
     *("learner.context_parallel", "learner.expert_parallel", "learner.micro_batch_tokens"),
     *("learner.logprob_chunk_rows", "learner.recompute", "learner.kernels", "learner.threads", "learner.bucket_mib"),

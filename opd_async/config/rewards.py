@@ -22,6 +22,8 @@ class RewardKind(StrEnum):
     """1 where the response ended and `evaluation.answer_pattern` finds the label, else 0."""
     PYTHON = "python"
     """A number that the user's own async function returns."""
+    EPISODE = "episode"
+    """What the episode at `rollout.function` says that it has earned."""
 
     @property
     def facts(self) -> RewardFacts:
@@ -35,6 +37,8 @@ class RewardFacts:
 
     label: bool = False
     """Whether the response is compared with the prompt's label, which must then be there."""
+    pool: bool = True
+    """Whether processes beside the rollout actors judge it."""
     function: bool = False
     """Whether it is the user's own function: `reward.function` names it, and `reward.concurrency` acts."""
     earns: str
@@ -42,7 +46,7 @@ class RewardFacts:
 
 
 REWARDS: dict[RewardKind, RewardFacts] = {
-    RewardKind.NONE: RewardFacts(earns=""),
+    RewardKind.NONE: RewardFacts(pool=False, earns=""),
     RewardKind.MATH: RewardFacts(
         label=True,
         earns="1 where math-verify finds the label's value in it (`\\boxed{0.5}` for `\\frac{1}{2}`), else 0",
@@ -55,6 +59,10 @@ REWARDS: dict[RewardKind, RewardFacts] = {
         function=True,
         earns="what the `async def` function at `reward.function` returns, called with `prompt`, `response`, `label` "
         "and `metadata` by name",
+    ),
+    RewardKind.EPISODE: RewardFacts(
+        pool=False,
+        earns="what the episode at [`rollout.function`](hooks.md#an-episode) returns, or tells `session.finish`",
     ),
 }
 

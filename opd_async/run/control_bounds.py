@@ -23,6 +23,7 @@ SPEAKERS: dict[type, frozenset[RoleKind]] = {
     m.Heartbeat: _EVERYBODY,
     m.Failure: _EVERYBODY,
     m.LeaseDone: frozenset({RoleKind.ROLLOUT}),
+    m.LeaseAway: frozenset({RoleKind.ROLLOUT}),
     m.EvalDone: frozenset({RoleKind.ROLLOUT}),
     m.EnginePace: frozenset({RoleKind.ROLLOUT, RoleKind.TEACHER}),
     m.SuspectScores: frozenset({RoleKind.TEACHER}),
@@ -72,6 +73,8 @@ class ControlBounds:
                 return self._step_started(message)
             case m.LeaseDone():
                 return self._lease_done(role, message)
+            case m.LeaseAway():
+                return self._held_by_another(role, message.sample_id)
             case m.EnginePace() | m.SuspectScores():
                 urls = self._run.plan.driven_by(role)
                 return None if message.url in urls else f"url {message.url!r:.100} is no engine of its own"
@@ -182,8 +185,11 @@ class ControlBounds:
             return f"a response of {done.response_tokens} tokens in a context of {longest}"
         if done.given_tokens > done.response_tokens:
             return f"a response of {done.response_tokens} tokens, of which {done.given_tokens} were given"
-        holder = None if self._run.state.book is None else self._run.state.book.holder(done.sample_id)
-        return f"sample {done.sample_id} is leased to {holder}" if holder not in (None, role) else None
+        return self._held_by_another(role, done.sample_id)
+
+    def _held_by_another(self, role: str, sample_id: int) -> str | None:
+        holder = None if self._run.state.book is None else self._run.state.book.holder(sample_id)
+        return f"sample {sample_id} is leased to {holder}" if holder not in (None, role) else None
 
     def _frontier(self, frontier: m.Frontier) -> str | None:
         low, high = frontier.completed[:, 0], frontier.completed[:, 1]

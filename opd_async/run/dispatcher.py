@@ -206,6 +206,10 @@ class Dispatcher:
                         sampled = message.response_tokens - message.given_tokens
                         self.state.book.ended(message.sample_id, message.attempt, sampled)
                     self.leasing.look_again()
+                case m.LeaseAway():
+                    if self.state.book is not None:
+                        self.state.book.away(message.sample_id, message.attempt, message.away)
+                    self.leasing.look_again()
                 case m.EnginePace():
                     await self.slow_engines.heard(message)
                 case m.SuspectScores():

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 KL_COLUMN = "learner_reverse_kl"
 SHOWN_COUNTERS = (
     "reward_failures",
+    "episodes_failed",
     "engine_errors",
     "resent_chunks",
     "teacher_retries",

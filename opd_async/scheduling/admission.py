@@ -54,6 +54,8 @@ class Flow:
     """Untrained tokens of responses that have ended."""
     generating: int
     slots: int
+    away: int = 0
+    """Responses that have not ended and are not generated: their episodes wait for tools."""
     mean_tokens: float = 0.0
     """Mean length of the responses that have ended lately, or what is taken for it before one has."""
 
@@ -210,7 +212,7 @@ class FilledAdmission(_Deaf):
         """By the front while the learner is busy; a learner that waits keeps some responses under way."""
         if flow.waiting_tokens >= self._waiting * self._budget:
             return False
-        under_way = self._taken + flow.waiting_tokens + flow.generating * flow.mean_tokens
+        under_way = self._taken + flow.waiting_tokens + (flow.generating + flow.away) * flow.mean_tokens
         if self._taken <= self.front.budgets * self._budget and under_way < self._room:
             return True
         return self._idle and flow.generating < FEWEST * flow.slots

@@ -53,6 +53,8 @@ class _Active:
     trained: _Trained
     response_tokens: int | None = None
     """Sampled tokens of the response, known once it has ended."""
+    away: bool = False
+    """Its episode waits for a tool: it generates, but needs no slot."""
 
 
 class PromptOrder:
@@ -77,6 +79,8 @@ class PromptOrder:
         return int(self._order[position])
 
 
+UNDER_WAY = 4
+"""Responses for each slot that may be under way, those that wait for tools included."""
 LENGTH_SHARE = 1 / 256
 """Weight of each new response in their mean length, which changes while the student learns."""
 
@@ -99,7 +103,8 @@ class LeaseBook:
 
     A sample may be trained in parts at any time. News of an attempt that was given up changes nothing.
 
-    At most `slots` responses are generated at once; whether one more may begin is a matter of the `admission` rule.
+    At most `slots` responses are generated at once, and `UNDER_WAY` times as many are under way, those included whose
+    episode waits for a tool; whether one more may begin is a matter of the `admission` rule.
     """
 
     def __init__(
@@ -121,6 +126,7 @@ class LeaseBook:
         self._returned: deque[LeaseSpec] = deque()
         self._active: dict[int, _Active] = {}
         self._generating: Counter[str] = Counter()
+        self._away = 0
         self._waiting_tokens = 0
         self._mean_tokens, self._any_ended = float(longest), False
         self._trained: dict[int, _Trained] = {}
@@ -132,8 +138,8 @@ class LeaseBook:
 
     @property
     def generating(self) -> int:
-        """Responses that have not ended."""
-        return self._generating.total()
+        """Responses that have not ended and are not away."""
+        return self._generating.total() - self._away
 
     def generating_by(self, actor: str) -> int:
         """Responses of one actor that have not ended."""
@@ -151,7 +157,7 @@ class LeaseBook:
 
     def lease(self, actor: str, version: int) -> LeaseSpec | None:
         """The next sample for `actor`, or None while admission holds it back; `version` is what the engines hold."""
-        if self.generating >= self._slots:
+        if self.generating >= self._slots or self._generating.total() >= UNDER_WAY * self._slots:
             return None
         if self._returned:
             spec = self._returned.popleft()
@@ -163,6 +169,7 @@ class LeaseBook:
                 waiting_tokens=self.waiting_tokens,
                 generating=self.generating,
                 slots=self._slots,
+                away=self._away,
                 mean_tokens=self._mean_tokens,
             )
             if not self.admission.admits(flow):
@@ -179,11 +186,24 @@ class LeaseBook:
             sample_id = self._completed.first_absent(sample_id + 1)
         return sample_id
 
+    def away(self, sample_id: int, attempt: int, away: bool) -> None:
+        """The episode of a response waits for its own code, or the student goes on with it."""
+        active = self._active.get(sample_id)
+        if active is not None and active.spec.attempt == attempt and active.response_tokens is None:
+            self._away += away - active.away
+            active.away = away
+
+    def _stops(self, active: _Active) -> None:
+        """A response is not generated any more."""
+        self._generating[active.actor] -= 1
+        self._away -= active.away
+        active.away = False
+
     def ended(self, sample_id: int, attempt: int, response_tokens: int) -> None:
         """The response is complete, with so many sampled tokens (it may not be scored yet)."""
         active = self._active.get(sample_id)
         if active is not None and active.spec.attempt == attempt and active.response_tokens is None:
-            self._generating[active.actor] -= 1
+            self._stops(active)
             active.response_tokens = response_tokens
             self._waiting_tokens += response_tokens - active.trained.tokens
             share = LENGTH_SHARE if self._any_ended else 1.0
@@ -208,7 +228,7 @@ class LeaseBook:
 
     def _remove(self, active: _Active) -> None:
         if active.response_tokens is None:
-            self._generating[active.actor] -= 1
+            self._stops(active)
         else:
             self._waiting_tokens -= active.response_tokens - active.trained.tokens
         del self._active[active.spec.sample_id]

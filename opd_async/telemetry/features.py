@@ -19,5 +19,6 @@ def features_of(topology: Topology) -> frozenset[Feature]:
         Feature.EVALUATION: topology.data.held_out is not None,
         Feature.SLOW_ENGINES: topology.supervisor.slow_engine is not None,
         Feature.TRACKERS: bool(topology.tracking.trackers),
+        Feature.EPISODES: topology.rollout.function is not None,
     }
     return frozenset(feature for feature, on in does.items() if on)

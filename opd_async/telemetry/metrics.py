@@ -36,6 +36,7 @@ class Feature(StrEnum):
     EVALUATION = "held-out prompts"
     SLOW_ENGINES = "`supervisor.slow_engine`"
     TRACKERS = "`tracking.trackers`"
+    EPISODES = "`rollout.function`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +170,13 @@ CATALOGUE: tuple[Metric, ...] = (
     _counter("opd_rollout_resent_chunks_total", "Chunks sent again, unacknowledged or after a teacher died."),
     _counter("opd_rollout_engine_errors_total", "Failed requests to student engines.", "kind", begins=_FAULTS),
     _gauge("opd_rollout_breaker_open", "1 while an engine is given no requests because it failed.", "engine"),
+    _counter(
+        "opd_rollout_episodes_total",
+        "Episodes that have ended: finished, empty (nothing sampled), full; or failed: raised, deadline, diverged.",
+        "end",
+        begins=("finished", "empty", "full", "raised", "deadline", "diverged"),
+        needs=Feature.EPISODES,
+    ),
     _histogram("opd_rollout_reward_seconds", "From the end of a response to its reward.", _SECONDS, Feature.REWARDS),
     _counter(
         "opd_rollout_reward_failures_total",

@@ -12,6 +12,8 @@ class Finish(StrEnum):
     """A stop token; it is the last token of the response."""
     LENGTH = "length"
     """The response reached its maximum."""
+    FAILED = "failed"
+    """The episode that made it raised, or took too long: what it has sampled until then is there."""
 
 
 class LeaseKind(StrEnum):

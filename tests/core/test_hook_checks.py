@@ -11,6 +11,7 @@ from small_runs import topology_data, write_topology
 
 from opd_async.checks.hooks import hook_problems
 from opd_async.checks.inputs import examine
+from opd_async.checks.reward import reward_problems
 from opd_async.config.topology_file import load_topology
 from opd_async.errors import InputError
 
@@ -49,11 +50,12 @@ def problems(root: Path, *overrides: str) -> list[str]:
 
 
 def test_the_page_has_an_example_of_every_hook() -> None:
-    assert set(EXAMPLES) == {"A reward", "Prompts", "A loss", "A filter of groups", "Tracking"}
+    assert set(EXAMPLES) == {"A reward", "An episode", "Prompts", "A loss", "A filter of groups", "Tracking"}
 
 
 def test_the_examples_of_the_page_pass(tmp_path: Path) -> None:
     hooks = ("opd.function=my_loss:loss", "schedule.filter=my_hooks:keep", "tracking.function=my_hooks:track")
+    hooks += ("rollout.function=my_hooks:episode", "reward.kind=episode")
     assert problems(tmp_path, *hooks) == []
     assert problems(tmp_path, "opd.function=checked_hooks:loss") == [], "an object that can be called will do"
     assert problems(tmp_path) == []
@@ -102,3 +104,17 @@ def test_check_names_the_line_of_a_hook(tmp_path: Path) -> None:
     for key in ("tracking", "opd"):
         number = lines.index(f"{key}:") + 2
         assert f"  line {number}: {key}.function: nowhere:" in str(caught.value)
+
+
+def test_an_episode_is_a_coroutine_function_of_session_and_row(tmp_path: Path) -> None:
+    (plain,) = problems(tmp_path, "rollout.function=checked_hooks:two")
+    assert plain == "rollout.function: checked_hooks:two is awaited, but is no coroutine function; write `async def`"
+    (few,) = problems(tmp_path, "rollout.function=checked_hooks:none")
+    assert few.startswith("rollout.function: checked_hooks:none takes () -> ") or "is called with (session, row)" in few
+    (judged,) = problems(tmp_path, "rollout.function=my_hooks:episode", "evaluation.judge=teacher")
+    assert judged.startswith("evaluation.judge: teacher") and judged.endswith("write reward or answer")
+
+
+def test_somebody_must_say_what_an_episode_earns(tmp_path: Path) -> None:
+    topology = load_topology(write_topology(tmp_path, topology_data(tmp_path)), ["reward.kind=episode"])
+    assert any(found.startswith("reward.kind: episode, but no rollout.function") for found in reward_problems(topology))

@@ -112,7 +112,8 @@ def test_every_estimator_has_facts_and_a_function() -> None:
 
 def test_every_kind_of_reward_has_facts_and_a_rule() -> None:
     assert list(REWARDS) == list(RewardKind)
-    assert set(LOADERS) == set(RewardKind) - {RewardKind.NONE}
+    assert set(LOADERS) == {kind for kind in RewardKind if kind.facts.pool}
+    assert {kind for kind in RewardKind if not kind.facts.pool} == {RewardKind.NONE, RewardKind.EPISODE}
 
 
 def test_every_loss_has_a_function_in_the_learner() -> None:

@@ -181,6 +181,33 @@ def test_a_lease_goes_on_behind_given_tokens() -> None:
     assert book.waiting_tokens == 2
 
 
+def test_an_episode_that_waits_for_a_tool_needs_no_slot() -> None:
+    book = LeaseBook(frontier.empty(0), PromptOrder(99, 1, 0, True), DeadlineAdmission(99, 1), slots=2)
+    assert [book.lease("a", 0) is not None for _ in range(3)] == [True, True, False]
+    book.away(0, 0, True)
+    book.away(0, 0, True)  # said twice
+    assert book.generating == 1 and book.lease("b", 0) is not None and book.lease("b", 0) is None
+    book.away(0, 0, False)  # back: one more than slots for a while
+    assert book.generating == 3
+    book.away(1, 7, True)  # of no attempt that there is
+    assert book.generating == 3
+    book.away(1, 0, True)
+    book.ended(1, 0, 5)  # while it was away
+    assert book.generating == 2 and book.generating_by("a") == 1
+    book.away(2, 0, True)
+    book.give_back(2, 1, np.zeros(0, np.int32), complete=False)  # its actor died
+    assert book.generating == 1
+
+
+def test_tools_that_never_answer_let_no_end_of_leases_out() -> None:
+    book = LeaseBook(frontier.empty(0), PromptOrder(99, 1, 0, True), DeadlineAdmission(99, 1), slots=2)
+    leased = 0
+    while (spec := book.lease("a", 0)) is not None:
+        leased += 1
+        book.away(spec.sample_id, 0, True)
+    assert leased == 8
+
+
 def test_what_is_sent_again_has_given_tokens_in_its_context() -> None:
     outbox = Outbox()
     outbox.open(4, 0, 0, context_to(0), np.zeros(0, np.int32))

@@ -491,7 +491,7 @@ def test_a_temperature_other_than_one_is_refused_without_a_teacher_too(tmp_path:
     assert found.startswith("rollout.sampling.temperature: 0.7, but the learner's logprobs are at temperature 1")
 
 
-@pytest.mark.parametrize("kind", sorted(set(RewardKind) - {RewardKind.NONE, RewardKind.PYTHON}))
+@pytest.mark.parametrize("kind", sorted(kind for kind in RewardKind if kind.facts.label))
 def test_rules_that_compare_with_labels_need_labels(tmp_path: Path, kind: str) -> None:
     topology = small_topology(tmp_path, f"reward.kind={kind}")
     assert len(read_inputs(topology).prompts.prompts) == 2

@@ -238,12 +238,21 @@ def check_trained(folder: Path, max_staleness: int, count: int) -> dict[int, lis
     log = list(read_trained(folder))
     assert [step.version for step in log] == list(range(count))
     ranges: dict[int, list[list[int]]] = defaultdict(list)
+    reached: dict[int, int] = defaultdict(int)
     for step in log:
-        for sample, start, end, oldest, newest in step.ranges.tolist():
+        bridged = sorted([*step.ranges.tolist(), *(list(one) for one in step.given)])
+        for sample, start, end, *versions in bridged:
+            if not versions:  # given tokens, which somebody said in between
+                assert start == reached[sample]
+                reached[sample] = end
+                continue
+            oldest, newest = versions
             assert step.version - max_staleness <= oldest <= newest <= step.version, step
             previous = ranges[sample][-1] if ranges[sample] else [0, 0, 0, 0]
-            assert start == previous[1], f"sample {sample}: a range begins at {start}, the last ended at {previous[1]}"
+            ended = reached[sample]
+            assert start == ended, f"sample {sample}: a range begins at {start}, the last ended at {ended}"
             assert oldest >= previous[3] and end > start
+            reached[sample] = end
             ranges[sample].append([start, end, oldest, newest])
     return dict(ranges)
 

@@ -48,6 +48,17 @@ class LeaseDone:
 
 
 @message
+@dataclass(frozen=True, slots=True)
+class LeaseAway:
+    """The episode of a training response waits for its own code, a tool perhaps, and needs no slot; not `away`: it
+    generates again."""
+
+    sample_id: int
+    attempt: int
+    away: bool
+
+
+@message
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalDone:
     """An evaluation response, complete; `reward` where evaluations are judged by it.

@@ -1,0 +1,45 @@
+"""What an episode gives, as tokens: text as it is, messages in the form in which the chat template goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd_async.data.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+_ANSWER = "what-the-assistant-said"
+"""Stands for a turn of the student while a template is asked for what follows one."""
+
+
+class GivenText:
+    """Text and messages to ids, for one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, given: str | Sequence[Message], last: int | None) -> NDArray[np.int32]:
+        """int32[n] of what is given behind the token `last` (None: behind the prompt).
+
+        Messages become what the chat template writes behind a turn of the assistant, up to where it is to speak again;
+        the token that ends a turn is left out where `last` is it. Raises `InputError` if the template refuses them.
+        """
+        text = given if isinstance(given, str) else self._behind_a_turn(given, last)
+        return np.array(self._tokenizer.encode_batch([text], add_special_tokens=False)[0], np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return self._tokenizer.decode(list(ids), skip_special=False)
+
+    def said(self, ids: Sequence[int]) -> str:
+        """The text of ids without special tokens."""
+        return self._tokenizer.decode(list(ids))
+
+    def _behind_a_turn(self, messages: Sequence[Message], last: int | None) -> str:
+        before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _ANSWER}]
+        whole = self._tokenizer.apply_chat_template([*before, *(dict(message) for message in messages)])
+        behind = whole[whole.index(_ANSWER) + len(_ANSWER) :]
+        return behind if last is None else behind.removeprefix(self.decode([last]))

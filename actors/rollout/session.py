@@ -1,0 +1,165 @@
+"""What a user's episode speaks to: generate a turn, give tokens, finish. One for each response.
+
+await session.generate()   a turn of the student, streamed to the teacher and trained like any response
+await session.give(...)    what a tool, a user or a template says: context, never trained
+session.finish(reward)     what the episode has earned; it is over
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from opd_async.actors.rollout.episode_generation import EpisodeGeneration, Stops
+from opd_async.actors.rollout.given_text import GivenText, Message
+from opd_async.errors import OpdError
+
+
+class ResponseFullError(OpdError):
+    """The response has as many tokens as `rollout.sampling.max_response_tokens` lets it have, or would have more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the student has said in one turn."""
+
+    text: str
+    """Without special tokens; with the text of `stop` that has ended it."""
+    token_ids: tuple[int, ...]
+    finish: Literal["stop", "length"]
+    """Whether it ended by itself, or at `max_tokens`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What bounds a response."""
+
+    tokens: int
+    """Most tokens behind the prompt, given ones included."""
+    stop_token_ids: tuple[int, ...]
+    vocab: int
+
+
+CHARACTERS = 256
+"""No token has more: a longer text has more tokens than fit, and is not even looked at."""
+
+
+class Session:
+    """The student as an episode sees it. Its calls follow one another; two at once are an error."""
+
+    def __init__(
+        self,
+        generation: EpisodeGeneration,
+        text: GivenText,
+        limits: Limits,
+        generate: Callable[[EpisodeGeneration], Awaitable[None]],
+        deliver: Callable[[EpisodeGeneration], Awaitable[None]],
+    ) -> None:
+        self._generation = generation
+        self._text = text
+        self._limits = limits
+        self._generate = generate
+        self._deliver = deliver
+        self._caller: asyncio.Task[Any] | None = None
+        """Whose call is under way."""
+        self._over = False
+        self.reward: float | None = None
+        """What `finish` was told."""
+
+    @property
+    def text(self) -> str:
+        """The whole response so far, special and given tokens included."""
+        return self._text.decode(self._generation.response()[: self._generation.position].tolist())
+
+    @property
+    def room(self) -> int:
+        """How many tokens the response may still have."""
+        return max(self._limits.tokens - self._generation.position, 0)
+
+    async def generate(self, *, max_tokens: int | None = None, stop: str | Sequence[str] = ()) -> Turn:
+        """A turn of the student: until it ends by itself, at `max_tokens` tokens, or behind a text of `stop`.
+
+        It waits for weight updates and lost engines like every response. Raises `ResponseFullError` if nothing fits.
+
+        On cancel: what was sampled until then stays.
+        """
+        texts = (stop,) if isinstance(stop, str) else tuple(stop)
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"generate(max_tokens={max_tokens}): write 1 or more")
+        if not all(texts):
+            raise ValueError("generate(stop=...): an empty text ends every turn; leave it out")
+        generation = self._generation
+        with self._alone():
+            if not self.room:
+                raise ResponseFullError(f"the response has {generation.position} tokens, and may not have more")
+            limit = generation.position + min(self.room, max_tokens or self.room)
+            generation.begin_turn(limit, Stops(texts, self._text.decode), self._limits.stop_token_ids)
+            await self._generate(generation)
+        ids, finish = generation.turn().tolist(), generation.turn_finish
+        assert finish is not None
+        return Turn(self._text.said(ids), tuple(ids), "length" if finish.value == "length" else "stop")
+
+    async def give(self, what: str | Sequence[Message]) -> None:
+        """Put text, or messages in the form of the chat template, behind what was said so far.
+
+        Raises `ResponseFullError`, and gives nothing, if it leaves no room for a token of the student.
+
+        On cancel: it was given, or not.
+        """
+        generation = self._generation
+        with self._alone():
+            size = len(what) if isinstance(what, str) else sum(len(str(message.get("content"))) for message in what)
+            seen = generation.response()[: generation.position]
+            if size > CHARACTERS * self.room:
+                raise ResponseFullError(f"{size} characters for the {self.room} tokens that the response may have")
+            ids = self._text.encode(what, int(seen[-1]) if len(seen) else None)
+            if len(ids) >= self.room:
+                raise ResponseFullError(f"{len(ids)} tokens for the {self.room} that the response may have")
+            if len(ids) and int(ids.max()) >= self._limits.vocab:
+                raise ValueError(f"give: token {int(ids.max())} in a vocabulary of {self._limits.vocab}")
+            new = generation.replay_given(ids)
+            if len(new):
+                generation.give(new)
+                await self._deliver(generation)
+
+    def finish(self, reward: float | None = None) -> None:
+        """The episode is over and has earned `reward`; it may return it instead."""
+        self.reward = number_of(reward)
+        self._over = True
+
+    async def close(self) -> None:
+        """Nothing more may be said: the episode has ended. A call that it has left under way is cancelled.
+
+        On cancel: that call may go on.
+        """
+        self._over = True
+        if self._caller is not None and self._caller is not asyncio.current_task():
+            self._caller.cancel()
+            await asyncio.wait([self._caller])
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if self._over:
+            raise RuntimeError("the episode is over")
+        if self._caller is not None:
+            raise RuntimeError("a call of this session is under way; await one before the next")
+        self._caller = asyncio.current_task()
+        try:
+            yield
+        finally:
+            self._caller = None
+
+
+def number_of(reward: Any) -> float | None:
+    """A reward as a finite number, None for none. Raises `ValueError` for anything else."""
+    if reward is None:
+        return None
+    if not isinstance(reward, int | float) and not hasattr(reward, "__float__"):
+        raise ValueError(f"a reward of {reward!r:.80}; return a number, or None")
+    if not math.isfinite(value := float(reward)):
+        raise ValueError(f"a reward of {value}; return a finite number, or None")
+    return value

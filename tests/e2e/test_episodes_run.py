@@ -1,0 +1,83 @@
+"""A whole run of episodes on the embedded engine: turns, tools, weights that change in between, an actor that is killed
+in the middle of them; episodes that raise, hang and generate nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Launch, check_trained, left_running, rows, steps, topology, write_topology
+
+from opd_async.run.trained import read_trained
+
+STEPS = 8
+TURNS = 5
+EPISODE = f"""
+import asyncio
+
+
+async def episode(session, row):
+    number = int(row["prompt"].split()[0][1:])
+    if number % 10 == 3:
+        await session.generate(max_tokens=6)
+        raise ValueError("no tool today")
+    if number % 10 == 5:
+        await session.generate(max_tokens=6)
+        await asyncio.sleep(3600)
+    if number % 10 == 7:
+        return 0.25
+    for turn in range({TURNS}):
+        said = await session.generate(max_tokens=24)
+        assert len(said.token_ids) <= 24
+        await asyncio.sleep(0.3 if number % 10 == 1 else 0.0)
+        await session.give(f"t{{100 + turn}} t{{150 + len(said.token_ids)}} t99")
+    session.finish(1.0)
+"""
+
+
+def test_episodes_are_trained_once_whatever_happens_to_them(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_episode.py").write_text(EPISODE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    values = topology(
+        inputs,
+        tmp_path,
+        schedule__steps=STEPS,
+        schedule__tokens_per_step=192,
+        rollout__function="my_episode:episode",
+        rollout__episode_deadline_s=4.0,
+        reward__kind="episode",
+        data__held_out={"path": str(inputs / "prompts.jsonl")},
+        evaluation={"judge": "reward", "prompts": 8, "every_steps": None, "teacher": False},
+        telemetry__samples_per_step=8,
+    )
+    with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
+        run.wait_for_steps(tmp_path / "run", 3)
+        run.find("actors.rollout").kill()
+        assert run.wait() == 0, run.text()
+    folder = tmp_path / "run"
+    ranges = check_trained(folder, 1, STEPS)
+    given = [one for step in read_trained(folder) for one in step.given]
+    assert len(given) > 10 and all(end - start == 3 for _, start, end in given)
+    assert any(parts[0][2] < parts[-1][3] for parts in ranges.values()), "weights changed inside an episode"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["restarts"] == {"rollout-0": 1}
+    trained = sum(end - start for parts in ranges.values() for start, end, *_ in parts)
+    assert report["trained_tokens"] == trained, "given tokens are in no sum"
+    assert report["counters"]["episodes_failed"] >= 2
+    taken = steps(folder)
+    assert sum(row.get("given_tokens", 0) for row in taken) == 3 * len(given)
+    assert all(row["tokens"] >= 192 for row in taken)
+    assert sum(row["rewarded"] for row in taken) > 5 and sum(row["unrewarded"] for row in taken) >= 1
+    shown = [row for row in rows(folder / "samples.jsonl") if "sample" in row]
+    assert {row["finish"] for row in shown} >= {"stop", "failed"}
+    whole = next(row for row in shown if row.get("reward") == 1.0 and row["given"])
+    words = whole["response"].split()
+    for index, (start, end) in enumerate(whole["given"]):
+        assert words[start] == f"t{100 + index}" and words[end - 1] == "t99", whole
+        assert all(value == 0.0 for value in whole["teacher_logprobs"][start:end])
+    evaluated = [row for row in rows(folder / "metrics.jsonl") if "evaluation" in row]
+    assert evaluated and all(0.0 < row["pass_at_1"] < 1.0 for row in evaluated), "they run the same episodes"
+    assert left_running(tmp_path) == []
