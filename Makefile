@@ -38,8 +38,9 @@ CHAOS ?= --minutes 3
 chaos: install
 	$(BIN)/python tests/chaos $(CHAOS)
 
-# Runs on several hosts of a lab: network namespaces, which take root (docs/cluster.md).
+# Runs on several hosts of a lab: network namespaces, which take root, and Slurm's daemons on them (docs/cluster.md).
 test-cluster: install
+	requirements/tools.sh cluster
 	$(BIN)/python -m pytest tests/cluster
 
 # The conformance suite that `make test` runs against the embedded engine, and whole runs, on real SGLang servers.

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 import uvloop
 
 from opd_async.cluster.agent import Agent
+from opd_async.cluster.allocation import NODE_ENV
 from opd_async.cluster.hosting import versions
 from opd_async.cluster.interfaces import own_face, resolve
 from opd_async.cluster.secret import take_secret
@@ -42,7 +43,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m opd_async.agent", description="Serve one host of a run.")
     parser.add_argument("--join", required=True, metavar="HOST:PORT", help="the launcher's host and its cluster.port")
-    parser.add_argument("--name", default=socket.gethostname(), help="name of this host in the run (its own name)")
+    name = os.environ.get(NODE_ENV) or socket.gethostname()
+    parser.add_argument("--name", default=name, help="name of this host in the run (Slurm's for it, or its own)")
     parser.add_argument("--interface", help="interface or network to listen on (the one that leads to the launcher)")
     parser.add_argument("--wait-s", type=float, default=WAIT_S, help="how long to wait for a launcher (%(default)s)")
     return parser.parse_args(argv)

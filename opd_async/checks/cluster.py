@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from opd_async.cluster.allocation import find_allocation
 from opd_async.config.topology import Backend, NetworkSection, Topology
 from opd_async.errors import InputError
 from opd_async.plan.placement import CPU, CUDA, place
 
 _LATER = {
-    Backend.SLURM: "start the agents by an srun of your own",
     Backend.RAY: "start the agents yourself",
 }
 
@@ -25,6 +25,8 @@ def cluster_problems(topology: Topology) -> Iterator[str]:
             f"cluster.backend: {cluster.backend} is not there yet; {_LATER[cluster.backend]}, and write backend: "
             "agents (docs/cluster.md)"
         )
+    if cluster.backend is Backend.SLURM:
+        yield from _slurm_problems(topology)
     if cluster.lost_s <= cluster.fence_s:
         yield (
             f"cluster.lost_s: {cluster.lost_s:g} s, and a host ends its processes only after fence_s "
@@ -54,6 +56,17 @@ def cluster_problems(topology: Topology) -> Iterator[str]:
             place(topology)
         except InputError as error:
             yield str(error)
+
+
+def _slurm_problems(topology: Topology) -> Iterator[str]:
+    hosts, allocation = topology.cluster.nodes, find_allocation()
+    if "nodes" not in topology.cluster.model_fields_set:
+        yield (
+            "cluster.nodes: left out, and no Slurm allocation is here to say how many there are; write it, or call "
+            "this inside of sbatch or salloc"
+        )
+    elif allocation is not None and (problem := allocation.too_few_for(hosts)):
+        yield problem
 
 
 def _local_problems(topology: Topology) -> Iterator[str]:

@@ -22,6 +22,7 @@ from opd_async.checks.models import with_models_here
 from opd_async.checks.reward import require_labels
 from opd_async.checks.teacher import teacher_limits
 from opd_async.checks.validation import validate, warnings
+from opd_async.cluster.allocation import with_allocation
 from opd_async.config.topology import PromptsSection, Topology
 from opd_async.config.topology_file import TopologySource, list_problems, load_topology, read_topology
 from opd_async.data.completions import CompletionSet, load_completions
@@ -59,7 +60,7 @@ def examine_source(source: TopologySource, say: Say, *, details: bool = False) -
     """Check a topology file that has been read already. Returns and raises as `examine`."""
     if source.topology is None:
         raise InputError(list_problems(source.name, source.problems))
-    named, missing = with_models_here(source.topology, say)
+    named, missing = with_models_here(with_allocation(source.topology), say)
     named, not_had = with_data_here(named, say)
     missing += not_had
     broken = source.broken | {_key(text) for text in missing}
@@ -85,7 +86,7 @@ def ready_to_plan(path: Path, overrides: Collection[str], say: Say) -> tuple[Top
     The mean is None where prompts or tokenizer cannot be read, which `say` hears. Raises `InputError` as
     `load_topology`.
     """
-    topology, missing = with_models_here(load_topology(path, list(overrides)), say, weights=False)
+    topology, missing = with_models_here(with_allocation(load_topology(path, list(overrides))), say, weights=False)
     if missing:
         raise InputError("\n".join(missing))
     try:

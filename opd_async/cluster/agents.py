@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -53,6 +53,8 @@ class Agents:
         self.on_end: Callable[[Node, m.ProcessEnded], None] = lambda node, ended: None
         self.on_lines: Callable[[m.Lines], None] = lambda lines: None
         self.on_lost: Callable[[Node], None] = lambda node: None
+        self.on_missed: Callable[[Node], None] = lambda node: None
+        """Told after `on_lost`, for whoever can have another agent on that host."""
         self._cluster = cluster
         self._stop_deadline_s = stop_deadline_s
         self._keys = keys
@@ -98,8 +100,10 @@ class Agents:
 
     # --- joining -----------------------------------------------------------------------------------------------------
 
-    async def gather(self) -> list[Node]:
+    async def gather(self, awaited: Sequence[str] = ()) -> list[Node]:
         """Wait for the agents of every host but the launcher's; returns them in the order of their names.
+
+        `awaited` are the names that they will have, where these are known.
 
         Raises `DeadlineError` with who is there and how many are missing, and `InputError` when a host cannot be used.
         """
@@ -108,6 +112,8 @@ class Agents:
         while len(self.nodes) < wanted:
             waited = time.monotonic() - began
             there = f"{len(self.nodes)} of {wanted} agents ({', '.join(sorted(self.nodes)) or 'none'})"
+            if missing := [name for name in awaited if name not in self.nodes]:
+                there += f", without {', '.join(missing)},"
             if waited >= self._cluster.join_s:
                 raise DeadlineError(
                     f"cluster.nodes: {there} have joined at {address} in {waited:.0f} s; start `python -m "
@@ -260,6 +266,7 @@ class Agents:
             if asked is node and not future.done():
                 future.set_exception(HostLostError(f"{node.name} was lost: {reason}"))
         self.on_lost(node)
+        self.on_missed(node)
 
     def _malformed(self, reason: str) -> None:
         self._say(f"dropped a message of an agent: {reason}")

@@ -14,13 +14,15 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from opd_async.cluster.agent import first
 from opd_async.cluster.agents import Agents
 from opd_async.cluster.hosts import Hosts
 from opd_async.cluster.interfaces import Face, own_face
 from opd_async.cluster.nodes import Node
-from opd_async.cluster.secret import take_secret
+from opd_async.cluster.slurm import SlurmAgents
+from opd_async.cluster.starting import ByOthers, Starter
 from opd_async.cluster.supervisor import Supervising, Supervisor
-from opd_async.config.topology import Topology
+from opd_async.config.topology import Backend, Topology
 from opd_async.errors import InputError, OpdError, RoleError
 from opd_async.files import write_atomically
 from opd_async.plan.free_ports import free_ports, unusable
@@ -61,14 +63,16 @@ async def hosted(
         yield make_plan(topology, claims), alone
         return
     cluster, stop_deadline_s = topology.cluster, topology.supervisor.stop_deadline_s
-    keys, face = take_secret(), own_face(cluster.interface)
+    starter, face = starter_of(topology, say), own_face(cluster.interface)
     if reason := unusable(face.address, cluster.port):
         raise InputError(
             f"cluster.port: {cluster.port} of {face.address} {reason}; write another one, here and in every agent's "
             "--join"
         )
-    async with Agents(cluster, stop_deadline_s, keys, face, versions(), say=say) as agents:
-        nodes = await agents.gather()
+    async with starter, Agents(cluster, stop_deadline_s, starter.keys, face, versions(), say=say) as agents:
+        starter.begin(f"{face.address}:{cluster.port}")
+        nodes: list[Node] = await first(agents.gather(starter.awaited), starter.broken())
+        agents.on_missed = starter.lost
         await _share_files(topology, agents, nodes)
         site = await _site(topology, agents, nodes, face, claims)
         plan = make_plan(topology, claims, site)
@@ -93,6 +97,15 @@ async def hosted(
             )
 
         yield plan, supervise
+
+
+def starter_of(topology: Topology, say: Callable[[str], None]) -> Starter:
+    """Choose how agents get onto the hosts. Raises `InputError` where that cannot be done from here."""
+    match topology.cluster.backend:
+        case Backend.SLURM:
+            return SlurmAgents(topology.cluster, say)
+        case _:
+            return ByOthers()
 
 
 async def _site(topology: Topology, agents: Agents, nodes: list[Node], face: Face, claims: ExitStack) -> Site:

@@ -10,6 +10,7 @@ travel on that line. It is taken out of the environment, so that no process of a
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -39,6 +40,15 @@ def take_secret(environment: MutableMapping[str, str] = os.environ) -> RunKeys:
     if len(secret) < LEAST_CHARACTERS:
         raise InputError(f"{where}: {len(secret)} characters, which can be guessed; {_HOW}")
     return RunKeys(run=secret, api=secret, admin=secret)
+
+
+def given_or_drawn(environment: MutableMapping[str, str]) -> dict[str, str]:
+    """Take the variables that say the secret out of the environment, or draw one where there are none.
+
+    For a launcher that starts the agents itself, with these variables in their environment.
+    """
+    given = {name: environment.pop(name) for name in (SECRET_ENV, SECRET_FILE_ENV) if name in environment}
+    return given or {SECRET_ENV: secrets.token_hex(32)}
 
 
 def _content(path: Path) -> str:

@@ -29,10 +29,10 @@ class ClusterSection(Section):
     """The hosts of a run, and what is done when one of them is lost (docs/cluster.md)."""
 
     backend: Backend = Backend.LOCAL
-    """`local`: one host. `agents`: several, on each of which somebody has started `python -m opd_async.agent`. Neither
-    `slurm` nor `ray` is there yet."""
+    """`local`: one host. `agents`: several, on each of which somebody has started `python -m opd_async.agent`. `slurm`:
+    the nodes of the allocation that the launcher is in, on which it starts the agents. `ray` is not there yet."""
     nodes: Positive = 1
-    """Number of hosts, with that of the launcher."""
+    """Number of hosts, with that of the launcher. With `backend: slurm` it may be left out: all that were allocated."""
     gpus_per_node: NonNegative = 0
     """GPUs that one host has. Engines and learner with `devices: [cuda]` get whole ones."""
     slots_per_node: Positive = 4
@@ -43,6 +43,8 @@ class ClusterSection(Section):
     """Network interface (`eth0`) or network (`10.0.0.0/8`) of every host. Null: the one that leads to the launcher."""
     port: int = Field(default=19999, ge=1024, le=65535)
     """Port of the launcher's host at which agents join."""
+    python: str | None = None
+    """Python of the agents that the launcher starts (`slurm`). Null: the launcher's, at the same path."""
     env: dict[Variable, str] = Field(default={})
     """Environment variables of every process, on every host."""
     join_s: Seconds = 600.0

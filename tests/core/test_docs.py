@@ -186,7 +186,7 @@ def test_topology_keys_exist(page: Path) -> None:
 
 @cache
 def known_flags() -> frozenset[str]:
-    """Options of the launcher and the example's scripts, and of SGLang's server and router where a run uses them."""
+    """Options of the launcher and the example's scripts, and of SGLang's and Slurm's programs where a run uses them."""
     sources = [
         ROOT / "opd_async/options.py",
         *ROOT.glob("opd_async/cli/*.py"),
@@ -204,6 +204,8 @@ def known_flags() -> frozenset[str]:
         (ROOT / file).read_text() for file in ("opd_async/engines/sglang.py", "tests/sglang/test_router.py")
     )
     found |= {f"--no-{flag[2:]}" for flag in found if flag == "--use-opd"}
+    for script in ROOT.glob("examples/*/*.sbatch"):  # which sbatch itself checks in tests/cluster
+        found |= set(re.findall(r"(?<=[ \[])--[a-z-]+", script.read_text()))
     return frozenset(found | OTHER_FLAGS | SGLANG_FLAGS | LM_EVAL_FLAGS | set(re.findall(r'"(--[a-z-]+)"', servers)))
 
 
