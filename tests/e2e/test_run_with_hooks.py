@@ -1,4 +1,4 @@
-"""A whole run with the examples of docs/hooks.md, in a folder that also has folders named as the project's are."""
+"""A whole run with the examples of docs/hooks.md and a tracker; its folder also has folders named as the project's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from opd_async.run.trained import read_trained
 
 sys.path.append(str(ROOT / "tests/core"))
 from hook_examples import write_examples
+from stand_in_tracker import told, write_python
 
 PATIENCE_S = 500.0
 SETTINGS = {
@@ -32,6 +33,9 @@ SETTINGS = {
     "opd.function": "my_loss:loss",
     "schedule.filter": "my_hooks:keep",
     "tracking.function": "my_hooks:track",
+    "tracking.trackers": "[wandb]",
+    "tracking.offline": "true",
+    "tracking.python": "tracker/python",
     "evaluation.prompts": 8,
     "evaluation.every_steps": "null",
     "evaluation.teacher": "false",
@@ -53,8 +57,10 @@ def test_every_hook_of_the_page_in_one_run(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('a folder of the user')")
     write_examples(tmp_path)
+    (tmp_path / "tracker").mkdir()
+    write_python(tmp_path / "tracker")
     opd(tmp_path, "example", "quickstart")
-    opd(tmp_path, "run", *[word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")])
+    said = opd(tmp_path, "run", *[word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")])
     folder = tmp_path / "runs/quickstart"
     taken = steps(folder)
     assert [row["step"] for row in taken] == [1, 2]
@@ -67,9 +73,22 @@ def test_every_hook_of_the_page_in_one_run(tmp_path: Path) -> None:
     kernels = "kernels (learner.kernels: auto): attention by torch, norms and gates by torch"
     assert kernels in (folder / "logs/learner-0.log").read_text()
     assert any("starting 6 processes" in row["event"] for row in tracked if row["kind"] == "event")
+    begun, report = told(folder)[0]["init"], told(folder)[-1]
+    assert begun["config"]["schedule"]["steps"] == 2 and begun["name"] == "quickstart" and begun["mode"] == "offline"
+    assert report["finish"] == 0 and report["report"]["steps"] == 2
     going_on = {**SETTINGS, "schedule.steps": 3}
-    opd(tmp_path, "run", "--resume", *[word for key, value in going_on.items() for word in ("--set", f"{key}={value}")])
-    assert [row["step"] for row in steps(folder)] == [1, 2, 3], "the iterator was advanced to where it stopped"
+    said += opd(
+        tmp_path, "run", "--resume", *[word for key, value in going_on.items() for word in ("--set", f"{key}={value}")]
+    )
+    rows = steps(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3], "the iterator was advanced to where it stopped"
+    tracker = told(folder)
+    assert [row["init"]["id"] for row in tracker if "init" in row] == [None, "first"], "one run of the tracker"
+    figures = [(row["step"], row["train/learner_loss"]) for row in tracker if "train/learner_loss" in row]
+    assert figures == [(row["step"], row["learner_loss"]) for row in rows]
+    assert [row["step"] for row in tracker if any(name.startswith("evaluation/student/") for name in row)] == [0, 2, 3]
+    assert sum(len(row["samples"]["data"]) for row in tracker if "samples" in row) >= 3 * 4
+    assert "warning: tracker" not in said
     assert left_running(tmp_path) == []
 
 
