@@ -46,7 +46,8 @@ class Episodes:
         if (path := topology.rollout.function) is not None:
             add_working_directory()
             self._function = load_hook(KEY, path)
-            self._text = GivenText(Tokenizer(topology.models.student.path, topology.data.chat_template))
+            tokenizer = Tokenizer(topology.models.student.path, topology.data.chat_template)
+            self._text = GivenText(tokenizer, topology.data.chat_template_kwargs)
 
     def wants(self, lease: m.Lease) -> bool:
         """Whether an episode makes the response, and not the student alone or a data set."""

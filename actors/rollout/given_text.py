@@ -16,10 +16,12 @@ _ANSWER = "what-the-assistant-said"
 
 
 class GivenText:
-    """Text and messages to ids, for one tokenizer."""
+    """Text and messages to ids, for one tokenizer and the names that its chat template sees."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, names: Mapping[str, Any]) -> None:
+        """`names` are those of the prompts, `data.chat_template_kwargs`."""
         self._tokenizer = tokenizer
+        self._names = names
 
     def encode(self, given: str | Sequence[Message], last: int | None) -> NDArray[np.int32]:
         """int32[n] of what is given behind the token `last` (None: behind the prompt).
@@ -40,6 +42,8 @@ class GivenText:
 
     def _behind_a_turn(self, messages: Sequence[Message], last: int | None) -> str:
         before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _ANSWER}]
-        whole = self._tokenizer.apply_chat_template([*before, *(dict(message) for message in messages)])
+        whole = self._tokenizer.apply_chat_template(
+            [*before, *(dict(message) for message in messages)], names=self._names
+        )
         behind = whole[whole.index(_ANSWER) + len(_ANSWER) :]
         return behind if last is None else behind.removeprefix(self.decode([last]))
