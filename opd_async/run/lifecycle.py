@@ -42,6 +42,7 @@ from opd_async.run.dispatcher import Dispatcher
 from opd_async.run.evaluator import Evaluator
 from opd_async.run.inputs import Inputs
 from opd_async.run.ledger import Ledger
+from opd_async.run.scraping import scrape_labels, scrape_targets
 from opd_async.run.script import Script
 from opd_async.run.trained import TrainedRecord
 from opd_async.signals import Signals
@@ -233,17 +234,11 @@ class Lifecycle:
 
     def _write_targets(self, over: bool = False) -> None:
         """Say where metrics are; nowhere once the run is over, so that nobody misses its processes."""
-        # of the learner's ranks the first serves metrics
-        serving = [role for role in self._plan.roles if role.kind is not RoleKind.LEARNER or role.index == 0]
-        targets = {role.name: f"{role.host}:{role.ports['metrics']}" for role in serving}
-        targets["launcher"] = f"{self._plan.launcher_host}:{self._plan.launcher_metrics_port}"
-        labels = {
-            role.name: {name: value for name, value in (("teacher", role.teacher), ("host", role.node)) if value}
-            for role in self._plan.roles
-        }
+        targets = {} if over else scrape_targets(self._plan)
+        labels = scrape_labels(self._plan)
         name = self._plan.topology.name
         try:
-            write_targets(self._plan.run_folder / "targets.json", {} if over else targets, labels, name)
+            write_targets(self._plan.run_folder / "targets.json", targets, labels, name)
         except OSError as error:  # for Prometheus: the run itself does not need it
             self._progress.say(f"targets.json cannot be written: {error}")
 

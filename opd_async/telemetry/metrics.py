@@ -313,10 +313,11 @@ _PAGE_HEAD = """\
 Made by `python -m opd_async.telemetry.metrics` from the catalogue in its source; a test keeps this page equal to it.
 
 Every process answers Prometheus on a port of its own with its role's metrics, and `process_*` of itself: processor
-time, memory, open files. None of them carries a prompt or a response. The run's folder holds `targets.json`, a file for
-Prometheus' `file_sd_configs` in which every target has the labels `run` (the topology's `name`) and `process`
-(`rollout-0`, `learner-0`, ...); the engines and actors of a teacher have a `teacher` label, and with several hosts each
-role has `host`. It is empty once the run is over. `dashboards/` has a Grafana dashboard and alert rules.
+time, memory, open files. None of them carries a prompt or a response. The run's folder holds `targets.json`, a file
+for Prometheus' `file_sd_configs` in which every target has the labels `run` (the topology's `name`) and `process`
+(`rollout-0`, `learner-0`, ...), `role` (`rollout`, `learner`, ..., `launcher`) and `host` (its name); the engines and
+actors of a teacher have a `teacher` label too. It is empty once the run is over. `dashboards/` has a Grafana
+dashboard and alert rules.
 
 Counters with a label begin at 0, so that `increase` sees their first event. Counters and histograms of a role
 go on after a restart and after `--resume` from what was last scraped (`counters/` in the run's folder). They count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from opd_async.config.topology import Topology
 from opd_async.keys import RunKeys
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.plan.resolve import Site, make_plan, ports_by_host, ports_wanted
+from opd_async.run.scraping import scrape_labels, scrape_targets
 
 AGENTS = ("cluster.backend=agents", "cluster.nodes=4", "cluster.slots_per_node=1")
 NAMES = ("", "h1", "h2", "h3")
@@ -59,6 +61,17 @@ def test_every_process_has_the_address_and_the_ports_of_its_host(tmp_path: Path)
     assert student.command[student.command.index("--host") + 1] == "10.0.0.3"
     assert plan.chunks[0].startswith("tcp://10.0.0.4:") and plan.scored.startswith("tcp://10.0.0.1:")
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_every_target_says_role_and_host_and_a_learner_is_one_target(tmp_path: Path) -> None:
+    plan = plan_of(on_hosts(tmp_path))
+    targets, labels, here = scrape_targets(plan), scrape_labels(plan), socket.gethostname()
+    assert "learner-0" in targets and "learner-1" not in targets and labels.keys() >= targets.keys()
+    assert targets["rollout-0"].startswith("10.0.0.3:") and targets["launcher"].startswith("10.0.0.1:")
+    assert labels["rollout-0"] == {"role": "rollout", "host": "h2"}
+    assert labels["teacher-engine-0"]["role"] == "teacher_engine" and labels["teacher-engine-0"]["host"] == "h3"
+    assert labels["intake-0"] == {"role": "intake", "host": here}
+    assert labels["launcher"] == {"role": "launcher", "host": here}
 
 
 def test_a_learner_on_two_hosts_is_a_starter_on_each_that_meet_at_the_first(tmp_path: Path) -> None:
