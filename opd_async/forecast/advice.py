@@ -23,7 +23,7 @@ from opd_async.forecast.cost_model import (
     sync_seconds,
     train_cost,
 )
-from opd_async.forecast.devices import Device, Link
+from opd_async.forecast.devices import TERA, Device, Link
 from opd_async.forecast.lengths import Capped, Lengths, typical
 from opd_async.forecast.memory import Memory, engine_memory, learner_memory
 from opd_async.forecast.steps import Forecast, forecast
@@ -211,6 +211,7 @@ def describe(forecaster: Forecaster) -> str:
         *_cache_lines(forecaster, work),
         "",
         _split_line(forecaster, here),
+        _assumed(site.device),
     ]
     return "\n".join(lines)
 
@@ -220,6 +221,15 @@ def _named(devices: Devices, site: Site) -> str:
     if site.device.shared:
         return f"{devices.total} processes on {site.device.name}"
     return f"{devices.total} x {site.device.name}, weights over {site.link.name}"
+
+
+def _assumed(device: Device) -> str:
+    """What the times rest on, of which nothing was measured on the device."""
+    return (
+        f"assumed of {device.name}: decoding at {device.decode_share:.0%} of {device.bandwidth / TERA:.3g} TB/s; "
+        f"of its peak operations scoring {device.prefill_share:.0%} and training {device.train_share:.0%}, which is "
+        f"{device.flops / TERA:,.3g} TFLOP/s in bfloat16 and {device.float32_flops / TERA:,.3g} in float32"
+    )
 
 
 def _stage_lines(devices: Devices, work: Workload, here: Forecast) -> Iterator[str]:

@@ -185,6 +185,14 @@ def test_the_bottleneck_is_the_stage_that_is_slowest_alone(topology_text: dict[s
     assert line.startswith("teacher")
 
 
+def test_a_plan_says_what_its_times_rest_on(topology_text: dict[str, Any]) -> None:
+    text = describe(forecaster(topology_text, Site(H200, NVLINK, LogNormal(500, 2000, 4096), 200)))
+    assert text.splitlines()[-1] == (
+        "assumed of H200: decoding at 75% of 4.8 TB/s; of its peak operations scoring 50% and training 40%, which is "
+        "989 TFLOP/s in bfloat16 and 67 in float32"
+    )
+
+
 def test_no_plan_is_faster_than_its_slowest_stage(topology_text: dict[str, Any]) -> None:
     # a fixed cost of a second a step is most of a small step
     topology_text["schedule"]["tokens_per_step"] = 2000
