@@ -201,15 +201,8 @@ class Dispatcher:
                     self.ledger.roles[role].now = message.counters
                 case m.Acks():
                     await self._acks(message)
-                case m.LeaseDone():
-                    if self.state.book is not None:
-                        sampled = message.response_tokens - message.given_tokens
-                        self.state.book.ended(message.sample_id, message.attempt, sampled)
-                    self.leasing.look_again()
-                case m.LeaseAway():
-                    if self.state.book is not None:
-                        self.state.book.away(message.sample_id, message.attempt, message.away)
-                    self.leasing.look_again()
+                case m.LeaseDone() | m.LeaseAway():
+                    self._slot(message)
                 case m.EnginePace():
                     await self.slow_engines.heard(message)
                 case m.SuspectScores():
@@ -248,6 +241,16 @@ class Dispatcher:
                     self.mailbox.deliver(type(message).__name__, message)
                 case _:
                     log.warning("ignored a %s of %s", type(message).__name__, role)
+
+    def _slot(self, message: m.LeaseDone | m.LeaseAway) -> None:
+        """Note that a response needs its slot no more, or not now, or again."""
+        book = self.state.book
+        if book is not None:
+            if isinstance(message, m.LeaseDone):
+                book.ended(message.sample_id, message.attempt, message.response_tokens - message.given_tokens)
+            else:
+                book.away(message.sample_id, message.attempt, message.away)
+        self.leasing.look_again()
 
     async def _hello(self, role: str, hello: m.Hello) -> None:
         restarted = self._incarnations.get(role, hello.incarnation) != hello.incarnation
