@@ -105,7 +105,9 @@ class Link:
             if left_ms <= 0 or not self._commands.poll(left_ms):
                 raise DeadlineError(f"rank {self._rank}: no command of the intake in {2 * self._deadline_s:.0f} s")
             try:
-                return receive(self._commands.recv_multipart())
+                return receive(self._commands.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:  # announced too early: `opd_async.transport.arriving`
+                continue
             except WireError as error:
                 log.warning("dropped a malformed command: %s", error)
 

@@ -17,6 +17,7 @@ from zmq.utils.monitor import parse_monitor_message
 from opd_async.errors import RoleError
 from opd_async.keys import RunKeys
 from opd_async.transport import messages as m
+from opd_async.transport.arriving import next_message
 from opd_async.transport.channels import Channel, OnMalformed, bind
 from opd_async.transport.door import Door, Passport, sender_of
 from opd_async.transport.wire import encode
@@ -99,7 +100,7 @@ class AgentEnd(Channel):
         """Wait until the launcher has refused this agent's key: `RoleError`. Returns never."""
         failures = 0
         while True:
-            event = parse_monitor_message(await self._events.recv_multipart())["event"]
+            event = parse_monitor_message(await next_message(self._events))["event"]
             failures = failures + 1 if event & _FAILED else 0
             if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH or failures >= FAILURES:
                 raise RoleError(

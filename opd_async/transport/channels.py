@@ -21,6 +21,7 @@ import zmq
 import zmq.asyncio
 
 from opd_async.errors import OpdError, RoleError, WireError
+from opd_async.transport.arriving import next_message
 from opd_async.transport.bounds import receive
 from opd_async.transport.door import Door, Passport, sender_of
 from opd_async.transport.wire import encode
@@ -71,7 +72,7 @@ class Channel:
         self._received += 1
         if self._received % RECEIVED_IN_A_ROW == 0:
             await asyncio.sleep(0)
-        return await self._socket.recv_multipart(copy=False)
+        return await next_message(self._socket, copy=False)
 
 
 def bind(socket: zmq.asyncio.Socket, address: str) -> None:

@@ -27,6 +27,7 @@ from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
 from opd_async.keys import RunKeys, incarnation
+from opd_async.transport.arriving import next_message
 
 log = logging.getLogger(__name__)
 
@@ -124,14 +125,14 @@ class Door:
 
     async def _answer(self, zap: zmq.asyncio.Socket) -> None:
         while True:
-            version, request, _domain, _address, _identity, mechanism, *credentials = await zap.recv_multipart()
+            version, request, _domain, _address, _identity, mechanism, *credentials = await next_message(zap)
             name = self._roles.get(credentials[0]) if mechanism == b"CURVE" and credentials else None
             status, text = (b"400", b"no key of this run") if name is None else (b"200", b"OK")
             await zap.send_multipart([version, request, status, text, (name or "").encode(), b""])
 
     async def _count(self, what: str, monitor: zmq.asyncio.Socket) -> None:
         while True:
-            if parse_monitor_message(await monitor.recv_multipart())["event"] & _REFUSED:
+            if parse_monitor_message(await next_message(monitor))["event"] & _REFUSED:
                 self.refuse(what, "it has no key of this run")
 
     def refuse(self, what: str, reason: str) -> None:

@@ -56,6 +56,23 @@ async def hello(client: ControlClient, server: ControlServer, name: str, incarna
     assert await server.receive() == (name, Hello(name, incarnation))
 
 
+async def test_a_message_that_is_announced_too_early_ends_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a connection that showed a key, ZeroMQ queues the key's owner a moment before the first message."""
+    read, lost = zmq.Socket.recv_multipart, iter(range(3))
+
+    def late(socket: zmq.Socket[bytes], *args: object, **options: object) -> object:
+        if next(lost, None) is not None:
+            raise zmq.Again
+        return read(socket, *args, **options)  # type: ignore[call-overload]
+
+    async with wired() as (context, address):
+        with Pull(context, address) as pull, Push(context, address) as push:
+            monkeypatch.setattr(zmq.Socket, "recv_multipart", late)
+            await push.send(lease(1))
+            assert (await pull.receive()).sample_id == 1
+            assert next(lost, None) is None
+
+
 async def test_pushed_messages_arrive_whole_and_in_order() -> None:
     async with wired() as (context, address):
         with Pull(context, address) as pull, Push(context, address) as push:
