@@ -84,17 +84,11 @@ gpu: requirements/gpu-$(SGLANG_VERSION).txt requirements/cpu.txt
 	$(MAKE) sglang SGLANG_GPU=1
 
 # A real pair on the CPU: twelve minutes on two idle cores, 93 MB to download, 1.2 GB on disk.
-smollm2: $(VENV)/.smollm2
+smollm2: install
 	$(BIN)/python examples/smollm2/make_pair.py
 	$(BIN)/python examples/smollm2/make_prompts.py
 	$(BIN)/python -m opd_async.launch --topology examples/smollm2/smollm2.yaml --overwrite
 	$(BIN)/python -m opd_async.cli samples runs/smollm2
-
-# transformers reads GGUF files with these; nothing else needs them.
-$(VENV)/.smollm2: requirements/smollm2.txt
-	$(MAKE) --no-print-directory install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
-	touch $@
 
 # TensorBoard, Weights & Biases, MLflow and trackio, beside the environment: tracking.python names their Python.
 trackers: $(TRACKERS)/.installed

@@ -1,10 +1,12 @@
-"""Hugging Face folders to Megatron checkpoints and back, without a second copy of the model in memory.
+"""Hugging Face folders to Megatron checkpoints and back, without a second copy of the model in memory; GGUF files.
 
     python -m opd_async.learner.convert hf-to-megatron --hf DIR --out DIR
     python -m opd_async.learner.convert megatron-to-hf --checkpoint DIR --source DIR --out DIR
+    python -m opd_async.learner.convert gguf-to-hf --gguf FILE --out DIR [--dtype float32]
 
     hf-to-megatron   safetensors, one tensor at a time -> sharded model -> DIR.tmp -> DIR (torch_dist, weights alone)
     megatron-to-hf   checkpoint -> sharded model -> one tensor at a time -> DIR.tmp -> DIR (safetensors)
+    gguf-to-hf       one process, the whole model at once (`opd_async.learner.hf.gguf`)
 
 A checkpoint loads at any tensor- and pipeline-parallel size, whatever it was written at, so one process is enough.
 Where the model does not fit into one, start it with torchrun and give `--tp`, `--pp` or, for mixtures of experts,
@@ -32,6 +34,7 @@ from opd_async.learner.distributed import parallel
 from opd_async.learner.distributed.cpu import on_this_device, this_device
 from opd_async.learner.errors import ModelError
 from opd_async.learner.hf.files import put_in_place
+from opd_async.learner.hf.gguf import gguf_to_hf
 from opd_async.learner.hf.io import load_hf, save_hf
 from opd_async.learner.model.architecture import read_shape
 from opd_async.learner.model.decoder import DecoderModel, build_model
@@ -95,6 +98,10 @@ def _model(config: LearnerConfig) -> DecoderModel:
 
 def carry_out(options: argparse.Namespace) -> None:
     """Join the other ranks, if there are any, and convert what the arguments of `opd_async.cli.convert` name."""
+    if options.command == "gguf-to-hf":
+        gguf_to_hf(options.gguf, options.out, options.dtype)
+        log.info("wrote %s", options.out)
+        return
     sizes = ParallelConfig(tensor=options.tp, pipeline=options.pp, expert=options.ep)
     place = parallel.start(sizes, seed=0)
     try:

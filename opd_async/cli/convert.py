@@ -19,15 +19,21 @@ from opd_async.process import report_failure
 
 
 def _arguments(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=prog, description="Hugging Face folders to Megatron checkpoints and back.")
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Between Hugging Face folders and Megatron checkpoints, and from GGUF files."
+    )
     commands: Any = parser.add_subparsers(dest="command", required=True)
     to_megatron = commands.add_parser("hf-to-megatron", help="safetensors to a checkpoint to start from")
     to_megatron.add_argument("--hf", type=Path, required=True, help="Hugging Face folder")
     to_hf = commands.add_parser("megatron-to-hf", help="a checkpoint's weights to safetensors")
     to_hf.add_argument("--checkpoint", type=Path, required=True, help="of a run, of one step, or Megatron's own")
     to_hf.add_argument("--source", type=Path, required=True, help="Hugging Face folder with config and tokenizer")
-    for command in (to_megatron, to_hf):
+    from_gguf = commands.add_parser("gguf-to-hf", help="a GGUF file to safetensors")
+    from_gguf.add_argument("--gguf", type=Path, required=True, help="the file")
+    from_gguf.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 if all the file is, else bfloat16")
+    for command in (to_megatron, to_hf, from_gguf):
         command.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist")
+    for command in (to_megatron, to_hf):
         command.add_argument("--tp", type=int, default=1, help="tensor-parallel size of this conversion")
         command.add_argument("--pp", type=int, default=1, help="pipeline-parallel size of this conversion")
         command.add_argument("--ep", type=int, default=1, help="expert-parallel size of this conversion")
@@ -36,6 +42,16 @@ def _arguments(arguments: Sequence[str] | None, prog: str | None) -> argparse.Na
 
 def _check(options: argparse.Namespace) -> None:
     """Raises `InputError` for what can be seen before anything is read."""
+    if options.command == "gguf-to-hf":
+        if not options.gguf.is_file():
+            raise InputError(f"no file {options.gguf}; give a GGUF file")
+    else:
+        _check_sizes(options)
+    if options.out.exists():
+        raise InputError(f"{options.out} exists already; remove it, or give another --out")
+
+
+def _check_sizes(options: argparse.Namespace) -> None:
     ranks, needed = int(os.environ.get("WORLD_SIZE", "1")), options.pp * math.lcm(options.tp, options.ep)
     if min(options.tp, options.pp, options.ep) < 1 or ranks % needed:
         raise InputError(
@@ -43,8 +59,6 @@ def _check(options: argparse.Namespace) -> None:
             f"run: start with `torchrun --nproc-per-node {needed} -m opd_async.learner.convert`, or leave them "
             "out; either way, the checkpoint loads at any sizes"
         )
-    if options.out.exists():
-        raise InputError(f"{options.out} exists already; remove it, or give another --out")
 
 
 def convert(words: Sequence[str] | None = None, prog: str | None = None) -> int:

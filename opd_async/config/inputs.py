@@ -10,11 +10,12 @@ from opd_async.config.section import FilePath, FilePaths, HookName, Section, Tea
 
 
 class ModelSection(Section):
-    """A Hugging Face checkpoint: a folder, or a name of the hub."""
+    """A Hugging Face checkpoint: a folder, a name of the hub, or a GGUF file."""
 
     path: FilePath
     """The folder: `config.json`, `tokenizer.json`, `*.safetensors`. Where it is none here, a name of the hub such as
-    `Qwen/Qwen3-8B`, which is fetched into its cache. The tokenizers of all models of a run agree."""
+    `Qwen/Qwen3-8B`, which is fetched into its cache; a `*.gguf` file is made into a folder once. The tokenizers of all
+    models of a run agree."""
     revision: str | None = None
     """Branch, tag or commit on the hub. Null: the main branch."""
 

@@ -81,11 +81,6 @@ def folder_problems(folder: Path, any_name: bool = False) -> list[str]:
 
     With `any_name` the weights may have other file names than those that transformers looks for.
     """
-    if folder.suffix == ".gguf" and folder.is_file():
-        return [
-            f"{folder} is a GGUF file; make a folder of it once with transformers (`from_pretrained` with `gguf_file`, "
-            "then `save_pretrained`, as examples/smollm2/make_pair.py does), and give that"
-        ]
     if not folder.is_dir():
         return [f"no folder {folder}; give the folder of a Hugging Face checkpoint"]
     problems = [

@@ -24,10 +24,15 @@ MOST_FILES = 16
 _BLOCK = 1 << 20
 
 
+def user_cache() -> Path:
+    """Return this package's folder in the user's cache; it need not exist."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "opd_async"
+
+
 def cache_folder() -> Path:
     """Return where tokenized prompts are kept; it need not exist."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "opd_async" / "prompts"
+    return user_cache() / "prompts"
 
 
 def columns_of(files: Sequence[Path], words: Sequence[str], fill: Callable[[ColumnWriter], None]) -> Columns:

@@ -63,7 +63,11 @@ def test_a_model_is_fetched_once_and_found_without_a_hub_afterwards(tmp_path: Pa
         ({"revision": "v9"}, {}, "owner/student at revision v9: the hub has the model, and no such revision"),
         ({}, {"HF_HUB_OFFLINE": "1"}, "owner/student: no such folder here, it is not in the cache, and HF_HUB_OFFLINE"),
         ({}, {"HF_ENDPOINT": "http://127.0.0.1:1"}, "(http://127.0.0.1:1) could not be reached"),
-        ({"path": "student", "revision": "main"}, {}, "models.student.revision: student is a folder; remove it"),
+        (
+            {"path": "student", "revision": "main"},
+            {},
+            "models.student.revision: student is no name of the hub; remove it",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_one_message(

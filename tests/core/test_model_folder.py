@@ -198,16 +198,6 @@ def test_a_teacher_on_sglang_may_name_its_weights_as_it_likes(tmp_path: Path) ->
     assert any("has no *.safetensors" in line for line in validate(free))
 
 
-def test_a_gguf_file_is_told_from_a_folder(tmp_path: Path) -> None:
-    small = small_topology(tmp_path)
-    file = tmp_path / "model.Q4_0.gguf"
-    file.write_bytes(b"GGUF")
-    model = small.models.student.model_copy(update={"path": file})
-    with_file = small.model_copy(update={"models": small.models.model_copy(update={"student": model})})
-    lines = [line for line in validate(with_file) if line.startswith("models.student.path")]
-    assert lines and f"{file} is a GGUF file; make a folder of it once with transformers" in lines[0]
-
-
 def test_a_quantised_teacher_needs_an_engine_that_knows_its_scales(tmp_path: Path) -> None:
     small = small_topology(tmp_path)
     assert small.models.teacher is not None
