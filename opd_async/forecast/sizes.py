@@ -27,9 +27,9 @@ PROMPT_ALLOWANCE = 2048
 """Tokens that a prompt of a function may have, since nobody knows the longest one before it is leased."""
 SLOTS = (8, 256)
 """Fewest and most responses at once on one student engine."""
-CHUNKS = (16, 512)
-"""Shortest and longest chunk: 16 of them make the longest response."""
-STREAM_INTERVAL = 16
+CHUNKS = (32, 512)
+"""Shortest and longest chunk: 16 make the longest response, where they are not too short to be worth a message."""
+STREAM_INTERVAL = 32
 SCORED = (512, 4096)
 """Fewest and most new tokens in one scoring batch."""
 LOGITS_BYTES = 256 * MIB

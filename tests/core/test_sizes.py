@@ -42,8 +42,8 @@ def test_sizes_follow_from_prompts_and_limits(tmp_path: Path) -> None:
         "engines.student.context_tokens": 38,  # 6 + 32
         "engines.teacher.context_tokens": 38,
         "rollout.slots": 8,  # 64 tokens in responses of 16 are 4: as few as there may be
-        "rollout.chunk_tokens": 16,
-        "rollout.stream_interval": 16,
+        "rollout.chunk_tokens": 32,
+        "rollout.stream_interval": 32,
         "engines.student.max_running": 8,
         "engines.student.kv_tokens": 8 * 38,
         "engines.teacher.max_running": 8,
