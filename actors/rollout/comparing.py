@@ -24,12 +24,14 @@ class Comparing:
 
     def __init__(self, role: Role, engines: Engines) -> None:
         self._role = role
-        self._wanted = role.plan.topology.evaluation.judge == "teacher"
+        sets = role.plan.topology.evaluation_sets
+        self._sets = frozenset(name for name, one in sets.items() if one.judge == "teacher")
         self._engines = engines
 
     def wants(self, lease: m.Lease) -> bool:
         """Whether the response to this lease is to be compared: sampled by the student, as in training."""
-        return self._wanted and lease.kind == m.LeaseKind.EVAL_STUDENT and lease.temperature == 1.0
+        sampled = lease.kind == m.LeaseKind.EVAL_STUDENT and lease.temperature == 1.0
+        return sampled and lease.evaluation_set in self._sets
 
     async def teacher_logprobs(self, generation: Generation) -> NDArray[np.float32] | None:
         """The teacher's logprobs float32[n] of a response that has ended; None if it could not be asked.

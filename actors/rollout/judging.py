@@ -20,7 +20,8 @@ class Judging:
         topology = role.plan.topology
         self._role = role
         self._section = topology.reward
-        self._evaluations = topology.evaluation.judge == "reward"
+        sets = topology.evaluation_sets
+        self._sets = frozenset(name for name, one in sets.items() if one.judge == "reward")
         self._pool: RewardPool | None = None
         if self._section.kind.facts.pool:
             self._pool = RewardPool(self._section, role.plan.run_folder / PLAN_FILE)
@@ -33,7 +34,7 @@ class Judging:
 
     def wants(self, lease: m.Lease) -> bool:
         """Whether the response to this lease is to be judged."""
-        return self._pool is not None and (lease.kind == m.LeaseKind.TRAIN or self._evaluations)
+        return self._pool is not None and (lease.kind == m.LeaseKind.TRAIN or lease.evaluation_set in self._sets)
 
     async def judge(self, generation: Generation) -> float | None:
         """Judge a response that has ended; None where it could not be judged, which is counted.

@@ -156,7 +156,7 @@ def real(scenario: Scenario, asked: Asked, folder: Path) -> Figures:
     (teacher,) = plan.topology.teachers
     prompts = PromptSet(tuple(Prompt(index, ids, "", {}, teacher) for index in range(PROMPTS)), 0)
     with prepare(plan) as run:
-        lifecycle = Lifecycle(plan, Inputs(prompts, None, Tokenizer(MODEL), CompletionSet()), _echo, Signals())
+        lifecycle = Lifecycle(plan, Inputs(prompts, {}, Tokenizer(MODEL), CompletionSet()), _echo, Signals())
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             report = runner.run(lifecycle.run())
         rows = [row for row in read_jsonl(run.path / "metrics.jsonl") if row["step"] >= WARMUP]

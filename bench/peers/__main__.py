@@ -31,6 +31,7 @@ from opd_async.bench.peers import sides
 from opd_async.bench.peers.curves import Curve, Point, summarize
 from opd_async.bench.peers.output import draw, table
 from opd_async.bench.peers.passes import Task, measure
+from opd_async.config.evaluating import HELD_OUT
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology
 from opd_async.data.answers import AnswerChecker
@@ -61,13 +62,13 @@ class Setup:
 
 def task_of(topology: Topology) -> Task:
     """The held-out prompts of `topology`, up to its number, and what it takes for an answer."""
-    assert topology.data.held_out is not None
+    held_out = topology.evaluation_sets[HELD_OUT]
     tokenizer = Tokenizer(topology.models.student.path, topology.data.chat_template)
-    prompts = load_prompts(topology.data.held_out, tokenizer, topology.max_held_out_tokens).prompts
+    prompts = load_prompts(held_out.data, tokenizer, held_out.max_prompt_tokens).prompts
     return Task(
-        prompts[: topology.evaluation.prompts],
+        prompts[: held_out.prompts],
         tokenizer,
-        AnswerChecker(topology.evaluation.answer_pattern),
+        AnswerChecker(held_out.answer_pattern),
         topology.rollout.sampling.max_response_tokens,
     )
 

@@ -32,6 +32,7 @@ from opd_async.bench.peers.curves import Tick
 from opd_async.bench.peers.usage import cpu_between, peak_memory
 from opd_async.bench.real import distance
 from opd_async.bench.real.distance import Distance
+from opd_async.config.evaluating import HELD_OUT
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology
 from opd_async.data.end_tokens import end_ids
@@ -66,9 +67,10 @@ class Judge:
     """The held-out prompts of a topology and its teacher."""
 
     def __init__(self, topology: Topology, prompts: int) -> None:
-        assert topology.models.teacher is not None and topology.data.held_out is not None
+        assert topology.models.teacher is not None
+        held_out = topology.evaluation_sets[HELD_OUT]
         tokenizer = Tokenizer(topology.models.student.path, topology.data.chat_template)
-        rows = load_prompts(topology.data.held_out, tokenizer, topology.max_held_out_tokens).prompts
+        rows = load_prompts(held_out.data, tokenizer, held_out.max_prompt_tokens).prompts
         self._prompts = [row.token_ids for row in rows[:prompts]]
         self._ends = end_ids(topology.models.student.path)
         self._teacher = distance.load(topology.models.teacher.path)

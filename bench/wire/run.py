@@ -214,7 +214,7 @@ def figures(case: Case, first: Moment, second: Moment, checked_tokens: int) -> F
 async def conduct(plan: Plan, case: Case) -> tuple[Moment, Moment]:
     """Run until measured. Raises what ends the run early."""
     signals = Signals()
-    inputs = Inputs(PromptSet(prompts(), 0), None, cast(Any, None), CompletionSet())  # no evaluation, no tokenizer
+    inputs = Inputs(PromptSet(prompts(), 0), {}, cast(Any, None), CompletionSet())  # no evaluation, no tokenizer
     lifecycle = Lifecycle(plan, inputs, lambda line: None, signals)
     watch = Watch(plan, lifecycle)
     async with asyncio.TaskGroup() as group:

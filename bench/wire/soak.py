@@ -88,7 +88,7 @@ def _prompts() -> PromptTable:
 async def conduct(plan: Plan, samples: int, every_s: float, until: float) -> Series:
     """Run until watched. Raises what ends the run early."""
     signals = Signals()
-    inputs = Inputs(PromptSet(_prompts(), 0), None, cast(Any, None), CompletionSet())
+    inputs = Inputs(PromptSet(_prompts(), 0), {}, cast(Any, None), CompletionSet())
     lifecycle = Lifecycle(plan, inputs, lambda line: None, signals)
     async with asyncio.TaskGroup() as group:
         run = group.create_task(lifecycle.run())

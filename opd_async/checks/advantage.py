@@ -113,6 +113,8 @@ def advantage_warnings(topology: Topology) -> Iterator[str]:
             f"advantage.critic.value_clip: {critic.value_clip:g}, but with one update per step no value has moved "
             "since the step began; write advantage.critic.updates: 2 or more, or null"
         )
-    unused = not section.estimator.facts.rewards and topology.evaluation.judge != "reward"
+    unused = not section.estimator.facts.rewards and not any(
+        one.judge == "reward" for one in topology.evaluation_sets.values()
+    )
     if topology.reward.kind is not RewardKind.NONE and unused:
         yield "reward.kind: rewards are computed and reported, and nothing learns from them; write advantage.estimator"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from opd_async.checks.models import Say
+from opd_async.config.evaluating import SETS, EvaluationSetSection
 from opd_async.config.inputs import CompletionsSection, PromptsSection
 from opd_async.config.topology import Topology
 from opd_async.data.hub_data import fetch_data_set, is_data_set
 from opd_async.errors import InputError
 
+_Section = TypeVar("_Section", PromptsSection, EvaluationSetSection, CompletionsSection)
 _OWN = ("subset", "split", "revision")
 """Keys that only a data set of the hub has."""
 
@@ -23,10 +27,19 @@ def with_data_here(topology: Topology, say: Say) -> tuple[Topology, list[str]]:
                 update[key] = _here(f"data.{key}", section, say)
             except InputError as error:
                 problems.append(f"data.{key}{error}")
-    return topology.model_copy(update={"data": topology.data.model_copy(update=update)}), problems
+    sets = dict(topology.evaluation.sets)
+    for name, one in sets.items():
+        key = f"{SETS}.{name}"
+        try:
+            sets[name] = _here(key, one, say)
+        except InputError as error:
+            problems.append(f"{key}{error}")
+    evaluation = topology.evaluation.model_copy(update={"sets": sets})
+    data = topology.data.model_copy(update=update)
+    return topology.model_copy(update={"data": data, "evaluation": evaluation}), problems
 
 
-def _here(key: str, section: PromptsSection | CompletionsSection, say: Say) -> PromptsSection | CompletionsSection:
+def _here(key: str, section: _Section, say: Say) -> _Section:
     """The section with the path of a file. Raises `InputError`, which begins with the rest of the key."""
     paths = section.path if isinstance(section.path, tuple) else (section.path,)
     if not any(is_data_set(path) for path in paths):

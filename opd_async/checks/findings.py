@@ -18,11 +18,13 @@ SHOWN = 600
 """Characters of a rendered prompt; longer ones lose their middle."""
 
 
-def longest_of(inputs: Inputs) -> Longest:
+def longest_of(topology: Topology, inputs: Inputs) -> Longest:
     """Tokens of the longest prompts that a run will use, those with given responses included."""
     train = _longest(inputs.prompts)
     given = max((len(one.prompt.token_ids) for one in inputs.completions.completions), default=0)
-    held_out = 0 if inputs.held_out is None else _longest(inputs.held_out) or 0
+    sets = topology.evaluation_sets
+    judged = [(_longest(prompts) or 0, sets[name].max_response_tokens) for name, prompts in inputs.held_out.items()]
+    held_out = max(judged, key=sum, default=(0, 0))
     return Longest(None if train is None else max(train, given), held_out, _longest_read(inputs))
 
 
@@ -44,8 +46,8 @@ def what_was_read(topology: Topology, inputs: Inputs) -> Iterator[str]:
     data = topology.data
     source = f"{data.function}" if data.train is None else named(data.train.path)
     yield f"data.train: {source}: {_in_numbers(inputs.prompts)}"
-    if inputs.held_out is not None and data.held_out is not None:
-        yield f"data.held_out: {named(data.held_out.path)}: {_in_numbers(inputs.held_out)}"
+    for name, one in topology.evaluation_sets.items():
+        yield f"{one.key}: {named(one.data.path)}: {_in_numbers(inputs.held_out[name])}; judge {one.judge}"
     if given := inputs.completions.completions:
         yield f"data.completions: {len(given)} given responses, {inputs.completions.skipped_too_long} too long"
     ends = [*end_ids(topology.models.student.path), *topology.rollout.sampling.stop_token_ids]

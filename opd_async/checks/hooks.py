@@ -26,11 +26,6 @@ def hook_problems(topology: Topology) -> Iterator[str]:
         )
     if topology.schedule.filter is not None and topology.schedule.train_on is TrainOn.TOKENS:
         yield "schedule.filter: chooses among finished groups, but steps take parts of them; write train_on: samples"
-    if topology.rollout.function is not None and topology.evaluation.judge == "teacher":
-        yield (
-            "evaluation.judge: teacher, which compares a response of the student alone, but rollout.function makes "
-            "episodes with given tokens in them; write reward or answer"
-        )
     hooks = {
         "data.function": (topology.data.function, ""),
         "opd.function": (topology.opd.function, "rows"),

@@ -71,7 +71,7 @@ def examine_source(source: TopologySource, say: Say, *, details: bool = False) -
     problems = [*source.problems, *((source.line_of(_key(text)), text) for text in reader.problems)]
     if problems or inputs is None:
         raise InputError(list_problems(source.name, problems))
-    topology, chosen = fitted(named, longest_of(inputs))
+    topology, chosen = fitted(named, longest_of(named, inputs))
     for line in (*(f"warning: {warning}" for warning in warnings(topology)), *reader.notes):
         say(line)
     if details:
@@ -98,7 +98,7 @@ def ready_to_plan(path: Path, overrides: Collection[str], say: Say) -> tuple[Top
         say(f"prompts are not read ({str(error).splitlines()[0]}); --prompt-tokens says their mean length")
         return fitted(topology)[0], None
     lengths = inputs.prompts.lengths()
-    return fitted(topology, longest_of(inputs))[0], None if lengths is None else round(float(lengths.mean()))
+    return fitted(topology, longest_of(here, inputs))[0], None if lengths is None else round(float(lengths.mean()))
 
 
 def read_inputs(topology: Topology, say: Say = print) -> Inputs:
@@ -150,10 +150,9 @@ class _Reader:
             return None
         choice = replace(plain, prompts=prompts)
         train = self._train(tokenizer, choice)
-        limit, section = topology.max_held_out_tokens, topology.data.held_out
-        held_out = None if section is None else self._prompts("held_out", section, tokenizer, limit, plain)
+        held_out = self._held_out(tokenizer, plain)
         completions = self._try("data.completions.path", lambda: self._completions(tokenizer, choice))
-        if train is None or completions is None or (section is not None and held_out is None) or self.problems:
+        if train is None or completions is None or self.problems:
             return None
         return Inputs(train, held_out, tokenizer, completions)
 
@@ -175,10 +174,10 @@ class _Reader:
         topology = self._topology
         section, path, limit = topology.data.train, topology.data.function, topology.max_prompt_tokens
         if section is not None:
-            return self._prompts("train", section, tokenizer, limit, choice)
+            return self._prompts("data.train", section, tokenizer, limit, choice, self._reward())
         if path is None or any(_key(problem) == KEY for problem in self.problems):
             return None
-        labelled = topology.reward.kind.facts.label
+        labelled = self._reward() is not None
 
         def first() -> PromptSet:
             try:
@@ -191,19 +190,41 @@ class _Reader:
 
         return self._try(KEY, first)
 
+    def _reward(self) -> str | None:
+        """The reward that compares responses with labels, in words; None where none does."""
+        kind = self._topology.reward.kind
+        return f"reward.kind {kind}" if kind.facts.label else None
+
+    def _held_out(self, tokenizer: Tokenizer, choice: TeacherChoice) -> dict[str, PromptSet]:
+        """The prompts of every evaluation set that can be used, by name."""
+        found: dict[str, PromptSet] = {}
+        for name, one in self._topology.evaluation_sets.items():
+            rules = {"answer": f"{one.where('judge')} answer", "reward": self._reward(), "teacher": None}
+            prompts = self._prompts(one.key, one.data, tokenizer, one.max_prompt_tokens, choice, rules[one.judge])
+            if prompts is not None:
+                found[name] = prompts
+        return found
+
     def _prompts(
-        self, key: str, section: PromptsSection, tokenizer: Tokenizer, limit: int, choice: TeacherChoice
+        self,
+        key: str,
+        section: PromptsSection,
+        tokenizer: Tokenizer,
+        limit: int,
+        choice: TeacherChoice,
+        rule: str | None,
     ) -> PromptSet | None:
-        """Read the prompts of a file; None where it cannot be used, also where an earlier problem says so."""
+        """Read the prompts of a file; None where it cannot be used, also where an earlier problem says so.
+
+        `rule` is what compares responses with labels, in words.
+        """
         if any(name in problem for problem in self.problems for name in _LENGTH_KEYS):
             limit = _ANY_LENGTH
-        prompts = self._try(f"data.{key}.path", lambda: load_prompts(section, tokenizer, limit, choice, self._chats))
+        prompts = self._try(f"{key}.path", lambda: load_prompts(section, tokenizer, limit, choice, self._chats))
         if prompts is None:
             return None
-        judged = key == "train" or self._topology.evaluation.judge == "reward"
-        kind = self._topology.reward.kind if judged else None
-        if key == "train" or self._topology.evaluation.judge != "teacher":
-            self._try(f"data.{key}.label_key", lambda: require_labels(prompts, section, kind))
+        if rule is not None:
+            self._try(f"{key}.label_key", lambda: require_labels(prompts, section, rule))
         if prompts.skipped_too_long:
             skipped = f"skipped {prompts.skipped_too_long} prompts longer than {limit} tokens"
             self.notes.append(f"{named(section.path)}: {skipped}")

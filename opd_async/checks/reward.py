@@ -1,13 +1,13 @@
-"""Check that responses can be judged as the topology says: by rewards, and by answers in evaluations."""
+"""Check that responses can be judged as the topology says: by rewards, and by labels."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 
+from opd_async.checks.evaluation import answer_problems
 from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import PromptsSection, Topology
 from opd_async.data.prompts import PromptSet
@@ -19,10 +19,9 @@ LOAD_DEADLINE_S = 60.0
 
 
 def reward_problems(topology: Topology) -> Iterator[str]:
-    """List what is wrong with `reward` and `evaluation`; loads the rule in a process of its own, as actors do."""
-    answers = list(_answer_problems(topology))
+    """List what is wrong with `reward` and answer patterns; loads the rule in a process of its own, as actors do."""
+    answers = answer_problems(topology)
     yield from answers
-    yield from _evaluation_problems(topology)
     reward = topology.reward
     if reward.kind is RewardKind.EPISODE and topology.rollout.function is None:
         yield (
@@ -37,15 +36,9 @@ def reward_problems(topology: Topology) -> Iterator[str]:
         yield problem
 
 
-def require_labels(prompts: PromptSet, section: PromptsSection, kind: RewardKind | None) -> None:
-    """Raise `InputError` if responses are compared with labels and a prompt has none: they would always be "wrong".
-
-    `kind` is the rule that judges; None stands for `evaluation.judge: answer`, which compares with the label itself.
-    """
-    if kind is not None and not kind.facts.label:
-        return
+def require_labels(prompts: PromptSet, section: PromptsSection, rule: str) -> None:
+    """Raise `InputError` if a prompt has no label, with which `rule` compares: responses would always be "wrong"."""
     if missing := prompts.unlabelled():
-        rule = "evaluation.judge answer" if kind is None else f"reward.kind {kind}"
         raise InputError(
             f"{named(section.path)}: {missing} of {len(prompts.prompts)} prompts have no label under "
             f"{section.label_key!r}, which {rule} compares responses with; set label_key, or remove these prompts"
@@ -69,32 +62,3 @@ def _unloadable(topology: Topology) -> str | None:
         return f"reward.kind: {reward.kind} was not loaded within {LOAD_DEADLINE_S:.0f} s; import less in its module"
     lines = loaded.stderr.strip().splitlines()
     return None if loaded.returncode == 0 else (lines[-1] if lines else f"reward.kind: {reward.kind} cannot be loaded")
-
-
-def _answer_problems(topology: Topology) -> Iterator[str]:
-    pattern = topology.evaluation.answer_pattern
-    try:
-        groups = re.compile(pattern).groups
-    except re.error as error:
-        yield f"evaluation.answer_pattern: {pattern!r} is not a regular expression ({error}); write one with a group"
-        return
-    if groups == 0:
-        yield f"evaluation.answer_pattern: {pattern!r} has no group; put the answer in parentheses, as in ^(.*)$"
-
-
-def _evaluation_problems(topology: Topology) -> Iterator[str]:
-    evaluation, context = topology.evaluation, topology.engines.student.context_tokens
-    if evaluation.judge == "reward" and topology.reward.kind is RewardKind.NONE:
-        yield "evaluation.judge: reward, but there is none; write reward.kind, or answer"
-    if evaluation.judge == "teacher" and not topology.teachers:
-        yield ("evaluation.judge: teacher, but no teacher has engines of its own to be asked; write answer or reward")
-    if evaluation.judge == "teacher" and evaluation.temperature != 1.0:
-        yield (
-            f"evaluation.temperature: {evaluation.temperature:g}, but evaluation.judge: teacher compares distributions "
-            "at temperature 1; write 1"
-        )
-    if (evaluation.max_response_tokens or 0) >= context:
-        yield (
-            f"evaluation.max_response_tokens: {evaluation.max_response_tokens} leaves no room for a prompt in "
-            f"engines.student.context_tokens {context}; write less than {context}"
-        )

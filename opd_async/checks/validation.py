@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from opd_async.checks.advantage import advantage_problems, advantage_warnings
 from opd_async.checks.cluster import cluster_problems
 from opd_async.checks.completions import completion_problems
+from opd_async.checks.evaluation import evaluation_problems, set_file_problems
 from opd_async.checks.hooks import hook_problems
 from opd_async.checks.host import device_problems, network_problems, open_file_problems
 from opd_async.checks.kernels import kernel_problems
@@ -56,6 +57,7 @@ def validate(topology: Topology) -> list[str]:
         *cluster_problems(topology),
         *device_problems(topology),
         *reward_problems(topology),
+        *evaluation_problems(topology),
         *advantage_problems(topology),
         *hook_problems(topology),
         *tracker_problems(topology),
@@ -68,7 +70,7 @@ def warnings(topology: Topology) -> list[str]:
     """List the settings of a valid topology that are probably a mistake."""
     schedule, optimizer = topology.schedule, topology.learner.optimizer
     doubtful = list(loss_warnings(topology))
-    if topology.evaluation.every_steps and topology.data.held_out is None:
+    if topology.evaluation.every_steps and not topology.evaluation_sets:
         doubtful.append(
             "evaluation.every_steps: there are no held-out prompts, so nothing is evaluated; write data.held_out.path"
         )
@@ -98,13 +100,12 @@ def _data_problems(topology: Topology) -> Iterator[str]:
         yield "data.train: no prompts to train on; write a path, or data.function: module:name in its place"
     elif data.train is not None and data.function is not None:
         yield "data.train: there is data.function as well; remove one of them"
-    for key, section in (("train", data.train), ("held_out", data.held_out)):
-        if section is None:
-            continue
+    if data.train is not None:
         try:
-            data_files(section.path)
+            data_files(data.train.path)
         except InputError as error:
-            yield f"data.{key}.path: {error}"
+            yield f"data.train.path: {error}"
+    yield from set_file_problems(topology)
     if own := sorted(TEMPLATE_NAMES & set(data.chat_template_kwargs)):
         yield f"data.chat_template_kwargs: {', '.join(own)}, which every template gets from the run; remove it"
     if data.chat_template and not data.chat_template.is_file():

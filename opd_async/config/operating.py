@@ -1,4 +1,4 @@
-"""How a run is kept, watched and stopped: the sections `checkpoint`, `evaluation`, `network` and `supervisor`."""
+"""How a run is kept, watched and stopped: the sections `checkpoint`, `network` and `supervisor`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from opd_async.config.section import (
     Seconds,
     Section,
     Steps,
-    Tokens,
 )
 
 
@@ -31,30 +30,6 @@ class CheckpointSection(Section):
     """Write the student in Hugging Face format at the end, as `export`."""
     export_hf_every_steps: Steps | None = None
     """Also during training, as `export/step_0000N`; the newest `keep` of them stay. Null: only at the end."""
-
-
-class EvaluationSection(Section):
-    """Evaluations on held-out prompts, before, during and after training: pass@1, or the distance to the teacher."""
-
-    every_steps: Steps | None = None
-    """Steps between evaluations. Null: only before and after training."""
-    prompts: Positive = 1000
-    """Prompts of the evaluations before and after training."""
-    during_prompts: Positive = 256
-    """Prompts of the evaluations in between."""
-    samples_per_prompt: Positive = 1
-    """Sampled responses to each prompt: their mean is avg@k. One more is greedy."""
-    temperature: float = Field(default=1.0, gt=0.0)
-    """Temperature of the sampled responses. Nothing is trained on them, so it need not be 1."""
-    max_response_tokens: Tokens | None = None
-    """Longest response of an evaluation. Null: as in `rollout.sampling`."""
-    judge: Literal["answer", "reward", "teacher"] = "answer"
-    """What makes a response right: the answer pattern, or a positive reward. `teacher` needs no labels: it is the
-    reverse KL to the teacher on the sampled responses, estimated at temperature 1."""
-    answer_pattern: str = r"(?s)^(.*)$"
-    """Regular expression over the response text; its first group must equal the label."""
-    teacher: bool = True
-    """Evaluate the teacher too, where engines of its own score."""
 
 
 class NetworkSection(Section):

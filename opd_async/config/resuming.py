@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 from fnmatch import fnmatch
 
+from opd_async.config.evaluating import SETS
+
 MAY_CHANGE = (
     *("schedule.steps", "run_dir", "checkpoint.*", "evaluation.*", "supervisor.*", "network.*", "shared_devices"),
     *("telemetry.*", "tracking.*", "cluster.*", "models.allow_token_differences"),
@@ -55,15 +57,17 @@ class Change(StrEnum):
 
 def may_change(key: str) -> Change:
     """Whether `key`, dotted, may differ when a run is resumed; those of several teachers are as those of one."""
+    if content_of(key) is not None:
+        return Change.SAME_CONTENT
     if any(fnmatch(key, pattern) for pattern in MAY_CHANGE):
         return Change.YES
     if key in LEARNING_RATE:
         return Change.WITH_FLAG
-    return Change.SAME_CONTENT if content_of(key) is not None else Change.NO
+    return Change.NO
 
 
 def content_of(key: str) -> str | None:
     """The section of the fingerprints that holds the content of what `key` names; None for other keys."""
-    if fnmatch(key, "models.teachers.*.path"):
+    if fnmatch(key, "models.teachers.*.path") or fnmatch(key, f"{SETS}.*.path"):
         return key.removesuffix(".path")
     return BY_CONTENT.get(key)

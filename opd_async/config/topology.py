@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import Field
 
 from opd_async.config.clustering import Backend, ClusterSection
+from opd_async.config.evaluating import EvaluationSection, EvaluationSet, evaluation_sets
 from opd_async.config.generating import (
     EngineKind,
     EngineSection,
@@ -26,7 +27,6 @@ from opd_async.config.inputs import CompletionsSection, DataSection, ModelSectio
 from opd_async.config.learning import AdvantageSection, OpdSection, RewardSection
 from opd_async.config.operating import (
     CheckpointSection,
-    EvaluationSection,
     NetworkSection,
     SupervisorSection,
     TelemetrySection,
@@ -47,6 +47,7 @@ __all__ = (
     "EngineSection",
     "EnginesSection",
     "EvaluationSection",
+    "EvaluationSet",
     "LearnerSection",
     "ModelSection",
     "ModelsSection",
@@ -185,7 +186,7 @@ class Topology(Section):
         return self.engines.student.context_tokens - self.rollout.sampling.max_response_tokens
 
     @property
-    def max_held_out_tokens(self) -> int:
-        """The same for held-out prompts and the responses of evaluations."""
-        longest = self.evaluation.max_response_tokens or self.rollout.sampling.max_response_tokens
-        return self.engines.student.context_tokens - longest
+    def evaluation_sets(self) -> dict[str, EvaluationSet]:
+        """Every set of held-out prompts by name, with all that holds for it; empty where nothing is evaluated."""
+        longest, context = self.rollout.sampling.max_response_tokens, self.engines.student.context_tokens
+        return evaluation_sets(self.evaluation, self.data.held_out, longest, context)

@@ -58,7 +58,8 @@ class Longest:
     """Tokens of the longest prompts that will be used; `train` is None where they come from a function."""
 
     train: int | None
-    held_out: int = 0
+    held_out: tuple[int, int] = (0, 0)
+    """Of the evaluation set that needs most: its longest prompt, and its longest response."""
     teachers: int | None = 0
     """Of the prompts that teachers read in place of the student's; 0 where there are none, None where a function makes
     them."""
@@ -124,7 +125,6 @@ class _Fitter:
         """Longest prompt and response together: of the student, and as much for every teacher."""
         topology, sections = self.topology, self._sections()
         response = topology.rollout.sampling.max_response_tokens
-        judged = topology.evaluation.max_response_tokens or response
         written = [size for one in sections.values() for size in (one.kv_tokens, one.context_tokens)]
         written = [size for size in written if not isinstance(size, Auto)]
         most = min([*self._rooms.values(), *written])
@@ -133,8 +133,8 @@ class _Fitter:
         elif longest.train is None:
             need, why = response + PROMPT_ALLOWANCE, f"{response} of response, {PROMPT_ALLOWANCE} for prompts"
         else:
-            need = max(longest.train + response, longest.held_out + judged if longest.held_out else 0)
-            why = f"the longest prompt ({max(longest.train, longest.held_out)}) and the longest response"
+            need = max(longest.train + response, sum(longest.held_out))
+            why = f"the longest prompt ({max(longest.train, longest.held_out[0])}) and the longest response"
         self._set("engines.student.context_tokens", min(need, most), why)
         student = self.topology.engines.student.context_tokens
         read = 0 if longest is None else student + PROMPT_ALLOWANCE

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,10 @@ class Books:
     """Trained tokens by their age in steps."""
     evaluations: list[Evaluation] = field(default_factory=list)
     """Of the student, in the order in which they ended."""
-    teachers: dict[str, Evaluation] = field(default_factory=dict)
-    student_before: Evaluation | None = None
+    teachers: dict[str, dict[str, Evaluation]] = field(default_factory=dict)
+    """Of each teacher, by evaluation set and by who it is."""
+    before: dict[str, Evaluation] = field(default_factory=dict)
+    """Of the untrained student, by set."""
 
     def step(self, row: dict[str, Any]) -> None:
         """Account for one step's row."""
@@ -142,11 +145,15 @@ class Books:
     def evaluation(self, evaluation: Evaluation, who: str) -> None:
         """Account for one evaluation of the `student`, the `teacher`, or `teacher <name>` where there are several."""
         if who != "student":
-            self.teachers[who] = evaluation
+            self.teachers.setdefault(evaluation.set, {})[who] = evaluation
             return
         self.evaluations.append(evaluation)
-        if evaluation.step == 0 and self.student_before is None:
-            self.student_before = evaluation
+        if evaluation.step == 0:
+            self.before.setdefault(evaluation.set, evaluation)
+
+    def latest(self) -> dict[str, Evaluation]:
+        """The student's last evaluation on each set."""
+        return {one.set: one for one in self.evaluations}
 
     def ages(self) -> Staleness:
         """Mean, 99th percentile and maximum of the trained tokens' ages."""
@@ -174,8 +181,8 @@ class Books:
             "launch": self.launch.dump(),
             "staleness": self.staleness.tolist(),
             "evaluations": [one.model_dump(mode="json") for one in self.evaluations],
-            "teachers": {name: one.model_dump(mode="json") for name, one in self.teachers.items()},
-            "student_before": self.student_before and self.student_before.model_dump(mode="json"),
+            "teachers": {name: _dumped(of) for name, of in self.teachers.items()},
+            "before": _dumped(self.before),
         }
         return json.dumps(values)
 
@@ -190,7 +197,6 @@ def load_books(checkpoint: Path | None) -> Books:
         if checkpoint is None:
             return Books()
         values = json.loads((checkpoint / BOOKS_FILE).read_bytes())
-        before = values["student_before"]
         return Books(
             size=int(values["size"]),
             began=values["began"],
@@ -198,11 +204,19 @@ def load_books(checkpoint: Path | None) -> Books:
             launch=_sums(values["launch"]),
             staleness=np.array(values["staleness"], np.int64),
             evaluations=[Evaluation.model_validate(one) for one in values["evaluations"]],
-            teachers={name: Evaluation.model_validate(one) for name, one in values["teachers"].items()},
-            student_before=before and Evaluation.model_validate(before),
+            teachers={name: _evaluations(of) for name, of in values["teachers"].items()},
+            before=_evaluations(values["before"]),
         )
     except (OSError, ValueError, TypeError, KeyError):
         return Books()
+
+
+def _dumped(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    return {name: one.model_dump(mode="json") for name, one in evaluations.items()}
+
+
+def _evaluations(values: dict[str, Any]) -> dict[str, Evaluation]:
+    return {name: Evaluation.model_validate(one) for name, one in values.items()}
 
 
 def _sums(values: dict[str, Any]) -> Sums:

@@ -70,7 +70,8 @@ def _files(report: Report, ledger: Ledger, folder: Path, say: Say) -> Iterator[t
     if books.evaluations or books.whole.steps:
         curve = folder / "learning_curve.png"
         try:
-            learning_curve(curve, books.evaluations, books.teachers.get("teacher"), ledger.reverse_kl())
+            teachers = {name: of["teacher"] for name, of in books.teachers.items() if "teacher" in of}
+            learning_curve(curve, books.evaluations, teachers, ledger.reverse_kl())
             yield "learning curve", curve
         except Exception as error:  # whatever a drawing library finds: the run itself is over and done
             say(f"the learning curve cannot be drawn: {error}")

@@ -12,7 +12,7 @@ import numpy as np
 
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.barrier import Barrier
-from opd_async.run.evaluator import EVAL_IDS
+from opd_async.run.evaluation_responses import EVAL_IDS
 from opd_async.run.state import RunState
 from opd_async.transport import messages as m
 

@@ -32,7 +32,7 @@ from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.barrier import Barrier, BarrierState
 from opd_async.run.control_bounds import ControlBounds
 from opd_async.run.deaths import Deaths
-from opd_async.run.evaluator import EVAL_IDS
+from opd_async.run.evaluation_responses import EVAL_IDS
 from opd_async.run.leasing import Leasing
 from opd_async.run.ledger import Ledger
 from opd_async.run.slow_engines import SlowEngines

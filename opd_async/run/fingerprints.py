@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from opd_async.config.evaluating import SETS
 from opd_async.config.topology import Topology
 from opd_async.data.completions import Completion, CompletionSet
 from opd_async.data.prompts import Prompt, PromptSet
@@ -30,7 +31,7 @@ MODEL_FILES = (
 
 
 def fingerprints(
-    topology: Topology, train: PromptSet, held_out: PromptSet | None, completions: CompletionSet
+    topology: Topology, train: PromptSet, held_out: Mapping[str, PromptSet], completions: CompletionSet
 ) -> dict[str, str]:
     """sha256 in hexadecimal of everything that the run reads, by section of the topology. Raises `OSError`."""
     if topology.data.function is not None:  # nobody reads all that a function may give
@@ -38,8 +39,8 @@ def fingerprints(
         found = {"data.function": _of([topology.data.function.encode(), *map(_prompt, first)])}
     else:
         found = {"data.train": _of(map(_prompt, train.prompts))}
-    if held_out is not None:
-        found["data.held_out"] = _of(map(_prompt, held_out.prompts))
+    for name, one in topology.evaluation_sets.items():
+        found[one.key] = _of(map(_prompt, held_out[name].prompts))
     if topology.data.completions is not None:
         found["data.completions"] = _of(map(_completion, completions.completions))
     student = topology.models.student.path
@@ -59,8 +60,8 @@ def _needs_first_weights(topology: Topology) -> bool:
 
 
 def differences(saved: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Sections whose content was another one when the run began."""
-    return [key for key in saved if now.get(key) != saved[key]]
+    """Sections whose content was another one when the run began. An evaluation set may come and go."""
+    return [key for key in saved if now.get(key) != saved[key] and (key in now or not key.startswith(f"{SETS}."))]
 
 
 def read(folder: Path) -> dict[str, str]:

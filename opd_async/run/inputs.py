@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from opd_async.data.completions import CompletionSet
@@ -11,9 +12,9 @@ from opd_async.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Prompts, held-out prompts (None without an evaluation), the student's tokenizer, and given responses."""
+    """Prompts, those of each evaluation set by name, the student's tokenizer, and given responses."""
 
     prompts: PromptSet
-    held_out: PromptSet | None
+    held_out: Mapping[str, PromptSet]
     tokenizer: Tokenizer
     completions: CompletionSet

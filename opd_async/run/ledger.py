@@ -13,16 +13,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opd_async.config.evaluating import HELD_OUT
 from opd_async.config.topology import TrainOn
 from opd_async.data.jsonl import JsonlRecord, begins_line, read_jsonl, read_jsonl_ends
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.books import GROWING, PER_ROLE, SINCE, Books, RoleTotals, Sums, load_books
-from opd_async.telemetry.report import METRICS_FILE, Evaluation, Launch, Report, ScoreLatency, Suspect, WeightSync
+from opd_async.telemetry.report import (
+    METRICS_FILE,
+    Evaluated,
+    Evaluation,
+    Launch,
+    Report,
+    ScoreLatency,
+    Suspect,
+    WeightSync,
+)
 from opd_async.transport.messages import StepStarted
 
 log = logging.getLogger(__name__)
 
 KL_COLUMN = "learner_reverse_kl"
+EVALUATED = {"evaluation_score": "pass_at_1", "evaluation_reverse_kl": "reverse_kl"}
+"""Figures of the last evaluations that each step's row repeats, by column."""
 SHOWN_COUNTERS = (
     "reward_failures",
     "episodes_failed",
@@ -48,7 +60,8 @@ class Ledger:
 
     plan: Plan
     roles: dict[str, RoleTotals] = field(default_factory=lambda: defaultdict(RoleTotals))
-    student_after: Evaluation | None = None
+    student_after: dict[str, Evaluation] = field(default_factory=dict)
+    """By evaluation set."""
     skipped_prompts: int = 0
     slow_engines: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     """How often an engine was found to be slow, by role or address."""
@@ -131,11 +144,14 @@ class Ledger:
         self.on_row("step", row)
         return row
 
-    def _last_evaluation(self) -> dict[str, float]:
-        """What the student's last evaluation has found, as columns of a step's row."""
-        found = self.books.evaluations[-1] if self.books.evaluations else None
-        columns = {} if found is None else {"score": found.pass_at_1, "reverse_kl": found.reverse_kl}
-        return {f"evaluation_{name}": value for name, value in columns.items() if value is not None}
+    def _last_evaluation(self) -> dict[str, dict[str, float]]:
+        """What the student's last evaluation has found on each set, as columns of a step's row."""
+        latest, columns = self.books.latest(), {}
+        for column, figure in EVALUATED.items():
+            values = {name: value for name, found in latest.items() if (value := getattr(found, figure)) is not None}
+            if values:
+                columns[column] = values
+        return columns
 
     def evaluation(self, evaluation: Evaluation, who: str) -> None:
         """File one evaluation of the `student`, the `teacher`, or `teacher <name>` where there are several."""
@@ -180,13 +196,13 @@ class Ledger:
         for name in SINCE:
             self._carried[name] += lost.get(name) or 0.0
 
-    def evaluated(self, step: int, prompts: int, samples: int, temperature: float) -> Evaluation | None:
-        """The student's evaluation after `step` on so many prompts, if there is one already."""
-        wanted = (step, prompts, samples, temperature)
+    def evaluated(self, step: int, name: str, prompts: int, samples: int, temperature: float) -> Evaluation | None:
+        """The student's evaluation after `step` on so many prompts of the set `name`, if there is one already."""
+        wanted = (step, name, prompts, samples, temperature)
         found = [
             one
             for one in self.books.evaluations
-            if (one.step, one.prompts, one.samples_per_prompt, one.temperature) == wanted
+            if (one.step, one.set, one.prompts, one.samples_per_prompt, one.temperature) == wanted
         ]
         return found[-1] if found else None
 
@@ -204,15 +220,15 @@ class Ledger:
         budget = schedule.tokens_per_step * steps if schedule.train_on is TrainOn.TOKENS else 0
         latency = {q: intake.now.get(f"score_latency_{q}") for q in ("p50_s", "p99_s")}
         counters = {name: int(sum(t.total(name) for t in self.roles.values())) for name in SHOWN_COUNTERS}
+        sets = (*self.plan.topology.evaluation_sets, *books.teachers, *books.before)
+        evaluated = {name: self._evaluated(name) for name in dict.fromkeys(sets)}
         return Report(
             name=self.plan.topology.name,
             steps=books.whole.steps,
             seconds=sums["seconds"],
             this_launch=self._this_launch() if books.began else None,
-            teacher=books.teachers.get("teacher"),
-            teachers={name: of for name, of in books.teachers.items() if name != "teacher"},
-            student_before=books.student_before,
-            student_after=self.student_after,
+            **dict(evaluated.pop(HELD_OUT, Evaluated())),
+            sets=evaluated,
             max_staleness=self.plan.topology.schedule.max_staleness,
             staleness=books.ages(),
             score_latency=ScoreLatency(**latency),
@@ -233,6 +249,16 @@ class Ledger:
             restarts=restarts,
             slow_engines=dict(self.slow_engines),
             suspect=list(suspect),
+        )
+
+    def _evaluated(self, name: str) -> Evaluated:
+        """What was found on one set."""
+        teachers = self.books.teachers.get(name, {})
+        return Evaluated(
+            teacher=teachers.get("teacher"),
+            teachers={who: of for who, of in teachers.items() if who != "teacher"},
+            student_before=self.books.before.get(name),
+            student_after=self.student_after.get(name),
         )
 
     def _this_launch(self) -> Launch:

@@ -281,11 +281,12 @@ class Lifecycle:
                 return
 
     def _evaluator(self, dispatcher: Dispatcher) -> Evaluator | None:
-        topology, held_out = self._plan.topology, self._inputs.held_out
-        if held_out is None:
+        topology, sets = self._plan.topology, self._plan.topology.evaluation_sets
+        if not sets:
             return None
-        section, slots = topology.evaluation, topology.rollout.slots
-        evaluator = Evaluator(held_out.prompts, self._inputs.tokenizer, section, slots, dispatcher.send_eval)
+        prompts = {name: self._inputs.held_out[name].prompts for name in sets}
+        slots = topology.rollout.slots
+        evaluator = Evaluator(sets, prompts, self._inputs.tokenizer, slots, dispatcher.send_eval)
         dispatcher.on_eval_done = evaluator.deliver
         assert self._samples is not None
         evaluator.shown, evaluator.on_sample = topology.telemetry.samples_per_step, self._samples.add

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from opd_async.config.evaluating import SETS
 from opd_async.config.resuming import Change, content_of, may_change
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import dump_topology, load_topology
@@ -149,7 +150,9 @@ class Inputs:
     now: dict[str, str]
 
     def same(self, section: str) -> bool:
-        """Is the content known to be the same?"""
+        """Is the content known to be the same? There is none to compare of an evaluation set that came or went."""
+        if section.startswith(f"{SETS}.") and not (section in self.saved and section in self.now):
+            return bool(self.now)
         return section in self.saved and self.saved[section] == self.now.get(section)
 
 

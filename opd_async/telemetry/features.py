@@ -16,7 +16,7 @@ def features_of(topology: Topology) -> frozenset[Feature]:
         Feature.FILTER: schedule.filter is not None,
         Feature.BUDGET: schedule.train_on is TrainOn.TOKENS,
         Feature.BOUND: schedule.max_staleness is not None,
-        Feature.EVALUATION: topology.data.held_out is not None,
+        Feature.EVALUATION: bool(topology.evaluation_sets),
         Feature.SLOW_ENGINES: topology.supervisor.slow_engine is not None,
         Feature.TRACKERS: bool(topology.tracking.trackers),
         Feature.EPISODES: topology.rollout.function is not None,

@@ -6,10 +6,11 @@ Call these from a thread (`asyncio.to_thread`) when an event loop is waiting.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opd_async.config.evaluating import HELD_OUT
 from opd_async.extras import need
 from opd_async.telemetry.report import Evaluation, Interval
 
@@ -19,40 +20,42 @@ if TYPE_CHECKING:
 _SAMPLED = "#1f6fb2"
 _GREEDY = "#d9772b"
 _KL = "#4a4a4a"
+_SETS = (_SAMPLED, _GREEDY, "#3a923a", "#8a4fbf", "#b5452f")
 _SMOOTH_REACH = 10
 _SMOOTH_FROM = 40
 
 
 def learning_curve(
-    path: Path, student: Sequence[Evaluation], teacher: Evaluation | None, reverse_kl: Sequence[tuple[int, float]]
+    path: Path,
+    student: Sequence[Evaluation],
+    teachers: Mapping[str, Evaluation],
+    reverse_kl: Sequence[tuple[int, float]],
 ) -> None:
-    """Draw pass@1 and reverse KL against optimizer steps into a PNG, whole or not at all.
+    """Draw pass@1 on each evaluation set, and reverse KL, against optimizer steps into a PNG, whole or not at all.
 
-    `student`: evaluations in any order. `teacher`: drawn as dashed lines. `reverse_kl`: (step, nats per token), by
-    step; of more than 40, a mean is drawn as well. Values that are not finite are left out, and so is a panel without
-    data. Raises `OSError`, `InputError` without matplotlib, and `ValueError` if there is nothing to draw.
+    `student`: evaluations in any order. `teachers`: by set, drawn as dashed lines. `reverse_kl`: (step, nats per
+    token), by step; of more than 40, a mean is drawn as well. Values that are not finite are left out, and so is a
+    panel without data. Raises `OSError`, `InputError` without matplotlib, and `ValueError` if there is nothing to draw.
     """
     finite_kl = [(step, value) for step, value in reverse_kl if math.isfinite(value)]
     student = sorted(student, key=lambda found: found.step)
-    distances = [
-        (found.step, found.reverse_kl, found.reverse_kl_interval or (found.reverse_kl, found.reverse_kl))
-        for found in student
-        if found.reverse_kl is not None
-    ]
-    student = [found for found in student if found.pass_at_1 is not None]
-    panels = [bool(student or teacher), bool(finite_kl or distances)]
-    if not any(panels):
+    distances = [found for found in student if found.reverse_kl is not None]
+    right = [found for found in student if found.pass_at_1 is not None]
+    judged = list(dict.fromkeys([*(found.set for found in right), *teachers]))
+    with_kl = bool(finite_kl or distances)
+    panels = len(judged) + with_kl
+    if not panels:
         raise ValueError("no evaluation and no step to draw")
     purpose = "the picture of a run"
     canvas = need("matplotlib.backends.backend_agg", "plots", purpose).FigureCanvasAgg
     figure = need("matplotlib.figure", "plots", purpose).Figure(
-        figsize=(8, 3.4 * sum(panels) + 0.4), dpi=150, layout="constrained"
+        figsize=(8, 3.4 * panels + 0.4), dpi=150, layout="constrained"
     )
     canvas(figure)  # no pyplot: no global state, no display
-    axes = list(figure.subplots(sum(panels), 1, sharex=True, squeeze=False)[:, 0])
-    if panels[0]:
-        _draw_pass_at_1(axes[0], student, teacher)
-    if panels[1]:
+    axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
+    for panel, name in zip(axes, judged, strict=False):
+        _draw_pass_at_1(panel, name, [found for found in right if found.set == name], teachers.get(name))
+    if with_kl:
         _draw_reverse_kl(axes[-1], finite_kl, distances)
     axes[-1].set_xlabel("optimizer step")
     for panel in axes:
@@ -64,7 +67,7 @@ def learning_curve(
     fresh.replace(path)
 
 
-def _draw_pass_at_1(axes: Axes, student: Sequence[Evaluation], teacher: Evaluation | None) -> None:
+def _draw_pass_at_1(axes: Axes, name: str, student: Sequence[Evaluation], teacher: Evaluation | None) -> None:
     steps = [found.step for found in student]
     sampled = _points((found.pass_at_1, found.pass_at_1_interval) for found in student)
     greedy = _points((found.pass_at_1_greedy, found.pass_at_1_greedy_interval) for found in student)
@@ -79,8 +82,13 @@ def _draw_pass_at_1(axes: Axes, student: Sequence[Evaluation], teacher: Evaluati
             axes.axhline(100 * level, color=colour, linestyle=(0, (5, 3)), linewidth=1.1, label=label)
     axes.set_ylabel("pass@1 (%)")
     axes.set_ylim(-2, 104)
-    axes.set_title("Held-out prompts: pass@1 with 95 % intervals", loc="left", fontsize=10.5)
+    axes.set_title(f"{_whose(name)}: pass@1 with 95 % intervals", loc="left", fontsize=10.5)
     axes.legend(fontsize=8.5, loc="lower right", framealpha=0.9, edgecolor="none")
+
+
+def _whose(name: str) -> str:
+    """The prompts of a set, in words."""
+    return "Held-out prompts" if name == HELD_OUT else f"Prompts of {name}"
 
 
 def _points(found: Iterable[tuple[float | None, Interval | None]]) -> list[tuple[float, Interval]]:
@@ -109,17 +117,12 @@ def _draw_with_intervals(
     )
 
 
-def _draw_reverse_kl(
-    axes: Axes, reverse_kl: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float, Interval]]
-) -> None:
+def _draw_reverse_kl(axes: Axes, reverse_kl: Sequence[tuple[int, float]], evaluations: Sequence[Evaluation]) -> None:
     steps = [step for step, _ in reverse_kl]
     values = [value for _, value in reverse_kl]
-    if held_out:
-        at = [step for step, _, _ in held_out]
-        middle = [value for _, value, _ in held_out]
-        reach = [[value - low for _, value, (low, _) in held_out], [high - value for _, value, (_, high) in held_out]]
-        label = f"held-out prompts: {middle[-1]:.4f} at step {at[-1]}"
-        axes.errorbar(at, middle, yerr=reach, color=_SAMPLED, marker="o", markersize=4, capsize=2.5, label=label)
+    lowest = [*values, 0.0]
+    for place, name in enumerate(dict.fromkeys(found.set for found in evaluations)):
+        lowest += _draw_distances(axes, name, [found for found in evaluations if found.set == name], place)
     if len(values) > _SMOOTH_FROM:
         axes.plot(steps, values, color=_KL, alpha=0.35, linewidth=0.9, label="each step")
         inner = steps[_SMOOTH_REACH:-_SMOOTH_REACH]
@@ -128,11 +131,24 @@ def _draw_reverse_kl(
         )
     elif values:
         axes.plot(steps, values, color=_KL, marker="o", markersize=4, linewidth=1.6, label="each step")
-    axes.set_ylim(bottom=min(0.0, *values, *(low for _, _, (low, _) in held_out)))
+    axes.set_ylim(bottom=min(lowest))
     axes.set_ylabel("reverse KL (nats per token)")
-    where = "Training and held-out prompts" if held_out else "Training"
+    where = "Training and held-out prompts" if evaluations else "Training"
     axes.set_title(f"{where}: reverse KL from student to teacher", loc="left", fontsize=10.5)
     axes.legend(fontsize=8.5, loc="upper right", framealpha=0.9, edgecolor="none")
+
+
+def _draw_distances(axes: Axes, name: str, evaluations: Sequence[Evaluation], place: int) -> list[float]:
+    """Draw the distances to the teacher on one set, the one in this place; return the lower ends of their intervals."""
+    at = [found.step for found in evaluations]
+    middle = [found.reverse_kl or 0.0 for found in evaluations]
+    ends = [found.reverse_kl_interval or (value, value) for found, value in zip(evaluations, middle, strict=True)]
+    below = [value - low for value, (low, _) in zip(middle, ends, strict=True)]
+    above = [high - value for value, (_, high) in zip(middle, ends, strict=True)]
+    label = f"{_whose(name).lower()}: {middle[-1]:.4f} at step {at[-1]}"
+    colour = _SETS[place % len(_SETS)]
+    axes.errorbar(at, middle, yerr=[below, above], color=colour, marker="o", markersize=4, capsize=2.5, label=label)
+    return [low for low, _ in ends]
 
 
 def _centred_mean(values: Sequence[float]) -> list[float]:

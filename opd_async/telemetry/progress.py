@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from opd_async.config.evaluating import HELD_OUT
 from opd_async.telemetry.length_drift import LengthDrift
 from opd_async.telemetry.report import Evaluation
 from opd_async.transport.messages import StepStarted
@@ -108,7 +109,7 @@ class Progress:
         unjudged = f", {result.unjudged} not judged" if result.unjudged else ""
         self._line(
             f"{who} at step {result.step}: {sampled} {100 * result.pass_at_1:.1f} %, "
-            f"greedy {100 * result.pass_at_1_greedy:.1f} % of {result.prompts} held-out prompts{unjudged}"
+            f"greedy {100 * result.pass_at_1_greedy:.1f} % of {prompts_of(result)}{unjudged}"
         )
 
 
@@ -145,4 +146,11 @@ def compared(result: Evaluation) -> str:
     unscored = f", {result.unjudged} not scored" if result.unjudged else ""
     length = "" if result.response_tokens is None else f", length {result.response_tokens:,.1f}"
     ended = "" if result.ended_share is None else f", {100 * result.ended_share:.0f} % ended"
-    return f"{distance} on {result.prompts} held-out prompts{length}{ended}{unscored}"
+    return f"{distance} on {prompts_of(result)}{length}{ended}{unscored}"
+
+
+def prompts_of(result: Evaluation) -> str:
+    """How many prompts an evaluation had, and of which set."""
+    return (
+        f"{result.prompts} held-out prompts" if result.set == HELD_OUT else f"{result.prompts} prompts of {result.set}"
+    )

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from opd_async.config.evaluating import HELD_OUT
 from opd_async.config.section import Section
 from opd_async.data.jsonl import read_jsonl
 
@@ -44,6 +45,8 @@ class Evaluation(Section):
     What was not asked for is None: answers where the teacher judges, the distance to the teacher where answers count.
     """
 
+    set: str = HELD_OUT
+    """Whose prompts: `held_out` is `data.held_out`, others are of `evaluation.sets`."""
     prompts: int
     samples_per_prompt: int = 1
     temperature: float = 1.0
@@ -124,6 +127,11 @@ class Evaluation(Section):
         )
 
 
+def on_set(who: str, name: str) -> str:
+    """Say whom an evaluation is of, and on which set unless that is `data.held_out`."""
+    return who if name == HELD_OUT else f"{who} on {name}"
+
+
 class Staleness(Section):
     """Ages of the trained tokens when they were trained, in optimizer steps."""
 
@@ -193,8 +201,21 @@ class Suspect(Section):
     """Steps that have trained any of them, counted from 1 as in `metrics.jsonl`."""
 
 
-class Report(Section):
-    """Everything about a run. A field is about all launches together, unless its comment says otherwise."""
+class Evaluated(Section):
+    """What the evaluations on one set have found."""
+
+    teacher: Evaluation | None = None
+    teachers: dict[str, Evaluation] = Field(default_factory=dict)
+    """Where there are several: each on its own prompts, by `teacher <name>`."""
+    student_before: Evaluation | None = None
+    student_after: Evaluation | None = None
+
+
+class Report(Evaluated):
+    """Everything about a run. A field is about all launches together, unless its comment says otherwise.
+
+    Evaluations on `data.held_out` are fields of the report itself.
+    """
 
     name: str
     steps: int
@@ -203,11 +224,8 @@ class Report(Section):
     not in it."""
     this_launch: Launch | None = None
     """None where the run has had but one."""
-    teacher: Evaluation | None = None
-    teachers: dict[str, Evaluation] = Field(default_factory=dict)
-    """Where there are several: each on its own prompts, by `teacher <name>`."""
-    student_before: Evaluation | None = None
-    student_after: Evaluation | None = None
+    sets: dict[str, Evaluated] = Field(default_factory=dict)
+    """Evaluations on `evaluation.sets`, by name."""
     max_staleness: int | None
     """The bound that was set."""
     staleness: Staleness
@@ -241,6 +259,12 @@ class Report(Section):
     address."""
     folder: Path | None = Field(default=None, exclude=True)
     """Where the run left its files; None for a report that was read from one."""
+
+    @property
+    def evaluated(self) -> dict[str, Evaluated]:
+        """What was found on each set, `data.held_out` among them where anything was."""
+        own = Evaluated(**{name: getattr(self, name) for name in Evaluated.model_fields})
+        return ({} if own == Evaluated() else {HELD_OUT: own}) | self.sets
 
     @property
     def rows(self) -> list[dict[str, Any]]:

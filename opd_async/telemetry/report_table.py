@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from opd_async.telemetry.report import Evaluation, Interval, Report, Stages
+from opd_async.config.evaluating import HELD_OUT
+from opd_async.telemetry.report import Evaluated, Evaluation, Interval, Report, Stages
 
 WIDTH = 86
 
@@ -20,7 +21,7 @@ def render(report: Report, files: Sequence[tuple[str, Path]] = (), commands: Seq
     """
     rule = "─" * WIDTH
     blocks = [
-        list(_evaluations(report)),
+        *(list(_evaluations(name, found)) for name, found in report.evaluated.items()),
         list(_stages(report.stages, "stage" if report.this_launch is None else "whole run")),
         [] if report.this_launch is None else list(_stages(report.this_launch.stages, "this launch")),
         list(_figures(report)),
@@ -48,16 +49,19 @@ def _head(report: Report) -> Iterator[str]:
     yield f" {report.name}, this launch: {which} in {_duration(launch.seconds)}"
 
 
-def _evaluations(report: Report) -> Iterator[str]:
+def _evaluations(name: str, evaluated: Evaluated) -> Iterator[str]:
+    """What was found on one set."""
     rows = (
-        ("teacher", report.teacher),
-        *report.teachers.items(),
-        ("student before training", report.student_before),
-        ("student after training", report.student_after),
+        ("teacher", evaluated.teacher),
+        *evaluated.teachers.items(),
+        ("student before training", evaluated.student_before),
+        ("student after training", evaluated.student_after),
     )
     if all(evaluation is None for _, evaluation in rows):
         return
     first = next(evaluation for _, evaluation in rows if evaluation is not None)
+    if name != HELD_OUT:
+        yield f" on {name}"
     if first.pass_at_1 is None:
         yield f" {'reverse KL, 95 % interval':<26}{'nats a token':<34}{'length':>10}{'ended':>10}"
         yield from (_distance(label, found) for label, found in rows if found is not None)

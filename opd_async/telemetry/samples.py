@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from opd_async.data.jsonl import JsonlRecord, read_jsonl
 from opd_async.errors import InputError
+from opd_async.telemetry.report import on_set
 from opd_async.telemetry.token_text import TokenText, shown, text_of_tokens
 from opd_async.transport.messages import TrainedSample
 
@@ -42,6 +43,7 @@ class EvaluatedSample(NamedTuple):
     """One sampled response of an evaluation: right or wrong, or, where the teacher judges, with scores float32[n]."""
 
     who: str
+    set: str
     step: int
     prompt_id: int
     prompt: NDArray[np.int32]
@@ -134,7 +136,7 @@ class SampleRecord:
                 self._to_file(row)
                 self.on_row(row)
         else:
-            self._print((item.who, item.step), row := evaluated_row(item, self._tokenizer))
+            self._print((on_set(item.who, item.set), item.step), row := evaluated_row(item, self._tokenizer))
             self._to_file(row)
             self.on_row(row)
 
@@ -221,6 +223,7 @@ def evaluated_row(sample: EvaluatedSample, tokenizer: Text) -> dict[str, Any]:
     """Make the row of a response of an evaluation."""
     return {
         "evaluation": sample.who,
+        "set": sample.set,
         "step": sample.step,
         "prompt_id": sample.prompt_id,
         "finish": sample.finish,
@@ -254,7 +257,7 @@ def _rounded(values: NDArray[np.float32]) -> list[float]:
 
 def printed(row: dict[str, Any]) -> str:
     """Write a row for the terminal: what it is, the end of its prompt, the beginning of its response."""
-    whose = f"of the {row['evaluation']} at" if "evaluation" in row else "of"
+    whose = f"of the {on_set(row['evaluation'], row['set'])} at" if "evaluation" in row else "of"
     facts = [f"{row['response_tokens']:,} tokens", f"ended by {row['finish']}"]
     if row.get("teacher_logprobs"):
         difference = np.subtract(row["teacher_logprobs"], row["student_logprobs"])

@@ -26,7 +26,7 @@ PACKING = 4
 EXCERPT = 90
 TRAINING = "training"
 COLUMNS = (
-    *("who", "step", "sample", "reward", "right", "tokens", "kl", "worst", "age", "parts", "wait"),
+    *("who", "set", "step", "sample", "reward", "right", "tokens", "kl", "worst", "age", "parts", "wait"),
     *("excerpt", "block", "place"),
 )
 _MARK = "<!--DATA-->"
@@ -99,6 +99,7 @@ def _index_row(row: dict[str, Any], block: int, place: int) -> list[Any]:
     chunks, parts = row.get("chunks") or [], row.get("parts") or []
     facts = {
         "who": row.get("evaluation", TRAINING),
+        "set": row.get("set"),
         "step": row["step"],
         "sample": row.get("sample"),
         "reward": row.get("reward"),

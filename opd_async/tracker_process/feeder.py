@@ -43,7 +43,7 @@ class Feeder:
             self._figures(kind, row)
 
     def _figures(self, kind: str, row: Row) -> None:
-        of = "step" if kind == "step" else f"evaluation {row['evaluation']} {row.get('set', '')}".rstrip()
+        of = "step" if kind == "step" else f"evaluation {row['evaluation']} {row['set']}"
         step = int(row["step"])
         if step <= self._newest.get(of, -1):
             return

@@ -33,5 +33,6 @@ def sample_cells(row: Row) -> list[Any]:
     differences = [q - p for p, q in zip(student, teacher, strict=False)]  # a row may have one of them only
     mean = math.fsum(differences) / len(differences) if differences else None
     prompt, response = row["prompt"][-SHOWN_CHARACTERS:], row["response"][:SHOWN_CHARACTERS]
-    facts = (row.get("evaluation", "training"), row["prompt_id"], prompt, response, row["response_tokens"])
+    source = f"{row['evaluation']} {row['set']}" if "evaluation" in row else "training"
+    facts = (source, row["prompt_id"], prompt, response, row["response_tokens"])
     return [row["step"], *facts, row["finish"], row.get("reward"), mean]

@@ -97,7 +97,7 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("made_at", "latency_s", "chunk_latency_s", "for_s", "usual_s", "still_s"), Range(0, NEVER)),
     "chunk_made_s": Range(-LONGEST_S, LONGEST_S),
     **dict.fromkeys(("chunk_ends", "chunk_versions", "part_ends", "part_versions"), _COUNT),
-    **dict.fromkeys(("role", "teacher", "teacher_id", "group", "incarnation", "doing"), _NAME),
+    **dict.fromkeys(("role", "teacher", "teacher_id", "group", "incarnation", "doing", "evaluation_set"), _NAME),
     **dict.fromkeys(("folder", "url", "engines"), Text(4096)),
     **dict.fromkeys(("text", "reason", "error"), Text(MAX_TEXT)),
     **dict.fromkeys(("label", "metadata"), Text(MAX_WORDS)),

@@ -99,7 +99,7 @@ async def rollout(
         },
         opd={"use_opd": False},
         reward={"kind": "episode"},
-        evaluation={"judge": "reward"},
+        evaluation={"judge": "reward", "sets": {"sums": {"path": "sums.jsonl"}}},
     )
     async with (
         aiohttp.ClientSession(connector=new_connector()) as session,

@@ -64,6 +64,7 @@ class Running:
             prompt=prompt,
             prefix=tokens,
             metadata='{"a": 1}',
+            evaluation_set="" if kind is m.LeaseKind.TRAIN else "sums",
         )
         await self.dispatcher.to_role.put(lease)
 
@@ -84,7 +85,7 @@ async def rollout(
         rollout={"chunk_tokens": 4, "sampling": {"max_response_tokens": TOKENS}},
         opd={"use_opd": False},
         reward={"kind": "math"},
-        evaluation={"judge": judge},
+        evaluation={"judge": "answer", "sets": {"sums": {"path": "sums.jsonl", "judge": judge}}},
     )
     async with (
         aiohttp.ClientSession(connector=new_connector()) as session,

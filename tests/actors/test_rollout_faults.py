@@ -85,7 +85,7 @@ async def rollout(
             "sampling": {"max_response_tokens": TOKENS},
         },
         "supervisor": {"start_deadline_s": deadline_s},
-        "evaluation": {"judge": judge},
+        "evaluation": {"sets": {"sums": {"path": "sums.jsonl", "judge": judge}, "words": {"path": "words.jsonl"}}},
         "engines": {"student": {"kind": kind}, "teacher": {"kind": "external"}},
     }
     plan = make_plan(VOCAB, (engine.url, *others), teachers, **sections)
@@ -247,7 +247,8 @@ async def test_an_evaluation_leaves_out_a_teacher_engine_that_is_gone() -> None:
 
 
 async def test_a_teacher_judges_what_the_student_sampled() -> None:
-    """It reads a prompt of its own where it has one, is asked again after a failure, and not about greedy responses."""
+    """It reads a prompt of its own where it has one, and is asked again after a failure; about responses that were
+    sampled for a set that it judges, and no others."""
     async with (
         FaultyEngine() as student,
         FaultyEngine() as teacher,
@@ -255,12 +256,13 @@ async def test_a_teacher_judges_what_the_student_sampled() -> None:
     ):
         teacher.script.append("500")
         kind, own = m.LeaseKind.EVAL_STUDENT.value, np.array([8, 9], np.int32)
-        first = dataclasses.replace(lease(0), kind=kind)
-        second = dataclasses.replace(lease(1), kind=kind, teacher_prompt=own)
-        greedy = dataclasses.replace(lease(2), kind=kind, temperature=0.0)
-        for one in (first, second, greedy):
+        first = dataclasses.replace(lease(0), kind=kind, evaluation_set="sums")
+        second = dataclasses.replace(first, sample_id=1, prompt=lease(1).prompt, teacher_prompt=own)
+        greedy = dataclasses.replace(first, sample_id=2, prompt=lease(2).prompt, temperature=0.0)
+        other = dataclasses.replace(first, sample_id=3, prompt=lease(3).prompt, evaluation_set="words")
+        for one in (first, second, greedy, other):
             await running.dispatcher.to_role.put(one)
-        await until(lambda: len(running.dispatcher.of(m.EvalDone)) == 3, "all evaluation responses")
+        await until(lambda: len(running.dispatcher.of(m.EvalDone)) == 4, "all evaluation responses")
         done = {one.sample_id: one for one in running.dispatcher.of(m.EvalDone)}
         responses = {n: continuation([n, n + 1, 7], TOKENS) for n in done}
         assert {n: one.token_ids.tolist() for n, one in done.items()} == responses
@@ -268,7 +270,7 @@ async def test_a_teacher_judges_what_the_student_sampled() -> None:
             expected = scores_of([*prompt, *responses[n]], len(prompt))
             np.testing.assert_allclose(np.asarray(done[n].teacher_logprobs), expected, rtol=1e-6)
             assert len(np.asarray(done[n].student_logprobs)) == TOKENS
-        assert done[2].teacher_logprobs is None
+        assert done[2].teacher_logprobs is None and done[3].teacher_logprobs is None
 
 
 async def test_a_teacher_that_cannot_be_asked_leaves_a_response_unscored() -> None:
@@ -278,7 +280,8 @@ async def test_a_teacher_that_cannot_be_asked_leaves_a_response_unscored() -> No
         rollout(student, samples=0, teachers=(teacher.url,), judge="teacher") as running,
     ):
         teacher.fault = "400"
-        await running.dispatcher.to_role.put(dataclasses.replace(lease(0), kind=m.LeaseKind.EVAL_STUDENT.value))
+        kind = m.LeaseKind.EVAL_STUDENT.value
+        await running.dispatcher.to_role.put(dataclasses.replace(lease(0), kind=kind, evaluation_set="sums"))
         await until(lambda: bool(running.dispatcher.of(m.EvalDone)), "the response")
         (done,) = running.dispatcher.of(m.EvalDone)
         assert (done.teacher_logprobs, done.student_logprobs) == (None, None)

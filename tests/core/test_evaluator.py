@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from small_runs import make_model
 
-from opd_async.config.topology import EvaluationSection
+from opd_async.config.evaluating import evaluation_sets
+from opd_async.config.topology import EvaluationSection, PromptsSection
 from opd_async.data.prompts import Prompt
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.run.evaluator import Evaluator
@@ -41,10 +42,15 @@ def evaluate(
         evaluator.deliver(answer(lease))
 
     settings = EvaluationSection.model_validate(section)
+    sets = evaluation_sets(settings, PromptsSection(path=Path("x.jsonl")), 32, 64)
     prompts = PROMPTS if teacher is None else [replace(prompt, teacher=teacher) for prompt in PROMPTS]
-    evaluator = Evaluator(prompts, tokenizer, settings, slots=3, send=send)
+    evaluator = Evaluator(sets, {"held_out": prompts}, tokenizer, slots=3, send=send)
     kind = LeaseKind.EVAL_STUDENT if teacher is None else LeaseKind.EVAL_TEACHER
-    return asyncio.run(evaluator.evaluate(kind, 4, 7, 10.0, teacher)), leases
+
+    async def run() -> Evaluation:
+        return await evaluator.evaluate(kind, "held_out", 4, 7, 10.0, evaluator.slots(), teacher)
+
+    return asyncio.run(run()), leases
 
 
 def done(lease: Lease, ids: np.ndarray[tuple[int], np.dtype[np.int32]], reward: float | None = None) -> EvalDone:
@@ -71,7 +77,7 @@ def test_an_evaluation_asks_for_answers_not_for_a_teachers_opinion(tokenizer: To
     """A reward that comes along changes nothing, unless evaluations are judged by it; a teacher never does."""
     wrong_but_praised, leases = evaluate(tokenizer, lambda lease: done(lease, WRONG, 1.0))
     assert wrong_but_praised.pass_at_1 == 0.0 and wrong_but_praised.unjudged == 0
-    assert {lease.max_tokens for lease in leases} == {None}
+    assert {(lease.max_tokens, lease.evaluation_set) for lease in leases} == {(32, "held_out")}
     praised, leases = evaluate(tokenizer, lambda lease: done(lease, WRONG, 1.0), judge="reward")
     assert praised.pass_at_1 == praised.pass_at_1_greedy == 1.0
     assert leases[1].metadata == '{"row": 1}'

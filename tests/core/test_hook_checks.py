@@ -9,6 +9,7 @@ import pytest
 from hook_examples import EXAMPLES, ROOT, write_examples
 from small_runs import topology_data, write_topology
 
+from opd_async.checks.evaluation import evaluation_problems
 from opd_async.checks.hooks import hook_problems
 from opd_async.checks.inputs import examine
 from opd_async.checks.reward import reward_problems
@@ -111,7 +112,8 @@ def test_an_episode_is_a_coroutine_function_of_session_and_row(tmp_path: Path) -
     assert plain == "rollout.function: checked_hooks:two is awaited, but is no coroutine function; write `async def`"
     (few,) = problems(tmp_path, "rollout.function=checked_hooks:none")
     assert few.startswith("rollout.function: checked_hooks:none takes () -> ") or "is called with (session, row)" in few
-    (judged,) = problems(tmp_path, "rollout.function=my_hooks:episode", "evaluation.judge=teacher")
+    episodes = ["rollout.function=my_hooks:episode", "evaluation.judge=teacher"]
+    (judged,) = evaluation_problems(load_topology(write_topology(tmp_path, topology_data(tmp_path)), episodes))
     assert judged.startswith("evaluation.judge: teacher") and judged.endswith("write reward or answer")
 
 

@@ -27,7 +27,7 @@ def test_held_out_prompts_without_labels_are_refused(tmp_path: Path) -> None:
     write_lines(rows, {"prompt": "a", "truth": "1"})
     keys = (f"data.held_out.path={rows}", "data.held_out.label_key=truth")
     found = read_inputs(small_topology(tmp_path, *keys))
-    assert found.held_out is not None and found.held_out.prompts[0].label == "1"
+    assert found.held_out["held_out"].prompts[0].label == "1"
 
 
 def test_home_and_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

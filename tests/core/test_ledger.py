@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from small_runs import small_topology
 
+from opd_async.config.topology import Topology
 from opd_async.data.jsonl import read_jsonl
 from opd_async.plan.resolve import make_plan
 from opd_async.run import ledger as ledger_module
-from opd_async.run.books import BOOKS_FILE
+from opd_async.run.books import BOOKS_FILE, load_books
 from opd_async.run.evaluations import Evaluations
 from opd_async.run.ledger import Ledger
 from opd_async.telemetry.exporter import RoleMetrics
@@ -199,56 +200,65 @@ def test_a_file_that_somebody_has_removed_begins_again(tmp_path: Path, clock: Cl
     assert again.books.whole.steps == 5 and [row["step"] for row in read_jsonl(first.path)] == [5]
 
 
-def measured(step: int, prompts: int = 4) -> Evaluation:
-    return Evaluation.from_counts(prompts, 2, 2, step)
+def measured(step: int, prompts: int = 4, name: str = "held_out") -> Evaluation:
+    return Evaluation.from_counts(prompts, 2, 2, step).model_copy(update={"set": name})
 
 
 def test_only_the_untrained_student_is_the_one_before_training(tmp_path: Path, clock: Clock) -> None:
     ledger = launched(tmp_path, 0)
     ledger.evaluation(measured(5), "student")
-    assert ledger.books.student_before is None
+    assert ledger.books.before == {}
     ledger.evaluation(measured(0), "student")
     ledger.close()
     again = launched(tmp_path, 5)
     again.close()
-    assert again.books.student_before == measured(0) and len(again.books.evaluations) == 2
+    assert again.books.before == {"held_out": measured(0)} and len(again.books.evaluations) == 2
 
 
 # --- evaluations over launches ---------------------------------------------------------------------------------------
 
 
 class Evaluator:
-    """Says at once that half of the prompts were right."""
+    """Says at once that two of the prompts were right."""
 
-    def __init__(self) -> None:
+    def __init__(self, topology: Topology) -> None:
+        self.sets = topology.evaluation_sets
         self.asked: list[tuple[str, int]] = []
+        self.on: list[tuple[str, int]] = []
+        """Sets, and how many prompts of them."""
 
-    def prompts_of(self, teacher: str, count: int) -> list[int]:
-        return list(range(self.count(count)))
+    def slots(self) -> None:
+        return None
 
-    def count(self, wanted: int) -> int:
+    def prompts_of(self, name: str, count: int, teacher: str) -> list[int]:
+        return list(range(self.count(name, count)))
+
+    def count(self, name: str, wanted: int) -> int:
         return min(wanted, 8)
 
     async def evaluate(
-        self, kind: Any, count: int, step: int, deadline_s: float, teacher: str | None = None
+        self, kind: Any, name: str, count: int, step: int, deadline_s: float, slots: None, teacher: str | None = None
     ) -> Evaluation:
         self.asked.append(("student" if teacher is None else teacher, step))
-        return measured(step, self.count(count))
+        self.on.append((name, count))
+        return measured(step, self.count(name, count), name)
 
 
-def evaluations(root: Path, version: int, every: str = "10") -> tuple[Evaluations, Evaluator, Ledger]:
-    settings = (f"evaluation.every_steps={every}", "evaluation.prompts=8", "evaluation.during_prompts=4")
+def evaluations(
+    root: Path, version: int, every: str = "10", sets: tuple[str, ...] = ("data.held_out.path=held_out.jsonl",)
+) -> tuple[Evaluations, Evaluator, Ledger]:
+    settings = (f"evaluation.every_steps={every}", "evaluation.prompts=8", "evaluation.during_prompts=4", *sets)
     ledger = Ledger(plan=make_plan(small_topology(root, *settings)))
     ledger.rewind(version)
     evaluated = asyncio.Event()
 
-    def spawn(work: Coroutine[Any, Any, Evaluation], name: str) -> asyncio.Task[Evaluation]:
+    def spawn(work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         return asyncio.create_task(work, name=name)
 
     dispatcher: Any = SimpleNamespace(
         plan=ledger.plan, ledger=ledger, evaluated=evaluated, spawn=spawn, metrics=RoleMetrics("launcher"), trace=OFF
     )
-    evaluator = Evaluator()
+    evaluator = Evaluator(ledger.plan.topology)
     fake: Any = evaluator
     return Evaluations(dispatcher, fake, Progress(lambda line: None, 100)), evaluator, ledger
 
@@ -287,7 +297,7 @@ async def test_no_evaluation_is_done_twice(tmp_path: Path) -> None:
         again, evaluator, ledger = evaluations(tmp_path, 30)
         await again.before(30)
         again.make_up(30)
-        assert (await again.after(30)).step == 30
+        assert (await again.after(30))["held_out"].step == 30
         ledger.close()
         assert evaluator.asked == [] and len(list(read_jsonl(ledger.path))) == rows
 
@@ -298,3 +308,53 @@ async def test_a_start_that_was_stopped_evaluates_whoever_is_missing(tmp_path: P
     await first.before(0)
     ledger.close()
     assert [row["evaluation"] for row in read_jsonl(ledger.path)] == ["teacher", "student"]
+
+
+SUMS, WORDS = (
+    "evaluation.sets.sums.path=a.jsonl",
+    "evaluation.sets.words={path: b.jsonl, during_prompts: 2, judge: teacher}",
+)
+
+
+async def test_each_set_is_evaluated_once_with_its_own_number_of_prompts(tmp_path: Path) -> None:
+    """The teacher is not compared with itself; what is missing of an evaluation is made up for, and nothing else."""
+    first, evaluator, ledger = evaluations(tmp_path, 0, sets=(SUMS, WORDS))
+    await first.before(0)
+    assert sorted(zip(evaluator.asked, evaluator.on, strict=True)) == [
+        (("student", 0), ("sums", 8)),
+        (("student", 0), ("words", 8)),
+        (("teacher", 0), ("sums", 8)),
+    ]
+    ledger.evaluation(measured(10, 4, "sums"), "student")  # and the launch ended
+    ledger.close()
+    later, evaluator, ledger = evaluations(tmp_path, 10, sets=(SUMS, WORDS))
+    later.make_up(10)
+    assert later.under_way is not None
+    await later.under_way
+    assert evaluator.on == [("words", 2)]
+    ledger.student_after = await later.after(30)
+    report = ledger.report({})
+    ledger.close()
+    assert (report.student_before, report.student_after, report.teacher) == (None, None, None)
+    assert {name: found.student_after for name, found in report.sets.items()} == {
+        name: measured(30, 8, name) for name in ("sums", "words")
+    }
+    assert report.sets["sums"].teacher == measured(0, 8, "sums") and report.sets["words"].teacher is None
+    assert report.evaluated == report.sets
+
+
+async def test_a_steps_row_has_the_last_figures_of_each_set(tmp_path: Path, clock: Clock) -> None:
+    """So have the books of a checkpoint; those of an earlier version are read again from the rows."""
+    ledger = launched(tmp_path, 0)
+    for one in (measured(0, 8, "sums"), measured(5, 4, "sums"), measured(5, 8)):
+        ledger.evaluation(one, "student")
+    ledger.evaluation(measured(0, 8, "sums"), "teacher")
+    train(ledger, clock, 6, 6, 1.0)
+    (checkpoint := tmp_path / "checkpoint").mkdir()
+    ledger.save(checkpoint)
+    ledger.close()
+    assert list(read_jsonl(ledger.path))[-1]["evaluation_score"] == {"sums": 0.5, "held_out": 0.25}
+    kept = load_books(checkpoint)
+    assert kept.before == {"sums": measured(0, 8, "sums")} and kept.latest()["sums"] == measured(5, 4, "sums")
+    assert kept.teachers == {"sums": {"teacher": measured(0, 8, "sums")}}
+    assert (kept.size > 0, kept.dump()) == (True, ledger.books.dump())

@@ -192,7 +192,7 @@ def test_another_function_is_another_run(tmp_path: Path, tokenizer: Tokenizer) -
     def found(name: str) -> dict[str, str]:
         data = topology.data.model_copy(update={"train": None, "function": f"own_rows:{name}"})
         changed = topology.model_copy(update={"data": data})
-        return fingerprints(changed, PromptSet(own(name, tokenizer), 0), None, CompletionSet())
+        return fingerprints(changed, PromptSet(own(name, tokenizer), 0), {}, CompletionSet())
 
     assert found("few") == found("few")
     assert differences(found("few"), found("other")) == ["data.function"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from deadlines import patience
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from opd_async.telemetry.plots import learning_curve
 from opd_async.telemetry.report import (
+    Evaluated,
     Evaluation,
     Report,
     ScoreLatency,
@@ -125,6 +127,7 @@ def test_the_file_is_whole_and_reads_back(tmp_path: Path) -> None:
         "response_tokens",
         "ended_share",
         "step",
+        "set",
     }
 
 
@@ -164,19 +167,46 @@ def test_the_table_of_a_run_that_measured_little() -> None:
 def test_the_picture(tmp_path: Path, steps: int) -> None:
     path = tmp_path / "curve.png"
     report = full()
-    assert report.student_before is not None and report.student_after is not None
+    assert report.student_before is not None and report.student_after is not None and report.teacher is not None
     kl = [(step, math.nan if step == 3 else 1 / (1 + step)) for step in range(steps)]
-    learning_curve(path, [report.student_after, report.student_before], report.teacher, kl)
+    learning_curve(path, [report.student_after, report.student_before], {"held_out": report.teacher}, kl)
     assert path.read_bytes().startswith(PNG)
     assert [file.name for file in tmp_path.iterdir()] == ["curve.png"]
 
 
 def test_a_picture_of_one_panel_and_of_nothing(tmp_path: Path) -> None:
-    learning_curve(tmp_path / "kl.png", [], None, [(0, 0.5), (1, 0.4)])
-    learning_curve(tmp_path / "pass.png", [Evaluation.from_counts(10, 0, 10, 0)], None, [])
+    learning_curve(tmp_path / "kl.png", [], {}, [(0, 0.5), (1, 0.4)])
+    learning_curve(tmp_path / "pass.png", [Evaluation.from_counts(10, 0, 10, 0)], {}, [])
     assert all((tmp_path / name).read_bytes().startswith(PNG) for name in ("kl.png", "pass.png"))
     with pytest.raises(ValueError, match="no evaluation and no step"):
-        learning_curve(tmp_path / "none.png", [], None, [(0, math.nan)])
+        learning_curve(tmp_path / "none.png", [], {}, [(0, math.nan)])
+
+
+def on(name: str, found: Evaluation) -> Evaluation:
+    return found.model_copy(update={"set": name})
+
+
+def test_each_set_has_a_part_of_the_table_and_of_the_picture(tmp_path: Path) -> None:
+    before, after = (Evaluation.from_counts(200, passed, passed, step) for passed, step in ((20, 0), (90, 5)))
+    far, near = (Evaluation.from_differences(50, [np.full(9, gap), np.full(3, 0.0)], 5) for gap in (0.5, 0.25))
+    sets = {
+        "sums": Evaluated(student_before=on("sums", before), student_after=on("sums", after)),
+        "words": Evaluated(student_before=on("words", far), student_after=on("words", near)),
+        "unused": Evaluated(),
+    }
+    report = full().model_copy(update={"sets": sets})
+    assert list(report.evaluated) == ["held_out", "sums", "words", "unused"]
+    text = render(report)
+    blocks = text.split("─" * WIDTH)
+    assert "student after training  95.8 %" in blocks[0] and "\n on" not in blocks[0]
+    assert blocks[1].startswith("\n on sums\n pass@1, 95 % interval") and "45.0 % (38.3 to 51.9, n=200)" in blocks[1]
+    assert blocks[2].startswith("\n on words\n reverse KL, 95 % interval") and "0.1875" in blocks[2]
+    assert "unused" not in text and all(len(line) <= WIDTH for line in text.splitlines())
+    found = [one for of in sets.values() for one in (of.student_before, of.student_after) if one is not None]
+    learning_curve(tmp_path / "one.png", found[:2], {}, [])
+    learning_curve(tmp_path / "all.png", found, {"sums": on("sums", after)}, [(1, 0.5)])
+    heights = [int.from_bytes((tmp_path / name).read_bytes()[20:24]) for name in ("one.png", "all.png")]
+    assert heights == [570, 1080], "a panel for the set with answers, and one for all distances"
 
 
 def test_plots_load_matplotlib_only_when_they_draw() -> None:

@@ -175,8 +175,7 @@ def test_the_topology_reaches_every_kind_of_prompts(tmp_path: Path, monkeypatch:
     topology = chatty(tmp_path, *settings, *files)
     wanted = expected(tmp_path / "student", [{"role": "system", "content": "j"}, USER], deep=True)
     found = read_inputs(topology)
-    assert found.held_out is not None
-    prompts = [found.prompts.prompts[0], found.held_out.prompts[0], found.completions.completions[0].prompt]
+    prompts = [found.prompts.prompts[0], found.held_out["held_out"].prompts[0], found.completions.completions[0].prompt]
     assert [prompt.token_ids.tolist() for prompt in prompts] == [wanted] * 3
     data = topology.data.model_copy(update={"train": None, "function": "rows_as_chats:rows"})
     own = read_inputs(topology.model_copy(update={"data": data}))
@@ -300,7 +299,7 @@ def test_held_out_prompts_have_the_same_forms(tmp_path: Path) -> None:
         read_inputs(topology)
     rows[1]["reward_model"] = {"ground_truth": "4"}
     (tmp_path / "h.jsonl.gz").write_bytes(gzip.compress("".join(f"{json.dumps(row)}\n" for row in rows).encode()))
-    found = read_inputs(topology).held_out
-    assert found is not None and [prompt.label for prompt in found.prompts] == ["3", "4"]
+    found = read_inputs(topology).held_out["held_out"]
+    assert [prompt.label for prompt in found.prompts] == ["3", "4"]
     wanted = Tokenizer(tmp_path / "student").encode_chat([USER])
     assert [prompt.token_ids.tolist() for prompt in found.prompts] == [wanted] * 2

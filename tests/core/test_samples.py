@@ -62,9 +62,10 @@ def trained(version: int, text: str = "6*7=42", sample: int = 1, *, scored: bool
     )
 
 
-def evaluated(step: int, who: str = "student") -> EvaluatedSample:
+def evaluated(step: int, who: str = "student", name: str = "held_out") -> EvaluatedSample:
     return EvaluatedSample(
         who=who,
+        set=name,
         step=step,
         prompt_id=0,
         prompt=ids("q:"),

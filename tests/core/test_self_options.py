@@ -132,7 +132,7 @@ def test_a_run_that_goes_on_needs_the_weights_that_teach(tmp_path: Path) -> None
     ]
 
     def digests() -> list[str]:
-        return [fingerprints(run, one.prompts, None, one.completions)["models.student"] for run, one in runs]
+        return [fingerprints(run, one.prompts, {}, one.completions)["models.student"] for run, one in runs]
 
     before = digests()
     with (tmp_path / "student/model.safetensors").open("ab") as stream:

@@ -11,7 +11,8 @@ from small_runs import make_model, topology_data, write_lines, write_topology
 
 from opd_async.checks.inputs import read_inputs
 from opd_async.checks.validation import validate
-from opd_async.config.topology import EvaluationSection, Topology
+from opd_async.config.evaluating import evaluation_sets
+from opd_async.config.topology import EvaluationSection, PromptsSection, Topology
 from opd_async.config.topology_file import load_topology
 from opd_async.data.prompts import Prompt
 from opd_async.data.tokenizer import Tokenizer
@@ -161,7 +162,8 @@ async def test_a_teacher_is_evaluated_on_its_own_prompts(tmp_path: Path) -> None
 
     prompts = [Prompt(n, np.array([1, 3], np.int32), "b", {}, "math" if n % 3 else "code") for n in range(6)]
     tokenizer = Tokenizer(make_model(tmp_path / "model"))
-    evaluator = Evaluator(prompts, tokenizer, EvaluationSection(), 8, send)
-    found = await evaluator.evaluate(LeaseKind.EVAL_TEACHER, 5, 0, 10.0, "code")
+    sets = evaluation_sets(EvaluationSection(), PromptsSection(path=Path("x.jsonl")), 32, 64)
+    evaluator = Evaluator(sets, {"held_out": prompts}, tokenizer, 8, send)
+    found = await evaluator.evaluate(LeaseKind.EVAL_TEACHER, "held_out", 5, 0, 10.0, evaluator.slots(), "code")
     assert found.prompts == 2 and {(lease.prompt_id, lease.teacher) for lease in leases} == {(0, "code"), (3, "code")}
-    assert evaluator.prompts_of("poet", 5) == []
+    assert evaluator.prompts_of("held_out", 5, "poet") == []

@@ -37,7 +37,7 @@ def sizes(topology: Topology, longest: Longest | None = None, memory: int = 16 *
 
 
 def test_sizes_follow_from_prompts_and_limits(tmp_path: Path) -> None:
-    found = sizes(Topology.model_validate(open_data(tmp_path)), Longest(train=4, held_out=6))
+    found = sizes(Topology.model_validate(open_data(tmp_path)), Longest(train=4, held_out=(6, 32)))
     assert found == {
         "engines.student.context_tokens": 38,  # 6 + 32
         "engines.teacher.context_tokens": 38,

@@ -221,7 +221,7 @@ def test_a_run_that_goes_on_needs_the_same_prompts_for_its_teacher(tmp_path: Pat
 
     def digest(**keys: Any) -> str:
         found = load(tmp_path, tokenizer, {"prompt": "ab", "s": "c"}, **keys)
-        return fingerprints(topology, found, None, ())["data.train"]  # type: ignore[arg-type]
+        return fingerprints(topology, found, {}, ())["data.train"]  # type: ignore[arg-type]
 
     digests = {digest(privileged_key="s"), digest(teacher_prompt="{{ text }}d"), digest(teacher_prompt="s")}
     assert len(digests) == 3 and digest(privileged_key="s") in digests

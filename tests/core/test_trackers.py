@@ -69,7 +69,8 @@ def test_a_run_from_its_topology_to_its_report(tmp_path: Path) -> None:
     with launch.trackers:
         launch.trackers.track("sample", sample(1))
         launch.steps(1)
-        launch.trackers.track("evaluation", {"evaluation": "teacher one", "step": 1, "time": 1.0, "pass_at_1": 0.5})
+        facts = {"evaluation": "teacher one", "set": "sums", "step": 1, "time": 1.0}
+        launch.trackers.track("evaluation", {**facts, "pass_at_1": 0.5})
         launch.trackers.track("event", {"event": "of no tracker"})
         launch.trackers.track("report", {"steps": 1})
         launch.trackers.close(patience(60))
@@ -81,7 +82,7 @@ def test_a_run_from_its_topology_to_its_report(tmp_path: Path) -> None:
     table = rows[1]["samples"]
     line = dict(zip(table["columns"], table["data"][0], strict=True))
     assert line["response"] == "2" and line["of"] == "training" and line["log_q_minus_log_p"] == -0.25
-    assert rows[2] == {"step": 1, "evaluation/teacher/one/pass_at_1": 0.5}
+    assert rows[2] == {"step": 1, "evaluation/teacher/one/sums/pass_at_1": 0.5}
     assert rows[3] == {"finish": 0, "report": {"steps": 1}}
     assert launch.said == [] and not launch.lost
     assert "a word of the package" in (launch.folder / "logs/tracker-wandb.log").read_text()

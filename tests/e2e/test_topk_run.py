@@ -1,17 +1,20 @@
-"""A run whose loss is on the teacher's top-k, and whose evaluations the teacher judges: no label anywhere."""
+"""A run whose loss is on the teacher's top-k, and which is evaluated on two sets: the teacher judges one, answers the
+other."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import VOCAB, Launch, check_trained, make_model, steps, topology, write_topology
+from harness import rows as rows_of
 
 MORE = 64
 """Ids that the teacher alone has."""
-JUDGED = 24
-"""Prompts of an evaluation, whose responses are all written down."""
+JUDGED, ANSWERED = 24, 6
+"""Prompts of the two sets, whose responses are all written down."""
 
 
 def test_forward_kl_on_the_top_k(inputs: Path, tmp_path: Path) -> None:
@@ -20,8 +23,18 @@ def test_forward_kl_on_the_top_k(inputs: Path, tmp_path: Path) -> None:
     values = topology(inputs, tmp_path, schedule__steps=4, opd__loss="forward_kl_topk", opd__topk=VOCAB // 2)
     values["models"] |= {"teacher": {"path": str(tmp_path / "teacher")}, "allow_token_differences": ["<think>"]}
     values["learner"] |= {"tensor_parallel": 2}
-    values["data"]["held_out"] = values["data"]["train"]
-    values["evaluation"] = {"judge": "teacher", "prompts": JUDGED}
+    few = [json.loads(line) for line in (inputs / "prompts.jsonl").read_text().splitlines()[:ANSWERED]]
+    (tmp_path / "sums.jsonl").write_text(
+        "".join(json.dumps({"question": one["prompt"], "label": "t3"}) + "\n" for one in few)
+    )
+    chats = values["data"]["train"] | {"judge": "teacher", "prompts": JUDGED}
+    sums = {
+        "path": str(tmp_path / "sums.jsonl"),
+        "prompt_key": "question",
+        "max_response_tokens": 5,
+        "temperature": 0.5,
+    }
+    values["evaluation"] = {"every_steps": 2, "during_prompts": 2, "sets": {"chats": chats, "sums": sums}}
     values["telemetry"] = {"samples_per_step": JUDGED}
     with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
         assert run.wait() == 0, run.text()
@@ -34,16 +47,37 @@ def test_forward_kl_on_the_top_k(inputs: Path, tmp_path: Path) -> None:
         assert 0.3 < row["learner_student_support"] < row["learner_teacher_support"]
         assert row["learner_loss"] > 0.0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    before, after = report["student_before"], report["student_after"]
-    assert report["teacher"] is None and before["pass_at_1"] is None
+    assert report["student_before"] is None and sorted(report["sets"]) == ["chats", "sums"]
+    chats, sums = report["sets"]["chats"], report["sets"]["sums"]
+    before, after = chats["student_before"], chats["student_after"]
+    assert chats["teacher"] is None and before["pass_at_1"] is None
     assert before["reverse_kl"] == pytest.approx(rows[0]["learner_reverse_kl"], rel=0.5)  # of the same student
     assert after["reverse_kl"] > 0.0
     assert before["reverse_kl_interval"][0] < before["reverse_kl"] < before["reverse_kl_interval"][1]
     assert before["unjudged"] == after["unjudged"] == 0
     texts = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    shown = [row for row in texts if row.get("evaluation") == "student" and row["step"] == 0]
+    first = [row for row in texts if row.get("evaluation") == "student" and row["step"] == 0]
+    shown = [row for row in first if row["set"] == "chats"]
     assert len(shown) == JUDGED
     gaps = [[p - q for p, q in zip(row["student_logprobs"], row["teacher_logprobs"], strict=True)] for row in shown]
     assert [len(one) for one in gaps] == [row["response_tokens"] for row in shown]
     mean = sum(map(sum, gaps)) / sum(map(len, gaps))
     assert mean == pytest.approx(before["reverse_kl"], abs=1e-3)  # of the same tokens
+    check_set_with_answers(sums, [row for row in first if row["set"] == "sums"])
+    evaluated = [row for row in rows_of(tmp_path / "run" / "metrics.jsonl") if "evaluation" in row]
+    found = sorted((row["evaluation"], row["set"], row["step"], row["prompts"]) for row in evaluated)
+    assert found == [
+        *(("student", "chats", step, prompts) for step, prompts in ((0, JUDGED), (2, 2), (4, JUDGED))),
+        *(("student", "sums", step, prompts) for step, prompts in ((0, ANSWERED), (2, 2), (4, ANSWERED))),
+        ("teacher", "sums", 0, ANSWERED),
+    ]
+    assert set(rows[-1]["evaluation_reverse_kl"]) == {"chats"} and set(rows[-1]["evaluation_score"]) == {"sums"}
+
+
+def check_set_with_answers(found: dict[str, Any], shown: list[dict[str, Any]]) -> None:
+    """Its limit and its temperature are its own, and the teacher is evaluated too."""
+    before = found["student_before"]
+    assert (before["prompts"], before["temperature"], before["reverse_kl"]) == (ANSWERED, 0.5, None)
+    assert found["teacher"]["set"] == "sums" and found["student_after"]["step"] == 4
+    assert len(shown) == ANSWERED and all(row["response_tokens"] <= 5 and "right" in row for row in shown)
+    assert sum(row["right"] for row in shown) == round(before["pass_at_1"] * ANSWERED)

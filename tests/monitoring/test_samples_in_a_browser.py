@@ -15,10 +15,13 @@ from deadlines import patience
 from opd_async.telemetry.samples_page import write_page
 
 RESPONSES, TOKENS = 10_000, 60
+EVALUATED = 12
 
 
 def record(folder: Path, responses: int) -> None:
-    """A record of a run: response n is of step n // 4 + 1, and its worst token has log p - log q = n / 1000."""
+    """A record of a run: response n is of step n // 4 + 1, and its worst token has log p - log q = n / 1000.
+
+    The last twelve are of evaluations, a third of them on the set `words`."""
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for n in range(responses):
             words = [f"w{n}-{at} " for at in range(TOKENS)]
@@ -43,6 +46,8 @@ def record(folder: Path, responses: int) -> None:
                 "chunks": [[30, n // 4, 0.0, 0.25], [TOKENS, n // 4, 1.0, 0.5]],
                 "parts": [[30, n // 4 + 1], [TOKENS, n // 4 + 2]],
             }
+            if n >= responses - EVALUATED:
+                row |= {"evaluation": "student", "set": "sums" if n % 3 else "words"}
             file.write(json.dumps(row) + "\n")
 
 
@@ -78,6 +83,16 @@ async def test_ten_thousand_responses_stay_usable(page_file: Path) -> None:
         for colour in (red, blue):  # three quarters of it on white
             near = np.abs(picture - (0.75 * colour + 0.25)).max(axis=-1) < 0.02
             assert near.sum() > 200, "the token is there to see"
+        # one evaluation set, then all of them again
+        for name, left in (("words", 4), ("", 10)):
+            await page.value(
+                f"(() => {{ const one = document.getElementById('set'); one.value = '{name}'; "
+                f"document.getElementById('worst-low').value = '{'' if name else 9.99}'; "
+                "one.dispatchEvent(new Event('input', {bubbles: true})); })()"
+            )
+            assert (await page.value("document.getElementById('count').textContent")).startswith(f"{left} of ")
+            title = await page.value("document.querySelector('.row b').textContent")
+            assert title.startswith(f"student, {name or 'words'}, step ")
         # by the keyboard to the next one, and the other colourings
         await page.value(
             "document.getElementById('list').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowDown'}))"

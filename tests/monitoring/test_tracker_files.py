@@ -26,7 +26,7 @@ events = EventAccumulator(f"{sys.argv[1]}/my-run", size_guidance={"scalars": 0, 
 text = lambda tag: [one.tensor_proto.string_val[0].decode() for one in events.Tensors(tag)]
 print(json.dumps({
     "rows": [[one.step, one.value] for one in events.Scalars("train/tokens")],
-    "evaluation": [[one.step, one.value] for one in events.Scalars("evaluation/student/reverse_kl")],
+    "evaluation": [[one.step, one.value] for one in events.Scalars("evaluation/student/sums/reverse_kl")],
     "samples": [len(one.splitlines()) - 2 for one in text("samples")],
     "config": "5e-06" in text("config")[0], "report": '"steps": 4' in text("report")[0],
 }))
@@ -60,8 +60,8 @@ for path in sorted(glob.glob(f"{sys.argv[1]}/wandb/offline-run-*/run-*.wandb")):
         items = {one.key or "/".join(one.nested_key): json.loads(one.value_json) for one in record.history.item}
         if "train/tokens" in items:
             found["rows"].append([items["step"], items["train/tokens"]])
-        if "evaluation/student/reverse_kl" in items:
-            found["evaluation"].append([items["step"], items["evaluation/student/reverse_kl"]])
+        if "evaluation/student/sums/reverse_kl" in items:
+            found["evaluation"].append([items["step"], items["evaluation/student/sums/reverse_kl"]])
         if "samples" in items or "samples/nrows" in items:
             found["samples"].append(items.get("samples/nrows") or items["samples"]["nrows"])
         summary = [one.key or "/".join(one.nested_key) for one in record.summary.update]
@@ -80,7 +80,7 @@ history = lambda name: [[one.step, one.value] for one in client.get_metric_histo
 root = pathlib.Path(run.info.artifact_uri.removeprefix("file://"))
 tables = [json.loads(path.read_bytes()) for path in sorted((root / "samples").iterdir())]
 print(json.dumps({
-    "rows": history("train/tokens"), "evaluation": history("evaluation/student/reverse_kl"),
+    "rows": history("train/tokens"), "evaluation": history("evaluation/student/sums/reverse_kl"),
     "samples": [len(one["data"]) for one in tables], "config": run.data.params["learner.optimizer.lr"] == "5e-06",
     "report": json.loads((root / "report.json").read_bytes())["steps"] == 4,
 }))
@@ -95,7 +95,7 @@ assert name.startswith("my-run-"), name
 rows = SQLiteStorage.get_logs("sums", name)
 column = lambda key: [[one["step"], one[key]] for one in rows if key in one]
 print(json.dumps({
-    "rows": column("train/tokens"), "evaluation": column("evaluation/student/reverse_kl"),
+    "rows": column("train/tokens"), "evaluation": column("evaluation/student/sums/reverse_kl"),
     "samples": [len(one["_value"]) for _, one in column("samples")],
     "config": "5e-06" in str(SQLiteStorage.get_run_config("sums", name)),
     "report": column("report/steps") == [[4, 4.0]],
@@ -116,7 +116,8 @@ def launch(root: Path, kind: str, steps: range, tokens: int, rewind: int | None,
         row = {"step": step, "time": 1.7e9 + step, "tokens": tokens, "staleness_counts": [1, 2], "reward_mean": None}
         lines += [{"sample": SAMPLE | {"step": step}}, {"step": row}]
     last = steps[-1]
-    lines.append({"evaluation": {"evaluation": "student", "step": last, "time": 1.7e9 + last, "reverse_kl": 0.5}})
+    facts = {"evaluation": "student", "set": "sums", "step": last, "time": 1.7e9 + last}
+    lines.append({"evaluation": {**facts, "reverse_kl": 0.5}})
     if report:
         lines.append({"report": {"name": "my-run", "steps": 4, "teacher": None}})
     text = "\n".join(map(json.dumps, lines)) + "\n"

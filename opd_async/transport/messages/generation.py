@@ -30,6 +30,8 @@ class Lease:
     teacher: str = ""
     given: Int32 | None = None
     teacher_prompt: Int32 | None = None
+    evaluation_set: str = ""
+    """Of an evaluation: the set that the prompt is of, which says how the response is judged."""
     grant: int = 0
     """What shows that the sample was leased, with this attempt to this actor; every chunk of it repeats it."""
 
