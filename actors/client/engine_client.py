@@ -149,6 +149,25 @@ class EngineClient:
                 for reply, (ids, start) in zip(replies, requests, strict=True)
             ]
 
+    async def top(self, ids: NDArray[np.int32], start: int, k: int, cache_salt: str = "") -> Scores:
+        """Logprobs of `ids[start:]` (ids int32[N], start >= 1) with the k likeliest tokens in the place of each.
+
+        All of them where the model has fewer than k. `cache_salt` says whose keys and values may be used. A request of
+        its own: servers differ in how a batch has salts. Raises `EngineError`.
+        """
+        k = min(k, self._rows)
+        body = {
+            "input_ids": ids,
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": start - 1,
+            "extra_key": cache_salt or None,
+            **request_fields(k),
+        }
+        reply = await self._post("/generate", body, self._headers, self._deadline_s)
+        with self._faults("/generate", ""):
+            return parse_scores(reply, ids, start, self._vocab_size, k, rows=self._rows)
+
     async def pause(self, mode: str) -> dict[str, int]:
         """Stop generating. Returns how many tokens of each running stream have been written to it, where the engine
         says so."""

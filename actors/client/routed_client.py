@@ -2,6 +2,7 @@
 
     stream                    -> router -> one of the engines
     pause, abort_all, resume  -> every engine
+    top                       -> one of them
 
 A router forwards neither aborts nor pauses, and knows nothing of weight versions.
 """
@@ -9,6 +10,7 @@ A router forwards neither aborts nor pauses, and knows nothing of weight version
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Sequence
 
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.actors.client.engine_client import EngineClient, Sampling
-from opd_async.actors.client.replies import Delta
+from opd_async.actors.client.replies import Delta, Scores
 from opd_async.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -29,12 +31,17 @@ class RoutedClient:
         self.url = router.url
         self._router = router
         self._engines = tuple(engines)
+        self._turns = itertools.cycle(self._engines)
 
     def stream(
         self, rid: str, input_ids: NDArray[np.int32], sampling: Sampling, cache_salt: str
     ) -> AsyncGenerator[Delta, None]:
         """See `EngineClient.stream`."""
         return self._router.stream(rid, input_ids, sampling, cache_salt)
+
+    async def top(self, ids: NDArray[np.int32], start: int, k: int, cache_salt: str = "") -> Scores:
+        """See `EngineClient.top`: the engines take turns, without the router. On cancel: the request is given up."""
+        return await next(self._turns).top(ids, start, k, cache_salt)
 
     async def pause(self, mode: str) -> dict[str, int]:
         """See `EngineClient.pause`. An engine that does not answer is gone: it will send no more tokens.

@@ -139,9 +139,8 @@ class RolloutActor:
                 await self._role.control.send(generation.done())
             reward = await self._judging.judge(generation) if generation.awaits_reward else generation.reward
             if lease.kind != m.LeaseKind.TRAIN:
-                teacher = self._comparing
-                scores = await teacher.teacher_logprobs(generation) if teacher.wants(lease) else None
-                await self._role.control.send(generation.evaluation(reward, scores))
+                compared = await self._comparing.compare(generation) if self._comparing.wants(lease) else None
+                await self._role.control.send(generation.evaluation(reward, *(compared or ())))
             elif generation.awaits_reward:
                 generation.rewarded(reward)
                 await self._delivery.send_all(generation)

@@ -16,6 +16,7 @@ from opd_async.actors.client.replies import Delta
 from opd_async.actors.client.routed_client import GenerationClient, RoutedClient
 from opd_async.config.topology import RolloutSection
 from opd_async.errors import EngineError, EngineFault
+from opd_async.estimators.topk_kl import Divergences
 from opd_async.transport import messages as m
 
 
@@ -248,7 +249,17 @@ class Generation:
         """int32[n], the response so far."""
         return self.input_ids()[len(self.lease.prompt) :]
 
-    def evaluation(self, reward: float | None, teacher_logprobs: NDArray[np.float32] | None = None) -> m.EvalDone:
+    @property
+    def versions(self) -> set[str]:
+        """The weight versions, as engines name them, of all tokens of an evaluation's response."""
+        return {delta.weight_version for delta in self._pending}
+
+    def evaluation(
+        self,
+        reward: float | None,
+        teacher_logprobs: NDArray[np.float32] | None = None,
+        divergences: Divergences | None = None,
+    ) -> m.EvalDone:
         """The complete response of an evaluation lease, and what it earned, or what the teacher thinks of it, where
         that was asked for."""
         finish = self.finish.value if self.finish else ""
@@ -264,6 +275,8 @@ class Generation:
             reward=reward,
             student_logprobs=own,
             teacher_logprobs=teacher_logprobs,
+            reverse_kl=None if divergences is None else divergences.reverse.astype(np.float32),
+            forward_kl=None if divergences is None else divergences.forward.astype(np.float32),
         )
 
 

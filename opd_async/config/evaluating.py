@@ -20,6 +20,7 @@ HELD_OUT = "held_out"
 SETS = "evaluation.sets"
 """Key of the others."""
 Judge = Literal["answer", "reward", "teacher"]
+ListLength = Annotated[int, Field(ge=0, le=4096)]
 Temperature = Annotated[float, Field(gt=0.0)]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 _Value = TypeVar("_Value")
@@ -45,6 +46,8 @@ class EvaluationSetSection(PromptsSection):
     """Regular expression over the response text, for `judge: answer`."""
     teacher: bool | None = None
     """Evaluate the teacher on these prompts too."""
+    teacher_topk: ListLength | None = None
+    """For `judge: teacher`: how many of the likeliest tokens of both sides are compared."""
 
 
 class EvaluationSection(Section):
@@ -64,11 +67,15 @@ class EvaluationSection(Section):
     """Longest response of an evaluation. Null: as in `rollout.sampling`."""
     judge: Judge = "answer"
     """What makes a response right: the answer pattern, or a positive reward. `teacher` needs no labels: it is the
-    reverse KL to the teacher on the sampled responses, estimated at temperature 1."""
+    distance to the teacher on the sampled responses, at temperature 1."""
     answer_pattern: str = r"(?s)^(.*)$"
     """Regular expression over the response text; its first group must equal the label."""
     teacher: bool = True
     """Evaluate the teacher too, where engines of its own score."""
+    teacher_topk: ListLength = 0
+    """For `judge: teacher`: compare so many of the likeliest tokens of teacher and student in each place, for reverse
+    and forward KL. They are exact where it is the vocabulary or more, else bounds from below. 0: the sampled tokens
+    only, for an estimate of the reverse KL."""
     sets: dict[SetName, EvaluationSetSection] = Field(default_factory=dict)
     """Several evaluation sets by name, beside `data.held_out`, each with a judge, a sampling and limits of its own."""
 
@@ -89,6 +96,7 @@ class EvaluationSet:
     judge: Judge
     answer_pattern: str
     teacher: bool
+    teacher_topk: int
     max_prompt_tokens: int
     """Longest prompt that leaves room for `max_response_tokens` in the student's context."""
     own: frozenset[str] = frozenset()
@@ -137,6 +145,7 @@ def _resolved(
         judge=_either(own.judge, section.judge),
         answer_pattern=_either(own.answer_pattern, section.answer_pattern),
         teacher=_either(own.teacher, section.teacher),
+        teacher_topk=_either(own.teacher_topk, section.teacher_topk),
         max_prompt_tokens=context_tokens - longest,
         own=frozenset(field for field in _SETTINGS if getattr(own, field) is not None),
     )

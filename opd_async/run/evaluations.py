@@ -121,7 +121,8 @@ class Evaluations:
     def _export(self, found: Evaluation) -> None:
         """Give the figures of the student's last evaluation to Prometheus."""
         metrics = self._dispatcher.metrics
-        figures = {"step": found.step, "score": found.pass_at_1, "reverse_kl": found.reverse_kl}
+        figures = {"step": found.step, "score": found.pass_at_1}
+        figures |= {"reverse_kl": found.reverse_kl, "forward_kl": found.forward_kl}
         for name, value in figures.items():
             if value is not None:
                 metrics[f"opd_launcher_evaluation_{name}"].labels(found.set).set(value)

@@ -33,7 +33,11 @@ from opd_async.transport.messages import StepStarted
 log = logging.getLogger(__name__)
 
 KL_COLUMN = "learner_reverse_kl"
-EVALUATED = {"evaluation_score": "pass_at_1", "evaluation_reverse_kl": "reverse_kl"}
+EVALUATED = {
+    "evaluation_score": "pass_at_1",
+    "evaluation_reverse_kl": "reverse_kl",
+    "evaluation_forward_kl": "forward_kl",
+}
 """Figures of the last evaluations that each step's row repeats, by column."""
 SHOWN_COUNTERS = (
     "reward_failures",

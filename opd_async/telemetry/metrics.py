@@ -156,6 +156,12 @@ CATALOGUE: tuple[Metric, ...] = (
         needs=Feature.EVALUATION,
     ),
     _gauge(
+        "opd_launcher_evaluation_forward_kl",
+        "Forward KL to the teacher in the student's last evaluation, with evaluation.teacher_topk, in nats a token.",
+        "set",
+        needs=Feature.EVALUATION,
+    ),
+    _gauge(
         "opd_launcher_evaluation_step",
         "Steps behind the weights of the student's last evaluation.",
         "set",

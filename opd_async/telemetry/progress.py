@@ -143,6 +143,8 @@ def compared(result: Evaluation) -> str:
     if result.reverse_kl_interval is not None:
         low, high = result.reverse_kl_interval
         distance += f" ({low:.4f} to {high:.4f})"
+    if result.forward_kl is not None:
+        distance += f", forward KL {result.forward_kl:.4f}"
     unscored = f", {result.unjudged} not scored" if result.unjudged else ""
     length = "" if result.response_tokens is None else f", length {result.response_tokens:,.1f}"
     ended = "" if result.ended_share is None else f", {100 * result.ended_share:.0f} % ended"

@@ -23,6 +23,7 @@ _Z = 1.959963984540054
 """The normal distribution's 97.5 % quantile: two-sided 95 %."""
 
 Interval = tuple[float, float]
+Floats = npt.NDArray[np.float64]
 
 
 def wilson_interval(passed: float, trials: int) -> Interval:
@@ -61,10 +62,16 @@ class Evaluation(Section):
     """Optimizer steps behind the evaluated weights; 0 for the teacher."""
     unjudged: int = 0
     """Responses for which no reward could be computed, which count as wrong; or that the teacher could not score."""
+    teacher_topk: int = 0
+    """Where the teacher judges: how many of the likeliest tokens of both sides were compared."""
     reverse_kl: float | None = None
-    """Nats a token: the mean of log p - log q over all tokens of the sampled responses, which the student drew."""
+    """Nats a token, over all tokens of the sampled responses, which the student drew: the mean of log p - log q, or
+    with `teacher_topk` of KL(p || q) at each of them, exact or from below."""
     reverse_kl_interval: Interval | None = None
     """95 %, with responses for trials: tokens of one response resemble one another."""
+    forward_kl: float | None = None
+    """With `teacher_topk` only: the same of KL(q || p)."""
+    forward_kl_interval: Interval | None = None
     response_tokens: float | None = None
     """Mean length of the sampled responses."""
     ended_share: float | None = None
@@ -95,36 +102,48 @@ class Evaluation(Section):
         )
 
     @classmethod
-    def from_differences(
+    def from_distances(
         cls,
         prompts: int,
-        differences: Sequence[npt.NDArray[np.float64]],
         step: int,
+        reverse: Sequence[Floats],
+        forward: Sequence[Floats] = (),
         samples: int = 1,
         unjudged: int = 0,
     ) -> Self:
-        """From log p - log q of each token, float64[n] for each sampled response that the teacher has scored.
+        """From the KLs in the place of each token, float64[n] for each sampled response that could be compared.
 
-        The mean is a ratio of two sums over responses; its variance is that of a ratio estimator (Cochran, Sampling
-        Techniques, 1977, 6.4).
+        Estimates, log p - log q, will do for the reverse ones.
         """
-        sums = np.array([one.sum() for one in differences])
-        lengths = np.array([len(one) for one in differences], np.float64)
-        kl = interval = None
-        if lengths.sum() > 0:
-            kl = float(sums.sum() / lengths.sum())
-            count = len(lengths)
-            spread = float(((sums - kl * lengths) ** 2).sum())
-            error = _Z * math.sqrt(spread * count / max(count - 1, 1)) / float(lengths.sum())
-            interval = (kl - error, kl + error) if count > 1 else None
+        reverse_kl, reverse_interval = _mean_over_tokens(reverse)
+        forward_kl, forward_interval = _mean_over_tokens(forward)
         return cls(
             prompts=prompts,
             samples_per_prompt=samples,
             step=step,
             unjudged=unjudged,
-            reverse_kl=kl,
-            reverse_kl_interval=interval,
+            reverse_kl=reverse_kl,
+            reverse_kl_interval=reverse_interval,
+            forward_kl=forward_kl,
+            forward_kl_interval=forward_interval,
         )
+
+
+def _mean_over_tokens(values: Sequence[Floats]) -> tuple[float | None, Interval | None]:
+    """Return the mean over the tokens of all responses, float64[n] each, and its 95 % interval; None without tokens.
+
+    The mean is a ratio of two sums over responses; its variance is that of a ratio estimator (Cochran, Sampling
+    Techniques, 1977, 6.4).
+    """
+    sums = np.array([one.sum() for one in values])
+    lengths = np.array([len(one) for one in values], np.float64)
+    count, tokens = len(lengths), float(lengths.sum())
+    if not tokens:
+        return None, None
+    mean = float(sums.sum()) / tokens
+    spread = float(((sums - mean * lengths) ** 2).sum())
+    error = _Z * math.sqrt(spread * count / max(count - 1, 1)) / tokens
+    return mean, (mean - error, mean + error) if count > 1 else None
 
 
 def on_set(who: str, name: str) -> str:

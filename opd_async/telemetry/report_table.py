@@ -63,7 +63,8 @@ def _evaluations(name: str, evaluated: Evaluated) -> Iterator[str]:
     if name != HELD_OUT:
         yield f" on {name}"
     if first.pass_at_1 is None:
-        yield f" {'reverse KL, 95 % interval':<26}{'nats a token':<34}{'length':>10}{'ended':>10}"
+        forward = "" if first.forward_kl is None else "forward"
+        yield f" {'reverse KL, 95 % interval':<26}{'nats a token':<34}{forward:>8}{'length':>8}{'ended':>9}"
         yield from (_distance(label, found) for label, found in rows if found is not None)
         return
     many = f", avg@{first.samples_per_prompt}" if first.samples_per_prompt > 1 else ""
@@ -82,7 +83,8 @@ def _distance(label: str, found: Evaluation) -> str:
     if found.reverse_kl_interval is not None:
         low, high = found.reverse_kl_interval
         kl += f" ({low:.4f} to {high:.4f}, n={found.prompts})"
-    return f" {label:<26}{kl:<34}{_number(found.response_tokens, 1):>10}{_percent(found.ended_share):>10}"
+    forward = "" if found.forward_kl is None else _number(found.forward_kl, 4)
+    return f" {label:<26}{kl:<34}{forward:>8}{_number(found.response_tokens, 1):>8}{_percent(found.ended_share):>9}"
 
 
 def _stages(stages: Stages, title: str) -> Iterator[str]:

@@ -88,7 +88,7 @@ BOUNDS: dict[str, Bound] = {
         ),
         _FLAG,
     ),
-    **dict.fromkeys(("advantages", "weights"), Range(-1.0e30, 1.0e30)),
+    **dict.fromkeys(("advantages", "weights", "reverse_kl", "forward_kl"), Range(-1.0e30, 1.0e30)),
     **dict.fromkeys(("rewards", "stats"), _ANY),
     "reward": Range(-1.0e30, 1.0e30),
     "counters": Range(-1.0e18, 1.0e18),
@@ -125,7 +125,7 @@ EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
     "PartStarted": (("taken_ids", "taken_ends", "taken_complete", "taken_given"),),
     "StepStarted": (("taken_ids", "taken_ends", "taken_complete", "taken_given"),),
     "Frontier": (("partial_ids", "partial_ends", "partial_given"),),
-    "EvalDone": (("token_ids", "student_logprobs", "teacher_logprobs"),),
+    "EvalDone": (("token_ids", "student_logprobs", "teacher_logprobs", "reverse_kl", "forward_kl"),),
     "TrainedSample": (
         ("response", "behaviour_logprobs"),
         ("chunk_ends", "chunk_versions", "chunk_made_s", "chunk_latency_s"),

@@ -24,6 +24,12 @@ def scores_of(ids: list[int], start: int, shift: float = 0.0) -> NDArray[np.floa
     return np.array([-(ids[i] + 3 * ids[i - 1]) / 100 - shift for i in range(start, len(ids))], np.float32)
 
 
+def distribution(before: int, shift: float = 0.0) -> NDArray[np.float64]:
+    """float64[VOCAB]: logprobs behind the token `before`, as requests for the likeliest tokens get them."""
+    logits = np.cos(np.arange(VOCAB) * (1.0 + before)) * (2.0 + shift)
+    return logits - float(np.logaddexp.reduce(logits))
+
+
 def continuation(ids: list[int], count: int) -> list[int]:
     """The next `count` tokens."""
     out = list(ids)
@@ -127,6 +133,8 @@ class FaultyEngine:
             return await self._events(request, self._tokens(body), cut=fault == "disconnect")
         if self.stalls:
             await self._hung.wait()
+        if isinstance(body["input_ids"][0], int):
+            return web.json_response(self._top(body["input_ids"], body["logprob_start_len"], body["top_logprobs_num"]))
         replies = [self._scores(*pair) for pair in zip(body["input_ids"], body["logprob_start_len"], strict=True)]
         if fault != "disconnect":
             return web.json_response(replies)
@@ -178,3 +186,12 @@ class FaultyEngine:
             cached = max((_alike(ids, one) for body in self.seen[:-1] for one in body["input_ids"]), default=0)
             cached = min(cached, start)
         return {"meta_info": {"input_token_logprobs": entries, "prompt_tokens": len(ids), "cached_tokens": cached}}
+
+    def _top(self, ids: list[int], start: int, k: int) -> Any:
+        """The `k` likeliest tokens in the place of each of `ids[start + 1:]`."""
+        rows = [distribution(before, self.shift) for before in ids[start:-1]]
+        entries = [[None, ids[start], None]]
+        entries += [[row[token], token, None] for row, token in zip(rows, ids[start + 1 :], strict=True)]
+        top = [[[row[token], int(token), None] for token in np.argsort(-row)[:k]] for row in rows]
+        facts = {"prompt_tokens": len(ids), "cached_tokens": 0}
+        return {"meta_info": {"input_token_logprobs": entries, "input_top_logprobs": [None, *top], **facts}}

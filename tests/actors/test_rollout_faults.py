@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import zmq.asyncio
 from deadlines import patience
 from fake_role import SPEED, Dispatcher, fake_role, make_plan, until, value
-from faulty_engine import FAULTS, VOCAB, FaultyEngine, continuation, scores_of
+from faulty_engine import FAULTS, VOCAB, FaultyEngine, continuation, distribution, scores_of
 
 from opd_async.actors.client.engine_client import new_connector
 from opd_async.actors.rollout.actor import RolloutActor
@@ -76,8 +77,10 @@ async def rollout(
     silence_s: float = 0.05,
     others: tuple[str, ...] = (),
     kind: str = "external",
+    topk: int = 0,
 ) -> AsyncIterator[Running]:
     """`deadline_s`: how long an engine may be out; `silence_s`: how long it may be silent."""
+    sums: dict[str, Any] = {"path": "sums.jsonl", "judge": judge, "teacher_topk": topk}
     sections = {
         "rollout": {
             "request_deadline_s": patience(silence_s),
@@ -85,7 +88,7 @@ async def rollout(
             "sampling": {"max_response_tokens": TOKENS},
         },
         "supervisor": {"start_deadline_s": deadline_s},
-        "evaluation": {"sets": {"sums": {"path": "sums.jsonl", "judge": judge}, "words": {"path": "words.jsonl"}}},
+        "evaluation": {"sets": {"sums": sums, "words": {"path": "words.jsonl"}}},
         "engines": {"student": {"kind": kind}, "teacher": {"kind": "external"}},
     }
     plan = make_plan(VOCAB, (engine.url, *others), teachers, **sections)
@@ -271,6 +274,59 @@ async def test_a_teacher_judges_what_the_student_sampled() -> None:
             np.testing.assert_allclose(np.asarray(done[n].teacher_logprobs), expected, rtol=1e-6)
             assert len(np.asarray(done[n].student_logprobs)) == TOKENS
         assert done[2].teacher_logprobs is None and done[3].teacher_logprobs is None
+
+
+@pytest.mark.parametrize("k", [8, 100])
+async def test_both_sides_are_asked_for_their_likeliest_tokens(k: int) -> None:
+    """With the vocabulary or more both divergences are exact; the student's engine uses keys of its weights alone."""
+    async with (
+        FaultyEngine() as student,
+        FaultyEngine(shift=0.5) as teacher,
+        rollout(student, samples=0, teachers=(teacher.url,), judge="teacher", topk=k) as running,
+    ):
+        student.script += ["", "503"]  # nothing to the stream, a failure to the first request for its tokens
+        own = np.array([8, 9], np.int32)
+        one = dataclasses.replace(lease(0), kind=m.LeaseKind.EVAL_STUDENT.value, evaluation_set="sums")
+        await running.dispatcher.to_role.put(dataclasses.replace(one, teacher_prompt=own))
+        await until(lambda: bool(running.dispatcher.of(m.EvalDone)), "the response")
+        (done,) = running.dispatcher.of(m.EvalDone)
+        befores = [7, *done.token_ids.tolist()[:-1]]
+        p = np.array([distribution(before) for before in befores])
+        q = np.array([distribution(before, 0.5) for before in [9, *befores[1:]]])
+        reverse, forward = (np.exp(p) * (p - q)).sum(1), (np.exp(q) * (q - p)).sum(1)
+        found = np.asarray(done.reverse_kl), np.asarray(done.forward_kl)
+        if k >= VOCAB:
+            np.testing.assert_allclose(found[0], reverse, atol=1e-5)
+            np.testing.assert_allclose(found[1], forward, atol=1e-5)
+        assert (found[0] <= reverse + 1e-5).all() and (found[1] <= forward + 1e-5).all()
+        assert found[0].mean() > 0.0 and found[1].mean() > 0.0
+        asked = [body for body in student.seen if not body.get("stream")]
+        assert [body["extra_key"] for body in asked] == ["0", "0"] and len(teacher.seen) == 1
+        assert {body["top_logprobs_num"] for body in (*asked, *teacher.seen)} == {min(k, VOCAB)}
+        np.testing.assert_allclose(
+            np.asarray(done.teacher_logprobs), q[np.arange(TOKENS), done.token_ids], rtol=1e-5, atol=1e-6
+        )
+
+
+async def test_a_response_of_other_weights_is_left_unscored() -> None:
+    """The weights have changed behind its last token: the student's distributions are others."""
+    async with (
+        FaultyEngine() as student,
+        FaultyEngine() as teacher,
+        rollout(student, samples=0, teachers=(teacher.url,), judge="teacher", topk=8, silence_s=60.0) as running,
+    ):
+        teacher.script.append("hang")
+        one = dataclasses.replace(lease(0), kind=m.LeaseKind.EVAL_STUDENT.value, evaluation_set="sums")
+        await running.dispatcher.to_role.put(one)
+        await until(lambda: bool(teacher.seen), "the end of the response")
+        await running.dispatcher.to_role.put(m.Pause(1))
+        await until(lambda: bool(running.dispatcher.of(m.Paused)), "the pause")
+        teacher.release()
+        await running.dispatcher.to_role.put(m.Resume(1))
+        await until(lambda: bool(running.dispatcher.of(m.EvalDone)), "the response")
+        (done,) = running.dispatcher.of(m.EvalDone)
+        assert (done.reverse_kl, done.teacher_logprobs, done.student_logprobs) == (None, None, None)
+        assert len(done.token_ids) == TOKENS
 
 
 async def test_a_teacher_that_cannot_be_asked_leaves_a_response_unscored() -> None:

@@ -59,6 +59,21 @@ def test_the_top_k_is_the_models(server: Server, first: PreTrainedModel) -> None
     assert (scores.topk.ids == expected.indices.numpy()).mean() > 0.99
 
 
+async def test_one_request_for_the_top_k_may_use_keys_of_its_salt_alone(server: Server, first: PreTrainedModel) -> None:
+    ids, start, k = prompt(120, 13), 60, 8
+    async with server.client() as client:
+        found = [await client.top(ids, start, k, salt) for salt in ("7", "8", "8")]
+        whole = await client.top(ids[:40], 39, 2 * VOCAB)
+    with torch.no_grad():
+        logits_NV = first(torch.tensor(ids[None].astype(np.int64))).logits[0].float()
+    expected = torch.log_softmax(logits_NV, dim=-1)[start - 1 : len(ids) - 1].topk(k)
+    for scores in found:
+        assert scores.topk is not None and scores.topk.logprobs.shape == (len(ids) - start, k)
+        assert np.abs(scores.topk.logprobs - expected.values.numpy()).max() < EXACT
+    assert [scores.cached_tokens for scores in found][:2] == [0, 0] and found[2].cached_tokens > 0
+    assert whole.topk is not None and whole.topk.ids.shape == (1, VOCAB), "all that there are"
+
+
 def test_a_refused_request_is_an_error_with_the_reason(server: Server) -> None:
     with pytest.raises(EngineError, match=r"HTTP 400.*context"):
         score(server, [(prompt(CONTEXT + 20, 1), 1)])

@@ -27,7 +27,7 @@ from opd_async.config.topology import Topology
 from opd_async.config.topology_file import load_topology
 from opd_async.data.jsonl import read_jsonl
 from opd_async.estimators.advantages import Outcome
-from opd_async.run.ledger import Ledger
+from opd_async.run.ledger import EVALUATED, Ledger
 from opd_async.run.run_folder import MADE_BY_RUNS
 from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.telemetry.metrics import CATALOGUE, MetricKind
@@ -306,8 +306,8 @@ def test_every_column_of_a_step_is_listed(tmp_path: Path) -> None:
     ledger.step(started, {}, 0.0, 0.0)
     ledger.close()
     (row,) = read_jsonl(tmp_path / "metrics.jsonl")
-    evaluated = ("evaluation_score", "evaluation_reverse_kl")  # behind an evaluation, by its judge
-    assert sorted(columns_of("Rows of steps")) == sorted([*row, *evaluated, *learner_columns()])
+    # those of EVALUATED behind an evaluation, by its judge
+    assert sorted(columns_of("Rows of steps")) == sorted([*row, *EVALUATED, *learner_columns()])
 
 
 def test_every_column_of_an_evaluation_is_listed() -> None:

@@ -72,6 +72,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"answer_pattern": "(.*)", "judge": "teacher", "temperature": 1.0},
         "evaluation.sets.bad.answer_pattern: only for judge answer, this is teacher; remove it",
     ),
+    ({"teacher_topk": 8}, "evaluation.sets.bad.teacher_topk: only for judge teacher, this is answer; remove it"),
     ({"max_response_tokens": 64}, "evaluation.sets.bad.max_response_tokens: 64 leaves no room for a prompt in"),
     ({"path": "nowhere.jsonl"}, "evaluation.sets.bad.path: no file nowhere.jsonl"),
     ({"label_key": "answer"}, "have no label under 'answer', which evaluation.judge answer compares responses with"),

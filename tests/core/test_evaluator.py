@@ -119,6 +119,25 @@ def test_a_teacher_judges_without_labels(tokenizer: Tokenizer) -> None:
     assert (found.response_tokens, found.ended_share) == (2.5, 0.75)
 
 
+def test_likeliest_tokens_of_both_sides_give_both_divergences(tokenizer: Tokenizer) -> None:
+    """In the place of the estimate, which the logprobs would give."""
+
+    def answer(lease: Lease) -> EvalDone:
+        count = lease.prompt_id + 1
+        logprobs = np.full(count, -1.0, np.float32)
+        kl = np.linspace(0.0, 1.0, count, dtype=np.float32)
+        scores = {"student_logprobs": logprobs, "teacher_logprobs": logprobs, "reverse_kl": kl, "forward_kl": 2 * kl}
+        scores = {} if lease.prompt_id == 3 else scores
+        ids = np.full(count, 4, np.int32)
+        return EvalDone(sample_id=lease.sample_id, finish="stop", weight_version=7, token_ids=ids, **scores)
+
+    found, _ = evaluate(tokenizer, answer, judge="teacher", teacher_topk=16)
+    assert (found.teacher_topk, found.unjudged) == (16, 1)
+    assert found.reverse_kl == pytest.approx(2.5 / 6) and found.forward_kl == pytest.approx(5.0 / 6)
+    assert found.forward_kl_interval is not None and found.forward_kl_interval[0] < 5.0 / 6
+    assert compared(found).startswith("reverse KL 0.4167 (") and ", forward KL 0.8333 on 4 held-out" in compared(found)
+
+
 def test_responses_that_no_teacher_scored_are_counted(tokenizer: Tokenizer) -> None:
     found, _ = evaluate(tokenizer, lambda lease: done(lease, RIGHT), judge="teacher")
     assert (found.reverse_kl, found.reverse_kl_interval, found.unjudged) == (None, None, 4)

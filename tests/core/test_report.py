@@ -124,6 +124,9 @@ def test_the_file_is_whole_and_reads_back(tmp_path: Path) -> None:
         "pass_at_1_greedy_interval",
         "reverse_kl",
         "reverse_kl_interval",
+        "teacher_topk",
+        "forward_kl",
+        "forward_kl_interval",
         "response_tokens",
         "ended_share",
         "step",
@@ -188,19 +191,23 @@ def on(name: str, found: Evaluation) -> Evaluation:
 
 def test_each_set_has_a_part_of_the_table_and_of_the_picture(tmp_path: Path) -> None:
     before, after = (Evaluation.from_counts(200, passed, passed, step) for passed, step in ((20, 0), (90, 5)))
-    far, near = (Evaluation.from_differences(50, [np.full(9, gap), np.full(3, 0.0)], 5) for gap in (0.5, 0.25))
+    far, near = (Evaluation.from_distances(50, 5, [np.full(9, gap), np.full(3, 0.0)]) for gap in (0.5, 0.25))
+    gaps = [np.full(9, 0.5), np.full(3, 1.0)]
+    both = Evaluation.from_distances(50, 5, gaps, [2 * one for one in gaps])
     sets = {
         "sums": Evaluated(student_before=on("sums", before), student_after=on("sums", after)),
         "words": Evaluated(student_before=on("words", far), student_after=on("words", near)),
+        "chats": Evaluated(student_after=on("chats", both)),
         "unused": Evaluated(),
     }
     report = full().model_copy(update={"sets": sets})
-    assert list(report.evaluated) == ["held_out", "sums", "words", "unused"]
+    assert list(report.evaluated) == ["held_out", "sums", "words", "chats", "unused"]
     text = render(report)
     blocks = text.split("─" * WIDTH)
     assert "student after training  95.8 %" in blocks[0] and "\n on" not in blocks[0]
     assert blocks[1].startswith("\n on sums\n pass@1, 95 % interval") and "45.0 % (38.3 to 51.9, n=200)" in blocks[1]
     assert blocks[2].startswith("\n on words\n reverse KL, 95 % interval") and "0.1875" in blocks[2]
+    assert "forward" not in blocks[2] and "forward" in blocks[3] and " 1.2500 " in blocks[3]
     assert "unused" not in text and all(len(line) <= WIDTH for line in text.splitlines())
     found = [one for of in sets.values() for one in (of.student_before, of.student_after) if one is not None]
     learning_curve(tmp_path / "one.png", found[:2], {}, [])

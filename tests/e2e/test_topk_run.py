@@ -1,5 +1,5 @@
-"""A run whose loss is on the teacher's top-k, and which is evaluated on two sets: the teacher judges one, answers the
-other."""
+"""A run whose loss is on the teacher's top-k, and which is evaluated on three sets: the teacher judges two, answers the
+third."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from harness import VOCAB, Launch, check_trained, make_model, steps, topology, write_topology
 from harness import rows as rows_of
@@ -35,6 +36,7 @@ def test_forward_kl_on_the_top_k(inputs: Path, tmp_path: Path) -> None:
         "temperature": 0.5,
     }
     values["evaluation"] = {"every_steps": 2, "during_prompts": 2, "sets": {"chats": chats, "sums": sums}}
+    values["evaluation"]["sets"]["exact"] = chats | {"teacher_topk": 2 * VOCAB}
     values["telemetry"] = {"samples_per_step": JUDGED}
     with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
         assert run.wait() == 0, run.text()
@@ -47,7 +49,7 @@ def test_forward_kl_on_the_top_k(inputs: Path, tmp_path: Path) -> None:
         assert 0.3 < row["learner_student_support"] < row["learner_teacher_support"]
         assert row["learner_loss"] > 0.0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["student_before"] is None and sorted(report["sets"]) == ["chats", "sums"]
+    assert report["student_before"] is None and sorted(report["sets"]) == ["chats", "exact", "sums"]
     chats, sums = report["sets"]["chats"], report["sets"]["sums"]
     before, after = chats["student_before"], chats["student_after"]
     assert chats["teacher"] is None and before["pass_at_1"] is None
@@ -68,10 +70,24 @@ def test_forward_kl_on_the_top_k(inputs: Path, tmp_path: Path) -> None:
     found = sorted((row["evaluation"], row["set"], row["step"], row["prompts"]) for row in evaluated)
     assert found == [
         *(("student", "chats", step, prompts) for step, prompts in ((0, JUDGED), (2, 2), (4, JUDGED))),
+        *(("student", "exact", step, prompts) for step, prompts in ((0, JUDGED), (2, 2), (4, JUDGED))),
         *(("student", "sums", step, prompts) for step, prompts in ((0, ANSWERED), (2, 2), (4, ANSWERED))),
         ("teacher", "sums", 0, ANSWERED),
     ]
-    assert set(rows[-1]["evaluation_reverse_kl"]) == {"chats"} and set(rows[-1]["evaluation_score"]) == {"sums"}
+    check_exact(report["sets"]["exact"]["student_before"], before)
+    assert set(rows[-1]["evaluation_reverse_kl"]) == {"chats", "exact"} and set(rows[-1]["evaluation_forward_kl"]) == {
+        "exact"
+    }
+    assert set(rows[-1]["evaluation_score"]) == {"sums"}
+
+
+def check_exact(found: dict[str, Any], estimate: dict[str, Any]) -> None:
+    """Of other responses to the same prompts: the same distance, with less noise. Of the forward KL a large part is the
+    teacher's probability of ids that the student has not."""
+    assert (found["teacher_topk"], found["unjudged"], estimate["forward_kl"]) == (2 * VOCAB, 0, None)
+    assert found["reverse_kl"] == pytest.approx(estimate["reverse_kl"], rel=0.5)
+    width, other = (np.diff(one["reverse_kl_interval"])[0] for one in (found, estimate))
+    assert width < other and found["forward_kl"] > found["reverse_kl"] + 1.0
 
 
 def check_set_with_answers(found: dict[str, Any], shown: list[dict[str, Any]]) -> None:

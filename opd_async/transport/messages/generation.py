@@ -66,7 +66,8 @@ class EvalDone:
     """An evaluation response, complete; `reward` where evaluations are judged by it.
 
     `student_logprobs` and `teacher_logprobs` float32[n] of its tokens where they are judged by the teacher; None where
-    the teacher could not be asked.
+    the teacher could not be asked. `reverse_kl` and `forward_kl` float32[n], nats, in the place of each token, where
+    both sides were asked for their likeliest tokens.
     """
 
     sample_id: int
@@ -76,6 +77,8 @@ class EvalDone:
     reward: float | None = None
     student_logprobs: Float32 | None = None
     teacher_logprobs: Float32 | None = None
+    reverse_kl: Float32 | None = None
+    forward_kl: Float32 | None = None
 
 
 @message
