@@ -22,7 +22,8 @@ import torch.distributed as dist
 from deadlines import patience
 from full_fixtures import furthest
 from megatron.core import parallel_state
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from span_parity import gradients
 from tiny_learner import EMPTY, learner_config, micro_batch, read_differently, split, step_batch
 
 from opd_async.config.losses import FULL_LOSSES, TOPK_LOSSES
@@ -226,6 +227,10 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
         resume.save(averaged, results / f"{model.name}-{name}-average")
         report["average"] += steps(averaged, place, STEPS, other_prompts=True)
         report["losses"] = losses(trainer.config, place, results)
+        spans = gradients(trainer.config, results / "teacher", place)
+        if dist.get_rank() == 0:
+            named = {f"{form}/{key}": tensor for form, found in spans.items() for key, tensor in found.items()}
+            save_file(named, results / f"{name}-spans.safetensors")
         report["furthest"] = furthest(parallel_state.get_tensor_model_parallel_group())
     parallel_state.destroy_model_parallel()
     return report

@@ -29,7 +29,8 @@ from learner_ranks import (
 )
 from megatron.core.parallel_state import RankGenerator
 from safetensors.torch import load_file
-from tiny_learner import VOCAB, learner_config, write_model
+from span_parity import LOSSES, expected
+from tiny_learner import VOCAB, assert_close, learner_config, write_model
 
 from opd_async.config.topology import LearnerSection
 from opd_async.learner import resume
@@ -184,6 +185,26 @@ def test_every_layout_computes_the_same_losses(alone: Place, runs: Runs) -> None
             left, right, where = torch.tensor(found[name]), torch.tensor(expected[name]), f"{name}, {layout}"
             torch.testing.assert_close(left, right, rtol=0.0, atol=1e-5, msg=lambda text, w=where: f"{w}: {text}")
         assert max(runs.jobs.of(layout)[WITH_LOSSES]["furthest"].values()) < 1e-5
+
+
+@pytest.mark.parametrize("layout", layouts(WITH_LOSSES))
+def test_given_tokens_are_context_and_nobodys_label_in_every_layout(runs: Runs, layout: str) -> None:
+    """Gradients of episodes, cut and whole, are those of plain autograd over their sampled positions; what stands
+    behind the last of these changes no bit of them."""
+    runs.jobs.of(layout)
+    found = load_file(runs.results / f"{layout}-spans.safetensors")
+    wanted = expected(runs.models / WITH_LOSSES, runs.results / "teacher")
+    assert set(wanted) == set(LOSSES)
+    for loss, gradient in wanted.items():
+        assert max(float(one.abs().max()) for one in gradient.values()) > 1e-3
+
+        def of(form: str, loss: str = loss) -> dict[str, torch.Tensor]:
+            prefix = f"{loss}/{form}/"
+            return {key.removeprefix(prefix): one for key, one in found.items() if key.startswith(prefix)}
+
+        assert_close(of("cut"), gradient, 1e-5)
+        assert_close(of("whole"), gradient, 1e-5)
+        assert all(torch.equal(one, of("labels")[key]) for key, one in of("cut").items())
 
 
 @pytest.mark.parametrize(("kind", "layout"), PAIRS)
