@@ -1,6 +1,7 @@
 """Faults at random, run after run, and what became of them.
 
-    python tests/chaos [--faults 24] [--seed N] [--per-run 24] [--minutes M] [--only WORDS] [--json FILE]
+    python tests/chaos [--faults 24] [--seed N] [--per-run 24] [--minutes M] [--only WORDS] [--runs WORDS]
+                        [--json FILE]
 
 Each run is of another regime; it gets some faults of random kinds, one after the other, is stopped by Ctrl-C, and
 audited: tokens twice or lost, staleness, checksums of its checkpoints, processes, ports, files and shared memory that
@@ -34,7 +35,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "e2e"), str(HERE.parent), str(HERE.
 from audit import Audit, audit_run  # noqa: E402
 from deck import Deck  # noqa: E402
 from external import External  # noqa: E402
-from harness import ROOT, SLOTS, make_inputs, make_model  # noqa: E402
+from harness import ROOT, make_inputs, make_model  # noqa: E402
 from island import Island, make_island  # noqa: E402
 from kinds import QUICK, Kind, kinds  # noqa: E402
 from live import KEY, Live, Wrong  # noqa: E402
@@ -58,6 +59,7 @@ class Total:
     kinds: dict[str, Score] = field(default_factory=lambda: defaultdict(Score))
     wrong: list[str] = field(default_factory=list)
     tokens: int = 0
+    given: int = 0
     twice: int = 0
     lost: int = 0
     runs: int = 0
@@ -110,7 +112,7 @@ class Chaos:
                 total.wrong.append(f"{regime.name}, after {', '.join(thrown) or 'the start'}: {error}")
                 print(f"WRONG: {total.wrong[-1]}", flush=True)
                 return
-            found = audit_run(live.folder, regime.bound, 2 * SLOTS)
+            found = audit_run(live.folder, regime.bound, regime.in_flight)
             found.left += live.left
         found.left += self.island.left_since(before)
         if found.wrong:
@@ -132,6 +134,7 @@ class Chaos:
 
 def _add(found: Audit, regime: Regime, thrown: Sequence[str], total: Total) -> None:
     total.tokens += found.tokens
+    total.given += found.given
     total.twice += found.twice
     total.lost += found.lost
     if found.wrong:
@@ -151,7 +154,9 @@ def table(total: Total) -> str:
     survived = sum(score.survived for score in scores)
     head = f"{len(total.kinds)} kinds in {total.runs} runs"
     lines.append(f"{head:<42}{total.thrown:>7}{survived:>9}{middle[0]:>15}{middle[1]:>15}")
-    lines.append(f"{total.tokens:,} tokens trained: {total.twice} twice, {total.lost} lost")
+    lines.append(
+        f"{total.tokens:,} tokens trained, between {total.given:,} of tools: {total.twice} twice, {total.lost} lost"
+    )
     return "\n".join([*lines, *(f"WRONG: {text}" for text in total.wrong)])
 
 
@@ -174,12 +179,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--per-run", type=int, default=24)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--only", default="", help="kinds whose names match this regular expression")
+    parser.add_argument("--runs", default="", help="regimes whose names match this regular expression")
     parser.add_argument("--minutes", type=float, default=1e6, help="throw nothing later than this")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args(argv)
     # runs would inherit what nohup and & ignore, and have to obey both
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE / "hooks"), str(ROOT)])
     began, total = time.monotonic(), Total()
     # opened before the island hides the folder that it may lie in
     with (arguments.json or Path(os.devnull)).open("w", encoding="utf-8") as file:
@@ -188,7 +195,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="opd-chaos-") as name:
             chance, until = random.Random(arguments.seed), began + 60 * arguments.minutes
             chaos = prepared(Path(name), island, chance, until, arguments.only)
-            suited = [regime for regime in REGIMES if chaos.deck.suits(regime)]
+            named = [regime for regime in REGIMES if re.search(arguments.runs, regime.name)]
+            suited = [regime for regime in named if chaos.deck.suits(regime)]
+            if not suited:
+                raise SystemExit(f"--runs {arguments.runs!r} and --only {arguments.only!r} leave no run")
             while total.thrown < arguments.faults and time.monotonic() < chaos.until:
                 count = min(arguments.per_run, arguments.faults - total.thrown)
                 chaos.run(suited[total.runs % len(suited)], count, total)
@@ -199,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _values(total: Total) -> dict[str, Any]:
     scores = {name: [score.thrown, score.survived, score.next_s, score.full_s] for name, score in total.kinds.items()}
-    return {"kinds": scores, "tokens": total.tokens, "twice": total.twice, "lost": total.lost, "wrong": total.wrong}
+    tokens = {"tokens": total.tokens, "given": total.given, "twice": total.twice, "lost": total.lost}
+    return {"kinds": scores, **tokens, "wrong": total.wrong}
 
 
 if __name__ == "__main__":

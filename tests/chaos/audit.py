@@ -18,11 +18,14 @@ from opd_async.run.trained import TrainedStep, read_trained
 
 @dataclass(slots=True)
 class Audit:
-    """Figures of one run; everything but `tokens` should be 0."""
+    """Figures of one run; everything but `tokens` and `given` should be 0."""
 
     tokens: int = 0
+    """Sampled ones that were trained."""
+    given: int = 0
+    """Tokens between them that tools have said."""
     twice: int = 0
-    """Tokens that lie in two ranges."""
+    """Tokens that lie in two ranges, of sampled tokens or of given ones."""
     lost: int = 0
     """Tokens before or between the ranges of a sample, and samples that were passed over."""
     too_old: int = 0
@@ -49,14 +52,20 @@ def audit_steps(steps: Iterable[TrainedStep], bound: int | None, in_flight: int,
     newest: dict[int, int] = defaultdict(int)
     for step in steps:
         versions.append(step.version)
-        for sample, start, end, oldest, youngest in step.ranges.tolist():
-            found.tokens += end - start
+        # given tokens stand between those that were sampled, and whoever took them says so in the same step
+        for sample, start, end, *by in sorted([*step.ranges.tolist(), *step.given], key=lambda one: tuple(one[:2])):
             before = ends.get(sample, 0)
             found.twice += max(0, before - start)
             found.lost += max(0, start - before)
+            ends[sample] = max(before, end)
+            if not by:
+                found.given += end - start
+                continue
+            oldest, youngest = by
+            found.tokens += end - start
             late = bound is not None and step.version - oldest > bound
             found.too_old += late or youngest > step.version or oldest < newest[sample] or oldest > youngest
-            ends[sample], newest[sample] = max(before, end), youngest
+            newest[sample] = youngest
     passed_over = max(ends, default=-1) + 1 - len(ends)
     found.lost += max(0, passed_over - in_flight)
     found.steps_wrong = sum(one != two for one, two in zip(versions, range(last), strict=False))

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from harness import SLOTS, topology
 from live import KEY, hang_s
 
+from opd_async.scheduling.leases import UNDER_WAY
+
 FOREVER = 1_000_000
 """Steps: the chaos ends the run."""
 COMMON: dict[str, Any] = {
@@ -32,9 +34,15 @@ class Regime(NamedTuple):
     external: bool = False
     """Whether somebody else starts the student engine."""
 
+    @property
+    def in_flight(self) -> int:
+        """Most samples that are leased and not trained to their end: those that wait for tools need no slot."""
+        return ((UNDER_WAY if "rollout__function" in self.changes else 1) + 1) * SLOTS
+
 
 EVERYBODY = ("rollout", "teacher", "student-engine", "teacher-engine", "intake", "learner")
 NO_TEACHER = ("rollout", "student-engine", "intake", "learner")
+EPISODES: dict[str, Any] = {"rollout__function": "chaos_episode:episode", "reward__kind": "episode"}
 OUTSIDE = ("rollout", "teacher", "external", "teacher-engine", "intake", "learner")
 REGIMES = (
     Regime("tokens, S = 1", {"engines__teacher__replicas": 2}, 1, EVERYBODY),
@@ -64,6 +72,13 @@ REGIMES = (
         NO_TEACHER,
     ),
     Regime("tokens, S = 1, two ranks", {"learner__data_parallel": 2, "schedule__rule": "filled"}, 1, EVERYBODY),
+    Regime("episodes with tools, S = 1", EPISODES | {"schedule__rule": "filled"}, 1, EVERYBODY),
+    Regime(
+        "whole episodes with tools, two actors",
+        EPISODES | {"schedule__train_on": "samples", "schedule__samples_per_step": SLOTS, "rollout__replicas": 2},
+        None,
+        EVERYBODY,
+    ),
     Regime("a student engine of others", {"schedule__rule": "filled"}, 1, OUTSIDE, external=True),
 )
 

@@ -31,9 +31,17 @@ GOOD: Rows = [
 ]
 
 
-def counted(rows: Rows, bound: int | None = 1, last: int = 3) -> tuple[int, int, int, int]:
-    steps = [TrainedStep(version, np.array(part, np.int64).reshape(-1, 5)) for version, part in enumerate(rows)]
+Given = dict[int, tuple[tuple[int, int, int], ...]]
+"""By step: (sample, start, end) of what was given."""
+
+
+def counted(rows: Rows, bound: int | None = 1, last: int = 3, given: Given | None = None) -> tuple[int, int, int, int]:
+    steps = [
+        TrainedStep(version, np.array(part, np.int64).reshape(-1, 5), given=(given or {}).get(version, ()))
+        for version, part in enumerate(rows)
+    ]
     found = audit_steps(steps, bound, 1, last)
+    assert found.given == sum(end - start for parts in (given or {}).values() for _, start, end in parts)
     return found.twice, found.lost, found.too_old, found.steps_wrong
 
 
@@ -55,6 +63,40 @@ def test_each_broken_step_is_counted(
     step: int, rows: list[tuple[int, int, int, int, int]], found: tuple[int, int, int, int]
 ) -> None:
     assert counted([*GOOD[:step], rows, *GOOD[step + 1 :]]) == found
+
+
+EPISODES: Rows = [
+    [(0, 2, 5, 0, 0), (0, 9, 12, 0, 0), (1, 0, 3, 0, 0)],
+    [(1, 7, 9, 0, 1)],
+    [(2, 0, 4, 1, 2)],
+]
+"""Sample 0 begins with given tokens, and sample 1 was cut within those that its second turn stands behind."""
+BETWEEN: Given = {0: ((0, 0, 2), (0, 5, 9), (1, 3, 5)), 1: ((1, 5, 7),)}
+
+
+def test_what_tools_say_stands_between_what_was_sampled() -> None:
+    assert counted(EPISODES, given=BETWEEN) == (0, 0, 0, 0)
+    assert counted(EPISODES)[1] == 2 + 4 + 4, "without it there are holes"
+
+
+@pytest.mark.parametrize(
+    ("step", "given", "found"),
+    [
+        (0, ((0, 0, 2), (0, 5, 8), (1, 3, 5)), (0, 1, 0, 0)),
+        (0, ((0, 0, 2), (0, 4, 9), (1, 3, 5)), (1, 0, 0, 0)),
+        (0, ((0, 0, 2), (0, 5, 9), (1, 3, 6)), (1, 0, 0, 0)),
+        (1, (), (0, 2, 0, 0)),
+        (2, ((1, 5, 7),), (2, 0, 0, 0)),
+    ],
+)
+def test_given_tokens_that_are_missing_or_there_twice_are_counted(
+    step: int, given: tuple[tuple[int, int, int], ...], found: tuple[int, int, int, int]
+) -> None:
+    changed = {**BETWEEN, step: given}
+    if step == 2:  # taken once more, by a later step
+        assert counted(EPISODES, given=changed) == (4, 0, 0, 0)
+    else:
+        assert counted(EPISODES, given=changed) == found
 
 
 def test_steps_that_are_missing_or_out_of_order_are_counted() -> None:
