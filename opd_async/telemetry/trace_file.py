@@ -67,12 +67,16 @@ def write_trace(folder: Path, out: Path, most: int = MOST_SAMPLES) -> int:
         raise InputError(f"{folder}: has no trace; a run writes one with telemetry.trace: true")
     rows = timeline(processes, figures(folder / "metrics.jsonl"), most)
     fresh, count = out.with_name(f"{out.name}.new"), 0
-    with gzip.open(fresh, "wt", encoding="utf-8", compresslevel=5) as file:
-        file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
-        for count, row in enumerate(rows, start=1):
-            file.write((",\n" if count > 1 else "") + json.dumps(row, separators=(",", ":")))
-        file.write("\n]}\n")
-    fresh.replace(out)
+    try:
+        with gzip.open(fresh, "wt", encoding="utf-8", compresslevel=5) as file:
+            file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
+            for count, row in enumerate(rows, start=1):
+                file.write((",\n" if count > 1 else "") + json.dumps(row, separators=(",", ":")))
+            file.write("\n]}\n")
+        fresh.replace(out)
+    except BaseException:
+        fresh.unlink(missing_ok=True)  # half of it is of no use, and takes the room that there is none of
+        raise
     return count
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,6 +194,18 @@ def test_without_figures_or_events_there_is_nothing_to_draw(tmp_path: Path) -> N
         {"name": "figures"},
         {"name": "samples"},
     ]
+
+
+def test_a_timeline_that_has_no_room_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk; it holds for a process of its own alone."""
+    a_run(tmp_path)
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64)); "
+    limited += "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += "from opd_async.cli.main import main; main(sys.argv[1:])"
+    before = sorted(path.name for path in tmp_path.iterdir())
+    ended = subprocess.run([sys.executable, "-c", limited, "trace", str(tmp_path)], capture_output=True, text=True)
+    assert ended.returncode == 2 and f"{tmp_path / TRACE_FILE}: cannot be written: File too large" in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def code_of(*words: str) -> int:
