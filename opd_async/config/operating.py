@@ -76,6 +76,9 @@ class TelemetrySection(Section):
     """Write down what each process does when, as a timeline for ui.perfetto.dev: `trace.json.gz`, made at the end."""
     trace_mib: Mebibytes = 32
     """Size at which the trace of a process ends."""
+    planned_tokens_per_s: float | None = Field(default=None, gt=0.0)
+    """What the slowest stage would make of this run if it never waited, as `opd plan` says it. Rows, metrics and the
+    terminal then have the share of it that each step reached."""
 
 
 class SupervisorSection(Section):

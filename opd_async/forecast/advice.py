@@ -253,6 +253,7 @@ def _stage_lines(devices: Devices, work: Workload, here: Forecast) -> Iterator[s
         f"{here.tokens_per_s:,.0f} tokens/s: {here.tokens_per_s / rates.bound:.0%} of the slowest stage alone; "
         f"bubble {here.bubble:.0%} of the devices"
     )
+    yield f"to see each step's share of that stage: telemetry.planned_tokens_per_s: {rates.bound:.0f}"
 
 
 def _memory_lines(memories: list[Memory]) -> Iterator[str]:

@@ -139,7 +139,10 @@ class Ledger:
             "engines_blocked_s": engines_s,
         }
         if row["seconds"] > 0.0:
-            row["tokens_per_device_s"] = started.stats["tokens"] / row["seconds"] / max(self.plan.device_count, 1)
+            rate = started.stats["tokens"] / row["seconds"]
+            row["tokens_per_device_s"] = rate / max(self.plan.device_count, 1)
+            if (planned := self.plan.topology.telemetry.planned_tokens_per_s) is not None:
+                row["planned_share"] = rate / planned
         row |= self._last_evaluation()
         row |= {f"learner_{name}": value for name, value in learner.items()}
         row["staleness_counts"] = started.staleness_counts.tolist()

@@ -193,13 +193,15 @@ class Script:
         started = await dispatcher.mailbox.expect(("StepStarted", step - 1), self._deadlines.start_deadline_s, who)
         row = dispatcher.ledger.step(started, reply.stats, sync_s, engines_s)
         dispatcher.metrics["opd_launcher_tokens_per_device_second"].set(row.get("tokens_per_device_s"))
+        dispatcher.metrics["opd_launcher_planned_share"].set(row.get("planned_share"))
         dispatcher.metrics["opd_launcher_step"].set(step)
         dispatcher.metrics["opd_launcher_trained_tokens_total"].inc(started.stats["tokens"])
         if self._state.book is not None:
             tokens, waited = int(started.stats["tokens"]), started.waited_s
             self._state.book.admission.closed(tokens, waited / max(waited + reply.stats.get("seconds", 0.0), 1e-9))
             dispatcher.leasing.look_again()
-        self._progress.step(step, reply.stats, started)
+        shown = {name: row[name] for name in ("planned_share",) if name in row}
+        self._progress.step(step, reply.stats | shown, started)
         self._accounted, self._unaccounted = step, None
 
     async def _send_version(self, version: int) -> None:

@@ -143,6 +143,10 @@ CATALOGUE: tuple[Metric, ...] = (
         "opd_launcher_tokens_per_device_second",
         "Tokens that the last step trained, for each second since the step before and each device of the run.",
     ),
+    _figure(
+        "opd_launcher_planned_share",
+        "Tokens a second of the last step, as a share of telemetry.planned_tokens_per_s.",
+    ),
     _gauge(
         "opd_launcher_evaluation_score",
         "Share of right responses in the student's last evaluation, where answers or rewards judge.",

@@ -82,10 +82,11 @@ class Progress:
             (6, "loss {:.3f}", "loss"),
             (5, "length {:,.0f}", "response_tokens_mean"),
             (1, f"{per_second(rate)} tokens/s", None),
+            (8, "{:.0%} of the plan", "planned_share"),
             (7, "size {:.2f}", "budget_share"),
-            (8, f"age {float(np.arange(len(ages)) @ ages / max(ages.sum(), 1)):.2f}", None),
-            (9, "cuts {:.0f}", "cuts"),
-            (10, "ratio spread {:.3f}", "ratio_std"),
+            (9, f"age {float(np.arange(len(ages)) @ ages / max(ages.sum(), 1)):.2f}", None),
+            (10, "cuts {:.0f}", "cuts"),
+            (11, "ratio spread {:.3f}", "ratio_std"),
         )
         return [
             (rank, text if name is None else text.format(figures[name]))

@@ -286,7 +286,7 @@ def test_every_column_of_a_step_is_listed(tmp_path: Path) -> None:
     step.segment.positions = np.arange(3, dtype=np.int32)
     stats, ages = describe_step([step.segment], 0)
     stats |= describe_rewards([Outcome(0, 1.0, 3)]) | describe_filtered(0)
-    topology = Topology.model_validate(LEAST)
+    topology = Topology.model_validate({**LEAST, "telemetry": {"planned_tokens_per_s": 1.0}})
     stats |= StepFigures(topology, RoleMetrics("intake")).of_step([step], [step.segment])
     nobody = np.zeros(0, np.int64)
     started = messages.StepStarted(
@@ -298,9 +298,7 @@ def test_every_column_of_a_step_is_listed(tmp_path: Path) -> None:
         taken_ends=nobody,
         taken_complete=nobody,
     )
-    plan: Any = SimpleNamespace(
-        run_folder=tmp_path, topology=Topology.model_validate(LEAST), of_kind=lambda _: (), device_count=1
-    )
+    plan: Any = SimpleNamespace(run_folder=tmp_path, topology=topology, of_kind=lambda _: (), device_count=1)
     ledger = Ledger(plan=plan)
     ledger.rewind(0)
     ledger.step(started, {}, 0.0, 0.0)

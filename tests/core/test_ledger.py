@@ -107,6 +107,16 @@ def test_figures_of_this_launch_and_of_the_whole_run(tmp_path: Path, clock: Cloc
     ]
 
 
+def test_rows_have_the_share_of_what_was_planned_where_that_is_written(tmp_path: Path, clock: Clock) -> None:
+    ledger = launched(tmp_path, 0)
+    train(ledger, clock, 1, 1, 2.0)
+    planned = {"telemetry": ledger.plan.topology.telemetry.model_copy(update={"planned_tokens_per_s": 80.0})}
+    ledger.plan = ledger.plan.model_copy(update={"topology": ledger.plan.topology.model_copy(update=planned)})
+    train(ledger, clock, 2, 2, 2.0)
+    ledger.close()
+    assert [row.get("planned_share") for row in read_jsonl(ledger.path)] == [None, 100 / 2 / 80]
+
+
 def test_a_launch_without_a_step_says_so(tmp_path: Path, clock: Clock) -> None:
     first = launched(tmp_path, 0)
     train(first, clock, 1, 4, 1.0)

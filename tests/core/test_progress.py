@@ -53,6 +53,8 @@ def test_a_line_says_what_a_person_asks_first(clock: Clock) -> None:
     said = lines(clock, 3, 10, 5.0, reverse_kl=0.4567, loss=0.1234, response_tokens_mean=312.4, budget_share=1.25)
     assert said[-1] == "[  15.0 s] step 3/10  ETA 0:35  KL 0.457  loss 0.123  length 312  8.0 tokens/s"
     assert said[0] == "[   5.0 s] step 1/10  ETA -  KL 0.457  loss 0.123  length 312  8.0 tokens/s"
+    (planned,) = lines(clock, 1, 1, 2.0, planned_share=0.625)
+    assert planned == "[   2.0 s] step 1/1  20 tokens/s  62% of the plan  age 0.25  cuts 2"
     (rewarded,) = lines(clock, 1, 1, 2.0, reward_mean=0.25, budget_share=1.0)
     assert rewarded == "[   2.0 s] step 1/1  reward 0.250  20 tokens/s  size 1.00  age 0.25  cuts 2"
 
