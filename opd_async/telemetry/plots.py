@@ -76,9 +76,9 @@ def _draw_pass_at_1(axes: Axes, name: str, student: Sequence[Evaluation], teache
         _draw_with_intervals(axes, steps, sampled, _SAMPLED, "student, sampled (T = 1)")
     if teacher is not None:
         levels = (("greedy", teacher.pass_at_1_greedy, _GREEDY), ("sampled (T = 1)", teacher.pass_at_1, _SAMPLED))
-        for name, level, colour in levels:
+        for how, level, colour in levels:
             assert level is not None
-            label = f"teacher, {name}: {100 * level:.1f} %"
+            label = f"teacher, {how}: {100 * level:.1f} %"
             axes.axhline(100 * level, color=colour, linestyle=(0, (5, 3)), linewidth=1.1, label=label)
     axes.set_ylabel("pass@1 (%)")
     axes.set_ylim(-2, 104)

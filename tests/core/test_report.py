@@ -13,6 +13,7 @@ import pytest
 from deadlines import patience
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 
 from opd_async.telemetry.plots import learning_curve
 from opd_async.telemetry.report import (
@@ -189,7 +190,7 @@ def on(name: str, found: Evaluation) -> Evaluation:
     return found.model_copy(update={"set": name})
 
 
-def test_each_set_has_a_part_of_the_table_and_of_the_picture(tmp_path: Path) -> None:
+def test_each_set_has_a_part_of_the_table_and_of_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = (Evaluation.from_counts(200, passed, passed, step) for passed, step in ((20, 0), (90, 5)))
     far, near = (Evaluation.from_distances(50, 5, [np.full(9, gap), np.full(3, 0.0)]) for gap in (0.5, 0.25))
     gaps = [np.full(9, 0.5), np.full(3, 1.0)]
@@ -211,8 +212,11 @@ def test_each_set_has_a_part_of_the_table_and_of_the_picture(tmp_path: Path) -> 
     assert "unused" not in text and all(len(line) <= WIDTH for line in text.splitlines())
     found = [one for of in sets.values() for one in (of.student_before, of.student_after) if one is not None]
     learning_curve(tmp_path / "one.png", found[:2], {}, [])
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, text, **_: titles.append(text))
     learning_curve(tmp_path / "all.png", found, {"sums": on("sums", after)}, [(1, 0.5)])
     heights = [int.from_bytes((tmp_path / name).read_bytes()[20:24]) for name in ("one.png", "all.png")]
+    assert [title.partition(":")[0] for title in titles] == ["Prompts of sums", "Training and held-out prompts"]
     assert heights == [570, 1080], "a panel for the set with answers, and one for all distances"
 
 
