@@ -4,6 +4,7 @@ in the middle of them; episodes that raise, hang and generate nothing."""
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -80,4 +81,56 @@ def test_episodes_are_trained_once_whatever_happens_to_them(
         assert all(value == 0.0 for value in whole["teacher_logprobs"][start:end])
     evaluated = [row for row in rows(folder / "metrics.jsonl") if "evaluation" in row]
     assert evaluated and all(0.0 < row["pass_at_1"] < 1.0 for row in evaluated), "they run the same episodes"
+    assert left_running(tmp_path) == []
+
+
+AGAIN = """
+import asyncio
+
+
+async def episode(session, row):
+    for turn in range(8):
+        said = await session.generate(max_tokens=16)
+        await asyncio.sleep(0.3)  # longer than what frees a slot
+        await session.give(f"t{100 + turn} t{150 + len(said.token_ids)} t99")
+"""
+
+
+def test_an_episode_goes_on_behind_a_dead_engine_and_a_resumption(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "again_episode.py").write_text(AGAIN)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    values = topology(
+        inputs,
+        tmp_path,
+        schedule__steps=1000,
+        schedule__rule="filled",
+        schedule__tokens_per_step=128,
+        rollout__function="again_episode:episode",
+        checkpoint__every_steps=2,
+    )
+    file, folder = write_topology(values, tmp_path / "run.yaml"), tmp_path / "run"
+    with Launch(file) as run:
+        run.wait_for_steps(folder, 2)
+        run.find("actors.engine.server", "student").kill()
+        run.wait_for_text("student-engine-0 ended")
+        run.wait_for_steps(folder, len(steps(folder)) + 2)
+        run.interrupt()
+        assert run.wait() == 130, run.text()
+    stopped, resumed_at = len(steps(folder)), time.time()
+    with Launch(file, "--resume", "--set", f"schedule.steps={stopped + 4}") as run:
+        assert run.wait() == 0, run.text()
+    ranges = check_trained(folder, 1, stopped + 4)
+    assert steps(folder)[stopped]["time"] > resumed_at
+    trained: dict[int, set[bool]] = {}
+    for step in read_trained(folder):
+        for sample, *_ in step.ranges.tolist():
+            trained.setdefault(sample, set()).add(step.version >= stopped)
+    assert {False, True} in trained.values(), "an episode was under way when the run was stopped, and went on"
+    assert any(len(parts) > 4 for parts in ranges.values()), "several turns of one episode were trained"
+    given = [one for step in read_trained(folder) for one in step.given]
+    assert len(given) > 10 and all(end - start == 3 for _, start, end in given)
+    counters = json.loads((folder / "report.json").read_text())["counters"]
+    assert not counters.get("episodes_failed"), "what was said before is replayed, and what was given is the same"
     assert left_running(tmp_path) == []
