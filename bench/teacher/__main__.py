@@ -1,10 +1,13 @@
 """Streamed against whole-sample scoring: a real teacher actor and a real engine, responses that grow as if generated.
 
     python -m bench.teacher [--engine sglang --python .venv-sglang/bin/python] [--slots 16] [--rate 40]
-                            [--lengths 600,2400,3000] [--json FILE]
+                            [--lengths 600,2400,3000] [--tools 0.5] [--json FILE]
 
     streamed   a chunk goes to the teacher actor every `--chunk` tokens, while the response grows
     whole      a response goes to it when it has ended
+
+With `--tools` responses are episodes: turns of `--turn` tokens, and between them a tool that takes so many seconds and
+says `--given` tokens, which nobody scores.
 
 Actor and engine are processes started from a plan, as in a run (`scoring.py`). Each slot "generates" one response
 after another at `--rate` tokens a second; the model has random weights and is made on the fly. The modes take turns,
@@ -43,8 +46,9 @@ class Row:
     """All rounds of one mode.
 
     `score_p50_s`, `score_p99_s`: from a response's last token to its score, in seconds. `computed_per_scored`: tokens
-    that the engine computed, by its own count, for each that was scored; prompts are computed too. `requests`: HTTP
-    requests to the engine. `busy_share`: of the time, with a request under way.
+    that the engine computed, by its own count, for each that was scored; prompts are computed too. `computed_per_new`:
+    the same for each token of prompts and responses: 1 if the engine computes none twice. `requests`: HTTP requests to
+    the engine. `busy_share`: of the time, with a request under way.
     """
 
     mode: str
@@ -52,6 +56,7 @@ class Row:
     score_p50_s: float
     score_p99_s: float
     computed_per_scored: float
+    computed_per_new: float
     scored_tokens_per_s: float
     requests: int
     busy_share: float
@@ -70,6 +75,7 @@ def row_of(rounds: Sequence[Round]) -> Row:
         score_p50_s=float(np.percentile(latencies_s, 50)),
         score_p99_s=float(np.percentile(latencies_s, 99)),
         computed_per_scored=counted["computed_tokens"] / counted["scored_tokens"],
+        computed_per_new=counted["computed_tokens"] / sum(one.new_tokens for one in rounds),
         scored_tokens_per_s=counted["scored_tokens"] / seconds,
         requests=round(counted["batches"]),
         busy_share=max(1 - idle_s / seconds, 0.0),
@@ -101,7 +107,10 @@ async def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     """Both modes in turns, after a few short responses that do not count."""
     median, p99, cap = (int(part) for part in options.lengths.split(","))
     z = np.random.default_rng(options.seed).standard_normal(options.responses)
-    lengths = LogNormal(median, p99, min(cap, options.context - options.prompt)).of(z).tolist()
+    room, turn = options.context - options.prompt, options.turn
+    if options.tools is not None:
+        room = room * turn // (turn + options.given)
+    lengths = LogNormal(median, p99, min(cap, room)).of(z).tolist()
     work = Work(
         lengths=lengths,
         slots=options.slots,
@@ -109,6 +118,9 @@ async def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
         prompt_tokens=options.prompt,
         chunk_tokens=options.chunk,
         vocab=options.vocab,
+        turn_tokens=turn if options.tools is not None else None,
+        tool_s=options.tools or 0.0,
+        given_tokens=options.given,
     )
     rounds: list[Round] = []
     async with running(plan_of(options, folder)) as bench:
@@ -123,11 +135,25 @@ async def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a row for each mode."""
-    names = ("scoring", "responses", "score p50 (s)", "p99 (s)", "computed per scored", "scored tokens/s", "requests")
+    names = (
+        "scoring",
+        "responses",
+        "score p50 (s)",
+        "p99 (s)",
+        "computed per scored",
+        "per new",
+        "scored tokens/s",
+        "requests",
+    )
     lines = ["| " + " | ".join((*names, "busy")) + " |", "|---" + "|---:" * len(names) + "|"]
     for row in rows:
         cells = [row.mode, str(row.responses), f"{row.score_p50_s:.3f}", f"{row.score_p99_s:.3f}"]
-        cells += [f"{row.computed_per_scored:.2f}", f"{row.scored_tokens_per_s:,.0f}", f"{row.requests:,}"]
+        cells += [
+            f"{row.computed_per_scored:.2f}",
+            f"{row.computed_per_new:.2f}",
+            f"{row.scored_tokens_per_s:,.0f}",
+            f"{row.requests:,}",
+        ]
         lines.append("| " + " | ".join([*cells, f"{row.busy_share:.0%}"]) + " |")
     return "\n".join(lines)
 
@@ -148,6 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", default="600,2400,3000", help="median, p99, longest response in tokens")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--chunk", type=int, default=64, help="tokens between two chunks")
+    parser.add_argument("--tools", type=float, help="responses are episodes; seconds that each of their tools takes")
+    parser.add_argument("--turn", type=int, default=128, help="sampled tokens of a turn, with --tools")
+    parser.add_argument("--given", type=int, default=32, help="tokens that a tool says")
     parser.add_argument("--responses", type=int, default=64, help="in each round")
     parser.add_argument("--rounds", type=int, default=2, help="of each mode")
     parser.add_argument("--seed", type=int, default=0)

@@ -20,7 +20,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import aiohttp
 import numpy as np
@@ -46,7 +46,11 @@ COUNTERS = ("scored_tokens", "cached_tokens", "computed_tokens", "batches", "idl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What arrives: `lengths` of responses in tokens, in order; `rate` in tokens a second of each slot."""
+    """What arrives: `lengths` of responses in sampled tokens, in order; `rate` in tokens a second of each slot.
+
+    With `turn_tokens` they are episodes: behind each turn of so many tokens but the last one a tool takes `tool_s`
+    seconds and says `given_tokens` tokens.
+    """
 
     lengths: Sequence[int]
     slots: int
@@ -54,6 +58,14 @@ class Work:
     prompt_tokens: int
     chunk_tokens: int
     vocab: int
+    turn_tokens: int | None = None
+    tool_s: float = 0.0
+    given_tokens: int = 0
+
+    def tokens_of(self, length: int) -> int:
+        """Tokens of a response with `length` sampled ones, those of tools included."""
+        turns = 1 if self.turn_tokens is None else -(-length // self.turn_tokens)
+        return length + (turns - 1) * self.given_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +78,31 @@ class Round:
     counted: dict[str, float]
     settled_s: float
     """Seconds between the last score and the reading of the counters; nothing was done in them."""
+    new_tokens: int = 0
+    """Tokens of prompts and responses, each once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens of a response up to `end`, sampled or given, which leave together `at_s` seconds after it began."""
+
+    end: int
+    sampled: bool
+    at_s: float
+
+
+def parts(length: int, work: Work, mode: str) -> list[Part]:
+    """The parts of a response with `length` sampled tokens; for `whole`, all leave when it has ended."""
+    found: list[Part] = []
+    made, at, elapsed_s = 0, 0, 0.0
+    while made < length:
+        turn = min(work.turn_tokens or length, length - made)
+        found += [Part(at + end, True, elapsed_s + end / work.rate) for end in cuts(turn, work.chunk_tokens, mode)]
+        made, at, elapsed_s = made + turn, at + turn, elapsed_s + turn / work.rate
+        if made < length:
+            at, elapsed_s = at + work.given_tokens, elapsed_s + work.tool_s
+            found.append(Part(at, False, elapsed_s))
+    return [replace(part, at_s=elapsed_s) for part in found] if mode == "whole" else found
 
 
 def cuts(length: int, chunk_tokens: int, mode: str) -> list[int]:
@@ -106,19 +143,21 @@ class Bench:
             if chunk.finish is not None:
                 self.waits.pop(chunk.sample_id).set_result(time.monotonic() - self.ended_at.pop(chunk.sample_id))
 
-    async def respond(self, work: Work, mode: str, tokens_N: NDArray[np.int32]) -> asyncio.Future[float]:
-        """Send one response as it grows; the future will have its latency. `tokens_N` is prompt and response."""
+    async def respond(self, work: Work, mode: str, length: int, tokens_N: NDArray[np.int32]) -> asyncio.Future[float]:
+        """Send one response of `length` sampled tokens as it grows; the future will have its latency.
+
+        `tokens_N` is prompt and response.
+        """
         self.given_out += 1
         sample_id, began, start = self.given_out, time.monotonic(), 0
-        prompt, length = work.prompt_tokens, len(tokens_N) - work.prompt_tokens
+        prompt = work.prompt_tokens
         self.waits[sample_id] = latency = asyncio.get_running_loop().create_future()
-        for end in cuts(length, work.chunk_tokens, mode):
-            await asyncio.sleep(began + end / work.rate - time.monotonic())
-            last = end == length
+        for part in parts(length, work, mode):
+            await asyncio.sleep(began + part.at_s - time.monotonic())
+            last = prompt + part.end == len(tokens_N)
             if last:
                 self.ended_at[sample_id] = time.monotonic()
-            part, context = tokens_N[prompt + start : prompt + end], None if start else tokens_N[:prompt]
-            behaviour, finish = np.full(len(part), -1.0, np.float32), "length" if last else None
+            ids, context = tokens_N[prompt + start : prompt + part.end], None if start else tokens_N[:prompt]
             await self.push.send(
                 m.Chunk(
                     sample_id=sample_id,
@@ -128,29 +167,32 @@ class Bench:
                     prompt_tokens=prompt,
                     start=start,
                     weight_version=0,
-                    finish=finish,
+                    finish="length" if last else None,
                     label="",
                     made_at=time.time(),
-                    token_ids=part,
-                    behaviour_logprobs=behaviour,
+                    token_ids=ids,
+                    behaviour_logprobs=np.full(len(ids) * part.sampled, -1.0, np.float32),
                     context=context,
                     teacher=ONE_TEACHER,
+                    sampled=part.sampled,
                 )
             )
-            start = end
+            start = part.end
         return latency
 
     async def round(self, work: Work, mode: str, seed: int) -> Round:
         """All of `work` once. Raises `TimeoutError` when scores do not come."""
         random, queue = np.random.default_rng(seed), list(work.lengths)
-        spread_s = float(np.mean(work.lengths)) / work.rate / work.slots
+        spread_s = float(np.mean([parts(one, work, mode)[-1].at_s for one in work.lengths])) / work.slots
         latencies: list[asyncio.Future[float]] = []
 
         async def slot(index: int) -> None:
             await asyncio.sleep(index * spread_s)  # responses do not all begin at once
             while queue:
-                tokens_N = random.integers(0, work.vocab, work.prompt_tokens + queue.pop(0), dtype=np.int32)
-                latencies.append(await self.respond(work, mode, tokens_N))
+                length = queue.pop(0)
+                count = work.prompt_tokens + work.tokens_of(length)
+                tokens_N = random.integers(0, work.vocab, count, dtype=np.int32)
+                latencies.append(await self.respond(work, mode, length, tokens_N))
 
         before, began = await self.counted(), time.monotonic()
         async with asyncio.timeout(ROUND_S):
@@ -161,7 +203,9 @@ class Bench:
         ended = time.monotonic()
         await asyncio.sleep(SETTLE_S)
         after, settled_s = await self.counted(), time.monotonic() - ended
-        return Round(mode, ended - began, scored, {name: after[name] - before[name] for name in COUNTERS}, settled_s)
+        counted = {name: after[name] - before[name] for name in COUNTERS}
+        new = sum(work.prompt_tokens + work.tokens_of(length) for length in work.lengths)
+        return Round(mode, ended - began, scored, counted, settled_s, new)
 
     async def counted(self) -> dict[str, float]:
         """The actor's counters now, from its page for Prometheus."""
