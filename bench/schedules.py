@@ -19,7 +19,7 @@ from typing import Any
 from opd_async.bench.sim.colocated import Colocated
 from opd_async.bench.sim.figures import Row
 from opd_async.bench.sim.plots import draw_schedules
-from opd_async.bench.sim.presets import PRESETS
+from opd_async.bench.sim.presets import PRESETS, TOOLS
 from opd_async.bench.sim.rules import (
     Rule,
     Scoring,
@@ -34,6 +34,7 @@ from opd_async.bench.sim.rules import (
     whole_samples,
 )
 from opd_async.bench.sim.simulation import Simulation
+from opd_async.bench.sim.tools import Tools
 from opd_async.files import write_atomically
 from opd_async.forecast.lengths import parse_lengths
 from opd_async.forecast.workload import Workload
@@ -63,15 +64,26 @@ def rules() -> list[Rule]:
 
 
 def measure(
-    workload: Workload, cases: Sequence[tuple[Rule, Scoring]], seed: int, steps: int, warmup: int
+    workload: Workload,
+    cases: Sequence[tuple[Rule, Scoring]],
+    seed: int,
+    steps: int,
+    warmup: int,
+    tools: Tools | None = None,
 ) -> Iterator[Row]:
     """A row for every schedule and way of scoring: figures of `steps` steps behind the first `warmup`."""
     for rule, scoring in cases:
-        yield Simulation(workload, rule, scoring, seed).run(warmup, steps)
+        yield Simulation(workload, rule, scoring, seed, tools).run(warmup, steps)
 
 
-def describe(workload: Workload) -> str:
+def describe(workload: Workload, tools: Tools | None = None) -> str:
     """What binds this workload."""
+    if tools is not None:
+        slots = "free" if tools.frees_slot else "held"
+        return (
+            f"{describe(workload)}; turns of {tools.turn_tokens:,.0f} tokens, between them tools of "
+            f"{tools.shortest_s:g} to {tools.longest_s:g} s (mean {tools.mean_s:.1f}), slots {slots} meanwhile"
+        )
     rates = workload.rates()
     return (
         f"{workload.slots} slots on {workload.engines} engines, steps of {workload.tokens_per_step:,} tokens "
@@ -120,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Schedules side by side on a virtual clock.")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="heavy-tail")
     parser.add_argument("--lengths", help="MEDIAN,P99,CAP, zipf:SHORTEST,EXPONENT,CAP, or a file with a length a line")
+    parser.add_argument("--hold-slots", action="store_true", help="what waits for a tool keeps its slot")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps that count")
     parser.add_argument("--warmup", type=int, default=WARMUP, help="steps before them")
     parser.add_argument("--seed", type=int, default=0)
@@ -133,18 +146,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.lengths is not None:
         workload = dataclasses.replace(workload, lengths=parse_lengths(options.lengths))
         name += f" with lengths {options.lengths}"
-    print(f"{name}: {describe(workload)}\n{HEADER}", flush=True)
+    tools = TOOLS.get(options.preset)
+    if options.hold_slots:
+        if tools is None:
+            parser.error(f"--hold-slots: {options.preset} has no tools; choose {', '.join(TOOLS)}")
+        tools = dataclasses.replace(tools, frees_slot=False)
+    print(f"{name}: {describe(workload, tools)}\n{HEADER}", flush=True)
     rows = []
     wanted = [rule for rule in rules() if rule.name in (options.only or {rule.name})]
     cases = [(rule, scoring) for rule in wanted for scoring in options.scoring]
-    for row in measure(workload, cases, options.seed, options.steps, options.warmup):
+    for row in measure(workload, cases, options.seed, options.steps, options.warmup, tools):
         print(line(row), flush=True)
         rows.append(row)
     for switch_s, full in POOLS if "colocated" in (options.only or {"colocated"}) else ():
-        rows.append(Colocated(workload, switch_s, full, options.seed).run(options.warmup, options.steps))
+        rows.append(Colocated(workload, switch_s, full, options.seed, tools).run(options.warmup, options.steps))
         print(line(rows[-1]), flush=True)
     if options.json is not None:
-        settings = {"lengths": options.lengths, "seed": options.seed, "warmup": options.warmup}
+        settings = {
+            "lengths": options.lengths,
+            "hold_slots": options.hold_slots,
+            "seed": options.seed,
+            "warmup": options.warmup,
+        }
         write_atomically(options.json, report(options.preset, workload, rows, settings))
     if options.plot is not None:
         draw_schedules(options.plot, rows, name)

@@ -17,6 +17,7 @@ from opd_async.bench.sim.clock import Clock
 from opd_async.bench.sim.figures import Account, Marks, Row
 from opd_async.bench.sim.open_step import OpenStep
 from opd_async.bench.sim.student import Generation, StudentEngine
+from opd_async.bench.sim.tools import Call, Tools
 from opd_async.forecast.lengths import LengthStream
 from opd_async.forecast.workload import Workload
 
@@ -31,7 +32,10 @@ class Colocated:
     `full`: every engine of the pool has the slots of one of the workload; else the slots of the workload are dealt out.
     """
 
-    def __init__(self, workload: Workload, switch_s: float, full: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, workload: Workload, switch_s: float, full: bool = False, seed: int = 0, tools: Tools | None = None
+    ) -> None:
+        self._tools, self._seed = tools, seed
         self._work, self._switch_s = workload, switch_s
         self._clock = Clock()
         self._account = Account(workload=workload)
@@ -44,6 +48,7 @@ class Colocated:
         ]
         for engine in self._engines:
             engine.emit = self._emit
+            engine.away = self._call
         self._slots = workload.slots // workload.engines * engines if full else workload.slots
         self._numbers = count()
         self._spans: dict[int, list[tuple[int, int]]] = {}
@@ -81,10 +86,20 @@ class Colocated:
 
     def _fill(self) -> None:
         while sum(engine.load for engine in self._engines) < self._slots:
-            engine = min(self._engines, key=lambda one: one.load)
             sample_id = next(self._numbers)
             self._spans[sample_id] = []
-            engine.start(Generation(sample_id=sample_id, prompt_id=sample_id, length=self._lengths[sample_id]))
+            length = self._lengths[sample_id]
+            calls = [] if self._tools is None else self._tools.of(self._seed, sample_id, length)
+            self._start(Generation(sample_id=sample_id, prompt_id=sample_id, length=length, calls=calls))
+
+    def _start(self, generation: Generation) -> None:
+        min(self._engines, key=lambda one: one.load).start(generation)
+
+    def _call(self, generation: Generation, call: Call) -> None:
+        """A turn has ended: another response has its slot until the tool has answered, and no other begins then."""
+        self._clock.after(call.seconds, lambda: self._start(generation))
+        if len(self._ended) < self._work.samples_per_step and not self._engines[0].paused:
+            self._fill()
 
     def _emit(self, generation: Generation, end: int, ended: bool) -> None:
         """A response ends, or the pool stops generating: so far it was made by the present weights."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from opd_async.bench.sim.tools import Tools
 from opd_async.forecast.cost_model import (
     QWEN3_8B,
     QWEN3_30B_A3B,
@@ -89,6 +90,10 @@ PRESETS: dict[str, Workload] = {
     "zipf": balanced(ZIPF),
     "correlated": dataclasses.replace(balanced(), group_size=8, correlation=0.5),
     "fast-learner": balanced(learner=2.0),
+    "tools": balanced(),
     "qwen3-8b-32b-h100": real(QWEN3_8B, QWEN3_32B, H100, NVLINK, Devices(8, 4, 4), 2),
     "qwen3-8b-30b-a3b-h200": real(QWEN3_8B, QWEN3_30B_A3B, H200, NETWORK_400G, Devices(8, 1, 4), 1),
 }
+
+TOOLS: dict[str, Tools] = {"tools": Tools(turn_tokens=500.0, shortest_s=0.1, longest_s=60.0)}
+"""Of the presets whose responses are episodes."""

@@ -20,6 +20,7 @@ from opd_async.bench.sim.open_step import OpenStep
 from opd_async.bench.sim.rules import Rule, Scoring
 from opd_async.bench.sim.student import Generation, StudentEngine
 from opd_async.bench.sim.teacher import PrefixCache, TeacherEngine
+from opd_async.bench.sim.tools import Call, Tools
 from opd_async.config.topology import TrainOn
 from opd_async.forecast.lengths import LengthStream, typical
 from opd_async.forecast.workload import Workload
@@ -45,8 +46,14 @@ SHARED_FIELDS = tuple({f.name for f in fields(Chunk)} & {f.name for f in fields(
 class Simulation:
     """A run from its first lease on. `run` returns its figures."""
 
-    def __init__(self, workload: Workload, rule: Rule, scoring: Scoring, seed: int = 0) -> None:
+    def __init__(
+        self, workload: Workload, rule: Rule, scoring: Scoring, seed: int = 0, tools: Tools | None = None
+    ) -> None:
+        """`tools`: responses are episodes that call them."""
         self._work, self._rule, self._scoring = workload, rule, scoring
+        self._tools, self._seed = tools, seed
+        self._away: dict[int, Generation] = {}
+        """Episodes that wait for tools."""
         self._clock = Clock()
         self._account = Account(workload=workload)
         self._lengths = LengthStream(workload.lengths, seed, workload.group_size, workload.correlation)
@@ -79,6 +86,7 @@ class Simulation:
         chunk = work.chunk_tokens if self._scoring is Scoring.STREAMED else LONGEST
         engine = StudentEngine(self._clock, work.decode, work.prefill, work.prompt_tokens, chunk)
         engine.emit = self._emit
+        engine.away = self._call
         return engine
 
     def _teacher(self) -> TeacherEngine:
@@ -126,16 +134,42 @@ class Simulation:
         if self._engines[0].paused:
             return
         while self._batch_may_begin() and (spec := self._book.lease(ACTOR, self._version)) is not None:
-            engine = min(self._engines, key=lambda one: one.load)
             self._leased += 1
             self._began[spec.sample_id] = self._version
-            engine.start(
-                Generation(sample_id=spec.sample_id, prompt_id=spec.prompt_index, length=self._lengths[spec.sample_id])
-            )
+            length = self._lengths[spec.sample_id]
+            calls = [] if self._tools is None else self._tools.of(self._seed, spec.sample_id, length)
+            generation = Generation(sample_id=spec.sample_id, prompt_id=spec.prompt_index, length=length, calls=calls)
+            self._start(generation)
+
+    def _start(self, generation: Generation) -> None:
+        min(self._engines, key=lambda one: one.load).start(generation)
+
+    def _call(self, generation: Generation, call: Call) -> None:
+        """A turn has ended, and a tool begins."""
+        assert self._tools is not None
+        self._away[generation.sample_id] = generation
+        if (seconds := self._tools.away_after_s(call)) is not None:
+            self._clock.after(seconds, lambda: self._waits(generation, True))
+        self._clock.after(call.seconds, lambda: self._waits(generation, False))
+
+    def _waits(self, generation: Generation, away: bool) -> None:
+        """An episode has waited for so long that its slot is free, or its tool has answered."""
+        if self._away.get(generation.sample_id) is not generation:  # thrown away for its age
+            return
+        self._book.away(generation.sample_id, 0, away)
+        if away:
+            self._lease()
+            return
+        del self._away[generation.sample_id]
+        self._start(generation)
+
+    def _quiet(self) -> bool:
+        """Whether no response is under way."""
+        return self._book.generating == 0 and not self._away
 
     def _batch_may_begin(self) -> bool:
         """Behind a barrier, a batch is leased as a whole or not at all."""
-        if not self._rule.barrier or self._book.generating == 0:
+        if not self._rule.barrier or self._quiet():
             return not (self._rule.barrier and self._update_due)
         return bool(self._leased % self._work.samples_per_step)
 
@@ -273,7 +307,7 @@ class Simulation:
             self._update()
 
     def _may_update(self) -> bool:
-        return not self._rule.barrier or self._book.generating == 0
+        return not self._rule.barrier or self._quiet()
 
     def _pause(self) -> None:
         for engine in self._engines:
@@ -293,7 +327,9 @@ class Simulation:
         for sample_id in [one for one, version in self._began.items() if version < oldest]:
             length = self._lengths[sample_id]
             running = next((engine for engine in self._engines if sample_id in engine.running), None)
-            self._account.lost += running.drop(sample_id) if running is not None else length
+            waiting = self._away.pop(sample_id, None)
+            made = length if waiting is None else waiting.flushed
+            self._account.lost += running.drop(sample_id) if running is not None else made
             self._account.dropped.append(length)
             self._assembler.samples.pop(sample_id, None)
             self._assembler.completed.add(sample_id)  # chunks under way come too late

@@ -1,7 +1,7 @@
 """A student engine that decodes many tokens per event.
 
-    start -> [prefill] -> decode ... -> chunk, chunk, ... -> end
-                            ^ pause (flushes) / resume
+    start -> [prefill] -> decode ... -> chunk, chunk, ... -> end of the response, or of a turn, behind which it is
+                            ^ pause (flushes) / resume       started again
 
 All running responses gain one token per decode step, so that one number, the steps made so far, says where each of them
 is. An event is the next end of a chunk or of a response; what lies between has a closed form (`DecodeCost`).
@@ -12,9 +12,10 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from opd_async.bench.sim.clock import Clock
+from opd_async.bench.sim.tools import Call
 from opd_async.forecast.cost_model import DecodeCost, PrefillCost
 
 EPSILON = 1e-6
@@ -31,6 +32,13 @@ class Generation:
     flushed: int = 0
     """Tokens that have left as chunks."""
     boundary: float = 0.0
+    calls: list[Call] = field(default_factory=list)
+    """Tools that it has still to call, in order."""
+
+    @property
+    def turn_end(self) -> int:
+        """Tokens that it has when it leaves its engine the next time."""
+        return self.calls[0].at if self.calls else self.length
 
 
 Emit = Callable[[Generation, int, bool], None]
@@ -48,6 +56,8 @@ class StudentEngine:
         self._chunk = chunk
         self.running: dict[int, Generation] = {}
         self.emit: Emit = lambda generation, end, ended: None
+        self.away: Callable[[Generation, Call], None] = lambda generation, call: None
+        """Told of a response that has left the engine for a tool."""
         self._order = itertools.count()
         self._boundaries: list[tuple[float, int, Generation]] = []
         self._steps = 0.0
@@ -64,11 +74,11 @@ class StudentEngine:
         return len(self.running)
 
     def start(self, generation: Generation) -> None:
-        """Begin a response; everything else on this engine waits for its prefill."""
+        """Begin a response, or its next turn; everything else on this engine waits for the prefill of a prompt."""
         self._advance()
-        self._prefill_s += self._prompt_s
-        generation.origin = self._steps
-        self._kv += self._prompt
+        self._prefill_s += self._prompt_s * (not generation.flushed)
+        generation.origin = self._steps - generation.flushed
+        self._kv += self._prompt + generation.flushed
         self.running[generation.sample_id] = generation
         self._aim(generation)
         self._plan()
@@ -100,11 +110,11 @@ class StudentEngine:
         self._plan()
 
     def position(self, generation: Generation) -> int:
-        """Tokens of a response so far; its last one is not counted before the response has ended."""
-        return min(int(self._steps - generation.origin + EPSILON), generation.length - 1)
+        """Tokens of a response so far; the last one of a turn is not counted before the turn has ended."""
+        return min(int(self._steps - generation.origin + EPSILON), generation.turn_end - 1)
 
     def _aim(self, generation: Generation) -> None:
-        generation.boundary = generation.origin + min(generation.flushed + self._chunk, generation.length)
+        generation.boundary = generation.origin + min(generation.flushed + self._chunk, generation.turn_end)
         heapq.heappush(self._boundaries, (generation.boundary, next(self._order), generation))
 
     def _advance(self) -> None:
@@ -144,11 +154,14 @@ class StudentEngine:
         self._plan()
 
     def _leave(self, generation: Generation, end: int, ended: bool) -> None:
-        if ended:
+        turn_ended = end >= generation.turn_end
+        if turn_ended:
             del self.running[generation.sample_id]
             self._kv -= self._prompt + end
             generation.boundary = -1.0
         self.emit(generation, end, ended)
         generation.flushed = end
-        if not ended:
+        if not turn_ended:
             self._aim(generation)
+        elif not ended:
+            self.away(generation, generation.calls.pop(0))

@@ -28,6 +28,7 @@ from opd_async.forecast.lengths import Capped, Lengths, typical
 from opd_async.forecast.memory import Memory, engine_memory, learner_memory
 from opd_async.forecast.steps import Forecast, forecast
 from opd_async.forecast.workload import Devices, Workload, mean_context
+from opd_async.scheduling.leases import UNDER_WAY
 
 GIB = 1 << 30
 ALIKE = 0.995
@@ -206,6 +207,7 @@ def describe(forecaster: Forecaster) -> str:
         f"responses: mean {work.mean_tokens:,.0f}, longest {longest:,} tokens{cut}; prompts: {work.prompt_tokens:,}",
         "",
         *_stage_lines(devices, work, here),
+        *_tool_lines(forecaster.topology, work),
         "",
         *_memory_lines(forecaster.memory(devices)),
         *_cache_lines(forecaster, work),
@@ -254,6 +256,18 @@ def _stage_lines(devices: Devices, work: Workload, here: Forecast) -> Iterator[s
         f"bubble {here.bubble:.0%} of the devices"
     )
     yield f"to see each step's share of that stage: telemetry.planned_tokens_per_s: {rates.bound:.0f}"
+
+
+def _tool_lines(topology: Topology, work: Workload) -> Iterator[str]:
+    """How long tools may take before slots run empty: what waits for one needs none, but not any number may wait."""
+    if topology.rollout.function is None:
+        return
+    turns_s = work.mean_tokens * work.slots / work.rates().rollout
+    yield (
+        f"episodes: the time of their tools is not in these figures. One that waits for a tool needs no slot, and "
+        f"{UNDER_WAY} x {work.slots:,} are under way at most: slots run empty where the tools of a response take more "
+        f"than {(UNDER_WAY - 1) * turns_s:.3g} s beside {turns_s:.3g} s of turns, and sooner with a bound on staleness"
+    )
 
 
 def _memory_lines(memories: list[Memory]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from opd_async.bench.sim.rules import (
     whole_samples,
 )
 from opd_async.bench.sim.simulation import Simulation
+from opd_async.bench.sim.tools import Tools
 from opd_async.config.topology import TrainOn
 from opd_async.forecast.lengths import LogNormal
 
@@ -59,6 +61,41 @@ def test_no_token_is_older_than_the_schedule_allows(rule: Rule, scoring: Scoring
     assert 0 < row.share_of_bound < 1.1
     assert row.teacher_recompute == pytest.approx(1.0)
     assert row.learner_recompute == pytest.approx(1.0, abs=0.1) or rule.train_on is TrainOn.TOKENS
+
+
+TOOLS = Tools(turn_tokens=60.0, shortest_s=0.1, longest_s=20.0)
+
+
+def test_tools_are_called_between_turns_and_by_every_schedule_alike() -> None:
+    calls = [TOOLS.of(0, sample_id, 600) for sample_id in range(300)]
+    assert calls == [TOOLS.of(0, sample_id, 600) for sample_id in range(300)] and calls[0] != calls[1]
+    assert all(0 < first.at < second.at < 600 for one in calls for first, second in itertools.pairwise(one))
+    seconds = [call.seconds for one in calls for call in one]
+    assert min(seconds) >= 0.1 and max(seconds) <= 20.0
+    assert np.mean(seconds) == pytest.approx(TOOLS.mean_s, rel=0.1)
+    assert np.mean([len(one) for one in calls]) == pytest.approx(600 / 60.0, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [sync(), one_step_off(), partial_rollouts(), dropping(2), deadline_cuts(1), filled(0), filled(1), filled(None)],
+    ids=lambda rule: f"{rule.name}-{rule.staleness}",
+)
+def test_episodes_with_tools_are_no_older_than_the_schedule_allows(rule: Rule) -> None:
+    row = Simulation(SMALL, rule, Scoring.STREAMED, 1, TOOLS).run(warmup=3, steps=10)
+    bound = rule.drops_after if rule.drops_after is not None else rule.staleness
+    assert rule.name == "partial" or bound is None or row.age_max <= bound
+    assert 0 < row.share_of_bound < 1.1 and row.step_tokens > 0.5
+    assert row.teacher_recompute == pytest.approx(1.0, abs=0.02) or rule.drops_after is not None
+
+
+def test_what_waits_for_a_tool_needs_no_slot() -> None:
+    held = dataclasses.replace(TOOLS, frees_slot=False)
+    free, kept = (Simulation(SMALL, filled(4), Scoring.STREAMED, 1, tools).run(4, 12) for tools in (TOOLS, held))
+    assert free.share_of_bound > 1.2 * kept.share_of_bound
+    assert kept.idle.rollout < 0.9
+    pool = Colocated(SMALL, 0.0, tools=TOOLS).run(3, 10)
+    assert 0 < pool.share_of_bound < 1.1
 
 
 @pytest.mark.parametrize(

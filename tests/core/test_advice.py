@@ -193,6 +193,18 @@ def test_a_plan_says_what_its_times_rest_on(topology_text: dict[str, Any]) -> No
     )
 
 
+def test_a_plan_says_how_long_tools_may_take(topology_text: dict[str, Any]) -> None:
+    assert "tools" not in describe(forecaster(topology_text))
+    topology_text["rollout"]["function"] = "my_hooks:episode"
+    one = forecaster(topology_text)
+    work = one.workload(one.devices)
+    turns_s = work.mean_tokens / (work.rates().rollout / 64)  # a response has a slot for so long
+    words = (
+        f"4 x 64 are under way at most: slots run empty where the tools of a response take more than {3 * turns_s:.3g}"
+    )
+    assert words in describe(one)
+
+
 def test_no_plan_is_faster_than_its_slowest_stage(topology_text: dict[str, Any]) -> None:
     # a fixed cost of a second a step is most of a small step
     topology_text["schedule"]["tokens_per_step"] = 2000
