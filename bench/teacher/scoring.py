@@ -68,7 +68,7 @@ class Work:
         return length + (turns - 1) * self.given_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
     """One mode, once: seconds from each response's last token to its score, and what the actor counted meanwhile."""
 
@@ -78,7 +78,7 @@ class Round:
     counted: dict[str, float]
     settled_s: float
     """Seconds between the last score and the reading of the counters; nothing was done in them."""
-    new_tokens: int = 0
+    new_tokens: int
     """Tokens of prompts and responses, each once."""
 
 
@@ -205,7 +205,14 @@ class Bench:
         after, settled_s = await self.counted(), time.monotonic() - ended
         counted = {name: after[name] - before[name] for name in COUNTERS}
         new = sum(work.prompt_tokens + work.tokens_of(length) for length in work.lengths)
-        return Round(mode, ended - began, scored, counted, settled_s, new)
+        return Round(
+            mode=mode,
+            seconds=ended - began,
+            latencies_s=scored,
+            counted=counted,
+            settled_s=settled_s,
+            new_tokens=new,
+        )
 
     async def counted(self) -> dict[str, float]:
         """The actor's counters now, from its page for Prometheus."""

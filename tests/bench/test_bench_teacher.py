@@ -44,8 +44,22 @@ def test_an_episode_is_cut_at_its_turns() -> None:
 def test_rounds_add_up() -> None:
     counted = {"scored_tokens": 100.0, "cached_tokens": 50.0, "computed_tokens": 120.0, "batches": 3.0}
     rounds = [
-        Round("whole", 10.0, [0.1, 0.3], counted | {"idle_seconds": 6.0}, 1.0, 150),
-        Round("whole", 30.0, [0.2], counted | {"idle_seconds": 26.0}, 1.0, 50),
+        Round(
+            mode="whole",
+            seconds=10.0,
+            latencies_s=[0.1, 0.3],
+            counted=counted | {"idle_seconds": 6.0},
+            settled_s=1.0,
+            new_tokens=150,
+        ),
+        Round(
+            mode="whole",
+            seconds=30.0,
+            latencies_s=[0.2],
+            counted=counted | {"idle_seconds": 26.0},
+            settled_s=1.0,
+            new_tokens=50,
+        ),
     ]
     row = row_of(rounds)
     assert (row.responses, row.requests) == (3, 6)
