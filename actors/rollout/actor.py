@@ -20,6 +20,7 @@ import asyncio
 import logging
 import uuid
 from contextlib import aclosing
+from dataclasses import replace
 
 import aiohttp
 import numpy as np
@@ -36,6 +37,7 @@ from opd_async.actors.rollout.episode_generation import EpisodeGeneration
 from opd_async.actors.rollout.episodes import Episodes
 from opd_async.actors.rollout.generation import Generation
 from opd_async.actors.rollout.judging import Judging
+from opd_async.actors.rollout.samples import MAX_FURTHER, Work
 from opd_async.actors.rollout.streams import PAUSE_DEADLINE_S, Streams
 from opd_async.config.topology import EngineKind, PauseMode
 from opd_async.errors import EngineError, EngineFault
@@ -66,6 +68,13 @@ class RolloutActor:
         self._outage_s = topology.supervisor.start_deadline_s
         self._judging = Judging(role)
         self._episodes = Episodes(role)
+        self._work = Work(
+            generate=self._until_ended,
+            deliver=self._delivery.send_all,
+            begun=self._delivery.begun,
+            further=self._further,
+            left=self._further_left,
+        )
         self._comparing = Comparing(role, self._engines)
         self._streams = Streams(topology.schedule.pause_mode, must_abort, role.clock)
         self._live = self._streams.live
@@ -103,6 +112,7 @@ class RolloutActor:
     def start(self) -> None:
         """Start the loops under the role's task group."""
         self._judging.start()
+        self._episodes.start()
         self._role.spawn(self.control(), "control")
         self._role.spawn(self._delivery.resend(), "resend")
         self._role.spawn(self._pacing.tell(), "pace")
@@ -132,7 +142,7 @@ class RolloutActor:
         lease = generation.lease
         try:
             if isinstance(generation, EpisodeGeneration):
-                await self._episodes.run(generation, self._until_ended, self._delivery.send_all)
+                await self._episodes.run(generation, self._work)
             else:
                 await self._until_ended(generation)
             if lease.kind == m.LeaseKind.TRAIN:
@@ -148,6 +158,19 @@ class RolloutActor:
             self._live.pop(lease.sample_id, None)
             self._tasks.pop(lease.sample_id, None)
             self._update_gauges()
+
+    async def _further(self, first: EpisodeGeneration, number: int) -> EpisodeGeneration:
+        """Another conversation of an episode. It is not trained: only what is leased is."""
+        lease = replace(first.lease, prefix=np.zeros(0, np.int32))
+        if lease.kind == m.LeaseKind.TRAIN:
+            lease = replace(lease, kind=m.LeaseKind.EVAL_STUDENT.value)
+        rid = f"{lease.sample_id:016x}-{uuid.uuid4().hex[:12]}"
+        generation = self._episodes.generation(lease, rid, first.student, awaits_reward=False)
+        self._live[_key(lease.sample_id, number)] = generation
+        return generation
+
+    def _further_left(self, generation: EpisodeGeneration, number: int) -> None:
+        self._live.pop(_key(generation.lease.sample_id, number), None)
 
     async def _until_ended(self, generation: Generation) -> None:
         """Generate, request after request, until the response ends, or the turn of an episode."""
@@ -341,6 +364,11 @@ class RolloutActor:
         self._role.counters["idle_s"] = self._idle.idle_s
         self._metrics["opd_rollout_idle_seconds_total"].inc(self._idle.idle_s - previous)
         self._metrics["opd_rollout_running_requests"].set(running)
+
+
+def _key(sample_id: int, number: int) -> int:
+    """Where a further conversation of a sample's episode stands among what is generated: no sample has this id."""
+    return -1 - sample_id * (MAX_FURTHER + 1) - number
 
 
 async def main() -> None:

@@ -29,6 +29,11 @@ class Delivery:
             lease.sample_id, lease.attempt, route, lease.prompt, lease.prefix, teacher_prompt=lease.teacher_prompt
         )
 
+    def begun(self, generation: Generation) -> None:
+        """The sample of a lease begins with another prompt than it was opened with; nothing of it was sent."""
+        if generation.lease.kind == m.LeaseKind.TRAIN:
+            self.open(generation.lease)
+
     async def send_due(self, generation: Generation, chunk_tokens: int) -> None:
         """Send what is due of a training response, in chunks of `chunk_tokens` tokens at least.
 

@@ -59,6 +59,8 @@ class EpisodeGeneration(Generation):
     stops: Stops = field(default_factory=Stops)
     replayed: int = 0
     """Tokens of the prefix that the episode has gone through again."""
+    heard: Callable[[], None] | None = None
+    """Called when tokens of the turn have arrived."""
 
     @property
     def position(self) -> int:
@@ -128,4 +130,6 @@ class EpisodeGeneration(Generation):
             self.settle(self.turn_limit + 1, stop_token_ids)
         if kept is not None:
             self.new_request()  # no pause is to wait for what the stream has still to say
+        if self.heard is not None:
+            self.heard()
         return count

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.data.tokenizer import Tokenizer
+from opd_async.errors import InputError
 
 Message = Mapping[str, Any]
 _ANSWER = "what-the-assistant-said"
@@ -31,6 +32,14 @@ class GivenText:
         """
         text = given if isinstance(given, str) else self._behind_a_turn(given, last)
         return np.array(self._tokenizer.encode_batch([text], add_special_tokens=False)[0], np.int32)
+
+    def begin(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> NDArray[np.int32]:
+        """int32[n] of a conversation from its beginning, up to where the student is to speak. Raises `InputError`."""
+        text = self._tokenizer.apply_chat_template([dict(one) for one in messages], tools, self._names)
+        ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
+        if not ids:
+            raise InputError("the chat template makes no token of the messages")
+        return np.array(ids, np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""

@@ -11,8 +11,11 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from opd_async.actors.rollout.episode_generation import EpisodeGeneration, Stops
 from opd_async.actors.rollout.given_text import GivenText, Message
@@ -58,8 +61,15 @@ class Session:
         limits: Limits,
         generate: Callable[[EpisodeGeneration], Awaitable[None]],
         deliver: Callable[[EpisodeGeneration], Awaitable[None]],
+        begun: Callable[[EpisodeGeneration], None] = lambda generation: None,
     ) -> None:
+        """`generate` makes a turn, `deliver` sends what is there, `begun` is told of another prompt."""
         self._generation = generation
+        self._begun = begun
+        self.base_url = ""
+        """Where an agent finds the student, with `rollout.endpoint: true`."""
+        self.api_key = ""
+        """What the agent shows there. It is this episode's, and ends with it."""
         self._text = text
         self._limits = limits
         self._generate = generate
@@ -80,6 +90,26 @@ class Session:
         """How many tokens the response may still have."""
         return max(self._limits.tokens - self._generation.position, 0)
 
+    @property
+    def position(self) -> int:
+        """Tokens of the response so far."""
+        return self._generation.position
+
+    @property
+    def read(self) -> NDArray[np.int32]:
+        """int32[prompt + response so far], what the student reads before it goes on."""
+        ids = self._generation.input_ids()
+        return ids[: len(self._generation.lease.prompt) + self._generation.position]
+
+    @property
+    def said(self) -> str:
+        """The text of the last turn, or of the one under way so far, without special tokens."""
+        return self._text.said(self._generation.turn().tolist())
+
+    def listen(self, heard: Callable[[], None] | None) -> None:
+        """Have `heard` called whenever tokens of a turn have arrived."""
+        self._generation.heard = heard
+
     async def generate(self, *, max_tokens: int | None = None, stop: str | Sequence[str] = ()) -> Turn:
         """A turn of the student: until it ends by itself, at `max_tokens` tokens, or behind a text of `stop`.
 
@@ -98,7 +128,11 @@ class Session:
                 raise ResponseFullError(f"the response has {generation.position} tokens, and may not have more")
             limit = generation.position + min(self.room, max_tokens or self.room)
             generation.begin_turn(limit, Stops(texts, self._text.decode), self._limits.stop_token_ids)
-            await self._generate(generation)
+            try:
+                await self._generate(generation)
+            except asyncio.CancelledError:
+                generation.new_request()  # no pause is to wait for what nobody reads
+                raise
         ids, finish = generation.turn().tolist(), generation.turn_finish
         assert finish is not None
         return Turn(self._text.said(ids), tuple(ids), "length" if finish.value == "length" else "stop")
@@ -116,15 +150,33 @@ class Session:
             seen = generation.response()[: generation.position]
             if size > CHARACTERS * self.room:
                 raise ResponseFullError(f"{size} characters for the {self.room} tokens that the response may have")
-            ids = self._text.encode(what, int(seen[-1]) if len(seen) else None)
-            if len(ids) >= self.room:
-                raise ResponseFullError(f"{len(ids)} tokens for the {self.room} that the response may have")
-            if len(ids) and int(ids.max()) >= self._limits.vocab:
-                raise ValueError(f"give: token {int(ids.max())} in a vocabulary of {self._limits.vocab}")
-            new = generation.replay_given(ids)
-            if len(new):
-                generation.give(new)
-                await self._deliver(generation)
+            await self._give(self._text.encode(what, int(seen[-1]) if len(seen) else None))
+
+    async def begin(self, ids: NDArray[np.int32]) -> None:
+        """Begin with int32[n], n > 0, in place of the row's prompt, before anything was said.
+
+        Where they begin with that prompt, what follows it is given. Else the first of them is the prompt and the others
+        are given: no sample is longer than the row's prompt and a whole response, and an episode that is begun anew is
+        compared with all that it gave. Raises `ResponseFullError`, and nothing has begun, if they leave no room.
+
+        On cancel: as `give`.
+        """
+        generation = self._generation
+        with self._alone():
+            kept = prompt_in(ids, generation.lease.prompt, self._limits)
+            generation.lease = replace(generation.lease, prompt=ids[:kept])
+            self._begun(generation)
+            await self._give(ids[kept:])
+
+    async def _give(self, ids: NDArray[np.int32]) -> None:
+        if len(ids) >= self.room:
+            raise ResponseFullError(f"{len(ids)} tokens for the {self.room} that the response may have")
+        if len(ids) and int(ids.max()) >= self._limits.vocab:
+            raise ValueError(f"give: token {int(ids.max())} in a vocabulary of {self._limits.vocab}")
+        new = self._generation.replay_given(ids)
+        if len(new):
+            self._generation.give(new)
+            await self._deliver(self._generation)
 
     def finish(self, reward: float | None = None) -> None:
         """The episode is over and has earned `reward`; it may return it instead."""
@@ -152,6 +204,15 @@ class Session:
             yield
         finally:
             self._caller = None
+
+
+def prompt_in(ids: NDArray[np.int32], prompt: NDArray[np.int32], limits: Limits) -> int:
+    """How many of int32[n] `ids`, with which a conversation begins, are the prompt of its sample: those of the row's
+    `prompt`, or one. Raises `ResponseFullError` if the others leave no room."""
+    kept = len(prompt) if np.array_equal(ids[: len(prompt)], prompt) else 1
+    if len(ids) - kept >= limits.tokens:
+        raise ResponseFullError(f"the messages have {len(ids)} tokens; {limits.tokens + kept - 1} leave room to answer")
+    return kept
 
 
 def number_of(reward: Any) -> float | None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from opd_async.config.losses import FULL_LOSSES
 from opd_async.config.topology import Topology, TrainOn
+from opd_async.data.tokenizer import Tokenizer
+from opd_async.errors import InputError
 from opd_async.hooks import away_from_here
 
 LOAD_DEADLINE_S = 60.0
@@ -26,6 +28,7 @@ def hook_problems(topology: Topology) -> Iterator[str]:
         )
     if topology.schedule.filter is not None and topology.schedule.train_on is TrainOn.TOKENS:
         yield "schedule.filter: chooses among finished groups, but steps take parts of them; write train_on: samples"
+    yield from _endpoint_problems(topology)
     hooks = {
         "data.function": (topology.data.function, ""),
         "opd.function": (topology.opd.function, "rows"),
@@ -36,6 +39,28 @@ def hook_problems(topology: Topology) -> Iterator[str]:
     words = [word for key, (path, given) in hooks.items() if path is not None for word in (key, path, given)]
     if words:
         yield from _unloadable(words)
+
+
+def _endpoint_problems(topology: Topology) -> Iterator[str]:
+    if not topology.rollout.endpoint:
+        return
+    if topology.rollout.function is None:
+        yield "rollout.endpoint: true, but no rollout.function has an agent that would ask there; name one"
+    if topology.data.informs_teachers:
+        yield (
+            "rollout.endpoint: agents write the prompts, which data.teacher_prompt and data.privileged_key cannot "
+            "replace; remove one of them"
+        )
+    try:
+        tokenizer = Tokenizer(topology.models.student.path, topology.data.chat_template)
+    except InputError as error:
+        yield f"rollout.endpoint: {error}"
+        return
+    if not tokenizer.template.texts:
+        yield (
+            f"rollout.endpoint: {topology.models.student.path} has no chat template, which messages need; give one in "
+            "data.chat_template"
+        )
 
 
 def _unloadable(words: list[str]) -> list[str]:

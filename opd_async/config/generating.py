@@ -131,6 +131,9 @@ class RolloutSection(Section):
     function: HookName | None = None
     """An episode: `async def episode(session, row)`, which makes a response of several turns with what tools or users
     say in between. Null: a response is one turn of the student."""
+    endpoint: bool = False
+    """Each episode has a base URL and a key (`session.base_url`, `session.api_key`), at which an agent that speaks
+    OpenAI's API finds the student."""
     episode_deadline_s: Seconds = 600.0
     """An episode whose own code, tools included, takes longer in all has failed. Turns of the student do not count."""
 

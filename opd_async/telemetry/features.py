@@ -20,5 +20,6 @@ def features_of(topology: Topology) -> frozenset[Feature]:
         Feature.SLOW_ENGINES: topology.supervisor.slow_engine is not None,
         Feature.TRACKERS: bool(topology.tracking.trackers),
         Feature.EPISODES: topology.rollout.function is not None,
+        Feature.ENDPOINT: topology.rollout.endpoint,
     }
     return frozenset(feature for feature, on in does.items() if on)

@@ -37,6 +37,7 @@ class Feature(StrEnum):
     SLOW_ENGINES = "`supervisor.slow_engine`"
     TRACKERS = "`tracking.trackers`"
     EPISODES = "`rollout.function`"
+    ENDPOINT = "`rollout.endpoint: true`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +187,14 @@ CATALOGUE: tuple[Metric, ...] = (
         "end",
         begins=("finished", "empty", "full", "raised", "deadline", "diverged"),
         needs=Feature.EPISODES,
+    ),
+    _counter(
+        "opd_rollout_chat_requests_total",
+        "Chat requests of agents: extended (went on with a conversation), begun (another one); or refused, full, "
+        "unauthorized (no episode has the key), left (its agent or episode was gone before the answer).",
+        "result",
+        begins=("extended", "begun", "refused", "full", "unauthorized", "left"),
+        needs=Feature.ENDPOINT,
     ),
     _histogram("opd_rollout_reward_seconds", "From the end of a response to its reward.", _SECONDS, Feature.REWARDS),
     _counter(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from aiohttp import web
@@ -72,7 +72,7 @@ class FaultyEngine:
         """The requests of all scoring batches but those of canaries, which are short batches of one."""
         return [ids for body in self.seen if not body.get("stream") for ids in body["input_ids"] if len(ids) > 12]
 
-    async def __aenter__(self) -> FaultyEngine:
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 

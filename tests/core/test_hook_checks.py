@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -115,6 +116,23 @@ def test_an_episode_is_a_coroutine_function_of_session_and_row(tmp_path: Path) -
     episodes = ["rollout.function=my_hooks:episode", "evaluation.judge=teacher"]
     (judged,) = evaluation_problems(load_topology(write_topology(tmp_path, topology_data(tmp_path)), episodes))
     assert judged.startswith("evaluation.judge: teacher") and judged.endswith("write reward or answer")
+
+
+def test_an_endpoint_needs_an_agent_and_a_template(tmp_path: Path) -> None:
+    (none,) = problems(tmp_path, "rollout.endpoint=true")
+    assert none.startswith("rollout.endpoint: true, but no rollout.function")
+    agent = ("rollout.endpoint=true", "rollout.function=my_hooks:episode")
+    assert problems(tmp_path, *agent) == []
+    (read,) = problems(tmp_path, *agent, "data.privileged_key=label")
+    assert read.startswith("rollout.endpoint: agents write the prompts")
+    topology = load_topology(write_topology(tmp_path, topology_data(tmp_path)), agent)
+    config = tmp_path / "student/tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": None}))
+    (bare,) = hook_problems(topology)
+    assert bare.startswith("rollout.endpoint: ") and bare.endswith("give one in data.chat_template")
+    (tmp_path / "student/tokenizer.json").unlink()
+    (broken,) = hook_problems(topology)
+    assert broken.startswith("rollout.endpoint: ") and "no tokenizer.json" in broken
 
 
 def test_somebody_must_say_what_an_episode_earns(tmp_path: Path) -> None:

@@ -134,3 +134,57 @@ def test_an_episode_goes_on_behind_a_dead_engine_and_a_resumption(
     counters = json.loads((folder / "report.json").read_text())["counters"]
     assert not counters.get("episodes_failed"), "what was said before is replayed, and what was given is the same"
     assert left_running(tmp_path) == []
+
+
+AGENT = """
+from openai import AsyncOpenAI
+
+
+async def episode(session, row):
+    messages = [{"role": "user", "content": row["prompt"]}]
+    async with AsyncOpenAI(base_url=session.base_url, api_key=session.api_key) as client:
+        for turn in range(3):
+            stream = await client.chat.completions.create(model="m", messages=messages, max_tokens=12, stream=True)
+            said = ""
+            async for chunk in stream:
+                said += chunk.choices[0].delta.content or ""
+            messages += [{"role": "assistant", "content": said}, {"role": "user", "content": f"t{100 + turn}"}]
+        fresh = await client.chat.completions.create(model="m", messages=messages[-1:], max_tokens=4)
+        assert fresh.usage.completion_tokens <= 4
+    return 1.0
+"""
+TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] + (' t99 ' if message['role'] == 'assistant' else ' ') }}"
+    "{% endfor %}"
+)
+
+
+def test_an_agent_that_speaks_openais_api_is_trained_on_what_it_was_answered(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_agent.py").write_text(AGENT)
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    values = topology(
+        inputs,
+        tmp_path,
+        schedule__steps=4,
+        schedule__tokens_per_step=96,
+        rollout__function="my_agent:episode",
+        rollout__endpoint=True,
+        data__chat_template=str(tmp_path / "chat.jinja"),
+        reward__kind="episode",
+        telemetry__samples_per_step=8,
+    )
+    with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
+        assert run.wait() == 0, run.text()
+    folder = tmp_path / "run"
+    check_trained(folder, 1, 4)
+    assert not json.loads((folder / "report.json").read_text())["counters"].get("episodes_failed")
+    whole = [row for row in rows(folder / "samples.jsonl") if row.get("finish") == "stop" and len(row["given"]) == 2]
+    assert whole
+    for row in whole:
+        words = row["response"].split()
+        for turn, (start, end) in enumerate(row["given"]):
+            assert words[start:end] == ["t99", f"t{100 + turn}"], "the new message alone, behind what was sampled"
+    assert left_running(tmp_path) == []
