@@ -82,6 +82,8 @@ def blame(key: str, path: str, given: str, error: BaseException, then: str = "go
 
 AWAITED = frozenset({"rollout.function"})
 """Keys of functions that are awaited."""
+ANY = "*"
+"""In the place of arguments: a function of any."""
 
 
 def check_call(key: str, path: str, given: tuple[str, ...]) -> None:
@@ -91,6 +93,8 @@ def check_call(key: str, path: str, given: tuple[str, ...]) -> None:
         raise InputError(
             f"{key}: {path} is {type(hook).__name__}, not a function; write one that takes ({', '.join(given)})"
         )
+    if given == (ANY,):
+        return
     try:
         signature = inspect.signature(hook)
     except ValueError:  # a function without Python source says nothing of its arguments

@@ -45,7 +45,7 @@ GARBAGE_THRESHOLD = 50_000
 cycle; Python's own 700 had it walk through them more than once an answer, which took ten times as long as parsing."""
 MOST_OPEN_FILES = 1 << 20
 """What Linux lets a process have unless the administrator has raised `fs.nr_open`."""
-_CHATTY = ("aiohttp.access", "asyncio", "filelock", "httpx", "matplotlib", "urllib3")
+_CHATTY = ("aiohttp.access", "asyncio", "filelock", "httpx", "httpx2", "matplotlib", "urllib3")
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from opd_async.actors.rollout.generation import Student
 from opd_async.actors.rollout.given_text import GivenText
 from opd_async.actors.rollout.samples import EpisodeSamples, Work
 from opd_async.actors.rollout.session import Limits, ResponseFullError, number_of
+from opd_async.actors.rollout.tool_pool import ToolPool
 from opd_async.actors.rollout.waiting import Patience
 from opd_async.config.rewards import RewardKind
 from opd_async.data.tokenizer import Tokenizer
@@ -48,6 +49,7 @@ class Episodes:
             self._function = load_hook(KEY, path)
             tokenizer = Tokenizer(topology.models.student.path, topology.data.chat_template)
             self._text = GivenText(tokenizer, topology.data.chat_template_kwargs)
+        self._tools = ToolPool(role, topology.rollout.tools)
         self._endpoint = Endpoint(role) if topology.rollout.endpoint else None
 
     def wants(self, lease: m.Lease) -> bool:
@@ -59,7 +61,9 @@ class Episodes:
         return EpisodeGeneration(lease=lease, rid=rid, student=student, awaits_reward=awaits_reward)
 
     def start(self) -> None:
-        """Listen for agents, where there is an endpoint."""
+        """Listen for agents, where there is an endpoint, and start the processes of tools, where there are any."""
+        for index in range(self._settings.tools.workers if self._settings.tools.functions else 0):
+            self._role.spawn(self._tools.run(), f"tools-{index}")
         if self._endpoint is not None:
             self._role.spawn(self._endpoint.serve(), "endpoint")
 
@@ -73,7 +77,7 @@ class Episodes:
             stop_token_ids=self._role.plan.stop_token_ids,
             vocab=self._role.plan.vocab_size,
         )
-        samples = EpisodeSamples(self._role, generation, self._text, limits, work)
+        samples = EpisodeSamples(self._role, generation, self._text, limits, work, self._tools)
         try:
             reward, end = await self._end(samples, generation)
             if end == "finished" and samples.empty:

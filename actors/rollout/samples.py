@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from opd_async.actors.rollout.episode_generation import EpisodeGeneration
 from opd_async.actors.rollout.given_text import GivenText
 from opd_async.actors.rollout.session import Limits, ResponseFullError, Session, prompt_in
+from opd_async.actors.rollout.tool_pool import ToolPool
 from opd_async.actors.rollout.waiting import Away, Patience
 from opd_async.role import Role
 from opd_async.transport import messages as m
@@ -38,8 +39,10 @@ class Work:
 class EpisodeSamples:
     """The sessions of one episode, and whom to tell of their turns."""
 
-    def __init__(self, role: Role, first: EpisodeGeneration, text: GivenText, limits: Limits, work: Work) -> None:
-        self.text, self.limits = text, limits
+    def __init__(
+        self, role: Role, first: EpisodeGeneration, text: GivenText, limits: Limits, work: Work, tools: ToolPool
+    ) -> None:
+        self.text, self.limits, self._tools = text, limits, tools
         self._role, self._work = role, work
         self._first, self._prompt = first, first.lease.prompt
         self._all: list[tuple[EpisodeGeneration, Away]] = []
@@ -70,7 +73,7 @@ class EpisodeSamples:
                 away.begins()
                 self._patience.turn_ends()
 
-        session = Session(generation, self.text, self.limits, turn, self._work.deliver, self._work.begun)
+        session = Session(generation, self.text, self.limits, turn, self._work.deliver, self._work.begun, self._tools)
         self._all.append((generation, away))
         self._sessions.append(session)
         away.begins()

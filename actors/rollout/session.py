@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from opd_async.actors.rollout.episode_generation import EpisodeGeneration, Stops
 from opd_async.actors.rollout.given_text import GivenText, Message
+from opd_async.actors.rollout.tool_calls import ToolCall, parse_calls
+from opd_async.actors.rollout.tool_pool import ToolPool
 from opd_async.errors import OpdError
 
 
@@ -35,6 +37,11 @@ class Turn:
     token_ids: tuple[int, ...]
     finish: Literal["stop", "length"]
     """Whether it ended by itself, or at `max_tokens`."""
+
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        """The calls of tools in it, as Hermes and Qwen write them; none if one of them is broken."""
+        return parse_calls(self.text)[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +68,11 @@ class Session:
         limits: Limits,
         generate: Callable[[EpisodeGeneration], Awaitable[None]],
         deliver: Callable[[EpisodeGeneration], Awaitable[None]],
-        begun: Callable[[EpisodeGeneration], None] = lambda generation: None,
+        begun: Callable[[EpisodeGeneration], None],
+        tools: ToolPool,
     ) -> None:
         """`generate` makes a turn, `deliver` sends what is there, `begun` is told of another prompt."""
+        self._tools = tools
         self._generation = generation
         self._begun = begun
         self.base_url = ""
@@ -89,6 +98,31 @@ class Session:
     def room(self) -> int:
         """How many tokens the response may still have."""
         return max(self._limits.tokens - self._generation.position, 0)
+
+    async def tools(self) -> tuple[Mapping[str, Any], ...]:
+        """The schemas of `rollout.tools`, in the form of OpenAI's API. On cancel: nothing has changed."""
+        return await self._tools.schemas()
+
+    async def call(self, call: ToolCall) -> str:
+        """What one of `rollout.tools` says; for one that raises, hangs or dies, a text that says so.
+
+        On cancel: its answer is dropped.
+        """
+        return await self._tools.call(call)
+
+    async def use_tools(self, *, max_turns: int = 8, max_tokens: int | None = None) -> Turn:
+        """Turns of the student, with what the tools say to its calls, until it calls none; the last turn.
+
+        It ends after `max_turns` turns too, with the calls of the last one unanswered. Raises as `generate` and `give`.
+        On cancel: what was said stays.
+        """
+        for left in range(max_turns, 0, -1):
+            turn = await self.generate(max_tokens=max_tokens)
+            if not turn.calls or left == 1:
+                break
+            said = [(call.name, await self.call(call)) for call in turn.calls]
+            await self.give([{"role": "tool", "name": name, "content": text} for name, text in said])
+        return turn
 
     @property
     def position(self) -> int:

@@ -11,7 +11,7 @@ from opd_async.config.losses import FULL_LOSSES
 from opd_async.config.topology import Topology, TrainOn
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
-from opd_async.hooks import away_from_here
+from opd_async.hooks import ANY, away_from_here
 
 LOAD_DEADLINE_S = 60.0
 
@@ -29,6 +29,7 @@ def hook_problems(topology: Topology) -> Iterator[str]:
     if topology.schedule.filter is not None and topology.schedule.train_on is TrainOn.TOKENS:
         yield "schedule.filter: chooses among finished groups, but steps take parts of them; write train_on: samples"
     yield from _endpoint_problems(topology)
+    yield from _tool_problems(topology)
     hooks = {
         "data.function": (topology.data.function, ""),
         "opd.function": (topology.opd.function, "rows"),
@@ -37,6 +38,7 @@ def hook_problems(topology: Topology) -> Iterator[str]:
         "rollout.function": (topology.rollout.function, "session,row"),
     }
     words = [word for key, (path, given) in hooks.items() if path is not None for word in (key, path, given)]
+    words += [word for path in topology.rollout.tools.functions for word in ("rollout.tools.functions", path, ANY)]
     if words:
         yield from _unloadable(words)
 
@@ -61,6 +63,14 @@ def _endpoint_problems(topology: Topology) -> Iterator[str]:
             f"rollout.endpoint: {topology.models.student.path} has no chat template, which messages need; give one in "
             "data.chat_template"
         )
+
+
+def _tool_problems(topology: Topology) -> Iterator[str]:
+    names = [path.partition(":")[2] for path in topology.rollout.tools.functions]
+    if names and topology.rollout.function is None:
+        yield "rollout.tools.functions: no rollout.function has an episode that would call them; name one"
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        yield f"rollout.tools.functions: {', '.join(twice)} stands there twice; a tool is called by its name alone"
 
 
 def _unloadable(words: list[str]) -> list[str]:

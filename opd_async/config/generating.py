@@ -12,6 +12,7 @@ from opd_async.config.section import (
     Devices,
     FilePath,
     HookName,
+    Mebibytes,
     Milliseconds,
     NonNegative,
     OrAuto,
@@ -104,6 +105,25 @@ class SamplingSection(Section):
     """Token ids that end a response, beside the model's own end token."""
 
 
+class ToolsSection(Section):
+    """Python functions that episodes call by `session.call` and `session.use_tools`, in processes of their own. That
+    is no sandbox: a tool may do what the run may do, unless `command` starts it where it may not."""
+
+    functions: tuple[HookName, ...] = ()
+    """`module:name` of each tool. Its signature and its docstring are its schema."""
+    workers: Positive = 2
+    """Processes of each rollout actor, which is as many calls as it runs at once."""
+    deadline_s: Seconds = 30.0
+    """A call that takes longer is ended with its process, and the student is told so."""
+    memory_mib: Mebibytes = 4096
+    """Most address space of such a process. Beyond it allocations fail."""
+    result_characters: Positive = 8192
+    """Longest result. It is cut there, and says how much is missing."""
+    command: tuple[str, ...] = ()
+    """What starts Python for them, one word each, such as `[docker, run, -i, IMAGE, python]`. It must pass
+    stdin and stdout on, and end with them. Empty: the run's own Python."""
+
+
 class RolloutSection(Section):
     """Rollout actors; replica i drives the student engines whose index is i modulo the number of actors."""
 
@@ -134,6 +154,8 @@ class RolloutSection(Section):
     endpoint: bool = False
     """Each episode has a base URL and a key (`session.base_url`, `session.api_key`), at which an agent that speaks
     OpenAI's API finds the student."""
+    tools: ToolsSection = ToolsSection()
+    """What episodes may call."""
     episode_deadline_s: Seconds = 600.0
     """An episode whose own code, tools included, takes longer in all has failed. Turns of the student do not count."""
 

@@ -21,5 +21,6 @@ def features_of(topology: Topology) -> frozenset[Feature]:
         Feature.TRACKERS: bool(topology.tracking.trackers),
         Feature.EPISODES: topology.rollout.function is not None,
         Feature.ENDPOINT: topology.rollout.endpoint,
+        Feature.TOOLS: bool(topology.rollout.tools.functions),
     }
     return frozenset(feature for feature, on in does.items() if on)

@@ -38,6 +38,7 @@ class Feature(StrEnum):
     TRACKERS = "`tracking.trackers`"
     EPISODES = "`rollout.function`"
     ENDPOINT = "`rollout.endpoint: true`"
+    TOOLS = "`rollout.tools`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +188,13 @@ CATALOGUE: tuple[Metric, ...] = (
         "end",
         begins=("finished", "empty", "full", "raised", "deadline", "diverged"),
         needs=Feature.EPISODES,
+    ),
+    _counter(
+        "opd_rollout_tool_calls_total",
+        "Calls of tools: answered, cut (answered, too long); or raised, unknown (no such tool), deadline, died.",
+        "result",
+        begins=("answered", "cut", "raised", "unknown", "deadline", "died"),
+        needs=Feature.TOOLS,
     ),
     _counter(
         "opd_rollout_chat_requests_total",

@@ -135,6 +135,17 @@ def test_an_endpoint_needs_an_agent_and_a_template(tmp_path: Path) -> None:
     assert broken.startswith("rollout.endpoint: ") and "no tokenizer.json" in broken
 
 
+def test_tools_are_functions_of_different_names_that_an_episode_calls(tmp_path: Path) -> None:
+    tools = 'rollout.tools={functions: ["checked_hooks:two", "my_hooks:judge"]}'
+    assert problems(tmp_path, "rollout.function=my_hooks:episode", tools) == []
+    (alone,) = problems(tmp_path, tools)
+    assert alone.startswith("rollout.tools.functions: no rollout.function")
+    twice = 'rollout.tools={functions: ["checked_hooks:two", "my_hooks:two", "checked_hooks:number"]}'
+    found = problems(tmp_path, "rollout.function=my_hooks:episode", twice)
+    assert found[0].startswith("rollout.tools.functions: two stands there twice")
+    assert any("checked_hooks:number is int, not a function" in problem for problem in found)
+
+
 def test_somebody_must_say_what_an_episode_earns(tmp_path: Path) -> None:
     topology = load_topology(write_topology(tmp_path, topology_data(tmp_path)), ["reward.kind=episode"])
     assert any(found.startswith("reward.kind: episode, but no rollout.function") for found in reward_problems(topology))

@@ -1,0 +1,168 @@
+"""Tools in processes of their own: what they answer, and that nothing that they do ends more than their own call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deadlines import patience
+from fake_role import fake_role, make_plan, until, value
+from talking_engine import END, START, VOCAB
+from talking_rollout import rollout
+
+from opd_async.actors.rollout import tool_pool
+from opd_async.actors.rollout.session import Session
+from opd_async.actors.rollout.tool_calls import ToolCall
+from opd_async.actors.rollout.tool_pool import ToolPool
+from opd_async.errors import RoleError
+from opd_async.plan.plan import RoleKind
+from opd_async.role import Role
+
+TOOLS = '''
+import os, subprocess, sys, time
+from pathlib import Path
+
+
+def add(a: int, b: int = 1) -> int:
+    """Add two numbers."""
+    print("a word for the log")
+    return a + b
+
+async def later(word: str) -> str:
+    return word + "\\ud800"
+
+def listed() -> list:
+    return [1, {"a": None}]
+
+def megabytes() -> str:
+    return "x" * 5_000_000
+
+def raises(a: int) -> None:
+    raise ValueError("no number today")
+
+def leaves() -> None:
+    sys.exit(3)
+
+def hangs(file: str) -> None:
+    child = subprocess.Popen(["sleep", "3600"])
+    Path(file).write_text(str(child.pid))
+    time.sleep(3600)
+
+def dies() -> None:
+    os._exit(3)
+
+def greedy() -> int:
+    return len(bytearray(64 << 30))
+'''
+NAMES = ("add", "later", "listed", "megabytes", "raises", "leaves", "hangs", "dies", "greedy")
+
+
+def write_tools(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    (folder / "tools_of_mine.py").write_text(TOOLS)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
+    return {"functions": [f"tools_of_mine:{name}" for name in NAMES], "workers": 1, "result_characters": 100}
+
+
+@asynccontextmanager
+async def pool_of(**tools: Any) -> AsyncIterator[tuple[ToolPool, Role]]:
+    plan = make_plan(VOCAB, ("http://127.0.0.1:9",), (), rollout={"function": "a:b", "tools": tools})
+    async with fake_role(plan, RoleKind.ROLLOUT) as (role, _):
+        pool = ToolPool(role, plan.topology.rollout.tools)
+        role.spawn(pool.run(), "tools")
+        yield pool, role
+
+
+def counted(role: Role, result: str) -> float:
+    return value(role, "opd_rollout_tool_calls_total", result=result)
+
+
+async def test_schemas_come_of_signature_and_docstring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pool_of(**write_tools(tmp_path, monkeypatch)) as (pool, _):
+        add, *_ = await pool.schemas()
+        assert (add["function"]["name"], add["function"]["description"]) == ("add", "Add two numbers.")
+        parameters = add["function"]["parameters"]
+        assert parameters["required"] == ["a"] and parameters["properties"]["b"]["type"] == "integer"
+
+
+ANSWERS: list[tuple[str, dict[str, Any], str, str]] = [
+    ("add", {"a": 2, "b": 3}, "answered", "5"),
+    ("add", {"a": "2"}, "answered", "3"),
+    ("later", {"word": "soon"}, "answered", "soon?"),
+    ("listed", {}, "answered", '[1, {"a": null}]'),
+    ("megabytes", {}, "cut", "x" * 100 + "\n[4999900 more characters]"),
+    ("add", {"a": "two"}, "raised", "error: ValidationError: 1 validation error"),
+    ("add", {"a": 1, "c": 2}, "raised", "error: ValidationError: 1 validation error"),
+    ("raises", {"a": 1}, "raised", "error: ValueError: no number today"),
+    ("leaves", {}, "raised", "error: SystemExit: 3"),
+    ("greedy", {}, "raised", "error: MemoryError"),
+    ("nothing", {}, "unknown", "error: there is no tool 'nothing'; there are add, later"),
+    ("dies", {}, "died", "error: the process of the tool has ended"),
+    ("add", {"a": 4}, "answered", "5"),
+]
+
+
+async def test_every_call_has_an_answer_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pool_of(**write_tools(tmp_path, monkeypatch), deadline_s=patience(20.0)) as (pool, role):
+        for name, arguments, kind, text in ANSWERS:
+            before = counted(role, kind)
+            said = await pool.call(ToolCall(name, arguments))
+            assert said.startswith(text) and len(said) < 200, (name, said)
+            assert counted(role, kind) == before + 1
+
+
+async def test_a_tool_that_hangs_is_killed_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = tmp_path / "child"
+    async with pool_of(**write_tools(tmp_path, monkeypatch), deadline_s=patience(2.0)) as (pool, role):
+        said = await pool.call(ToolCall("hangs", {"file": str(child)}))
+        assert said.startswith("error: no answer within") and counted(role, "deadline") == 1
+        assert await pool.call(ToolCall("add", {"a": 4})) == "5", "another process is there"
+        stat = Path(f"/proc/{child.read_text()}/stat")
+        await until(lambda: not stat.exists() or stat.read_text().split()[2] == "Z", "the child is gone")
+
+
+async def test_tools_that_cannot_be_loaded_end_the_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool_pool, "MAX_FALSE_STARTS", 1)
+    with pytest.raises(ExceptionGroup) as caught:
+        async with pool_of(functions=["no_such_module:add"], workers=1):
+            await asyncio.Event().wait()
+    assert caught.group_contains(RoleError, match="ended before they were ready")
+
+
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>'
+
+
+async def test_a_student_that_calls_tools_until_it_calls_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def episode(session: Session, row: dict[str, Any]) -> float:
+        last = await session.use_tools()
+        assert [tool["function"]["name"] for tool in await session.tools()] == list(NAMES)
+        return float(last.text == "is 5" and not last.calls)
+
+    tools = write_tools(tmp_path, monkeypatch)
+    answers = (f"I add{CALL}{CALL}", "<tool_call>broken", "is 5")
+    async with rollout(episode, tmp_path, monkeypatch, *answers, tools=tools) as (running, _):
+        await running.lease()
+        end = await running.end()
+        assert (end.finish, end.reward) == ("stop", 0.0), "a call that is broken is no call, and ends the loop"
+        result = f"{START}tool\n5{END}\n"
+        assert running.text(sampled=True) == [answers[0] + END, answers[1] + END]
+        assert running.text(sampled=False) == [f"\n{result}{result}{START}assistant\n"]
+
+
+async def test_the_loop_ends_at_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def episode(session: Session, row: dict[str, Any]) -> float:
+        last = await session.use_tools(max_turns=2)
+        assert last.calls == (ToolCall("add", {"a": 2, "b": 3}),)
+        return 1.0
+
+    tools = write_tools(tmp_path, monkeypatch)
+    async with rollout(episode, tmp_path, monkeypatch, CALL, CALL, CALL, tools=tools) as (running, engine):
+        await running.lease()
+        assert (await running.end()).reward == 1.0
+        assert len(engine.read()) == 2
