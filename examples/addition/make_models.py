@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from evaluate import pass_at_1
-from task import DIGITS, Problem, draw, held_out_problems
+from task import ALPHABET, DIGITS, Problem, draw, held_out_problems
 from tokenizer import BOS_ID, EOS, EOS_ID, PAD_ID, VOCAB_SIZE, build_tokenizer, save_tokenizer
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
@@ -112,13 +112,13 @@ def train(model: Qwen3ForCausalLM, tokenizer: Tokenizer, recipe: Recipe, seed: i
         optimizer.step()
 
 
-def save(model: Qwen3ForCausalLM, directory: Path) -> None:
+def save(model: Qwen3ForCausalLM, directory: Path, alphabet: str = ALPHABET) -> None:
     """Write model, generation config and tokenizer as one Hugging Face directory."""
     model.generation_config = GenerationConfig(
         bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID, do_sample=True, temperature=1.0
     )
     model.save_pretrained(directory)
-    save_tokenizer(directory)
+    save_tokenizer(directory, alphabet)
     # transformers 5 keeps the RoPE base in rope_parameters only; readers of the older format look for rope_theta
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"rope_theta": ROPE_THETA}

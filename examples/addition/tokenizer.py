@@ -32,10 +32,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> Tokenizer:
-    """Build the tokenizer: one token a character, <bos> in front, characters outside the task become <unk>."""
+def build_tokenizer(alphabet: str = ALPHABET) -> Tokenizer:
+    """Build the tokenizer: one token a character, <bos> in front, characters outside the alphabet become <unk>."""
     # <unk> rather than an error: servers warm up with an English sentence of their own
-    vocab = {token: index for index, token in enumerate([PAD, BOS, EOS, *ALPHABET, UNK])}
+    vocab = {token: index for index, token in enumerate([PAD, BOS, EOS, *alphabet, UNK])}
     tokenizer = Tokenizer(WordLevel(vocab, unk_token=UNK))
     tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = Fuse()
@@ -46,9 +46,9 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(directory: Path) -> None:
+def save_tokenizer(directory: Path, alphabet: str = ALPHABET) -> None:
     """Write tokenizer.json and tokenizer_config.json into an existing directory."""
-    build_tokenizer().save(str(directory / "tokenizer.json"))
+    build_tokenizer(alphabet).save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": PAD,
