@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opd_async.actors.rollout.episodes import AWAY_AFTER_S
+from opd_async.actors.rollout.waiting import AWAY_AFTER_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,6 +59,7 @@ ORDER: dict[str, tuple[str, ...]] = {
             "schedules",
             "sweeps",
             "baselines",
+            "profile",
             "forecasts",
             "crosscheck",
             "convert",
