@@ -77,7 +77,9 @@ class Episodes:
             stop_token_ids=self._role.plan.stop_token_ids,
             vocab=self._role.plan.vocab_size,
         )
-        samples = EpisodeSamples(self._role, generation, self._text, limits, work, self._tools)
+        samples = EpisodeSamples(
+            role=self._role, first=generation, text=self._text, limits=limits, work=work, tools=self._tools
+        )
         try:
             reward, end = await self._end(samples, generation)
             if end == "finished" and samples.empty:

@@ -40,7 +40,7 @@ class EpisodeSamples:
     """The sessions of one episode, and whom to tell of their turns."""
 
     def __init__(
-        self, role: Role, first: EpisodeGeneration, text: GivenText, limits: Limits, work: Work, tools: ToolPool
+        self, *, role: Role, first: EpisodeGeneration, text: GivenText, limits: Limits, work: Work, tools: ToolPool
     ) -> None:
         self.text, self.limits, self._tools = text, limits, tools
         self._role, self._work = role, work
@@ -73,7 +73,15 @@ class EpisodeSamples:
                 away.begins()
                 self._patience.turn_ends()
 
-        session = Session(generation, self.text, self.limits, turn, self._work.deliver, self._work.begun, self._tools)
+        session = Session(
+            generation=generation,
+            text=self.text,
+            limits=self.limits,
+            generate=turn,
+            deliver=self._work.deliver,
+            begun=self._work.begun,
+            tools=self._tools,
+        )
         self._all.append((generation, away))
         self._sessions.append(session)
         away.begins()

@@ -63,6 +63,7 @@ class Session:
 
     def __init__(
         self,
+        *,
         generation: EpisodeGeneration,
         text: GivenText,
         limits: Limits,

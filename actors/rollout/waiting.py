@@ -65,7 +65,7 @@ class Away:
             await self._tell(False)
 
     async def ends(self) -> None:
-        """Nothing more is to be told."""
+        """Nothing more is to be told. On cancel: nothing is told either, and the task that would is cancelled."""
         self._generation.away = False
         if self._task is not None:
             self._task.cancel()
