@@ -126,13 +126,17 @@ class TeacherActor:
             if not self._extended(chunk):
                 continue
             if not chunk.sampled:
-                # nothing to score: the intake may have it at once, also where it waits for what stands before it
-                await self._push.send(chunk.scored(self._role.name, 0.0, np.zeros(0, np.float32)))
+                await self._pass_on(self._known.given(chunk))
             else:
                 self._queue(self._points.offer(chunk, self._lane(chunk.prompt_id).cache.coarse))
             while self._waiting_tokens() > limit:
                 self._room.clear()
                 await self._room.wait()
+
+    async def _pass_on(self, given: Sequence[m.Chunk]) -> None:
+        """Send chunks in which nothing is to be scored."""
+        for chunk in given:
+            await self._push.send(chunk.scored(self._role.name, 0.0, np.zeros(0, np.float32)))
 
     def _extended(self, chunk: m.Chunk) -> bool:
         """Extend the sample's tokens; False for a chunk whose beginning this actor has not seen."""
@@ -185,6 +189,7 @@ class TeacherActor:
         for chunk in item.chunks:
             latency_s = max(now - chunk.made_at, 0.0)
             await self._push.send(_scored(chunk, scores, chunk.start - first, self._role.name, latency_s))
+            await self._pass_on(self._known.sent(chunk))
             sizes = {"start": chunk.start, "end": chunk.end, "version": chunk.weight_version}
             self._role.trace.span("from token to score", "scored", latency_s, sample=chunk.sample_id, **sizes)
             if chunk.finish is not None:

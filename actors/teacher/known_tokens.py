@@ -22,6 +22,10 @@ class _Known:
     """Prompt, as the teacher reads it, and response so far."""
     given: dict[int, int] = field(default_factory=dict)
     """Where each run of given tokens begins, by its end."""
+    sent_end: int = 0
+    """Response tokens that the intake was sent."""
+    held: list[Chunk] = field(default_factory=list)
+    """Given tokens behind others that are still to be scored."""
 
 
 class KnownTokens:
@@ -37,7 +41,7 @@ class KnownTokens:
             prefix = chunk.context
             if chunk.teacher_prompt is not None:  # the same response behind another prompt
                 prefix = np.concatenate([chunk.teacher_prompt, chunk.context[chunk.prompt_tokens :]])
-            known = self._samples[chunk.sample_id] = _Known(chunk.attempt, prefix)
+            known = self._samples[chunk.sample_id] = _Known(chunk.attempt, prefix, sent_end=chunk.start)
         elif (
             known is None
             or known.attempt != chunk.attempt
@@ -56,6 +60,30 @@ class KnownTokens:
         if known is None:
             return None
         return known.ids[: last.scored_prompt_tokens + last.end], first.scored_prompt_tokens + first.start
+
+    def given(self, chunk: Chunk) -> list[Chunk]:
+        """What is to be sent now of given tokens that were just added: they keep their place behind what is scored.
+
+        The intake knows a sample by its first tokens: what came before them would be of an unknown one.
+        """
+        self._samples[chunk.sample_id].held.append(chunk)
+        return self._due(self._samples[chunk.sample_id])
+
+    def sent(self, chunk: Chunk) -> list[Chunk]:
+        """Note that a chunk was sent with its scores; returns the given ones that follow it."""
+        known = self._samples.get(chunk.sample_id)
+        if known is None or known.attempt != chunk.attempt:
+            return []
+        known.sent_end = max(known.sent_end, chunk.end)
+        return self._due(known)
+
+    @staticmethod
+    def _due(known: _Known) -> list[Chunk]:
+        due: list[Chunk] = []
+        while known.held and known.held[0].start <= known.sent_end:
+            due.append(known.held.pop(0))
+            known.sent_end = max(known.sent_end, due[-1].end)
+        return due
 
     def scored_before(self, item: ScoreItem) -> int:
         """Tokens that engines were sent when what is before the item was scored; 0 for the beginning of a response.

@@ -190,6 +190,22 @@ async def test_given_tokens_are_context_of_what_is_scored_and_cost_no_request() 
         assert value(running.role, "opd_teacher_scored_tokens_total") == 9
 
 
+async def test_given_tokens_do_not_overtake_what_is_still_to_be_scored() -> None:
+    """The intake knows a sample by its beginning: what comes before that would be of an unknown one, and dropped."""
+    async with FaultyEngine() as engine, teacher(engine) as running:
+        for sample_id in range(8):
+            prompt, tokens = prompt_of(sample_id), continuation(prompt_of(sample_id), 30)
+            for start, count, sampled in ((0, 5, True), (5, 7, False), (12, 3, False), (15, 4, True), (19, 2, False)):
+                await running.push(span(sample_id, tokens, start, count, sampled=sampled))
+                whole = [*prompt, *tokens[: start + count]]
+                running.sent[sample_id, start] = scores_of(whole, len(prompt) + start).tolist() if sampled else []
+            await running.push(span(sample_id, tokens, 21, 0, sampled=True, finish=True))
+            running.sent[sample_id, 21] = []
+        await running.all_scored()
+        for sample_id in range(8):
+            assert [start for sample, start in running.scores if sample == sample_id] == [0, 5, 12, 15, 19, 21]
+
+
 async def test_given_tokens_are_no_sign_of_a_cache_that_does_not_hold() -> None:
     """No engine has seen them before: that they are computed says nothing of what it has forgotten."""
     async with FaultyEngine() as engine, teacher(engine) as running:
