@@ -117,8 +117,12 @@ class Run:
         return {"launcher": launcher} | dict(_named(launcher))
 
     def end(self) -> None:
-        """Let the run come to its own end, within the deadline of its last steps."""
-        self._process.wait(START_S)
+        """Stop the run, which is of no more use, with all its processes."""
+        self._process.terminate()
+        try:
+            self._process.wait(START_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
         self._log.close()
 
 
@@ -143,6 +147,13 @@ def cpu_s(process: psutil.Process) -> float:
 def measure(options: argparse.Namespace, folder: Path) -> list[Share]:
     """Run, look at every process between two steps, and deal out what they spent."""
     run = Run(options.topology, [*options.set, f"schedule.steps={options.from_step + options.steps + 2}"], folder)
+    try:
+        return _measured(run, options, folder)
+    finally:
+        run.end()
+
+
+def _measured(run: Run, options: argparse.Namespace, folder: Path) -> list[Share]:
     began_tokens = run.until_step(options.from_step)
     processes = run.processes()
     began = {role: cpu_s(process) for role, process in processes.items()}
@@ -153,7 +164,6 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Share]:
         spy.send_signal(2)  # it writes what it has
     for spy in spies.values():
         spy.wait(60)
-    run.end()
     return [_share(role, spent[role] * 1000 / tokens, folder / f"{role}.raw") for role in processes]
 
 

@@ -23,7 +23,7 @@ def gguf_to_hf(file: Path, out: Path, dtype: str | None = None) -> None:
     """Write the model in `file` as the folder `out`, which is whole or absent at any time.
 
     `dtype` is float32 or bfloat16; without it float32 where all weights of the file are, else bfloat16. Raises
-    `InputError` for a file that is cut short, is of a family that transformers does not read, or has no chat-capable
+    `InputError` for a file that is cut short, is of a family that transformers does not read, or has no
     tokenizer in it, and where the packages are missing that read such files.
     """
     stored = _stored_dtype(file)
