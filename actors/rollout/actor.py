@@ -43,7 +43,7 @@ from opd_async.config.topology import EngineKind, PauseMode
 from opd_async.errors import EngineError, EngineFault
 from opd_async.plan.plan import RoleKind
 from opd_async.role import IdleClock, Role, role_arguments
-from opd_async.scheduling.breaker import PASSING, backoff_s, given_up
+from opd_async.scheduling.breaker import backoff_s
 from opd_async.transport import messages as m
 from opd_async.transport.wire import Int32
 
@@ -285,15 +285,15 @@ class RolloutActor:
         self._role.count("engine_errors")
         self._metrics["opd_rollout_engine_errors_total"].labels(error.fault.value).inc()
         guard.failed(error)
-        generation.failures += error.fault not in PASSING
+        generation.failures.count(error.fault)
         # an engine that is being restarted does not count against the request: its gate is closed
-        hopeless = given_up(error.fault, generation.failures, self._settings.request_retries)
+        hopeless = generation.failures.hopeless(self._settings.request_retries)
         if gate_open and (hopeless or guard.failing_s > self._outage_s):
             text = f"sample {generation.lease.sample_id}: {client.url} fails again and again, last: {error}"
             await self._role.control.send(m.Failure(self._role.name, text))
             await asyncio.Event().wait()  # the run ends now; this lease has nothing left to do
         generation.new_request()
-        await self._clock.sleep(backoff_s(max(generation.failures, 1), self._clock.random))
+        await self._clock.sleep(backoff_s(max(generation.failures.counted, 1), self._clock.random))
 
     # --- pausing -----------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from opd_async.actors.client.routed_client import GenerationClient, RoutedClient
 from opd_async.config.topology import RolloutSection
 from opd_async.errors import EngineError, EngineFault
 from opd_async.estimators.topk_kl import Divergences
+from opd_async.scheduling.breaker import Failures
 from opd_async.transport import messages as m
 
 
@@ -57,7 +58,7 @@ class Generation:
     rid: str
     student: Student
     finish: m.Finish | None = None
-    failures: int = 0
+    failures: Failures = field(default_factory=Failures)
     received: int = 0
     """Tokens that the current request has delivered."""
     away: bool = False
@@ -160,7 +161,7 @@ class Generation:
             self._pending.append(delta)
             self._pending_tokens += len(delta.token_ids)
             self.received += len(delta.token_ids)
-            self.failures = 0
+            self.failures = Failures()
         self.finish = delta.finish
         if self.finish is m.Finish.LENGTH and self._ends_with(stop_token_ids):
             # engines say "length" when the last allowed token happens to be a stop token

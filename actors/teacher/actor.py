@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -32,10 +32,11 @@ from opd_async.actors.teacher.known_tokens import KnownTokens
 from opd_async.actors.teacher.lane import Lane, Request
 from opd_async.config.topology import TrainOn
 from opd_async.engines.probe import wait_until_ready
-from opd_async.errors import EngineError, RoleError
+from opd_async.errors import EngineError, EngineFault, RoleError
 from opd_async.plan.chunk_bounds import ChunkBounds
 from opd_async.plan.plan import RoleKind
 from opd_async.role import IdleClock, Role, role_arguments
+from opd_async.scheduling.breaker import Failures
 from opd_async.scheduling.cache_share import CutPoints
 from opd_async.scheduling.routing import rendezvous
 from opd_async.scheduling.score_batches import ScoreItem
@@ -62,7 +63,7 @@ class TeacherActor:
         self._lanes = [Lane(role, self._client(session, url), self, self._pacing.of(url)) for url in urls]
         self._points = self._new_points()
         self._known = KnownTokens()
-        self._tries: Counter[int] = Counter()
+        self._failures: defaultdict[int, Failures] = defaultdict(Failures)
         self._room = asyncio.Event()
         self._idle = IdleClock()
         role.refresh = self._refresh
@@ -185,7 +186,7 @@ class TeacherActor:
         On cancel: chunks that were not sent stay in the lane's hands, which reroutes them.
         """
         now, first = time.time(), item.chunks[0].start
-        self._tries.pop(item.sample_id, None)
+        self._failures.pop(item.sample_id, None)
         for chunk in item.chunks:
             latency_s = max(now - chunk.made_at, 0.0)
             await self._push.send(_scored(chunk, scores, chunk.start - first, self._role.name, latency_s))
@@ -203,10 +204,12 @@ class TeacherActor:
         self._metrics["opd_teacher_rerouted_chunks_total"].inc(len(held))
         self._queue(held)
 
-    def count_failure(self, items: Sequence[ScoreItem]) -> int:
-        """Count one more failed try of each sample; returns the highest count since a sample's last score."""
-        self._tries.update(item.sample_id for item in items)
-        return max(self._tries[item.sample_id] for item in items)
+    def count_failure(self, items: Sequence[ScoreItem], fault: EngineFault) -> list[Failures]:
+        """Count one more failed try of each sample; returns what went wrong with each since its last score."""
+        failures = [self._failures[item.sample_id] for item in items]
+        for one in failures:
+            one.count(fault)
+        return failures
 
     def is_last_usable(self, lane: Lane) -> bool:
         """Whether no other engine can be used."""
@@ -275,7 +278,7 @@ class TeacherActor:
         for lane in self._lanes:
             await lane.reset()
         self._points = self._new_points()
-        self._tries.clear()
+        self._failures.clear()
         self._room.set()
         await self._role.control.send(m.ResetDone(self._role.name, request))
 

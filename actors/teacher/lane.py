@@ -30,7 +30,7 @@ from opd_async.actors.client.replies import Scores
 from opd_async.actors.teacher.canary import Canary, CanaryError
 from opd_async.errors import EngineError, EngineFault
 from opd_async.role import Role
-from opd_async.scheduling.breaker import PASSING, backoff_s, given_up
+from opd_async.scheduling.breaker import Failures, backoff_s
 from opd_async.scheduling.cache_share import CacheShare
 from opd_async.scheduling.pace import Answers
 from opd_async.scheduling.score_batches import ScoreItem, TokenBudgetBatcher
@@ -61,8 +61,8 @@ class Owner(Protocol):
     def reroute(self, chunks: Sequence[Chunk]) -> None:
         """Take back chunks that could not be scored here."""
 
-    def count_failure(self, items: Sequence[ScoreItem]) -> int:
-        """Count one more failed try of each sample; returns the highest count. Temporary faults are not counted."""
+    def count_failure(self, items: Sequence[ScoreItem], fault: EngineFault) -> list[Failures]:
+        """Count one more failed try of each sample; returns what went wrong with each since its last score."""
 
     def is_last_usable(self, lane: Lane) -> bool:
         """Whether no other engine can take over this one's work."""
@@ -238,11 +238,11 @@ class Lane:
             self.guard.trip(error)
         elif error.fault is not EngineFault.REFUSED:  # an engine that refuses is well
             self.guard.failed(error)
-        if error.fault not in PASSING:
-            tries = self._owner.count_failure(items)
-            if given_up(error.fault, tries, 2 * self._settings.request_retries):
-                samples = ", ".join(str(item.sample_id) for item in items[:3])
-                await self._owner.give_up(f"samples {samples}, ... cannot be scored, {tries} tries, last: {error}")
+        failures = self._owner.count_failure(items, error.fault)
+        if any(one.hopeless(2 * self._settings.request_retries) for one in failures):
+            tries = max(one.counted for one in failures)
+            samples = ", ".join(str(item.sample_id) for item in items[:3])
+            await self._owner.give_up(f"samples {samples}, ... cannot be scored, {tries} tries, last: {error}")
 
     def _count(self, wanted: Sequence[tuple[ScoreItem, Request]], scores: Sequence[Scores]) -> None:
         new_tokens = sum(item.new_tokens for item, _ in wanted)

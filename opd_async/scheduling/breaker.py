@@ -114,6 +114,19 @@ def backoff_s(failures: int, random: Random) -> float:
     return min(doubled, MAX_BACKOFF_S) * (0.5 + 0.5 * random())
 
 
-def given_up(fault: EngineFault, tries: int, limit: int) -> bool:
-    """Whether to give up on a request after `tries` failures that were not `PASSING`, the last one a `fault`."""
-    return tries > (min(limit, REFUSALS - 1) if fault is EngineFault.REFUSED else limit)
+class Failures:
+    """What went wrong with one request since it last made progress."""
+
+    def __init__(self) -> None:
+        self.counted = 0
+        """Failures that were not `PASSING`."""
+        self._refusals = 0
+
+    def count(self, fault: EngineFault) -> None:
+        """It failed once more."""
+        self.counted += fault not in PASSING
+        self._refusals += fault is EngineFault.REFUSED
+
+    def hopeless(self, limit: int) -> bool:
+        """Whether to give up: it was refused `REFUSALS` times, or failed more than `limit` times in all."""
+        return self.counted > limit or self._refusals > min(limit, REFUSALS - 1)

@@ -131,10 +131,10 @@ def test_a_broken_request_goes_on_behind_what_arrived() -> None:
 
 def test_an_abort_keeps_its_tokens_and_does_not_end_the_response() -> None:
     one = generation()
-    one.failures = 2
+    one.failures.count(EngineFault.REFUSED)
     take(one, delta(10, 11, aborted=True))
     assert one.finish is None
-    assert one.failures == 0, "it brought tokens: that is progress"
+    assert one.failures.counted == 0, "it brought tokens: that is progress"
     assert shown(one.due_chunks(1, 0)) == [(0, [10, 11], 5, None)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_async.errors import EngineFault
-from opd_async.scheduling.breaker import BACKOFF_S, MAX_BACKOFF_S, REFUSALS, Breaker, BreakerState, backoff_s, given_up
+from opd_async.scheduling.breaker import BACKOFF_S, MAX_BACKOFF_S, REFUSALS, Breaker, BreakerState, Failures, backoff_s
 
 
 def breaker(failures: int = 3, chance: float = 0.5) -> Breaker:
@@ -129,8 +130,28 @@ def test_backoff_doubles_with_jitter(chance: float) -> None:
     assert max(waits) <= MAX_BACKOFF_S and waits[-1] >= MAX_BACKOFF_S / 2
 
 
+def tries_until_hopeless(limit: int, *faults: EngineFault) -> int:
+    failures = Failures()
+    for n, fault in enumerate(itertools.cycle(faults), 1):
+        failures.count(fault)
+        if failures.hopeless(limit):
+            return n
+    raise AssertionError
+
+
 def test_refusals_are_given_up_early() -> None:
-    tries = range(1, 10)
-    assert [given_up(EngineFault.REFUSED, n, 5) for n in tries].index(True) == REFUSALS - 1
-    assert [given_up(EngineFault.MALFORMED, n, 5) for n in tries].index(True) == 5
-    assert given_up(EngineFault.REFUSED, 1, 0)
+    assert tries_until_hopeless(5, EngineFault.REFUSED) == REFUSALS
+    assert tries_until_hopeless(5, EngineFault.MALFORMED) == 6
+    assert tries_until_hopeless(0, EngineFault.REFUSED) == 1
+
+
+def test_a_refusal_behind_other_failures_is_the_first() -> None:
+    assert tries_until_hopeless(5, EngineFault.MALFORMED, EngineFault.MALFORMED, EngineFault.REFUSED) == 6
+    assert tries_until_hopeless(9, EngineFault.MALFORMED, EngineFault.REFUSED) == 2 * REFUSALS
+
+
+def test_temporary_faults_are_no_reason_to_give_up() -> None:
+    failures = Failures()
+    for _ in range(100):
+        failures.count(EngineFault.BUSY)
+    assert failures.counted == 0 and not failures.hopeless(0)
