@@ -20,6 +20,7 @@ from opd_async.checks.losses import loss_problems, loss_warnings
 from opd_async.checks.reward import reward_problems
 from opd_async.checks.teacher import opd_problems
 from opd_async.checks.trackers import tracker_problems
+from opd_async.checks.uploads import upload_problems
 from opd_async.checks.vocabulary import taking_part, vocabulary_problems
 from opd_async.checks.weights import weight_problems
 from opd_async.config.topology import EngineKind, EngineSection, StepRule, Topology, TrainOn
@@ -36,8 +37,9 @@ def validate(topology: Topology) -> list[str]:
     """List every reason why this topology cannot run, in the order of the file; empty if it can.
 
     Reads the model folders' JSON files and weight headers, loads no weight. With an explicit `network.base_port` it
-    binds each port for an instant. It starts three kinds of short processes: the Python of SGLang engines, to ask for
-    their version, one that loads the rule of the reward, and one that imports the learner's kernels.
+    binds each port for an instant. It starts four kinds of short processes: the Python of SGLang engines, to ask for
+    their version, one that loads the rule of the reward, one that imports the learner's kernels, and one that writes a
+    small file to `checkpoint.upload` and removes it.
     """
     return [
         *opd_problems(topology),
@@ -61,6 +63,7 @@ def validate(topology: Topology) -> list[str]:
         *advantage_problems(topology),
         *hook_problems(topology),
         *tracker_problems(topology),
+        *upload_problems(topology),
         *network_problems(topology),
         *open_file_problems(topology),
     ]

@@ -30,6 +30,12 @@ class CheckpointSection(Section):
     """Write the student in Hugging Face format at the end, as `export`."""
     export_hf_every_steps: Steps | None = None
     """Also during training, as `export/step_0000N`; the newest `keep` of them stay. Null: only at the end."""
+    upload: str | None = Field(default=None, pattern=r"^[A-Za-z0-9+.-]+(::.*)?://.+")
+    """A folder of a store, as fsspec writes it (`s3://bucket/runs`): each checkpoint and export is copied there, below
+    the run's `name`, while the run goes on. The newest `keep` checkpoints stay; exports all do. Where the run folder is
+    not there, `--resume` fetches the newest checkpoint first."""
+    upload_deadline_s: Seconds = 1800.0
+    """How long one copy may take. The end of a run waits for the last ones."""
 
 
 class NetworkSection(Section):

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,7 @@ from opd_async.run.ledger import Ledger
 from opd_async.run.scraping import scrape_labels, scrape_targets
 from opd_async.run.script import Script
 from opd_async.run.trained import TrainedRecord
+from opd_async.run.uploads import Uploads, uploading
 from opd_async.signals import Signals
 from opd_async.telemetry.exporter import RoleMetrics, loop_lag, write_targets
 from opd_async.telemetry.features import features_of
@@ -94,6 +95,7 @@ class Lifecycle:
         """The run ended because no disk took what it has to keep."""
         self._samples: SampleRecord | None = None
         self._trackers: Trackers | None = None
+        self._uploads: Uploads | None = None
         self._on_the_way_back = False
         """A signal ended a recovery: the records speak of steps that were lost."""
         signals.on_first = self._acknowledge
@@ -154,19 +156,23 @@ class Lifecycle:
         """Give the trackers time to send what they have; a signal cuts it short, the second one after an interrupt."""
         if not self.interrupted:
             trackers.track("report", report.model_dump(mode="json"))
-        hurry = self._signals.second if self.interrupted else self._signals.first
         closing = asyncio.create_task(asyncio.to_thread(trackers.close), name="close-trackers")
-        impatient = asyncio.create_task(_wait(hurry), name="impatient")
-        await asyncio.wait([closing, impatient], return_when=asyncio.FIRST_COMPLETED)
-        impatient.cancel()
+        await self._unless_hurried(closing)
         if not closing.done():
             trackers.kill()
         await closing
 
+    async def _unless_hurried(self, work: Awaitable[None]) -> None:
+        """Wait for the end of `work`, or for a signal, the second one after an interrupt."""
+        hurry = self._signals.second if self.interrupted else self._signals.first
+        task, impatient = asyncio.ensure_future(work), asyncio.create_task(_wait(hurry), name="impatient")
+        await asyncio.wait([task, impatient], return_when=asyncio.FIRST_COMPLETED)
+        impatient.cancel()
+
     async def _run(self, ledger: Ledger, metrics: RoleMetrics, trace: Trace) -> Report:
         """The run inside of its trackers."""
         plan = self._plan
-        telemetry, stop_deadline_s = plan.topology.telemetry, plan.topology.supervisor.stop_deadline_s
+        telemetry = plan.topology.telemetry
         self._samples = samples = SampleRecord(
             plan.run_folder / SAMPLES_FILE, self._inputs.tokenizer, telemetry.samples_mib << 20, self._progress.say
         )
@@ -178,31 +184,43 @@ class Lifecycle:
             contextlib.closing(ledger),
             metrics.serve(plan.launcher_host, plan.launcher_metrics_port),
         ):
-            async with self._supervise(self._echo, stop_deadline_s, ledger.unwritten_lines) as supervisor:
-                fleet = Fleet(plan, supervisor, self._progress.say, self._keys)
-                self._progress.missing = lambda: [r.name for r in plan.roles if r.name not in supervisor.running]
-                prompts, topology = self._inputs.prompts.prompts, plan.topology
-                given = self._inputs.completions.completions
-                mix = Mix(given, topology.opd.gkd_lambda, topology.seed, topology.data.shuffle)
-                self._dispatcher = dispatcher = Dispatcher(
-                    plan=plan,
-                    fleet=fleet,
-                    ledger=ledger,
-                    metrics=metrics,
-                    context=context,
-                    prompts=prompts,
-                    mix=mix,
-                    trace=trace,
-                )
-                dispatcher.on_sample = samples.add
-                samples.rewind(self._checkpoint.step)
-                try:
-                    await self._conduct(dispatcher, fleet)
-                finally:
-                    dispatcher.close()
-                    fleet.forget_keys()
+            async with uploading(plan, self._progress.say, metrics) as self._uploads:
+                report = await self._with_processes(ledger, metrics, trace, context)
+                if self._uploads is not None:
+                    await self._unless_hurried(self._uploads.finish())
             self._write_targets(over=True)
-            return ledger.report(fleet.restarts, dispatcher.suspects.summary())
+            return report
+
+    async def _with_processes(
+        self, ledger: Ledger, metrics: RoleMetrics, trace: Trace, context: zmq.asyncio.Context
+    ) -> Report:
+        """The part of the run during which its processes live."""
+        plan, stop_deadline_s = self._plan, self._plan.topology.supervisor.stop_deadline_s
+        async with self._supervise(self._echo, stop_deadline_s, ledger.unwritten_lines) as supervisor:
+            fleet = Fleet(plan, supervisor, self._progress.say, self._keys)
+            self._progress.missing = lambda: [r.name for r in plan.roles if r.name not in supervisor.running]
+            prompts, topology = self._inputs.prompts.prompts, plan.topology
+            given = self._inputs.completions.completions
+            mix = Mix(given, topology.opd.gkd_lambda, topology.seed, topology.data.shuffle)
+            self._dispatcher = dispatcher = Dispatcher(
+                plan=plan,
+                fleet=fleet,
+                ledger=ledger,
+                metrics=metrics,
+                context=context,
+                prompts=prompts,
+                mix=mix,
+                trace=trace,
+            )
+            assert self._samples is not None
+            dispatcher.on_sample = self._samples.add
+            self._samples.rewind(self._checkpoint.step)
+            try:
+                await self._conduct(dispatcher, fleet)
+            finally:
+                dispatcher.close()
+                fleet.forget_keys()
+        return ledger.report(fleet.restarts, dispatcher.suspects.summary())
 
     def _metrics(self) -> RoleMetrics:
         """The launcher's own, with a series for each process of the plan that may be counted by name."""
@@ -262,6 +280,8 @@ class Lifecycle:
         while True:
             floor = self._recoveries * ATTEMPTS_PER_RECOVERY
             script = Script(dispatcher, evaluator, len(self._inputs.prompts.prompts), self._progress, floor)
+            if self._uploads is not None:
+                script.saving.on_saved = self._uploads.offer
             try:
                 ended = await _race(dispatcher, script.run(), signal=self._signals.first, lost=dispatcher.learner_lost)
                 if ended == "signal" and self._training:

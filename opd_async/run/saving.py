@@ -37,6 +37,8 @@ class Saving:
         self._section = dispatcher.plan.topology.checkpoint
         self._root = dispatcher.plan.run_folder / "checkpoints"
         self._exports = dispatcher.plan.run_folder / EXPORT
+        self.on_saved: Callable[[Path], None] = lambda folder: None
+        """Called with each checkpoint that is sealed, and each export that is whole."""
 
     async def checkpoint(self, step: int) -> None:
         """Have learner, intake and ledger write the state after `step`, and seal the folder when all have.
@@ -56,6 +58,7 @@ class Saving:
                 raise self._refused(step, error) from error
             self._progress.say(f"{error}; removed {gone.name}, the oldest checkpoint, and trying again")
             await self._write_again(folder, step)
+        self.on_saved(folder)
         await self._remove(checkpoints.prune, self._root, keep)
 
     async def _write(self, folder: Path, step: int) -> None:
@@ -103,6 +106,7 @@ class Saving:
         """
         if self._section.export_hf:
             await self._learner.do(m.ExportModel(str(self._exports)))
+            self.on_saved(self._exports)
 
     async def attempt(self, writing: Coroutine[Any, Any, None]) -> StorageError | None:
         """Await it; returns the error of a disk that has no room, for which the run ends later. On cancel: as it."""
@@ -117,6 +121,7 @@ class Saving:
 
     async def _export(self, step: int) -> None:
         await self._learner.do(m.ExportModel(str(self._student(step))))
+        self.on_saved(self._student(step))
         await self._remove(checkpoints.prune_exports, self._exports, self._section.keep)
 
     async def _remove(self, prune: Callable[[Path, int], list[Path]], root: Path, keep: int) -> None:

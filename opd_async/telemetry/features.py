@@ -22,5 +22,6 @@ def features_of(topology: Topology) -> frozenset[Feature]:
         Feature.EPISODES: topology.rollout.function is not None,
         Feature.ENDPOINT: topology.rollout.endpoint,
         Feature.TOOLS: bool(topology.rollout.tools.functions),
+        Feature.UPLOADS: topology.checkpoint.upload is not None,
     }
     return frozenset(feature for feature, on in does.items() if on)

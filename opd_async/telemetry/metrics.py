@@ -39,6 +39,7 @@ class Feature(StrEnum):
     EPISODES = "`rollout.function`"
     ENDPOINT = "`rollout.endpoint: true`"
     TOOLS = "`rollout.tools`"
+    UPLOADS = "`checkpoint.upload`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +141,13 @@ CATALOGUE: tuple[Metric, ...] = (
         "Rows that a tracker did not get: it raised, hung, or was slower than the run.",
         "tracker",
         needs=Feature.TRACKERS,
+    ),
+    _counter(
+        "opd_launcher_uploads_total",
+        "Checkpoints and exports copied to `checkpoint.upload`, or not.",
+        "result",
+        begins=("done", "failed", "skipped"),
+        needs=Feature.UPLOADS,
     ),
     _figure(
         "opd_launcher_tokens_per_device_second",

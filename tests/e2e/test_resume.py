@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,27 @@ def test_a_run_goes_on_split_in_other_ways(inputs: Path, tmp_path: Path) -> None
     trained = sum(row["tokens"] for row in steps(folder))
     assert kept["launcher"]['["opd_launcher_trained_tokens_total"]'] == trained, f"of {len(ways)} launches"
     assert kept["learner-0"]['["opd_learner_steps_total"]'] == len(steps(folder))
+    assert left_running(tmp_path, inputs) == []
+
+
+def test_a_run_whose_folder_is_lost_goes_on_from_its_uploads(inputs: Path, tmp_path: Path) -> None:
+    values = topology(inputs, tmp_path, schedule__steps=4)
+    values["checkpoint"] = {"every_steps": 2, "keep": 1, "upload": f"file://{tmp_path}/store"}
+    file, folder = write_topology(values, tmp_path / "run.yaml"), tmp_path / "run"
+    with Launch(file) as run:
+        assert run.wait() == 0, run.text()
+    check_trained(folder, 1, 4)
+    there = tmp_path / "store" / "run"
+    assert [path.name for path in (there / "checkpoints").iterdir()] == ["step_00000004"]
+    copied, kept = (root / "export" / "model.safetensors" for root in (there, folder))
+    assert copied.read_bytes() == kept.read_bytes()
+    counted = json.loads((folder / "counters" / "launcher.json").read_text())
+    assert counted['["opd_launcher_uploads_total", ["result", "done"]]'] >= 2
+    shutil.rmtree(folder)
+    with Launch(file, "--resume", "--set", "schedule.steps=6") as run:
+        assert run.wait() == 0, run.text()
+        assert "step_00000004 is fetched" in run.text()
+    check_trained(folder, 1, 6)
     assert left_running(tmp_path, inputs) == []
 
 
