@@ -1,7 +1,7 @@
 """Where the processor seconds of a thousand trained tokens go: by process, and by what its Python was doing.
 
     python -m bench.profile --py-spy PATH [--topology examples/quickstart.yaml] [--set A.B=C]
-                            [--from-step 10] [--steps 40] [--rate 50] [--json FILE]
+                            [--from-step 10] [--steps 40] [--rate 50] [--within PART] [--json FILE]
 
     a run, as its users start it -> py-spy on every process, from step to step -> stacks -> kinds of work -> table
 
@@ -69,6 +69,8 @@ class Share:
     role: str
     cpu_s: float
     kinds: dict[str, float]
+    within: float
+    """Of the stacks, the share with a frame whose file has `--within` in its name (of 1)."""
 
 
 def kind_of(stack: Sequence[str]) -> str:
@@ -81,13 +83,23 @@ def kind_of(stack: Sequence[str]) -> str:
 
 
 def read_samples(text: str) -> Counter[str]:
-    """Samples by kind, of py-spy's raw format: a line for each stack, frames between semicolons, then how often."""
+    """Samples by stack, of py-spy's raw format: a line for each stack, frames between semicolons, then how often."""
     found: Counter[str] = Counter()
     for line in text.splitlines():
         stack, _, count = line.rpartition(" ")
         if count.isdigit():  # py-spy does not stop the process: now and then a name is torn
-            found[kind_of(stack.split(";"))] += int(count)
+            found[stack] += int(count)
     return found
+
+
+def share_of(role: str, cpu_s: float, stacks: Counter[str], within: str | None) -> Share:
+    """What a process spent `cpu_s` on, by its sampled `stacks`."""
+    total = stacks.total() or 1
+    kinds: Counter[str] = Counter()
+    for stack, count in stacks.items():
+        kinds[kind_of(stack.split(";"))] += count
+    inside = sum(count for stack, count in stacks.items() if within is not None and within in stack)
+    return Share(role, cpu_s, {kind: kinds[kind] / total for kind in KINDS}, inside / total)
 
 
 class Run:
@@ -164,19 +176,18 @@ def _measured(run: Run, options: argparse.Namespace, folder: Path) -> list[Share
         spy.send_signal(2)  # it writes what it has
     for spy in spies.values():
         spy.wait(60)
-    return [_share(role, spent[role] * 1000 / tokens, folder / f"{role}.raw") for role in processes]
+    stacks = {role: _stacks(folder / f"{role}.raw") for role in processes}
+    return [share_of(role, spent[role] * 1000 / tokens, stacks[role], options.within) for role in processes]
+
+
+def _stacks(file: Path) -> Counter[str]:
+    return read_samples(file.read_text(encoding="utf-8", errors="replace")) if file.exists() else Counter()
 
 
 def _spy(options: argparse.Namespace, pid: int, file: Path) -> subprocess.Popen[bytes]:
     command = [str(options.py_spy), "record", "--pid", str(pid), "--format", "raw", "--output", str(file)]
     command += ["--rate", str(options.rate), "--duration", "unlimited", "--nonblocking", "--full-filenames"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def _share(role: str, seconds: float, file: Path) -> Share:
-    samples = read_samples(file.read_text(encoding="utf-8", errors="replace")) if file.exists() else Counter[str]()
-    total = samples.total() or 1
-    return Share(role, seconds, {kind: samples[kind] / total for kind in KINDS})
 
 
 def table(shares: Sequence[Share]) -> str:
@@ -199,11 +210,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--from-step", type=int, default=10, help="look from the end of this step")
     parser.add_argument("--steps", type=int, default=40, help="over so many steps")
     parser.add_argument("--rate", type=int, default=50, help="samples a second of each process")
+    parser.add_argument("--within", metavar="PART", help="and the share of stacks with this in the name of a file")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         shares = measure(options, Path(name))
     print(table(shares))
+    if options.within is not None:
+        inside, whole = sum(share.cpu_s * share.within for share in shares), sum(share.cpu_s for share in shares)
+        print(f"{options.within}: {1000 * inside:.2f} of {1000 * whole:.1f} ms, {inside / whole:.2%}")
     if options.json is not None:
         write_atomically(options.json, json.dumps([dataclasses.asdict(one) for one in shares], indent=2).encode())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from opd_async.bench.profile import Share, kind_of, read_samples, table
+from opd_async.bench.profile import kind_of, read_samples, share_of, table
 
 ROOT = "/site/opd_async"
 
@@ -25,11 +25,18 @@ def test_the_innermost_frame_that_says_something_decides(frames: list[str], kind
     assert kind_of(frames) == kind
 
 
-def test_samples_are_summed_by_kind_and_seconds_dealt_out() -> None:
+def test_samples_are_summed_and_seconds_dealt_out() -> None:
     raw = f"main (a.py:1);step ({ROOT}/actors/engine/model.py:3) 30\nmain (a.py:1);run (/site/zmq/asyncio.py:2) 10\n"
-    raw += "torn (\n"
-    assert read_samples(raw) == {"model": 30, "messages": 10}
-    kinds = dict.fromkeys(["weights", "HTTP and JSON", "files", "own code", "waiting"], 0.0)
-    lines = table([Share("learner", 0.2, kinds | {"model": 0.75, "messages": 0.25})]).splitlines()
-    assert lines[2] == "| learner | 150.0 | 0.0 | 0.0 | 50.0 | 0.0 | 0.0 | 0.0 | 200.0 |"
-    assert lines[3].startswith("| all | 150.0 | 0.0 | 0.0 | 50.0 |")
+    raw += f"torn (\nmain (a.py:1);step ({ROOT}/actors/engine/model.py:3) 2\n"
+    stacks = read_samples(raw)
+    assert stacks.total() == 42 and len(stacks) == 2
+    share = share_of("learner", 0.21, stacks, "zmq/")
+    assert share.kinds["model"] == pytest.approx(32 / 42) and share.within == pytest.approx(10 / 42)
+    lines = table([share]).splitlines()
+    assert lines[2] == "| learner | 160.0 | 0.0 | 0.0 | 50.0 | 0.0 | 0.0 | 0.0 | 210.0 |"
+    assert lines[3].startswith("| all | 160.0 | 0.0 | 0.0 | 50.0 |")
+
+
+def test_a_process_without_samples_has_no_shares() -> None:
+    share = share_of("learner", 0.2, read_samples(""), None)
+    assert share.within == 0 and set(share.kinds.values()) == {0.0}
