@@ -14,7 +14,7 @@ KEY = "schedule.filter"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedGroup:
-    """All responses to one prompt, as many as `rollout.group_size`."""
+    """All responses to one prompt, as many as `rollout.group_size`; of an episode that of its first conversation."""
 
     sample_ids: tuple[int, ...]
     rewards: tuple[float | None, ...]
@@ -38,6 +38,10 @@ class Finished(Protocol):
     def end(self) -> int:
         """Its length in tokens."""
 
+    @property
+    def episode(self) -> int | None:
+        """Of a further conversation of an episode: the response that is its first."""
+
 
 _Taken = TypeVar("_Taken", bound=Finished)
 
@@ -60,15 +64,18 @@ class GroupFilter:
         return self._keep is not None
 
     def kept(self, taken: Sequence[_Taken]) -> list[_Taken]:
-        """Those of the responses, ordered by sample, whose group is trained. Raises `HookError`."""
+        """Those of the responses, ordered by episode, whose group is trained. Raises `HookError`."""
         if self._keep is None:
             return list(taken)
         found: list[_Taken] = []
-        for number, members in groupby(taken, key=lambda one: one.sample_id // self._group_size):
+        for number, members in groupby(taken, key=self._group_of):
             group = list(members)
-            if self._ask(number, group):
+            if self._ask(number, [one for one in group if one.episode is None]):
                 found += group
         return found
+
+    def _group_of(self, one: Finished) -> int:
+        return (one.sample_id if one.episode is None else one.episode) // self._group_size
 
     def _ask(self, number: int, members: Sequence[Finished]) -> bool:
         assert self._keep is not None and self._path is not None

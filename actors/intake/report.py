@@ -83,9 +83,10 @@ def describe_distribution(segments: Sequence[Segment], *, several: bool = False)
 
 def describe_rewards(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Mean and spread of the rewards of a step's complete responses, how many responses have none, and the share of
-    groups whose rewards are all equal."""
-    known = np.array([outcome.reward for outcome in outcomes if outcome.reward is not None], np.float64)
-    stats = {"rewarded": float(len(known)), "unrewarded": float(len(outcomes) - len(known))}
+    groups whose rewards are all equal. An episode counts once, with its first conversation."""
+    leased = [outcome for outcome in outcomes if not outcome.further]
+    known = np.array([outcome.reward for outcome in leased if outcome.reward is not None], np.float64)
+    stats = {"rewarded": float(len(known)), "unrewarded": float(len(leased) - len(known))}
     if len(known):
         spread = {"reward_mean": float(known.mean()), "reward_std": float(known.std())}
         stats |= spread | {"flat_groups": flat_groups(outcomes)}

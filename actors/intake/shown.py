@@ -83,6 +83,7 @@ class _Parts:
             part_versions=np.array(self.versions, np.int32),
             given_starts=np.array([start for start, _ in self.given], np.int32) if self.given else None,
             given_ends=np.array([end for _, end in self.given], np.int32) if self.given else None,
+            episode=taken.episode,
         )
 
 

@@ -33,6 +33,8 @@ class Taken(NamedTuple):
     prompt_id: int = -1
     given: int = 0
     """Tokens before `end` that were given and not sampled."""
+    episode: int | None = None
+    """Of a further sample: the leased one whose episode has begun it."""
 
 
 def give_advantages(taken: list[Taken], topology: Topology) -> list[Outcome]:
@@ -43,7 +45,13 @@ def give_advantages(taken: list[Taken], topology: Topology) -> list[Outcome]:
     group_size, section = topology.rollout.group_size, topology.advantage
     complete = [one for one in taken if one.complete]
     outcomes = [
-        Outcome(one.sample_id // group_size, one.reward, one.segment.tokens if one.segment else 0) for one in complete
+        Outcome(
+            (one.sample_id if one.episode is None else one.episode) // group_size,
+            one.reward,
+            one.segment.tokens if one.segment else 0,
+            further=one.episode is not None,
+        )
+        for one in complete
     ]
     if section.estimator.facts.rewards:
         for one, advantages in zip(complete, estimate(outcomes, section), strict=True):

@@ -190,6 +190,7 @@ class StepTaker:
             finish=sample.finish,
             prompt_id=sample.prompt_id,
             given=sample.given,
+            episode=sample.episode,
         )
 
     async def _part(self, version: int, taken: list[Taken], closes: bool) -> None:

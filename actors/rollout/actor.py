@@ -35,15 +35,17 @@ from opd_async.actors.rollout.delivery import Delivery
 from opd_async.actors.rollout.engines import Engines
 from opd_async.actors.rollout.episode_generation import EpisodeGeneration
 from opd_async.actors.rollout.episodes import Episodes
+from opd_async.actors.rollout.further import FurtherLeases
 from opd_async.actors.rollout.generation import Generation
 from opd_async.actors.rollout.judging import Judging
-from opd_async.actors.rollout.samples import MAX_FURTHER, Work
+from opd_async.actors.rollout.samples import Work
 from opd_async.actors.rollout.streams import PAUSE_DEADLINE_S, Streams
 from opd_async.config.topology import EngineKind, PauseMode
 from opd_async.errors import EngineError, EngineFault
 from opd_async.plan.plan import RoleKind
 from opd_async.role import IdleClock, Role, role_arguments
 from opd_async.scheduling.breaker import backoff_s
+from opd_async.scheduling.further import MAX_FURTHER
 from opd_async.transport import messages as m
 from opd_async.transport.wire import Int32
 
@@ -68,6 +70,7 @@ class RolloutActor:
         self._outage_s = topology.supervisor.start_deadline_s
         self._judging = Judging(role)
         self._episodes = Episodes(role)
+        self._further_leases = FurtherLeases(role)
         self._work = Work(
             generate=self._until_ended,
             deliver=self._delivery.send_all,
@@ -90,6 +93,8 @@ class RolloutActor:
             match message:
                 case m.Lease():
                     self._begin_lease(message)
+                case m.FurtherLease():
+                    await self._further_leases.granted(message)
                 case m.Acks():
                     self._delivery.acknowledge(message)
                 case m.Pause():
@@ -139,38 +144,46 @@ class RolloutActor:
 
     async def _run(self, generation: Generation) -> None:
         """One lease, through broken streams and restarts of its engine, to its end."""
-        lease = generation.lease
+        lease, samples = generation.lease, [generation]
         try:
             if isinstance(generation, EpisodeGeneration):
-                await self._episodes.run(generation, self._work)
+                samples += await self._episodes.run(generation, self._work)
             else:
                 await self._until_ended(generation)
             if lease.kind == m.LeaseKind.TRAIN:
-                await self._role.control.send(generation.done())
+                for one in samples:
+                    await self._role.control.send(one.done())
             reward = await self._judging.judge(generation) if generation.awaits_reward else generation.reward
             if lease.kind != m.LeaseKind.TRAIN:
                 compared = await self._comparing.compare(generation) if self._comparing.wants(lease) else None
                 await self._role.control.send(generation.evaluation(reward, *(compared or ())))
             elif generation.awaits_reward:
-                generation.rewarded(reward)
-                await self._delivery.send_all(generation)
+                for one in samples:
+                    one.rewarded(reward)
+                    await self._delivery.send_all(one)
         finally:
             self._live.pop(lease.sample_id, None)
             self._tasks.pop(lease.sample_id, None)
             self._update_gauges()
 
     async def _further(self, first: EpisodeGeneration, number: int) -> EpisodeGeneration:
-        """Another conversation of an episode. It is not trained: only what is leased is."""
+        """Another conversation of an episode; in training it is a sample of its own."""
         lease = replace(first.lease, prefix=np.zeros(0, np.int32))
-        if lease.kind == m.LeaseKind.TRAIN:
-            lease = replace(lease, kind=m.LeaseKind.EVAL_STUDENT.value)
+        trained = lease.kind == m.LeaseKind.TRAIN
+        if trained:
+            granted = await self._further_leases.ask(first.lease)
+            lease = replace(lease, sample_id=granted.sample_id, grant=granted.grant)
+            first.further.append(lease.sample_id)
+            self._delivery.open(lease)
         rid = f"{lease.sample_id:016x}-{uuid.uuid4().hex[:12]}"
-        generation = self._episodes.generation(lease, rid, first.student, awaits_reward=False)
-        self._live[_key(lease.sample_id, number)] = generation
+        awaits_reward = trained and first.awaits_reward
+        generation = self._episodes.generation(lease, rid, first.student, awaits_reward=awaits_reward)
+        generation.episode = first.lease.sample_id if trained else None
+        self._live[_key(generation, number)] = generation
         return generation
 
     def _further_left(self, generation: EpisodeGeneration, number: int) -> None:
-        self._live.pop(_key(generation.lease.sample_id, number), None)
+        self._live.pop(_key(generation, number), None)
 
     async def _until_ended(self, generation: Generation) -> None:
         """Generate, request after request, until the response ends, or the turn of an episode."""
@@ -354,6 +367,7 @@ class RolloutActor:
         if tasks:
             await asyncio.wait(tasks, timeout=PAUSE_DEADLINE_S)
         self._delivery.forget()
+        self._further_leases.forget()
         await self._role.control.send(m.ResetDone(self._role.name, request))
 
     def _update_gauges(self) -> None:
@@ -366,9 +380,11 @@ class RolloutActor:
         self._metrics["opd_rollout_running_requests"].set(running)
 
 
-def _key(sample_id: int, number: int) -> int:
-    """Where a further conversation of a sample's episode stands among what is generated: no sample has this id."""
-    return -1 - sample_id * (MAX_FURTHER + 1) - number
+def _key(generation: EpisodeGeneration, number: int) -> int:
+    """Where a further conversation stands among what is generated: its sample, or, in an evaluation, what no sample has
+    for an id."""
+    sample_id = generation.lease.sample_id
+    return sample_id if generation.episode is not None else -1 - sample_id * (MAX_FURTHER + 1) - number
 
 
 async def main() -> None:

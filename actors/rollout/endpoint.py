@@ -144,6 +144,8 @@ class Endpoint:
             return self._refused(str(error), error.code)
         except ResponseFullError as error:
             return self._refused(str(error), "context_length_exceeded", counted="full")
+        except DeadlineError as error:
+            return self._refused(str(error), "unavailable", HTTPStatus.SERVICE_UNAVAILABLE)
         except (InputError, DivergedError, ValueError) as error:
             return self._refused(str(error), "invalid_value")
 

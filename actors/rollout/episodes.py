@@ -67,8 +67,8 @@ class Episodes:
         if self._endpoint is not None:
             self._role.spawn(self._endpoint.serve(), "endpoint")
 
-    async def run(self, generation: EpisodeGeneration, work: Work) -> None:
-        """Run one episode to its end, whatever it does.
+    async def run(self, generation: EpisodeGeneration, work: Work) -> list[EpisodeGeneration]:
+        """Run one episode to its end, whatever it does; returns the samples of its further conversations.
 
         On cancel: the episode is cancelled, and its response has not ended.
         """
@@ -86,6 +86,7 @@ class Episodes:
                 end = "empty"
             self._role.metrics["opd_rollout_episodes_total"].labels(end).inc()
             await samples.finish(FINISHES.get(end, m.Finish.FAILED), reward, rewards=self._rewards)
+            return samples.further_ones
         finally:
             samples.leave()
 

@@ -71,6 +71,10 @@ class Generation:
     """Around a request to a student engine: what ends it early when another engine is to go on."""
     given_tokens: int = 0
     """Tokens of the response so far that nobody sampled."""
+    episode: int | None = None
+    """Of a further conversation that is trained: the leased sample whose episode it is."""
+    further: list[int] = field(default_factory=list)
+    """The further samples that the episode of this leased one has begun."""
     first_version: int | None = None
     """Weight version of the first request: what a prefix cache holds of this response was begun under it."""
     _tokens: list[NDArray[np.int32]] = field(default_factory=list)
@@ -240,6 +244,8 @@ class Generation:
             grant=self.lease.grant,
             teacher_prompt_tokens=0 if self.lease.teacher_prompt is None else len(self.lease.teacher_prompt),
             sampled=deltas[0].sampled if deltas else True,
+            episode=self.episode,
+            further=np.array(self.further, np.int64) if self.further and finish is not None else None,
         )
         self._sent_end = chunk.end
         self._pending_tokens -= len(chunk.token_ids)

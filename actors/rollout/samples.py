@@ -14,10 +14,8 @@ from opd_async.actors.rollout.session import Limits, ResponseFullError, Session,
 from opd_async.actors.rollout.tool_pool import ToolPool
 from opd_async.actors.rollout.waiting import Away, Patience
 from opd_async.role import Role
+from opd_async.scheduling.further import MAX_FURTHER
 from opd_async.transport import messages as m
-
-MAX_FURTHER = 63
-"""Conversations of one episode beside its first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +29,7 @@ class Work:
     begun: Callable[[EpisodeGeneration], None]
     """The sample has another prompt than its lease, and nothing of it was sent."""
     further: Callable[[EpisodeGeneration, int], Awaitable[EpisodeGeneration]]
-    """Begins another conversation of an episode, by its number, from 1 on."""
+    """Begins another conversation of an episode, by its number, from 1 on: a sample of its own."""
     left: Callable[[EpisodeGeneration, int], None]
     """Nothing more comes of such a conversation."""
 
@@ -54,6 +52,11 @@ class EpisodeSamples:
         """The episode's own code has the word, with a session on the sample of its lease."""
         self._patience = patience
         self.first = self._session(self._first)
+
+    @property
+    def further_ones(self) -> list[EpisodeGeneration]:
+        """The samples of all conversations but the first."""
+        return [generation for generation, _ in self._all[1:]]
 
     @property
     def empty(self) -> bool:
@@ -80,6 +83,7 @@ class EpisodeSamples:
             generate=turn,
             deliver=self._work.deliver,
             begun=self._work.begun,
+            fork=self._fork,
             tools=self._tools,
         )
         self._all.append((generation, away))
@@ -89,7 +93,7 @@ class EpisodeSamples:
 
     async def further(self, ids: NDArray[np.int32]) -> Session:
         """A session that has still to begin with int32[n] `ids`. Raises `ResponseFullError` if they do not fit, or if
-        there are too many.
+        there are too many, and `DeadlineError` if the launcher gives it no sample.
 
         On cancel: it may have begun; it ends with the episode.
         """
@@ -98,6 +102,12 @@ class EpisodeSamples:
             raise ResponseFullError(f"the episode has {self._begun + 1} conversations, and may not have more")
         self._begun += 1
         return self._session(await self._work.further(self._first, self._begun))
+
+    async def _fork(self, ids: NDArray[np.int32]) -> Session:
+        """A session that has begun with int32[n] `ids`. Raises as `further`. On cancel: as `further`."""
+        session = await self.further(ids)
+        await session.begin(ids)
+        return session
 
     async def close(self) -> None:
         """The episode is over: calls under way are cancelled. On cancel: some may go on."""
@@ -112,12 +122,15 @@ class EpisodeSamples:
     async def finish(self, finish: m.Finish, reward: float | None, *, rewards: bool) -> None:
         """Every sample ends as the episode does, and has earned what it has; `rewards`: where the run asks for that.
 
+        A fork that was told a reward of its own has that, if the episode came to an end by itself.
+
         On cancel: some have not ended.
         """
-        for generation, _ in self._all:
+        for (generation, _), session in zip(self._all, self._sessions, strict=True):
             generation.finish = finish
             if rewards or finish is m.Finish.FAILED:
-                generation.rewarded(reward)
+                own = session.reward if finish is m.Finish.STOP and session is not self.first else None
+                generation.rewarded(reward if own is None else own)
             await self._work.deliver(generation)
 
     def leave(self) -> None:

@@ -2,6 +2,7 @@
 
 await session.generate()   a turn of the student, streamed to the teacher and trained like any response
 await session.give(...)    what a tool, a user or a template says: context, never trained
+await session.fork()       another session, which goes on from the same tokens: a sample of its own
 session.finish(reward)     what the episode has earned; it is over
 """
 
@@ -70,9 +71,11 @@ class Session:
         generate: Callable[[EpisodeGeneration], Awaitable[None]],
         deliver: Callable[[EpisodeGeneration], Awaitable[None]],
         begun: Callable[[EpisodeGeneration], None],
+        fork: Callable[[NDArray[np.int32]], Awaitable[Session]],
         tools: ToolPool,
     ) -> None:
-        """`generate` makes a turn, `deliver` sends what is there, `begun` is told of another prompt."""
+        """`generate` makes a turn, `deliver` sends what is there, `begun` is told of another prompt; `fork` makes a
+        session that begins with other tokens."""
         self._tools = tools
         self._generation = generation
         self._begun = begun
@@ -84,6 +87,7 @@ class Session:
         self._limits = limits
         self._generate = generate
         self._deliver = deliver
+        self._fork = fork
         self._caller: asyncio.Task[Any] | None = None
         """Whose call is under way."""
         self._over = False
@@ -187,6 +191,19 @@ class Session:
                 raise ResponseFullError(f"{size} characters for the {self.room} tokens that the response may have")
             await self._give(self._text.encode(what, int(seen[-1]) if len(seen) else None))
 
+    async def fork(self) -> Session:
+        """A session of the same episode that has said what this one has, and goes on in another way.
+
+        It is a sample of its own: what it has in common with this one is given to it, and trained here alone. It ends
+        with the episode at the latest, and has earned what that has, unless its own `finish` was told a reward.
+
+        Raises `ResponseFullError` if nothing fits behind what was said, or the episode has too many conversations.
+
+        On cancel: it may have begun; it ends with the episode.
+        """
+        with self._alone():
+            return await self._fork(self.read)
+
     async def begin(self, ids: NDArray[np.int32]) -> None:
         """Begin with int32[n], n > 0, in place of the row's prompt, before anything was said.
 
@@ -214,7 +231,7 @@ class Session:
             await self._deliver(self._generation)
 
     def finish(self, reward: float | None = None) -> None:
-        """The episode is over and has earned `reward`; it may return it instead."""
+        """The episode is over and has earned `reward`; it may return it instead. Of a fork: that alone."""
         self.reward = number_of(reward)
         self._over = True
 

@@ -131,7 +131,7 @@ class RolloutSection(Section):
     """Number of rollout actors. One drives many engines; more help when its event loop is late."""
     slots: Annotated[Positive, OrAuto(256)] = Auto(256)
     """Responses that are generated at once, over all actors. Each is an open connection: beyond the hard limit on
-    open files (`ulimit -Hn`) it is refused."""
+    open files (`ulimit -Hn`) it is refused. Conversations that episodes begin beside their first may go beyond it."""
     group_size: Positive = 1
     """Responses to each prompt. Estimators that compare responses need 2 or more."""
     chunk_tokens: Annotated[Tokens, OrAuto(512)] = Auto(512)
@@ -153,7 +153,7 @@ class RolloutSection(Section):
     say in between. Null: a response is one turn of the student."""
     endpoint: bool = False
     """Each episode has a base URL and a key (`session.base_url`, `session.api_key`), at which an agent that speaks
-    OpenAI's API finds the student."""
+    OpenAI's API finds the student. Every conversation is trained, those beside the first as samples of their own."""
     tools: ToolsSection = ToolsSection()
     """What episodes may call."""
     episode_deadline_s: Seconds = 600.0

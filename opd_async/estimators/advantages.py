@@ -30,11 +30,13 @@ WHITEN_EPS = 1e-8
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One complete response: `group` is the same for all responses to one prompt, `reward` None where it has none,
-    `tokens` may be 0."""
+    `tokens` may be 0. A `further` one is of an episode that another response of the group stands for: it is compared
+    with the group, and takes no part in the group's mean and deviation."""
 
     group: int
     reward: float | None
     tokens: int
+    further: bool = False
 
 
 def estimate(outcomes: Sequence[Outcome], section: AdvantageSection) -> list[Float32]:
@@ -50,8 +52,8 @@ def estimate(outcomes: Sequence[Outcome], section: AdvantageSection) -> list[Flo
 
 def flat_groups(outcomes: Sequence[Outcome]) -> float:
     """Share of the groups whose rewards are all equal: they teach group-relative estimators nothing. 0 for no group."""
-    rewards = [list(known.values()) for known in _groups(outcomes).values()]
-    return float(np.mean([min(known) == max(known) for known in rewards])) if rewards else 0.0
+    groups = _groups(outcomes).values()
+    return float(np.mean([min(known) == max(known) for known in groups])) if groups else 0.0
 
 
 def group_relative(outcomes: Sequence[Outcome], section: AdvantageSection) -> list[Float64]:
@@ -67,10 +69,9 @@ def group_relative(outcomes: Sequence[Outcome], section: AdvantageSection) -> li
     """
     centred = _centred(outcomes)
     if section.normalize_std:
-        for known in _groups(outcomes).values():
-            deviation = float(np.std(list(known.values()), ddof=1)) if len(known) > 1 else 0.0
-            for index in known:
-                centred[index] /= deviation + GROUP_EPS
+        groups = _groups(outcomes).items()
+        deviations = {group: float(np.std(known, ddof=1)) for group, known in groups if len(known) > 1}
+        centred /= np.array([deviations.get(outcome.group, 0.0) + GROUP_EPS for outcome in outcomes])
     return [np.full(outcome.tokens, value) for outcome, value in zip(outcomes, centred, strict=True)]
 
 
@@ -103,23 +104,23 @@ def reinforce_plus_plus_baseline(outcomes: Sequence[Outcome], section: Advantage
     return _whitened(outcomes, [np.full(o.tokens, value) for o, value in zip(outcomes, centred, strict=True)])
 
 
-def _groups(outcomes: Sequence[Outcome]) -> dict[int, dict[int, float]]:
-    """Known rewards by group and index of the response."""
-    groups: dict[int, dict[int, float]] = defaultdict(dict)
-    for index, outcome in enumerate(outcomes):
-        if outcome.reward is not None:
-            groups[outcome.group][index] = outcome.reward
+def _groups(outcomes: Sequence[Outcome]) -> dict[int, list[float]]:
+    """The known rewards of each group's responses, without further ones."""
+    groups: dict[int, list[float]] = defaultdict(list)
+    for outcome in outcomes:
+        if outcome.reward is not None and not outcome.further:
+            groups[outcome.group].append(outcome.reward)
     return groups
 
 
 def _centred(outcomes: Sequence[Outcome]) -> Float64:
     """float64[n]: r_i minus its group's mean; exactly 0 where a group's rewards are all equal, or none is known."""
+    groups = _groups(outcomes).items()
+    means = {group: float(np.mean(known)) for group, known in groups if min(known) < max(known)}
     centred = np.zeros(len(outcomes))
-    for known in _groups(outcomes).values():
-        rewards = list(known.values())
-        if min(rewards) < max(rewards):
-            for index, reward in known.items():
-                centred[index] = reward - np.mean(rewards)
+    for index, outcome in enumerate(outcomes):
+        if outcome.reward is not None and outcome.group in means:
+            centred[index] = outcome.reward - means[outcome.group]
     return centred
 
 

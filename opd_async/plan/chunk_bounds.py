@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from opd_async.keys import RunKeys
 from opd_async.plan.plan import Plan, RoleKind
+from opd_async.scheduling.further import FURTHER_IDS, MAX_FURTHER, is_further
 from opd_async.scheduling.grants import Grants
 from opd_async.transport.messages import Chunk, ScoredChunk
 
@@ -55,6 +56,10 @@ class ChunkBounds:
             return f"there is no actor {chunk.actor}"
         if not self._grants.holds(chunk.grant, chunk.sample_id, chunk.attempt, chunk.actor):
             return f"sample {chunk.sample_id}, attempt {chunk.attempt} was never leased to actor {chunk.actor}"
+        if is_further(chunk.sample_id) != (chunk.episode is not None):
+            return f"sample {chunk.sample_id} of episode {chunk.episode}"
+        if (begun := chunk.further) is not None and (len(begun) > MAX_FURTHER or (begun < FURTHER_IDS).any()):
+            return f"further: {len(begun)} samples, the first is {begun[0] if len(begun) else None}"
         if chunk.prompt_tokens + chunk.end > self._context:
             return f"{chunk.prompt_tokens} + {chunk.end} tokens in a context of {self._context}"
         own = ("teacher_prompt", chunk.teacher_prompt)

@@ -24,6 +24,8 @@ SPEAKERS: dict[type, frozenset[RoleKind]] = {
     m.Failure: _EVERYBODY,
     m.LeaseDone: frozenset({RoleKind.ROLLOUT}),
     m.LeaseAway: frozenset({RoleKind.ROLLOUT}),
+    m.FurtherWanted: frozenset({RoleKind.ROLLOUT}),
+    m.FurtherUnused: frozenset({RoleKind.ROLLOUT}),
     m.EvalDone: frozenset({RoleKind.ROLLOUT}),
     m.EnginePace: frozenset({RoleKind.ROLLOUT, RoleKind.TEACHER}),
     m.SuspectScores: frozenset({RoleKind.TEACHER}),
@@ -73,7 +75,7 @@ class ControlBounds:
                 return self._step_started(message)
             case m.LeaseDone():
                 return self._lease_done(role, message)
-            case m.LeaseAway():
+            case m.LeaseAway() | m.FurtherWanted() | m.FurtherUnused():
                 return self._held_by_another(role, message.sample_id)
             case m.EnginePace() | m.SuspectScores():
                 urls = self._run.plan.driven_by(role)

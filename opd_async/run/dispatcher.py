@@ -201,8 +201,10 @@ class Dispatcher:
                     self.ledger.roles[role].now = message.counters
                 case m.Acks():
                     await self._acks(message)
-                case m.LeaseDone() | m.LeaseAway():
+                case m.LeaseDone() | m.LeaseAway() | m.FurtherUnused():
                     self._slot(message)
+                case m.FurtherWanted():
+                    await self.leasing.further(role, message)
                 case m.EnginePace():
                     await self.slow_engines.heard(message)
                 case m.SuspectScores():
@@ -242,14 +244,16 @@ class Dispatcher:
                 case _:
                     log.warning("ignored a %s of %s", type(message).__name__, role)
 
-    def _slot(self, message: m.LeaseDone | m.LeaseAway) -> None:
+    def _slot(self, message: m.LeaseDone | m.LeaseAway | m.FurtherUnused) -> None:
         """Note that a response needs its slot no more, or not now, or again."""
         book = self.state.book
         if book is not None:
             if isinstance(message, m.LeaseDone):
                 book.ended(message.sample_id, message.attempt, message.response_tokens - message.given_tokens)
-            else:
+            elif isinstance(message, m.LeaseAway):
                 book.away(message.sample_id, message.attempt, message.away)
+            else:
+                book.unused(message.sample_id, message.attempt)
         self.leasing.look_again()
 
     async def _hello(self, role: str, hello: m.Hello) -> None:

@@ -116,6 +116,19 @@ class Leasing:
             grant=self._grants.of(spec.sample_id, spec.attempt, self._reach.fleet.role(actor).index),
         )
 
+    async def further(self, actor: str, wanted: m.FurtherWanted) -> None:
+        """Give an episode of `actor` a sample for another conversation; nothing to one that is over.
+
+        On cancel: a sample that was leased stays with the actor.
+        """
+        reach, book = self._reach, self._reach.state.book
+        if book is None or actor not in reach.up(RoleKind.ROLLOUT):
+            return
+        spec = book.further(wanted.sample_id, wanted.attempt, actor)
+        if spec is not None:
+            grant = self._grants.of(spec.sample_id, spec.attempt, reach.fleet.role(actor).index)
+            await reach.server.send(actor, m.FurtherLease(wanted.sample_id, spec.attempt, spec.sample_id, grant))
+
     def reclaimed(self, message: m.Reclaimed) -> None:
         """Lease the samples of a dead actor again, each behind what the intake holds of it."""
         book = self._reach.state.book

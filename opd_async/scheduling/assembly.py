@@ -8,6 +8,7 @@ Pure: no sockets, no clock. A response is trained in order and without gaps, so 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,9 +19,11 @@ from numpy.typing import NDArray
 
 from opd_async.estimators.topk import TopK
 from opd_async.scheduling.chunk_checks import well_formed
+from opd_async.scheduling.further import is_further
 from opd_async.scheduling.intervals import IntervalSet
 from opd_async.scheduling.marks import Marks
 from opd_async.scheduling.segments import ChunkFacts, Piece, Segment, segment_of
+from opd_async.transport.kinds import Finish
 from opd_async.transport.messages import ScoredChunk
 from opd_async.transport.owed import OwedSample
 
@@ -75,6 +78,10 @@ class Sample:
     early: dict[int, ScoredChunk] = field(default_factory=dict)
     order: int = 0
     """When the response finished, relative to others."""
+    episode: int | None = None
+    """Of a further sample: the leased one whose episode has begun it."""
+    further: tuple[int, ...] = ()
+    """Known with `finish`: the further samples that its episode has begun."""
 
     @property
     def untrained_tokens(self) -> int:
@@ -118,6 +125,8 @@ class Assembler:
         self.completed = completed or IntervalSet()
         self._marks = Marks()
         self._finished = 0
+        self._further: defaultdict[int, set[int]] = defaultdict(set)
+        """The further samples that are here, by episode."""
 
     def restore(self, sample_id: int, trained: NDArray[np.int32], given: int = 0) -> None:
         """A sample that was partly trained before a restart: its next attempt starts behind these tokens, of which
@@ -150,8 +159,11 @@ class Assembler:
                 label=chunk.label,
                 prompt=chunk.context,
                 teacher_prompt=chunk.teacher_prompt,
+                episode=chunk.episode,
             )
             self.samples[chunk.sample_id] = sample
+            if chunk.episode is not None:
+                self._further[chunk.episode].add(chunk.sample_id)
         if chunk.attempt < sample.attempt:
             return Verdict.STALE_ATTEMPT
         is_first_of_attempt = chunk.attempt > sample.attempt or not len(sample.prompt)
@@ -204,14 +216,42 @@ class Assembler:
                 sample.untrained_given += len(chunk.token_ids)
         sample.actor, sample.teacher = chunk.actor, chunk.teacher
         if chunk.finish is not None:
-            sample.finish, sample.reward = chunk.finish, chunk.reward
-            sample.order = self._finished
-            self._finished += 1
+            sample.reward = chunk.reward
+            sample.further = () if chunk.further is None else tuple(chunk.further.tolist())
+            self._finish(sample, chunk.finish)
+
+    def _finish(self, sample: Sample, finish: str) -> None:
+        sample.finish, sample.order = finish, self._finished
+        self._finished += 1
+
+    def episode_of(self, sample_id: int) -> list[Sample] | None:
+        """A leased sample that has ended and the further ones of its episode, which have ended too; None before."""
+        first = self.samples.get(sample_id)
+        if first is None or first.finish is None:
+            return None
+        here = self._further.get(sample_id, set())
+        if any(one not in here and one not in self.completed for one in first.further):
+            return None
+        found = [first, *(self.samples[one] for one in sorted(here))]
+        return found if all(sample.finish is not None for sample in found) else None
+
+    def _end_here(self, sample_id: int, attempt: int) -> Resumable:
+        """A further sample whose actor is gone ends with what is held of it: nobody goes on with it."""
+        sample = self.samples.get(sample_id)
+        if sample is None:
+            self.completed.add(sample_id)
+        elif sample.finish is None:
+            sample.attempt = attempt + 1
+            sample.early.clear()
+            self._finish(sample, Finish.FAILED)
+        return Resumable(attempt, np.zeros(0, np.int32), complete=True)
 
     def give_up_attempt(self, sample_id: int, attempt: int) -> Resumable:
         """End an attempt whose actor is gone: late chunks of it are refused from now on. Idempotent."""
         if sample_id in self.completed:
             return Resumable(attempt, np.zeros(0, np.int32), complete=True)
+        if is_further(sample_id):
+            return self._end_here(sample_id, attempt)
         sample = self.samples.get(sample_id)
         if sample is None:
             # remembered, so that a chunk still under way cannot bring the old attempt back to life
@@ -259,9 +299,17 @@ class Assembler:
         sample.untrained.clear()
         sample.trained_end, sample.untrained_given = sample.scored_end, 0
         if complete:
-            del self.samples[sample.sample_id]
-            self.completed.add(sample.sample_id)
+            self._leave(sample)
         return segment
+
+    def _leave(self, sample: Sample) -> None:
+        """All of a sample is trained."""
+        del self.samples[sample.sample_id]
+        self.completed.add(sample.sample_id)
+        if sample.episode is not None:
+            self._further[sample.episode].discard(sample.sample_id)
+            if not self._further[sample.episode]:
+                del self._further[sample.episode]
 
 
 def _segment(sample: Sample, complete: bool) -> Segment:

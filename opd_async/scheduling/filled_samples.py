@@ -35,12 +35,13 @@ class FilledSamples:
             sample_id = assembler.completed.first_absent(sample_id + 1)
         return ids
 
-    def _groups(self, assembler: Assembler, batch: list[int]) -> list[list[Sample]]:
-        """Groups of which every response has ended and is scored, in order."""
-        groups: list[list[Sample]] = []
+    def _groups(self, assembler: Assembler, batch: list[int]) -> list[list[list[Sample]]]:
+        """Groups of which every response has ended and is scored, in order; each response with the further ones of its
+        episode."""
+        groups: list[list[list[Sample]]] = []
         for _, ids in groupby(batch, key=lambda sample_id: sample_id // self.group_size):
-            found = [assembler.samples.get(sample_id) for sample_id in ids]
-            ended = [sample for sample in found if sample is not None and sample.finish is not None]
+            found = [assembler.episode_of(sample_id) for sample_id in ids]
+            ended = [episode for episode in found if episode is not None]
             if len(ended) == len(found):
                 groups.append(ended)
         return groups
@@ -48,7 +49,7 @@ class FilledSamples:
     def ready_tokens(self, assembler: Assembler, version: int) -> int:
         """Tokens of the groups that the step at `version` could train."""
         groups = self._groups(assembler, self._batch(assembler, version))
-        return sum(sample.untrained_tokens for group in groups for sample in group)
+        return sum(sample.untrained_tokens for group in groups for episode in group for sample in episode)
 
     def overfull(self, assembler: Assembler, version: int, taken: int | None) -> bool:
         """Never: admission is enough."""
@@ -56,9 +57,9 @@ class FilledSamples:
 
     def round(self, assembler: Assembler, version: int, taken: int) -> Round:
         """A sixteenth of a step of ended groups, or one group; the step closes with the last group of its batch."""
-        batch, chosen = self._batch(assembler, version), list[Sample]()
+        batch, chosen = self._batch(assembler, version), list[list[Sample]]()
         for group in self._groups(assembler, batch):
             if len(chosen) * PARTS >= self.samples_per_step:
                 break
             chosen += group
-        return Round(chosen, closes=len(chosen) == len(batch))
+        return Round([sample for episode in chosen for sample in episode], closes=len(chosen) == len(batch))

@@ -1,7 +1,8 @@
 """What has been trained, as a file in the checkpoint: the reason why a resumed run trains nothing twice.
 
 The set of trained (sample, start, end) ranges is kept as completed samples (intervals of ids) and, for responses that
-were being generated, the trained tokens from 0 to `trained_end`: generation goes on behind them.
+were being generated, the trained tokens from 0 to `trained_end`: generation goes on behind them. Further samples of
+episodes are all completed, as far as they were begun: nobody goes on with one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from opd_async.errors import InputError, WireError
 from opd_async.files import CHECKSUM_BYTES, checksum, write_atomically
 from opd_async.scheduling.assembly import Assembler
+from opd_async.scheduling.further import FURTHER_IDS, is_further
 from opd_async.scheduling.intervals import IntervalSet
 from opd_async.transport.bounds import receive
 from opd_async.transport.messages import Frontier
@@ -37,17 +39,27 @@ def given_of(frontier: Frontier) -> NDArray[np.int32]:
 
 def snapshot(assembler: Assembler, version: int) -> Frontier:
     """The frontier right after the step that made `version`."""
-    partial = sorted((s for s in assembler.samples.values() if s.trained_end), key=lambda s: s.sample_id)
+    leased = (s for s in assembler.samples.values() if s.trained_end and not is_further(s.sample_id))
+    partial = sorted(leased, key=lambda s: s.sample_id)
     tokens = [s.response()[: s.trained_end] for s in partial]
     given = np.array([s.given - s.untrained_given for s in partial], np.int32)
     return Frontier(
         version=version,
-        completed=assembler.completed.to_array(),
+        completed=_completed(assembler),
         partial_ids=np.array([s.sample_id for s in partial], np.int64),
         partial_ends=np.array([s.trained_end for s in partial], np.int32),
         partial_tokens=np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
         partial_given=given if given.any() else None,
     )
+
+
+def _completed(assembler: Assembler) -> NDArray[np.int64]:
+    """int64[n, 2]: intervals of samples of which nothing more is to be trained, once this is gone back to."""
+    found = list(assembler.completed)
+    ends = [high for _, high in found if is_further(high - 1)]
+    ends += [sample_id + 1 for sample_id in assembler.samples if is_further(sample_id)]
+    leased = [one for one in found if not is_further(one[0])]
+    return IntervalSet([*leased, *([(FURTHER_IDS, max(ends))] if ends else [])]).to_array()
 
 
 def restore(frontier: Frontier, attempt_floor: int = 0, topk: int = 0, teacher: bool = True) -> Assembler:

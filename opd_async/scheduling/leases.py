@@ -23,6 +23,7 @@ from opd_async.scheduling.admission import (
     bound_of,
 )
 from opd_async.scheduling.frontier import given_of
+from opd_async.scheduling.further import FURTHER_IDS, MAX_FURTHER, is_further
 from opd_async.scheduling.intervals import IntervalSet
 from opd_async.transport.messages import Frontier
 
@@ -35,6 +36,8 @@ class LeaseSpec:
     attempt: int
     prompt_index: int
     prefix: NDArray[np.int32]
+    episode: int | None = None
+    """Of a further sample: the leased one whose episode has begun it."""
 
 
 class _Trained(NamedTuple):
@@ -44,7 +47,7 @@ class _Trained(NamedTuple):
     tokens: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Active:
     """A sample between its lease and its last trained token."""
 
@@ -55,6 +58,8 @@ class _Active:
     """Sampled tokens of the response, known once it has ended."""
     away: bool = False
     """Its episode waits for a tool: it generates, but needs no slot."""
+    further: int = 0
+    """Further samples that its episode has begun."""
 
 
 class PromptOrder:
@@ -104,7 +109,8 @@ class LeaseBook:
     A sample may be trained in parts at any time. News of an attempt that was given up changes nothing.
 
     At most `slots` responses are generated at once, and `UNDER_WAY` times as many are under way, those included whose
-    episode waits for a tool; whether one more may begin is a matter of the `admission` rule.
+    episode waits for a tool; whether one more may begin is a matter of the `admission` rule. A further sample of an
+    episode takes a slot while it is generated, and is not asked whether it may: what has begun must come to its end.
     """
 
     def __init__(
@@ -123,10 +129,12 @@ class LeaseBook:
         self._attempt = attempt
         self._next = 0
         self._completed = IntervalSet.from_array(frontier.completed)
+        self._next_further = self._completed.first_absent(FURTHER_IDS)
         self._returned: deque[LeaseSpec] = deque()
         self._active: dict[int, _Active] = {}
         self._generating: Counter[str] = Counter()
         self._away = 0
+        self._further_generating = 0
         self._waiting_tokens = 0
         self._mean_tokens, self._any_ended = float(longest), False
         self._trained: dict[int, _Trained] = {}
@@ -139,10 +147,10 @@ class LeaseBook:
     @property
     def generating(self) -> int:
         """Responses that have not ended and are not away."""
-        return self._generating.total() - self._away
+        return self._generating.total() - self._away + self._further_generating
 
     def generating_by(self, actor: str) -> int:
-        """Responses of one actor that have not ended."""
+        """Leased responses of one actor that have not ended."""
         return self._generating[actor]
 
     @property
@@ -176,9 +184,32 @@ class LeaseBook:
                 return None
             spec = LeaseSpec(sample_id, self._attempt, self._order.prompt_of(sample_id), np.zeros(0, np.int32))
             self._next = sample_id + 1
-        self._active[spec.sample_id] = _Active(spec, actor, self._trained.pop(spec.sample_id, _Trained()))
+        self._active[spec.sample_id] = _Active(
+            spec=spec, actor=actor, trained=self._trained.pop(spec.sample_id, _Trained())
+        )
         self._generating[actor] += 1
         return spec
+
+    def further(self, sample_id: int, attempt: int, actor: str) -> LeaseSpec | None:
+        """A sample for another conversation of the episode of `sample_id`; None if `actor` does not run it, or it has
+        `MAX_FURTHER` of them."""
+        first = self._active.get(sample_id)
+        if first is None or (first.actor, first.spec.attempt) != (actor, attempt) or first.spec.episode is not None:
+            return None
+        if first.response_tokens is not None or first.further >= MAX_FURTHER:
+            return None
+        first.further += 1
+        spec = LeaseSpec(self._next_further, attempt, first.spec.prompt_index, np.zeros(0, np.int32), sample_id)
+        self._next_further += 1
+        self._active[spec.sample_id] = _Active(spec=spec, actor=actor, trained=_Trained())
+        self._further_generating += 1
+        return spec
+
+    def unused(self, sample_id: int, attempt: int) -> None:
+        """A further sample has not begun, and will not."""
+        active = self._active.get(sample_id)
+        if active is not None and active.spec.episode is not None and active.spec.attempt == attempt:
+            self._remove(active)
 
     def _first_unleased(self) -> int:
         sample_id = self._completed.first_absent(self._next)
@@ -190,13 +221,19 @@ class LeaseBook:
         """The episode of a response waits for its own code, or the student goes on with it."""
         active = self._active.get(sample_id)
         if active is not None and active.spec.attempt == attempt and active.response_tokens is None:
-            self._away += away - active.away
+            if active.spec.episode is None:
+                self._away += away - active.away
+            else:
+                self._further_generating -= away - active.away
             active.away = away
 
     def _stops(self, active: _Active) -> None:
         """A response is not generated any more."""
-        self._generating[active.actor] -= 1
-        self._away -= active.away
+        if active.spec.episode is None:
+            self._generating[active.actor] -= 1
+            self._away -= active.away
+        else:
+            self._further_generating -= not active.away
         active.away = False
 
     def ended(self, sample_id: int, attempt: int, response_tokens: int) -> None:
@@ -247,6 +284,8 @@ class LeaseBook:
 
     def was_leased(self, sample_id: int) -> bool:
         """Whether a sample has ever been leased, in this launch or before its checkpoint."""
+        if is_further(sample_id):
+            return sample_id < self._next_further
         known = sample_id in self._active or sample_id in self._trained or sample_id in self._completed
         return known or sample_id < self._next
 
@@ -264,9 +303,15 @@ class LeaseBook:
         return [active.spec for active in self._active.values() if active.actor == actor]
 
     def give_back(self, sample_id: int, attempt: int, prefix: NDArray[np.int32], complete: bool) -> None:
-        """The sample's actor is gone: lease it again behind `prefix`, unless all of it is scored already."""
+        """The sample's actor is gone: lease it again behind `prefix`, unless all of it is scored already.
+
+        A further one ends there: its episode, begun anew, begins others.
+        """
         active = self._active.get(sample_id)
         if active is None:
+            return
+        if active.spec.episode is not None:
+            self._remove(active)
             return
         if complete:
             # the learner holds all of it; its exact length no longer matters to admission

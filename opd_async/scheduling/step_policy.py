@@ -122,7 +122,8 @@ class DeadlineCuts(WholeSteps):
 
 
 class WholeSamples(WholeSteps):
-    """`train_on: samples`. Step k trains samples k * B to (k + 1) * B - 1 once all of them are complete.
+    """`train_on: samples`. Step k trains samples k * B to (k + 1) * B - 1 once all of them are complete, each with the
+    further samples of its episode.
 
     A multiple of `rollout.group_size` makes every step one of whole groups: samples are numbered group by group.
     With leases admitted only below (version + S + 1) * B (`leases.py`), no token is older than S steps.
@@ -148,6 +149,6 @@ class WholeSamples(WholeSteps):
 
     def choose(self, assembler: Assembler, version: int) -> list[Sample]:
         """The next batch in sample order, if every one of it is complete."""
-        found = [assembler.samples.get(sample_id) for sample_id in self._batch(assembler)]
-        batch = [sample for sample in found if sample is not None and sample.finish is not None]
-        return batch if len(batch) == self.samples_per_step else []
+        found = [assembler.episode_of(sample_id) for sample_id in self._batch(assembler)]
+        ended = [episode for episode in found if episode is not None]
+        return [sample for episode in ended for sample in episode] if len(ended) == len(found) else []

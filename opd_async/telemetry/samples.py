@@ -196,6 +196,7 @@ def trained_row(sample: TrainedSample, tokenizer: Text) -> dict[str, Any]:
     return {
         "step": sample.version + 1,
         "sample": sample.sample_id,
+        **({} if sample.episode is None else {"episode": sample.episode}),
         "prompt_id": sample.prompt_id,
         "teacher": sample.teacher,
         "finish": sample.finish,

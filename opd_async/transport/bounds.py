@@ -59,6 +59,7 @@ _COMMANDS = ("Train", "SyncWeights", "SaveCheckpoint", "ExportModel")
 
 BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("sample_id", "sample_ids", "taken_ids", "partial_ids", "prompt_id", "completed", "grant"), _ID),
+    **dict.fromkeys(("episode", "further"), _ID),
     **dict.fromkeys(("attempt", "attempts", "actor", "index", "start", "starts", "ends", "partial_ends"), _COUNT),
     **dict.fromkeys(("taken_ends", "prompt_tokens", "response_tokens", "max_tokens", "ready_tokens"), _COUNT),
     **dict.fromkeys(("version", "next_step", "step", "weight_version", "loss_tokens", "part", "rank"), _COUNT),
@@ -239,6 +240,8 @@ def _of_chunk(values: Mapping[str, Any]) -> str | None:
         return f"teacher_prompt: {len(read)} tokens, which nothing else says"
     if not count and values["finish"] is None:
         return "no tokens and no end"
+    if values["further"] is not None and values["finish"] is None:
+        return "further: what an episode has begun is said at its end"
     sampled = count if values["sampled"] else 0
     if not values["sampled"] and values["finish"] is not None:
         return "sampled: given tokens cannot end a response"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,7 +18,9 @@ from opd_async.config.topology import ONE_TEACHER, Topology
 from opd_async.plan.free_ports import free_ports
 from opd_async.plan.plan import Plan, RoleKind, RolePlan
 from opd_async.role import Role
+from opd_async.scheduling.further import FURTHER_IDS
 from opd_async.telemetry.exporter import RoleMetrics
+from opd_async.transport import messages as m
 from opd_async.transport.channels import ControlClient
 
 POLL_S = 0.01
@@ -25,14 +28,23 @@ SPEED = 50.0
 
 
 class Dispatcher:
-    """What the actor hears and says."""
+    """What the actor hears and says. While it `leases`, whoever asks for a further sample gets one."""
 
     def __init__(self) -> None:
         self.to_role: asyncio.Queue[Any] = asyncio.Queue()
         self.said: list[Any] = []
+        self.leases = True
+        self._further = itertools.count(FURTHER_IDS)
 
     async def send(self, message: Any) -> None:
         self.said.append(message)
+        if isinstance(message, m.FurtherWanted) and self.leases:
+            await self.lease_further(message)
+
+    async def lease_further(self, wanted: m.FurtherWanted) -> None:
+        """Answer who has asked."""
+        sample_id = next(self._further)
+        await self.to_role.put(m.FurtherLease(wanted.sample_id, wanted.attempt, sample_id, sample_id - FURTHER_IDS + 7))
 
     async def receive(self) -> Any:
         return await self.to_role.get()

@@ -34,21 +34,24 @@ class Running:
     def __init__(self, role: Role, dispatcher: Dispatcher, tokenizer: Any) -> None:
         self.role, self.dispatcher, self.tokenizer = role, dispatcher, tokenizer
         self.chunks: list[m.ScoredChunk] = []
+        self.further: dict[int, list[m.ScoredChunk]] = {}
+        """Those of further samples."""
         self._pull = Pull(role.context, role.plan.scored)
 
     async def collect(self) -> None:
         while True:
             chunk = await self._pull.receive()
             assert problem(chunk) is None
-            if not any(chunk.start == one.start and chunk.end == one.end for one in self.chunks):  # nobody acknowledges
-                self.chunks.append(chunk)
+            chunks = self.chunks if chunk.episode is None else self.further.setdefault(chunk.sample_id, [])
+            if not any(chunk.start == one.start and chunk.end == one.end for one in chunks):  # nobody acknowledges
+                chunks.append(chunk)
 
-    async def lease(self, prefix: list[int] | None = None) -> None:
+    async def lease(self, prefix: list[int] | None = None, kind: m.LeaseKind = m.LeaseKind.TRAIN) -> None:
         lease = m.Lease(
             sample_id=9,
             attempt=1,
             prompt_id=5,
-            kind=m.LeaseKind.TRAIN.value,
+            kind=kind.value,
             temperature=1.0,
             label="5",
             prompt=np.array(self.tokenizer.encode(PROMPT).ids, np.int32),
@@ -61,10 +64,27 @@ class Running:
         await until(lambda: bool(self.chunks) and self.chunks[-1].finish is not None, "the last chunk")
         return self.chunks[-1]
 
-    def text(self, sampled: bool) -> list[str]:
-        """The text of each run of tokens that were sampled, or given."""
+    async def evaluated(self) -> m.EvalDone:
+        """What comes of an evaluation."""
+        await until(lambda: bool(self.dispatcher.of(m.EvalDone)), "the end of the evaluation")
+        [done] = self.dispatcher.of(m.EvalDone)
+        assert isinstance(done, m.EvalDone)
+        return done
+
+    async def further_ends(self, count: int) -> list[m.ScoredChunk]:
+        """The last chunk of each of so many further samples, in their order."""
+
+        def ended() -> bool:
+            return sum(chunks[-1].finish is not None for chunks in self.further.values()) == count
+
+        await until(ended, f"the ends of {count} further samples")
+        assert len(self.further) == count
+        return [self.further[sample_id][-1] for sample_id in sorted(self.further)]
+
+    def text(self, sampled: bool, sample_id: int | None = None) -> list[str]:
+        """The text of each run of tokens that were sampled, or given; of the lease's sample, or a further one."""
         runs: list[tuple[bool, list[int]]] = []
-        for chunk in self.chunks:
+        for chunk in self.chunks if sample_id is None else self.further[sample_id]:
             if runs and runs[-1][0] == chunk.sampled:
                 runs[-1][1].extend(chunk.token_ids.tolist())
             elif len(chunk.token_ids):
@@ -85,6 +105,7 @@ async def rollout(
     monkeypatch: pytest.MonkeyPatch,
     *answers: str,
     deadline_s: float = 3000.0,
+    reward: str = "episode",
     **sections: Any,
 ) -> AsyncIterator[tuple[Running, TalkingEngine]]:
     tokenizer = write_tokenizer(folder)
@@ -104,7 +125,7 @@ async def rollout(
                 **sections,
             },
             opd={"use_opd": False},
-            reward={"kind": "episode"},
+            reward={"kind": reward},
             evaluation={"judge": "reward"},
         )
         plan = plan.model_copy(update={"stop_token_ids": (ENDS,)})

@@ -159,8 +159,69 @@ async def test_another_history_is_another_conversation(tmp_path: Path, monkeypat
         await running.end()
         assert running.ended("finished") == 1
         assert (running.counted("begun"), running.counted("extended")) == (4, 3)
+        ends = await running.further_ends(3)
+        assert [(end.finish, end.reward, end.episode, end.further) for end in ends] == [("stop", 1.0, 9, None)] * 3
+        assert [end.grant for end in ends] == [7, 8, 9], "each has a lease"
+        begun = [end.sample_id for end in ends]
+        last = running.chunks[-1]
+        assert last.further is not None and last.further.tolist() == begun and last.episode is None
+        said = [running.text(True, sample_id) for sample_id in begun]
+        assert running.text(True)[:2] == [f"one{END}", f"four{END}"] and len(running.text(True)) == 3
+        assert said[:2] == [[f"two{END}", f"five{END}"], [f"three{END}"]] and len(said[2]) == 1
+        assert sorted(running.text(True)[2:] + said[2]) == [f"seven{END}", f"six{END}"]
+        edited = running.further[begun[0]][0]
+        assert not edited.sampled and edited.context is not None, "what the agent has made of its history is given"
+        done = {one.sample_id: one for one in running.dispatcher.of(m.LeaseDone)}
+        assert set(done) == {9, *begun} and all(one.finish == "stop" for one in done.values())
+        assert done[begun[1]].response_tokens - done[begun[1]].given_tokens == len("three") + 1
         assert engine.read()[1].startswith(f"{PROMPT}edited{END}\n{START}user")
         assert engine.read()[2].startswith(f"{START}system\nBe brief{END}")
+
+
+async def test_other_choices_are_samples_that_were_given_what_the_first_has_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def episode(session: Session, row: dict[str, Any]) -> float:
+        async with client_of(session) as client:
+            first = await client.chat.completions.create(model="m", messages=ASK)
+            messages: list[Any] = [*ASK, first.choices[0].message, *ASK]
+            answer = await client.chat.completions.create(model="m", messages=messages, n=2)
+            assert sorted(choice.message.content or "" for choice in answer.choices) == ["left", "right"]
+        return 1.0
+
+    async with rollout(episode, tmp_path, monkeypatch, "first", "left", "right") as (running, _):
+        await running.lease()
+        await running.end()
+        [end] = await running.further_ends(1)
+        assert running.text(True)[0] == f"first{END}"
+        assert running.text(False, end.sample_id) == [f"first{END}" + running.text(False)[0]]
+        assert sorted([*running.text(True)[1:], *running.text(True, end.sample_id)]) == [f"left{END}", f"right{END}"]
+
+
+async def test_a_launcher_that_leases_nothing_is_named_and_what_comes_late_goes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def episode(session: Session, row: dict[str, Any]) -> float:
+        async with client_of(session) as client:
+            await client.chat.completions.create(model="m", messages=ASK)
+            running.dispatcher.leases = False
+            with pytest.raises(openai.InternalServerError, match="launcher leased no further conversation") as error:
+                await client.chat.completions.create(model="m", messages=ASK)
+            assert error.value.status_code == 503
+            running.dispatcher.leases = True
+            answer = await client.chat.completions.create(model="m", messages=ASK)
+            assert answer.choices[0].message.content == "two"
+        return 1.0
+
+    async with rollout(episode, tmp_path, monkeypatch, "one", "two") as (running, _):
+        await running.lease()
+        await running.end()
+        [end] = await running.further_ends(1)
+        late = running.dispatcher.of(m.FurtherWanted)[0]
+        await running.dispatcher.lease_further(late)
+        await until(lambda: bool(running.dispatcher.of(m.FurtherUnused)), "it is given back")
+        assert running.dispatcher.of(m.FurtherUnused) == [m.FurtherUnused(end.sample_id + 1, 1)]
+        assert len(running.dispatcher.of(m.LeaseDone)) == 2
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -10,6 +10,7 @@ import pytest
 
 from opd_async.actors.intake.filtering import FinishedGroup, GroupFilter
 from opd_async.hooks import HookError
+from opd_async.scheduling.further import FURTHER_IDS
 
 MODULE = """
 def keep(group):
@@ -27,6 +28,7 @@ class One(NamedTuple):
     sample_id: int
     reward: float | None
     end: int = 7
+    episode: int | None = None
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +54,13 @@ def test_the_group_says_what_is_known_of_it() -> None:
     chosen._keep = lambda group: asked.append(group) is None
     chosen.kept([One(4, 1.0, 9), One(5, None, 0)])
     assert asked == [FinishedGroup(sample_ids=(4, 5), rewards=(1.0, None), lengths=(9, 0))]
+
+
+def test_further_conversations_go_the_way_of_their_episodes() -> None:
+    taken = [One(4, 1.0), One(FURTHER_IDS, 1.0, episode=4), One(5, 0.0), One(6, 1.0), One(7, 1.0)]
+    taken.append(One(FURTHER_IDS + 1, 0.0, episode=7))
+    kept = GroupFilter("filter_hooks:keep", 2).kept(taken)
+    assert [one.sample_id for one in kept] == [4, FURTHER_IDS, 5], "what they have earned is not asked for"
 
 
 def test_what_it_raises_names_the_group() -> None:

@@ -14,6 +14,7 @@ from opd_async.errors import InputError
 from opd_async.plan.plan import Plan
 from opd_async.run import checkpoints
 from opd_async.run.trained import TrainedStep, read_trained
+from opd_async.scheduling.further import is_further
 
 
 @dataclass(slots=True)
@@ -66,7 +67,8 @@ def audit_steps(steps: Iterable[TrainedStep], bound: int | None, in_flight: int,
             late = bound is not None and step.version - oldest > bound
             found.too_old += late or youngest > step.version or oldest < newest[sample] or oldest > youngest
             newest[sample] = youngest
-    passed_over = max(ends, default=-1) + 1 - len(ends)
+    leased = [sample for sample in ends if not is_further(sample)]
+    passed_over = max(leased, default=-1) + 1 - len(leased)
     found.lost += max(0, passed_over - in_flight)
     found.steps_wrong = sum(one != two for one, two in zip(versions, range(last), strict=False))
     found.steps_wrong += abs(len(versions) - last)

@@ -22,6 +22,7 @@ from kinds import kinds
 from regimes import REGIMES
 
 from opd_async.run.trained import TrainedStep
+from opd_async.scheduling.further import FURTHER_IDS
 
 Rows = Sequence[Sequence[tuple[int, int, int, int, int]]]
 GOOD: Rows = [
@@ -47,6 +48,13 @@ def counted(rows: Rows, bound: int | None = 1, last: int = 3, given: Given | Non
 
 def test_a_run_without_fault_has_none() -> None:
     assert counted(GOOD) == (0, 0, 0, 0)
+
+
+def test_further_samples_of_episodes_are_audited_and_pass_over_nobody() -> None:
+    rows = [*GOOD[:2], [(2, 0, 4, 1, 2), (FURTHER_IDS + 5, 0, 4, 2, 2)]]
+    assert counted(rows) == (0, 0, 0, 0)
+    assert counted([*GOOD[:2], [*rows[2], (FURTHER_IDS + 5, 3, 6, 2, 2)]]) == (1, 0, 0, 0)
+    assert counted([*GOOD[:2], [*rows[2], (FURTHER_IDS + 6, 1, 6, 2, 2)]]) == (0, 1, 0, 0)
 
 
 @pytest.mark.parametrize(

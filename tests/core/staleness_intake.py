@@ -67,7 +67,8 @@ class SimIntake:
         if complete:
             self._finished[sample.sample_id] = (sample.attempt, sample.actor, end + 1)
             self._touched.add(sample.sample_id)
-        return Row(sample.sample_id, end, complete, self.assembler.take(sample), sample.given)
+        gone, segment = sample.episode is not None and sample.finish == "failed", self.assembler.take(sample)
+        return Row(sample.sample_id, end, complete, segment, sample.given, sample.episode, gone)
 
     def acknowledge(self) -> None:
         """Say what is held."""

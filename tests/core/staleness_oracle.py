@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from opd_async.scheduling.further import is_further
 from opd_async.scheduling.segments import Segment
 
 PROMPT_IDS = 10_000_000
@@ -31,11 +32,15 @@ class Row:
     segment: Segment | None
     given: int = 0
     """Tokens before `end` that were given."""
+    episode: int | None = None
+    """Of a further sample: the one that has begun it."""
+    gone: bool = False
+    """Its actor died, and nobody goes on with it."""
 
 
 def prompt_of(sample_id: int) -> NDArray[np.int32]:
     """int32[1..3]: the sample's prompt."""
-    return np.full(1 + sample_id % 3, PROMPT_IDS + sample_id, np.int32)
+    return np.full(1 + sample_id % 3, PROMPT_IDS + sample_id % 1_000_003, np.int32)
 
 
 def behaviour_of(ids: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -55,6 +60,8 @@ class Oracle:
     max_staleness: int | None
     max_length: int
     seed: int = 0
+    whole_groups: bool = False
+    """Further samples are trained in the step of the one that has begun them."""
     spans: bool = False
     """Responses have tokens that were given and not sampled."""
     limit: int | None = None
@@ -70,7 +77,7 @@ class Oracle:
 
     def length_of(self, sample_id: int) -> int:
         """Length of the whole response: mostly short, some empty, some as long as can be."""
-        if self.limit is not None and sample_id >= self.limit:
+        if self.limit is not None and sample_id >= self.limit and not is_further(sample_id):
             return 1
         draw = (sample_id * 2654435761 + self.seed * 40503) >> 7
         if draw % 7 == 0:
@@ -105,6 +112,10 @@ class Oracle:
         self._open = not closes
         for row in rows:
             self._train(version, row)
+        here = {row.sample_id for row in rows}
+        for row in rows if self.whole_groups else []:
+            if row.episode is not None and row.episode not in here:
+                raise BrokenInvariant(f"sample {row.sample_id} is trained without sample {row.episode}")
 
     def _train(self, version: int, row: Row) -> None:
         sample_id = row.sample_id
@@ -113,7 +124,7 @@ class Oracle:
             raise BrokenInvariant(f"sample {sample_id} is trained after its end")
         if row.complete:
             self._complete.add(sample_id)
-            if row.end != self.length_of(sample_id):
+            if row.end != self.length_of(sample_id) and not row.gone:
                 raise BrokenInvariant(f"sample {sample_id} ends at {row.end}, not at {self.length_of(sample_id)}")
         if row.segment is None:
             given = row.complete and self.given_until(sample_id, len(before)) == row.end

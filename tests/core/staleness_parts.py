@@ -50,7 +50,16 @@ class SimActor:
         teacher = rendezvous(spec.prompt_index, range(len(self.wires)))
         self.outbox.open(spec.sample_id, spec.attempt, teacher, prompt, spec.prefix)
         given = oracle.given_before(spec.sample_id, len(spec.prefix))
-        self.live[spec.sample_id] = Generation(lease=lease, rid="", student=self.student, given_tokens=given)
+        self.live[spec.sample_id] = Generation(
+            lease=lease, rid="", student=self.student, given_tokens=given, episode=spec.episode
+        )
+        if spec.episode is not None:
+            self.live[spec.episode].further.append(spec.sample_id)
+
+    def episode(self, pick: int) -> tuple[int, int] | None:
+        """(sample, attempt) of a leased response that is under way."""
+        leased = [g.lease for g in self.live.values() if g.episode is None]
+        return (leased[pick % len(leased)].sample_id, leased[pick % len(leased)].attempt) if leased else None
 
     def generate(self, oracle: Oracle, pick: int, tokens: int, chunk_tokens: int, now: int) -> m.LeaseDone | None:
         """Some new tokens of one response; tells when that ends it."""
@@ -111,13 +120,18 @@ class SimActor:
             self.flush(generation, 1, now)
         return self.outbox.owed()
 
-    def handle(self, message: Any, now: int) -> None:
-        """One message of the dispatcher."""
+    def handle(self, message: Any, oracle: Oracle, now: int) -> m.FurtherUnused | None:
+        """One message of the dispatcher; returns what it is told of a further sample that comes too late."""
         if isinstance(message, m.Acks):
             for sample_id, attempt, end in zip(message.sample_ids, message.attempts, message.ends, strict=True):
                 self.outbox.acknowledge(int(sample_id), int(attempt), int(end), now)
         elif isinstance(message, m.TeacherRestarted):
             self.send_again(self.outbox.teacher_restarted(message.index, now))
+        elif message.episode in self.live:
+            self.start(message, oracle)
+        else:
+            return m.FurtherUnused(message.sample_id, message.attempt)
+        return None
 
     def forget(self) -> None:
         """Lose everything: a death, or a reset."""

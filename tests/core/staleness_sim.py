@@ -29,6 +29,7 @@ from opd_async.scheduling.admission import (
 )
 from opd_async.scheduling.filled_samples import FilledSamples
 from opd_async.scheduling.filled_steps import FilledSteps
+from opd_async.scheduling.further import is_further
 from opd_async.scheduling.leases import LeaseBook, PromptOrder
 from opd_async.scheduling.step_policy import DeadlineCuts, StepPolicy, WholeSamples
 from opd_async.transport import messages as m
@@ -60,6 +61,8 @@ class Setup:
     seed: int = 0
     filled: bool = False
     spans: bool = False
+    further: bool = False
+    """Episodes begin samples beside their own."""
 
     def admission(self) -> Admission:
         """The rule of admission of these sizes."""
@@ -92,16 +95,23 @@ class Simulation:
         self._actors = [SimActor(i, [deque() for _ in wires]) for i in range(setup.actors)]
         self._teachers = [SimTeacher(i, setup.batch_tokens) for i in wires]
         self._scored: list[m.ScoredChunk] = []
-        self._done: deque[m.LeaseDone] = deque()
+        self._done: deque[m.LeaseDone | m.FurtherUnused] = deque()
+        self._wanted: deque[tuple[int, int, int]] = deque()
+        """(actor, sample, attempt) of each further sample that is asked for."""
+        self.begun = 0
+        """Further samples."""
+        self.oracle.whole_groups = setup.train_on is TrainOn.SAMPLES
         self._begin(frontier.empty(0), 0)
         often: list[Callable[[int], None]] = [self.generate, self.carry, self.score, self.deliver, self.plan]
         seldom = [self.lease, self.acknowledge, self.to_intake, self.to_coordinator, self.to_actor, self.train]
         rare = [self.kill_actor, self.start_actor, self.restart_teacher, self.duplicate, self.lose, self.tick]
+        seldom += [self.ask] if setup.further else []
         self.events = [lambda _: None, *often * 8, *seldom * 8, *rare, self.save, self.save, self.restart_intake]
 
     def _begin(self, state: m.Frontier, floor: int) -> None:
         """Everything that starts anew from a checkpoint."""
         self._floor = floor
+        self._wanted.clear()
         self._intake = SimIntake(state, floor, self._policy, self.oracle)
         self._book = LeaseBook(state, self._order, self.setup.admission(), self.setup.slots, floor)
         self._training: tuple[int, bool] | None = None
@@ -149,6 +159,12 @@ class Simulation:
             if done is not None:
                 self._done.append(done)
 
+    def ask(self, argument: int) -> None:
+        """An episode wants another sample."""
+        actor = self._actors[argument % len(self._actors)]
+        if actor.up and (episode := actor.episode(argument >> 2)) is not None:
+            self._wanted.append((actor.index, *episode))
+
     def carry(self, argument: int) -> None:
         """A chunk reaches its teacher."""
         wires = [(t, wire) for actor in self._actors for t, wire in enumerate(actor.wires) if wire]
@@ -169,6 +185,7 @@ class Simulation:
             return
         actor.up = False
         actor.forget()
+        self._wanted = deque(one for one in self._wanted if one[0] != actor.index)
         if argument & 4:
             for wire in actor.wires:
                 wire.clear()
@@ -236,7 +253,15 @@ class Simulation:
         """The dispatcher handles one message of the intake and one of the rollout actors."""
         if self._done:
             done = self._done.popleft()
-            self._book.ended(done.sample_id, done.attempt, done.response_tokens - done.given_tokens)
+            if isinstance(done, m.FurtherUnused):
+                self._book.unused(done.sample_id, done.attempt)
+            else:
+                self._book.ended(done.sample_id, done.attempt, done.response_tokens - done.given_tokens)
+        if self._wanted:
+            index, sample_id, attempt = self._wanted.popleft()
+            if (spec := self._book.further(sample_id, attempt, str(index))) is not None:
+                self.begun += 1
+                self._actors[index].control.append(spec)
         match self._intake.outbox.popleft() if self._intake.outbox else None:
             case ("acks", next_step, ready, (taken, idle, hold), rows):
                 self._pass_on(rows)
@@ -282,7 +307,11 @@ class Simulation:
         """A rollout actor handles one message of the dispatcher."""
         actor = self._actors[argument % len(self._actors)]
         if actor.up and actor.control:
-            actor.handle(actor.control.popleft(), self.now)
+            self._handle(actor)
+
+    def _handle(self, actor: SimActor) -> None:
+        if (back := actor.handle(actor.control.popleft(), self.oracle, self.now)) is not None:
+            self._done.append(back)
 
     def _close(self) -> list[tuple[int, int, int]]:
         if self._owed is None:
@@ -360,6 +389,10 @@ class Simulation:
         raise Deadlock(self._state())
 
     def _completed(self, limit: int) -> bool:
+        here = [*self._intake.assembler.samples]
+        here += [spec.sample_id for actor in self._actors for spec in self._book.held_by(str(actor.index))]
+        if any(is_further(sample_id) for sample_id in here):
+            return False
         return all(sample_id in self._intake.assembler.completed for sample_id in range(limit))
 
     def _round(self, turn: int) -> None:
@@ -374,7 +407,7 @@ class Simulation:
             for _ in range(sum(map(len, actor.wires))):
                 self.carry(0)
             while actor.control:
-                actor.handle(actor.control.popleft(), self.now)
+                self._handle(actor)
         for argument in range(2 * len(self._teachers)):
             self.now += 3
             self.score(argument)

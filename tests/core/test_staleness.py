@@ -55,6 +55,7 @@ def setups(draw: st.DrawFn, train_on: TrainOn, filled: bool, max_staleness: int 
         seed=draw(st.integers(0, 99)),
         filled=filled,
         spans=draw(st.booleans()),
+        further=draw(st.booleans()),
     )
 
 
@@ -72,10 +73,11 @@ def test_every_schedule_keeps_the_bound_and_ends(train_on: TrainOn, filled: bool
 def test_long_schedules(train_on: TrainOn, filled: bool, max_staleness: int | None) -> None:
     versions = []
     for seed in range(12):
-        simulation = Simulation(Setup(max_staleness, train_on, seed=seed, filled=filled))
+        simulation = Simulation(Setup(max_staleness, train_on, seed=seed, filled=filled, further=seed % 2 == 1))
         simulation.run(random.Random(seed).randbytes(5000))
         versions.append(simulation.version)
         simulation.finish()
+        assert (simulation.begun > 5) == (seed % 2 == 1)
     assert sum(versions) > 2 * len(versions), "the schedules hardly train; their events are out of balance"
 
 

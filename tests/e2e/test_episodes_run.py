@@ -181,7 +181,9 @@ def test_an_agent_that_speaks_openais_api_is_trained_on_what_it_was_answered(
     folder = tmp_path / "run"
     check_trained(folder, 1, 4)
     assert not json.loads((folder / "report.json").read_text())["counters"].get("episodes_failed")
-    whole = [row for row in rows(folder / "samples.jsonl") if row.get("finish") == "stop" and len(row["given"]) == 2]
+    whole = [
+        row for row in rows(folder / "samples.jsonl") if row.get("finish") == "stop" and len(row.get("given", ())) == 2
+    ]
     assert whole
     for row in whole:
         words = row["response"].split()

@@ -61,6 +61,37 @@ class LeaseAway:
 
 
 @message
+@dataclass(frozen=True, slots=True)
+class FurtherWanted:
+    """The episode of a training response begins another conversation, which is to be a sample of its own."""
+
+    sample_id: int
+    attempt: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class FurtherLease:
+    """That sample: it has the episode's prompt, attempt, teacher and label, and nothing of it exists."""
+
+    episode: int
+    """The leased sample whose episode it is."""
+    attempt: int
+    sample_id: int
+    grant: int
+    """As in `Lease`."""
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class FurtherUnused:
+    """A `FurtherLease` came when nobody waited for it any more: nothing of the sample exists, and nothing will."""
+
+    sample_id: int
+    attempt: int
+
+
+@message
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalDone:
     """An evaluation response, complete; `reward` where evaluations are judged by it.

@@ -46,6 +46,10 @@ class Chunk:
     teacher_prompt: Int32 | None = None
     """int32[teacher_prompt_tokens], that prompt, beside `context` where there is one."""
     sampled: bool = True
+    episode: int | None = None
+    """Of a further sample: the leased one whose episode has begun it."""
+    further: Int64 | None = None
+    """int64[n] with the `finish` of a leased sample: the further ones that its episode has begun, if any."""
 
     @property
     def end(self) -> int:
@@ -85,6 +89,8 @@ class Chunk:
             grant=self.grant,
             made_at=self.made_at,
             sampled=self.sampled,
+            episode=self.episode,
+            further=self.further,
         )
 
 
@@ -127,6 +133,10 @@ class ScoredChunk:
     teacher_prompt: Int32 | None = None
     """As in `Chunk`, where no teacher engine scores: the learner then needs it."""
     sampled: bool = True
+    """As in `Chunk`."""
+    episode: int | None = None
+    """As in `Chunk`."""
+    further: Int64 | None = None
     """As in `Chunk`."""
 
     @property
@@ -174,6 +184,8 @@ class TrainedSample:
     """Weights from which that step started."""
     given_starts: Int32 | None = None
     given_ends: Int32 | None = None
+    episode: int | None = None
+    """As in `Chunk`."""
 
 
 @message
