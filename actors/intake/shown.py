@@ -84,6 +84,8 @@ class _Parts:
             given_starts=np.array([start for start, _ in self.given], np.int32) if self.given else None,
             given_ends=np.array([end for _, end in self.given], np.int32) if self.given else None,
             episode=taken.episode,
+            turn_ends=np.array([end for end, _ in taken.turns], np.int32) if taken.turns else None,
+            turn_rewards=np.array([reward for _, reward in taken.turns], np.float32) if taken.turns else None,
         )
 
 

@@ -6,7 +6,6 @@ Taken -> give_advantages -> segments -> pack -> Train, one for each data-paralle
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +34,8 @@ class Taken(NamedTuple):
     """Tokens before `end` that were given and not sampled."""
     episode: int | None = None
     """Of a further sample: the leased one whose episode has begun it."""
+    turns: tuple[tuple[int, float], ...] = ()
+    """Of `reward`, what turns have earned: (position after the turn, how much)."""
 
 
 def give_advantages(taken: list[Taken], topology: Topology) -> list[Outcome]:
@@ -58,8 +59,21 @@ def give_advantages(taken: list[Taken], topology: Topology) -> list[Outcome]:
             if one.segment is not None:
                 one.segment.advantages = advantages
                 if section.estimator.facts.critic:
-                    one.segment.reward = math.nan if one.reward is None else one.reward
+                    one.segment.rewards = _by_token(one, one.segment)
     return outcomes
+
+
+def _by_token(one: Taken, segment: Segment) -> NDArray[np.float32]:
+    """float32[n]: what is earned with each token of a whole response: with the last one of each turn that was told what
+    it has earned, and with the last of all what is left. NaN where there is no reward."""
+    if one.reward is None:
+        return np.full(segment.tokens, np.nan, np.float32)
+    positions = np.arange(segment.start, segment.end) if segment.positions is None else segment.positions
+    rewards = np.zeros(segment.tokens)
+    for end, reward in one.turns:
+        rewards[max(int(np.searchsorted(positions, end)) - 1, 0)] += reward
+    rewards[-1] += one.reward - sum(reward for _, reward in one.turns)
+    return rewards.astype(np.float32)
 
 
 def pack(

@@ -191,6 +191,7 @@ class StepTaker:
             prompt_id=sample.prompt_id,
             given=sample.given,
             episode=sample.episode,
+            turns=sample.turns,
         )
 
     async def _part(self, version: int, taken: list[Taken], closes: bool) -> None:

@@ -125,7 +125,7 @@ class Episodes:
                     if conversations.fault is None:
                         raise
                     raise conversations.fault from error
-        return number_of(session.reward if returned is None else returned)
+        return number_of(session.earned if returned is None else returned)
 
     def _row(self, lease: m.Lease) -> dict[str, Any]:
         """What an episode is told of its prompt."""

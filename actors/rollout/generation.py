@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +87,7 @@ class Generation:
     _made_at: float = 0.0
     _closed: bool = False
     _reward: float | None = None
+    _turns: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._sent_end = len(self.lease.prefix)
@@ -219,13 +222,15 @@ class Generation:
             return not self._given_waits
         return self._pending[0].weight_version == self._pending[-1].weight_version
 
-    def rewarded(self, reward: float | None) -> None:
-        """Set the reward (None: it could not be judged); the end of the response may now be announced."""
-        self._reward, self.awaits_reward = reward, False
+    def rewarded(self, reward: float | None, turns: Mapping[int, float] = MappingProxyType({})) -> None:
+        """Set the reward (None: it could not be judged), and what turns have earned of it, by the position after each;
+        the end of the response may now be announced."""
+        self._reward, self._turns, self.awaits_reward = reward, {} if reward is None else dict(turns), False
 
     def _chunk(self, deltas: list[Delta], actor: int, finish: m.Finish | None) -> m.Chunk:
         ids = [delta.token_ids for delta in deltas]
         logprobs = [delta.logprobs for delta in deltas]
+        turns = self._turns if finish is not None else {}
         chunk = m.Chunk(
             sample_id=self.lease.sample_id,
             attempt=self.lease.attempt,
@@ -246,6 +251,8 @@ class Generation:
             sampled=deltas[0].sampled if deltas else True,
             episode=self.episode,
             further=np.array(self.further, np.int64) if self.further and finish is not None else None,
+            turn_ends=np.array(list(turns), np.int32) if turns else None,
+            turn_rewards=np.array(list(turns.values()), np.float32) if turns else None,
         )
         self._sent_end = chunk.end
         self._pending_tokens -= len(chunk.token_ids)

@@ -122,16 +122,23 @@ class EpisodeSamples:
     async def finish(self, finish: m.Finish, reward: float | None, *, rewards: bool) -> None:
         """Every sample ends as the episode does, and has earned what it has; `rewards`: where the run asks for that.
 
-        A fork that was told a reward of its own has that, if the episode came to an end by itself.
+        Of an episode that came to its end by itself, turns have earned what they were told, and a fork in place of the
+        episode's reward its own, if it has one.
 
         On cancel: some have not ended.
         """
         for (generation, _), session in zip(self._all, self._sessions, strict=True):
             generation.finish = finish
-            if rewards or finish is m.Finish.FAILED:
-                own = session.reward if finish is m.Finish.STOP and session is not self.first else None
-                generation.rewarded(reward if own is None else own)
+            if finish is m.Finish.STOP and rewards:
+                generation.rewarded(self._earned(session, reward), session.turns)
+            elif rewards or finish is m.Finish.FAILED:
+                generation.rewarded(reward)
             await self._work.deliver(generation)
+
+    def _earned(self, session: Session, reward: float | None) -> float | None:
+        """All that a conversation has earned."""
+        own = reward if session is self.first or session.earned is None else session.earned
+        return own if not session.turns else (own or 0.0) + sum(session.turns.values())
 
     def leave(self) -> None:
         """Nothing more comes of the episode."""

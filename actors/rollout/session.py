@@ -2,6 +2,7 @@
 
 await session.generate()   a turn of the student, streamed to the teacher and trained like any response
 await session.give(...)    what a tool, a user or a template says: context, never trained
+session.reward(value)      what the turn that has just ended has earned
 await session.fork()       another session, which goes on from the same tokens: a sample of its own
 session.finish(reward)     what the episode has earned; it is over
 """
@@ -91,8 +92,11 @@ class Session:
         self._caller: asyncio.Task[Any] | None = None
         """Whose call is under way."""
         self._over = False
-        self.reward: float | None = None
+        self.earned: float | None = None
         """What `finish` was told."""
+        self.turns: dict[int, float] = {}
+        """What `reward` was told, by the position after the turn."""
+        self._turn_end = 0
 
     @property
     def text(self) -> str:
@@ -172,6 +176,9 @@ class Session:
             except asyncio.CancelledError:
                 generation.new_request()  # no pause is to wait for what nobody reads
                 raise
+            finally:
+                if len(generation.turn()):
+                    self._turn_end = generation.position
         ids, finish = generation.turn().tolist(), generation.turn_finish
         assert finish is not None
         return Turn(self._text.said(ids), tuple(ids), "length" if finish.value == "length" else "stop")
@@ -232,8 +239,20 @@ class Session:
 
     def finish(self, reward: float | None = None) -> None:
         """The episode is over and has earned `reward`; it may return it instead. Of a fork: that alone."""
-        self.reward = number_of(reward)
+        self.earned = number_of(reward)
         self._over = True
+
+    def reward(self, value: float) -> None:
+        """The turn that has ended last has earned `value`, beside what the episode earns at its end; more than one for
+        a turn add up. Raises `RuntimeError` before the first turn, and `ValueError` for what is no finite number."""
+        reward = number_of(value)
+        if reward is None:
+            raise ValueError("a reward of None; a turn that has earned nothing needs none")
+        if self._over:
+            raise RuntimeError("the episode is over")
+        if not self._turn_end:
+            raise RuntimeError("there is no turn yet that could have earned it")
+        self.turns[self._turn_end] = self.turns.get(self._turn_end, 0.0) + reward
 
     async def close(self) -> None:
         """Nothing more may be said: the episode has ended. A call that it has left under way is cancelled.

@@ -157,15 +157,15 @@ class Critic:
 
     def _judge(self, packed: PackedBatch, values_R: Tensor) -> Judged:
         """Advantages and returns of a micro-batch, which holds whole responses."""
-        rewards_N = packed.rewards_N
-        if rewards_N is None:
+        rewards_R = packed.rewards_R
+        if rewards_R is None:
             if len(packed.targets_R):
                 raise LearnerError("the critic needs the rewards of the responses, and the batch has none")
-            rewards_N = values_R.new_zeros(0).cpu().numpy()
+            rewards_R = values_R.new_zeros(0).cpu().numpy()
         estimates = gae(
             values_R.cpu().numpy(),
             packed.sequence_R.cpu().numpy(),
-            rewards_N,
+            rewards_R,
             gamma=self.config.gamma,
             lam=self.config.lam,
         )

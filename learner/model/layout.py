@@ -73,8 +73,8 @@ class PackedBatch:
     """float32[R], nats: the teacher's behind the student's prompts, in steps that report it."""
     frequent_R: Tensor | None = None
     """bool[R]: whether a target is one of the micro-batch's most frequent ones; None where nobody asks."""
-    rewards_N: NDArray[np.float32] | None = None
-    """float32[N], on the host: of each response, NaN where it has none; None unless the learner needs them."""
+    rewards_R: NDArray[np.float32] | None = None
+    """float32[R], on the host: earned with each row, NaN where nothing is known; None unless the learner needs them."""
     sample_ids_N: NDArray[np.int64] | None = None
     """int64[N], on the host: whose each sequence is; None where there are no samples."""
 
@@ -133,7 +133,7 @@ def lay_out(
         topk_ids_RK=None if batch.topk is None else torch.from_numpy(batch.topk.ids.astype(np.int64)).to(device),
         topk_logprobs_RK=None if batch.topk is None else torch.tensor(batch.topk.logprobs, device=device),
         weights_R=None if batch.weights is None else torch.tensor(batch.weights, device=device),
-        rewards_N=batch.rewards,
+        rewards_R=batch.rewards,
         sample_ids_N=batch.sample_ids,
         frequent_R=torch.from_numpy(_frequent(batch, frequent)).to(device) if frequent else None,
     )

@@ -71,6 +71,8 @@ class Sample:
     finish: str | None = None
     reward: float | None = None
     """Known with `finish`, where the topology has a reward and the response could be judged."""
+    turns: tuple[tuple[int, float], ...] = ()
+    """Of the reward, what turns have earned: (position after the turn, how much)."""
     teacher: str = ""
     """Who scored it."""
     version: int = 0
@@ -217,6 +219,8 @@ class Assembler:
         sample.actor, sample.teacher = chunk.actor, chunk.teacher
         if chunk.finish is not None:
             sample.reward = chunk.reward
+            if chunk.turn_ends is not None and chunk.turn_rewards is not None:
+                sample.turns = tuple(zip(chunk.turn_ends.tolist(), chunk.turn_rewards.tolist(), strict=True))
             sample.further = () if chunk.further is None else tuple(chunk.further.tolist())
             self._finish(sample, chunk.finish)
 

@@ -101,8 +101,8 @@ def _weights(segments: Sequence[Segment]) -> NDArray[np.float32] | None:
 
 
 def _rewards(segments: Sequence[Segment]) -> NDArray[np.float32] | None:
-    rewards = [segment.reward for segment in segments if segment.reward is not None]
-    return np.array(rewards, np.float32) if rewards else None
+    rewards = [segment.rewards for segment in segments if segment.rewards is not None]
+    return _join(rewards, np.float32) if rewards else None
 
 
 def _advantages(segment: Segment) -> NDArray[np.float32]:
@@ -161,7 +161,7 @@ def from_message(train: Train) -> StepBatch:
     by_row = (train.behaviour_logprobs, train.teacher_logprobs, train.advantages)
     behaviour, teacher, advantages = (np.split(values, cuts) for values in by_row)
     weights = [None] * len(rows) if train.weights is None else np.split(train.weights, cuts)
-    rewards = [None] * len(rows) if train.rewards is None else np.split(train.rewards, sequence_cuts)
+    rewards = [None] * len(rows) if train.rewards is None else np.split(train.rewards, cuts)
     samples = [None] * len(rows) if train.sample_ids is None else np.split(train.sample_ids, sequence_cuts)
     read = _split_prompts(train, sequence_cuts)
     topk = split(TopK.of(train.topk_ids, train.topk_logprobs), train.mb_rows.tolist())

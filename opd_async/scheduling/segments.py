@@ -52,8 +52,9 @@ class Segment:
     `token_ids` int32[prompt + end]; `positions` int32[n] are those that are trained, all but given ones (None: all,
     n = end - start). Per trained token: `behaviour_logprobs`, `teacher_logprobs` float32[n], `versions` int32[n] of the
     weights that made it, `topk` of n rows where the loss needs it, `advantages` float32[n] where an estimator has set
-    them. `weight` is how often each of its tokens counts in the loss (None: once). `reward` is set where the learner
-    makes advantages of it, NaN where there is none. `chunks` are those that the segment is made of.
+    them. `weight` is how often each of its tokens counts in the loss (None: once). `rewards` float32[n] is set where
+    the learner makes advantages of it: what is earned with each trained token, NaN where nothing is known. `chunks` are
+    those that the segment is made of.
     """
 
     sample_id: int
@@ -69,7 +70,7 @@ class Segment:
     advantages: NDArray[np.float32] | None = None
     teacher: str = ""
     weight: float | None = None
-    reward: float | None = None
+    rewards: NDArray[np.float32] | None = None
     chunks: tuple[ChunkFacts, ...] = ()
     teacher_prompt: NDArray[np.int32] | None = None
     """int32[m]: what a teacher in the learner reads in place of the prompt; None: the same."""

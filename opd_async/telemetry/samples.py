@@ -201,6 +201,7 @@ def trained_row(sample: TrainedSample, tokenizer: Text) -> dict[str, Any]:
         "teacher": sample.teacher,
         "finish": sample.finish,
         "reward": sample.reward,
+        **_turns(sample),
         "prompt": tokenizer.decode(sample.prompt.tolist(), skip_special=False),
         "prompt_tokens": sample.prompt_tokens,
         **_response(text, sample.response_tokens),
@@ -211,6 +212,14 @@ def trained_row(sample: TrainedSample, tokenizer: Text) -> dict[str, Any]:
         "chunks": [list(chunk) for chunk in chunks],
         "parts": [[end, version + 1] for end, version in parts],
     }
+
+
+def _turns(sample: TrainedSample) -> dict[str, Any]:
+    """What turns have earned, if that was told."""
+    if sample.turn_ends is None or sample.turn_rewards is None:
+        return {}
+    turns = zip(sample.turn_ends.tolist(), _rounded(sample.turn_rewards), strict=True)
+    return {"turn_rewards": [list(turn) for turn in turns]}
 
 
 def _given(sample: TrainedSample) -> dict[str, Any]:

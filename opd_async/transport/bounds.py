@@ -68,6 +68,7 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("taken_tokens", "hold", "answers", "given_tokens", "taken_given", "partial_given"), _COUNT),
     **dict.fromkeys(("teacher_prompt", "teacher_prompt_tokens", "teacher_prompts"), _COUNT),
     **dict.fromkeys(("prompt_lengths", "teacher_prompt_lengths", "given_starts", "given_ends"), _COUNT),
+    "turn_ends": _COUNT,
     **dict.fromkeys(("waited_s", "wait_s", "token_s"), Range(0, NEVER)),
     **dict.fromkeys(("partial_tokens", "staleness_counts", "request", "token"), _ID),
     **dict.fromkeys(("behaviour_logprobs", "student_logprobs", "teacher_logprobs"), _LOGPROB),
@@ -91,7 +92,7 @@ BOUNDS: dict[str, Bound] = {
     ),
     **dict.fromkeys(("advantages", "weights", "reverse_kl", "forward_kl"), Range(-1.0e30, 1.0e30)),
     **dict.fromkeys(("rewards", "stats"), _ANY),
-    "reward": Range(-1.0e30, 1.0e30),
+    **dict.fromkeys(("reward", "turn_rewards"), Range(-1.0e30, 1.0e30)),
     "counters": Range(-1.0e18, 1.0e18),
     "actors": Range(-1, MAX_COUNT),
     "temperature": Range(0, 1.0e6),
@@ -132,11 +133,14 @@ EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
         ("chunk_ends", "chunk_versions", "chunk_made_s", "chunk_latency_s"),
         ("part_ends", "part_versions"),
         ("given_starts", "given_ends"),
+        ("turn_ends", "turn_rewards"),
     ),
+    "Chunk": (("turn_ends", "turn_rewards"),),
+    "ScoredChunk": (("turn_ends", "turn_rewards"),),
     "Train": (
         ("mb_tokens", "mb_sequences", "mb_rows"),
-        ("rows", "behaviour_logprobs", "advantages", "staleness", "weights", "topk_ids", "topk_logprobs"),
-        ("sequence_lengths", "rewards", "sample_ids", "prompt_lengths", "teacher_prompt_lengths"),
+        ("rows", "behaviour_logprobs", "advantages", "staleness", "weights", "rewards", "topk_ids", "topk_logprobs"),
+        ("sequence_lengths", "sample_ids", "prompt_lengths", "teacher_prompt_lengths"),
     ),
 }
 """Arrays of a message that have as many rows as each other; those that are absent do not count."""
@@ -242,6 +246,8 @@ def _of_chunk(values: Mapping[str, Any]) -> str | None:
         return "no tokens and no end"
     if values["further"] is not None and values["finish"] is None:
         return "further: what an episode has begun is said at its end"
+    if values["turn_ends"] is not None and (values["reward"] is None or values["finish"] is None):
+        return "turn_ends: what turns have earned is said at the end, with the reward"
     sampled = count if values["sampled"] else 0
     if not values["sampled"] and values["finish"] is not None:
         return "sampled: given tokens cannot end a response"

@@ -44,10 +44,11 @@ class MicroBatch:
     (nats, what the token was sampled with), `teacher_logprobs` float32[R] (nats; float32[0] where no teacher engine
     scores), `advantages` float32[R] (the estimator's, zero in pure distillation), `staleness` int32[R] (optimizer steps
     between the weights that made the token and those that train it), `topk` (R rows, None unless the loss needs it),
-    `weights` float32[R] (how often a row counts in the loss, 1 in the step's mean; None: once each). `rewards`
-    float32[N]: of each sequence's response, NaN where it has none (None unless the learner makes advantages of them;
-    then all tokens of a response are rows). T = 0 is an empty micro-batch: it adds nothing but takes part in
-    collectives. `sample_ids` int64[N]: whose each sequence is, for messages (None where there are no samples).
+    `weights` float32[R] (how often a row counts in the loss, 1 in the step's mean; None: once each), `rewards`
+    float32[R] (what is earned with a row's token; NaN in all rows of a response without a reward; None unless the
+    learner makes advantages of them: then all sampled tokens of a response are rows). T = 0 is an empty micro-batch: it
+    adds nothing but takes part in collectives. `sample_ids` int64[N]: whose each sequence is, for messages (None where
+    there are no samples).
     """
 
     token_ids: Int32Array

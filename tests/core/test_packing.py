@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,7 +39,7 @@ def segment(
         teacher_logprobs=rng.uniform(-5, 0, count).astype(np.float32),
         versions=np.sort(rng.integers(3, VERSION + 1, count)).astype(np.int32),
         topk=topk_of(1000 * sample_id + prompt + np.arange(start, end), k) if k else None,
-        reward=_reward(sample_id) if rewarded else None,
+        rewards=_rewards(sample_id, count) if rewarded else None,
         teacher_prompt=_read(sample_id) if read and sample_id % 4 else None,
     )
 
@@ -50,9 +49,9 @@ def _read(sample_id: int) -> NDArray[np.int32]:
     return (-1000 * sample_id - np.arange(sample_id % 7 + 1)).astype(np.int32)
 
 
-def _reward(sample_id: int) -> float:
+def _rewards(sample_id: int, count: int) -> NDArray[np.float32]:
     """Every third response has none."""
-    return sample_id / 10 if sample_id % 3 else math.nan
+    return (sample_id + np.arange(count) if sample_id % 3 else np.full(count, np.nan)).astype(np.float32)
 
 
 def topk_of(targets: NDArray[np.int64], k: int) -> TopK:
@@ -151,11 +150,12 @@ def test_every_row_once_and_ranks_in_step(step: tuple[list[Segment], int, int]) 
             np.testing.assert_array_equal(mb.topk.ids[:, 0], mb.token_ids[mb.rows + 1])
         assert (mb.topk is None) == (not len(mb.rows) or segments[0].topk is None)
         assert not mb.advantages.any()
-        assert (mb.rewards is None) == (not len(mb.rows) or segments[0].reward is None)
-        for index, piece in enumerate(sequences(mb)):
+        assert (mb.rewards is None) == (not len(mb.rows) or segments[0].rewards is None)
+        for piece in sequences(mb):
             sample_id = int(mb.token_ids[piece.start]) // 1000
             if mb.rewards is not None:
-                np.testing.assert_equal(mb.rewards[index], np.float32(_reward(sample_id)))
+                inside = (mb.rows >= piece.start) & (mb.rows < piece.stop)
+                np.testing.assert_equal(mb.rewards[inside], _rewards(sample_id, int(inside.sum())))
             np.testing.assert_array_equal(mb.token_ids[piece], segments[sample_id].token_ids)
         assert read_in(mb) == [
             None if s.teacher_prompt is None else (s.prompt_tokens, s.teacher_prompt.tolist())

@@ -96,7 +96,7 @@ def micro_batch(case: Case, generator: np.random.Generator) -> MicroBatch:
         advantages=zeros,
         staleness=np.zeros(len(rows), np.int32),
         topk=topk,
-        rewards=np.zeros(case.sequences, np.float32) if case.critic else None,
+        rewards=zeros if case.critic else None,
     )
 
 

@@ -30,7 +30,8 @@ def rewarded(lengths: list[int], seed: int = 0, *, unjudged: int = -1) -> MicroB
     batch = micro_batch(lengths, seed=seed, k=4)
     if unjudged >= 0:
         assert batch.rewards is not None
-        batch.rewards[unjudged] = np.nan
+        start, end = batch.cu_seqlens[unjudged : unjudged + 2]
+        batch.rewards[(batch.rows >= start) & (batch.rows < end)] = np.nan
     return replace(batch, advantages=np.zeros_like(batch.advantages))
 
 
@@ -123,7 +124,8 @@ def test_further_updates_of_a_step_meet_the_clip(alone: Place, model_path: Path)
 
 
 def test_nothing_is_learnt_of_responses_without_rewards(alone: Place, model_path: Path) -> None:
-    batch = replace(rewarded([9, 14]), rewards=np.full(2, np.nan, np.float32), teacher_logprobs=np.zeros(0, np.float32))
+    batch = replace(rewarded([9, 14]), teacher_logprobs=np.zeros(0, np.float32))
+    batch = replace(batch, rewards=np.full(len(batch.rows), np.nan, np.float32))
     metrics = with_critic(model_path).step(step_batch(0, [batch]))
     assert metrics.grad_norm == metrics.critic_grad_norm == 0.0
     assert metrics.value_loss is metrics.value_mean is metrics.explained_variance is metrics.value_clipped_share is None

@@ -112,7 +112,7 @@ def per_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def micro_batch(lengths: list[int], *, seed: int = 0, prompt: int = 2, k: int = 0) -> MicroBatch:
     """Random sequences of `lengths` tokens, all but the first `prompt` of each trained, with the teacher's top `k`
-    and a reward each."""
+    and a reward at the end of each."""
     generator = np.random.default_rng(seed)
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     spans = [np.arange(a + prompt - 1, b - 1) for a, b in pairwise(bounds)]
@@ -131,8 +131,16 @@ def micro_batch(lengths: list[int], *, seed: int = 0, prompt: int = 2, k: int = 
         advantages=generator.normal(size=len(rows)).astype(np.float32),
         staleness=generator.integers(0, 3, len(rows)).astype(np.int32),
         topk=random_topk(len(rows), k, seed) if k else None,
-        rewards=generator.normal(size=len(lengths)).astype(np.float32),
+        rewards=at_the_end(bounds, rows, generator.normal(size=len(lengths))),
     )
+
+
+def at_the_end(cu_seqlens: Any, rows: Any, rewards: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """float32[R]: the reward of each sequence with its last row, NaN with all rows of one that has none."""
+    sequence = np.searchsorted(cu_seqlens, rows, side="right") - 1
+    is_last = np.append(np.diff(sequence) > 0, True)[: len(rows)]
+    of_row = np.asarray(rewards)[sequence]
+    return np.where(is_last | np.isnan(of_row), of_row, 0.0).astype(np.float32)
 
 
 def random_topk(rows: int, k: int, seed: int) -> TopK:
@@ -178,7 +186,7 @@ def split(batch: MicroBatch) -> list[MicroBatch]:
     for index, (start, end) in enumerate(pairwise(batch.cu_seqlens)):
         inside = (batch.rows >= start) & (batch.rows < end)
         part = take(replace(batch, rows=batch.rows - start), inside, int(start), int(end))
-        part = replace(part, rewards=None if batch.rewards is None else batch.rewards[index : index + 1])
+        part = replace(part, rewards=None if batch.rewards is None else batch.rewards[inside])
         if (read := batch.teacher_prompts) is not None:
             at, length = int(read.lengths_N[:index].sum()), int(read.lengths_N[index])
             one = TeacherPrompts(

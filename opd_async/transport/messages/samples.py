@@ -50,6 +50,10 @@ class Chunk:
     """Of a further sample: the leased one whose episode has begun it."""
     further: Int64 | None = None
     """int64[n] with the `finish` of a leased sample: the further ones that its episode has begun, if any."""
+    turn_ends: Int32 | None = None
+    """int32[n] beside `reward`, where turns have earned some of it: the position after each of them."""
+    turn_rewards: Float32 | None = None
+    """float32[n]: how much; the rest is earned with the response's last token."""
 
     @property
     def end(self) -> int:
@@ -91,6 +95,8 @@ class Chunk:
             sampled=self.sampled,
             episode=self.episode,
             further=self.further,
+            turn_ends=self.turn_ends,
+            turn_rewards=self.turn_rewards,
         )
 
 
@@ -137,6 +143,10 @@ class ScoredChunk:
     episode: int | None = None
     """As in `Chunk`."""
     further: Int64 | None = None
+    """As in `Chunk`."""
+    turn_ends: Int32 | None = None
+    """As in `Chunk`."""
+    turn_rewards: Float32 | None = None
     """As in `Chunk`."""
 
     @property
@@ -186,6 +196,10 @@ class TrainedSample:
     given_ends: Int32 | None = None
     episode: int | None = None
     """As in `Chunk`."""
+    turn_ends: Int32 | None = None
+    """As in `Chunk`."""
+    turn_rewards: Float32 | None = None
+    """As in `Chunk`."""
 
 
 @message
@@ -194,8 +208,8 @@ class Train:
     """A step for one learner rank, or a part of one: its `StepBatch` as flat arrays, micro-batches back to back.
 
     `mb_tokens`, `mb_sequences`, `mb_rows` int32[M] say where each micro-batch ends; `sequence_lengths` int32[N];
-    `topk_ids` int32[R, k] and `topk_logprobs` float32[R, k] as in `ScoredChunk`; `rewards` float32[N], NaN for none;
-    `sample_ids` int64[N]. Where a teacher in the learner reads other prompts: `prompt_lengths` and
+    `topk_ids` int32[R, k] and `topk_logprobs` float32[R, k] as in `ScoredChunk`; `rewards` float32[R], those of
+    `MicroBatch`; `sample_ids` int64[N]. Where a teacher in the learner reads other prompts: `prompt_lengths` and
     `teacher_prompt_lengths` int32[N] (0: the student's own prompt), `teacher_prompts` int32 back to back.
     """
 
