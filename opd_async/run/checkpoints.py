@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_async.errors import InputError
+from opd_async.errors import InputError, RoleError
 from opd_async.files import checksum, checksums, write_atomically
 
 MARKER = "complete.json"
 SHARDS = "learner"
 """Sub-folder of a checkpoint for Megatron's files."""
+METADATA = ".metadata"
+"""Of Megatron's files the one that says what is in the others."""
 CHOSEN_ENV = "OPD_CHECKPOINT"
 """Set for roles: the name of the checkpoint that they go on from, empty for none."""
 _STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -33,6 +35,19 @@ _STEP_NAME = re.compile(r"step_(\d{8,})")
 def step_folder(root: Path, step: int) -> Path:
     """Folder of the checkpoint after `step` optimizer steps; it need not exist."""
     return root / f"step_{step:08d}"
+
+
+def require_shards(folder: Path) -> None:
+    """Raise `RoleError` unless the learner's files are in the checkpoint, as this host sees it.
+
+    A learner on another host may have written them into a folder of its own.
+    """
+    shards = folder / SHARDS
+    if not (shards / METADATA).is_file() or not any(shards.glob("*.distcp")):
+        raise RoleError(
+            f"{shards}: the learner says that it has written its shards, and none are here; put run_dir on a file "
+            "system that every host has mounted"
+        )
 
 
 def seal(folder: Path, step: int) -> None:
@@ -121,7 +136,7 @@ def shards(folder: Path, step: int | None = None, thorough: bool = False) -> Pat
     if (chosen / SHARDS).is_dir():
         verify(chosen, thorough)
         chosen /= SHARDS
-    if not (chosen / ".metadata").is_file():
+    if not (chosen / METADATA).is_file():
         raise InputError(
             f"{chosen}: holds no Megatron checkpoint (torch_dist); give a run's folder, its checkpoints, one step of "
             f"them, or what `opd convert hf-to-megatron` wrote"

@@ -43,8 +43,8 @@ class Saving:
     async def checkpoint(self, step: int) -> None:
         """Have learner, intake and ledger write the state after `step`, and seal the folder when all have.
 
-        Raises `StorageError` where there is no room for it. On cancel: the folder is not sealed, so that nobody resumes
-        from it; the next call writes it again.
+        Raises `StorageError` where there is no room for it, and `RoleError` where the learner's files are not here. On
+        cancel: the folder is not sealed, so that nobody resumes from it; the next call writes it again.
         """
         folder, keep = checkpoints.step_folder(self._root, step), self._section.keep
         if await asyncio.to_thread((folder / checkpoints.MARKER).exists):
@@ -64,6 +64,7 @@ class Saving:
     async def _write(self, folder: Path, step: int) -> None:
         await self._learner.do(m.SaveCheckpoint(step, str(folder)))
         with storing(folder):
+            await asyncio.to_thread(checkpoints.require_shards, folder)
             await asyncio.to_thread(self._dispatcher.ledger.save, folder)
             await asyncio.to_thread(checkpoints.seal, folder, step)
 

@@ -30,8 +30,9 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/frontier.msgpack"
 
 
 def write(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text("{}")
+    (folder / "learner").mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "learner/.metadata", "learner/__0_0.distcp"):
+        (folder / name).write_text("{}")
 
 
 class Disk:
@@ -124,6 +125,25 @@ def test_the_launchers_own_files_may_be_those_without_room(tmp_path: Path) -> No
     with pytest.raises(StorageError, match=r"ledger.json cannot be written: Read-only file system; make that file"):
         disk.run(1)
     assert disk.sealed() == []
+
+
+@pytest.mark.parametrize("lost", ["learner/.metadata", "learner/__0_0.distcp"])
+def test_a_checkpoint_without_the_learners_files_is_none(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(tmp_path, "checkpoint.every_steps=1", "checkpoint.keep=2", refuse=lambda *_: False)
+    disk.run(1)
+    disk.run(2)
+    whole = write
+
+    def elsewhere(folder: Path) -> None:
+        whole(folder)
+        (folder / lost).unlink()
+
+    monkeypatch.setitem(globals(), "write", elsewhere)
+    with pytest.raises(RoleError, match=r"learner: the learner says that it has written its shards, and none are here"):
+        disk.run(3)
+    assert disk.sealed() == [1, 2], "nothing makes room for what would not be whole"
 
 
 def test_what_cannot_be_removed_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
