@@ -18,7 +18,7 @@ from typing import Any
 
 import zmq.asyncio
 
-from opd_async.clock import Clock
+from opd_async.clock import WALL, Clock
 from opd_async.errors import InputError
 from opd_async.keys import RunKeys, incarnation
 from opd_async.plan.plan import Plan, RoleKind, RolePlan, counters_file
@@ -122,6 +122,7 @@ class Role:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             self.refresh()
+            WALL.refresh()
             await self.control.send(Heartbeat(self.name, dict(self.counters)))
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from opd_async.actors.client.engine_client import Sampling
 from opd_async.actors.client.replies import Delta
 from opd_async.actors.client.routed_client import GenerationClient, RoutedClient
+from opd_async.clock import WALL
 from opd_async.config.topology import RolloutSection
 from opd_async.errors import EngineError, EngineFault
 from opd_async.estimators.topk_kl import Divergences
@@ -163,7 +163,7 @@ class Generation:
             if not on_teacher and delta.weight_version != expected:
                 text = f"weight_version: {delta.weight_version!r} where the learner sent {expected}"
                 raise EngineError(text, EngineFault.FOREIGN)
-            self._made_at = time.time()
+            self._made_at = WALL.now()
             self._tokens.append(delta.token_ids)
             self._pending.append(delta)
             self._pending_tokens += len(delta.token_ids)
@@ -182,7 +182,7 @@ class Generation:
         """
         version = str(max(self.student.version, 0))
         self.given_tokens += len(token_ids)
-        self._made_at = time.time()
+        self._made_at = WALL.now()
         self._tokens.append(token_ids)
         self._pending.append(Delta(token_ids, np.zeros(0, np.float32), version, None, False, sampled=False))
         self._pending_tokens += len(token_ids)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from opd_async.actors.client.pacing import Pacing
 from opd_async.actors.client.replies import Scores
 from opd_async.actors.teacher.known_tokens import KnownTokens
 from opd_async.actors.teacher.lane import Lane, Request
+from opd_async.clock import WALL
 from opd_async.config.topology import TrainOn
 from opd_async.engines.probe import wait_until_ready
 from opd_async.errors import EngineError, EngineFault, RoleError
@@ -185,7 +185,7 @@ class TeacherActor:
 
         On cancel: chunks that were not sent stay in the lane's hands, which reroutes them.
         """
-        now, first = time.time(), item.chunks[0].start
+        now, first = WALL.now(), item.chunks[0].start
         self._failures.pop(item.sample_id, None)
         for chunk in item.chunks:
             latency_s = max(now - chunk.made_at, 0.0)

@@ -34,13 +34,23 @@ FAREWELL_S = 2.0
 class Agent:
     """Serves one host until the launcher lets it go."""
 
-    def __init__(self, place: str, keys: RunKeys, facts: HostFacts, wait_s: float, say: Callable[[str], None]) -> None:
-        """`place` is the launcher's `address:port`; without a launcher there for `wait_s` the agent ends."""
+    def __init__(
+        self,
+        place: str,
+        keys: RunKeys,
+        facts: HostFacts,
+        wait_s: float,
+        say: Callable[[str], None],
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        """`place` is the launcher's `address:port`; without a launcher there for `wait_s` the agent ends. `wall` is
+        this host's clock."""
         self._place = place
         self._keys = keys
         self._facts = facts
         self._wait_s = wait_s
         self._say = say
+        self._wall = wall
         self._before = ""
         self._incarnation = new_incarnation()
         """Stays while the launcher puts it off."""
@@ -105,7 +115,7 @@ class Agent:
         lines = LoudLines()
         with ExitStack() as claims:
             async with Supervisor(lines.add, welcome.stop_deadline_s, on_unwritten=lines.unwritten) as supervisor:
-                service = Service(end, supervisor, lines, self._facts, welcome, claims=claims)
+                service = Service(end, supervisor, lines, self._facts, welcome, claims=claims, wall=self._wall)
                 try:
                     leave: m.Leave = await first(service.obey(), service.report(), service.beat(), end.refused())
                     return leave

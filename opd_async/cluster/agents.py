@@ -225,7 +225,7 @@ class Agents:
             node.heard = time.monotonic()
             match message:
                 case m.AgentBeat():
-                    await self._end.send(route, message)
+                    await self._end.send(route, m.AgentBeat(message.number, time.time()))
                 case m.Answer():
                     _, future = self._answers.get(message.request, (node, None))
                     if future is not None and not future.done():

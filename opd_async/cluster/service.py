@@ -14,13 +14,16 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from opd_async.clock import OFFSET_FILE_ENV
+from opd_async.cluster.clock_offset import ClockOffset, Reading
 from opd_async.cluster.interfaces import Face
 from opd_async.cluster.lease import Lease, beat_seconds
 from opd_async.cluster.line import AgentEnd
@@ -81,7 +84,9 @@ class Service:
         facts: HostFacts,
         welcome: m.Welcome,
         claims: ExitStack,
+        wall: Callable[[], float] = time.time,
     ) -> None:
+        """`claims` keeps what is this incarnation's: ports, a folder; `wall` is the host's clock."""
         self._end = end
         self._supervisor = supervisor
         self._lines = lines
@@ -94,6 +99,11 @@ class Service:
         """The incarnation of each process."""
         self._unseen: dict[int, m.ProcessEnded] = {}
         self._ends = 0
+        self._wall = wall
+        self._offset = ClockOffset()
+        self._told: Reading | None = None
+        folder = Path(claims.enter_context(tempfile.TemporaryDirectory(prefix="opd-agent-")))
+        self._offset_file = folder / "clock_offset_s"
 
     async def obey(self) -> m.Leave:
         """Do what the launcher asks for, until it lets the host go. On cancel: requests under way are given up."""
@@ -108,6 +118,7 @@ class Service:
                         return message
                     case m.AgentBeat():
                         self._lease.echoed(message.number)
+                        self._set_clock(message)
                     case m.EndSeen():
                         self._unseen.pop(message.number, None)
                     case m.KillProcess():
@@ -143,6 +154,7 @@ class Service:
         """Beat until the lease has run out. On cancel: the launcher hears nothing more."""
         while (left_s := self._lease.left_s(time.monotonic())) > 0:
             number = self._lease.beat(time.monotonic())
+            self._offset.beat(number, self._wall())
             try:
                 async with asyncio.timeout(min(self._beat_s, left_s)):
                     await self._end.send(m.AgentBeat(number))
@@ -153,6 +165,17 @@ class Service:
                 continue
             await asyncio.sleep(min(self._beat_s, max(self._lease.left_s(time.monotonic()), 0.0)))
         return m.Leave(f"the launcher was not heard for {self._fence_s:g} s: ended every process", True, self._beat_s)
+
+    def _set_clock(self, echo: m.AgentBeat) -> None:
+        """Tell the processes of this host how far its clock is from the launcher's."""
+        self._offset.echoed(echo.number, echo.clock_s, self._wall())
+        best = self._offset.best
+        if best is not None and best != self._told:
+            fresh = self._offset_file.with_suffix(".new")
+            with suppress(OSError):  # without room for it, they know what they knew
+                fresh.write_text(repr(best.offset_s))  # not `write_atomically`: no loop waits for a disk here
+                fresh.replace(self._offset_file)
+                self._told = best
 
     async def _say_lines(self) -> None:
         if (lines := self._lines.take()) is not None:
@@ -177,7 +200,8 @@ class Service:
             case m.StartProcess():
                 self._starts[request.role] = request.incarnation
                 command = (sys.executable, *request.words[1:]) if request.own_python else tuple(request.words)
-                env = visible_devices({**self._facts.face.environment, **request.env}, os.environ)
+                own = {**self._facts.face.environment, OFFSET_FILE_ENV: str(self._offset_file)}
+                env = visible_devices({**own, **request.env}, os.environ)
                 secrets = tuple(request.secrets)
                 await self._supervisor.start(ProcessSpec(request.role, command, env, Path(request.log), secrets))
                 return []

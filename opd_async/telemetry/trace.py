@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from opd_async.clock import WALL
 from opd_async.data.jsonl import JsonlRecord
 from opd_async.plan.plan import Plan
 
@@ -36,7 +37,7 @@ class Trace:
     """
 
     def __init__(
-        self, path: Path | None, process: str = "", limit: int = 0, clock: Callable[[], float] = time.time
+        self, path: Path | None, process: str = "", limit: int = 0, clock: Callable[[], float] = WALL.now
     ) -> None:
         """Go on behind the events that the file at `path` has; None: off. `limit` is its size in bytes."""
         self._path = path

@@ -96,7 +96,9 @@ BOUNDS: dict[str, Bound] = {
     "counters": Range(-1.0e18, 1.0e18),
     "actors": Range(-1, MAX_COUNT),
     "temperature": Range(0, 1.0e6),
-    **dict.fromkeys(("made_at", "latency_s", "chunk_latency_s", "for_s", "usual_s", "still_s"), Range(0, NEVER)),
+    **dict.fromkeys(
+        ("made_at", "clock_s", "latency_s", "chunk_latency_s", "for_s", "usual_s", "still_s"), Range(0, NEVER)
+    ),
     "chunk_made_s": Range(-LONGEST_S, LONGEST_S),
     **dict.fromkeys(("chunk_ends", "chunk_versions", "part_ends", "part_versions"), _COUNT),
     **dict.fromkeys(("role", "teacher", "teacher_id", "group", "incarnation", "doing", "evaluation_set"), _NAME),

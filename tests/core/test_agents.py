@@ -55,7 +55,8 @@ def agent_of(section: ClusterSection, name: str = "h1", said: list[str] | None =
     place = f"127.0.0.1:{section.port}"
     own = known.pop("keys", keys())
     say = (said if said is not None else []).append
-    return Agent(place, own, HostFacts(name=name, **known), patience(60), say)
+    wall = known.pop("wall", time.time)
+    return Agent(place, own, HostFacts(name=name, **known), patience(60), say, wall)
 
 
 @asynccontextmanager
@@ -132,6 +133,29 @@ async def test_processes_start_speak_end_and_stop_on_another_host(tmp_path: Path
             await hosts.start(spec(tmp_path, "far", SLEEPER))
     async with asyncio.timeout(patience(60)):
         await agent  # the run is over: it ends by itself, with its processes
+
+
+async def test_processes_know_how_far_their_hosts_clock_is_from_the_launchers(tmp_path: Path) -> None:
+    ahead_s = 1000.0
+    section, said = cluster(fence_s=patience(1), lost_s=patience(90)), list[str]()
+    agent = asyncio.create_task(agent_of(section, wall=lambda: time.time() + ahead_s).run())
+    code = (
+        "import time; from opd_async.clock import WALL\n"
+        "for _ in range(500):\n"
+        "    WALL.refresh(); offset = WALL.now() - time.time(); time.sleep(0.02)\n"
+        "    if offset < -1: break\n"
+        "print('offset', offset)"
+    )
+    async with launcher(section, said) as agents:
+        await agents.gather()
+        async with hosts_of(agents, said, {"far": "h1", "near": ""}) as hosts:
+            await hosts.start(spec(tmp_path, "far", code))
+            word, offset = (await next_exit(hosts)).tail[-1].split()
+            assert word == "offset" and abs(float(offset) + ahead_s) < 0.5
+            await hosts.start(spec(tmp_path, "near", "from opd_async.clock import WALL; print(WALL._offset_s)"))
+            assert (await next_exit(hosts)).tail == ("0.0",), "the launcher's own host has its clock"
+    async with asyncio.timeout(patience(60)):
+        await agent
 
 
 async def test_another_secret_is_an_error_where_it_is() -> None:

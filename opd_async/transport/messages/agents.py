@@ -59,9 +59,10 @@ class Farewell:
 @message
 @dataclass(frozen=True, slots=True)
 class AgentBeat:
-    """An agent is alive; the launcher sends the same back."""
+    """An agent is alive; the launcher sends the same number back, with the time of its clock."""
 
     number: int
+    clock_s: float = 0.0
 
 
 @message
