@@ -158,5 +158,7 @@ class LearnerConfig:
     """How many of the most frequent tokens of a micro-batch count as style in what is reported; 0: nothing is."""
     plain_kl_every: int = 0
     """Every so many steps the teacher is forwarded behind the student's prompts too, to report the KL there."""
+    contrast: bool = False
+    """The teacher is forwarded behind a further prompt of each sequence too, for a loss of the user's own."""
     critic: CriticConfig | None = None
     """None: advantages come with the rows, or there are none."""

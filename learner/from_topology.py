@@ -14,7 +14,7 @@ FREQUENT = 32
 
 def learner_config(topology: Topology, vocab: int | None = None) -> LearnerConfig:
     """The learner's part of a topology; `vocab` is that of the plan: ids below it are sampled (None: all)."""
-    section, critic = topology.learner, critic_config(topology)
+    section, critic, teacher = topology.learner, critic_config(topology), teacher_config(topology)
     return LearnerConfig(
         model_path=topology.models.student.path,
         dtype=section.dtype,
@@ -26,9 +26,10 @@ def learner_config(topology: Topology, vocab: int | None = None) -> LearnerConfi
         kernels=section.kernels,
         seed=topology.seed,
         vocab=vocab,
-        teacher=teacher_config(topology),
+        teacher=teacher,
         reference=reference_config(topology),
         plain_kl_every=topology.opd.plain_kl_every,
+        contrast=teacher is not None and topology.data.contrast_prompt is not None,
         frequent_tokens=FREQUENT if topology.opd.use_opd and topology.data.informs_teachers else 0,
         critic=critic,
     )

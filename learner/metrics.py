@@ -14,7 +14,7 @@ from torch import Tensor
 SUMS = (
     *("loss", "reverse_kl", "k3", "ratio", "squared_deviation", "clipped", "gated", "clamped", "staleness"),
     *("student_support", "teacher_support", "entropy", "reference_kl"),
-    *("plain_kl", "divergence_clipped", "frequent_signal"),
+    *("plain_kl", "contrast", "divergence_clipped", "frequent_signal"),
 )
 """What losses may report as a sum over rows (`LossOutput.sums`)."""
 MAXIMA = ("ratio", "staleness")
@@ -60,6 +60,8 @@ class StepMetrics:
     """KL(student || reference) by the mean of rho (log p - log p_ref) on the sampled tokens; None without one."""
     plain_kl: float | None = None
     """The same KL to the teacher behind the student's own prompts; None but in steps that compute it."""
+    contrast: float | None = None
+    """Mean of log q - log q_contrast, the teacher's behind its prompt and behind the contrast's; None without one."""
     divergence_clipped_share: float | None = None
     """Of tokens whose divergence `opd.divergence_clip` bounded."""
     frequent_signal_share: float | None = None
@@ -179,6 +181,7 @@ def step_metrics(
         entropy=totals.mean("entropy"),
         reference_kl=totals.mean("reference_kl"),
         plain_kl=totals.mean("plain_kl"),
+        contrast=totals.mean("contrast"),
         divergence_clipped_share=totals.mean("divergence_clipped"),
         frequent_signal_share=totals.mean("frequent_signal"),
         grad_norm=grad_norm,

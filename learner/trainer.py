@@ -158,14 +158,13 @@ class Trainer:
         teacher = None
         if self.teacher is not None:
             teacher = self.teacher.rows(self._as_read_by_teacher(batch, packs), self.config.loss.loss)
+            if self.config.contrast:
+                beside = self._lay_out([mb.as_read_beside() for mb in batch.micro_batches])
+                packs = _with("contrast_R", packs, self.teacher.rows(beside, "reverse_kl"))
             if self._plain_kl_is_due(batch):
-                plain = self.teacher.rows(packs, "reverse_kl")  # empty but on the last stage, as below
-                packs = [
-                    replace(pack, plain_R=row.logprobs_R) for pack, row in zip(packs, plain, strict=False)
-                ] or packs
+                packs = _with("plain_R", packs, self.teacher.rows(packs, "reverse_kl"))
         if self.reference is not None:
-            rows = self.reference.rows(packs, "reverse_kl")  # empty but on the last stage, which alone needs them
-            packs = [replace(pack, reference_R=row.logprobs_R) for pack, row in zip(packs, rows, strict=False)] or packs
+            packs = _with("reference_R", packs, self.reference.rows(packs, "reverse_kl"))
         if self.critic is not None:
             packs = self.critic.advise(packs, batch.loss_tokens)
         first = step.add(batch)
@@ -261,3 +260,10 @@ class Trainer:
                 f"set opd.signal_clamp"
             )
         return grad_norm
+
+
+def _with(name: str, packs: Sequence[PackedBatch], rows: Sequence[TeacherRows]) -> list[PackedBatch]:
+    """The micro-batches with what another model says of their rows, as field `name`. `rows` are empty but on the last
+    pipeline stage, which alone needs them."""
+    said: list[dict[str, Any]] = [{name: row.logprobs_R} for row in rows]
+    return [replace(pack, **fields) for pack, fields in zip(packs, said, strict=False)] or list(packs)

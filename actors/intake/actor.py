@@ -74,7 +74,8 @@ class Intake:
         opd = self._topology.opd
         # steps after the checkpoint will be taken again: their rows leave the file
         trained = TrainedRecord(self._role.plan.run_folder, log.warning, state.version, folder)
-        held = frontier.restore(state, floor, opd.wire_topk, opd.on_engines)
+        contrast = opd.on_engines and self._topology.data.contrast_prompt is not None
+        held = frontier.restore(state, floor, opd.wire_topk, teacher=opd.on_engines, contrast=contrast)
         self.steps.begin(held, state.version, trained)
         await self._role.control.send(state)
 

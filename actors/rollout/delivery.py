@@ -26,7 +26,13 @@ class Delivery:
         """A training lease begins: from now on its tokens are listed when generation is paused."""
         route = self._downstream.route(lease.prompt_id, lease.teacher)
         self._outbox.open(
-            lease.sample_id, lease.attempt, route, lease.prompt, lease.prefix, teacher_prompt=lease.teacher_prompt
+            lease.sample_id,
+            lease.attempt,
+            route,
+            lease.prompt,
+            lease.prefix,
+            teacher_prompt=lease.teacher_prompt,
+            contrast_prompt=lease.contrast_prompt,
         )
 
     def begun(self, generation: Generation) -> None:

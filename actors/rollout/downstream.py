@@ -43,4 +43,5 @@ class Downstream:
 
 def unscored(chunk: Chunk, sender: str) -> ScoredChunk:
     """The chunk as the intake takes it where no teacher engine scores: without a teacher's logprobs."""
-    return replace(chunk.scored(sender, 0.0, np.zeros(0, np.float32)), teacher_prompt=chunk.teacher_prompt)
+    found = chunk.scored(sender, 0.0, np.zeros(0, np.float32))
+    return replace(found, teacher_prompt=chunk.teacher_prompt, contrast_prompt=chunk.contrast_prompt)

@@ -248,6 +248,7 @@ class Generation:
             teacher=self.lease.teacher,
             grant=self.lease.grant,
             teacher_prompt_tokens=0 if self.lease.teacher_prompt is None else len(self.lease.teacher_prompt),
+            contrast_prompt_tokens=0 if self.lease.contrast_prompt is None else len(self.lease.contrast_prompt),
             sampled=deltas[0].sampled if deltas else True,
             episode=self.episode,
             further=np.array(self.further, np.int64) if self.further and finish is not None else None,

@@ -172,15 +172,15 @@ class TeacherActor:
 
     # --- what lanes need ---------------------------------------------------------------------------------------------
 
-    def request(self, item: ScoreItem) -> Request | None:
-        """All ids so far, and where the new ones begin; None for a chunk that came again after its sample had ended."""
-        return self._known.request(item)
+    def requests(self, item: ScoreItem) -> list[Request]:
+        """As `KnownTokens.requests`; none for a chunk that came again after its sample had ended."""
+        return self._known.requests(item)
 
-    def scored_before(self, item: ScoreItem) -> int:
+    def scored_before(self, item: ScoreItem) -> list[int]:
         """As `KnownTokens.scored_before`."""
         return self._known.scored_before(item)
 
-    async def deliver(self, item: ScoreItem, scores: Scores | None) -> None:
+    async def deliver(self, item: ScoreItem, scores: Sequence[Scores]) -> None:
         """Send the item's chunks with their share of the scores; forget the sample after its last one.
 
         On cancel: chunks that were not sent stay in the lane's hands, which reroutes them.
@@ -294,15 +294,19 @@ class TeacherActor:
         self._door.close()
 
 
-def _scored(chunk: m.Chunk, scores: Scores | None, at: int, teacher_id: str, latency_s: float) -> m.ScoredChunk:
-    """The chunk with its scores, which begin at row `at`; `scores` None: the chunk has no tokens."""
+def _scored(chunk: m.Chunk, scores: Sequence[Scores], at: int, teacher_id: str, latency_s: float) -> m.ScoredChunk:
+    """The chunk with its scores, which begin at row `at`, behind the teacher's prompt and then behind that of the
+    contrast; none: the chunk has no tokens."""
     end = at + len(chunk.token_ids)
-    if scores is None:
+    if not scores:
         return chunk.scored(teacher_id, latency_s, np.zeros(0, np.float32))
-    scored = chunk.scored(teacher_id, latency_s, scores.logprobs[at:end])
-    if scores.topk is None:
+    own, *others = scores
+    scored = chunk.scored(teacher_id, latency_s, own.logprobs[at:end])
+    if others:
+        scored = replace(scored, contrast_logprobs=others[0].logprobs[at:end])
+    if own.topk is None:
         return scored
-    topk = scores.topk.rows(at, end)
+    topk = own.topk.rows(at, end)
     return replace(scored, topk_ids=topk.ids, topk_logprobs=topk.logprobs)
 
 

@@ -15,11 +15,13 @@ from opd_async.scheduling.score_batches import ScoreItem
 from opd_async.transport.messages import Chunk
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Known:
     attempt: int
     ids: NDArray[np.int32]
     """Prompt, as the teacher reads it, and response so far."""
+    contrast: NDArray[np.int32] | None = None
+    """What it reads beside that prompt, in front of the same response; None: nothing."""
     given: dict[int, int] = field(default_factory=dict)
     """Where each run of given tokens begins, by its end."""
     sent_end: int = 0
@@ -41,11 +43,14 @@ class KnownTokens:
             prefix = chunk.context
             if chunk.teacher_prompt is not None:  # the same response behind another prompt
                 prefix = np.concatenate([chunk.teacher_prompt, chunk.context[chunk.prompt_tokens :]])
-            known = self._samples[chunk.sample_id] = _Known(chunk.attempt, prefix, sent_end=chunk.start)
+            known = self._samples[chunk.sample_id] = _Known(
+                attempt=chunk.attempt, ids=prefix, contrast=chunk.contrast_prompt, sent_end=chunk.start
+            )
         elif (
             known is None
             or known.attempt != chunk.attempt
             or len(known.ids) != chunk.scored_prompt_tokens + chunk.start
+            or (0 if known.contrast is None else len(known.contrast)) != chunk.contrast_prompt_tokens
         ):
             return False
         known.ids = np.concatenate([known.ids, chunk.token_ids])
@@ -53,13 +58,19 @@ class KnownTokens:
             known.given[chunk.end] = known.given.get(chunk.start, chunk.start)
         return True
 
-    def request(self, item: ScoreItem) -> Request | None:
-        """All ids up to the item's end, and where the first to score stands; None for a sample that has ended."""
+    def requests(self, item: ScoreItem) -> list[Request]:
+        """All ids up to the item's end, and where the first to score stands, behind each prompt that the teacher reads;
+        none for a sample that has ended."""
         first, last = item.chunks[0], item.chunks[-1]
         known = self._samples.get(item.sample_id)
         if known is None:
-            return None
-        return known.ids[: last.scored_prompt_tokens + last.end], first.scored_prompt_tokens + first.start
+            return []
+        read = last.scored_prompt_tokens
+        found = [(known.ids[: read + last.end], read + first.start)]
+        if known.contrast is not None:
+            ids = np.concatenate([known.contrast, known.ids[read : read + last.end]])
+            found.append((ids, len(known.contrast) + first.start))
+        return found
 
     def given(self, chunk: Chunk) -> list[Chunk]:
         """What is to be sent now of given tokens that were just added: they keep their place behind what is scored.
@@ -85,14 +96,15 @@ class KnownTokens:
             known.sent_end = max(known.sent_end, due[-1].end)
         return due
 
-    def scored_before(self, item: ScoreItem) -> int:
-        """Tokens that engines were sent when what is before the item was scored; 0 for the beginning of a response.
+    def scored_before(self, item: ScoreItem) -> list[int]:
+        """Tokens that engines were sent when what is before the item was scored, behind each prompt; 0 for the
+        beginning of a response.
 
         They end with the last sampled token before it: given tokens directly in front of the item are new to them.
         """
         first, known = item.chunks[0], self._samples.get(item.sample_id)
         start = first.start if known is None else known.given.get(first.start, first.start)
-        return first.scored_prompt_tokens + start - 1 if start else 0
+        return [prompt + start - 1 if start else 0 for prompt in first.read_prompts]
 
     def holds(self, chunk: Chunk) -> bool:
         """Whether a chunk is of the attempt that is known, and was added."""

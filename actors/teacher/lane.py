@@ -19,6 +19,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain, islice
 from typing import Protocol
 
 import numpy as np
@@ -49,14 +50,16 @@ FAILED_CANARIES = 3
 class Owner(Protocol):
     """What a lane needs of its teacher actor."""
 
-    def request(self, item: ScoreItem) -> Request | None:
-        """All ids so far, and where the new ones begin; None for a sample that is not scored any more."""
+    def requests(self, item: ScoreItem) -> list[Request]:
+        """All ids so far, and where the new ones begin, behind each prompt that the teacher reads; none for a sample
+        that is not scored any more."""
 
-    def scored_before(self, item: ScoreItem) -> int:
-        """Tokens in front of the item that an engine was sent when it scored what is before it."""
+    def scored_before(self, item: ScoreItem) -> list[int]:
+        """Tokens in front of the item that an engine was sent when it scored what is before it, behind each prompt."""
 
-    async def deliver(self, item: ScoreItem, scores: Scores | None) -> None:
-        """Send the item's chunks on; `scores` None: they have no tokens. On cancel: the rest is rerouted."""
+    async def deliver(self, item: ScoreItem, scores: Sequence[Scores]) -> None:
+        """Send the item's chunks on, with the scores of each request; none: they have no tokens. On cancel: the rest is
+        rerouted."""
 
     def reroute(self, chunks: Sequence[Chunk]) -> None:
         """Take back chunks that could not be scored here."""
@@ -150,7 +153,7 @@ class Lane:
             await self._slots.acquire()
             batch = await self._next_batch()
             # no await between taking a batch and reading its tokens: a reset may forget them at any other time
-            requests = [self._owner.request(item) for item in batch]
+            requests = [self._owner.requests(item) for item in batch]
             tokens = sum(item.new_tokens for item in batch)
             self._unproven.begins(tokens)
             task = self._role.spawn(self._batch(batch, requests), "batch")
@@ -187,10 +190,10 @@ class Lane:
         self._changed.set()
         self._owner.busy_changed()
 
-    async def _batch(self, batch: Sequence[ScoreItem], requests: Sequence[Request | None]) -> None:
-        left = deque((item, request) for item, request in zip(batch, requests, strict=True) if request is not None)
+    async def _batch(self, batch: Sequence[ScoreItem], requests: Sequence[list[Request]]) -> None:
+        left = deque((item, asked) for item, asked in zip(batch, requests, strict=True) if asked)
         try:
-            wanted = [(item, request) for item, request in left if item.new_tokens]
+            wanted = [(item, asked) for item, asked in left if item.new_tokens]
             scores = await self._score(wanted) if wanted else []
             if scores is None:
                 return
@@ -201,20 +204,23 @@ class Lane:
                 self._canary_due.set()
             by_sample = {item.sample_id: score for (item, _), score in zip(wanted, scores, strict=True)}
             while left:
-                await self._owner.deliver(left[0][0], by_sample.get(left[0][0].sample_id))
+                await self._owner.deliver(left[0][0], by_sample.get(left[0][0].sample_id, ()))
                 left.popleft()
         finally:
             self.batcher.done([item.sample_id for item in batch])
             self._owner.reroute([chunk for item, _ in left for chunk in item.chunks])
 
-    async def _score(self, wanted: Sequence[tuple[ScoreItem, Request]]) -> list[Scores] | None:
-        """Score one batch, trying again after failures; None once the breaker is open: another engine may do it."""
+    async def _score(self, wanted: Sequence[tuple[ScoreItem, list[Request]]]) -> list[list[Scores]] | None:
+        """Score one batch, trying again after failures; None once the breaker is open: another engine may do it.
+
+        The scores of all requests of each item.
+        """
         failures, new_tokens = 0, sum(item.new_tokens for item, _ in wanted)
         while not failures or self.guard.closed:
             asked, began = object(), self._clock.now()
             self._answers.asked(asked, began)
             try:
-                scores = await self.client.score([request for _, request in wanted])
+                scores = iter(await self.client.score([one for _, requests in wanted for one in requests]))
                 self._answers.answered(asked, self._clock.now(), new_tokens)
             except EngineError as error:
                 failures += 1
@@ -223,7 +229,7 @@ class Lane:
                     await self._clock.sleep(backoff_s(failures, self._clock.random))
             else:
                 self.guard.succeeded()
-                return scores
+                return [list(islice(scores, len(requests))) for _, requests in wanted]
             finally:
                 self._answers.ended(asked)
                 sizes = {"tokens": new_tokens, "samples": len(wanted)}
@@ -244,10 +250,10 @@ class Lane:
             samples = ", ".join(str(item.sample_id) for item in items[:3])
             await self._owner.give_up(f"samples {samples}, ... cannot be scored, {tries} tries, last: {error}")
 
-    def _count(self, wanted: Sequence[tuple[ScoreItem, Request]], scores: Sequence[Scores]) -> None:
-        new_tokens = sum(item.new_tokens for item, _ in wanted)
-        prompt_tokens = sum(score.prompt_tokens for score in scores)
-        cached_tokens = sum(score.cached_tokens for score in scores)
+    def _count(self, wanted: Sequence[tuple[ScoreItem, list[Request]]], scores: Sequence[Sequence[Scores]]) -> None:
+        new_tokens, flat = sum(item.response_tokens for item, _ in wanted), list(chain.from_iterable(scores))
+        prompt_tokens = sum(score.prompt_tokens for score in flat)
+        cached_tokens = sum(score.cached_tokens for score in flat)
         self._role.count("tokens", new_tokens)
         self._role.count("cached_tokens", cached_tokens)
         self._role.count("computed_tokens", prompt_tokens - cached_tokens)
@@ -257,8 +263,8 @@ class Lane:
         self._metrics["opd_teacher_batches_total"].inc()
         self._metrics["opd_teacher_batch_tokens"].observe(new_tokens)
         # what the engine has been sent before; the beginning of a sample it need not know
-        before = [self._owner.scored_before(item) for item, _ in wanted]
-        again = [(tokens, score) for tokens, score in zip(before, scores, strict=True) if tokens]
+        before = [tokens for item, _ in wanted for tokens in self._owner.scored_before(item)]
+        again = [(tokens, score) for tokens, score in zip(before, flat, strict=True) if tokens]
         self.cache.observe(sum(prefix for prefix, _ in again), sum(score.cached_tokens for _, score in again))
         self._metrics["opd_teacher_prefix_share"].labels(self.client.url).set(self.cache.share)
 

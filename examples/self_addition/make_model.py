@@ -6,8 +6,9 @@
     the other half       7+9+0=16,...:0936=347+589=7+9+0=16,...    fresh problems with the solution in front: copies
 
 So the same weights know more behind a prompt that holds the solution: what self-distillation rests on. Writes
-DIR/student (Hugging Face), DIR/train.jsonl (problems with their `solution`) and DIR/held_out.jsonl. Exits with 1 when
-the model misses its bands of pass@1: then nothing that is built on it would show anything.
+DIR/student (Hugging Face), DIR/train.jsonl (problems with their `solution`, and that of another problem as `wrong`) and
+DIR/held_out.jsonl. Exits with 1 when the model misses its bands of pass@1: then nothing that is built on it would show
+anything.
 Shape suffixes: B batch, T tokens of prompt and response, V vocabulary.
 """
 
@@ -90,8 +91,10 @@ class Informed(Problem):
 
 
 def write_rows(path: Path, problems: Sequence[Problem]) -> None:
-    """One line for each problem: prompt, label, and the solution that only the teacher is shown."""
-    rows = [problem.row() | {"solution": problem.answer} for problem in problems]
+    """One line for each problem: prompt, label, the solution that only the teacher is shown, and the next problem's."""
+    others = [*problems[1:], *problems[:1]]
+    pairs = zip(problems, others, strict=True)
+    rows = [problem.row() | {"solution": problem.answer, "wrong": other.answer} for problem, other in pairs]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

@@ -165,13 +165,15 @@ def _advantages(packed: PackedBatch, sampled_R: Tensor, config: LossConfig) -> T
 
 def _with_others(output: LossOutput, packed: PackedBatch, found: RowLogprobs | RowDivergences) -> LossOutput:
     """The same output with what is reported of other models, where there are some: the KL to the reference, and to the
-    teacher behind the student's prompts.
+    teacher behind the student's prompts; and the contrast, log q - log q_contrast of the tokens as they were sampled.
 
-    As that to the teacher, each is an estimate of the present student's own: rho (log p - log p_other), rho = p / mu.
+    As that to the teacher, each KL estimates the present student's own: rho (log p - log p_other), rho = p / mu.
     """
     others = {"reference_kl": packed.reference_R, "plain_kl": packed.plain_R}
     sampled_R, sums = found.sampled_R.detach(), dict(output.sums)
     for name, other_R in others.items():
         if other_R is not None:
             sums[name] = summed(ratio(sampled_R, packed.behaviour_R) * (sampled_R - other_R))
+    if packed.teacher_R is not None and packed.contrast_R is not None:
+        sums["contrast"] = summed(packed.teacher_R - packed.contrast_R)
     return replace(output, sums=sums)

@@ -40,6 +40,8 @@ class LossRows:
     """The same under the weights that sampled the token, as the engine reported it."""
     teacher_R: Tensor | None
     """The teacher's; None without a teacher."""
+    contrast_R: Tensor | None
+    """The teacher's behind `data.contrast_prompt`; None without one."""
     advantages_R: Tensor
     """The estimator's advantage; 0 without one."""
     staleness_R: Tensor
@@ -96,6 +98,7 @@ class OwnLoss:
             logprobs_R=found.sampled_R,
             behaviour_R=packed.behaviour_R,
             teacher_R=packed.teacher_R,
+            contrast_R=packed.contrast_R,
             advantages_R=packed.advantages_R,
             staleness_R=packed.staleness_R,
             sequence_R=packed.sequence_R,

@@ -71,6 +71,8 @@ class PackedBatch:
     """float32[R], nats: the reference model's, where there is one."""
     plain_R: Tensor | None = None
     """float32[R], nats: the teacher's behind the student's prompts, in steps that report it."""
+    contrast_R: Tensor | None = None
+    """float32[R], nats: the teacher's behind the prompts of the contrast, where there are some."""
     frequent_R: Tensor | None = None
     """bool[R]: whether a target is one of the micro-batch's most frequent ones; None where nobody asks."""
     rewards_R: NDArray[np.float32] | None = None
@@ -117,7 +119,6 @@ def lay_out(
     if held_P is not None:
         token_ids, positions = token_ids[held_P], positions[held_P]
         rows_O, own_O = _held_rows(rows_O, held_P, total)
-    scored = len(batch.teacher_logprobs) == len(batch.rows)
     return PackedBatch(
         token_ids_P=torch.from_numpy(token_ids)[None].to(device),
         positions_P=torch.from_numpy(positions).to(device),
@@ -126,7 +127,8 @@ def lay_out(
         own_O=None if own_O is None else torch.from_numpy(own_O).to(device),
         targets_R=torch.from_numpy(batch.token_ids[batch.rows + 1].astype(np.int64)).to(device),
         behaviour_R=torch.tensor(batch.behaviour_logprobs, device=device),
-        teacher_R=torch.tensor(batch.teacher_logprobs, device=device) if scored else None,
+        teacher_R=_scores(batch.teacher_logprobs, batch, device),
+        contrast_R=_scores(batch.contrast_logprobs, batch, device),
         advantages_R=torch.tensor(batch.advantages, device=device),
         staleness_R=torch.tensor(batch.staleness, device=device),
         sequence_R=torch.from_numpy(np.searchsorted(batch.cu_seqlens, batch.rows, side="right") - 1).to(device),
@@ -137,6 +139,12 @@ def lay_out(
         sample_ids_N=batch.sample_ids,
         frequent_R=torch.from_numpy(_frequent(batch, frequent)).to(device) if frequent else None,
     )
+
+
+def _scores(logprobs: NDArray[np.float32] | None, batch: MicroBatch, device: torch.device) -> Tensor | None:
+    """float32[R]; None where there are rows, and no scores of them: without rows there is nothing that a loss lacks."""
+    found = np.zeros(0, np.float32) if logprobs is None else logprobs
+    return torch.tensor(found, device=device) if len(found) == len(batch.rows) else None
 
 
 def _frequent(batch: MicroBatch, most: int) -> NDArray[np.bool_]:

@@ -30,7 +30,8 @@ def longest_of(topology: Topology, inputs: Inputs) -> Longest:
 
 def _longest_read(inputs: Inputs) -> int | None:
     """Tokens of the longest prompt that only a teacher reads; None where a function makes them."""
-    given = (one.prompt.teacher_ids for one in inputs.completions.completions)
+    prompts = [one.prompt for one in inputs.completions.completions]
+    given = [ids for prompt in prompts for ids in (prompt.teacher_ids, prompt.contrast_ids)]
     longest = max((len(ids) for ids in given if ids is not None), default=0)
     read = inputs.prompts.longest_read
     return None if read is None else max(read, longest)

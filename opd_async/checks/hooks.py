@@ -50,8 +50,8 @@ def _endpoint_problems(topology: Topology) -> Iterator[str]:
         yield "rollout.endpoint: true, but no rollout.function has an agent that would ask there; name one"
     if topology.data.informs_teachers:
         yield (
-            "rollout.endpoint: agents write the prompts, which data.teacher_prompt and data.privileged_key cannot "
-            "replace; remove one of them"
+            "rollout.endpoint: agents write the prompts, which data.teacher_prompt, data.privileged_key and "
+            "data.contrast_prompt cannot replace; remove one of them"
         )
     try:
         tokenizer = Tokenizer(topology.models.student.path, topology.data.chat_template)

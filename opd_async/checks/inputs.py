@@ -144,11 +144,12 @@ class _Reader:
         rows = tables.shared if tables.shared < tokenizer.vocab_size else None
         plain = TeacherChoice(tuple(topology.teachers) or ("",), topology.data.teacher_key, rows=rows)
         try:
-            prompts = TeacherPrompts.of(topology.data, tokenizer, teacher_limits(topology))
+            made = topology.data, tokenizer, teacher_limits(topology)
+            prompts, contrast = TeacherPrompts.of(*made), TeacherPrompts.of_contrast(*made)
         except InputError as error:
             self.problems.append(str(error))
             return None
-        choice = replace(plain, prompts=prompts)
+        choice = replace(plain, prompts=prompts, contrast=contrast)
         train = self._train(tokenizer, choice)
         held_out = self._held_out(tokenizer, plain)
         completions = self._try("data.completions.path", lambda: self._completions(tokenizer, choice))
@@ -186,7 +187,7 @@ class _Reader:
                 prompts[0]  # what is wrong with every row is known before the start
             except HookError as error:
                 raise InputError(str(error).replace(", and go on with --resume", "")) from None
-            return PromptSet(prompts, 0, longest_read=0 if choice.prompts is None else None)
+            return PromptSet(prompts, 0, longest_read=None if topology.data.informs_teachers else 0)
 
         return self._try(KEY, first)
 

@@ -68,9 +68,14 @@ def _prompt_problems(topology: Topology) -> Iterator[str]:
     """List prompts of teachers that nobody reads."""
     data = topology.data
     if not topology.opd.use_opd:
-        for key in ("teacher_prompt", "privileged_key"):
+        for key in ("teacher_prompt", "privileged_key", "contrast_prompt"):
             if getattr(data, key) is not None:
                 yield f"data.{key}: given, but opd.use_opd is false and no teacher reads it; remove it"
+    elif data.contrast_prompt is not None and topology.opd.function is None:
+        yield (
+            "data.contrast_prompt: given, but no loss here looks at a second score; write opd.function, a loss of your "
+            "own, which has it as contrast_R, or remove it"
+        )
     if not data.informs_teachers and data.teacher_prompt_missing != "refuse":
         yield (
             f"data.teacher_prompt_missing: {data.teacher_prompt_missing}, but teachers read what the student reads; "

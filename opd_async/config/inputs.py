@@ -110,8 +110,12 @@ class DataSection(Section):
     the student's prompt without one."""
     teacher_prompt_missing: Literal["refuse", "plain"] = "refuse"
     """Rows that lack what their teacher's prompt is made of: refused before the start, or trained plainly."""
+    contrast_prompt: str | None = None
+    """What the teacher reads beside its prompt, to score the same responses a second time, a wrong hint perhaps: a key
+    or a template as for `teacher_prompt`. Those scores are `contrast_R` of `opd.function`. Null: none are made."""
 
     @property
     def informs_teachers(self) -> bool:
         """True if teachers read other prompts than the student."""
-        return self.teacher_prompt is not None or self.privileged_key is not None
+        own = (self.teacher_prompt, self.privileged_key, self.contrast_prompt)
+        return any(one is not None for one in own)

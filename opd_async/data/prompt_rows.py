@@ -34,6 +34,8 @@ class TeacherChoice:
     key: str | None = None
     prompts: TeacherPrompts | None = None
     """Makes what a teacher reads; None: what the student reads."""
+    contrast: TeacherPrompts | None = None
+    """Makes what a teacher reads beside it; None: nothing."""
     rows: int | None = None
 
     def of(self, metadata: dict[str, Any]) -> str:
@@ -72,7 +74,7 @@ class Reading:
         section, chats, teachers = self.section, self.chats, self.teachers
         keys = [section.prompt_key, section.label_key, section.tools_key, section.metadata_key]
         options = [chats.as_chat, chats.system_prompt, chats.template_kwargs, self.answers]
-        own = () if teachers.prompts is None else teachers.prompts.words
+        own = [() if one is None else one.words for one in (teachers.prompts, teachers.contrast)]
         keyed = json.dumps([keys, options, teachers.key, teachers.names, own], sort_keys=True)
         return [self.tokenizer.fingerprint, keyed, *([] if teachers.rows is None else [f"rows {teachers.rows}"])]
 
@@ -90,6 +92,8 @@ class PromptText:
     add_special_tokens: bool
     teacher_text: TeacherText | None = None
     """What its teacher reads; None: the same."""
+    contrast_text: TeacherText | None = None
+    """What its teacher reads beside it; None: nothing."""
 
 
 def read_text(row: Row, reading: Reading) -> PromptText:
@@ -123,8 +127,12 @@ def _checked(row: Row, reading: Reading) -> PromptText:
         text=_rendered(prompt, chat, reading),
         add_special_tokens=chat is None,
     )
-    if reading.teachers.prompts is not None:
-        text.teacher_text = _read_by_teacher(row, prompt, chat, text, reading.teachers.prompts)
+    teachers = reading.teachers
+    if teachers.prompts is not None:
+        text.teacher_text = _read_by_teacher(row, prompt, chat, text, teachers.prompts)
+    if teachers.contrast is not None:
+        plain = TeacherText(text.text, text.add_special_tokens)
+        text.contrast_text = _read_by_teacher(row, prompt, chat, text, teachers.contrast) or plain
     return text
 
 

@@ -31,8 +31,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "teachers": np.dtype("u1"),
     "teacher_ids": np.dtype("<i4"),
     "teacher_id_ends": np.dtype("<i8"),
+    "contrast_ids": np.dtype("<i4"),
+    "contrast_id_ends": np.dtype("<i8"),
 }
-"""`text` has label and metadata of each prompt back to back, in UTF-8; `teachers` are indices into the names."""
+"""`text` has label and metadata of each prompt back to back, in UTF-8; `teachers` are indices into the names. Either
+all prompts have contrast ids or none, whose columns are empty then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ class Prompt:
     _: KW_ONLY
     teacher_ids: Int32Array | None = None
     """int32[m]: what its teacher reads in place of `token_ids`; None: the same."""
+    contrast_ids: Int32Array | None = None
+    """int32[c]: what its teacher reads beside that; None: nothing."""
 
     @property
     def metadata_json(self) -> str:
@@ -64,7 +69,7 @@ class ColumnWriter:
         self._files: dict[str, BinaryIO] = {
             name: io.BytesIO() if folder is None else (folder / name).open("wb") for name in DTYPES
         }
-        self._ids = self._text = self._teacher_ids = 0
+        self._ids = self._text = self._teacher_ids = self._contrast_ids = 0
 
     def add(
         self,
@@ -73,8 +78,10 @@ class ColumnWriter:
         metadata: dict[str, Any],
         teacher: int,
         teacher_ids: Sequence[int] = (),
+        contrast_ids: Sequence[int] = (),
     ) -> None:
-        """Append one prompt, whose teacher is the one with this index, and what it reads (nothing: the prompt)."""
+        """Append one prompt, whose teacher is the one with this index, what it reads (nothing: the prompt), and what it
+        reads beside that."""
         words = label.encode("utf-8", "surrogatepass")
         more = json.dumps(metadata, default=str).encode() if metadata else b""
         self._ids += len(token_ids)
@@ -88,6 +95,10 @@ class ColumnWriter:
         self._teacher_ids += len(teacher_ids)
         self._files["teacher_ids"].write(np.asarray(teacher_ids, DTYPES["teacher_ids"]).tobytes())
         self._files["teacher_id_ends"].write(self._teacher_ids.to_bytes(8, "little"))
+        if contrast_ids:
+            self._contrast_ids += len(contrast_ids)
+            self._files["contrast_ids"].write(np.asarray(contrast_ids, DTYPES["contrast_ids"]).tobytes())
+            self._files["contrast_id_ends"].write(self._contrast_ids.to_bytes(8, "little"))
 
     def finish(self) -> Columns:
         """Close the columns and return them."""
@@ -138,6 +149,10 @@ class Columns:
         """Return the tokens of each teacher's own prompt, int64[n]; 0 where it reads the student's."""
         return np.diff(self._arrays["teacher_id_ends"], prepend=0)
 
+    def contrast_lengths(self) -> npt.NDArray[np.int64]:
+        """Return the tokens of what each teacher reads beside its prompt, int64[n], or int64[0] where there is none."""
+        return np.diff(self._arrays["contrast_id_ends"], prepend=0)
+
     def teachers(self) -> npt.NDArray[np.uint8]:
         """Return which teacher each prompt has, uint8[n]."""
         return np.asarray(self._arrays["teachers"])
@@ -154,15 +169,21 @@ class Columns:
         first, text = (0, 0) if row == 0 else (int(arrays["id_ends"][row - 1]), int(arrays["metadata_ends"][row - 1]))
         middle, end = int(arrays["label_ends"][row]), int(arrays["metadata_ends"][row])
         metadata = arrays["text"][middle:end].tobytes()
-        begin, read = 0 if row == 0 else int(arrays["teacher_id_ends"][row - 1]), int(arrays["teacher_id_ends"][row])
         return Prompt(
             row,
             np.array(arrays["ids"][first : int(arrays["id_ends"][row])], np.int32),
             arrays["text"][text:middle].tobytes().decode("utf-8", "surrogatepass"),
             json.loads(metadata) if metadata else {},
             names[int(arrays["teachers"][row])],
-            teacher_ids=np.array(arrays["teacher_ids"][begin:read], np.int32) if read > begin else None,
+            teacher_ids=self._of_teacher("teacher", row),
+            contrast_ids=self._of_teacher("contrast", row) if len(arrays["contrast_id_ends"]) else None,
         )
+
+    def _of_teacher(self, column: str, row: int) -> Int32Array | None:
+        """What the teacher of a row reads, by one of the two pairs of columns; None for nothing."""
+        ends = self._arrays[f"{column}_id_ends"]
+        begin, end = 0 if row == 0 else int(ends[row - 1]), int(ends[row])
+        return np.array(self._arrays[f"{column}_ids"][begin:end], np.int32) if end > begin else None
 
 
 class PromptTable(Sequence[Prompt]):

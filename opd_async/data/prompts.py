@@ -23,6 +23,7 @@ from opd_async.data.prompt_cache import columns_of
 from opd_async.data.prompt_rows import ONE_TEACHER, PromptText, Reading, TeacherChoice, read_text
 from opd_async.data.prompt_table import ColumnWriter, Prompt, PromptTable
 from opd_async.data.rows import Row, RowError, data_files, named, plain, read_rows
+from opd_async.data.teacher_prompts import TeacherText
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
 
@@ -83,8 +84,12 @@ def load_prompts(
             f"{int(columns.lengths().min())}); raise engines.student.context_tokens or lower "
             "rollout.sampling.max_response_tokens"
         )
-    own = teachers.prompts
-    plainly, longest = (0, 0) if own is None else own.looked_at(where, columns, teachers.names, max_prompt_tokens)
+    names, limit = teachers.names, max_prompt_tokens
+    plainly = longest = 0
+    if (own := teachers.prompts) is not None:
+        plainly, longest = own.looked_at(where, columns, columns.teacher_lengths(), names, limit)
+    if (other := teachers.contrast) is not None:
+        longest = max(longest, other.looked_at(where, columns, columns.contrast_lengths(), names, limit)[1])
     return PromptSet(prompts, len(columns) - len(prompts), plainly, longest)
 
 
@@ -97,23 +102,34 @@ def read_row(index: int, value: Any, reading: Reading, limit: int) -> Prompt:
         row = read_text(Row("", plain(value), True), reading)
     except RecursionError:  # only a function's rows can hold themselves
         raise RowError("holds itself, or is nested too deeply") from None
-    (ids,), (others,) = _token_ids([row], reading.tokenizer), _teacher_ids([row], reading.tokenizer)
-    _check_ids(ids, others, reading.teachers)
+    (ids,) = _token_ids([row], reading.tokenizer)
+    (own,), (other,) = _teacher_ids([row], reading.tokenizer)
+    _check_ids(ids, own, other, reading.teachers)
     if len(ids) > limit:
         raise RowError(f"the prompt has {len(ids)} tokens, and at most {limit} fit; leave it out")
-    prompts = reading.teachers.prompts
-    if prompts is not None and (problem := prompts.too_long(row.teacher, len(others))):
-        raise RowError(problem)
-    own = np.asarray(others, np.int32) if others else None
-    return Prompt(index, np.asarray(ids, np.int32), row.label, row.metadata, row.teacher, teacher_ids=own)
+    for prompts, read in ((reading.teachers.prompts, own), (reading.teachers.contrast, other)):
+        if prompts is not None and (problem := prompts.too_long(row.teacher, len(read))):
+            raise RowError(problem)
+    teacher, contrast = (np.asarray(read, np.int32) if read else None for read in (own, other))
+    return Prompt(
+        index,
+        np.asarray(ids, np.int32),
+        row.label,
+        row.metadata,
+        row.teacher,
+        teacher_ids=teacher,
+        contrast_ids=contrast,
+    )
 
 
-def _check_ids(ids: Sequence[int], others: Sequence[int], teachers: TeacherChoice) -> None:
+def _check_ids(ids: Sequence[int], own: Sequence[int], other: Sequence[int], teachers: TeacherChoice) -> None:
     """Raise `RowError` for a prompt of no tokens, and for ids of it or of the teacher's that no teacher can read."""
     if not ids:
         raise RowError("the prompt has no tokens")
+    if teachers.contrast is not None and not other:
+        raise RowError("what the teacher reads beside its prompt has no tokens")
     teachers.check("the prompt", ids)
-    teachers.check("the teacher's prompt", others)
+    teachers.check("the teacher's prompt", [*own, *other])
 
 
 def _fill(writer: ColumnWriter, reading: Reading) -> None:
@@ -125,12 +141,12 @@ def _fill(writer: ColumnWriter, reading: Reading) -> None:
         if broken:  # no more than what is wrong is asked for now
             continue
         read = _teacher_ids(batch, reading.tokenizer)
-        for row, ids, others in zip(batch, _token_ids(batch, reading.tokenizer), read, strict=True):
+        for row, ids, own, other in zip(batch, _token_ids(batch, reading.tokenizer), *read, strict=True):
             try:
-                _check_ids(ids, others, reading.teachers)
+                _check_ids(ids, own, other, reading.teachers)
             except RowError as error:
                 broken.append(f"{row.where}: {error}")
-            writer.add(ids, row.label, row.metadata, reading.teachers.names.index(row.teacher), others)
+            writer.add(ids, row.label, row.metadata, reading.teachers.names.index(row.teacher), own, other)
     if broken:
         raise InputError(_report(where, broken))
     if not count:
@@ -158,12 +174,22 @@ def _token_ids(rows: list[PromptText], tokenizer: Tokenizer) -> list[list[int]]:
     return _encoded([(row.text, row.add_special_tokens) for row in rows], tokenizer)
 
 
-def _teacher_ids(rows: list[PromptText], tokenizer: Tokenizer) -> list[list[int]]:
-    """Tokenize what the teachers of a batch read; nothing for those that read the student's prompt."""
-    ids: list[list[int]] = [[] for _ in rows]
-    own = [(index, row.teacher_text) for index, row in enumerate(rows) if row.teacher_text is not None]
-    found = _encoded([(one.text, one.special) for _, one in own], tokenizer)
-    for (index, _), tokens in zip(own, found, strict=True):
+def _teacher_ids(rows: list[PromptText], tokenizer: Tokenizer) -> tuple[list[list[int]], list[list[int]]]:
+    """Tokenize what the teachers of a batch read, and what they read beside it.
+
+    Nothing for those that read the student's prompt, and those that read nothing beside.
+    """
+    texts = [row.teacher_text for row in rows], [row.contrast_text for row in rows]
+    own, other = (_encoded_those(column, tokenizer) for column in texts)
+    return own, other
+
+
+def _encoded_those(texts: Sequence[TeacherText | None], tokenizer: Tokenizer) -> list[list[int]]:
+    """Tokenize the texts that are there."""
+    ids: list[list[int]] = [[] for _ in texts]
+    there = [(index, one) for index, one in enumerate(texts) if one is not None]
+    found = _encoded([(one.text, one.special) for _, one in there], tokenizer)
+    for (index, _), tokens in zip(there, found, strict=True):
         ids[index] = tokens
     return ids
 

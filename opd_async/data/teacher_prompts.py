@@ -3,7 +3,8 @@
     row + the student's text -> data.teacher_prompt (a key, or sandboxed Jinja) -> the teacher's text -> its own ids
 
 The response's ids are the same for both: only what stands in front of them differs. That is how a solution, a hint, a
-document, a system prompt or another chat template reaches a teacher, and the student never.
+document, a system prompt or another chat template reaches a teacher, and the student never. `data.contrast_prompt` is a
+further prompt of the same forms, behind which the same response is scored again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import UndefinedError
+from numpy.typing import NDArray
 
 from opd_async.config.inputs import DataSection
 from opd_async.data.chat_template import TEMPLATE_ERRORS, Message, compile_template
@@ -24,7 +26,6 @@ from opd_async.data.tokenizer import Tokenizer
 from opd_async.data.unicode import HALF_A_PAIR, is_text
 from opd_async.errors import InputError
 
-KEY = "data.teacher_prompt"
 MARKS = ("{{", "{%")
 """What tells a template from the name of a key."""
 APPENDED = "{{ text }}{{ privileged }}"
@@ -91,19 +92,26 @@ class TeacherPrompts:
     """Makes the teacher's prompt of a row; the same object for all rows and all teachers."""
 
     def __init__(
-        self, section: DataSection, tokenizer: Tokenizer, limits: Mapping[str, tuple[int, str]] | None = None
+        self,
+        section: DataSection,
+        tokenizer: Tokenizer,
+        limits: Mapping[str, tuple[int, str]] | None = None,
+        *,
+        contrast: bool = False,
     ) -> None:
-        """`limits` has, by teacher, the most tokens of a prompt and which key bounds it. Raises `InputError` for a
-        template that does not parse."""
+        """`limits` has, by teacher, the most tokens of a prompt and which key bounds it; `contrast`: those of
+        `data.contrast_prompt`. Raises `InputError` for a template that does not parse."""
         self._tokenizer = tokenizer
         self._options = ChatOptions.of(section)
-        self._key, self._privileged = section.teacher_prompt, section.privileged_key
+        self._name = "data.contrast_prompt" if contrast else "data.teacher_prompt"
+        self._key = section.contrast_prompt if contrast else section.teacher_prompt
+        self._privileged = section.privileged_key
         self._plain = section.teacher_prompt_missing == "plain"
         self.limits = dict(limits or {})
         source = APPENDED if self._key is None else self._key
         self._template = None
         if any(mark in source for mark in MARKS):
-            self._template = compile_template(source, KEY, strict=True)
+            self._template = compile_template(source, self._name, strict=True)
         self.words = (source, str(self._privileged), section.teacher_prompt_missing)
         """What decides which texts rows become."""
 
@@ -112,7 +120,15 @@ class TeacherPrompts:
         cls, section: DataSection, tokenizer: Tokenizer, limits: Mapping[str, tuple[int, str]]
     ) -> TeacherPrompts | None:
         """None where teachers read what the student reads. Raises as the constructor."""
-        return cls(section, tokenizer, limits) if section.informs_teachers else None
+        own = section.teacher_prompt is not None or section.privileged_key is not None
+        return cls(section, tokenizer, limits) if own else None
+
+    @classmethod
+    def of_contrast(
+        cls, section: DataSection, tokenizer: Tokenizer, limits: Mapping[str, tuple[int, str]]
+    ) -> TeacherPrompts | None:
+        """Those that are read beside; None where nothing is. Raises as the constructor."""
+        return None if section.contrast_prompt is None else cls(section, tokenizer, limits, contrast=True)
 
     def text(self, student: StudentPrompt) -> TeacherText | None:
         """What the teacher reads of a row; None if that is the student's prompt, because its own text is missing and
@@ -166,20 +182,22 @@ class TeacherPrompts:
         except UndefinedError as error:
             raise _MissingTextError(error.message or "") from None
         except (*TEMPLATE_ERRORS, InputError) as error:
-            raise TeacherPromptError(f"{KEY} fails: {error}") from None
+            raise TeacherPromptError(f"{self._name} fails: {error}") from None
         if not text:
-            raise _MissingTextError(f"{KEY} makes an empty text of the row")
+            raise _MissingTextError(f"{self._name} makes an empty text of the row")
         # a chat template writes the special tokens itself, called here or for the student's text
         written = chat.called or (not student.special and student.text in text)
         return TeacherText(text, special=not written)
 
-    def looked_at(self, where: str, columns: Columns, names: Sequence[str], limit: int) -> tuple[int, int]:
+    def looked_at(
+        self, where: str, columns: Columns, tokens: NDArray[np.int64], names: Sequence[str], limit: int
+    ) -> tuple[int, int]:
         """Of the usable prompts of a file (`limit` tokens at most): how many have none for their teacher, and the
-        tokens of the longest that one has.
+        tokens of the longest that one has. `tokens` int64[n] has those of every row.
 
         Raises `InputError` where a prompt is too long for its teacher, one of `names`.
         """
-        usable, tokens, whose = columns.lengths() <= limit, columns.teacher_lengths(), columns.teachers()
+        usable, whose = columns.lengths() <= limit, columns.teachers()
         for index, name in enumerate(names):
             mine = np.where(usable & (whose == index), tokens, 0)
             if problem := self.too_long(name, int(mine.max(initial=0))):

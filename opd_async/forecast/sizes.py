@@ -176,6 +176,8 @@ class _Fitter:
         need, context = own * section.context_tokens, section.context_tokens
         room = self._cache_room(side, section)
         words = f"{own} samples of {context} tokens"
+        if side != "student" and self.topology.data.contrast_prompt is not None:
+            need, words = 2 * need, f"{words}, each behind two prompts"
         if room is not None and room < need:
             need, words = max(room, context), f"{words} are more than memory has room for"
         self._set(f"engines.{side}.kv_tokens", need, words)

@@ -29,11 +29,13 @@ class ChunkBounds:
         """Why a chunk on its way to a teacher is not believed; None if it is."""
         if sender is not None and sender != self._actors.get(chunk.actor):
             return f"actor {chunk.actor} from {sender}"
-        room, read = self._teacher_contexts.get(chunk.teacher, self._context), chunk.scored_prompt_tokens
+        room, read = self._teacher_contexts.get(chunk.teacher, self._context), max(chunk.read_prompts)
         if read + chunk.end > room:
             return f"{read} + {chunk.end} tokens in the teacher's context of {room}"
         if chunk.context is not None and chunk.teacher_prompt_tokens and chunk.teacher_prompt is None:
             return f"a context without the teacher's prompt of {chunk.teacher_prompt_tokens} tokens"
+        if chunk.context is not None and chunk.contrast_prompt_tokens and chunk.contrast_prompt is None:
+            return f"a context without the contrast's prompt of {chunk.contrast_prompt_tokens} tokens"
         return self._common(chunk)
 
     def of_scored(self, sender: str | None, chunk: ScoredChunk, newest: int) -> str | None:
@@ -62,8 +64,8 @@ class ChunkBounds:
             return f"further: {len(begun)} samples, the first is {begun[0] if len(begun) else None}"
         if chunk.prompt_tokens + chunk.end > self._context:
             return f"{chunk.prompt_tokens} + {chunk.end} tokens in a context of {self._context}"
-        own = ("teacher_prompt", chunk.teacher_prompt)
-        for name, ids in (("token_ids", chunk.token_ids), ("context", chunk.context), own):
+        for name in ("token_ids", "context", "teacher_prompt", "contrast_prompt"):
+            ids = getattr(chunk, name)
             if ids is not None and ids.size and int(ids.max()) >= self._vocab:
                 return f"{name}: {int(ids.max())} in a vocabulary of {self._vocab}"
         return None

@@ -90,6 +90,8 @@ def _of(parts: Iterable[bytes]) -> str:
 def _prompt(prompt: Prompt) -> bytes:
     words = json.dumps([prompt.label, prompt.metadata_json, prompt.teacher]).encode()
     read = b"" if prompt.teacher_ids is None else b"read by its teacher" + prompt.teacher_ids.tobytes()
+    if prompt.contrast_ids is not None:
+        read += b"and beside it" + prompt.contrast_ids.tobytes()
     return len(words).to_bytes(8, "little") + words + prompt.token_ids.tobytes() + read
 
 

@@ -112,6 +112,7 @@ class Leasing:
             metadata=prompt.metadata_json,
             teacher=prompt.teacher,
             teacher_prompt=prompt.teacher_ids,
+            contrast_prompt=prompt.contrast_ids,
             given=None if given is None else given.response,
             grant=self._grants.of(spec.sample_id, spec.attempt, self._reach.fleet.role(actor).index),
         )

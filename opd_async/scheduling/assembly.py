@@ -40,7 +40,7 @@ class Verdict(StrEnum):
     ORPHAN = "orphan"
     """Of an unknown sample and without its prompt; the sender will send it again with context."""
     MALFORMED = "malformed"
-    """Lengths differ, a logprob is not a finite number <= 0, or the teacher's top-k is not what was asked for."""
+    """Lengths differ, a logprob is not a finite number <= 0, or what the teacher brought is not what was asked for."""
 
 
 MAX_EARLY = 256
@@ -59,6 +59,8 @@ class Sample:
     prompt: NDArray[np.int32]
     teacher_prompt: NDArray[np.int32] | None = None
     """What a teacher in the learner reads in place of it; None: the same."""
+    contrast_prompt: NDArray[np.int32] | None = None
+    """What it reads beside that; None: nothing."""
     trained: list[NDArray[np.int32]] = field(default_factory=list)
     """Token ids that need no further training: trained ones, and the prefix of a resumed response."""
     untrained: list[Piece] = field(default_factory=list)
@@ -114,15 +116,22 @@ class Assembler:
     """All samples between their first scored chunk and their last trained token.
 
     `topk` is how many ids the teacher's top-k has on every token, 0 for none; chunks with another number are malformed.
-    `teacher` False: no teacher engine scores, and a chunk with a teacher's logprobs is malformed.
+    `teacher` False: no teacher engine scores, and a chunk with a teacher's logprobs is malformed. `contrast` True:
+    every token has the teacher's logprob behind another prompt too.
     """
 
     def __init__(
-        self, completed: IntervalSet | None = None, attempt_floor: int = 0, topk: int = 0, teacher: bool = True
+        self,
+        completed: IntervalSet | None = None,
+        attempt_floor: int = 0,
+        topk: int = 0,
+        *,
+        teacher: bool = True,
+        contrast: bool = False,
     ) -> None:
         self._attempt_floor = attempt_floor
         self._topk = topk
-        self._teacher = teacher
+        self._teacher, self._contrast = teacher, contrast
         self.samples: dict[int, Sample] = {}
         self.completed = completed or IntervalSet()
         self._marks = Marks()
@@ -143,7 +152,7 @@ class Assembler:
 
         New tokens of weights before `oldest`, or before those of the sample's earlier tokens, cannot be: malformed.
         """
-        if not well_formed(chunk, self._topk, self._teacher):
+        if not well_formed(chunk, self._topk, self._teacher, self._contrast):
             return Verdict.MALFORMED
         if chunk.sample_id in self.completed:
             return Verdict.DUPLICATE
@@ -161,6 +170,7 @@ class Assembler:
                 label=chunk.label,
                 prompt=chunk.context,
                 teacher_prompt=chunk.teacher_prompt,
+                contrast_prompt=chunk.contrast_prompt,
                 episode=chunk.episode,
             )
             self.samples[chunk.sample_id] = sample
@@ -193,7 +203,8 @@ class Assembler:
             return False
         sample.attempt, sample.actor = chunk.attempt, chunk.actor
         sample.prompt_id, sample.label = chunk.prompt_id, chunk.label
-        sample.prompt, sample.teacher_prompt = chunk.context[: chunk.prompt_tokens], chunk.teacher_prompt
+        sample.prompt = chunk.context[: chunk.prompt_tokens]
+        sample.teacher_prompt, sample.contrast_prompt = chunk.teacher_prompt, chunk.contrast_prompt
         sample.early.clear()
         return True
 
@@ -206,6 +217,7 @@ class Assembler:
                 behaviour_logprobs=chunk.behaviour_logprobs,
                 teacher_logprobs=chunk.teacher_logprobs,
                 topk=topk,
+                contrast_logprobs=chunk.contrast_logprobs,
                 facts=ChunkFacts(chunk.end, chunk.weight_version, chunk.made_at, chunk.latency_s),
                 sampled=chunk.sampled,
             )
@@ -327,4 +339,5 @@ def _segment(sample: Sample, complete: bool) -> Segment:
         complete=complete,
         teacher=sample.teacher,
         teacher_prompt=sample.teacher_prompt,
+        contrast_prompt=sample.contrast_prompt,
     )

@@ -62,10 +62,13 @@ def _completed(assembler: Assembler) -> NDArray[np.int64]:
     return IntervalSet([*leased, *([(FURTHER_IDS, max(ends))] if ends else [])]).to_array()
 
 
-def restore(frontier: Frontier, attempt_floor: int = 0, topk: int = 0, teacher: bool = True) -> Assembler:
+def restore(
+    frontier: Frontier, attempt_floor: int = 0, topk: int = 0, *, teacher: bool = True, contrast: bool = False
+) -> Assembler:
     """An assembler that holds nothing but what was trained, refuses attempts below `attempt_floor`, and wants `topk`
-    ids of the teacher on every token, or nothing of a `teacher` at all."""
-    assembler = Assembler(IntervalSet.from_array(frontier.completed), attempt_floor, topk, teacher)
+    ids of the teacher on every token and its `contrast`, or nothing of a `teacher` at all."""
+    completed = IntervalSet.from_array(frontier.completed)
+    assembler = Assembler(completed, attempt_floor, topk, teacher=teacher, contrast=contrast)
     parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
     for sample_id, tokens, given in zip(frontier.partial_ids, parts, given_of(frontier), strict=False):
         assembler.restore(int(sample_id), tokens, int(given))

@@ -26,6 +26,8 @@ class _Entry:
     prompt: NDArray[np.int32]
     teacher_prompt: NDArray[np.int32] | None
     """What the teacher reads in place of it."""
+    contrast_prompt: NDArray[np.int32] | None
+    """What it reads beside that."""
     tokens: list[NDArray[np.int32]]
     """Response so far, the prefix of an earlier attempt included."""
     end: int
@@ -49,6 +51,7 @@ class Outbox:
         prompt: NDArray[np.int32],
         prefix: NDArray[np.int32],
         teacher_prompt: NDArray[np.int32] | None = None,
+        contrast_prompt: NDArray[np.int32] | None = None,
     ) -> None:
         """A lease begins; `prefix` holds response tokens that are scored already."""
         self._entries[sample_id] = _Entry(
@@ -56,6 +59,7 @@ class Outbox:
             route=route,
             prompt=prompt,
             teacher_prompt=teacher_prompt,
+            contrast_prompt=contrast_prompt,
             tokens=[prefix],
             end=len(prefix),
         )
@@ -107,7 +111,9 @@ class Outbox:
     def _with_context(entry: _Entry, chunk: Chunk) -> Chunk:
         response = np.concatenate(entry.tokens)[: chunk.start]
         context = np.concatenate([entry.prompt, response]).astype(np.int32)
-        return dataclasses.replace(chunk, context=context, teacher_prompt=entry.teacher_prompt)
+        return dataclasses.replace(
+            chunk, context=context, teacher_prompt=entry.teacher_prompt, contrast_prompt=entry.contrast_prompt
+        )
 
     def route_of(self, sample_id: int) -> int:
         """Where all chunks of this sample go."""

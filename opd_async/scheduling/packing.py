@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.estimators.topk import TopK, join, split
-from opd_async.scheduling.segments import Segment
+from opd_async.scheduling.segments import Segment, joined
 from opd_async.transport.messages import Train
 from opd_async.transport.step_batch import MicroBatch, StepBatch, TeacherPrompts
 
@@ -66,7 +66,9 @@ def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:
         weights=_weights(segments),
         rewards=_rewards(segments),
         sample_ids=np.array([segment.sample_id for segment in segments], np.int64),
-        teacher_prompts=_teacher_prompts(segments),
+        teacher_prompts=_prompts(segments, [segment.teacher_prompt for segment in segments]),
+        contrast_logprobs=joined([segment.contrast_logprobs for segment in segments]),
+        contrast_prompts=_prompts(segments, [segment.contrast_prompt for segment in segments]),
     )
 
 
@@ -75,10 +77,11 @@ def _positions(segment: Segment) -> NDArray[np.int32]:
     return np.arange(segment.start, segment.end, dtype=np.int32) if segment.positions is None else segment.positions
 
 
-def _teacher_prompts(segments: Sequence[Segment]) -> TeacherPrompts | None:
-    if all(segment.teacher_prompt is None for segment in segments):
+def _prompts(segments: Sequence[Segment], read: Sequence[NDArray[np.int32] | None]) -> TeacherPrompts | None:
+    """What a teacher reads of these segments; None where that is the student's prompts."""
+    if all(prompt is None for prompt in read):
         return None
-    prompts = [np.zeros(0, np.int32) if s.teacher_prompt is None else s.teacher_prompt for s in segments]
+    prompts = [np.zeros(0, np.int32) if prompt is None else prompt for prompt in read]
     return TeacherPrompts(
         np.array([segment.prompt_tokens for segment in segments], np.int32),
         np.array([len(prompt) for prompt in prompts], np.int32),
@@ -117,8 +120,11 @@ def to_message(batch: StepBatch) -> Train:
     """The wire form of one rank's step or part."""
     mbs = batch.micro_batches
     topk = join([mb.topk for mb in mbs])
-    read = [mb.teacher_prompts or TeacherPrompts.none(len(mb.cu_seqlens) - 1) for mb in mbs]
-    others = any(mb.teacher_prompts is not None for mb in mbs)
+    none = [TeacherPrompts.none(len(mb.cu_seqlens) - 1) for mb in mbs]
+    read = [mb.teacher_prompts or nothing for mb, nothing in zip(mbs, none, strict=True)]
+    beside = [mb.contrast_prompts or nothing for mb, nothing in zip(mbs, none, strict=True)]
+    others, contrasts = (any(one is not nothing for one, nothing in zip(a, none, strict=True)) for a in (read, beside))
+    prompts = [np.maximum(a.prompt_lengths_N, b.prompt_lengths_N) for a, b in zip(read, beside, strict=True)]
     return Train(
         version=batch.version,
         part=batch.part,
@@ -145,9 +151,12 @@ def to_message(batch: StepBatch) -> Train:
         sample_ids=_join([mb.sample_ids for mb in mbs if mb.sample_ids is not None], np.int64)
         if any(mb.sample_ids is not None for mb in mbs)
         else None,
-        prompt_lengths=_join([one.prompt_lengths_N for one in read], np.int32) if others else None,
+        prompt_lengths=_join(prompts, np.int32) if others or contrasts else None,
         teacher_prompt_lengths=_join([one.lengths_N for one in read], np.int32) if others else None,
         teacher_prompts=_join([one.token_ids for one in read], np.int32) if others else None,
+        contrast_logprobs=joined([mb.contrast_logprobs for mb in mbs]),
+        contrast_prompt_lengths=_join([one.lengths_N for one in beside], np.int32) if contrasts else None,
+        contrast_prompts=_join([one.token_ids for one in beside], np.int32) if contrasts else None,
     )
 
 
@@ -160,10 +169,14 @@ def from_message(train: Train) -> StepBatch:
     rows, staleness = (np.split(values, cuts) for values in (train.rows, train.staleness))
     by_row = (train.behaviour_logprobs, train.teacher_logprobs, train.advantages)
     behaviour, teacher, advantages = (np.split(values, cuts) for values in by_row)
-    weights = [None] * len(rows) if train.weights is None else np.split(train.weights, cuts)
+    weights, contrast = (
+        [None] * len(rows) if values is None else np.split(values, cuts)
+        for values in (train.weights, train.contrast_logprobs)
+    )
     rewards = [None] * len(rows) if train.rewards is None else np.split(train.rewards, cuts)
     samples = [None] * len(rows) if train.sample_ids is None else np.split(train.sample_ids, sequence_cuts)
-    read = _split_prompts(train, sequence_cuts)
+    read = _split_prompts(train, sequence_cuts, train.teacher_prompt_lengths, train.teacher_prompts)
+    beside = _split_prompts(train, sequence_cuts, train.contrast_prompt_lengths, train.contrast_prompts)
     topk = split(TopK.of(train.topk_ids, train.topk_logprobs), train.mb_rows.tolist())
     micro_batches = tuple(
         MicroBatch(
@@ -179,15 +192,19 @@ def from_message(train: Train) -> StepBatch:
             rewards=rewards[i],
             sample_ids=samples[i],
             teacher_prompts=read[i],
+            contrast_logprobs=contrast[i],
+            contrast_prompts=beside[i],
         )
         for i in range(len(train.mb_tokens))
     )
     return StepBatch(train.version, train.loss_tokens, micro_batches, train.part, train.last)
 
 
-def _split_prompts(train: Train, sequence_cuts: NDArray[Any]) -> Sequence[TeacherPrompts | None]:
-    """The prompts that a teacher in the learner reads, by micro-batch."""
-    prompts, lengths, ids = train.prompt_lengths, train.teacher_prompt_lengths, train.teacher_prompts
+def _split_prompts(
+    train: Train, sequence_cuts: NDArray[Any], lengths: NDArray[np.int32] | None, ids: NDArray[np.int32] | None
+) -> Sequence[TeacherPrompts | None]:
+    """The prompts that a teacher in the learner reads, by micro-batch, of their lengths and their ids."""
+    prompts = train.prompt_lengths
     if prompts is None or lengths is None or ids is None:
         return [None] * len(train.mb_tokens)
     parts = np.split(lengths, sequence_cuts)

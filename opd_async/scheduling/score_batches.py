@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from opd_async.transport.messages import Chunk
 
 MAX_SAMPLES = 2048
-"""Samples of one batch, and `MAX_CONTEXT_TOKENS` all their tokens, prompts and earlier responses included: an engine
-refuses larger requests, which would keep it busy with parsing."""
+"""Sequences of one batch (one a sample, two with a contrast), and `MAX_CONTEXT_TOKENS` all their tokens, prompts and
+earlier responses included: an engine refuses larger requests, which would keep it busy with parsing."""
 MAX_CONTEXT_TOKENS = 2 << 20
 
 
@@ -31,17 +31,31 @@ class ScoreItem:
     arrived: float
     chunks: list[Chunk] = field(default_factory=list)
     new_tokens: int = 0
-    """Tokens to score."""
+    """Tokens to score, as often as there are prompts behind which they are scored."""
+
+    @property
+    def reads(self) -> int:
+        """How many prompts there are: so many sequences of a request."""
+        return len(self.chunks[-1].read_prompts)
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens of the response among `new_tokens`."""
+        return self.new_tokens // self.reads
 
     @property
     def context(self) -> int:
-        """Tokens of the sample up to its last chunk's end: what a request carries."""
-        return self.chunks[-1].scored_prompt_tokens + self.chunks[-1].end
+        """Tokens of the sample up to its last chunk's end, behind each prompt: what a request carries."""
+        return sum(prompt + self.chunks[-1].end for prompt in self.chunks[-1].read_prompts)
 
     def add(self, chunk: Chunk) -> None:
         """Put one chunk between the others by its position, and count its tokens."""
         insort(self.chunks, chunk, key=lambda one: (one.start, one.end))
-        self.new_tokens += len(chunk.token_ids)
+        self.new_tokens += _to_score(chunk)
+
+
+def _to_score(chunk: Chunk) -> int:
+    return len(chunk.token_ids) * len(chunk.read_prompts)
 
 
 class TokenBudgetBatcher:
@@ -62,9 +76,9 @@ class TokenBudgetBatcher:
         if item is None:
             item = self._waiting[chunk.sample_id] = ScoreItem(chunk.sample_id, now)
         item.add(chunk)
-        self.waiting_tokens += len(chunk.token_ids)
+        self.waiting_tokens += _to_score(chunk)
         if chunk.sample_id not in self._in_flight:
-            self._free_tokens += len(chunk.token_ids)
+            self._free_tokens += _to_score(chunk)
 
     def due_at(self) -> float | None:
         """When the oldest sample that may leave must leave; None when none may."""
@@ -79,13 +93,14 @@ class TokenBudgetBatcher:
         if due is None or (self._free_tokens < self.batch_tokens and now < due):
             return []
         batch: list[ScoreItem] = []
-        tokens = context = 0
+        tokens = context = sequences = 0
         free = [item for item in self._waiting.values() if item.sample_id not in self._in_flight]
         for item in sorted(free, key=_urgency):
             full = tokens + item.new_tokens > self.batch_tokens or context + item.context > MAX_CONTEXT_TOKENS
-            if batch and (full or len(batch) == MAX_SAMPLES):
+            if batch and (full or sequences + item.reads > MAX_SAMPLES):
                 break
             batch.append(item)
+            sequences += item.reads
             tokens += item.new_tokens
             context += item.context
             del self._waiting[item.sample_id]

@@ -32,8 +32,8 @@ class ChunkFacts(NamedTuple):
 class Piece:
     """Scored tokens of one weight version. float32[n] each; `token_ids` int32[n]; `topk` n rows or None.
 
-    Where no teacher engine scores, `teacher_logprobs` is empty, here and in all that is made of it. A piece that is not
-    `sampled` was given: its tokens have no logprobs and no age.
+    Where no teacher engine scores, `teacher_logprobs` is empty, here and in all that is made of it. `contrast_logprobs`
+    is None where there is no contrast. A piece that is not `sampled` was given: its tokens have no logprobs and no age.
     """
 
     version: int
@@ -41,6 +41,7 @@ class Piece:
     behaviour_logprobs: NDArray[np.float32]
     teacher_logprobs: NDArray[np.float32]
     topk: TopK | None = None
+    contrast_logprobs: NDArray[np.float32] | None = None
     facts: ChunkFacts | None = None
     sampled: bool = True
 
@@ -51,10 +52,11 @@ class Segment:
 
     `token_ids` int32[prompt + end]; `positions` int32[n] are those that are trained, all but given ones (None: all,
     n = end - start). Per trained token: `behaviour_logprobs`, `teacher_logprobs` float32[n], `versions` int32[n] of the
-    weights that made it, `topk` of n rows where the loss needs it, `advantages` float32[n] where an estimator has set
-    them. `weight` is how often each of its tokens counts in the loss (None: once). `rewards` float32[n] is set where
-    the learner makes advantages of it: what is earned with each trained token, NaN where nothing is known. `chunks` are
-    those that the segment is made of.
+    weights that made it, `topk` of n rows where the loss needs it, `contrast_logprobs` float32[n] where an engine has
+    scored behind another prompt too, `advantages` float32[n] where an estimator has set them. `weight` is how often
+    each of its tokens counts in the loss (None: once). `rewards` float32[n] is set where the learner makes advantages
+    of it: what is earned with each trained token, NaN where nothing is known. `chunks` are those that the segment is
+    made of.
     """
 
     sample_id: int
@@ -74,6 +76,9 @@ class Segment:
     chunks: tuple[ChunkFacts, ...] = ()
     teacher_prompt: NDArray[np.int32] | None = None
     """int32[m]: what a teacher in the learner reads in place of the prompt; None: the same."""
+    contrast_logprobs: NDArray[np.float32] | None = None
+    contrast_prompt: NDArray[np.int32] | None = None
+    """int32[c]: what a teacher in the learner reads beside that; None: nothing."""
     positions: NDArray[np.int32] | None = None
 
     @property
@@ -107,9 +112,9 @@ class Segment:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longer of the two sequences that the learner forwards, the student's and the teacher's."""
-        read = self.prompt_tokens if self.teacher_prompt is None else len(self.teacher_prompt)
-        return len(self.token_ids) + max(0, read - self.prompt_tokens)
+        """Tokens of the longest of the sequences that the learner forwards, the student's and the teacher's."""
+        read = [len(prompt) for prompt in (self.teacher_prompt, self.contrast_prompt) if prompt is not None]
+        return len(self.token_ids) + max([self.prompt_tokens, *read]) - self.prompt_tokens
 
 
 def segment_of(
@@ -123,6 +128,7 @@ def segment_of(
     complete: bool,
     teacher: str,
     teacher_prompt: NDArray[np.int32] | None,
+    contrast_prompt: NDArray[np.int32] | None,
 ) -> Segment:
     """Join the `untrained` pieces, which hold positions [start, end), behind the prompt and what was trained before.
 
@@ -147,5 +153,13 @@ def segment_of(
         teacher=teacher,
         chunks=tuple(piece.facts for piece in untrained if piece.facts is not None),
         teacher_prompt=teacher_prompt,
+        contrast_logprobs=joined([piece.contrast_logprobs for piece in pieces]),
+        contrast_prompt=contrast_prompt,
         positions=positions,
     )
+
+
+def joined(parts: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+    """Those that are there, back to back; None where none is."""
+    there = [part for part in parts if part is not None]
+    return np.concatenate(there) if there else None

@@ -66,12 +66,13 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("mb_tokens", "mb_sequences", "mb_rows", "sequence_lengths", "rows", "staleness"), _COUNT),
     **dict.fromkeys(("token_ids", "prompt", "prefix", "given", "context", "tokens", "response"), _COUNT),
     **dict.fromkeys(("taken_tokens", "hold", "answers", "given_tokens", "taken_given", "partial_given"), _COUNT),
-    **dict.fromkeys(("teacher_prompt", "teacher_prompt_tokens", "teacher_prompts"), _COUNT),
-    **dict.fromkeys(("prompt_lengths", "teacher_prompt_lengths", "given_starts", "given_ends"), _COUNT),
+    **dict.fromkeys(("teacher_prompt", "teacher_prompt_tokens", "teacher_prompts", "teacher_prompt_lengths"), _COUNT),
+    **dict.fromkeys(("contrast_prompt", "contrast_prompt_tokens", "contrast_prompts"), _COUNT),
+    **dict.fromkeys(("prompt_lengths", "contrast_prompt_lengths", "given_starts", "given_ends"), _COUNT),
     "turn_ends": _COUNT,
     **dict.fromkeys(("waited_s", "wait_s", "token_s"), Range(0, NEVER)),
     **dict.fromkeys(("partial_tokens", "staleness_counts", "request", "token"), _ID),
-    **dict.fromkeys(("behaviour_logprobs", "student_logprobs", "teacher_logprobs"), _LOGPROB),
+    **dict.fromkeys(("behaviour_logprobs", "student_logprobs", "teacher_logprobs", "contrast_logprobs"), _LOGPROB),
     "topk_ids": Range(NO_TOKEN, MAX_COUNT),
     "topk_logprobs": Range(-math.inf, 1.0e-3),
     **dict.fromkeys(
@@ -141,15 +142,25 @@ EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
     "ScoredChunk": (("turn_ends", "turn_rewards"),),
     "Train": (
         ("mb_tokens", "mb_sequences", "mb_rows"),
-        ("rows", "behaviour_logprobs", "advantages", "staleness", "weights", "rewards", "topk_ids", "topk_logprobs"),
-        ("sequence_lengths", "sample_ids", "prompt_lengths", "teacher_prompt_lengths"),
+        (
+            *("rows", "behaviour_logprobs", "advantages", "staleness", "weights", "rewards", "topk_ids"),
+            *("topk_logprobs", "contrast_logprobs"),
+        ),
+        (
+            *("sequence_lengths", "sample_ids", "prompt_lengths", "teacher_prompt_lengths"),
+            "contrast_prompt_lengths",
+        ),
     ),
 }
 """Arrays of a message that have as many rows as each other; those that are absent do not count."""
 PIECES: dict[str, tuple[tuple[str, str], ...]] = {
     "Reclaimed": (("ends", "tokens"),),
     "Frontier": (("partial_ends", "partial_tokens"),),
-    "Train": (("sequence_lengths", "token_ids"), ("teacher_prompt_lengths", "teacher_prompts")),
+    "Train": (
+        ("sequence_lengths", "token_ids"),
+        ("teacher_prompt_lengths", "teacher_prompts"),
+        ("contrast_prompt_lengths", "contrast_prompts"),
+    ),
 }
 """The first array of a pair has the lengths of the pieces that the second is made of; one that is absent has none."""
 
@@ -229,9 +240,9 @@ def _of_trained(values: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _fits(read: np.ndarray[Any, Any], context: np.ndarray[Any, Any] | None, values: Mapping[str, Any]) -> bool:
-    """Whether a teacher's own prompt comes with the context, and is as long as its chunk says."""
-    return context is not None and bool(len(read)) and len(read) == values.get("teacher_prompt_tokens", len(read))
+def _fits(name: str, read: np.ndarray[Any, Any], values: Mapping[str, Any]) -> bool:
+    """Whether a prompt of a teacher's comes with the context, and is as long as its chunk says."""
+    return values["context"] is not None and bool(len(read)) and len(read) == values.get(f"{name}_tokens", len(read))
 
 
 def _of_chunk(values: Mapping[str, Any]) -> str | None:
@@ -242,8 +253,9 @@ def _of_chunk(values: Mapping[str, Any]) -> str | None:
         return f"context: {len(context)} where prompt_tokens and start make {prompt + start}"
     if start + count > MAX_COUNT:
         return f"start: {start}"
-    if (read := values["teacher_prompt"]) is not None and not _fits(read, context, values):
-        return f"teacher_prompt: {len(read)} tokens, which nothing else says"
+    for name in ("teacher_prompt", "contrast_prompt"):
+        if (read := values[name]) is not None and not _fits(name, read, values):
+            return f"{name}: {len(read)} tokens, which nothing else says"
     if not count and values["finish"] is None:
         return "no tokens and no end"
     if values["further"] is not None and values["finish"] is None:
@@ -255,9 +267,10 @@ def _of_chunk(values: Mapping[str, Any]) -> str | None:
         return "sampled: given tokens cannot end a response"
     if (made := len(values["behaviour_logprobs"])) != sampled:
         return f"behaviour_logprobs: {made} for {sampled} sampled tokens"
-    scores = len(values.get("teacher_logprobs", ()))
-    if scores not in (0, sampled):
-        return f"teacher_logprobs: {scores} for {sampled} sampled tokens"
+    for name in ("teacher_logprobs", "contrast_logprobs"):
+        array = values.get(name)
+        if array is not None and len(array) not in (0, sampled):
+            return f"{name}: {len(array)} for {sampled} sampled tokens"
     for field in ("topk_ids", "topk_logprobs"):
         if (array := values.get(field)) is not None and len(array) != count:
             return f"{field}: {len(array)} rows for {count} tokens"

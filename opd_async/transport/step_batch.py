@@ -64,10 +64,20 @@ class MicroBatch:
     sample_ids: Int64Array | None = None
     teacher_prompts: TeacherPrompts | None = None
     """None: a teacher in the learner reads what the student reads."""
+    contrast_logprobs: Float32Array | None = None
+    """float32[R]: the teacher's behind other prompts, where an engine has scored there too; None: nothing."""
+    contrast_prompts: TeacherPrompts | None = None
+    """What a teacher in the learner reads beside its prompts; None: nothing."""
 
     def as_read_by_teacher(self) -> MicroBatch:
         """The same responses and rows, in the same order, behind the prompts that the teacher reads."""
-        read = self.teacher_prompts
+        return self._behind(self.teacher_prompts)
+
+    def as_read_beside(self) -> MicroBatch:
+        """The same behind the prompts that the teacher reads beside these."""
+        return self._behind(self.contrast_prompts)
+
+    def _behind(self, read: TeacherPrompts | None) -> MicroBatch:
         if read is None:
             return self
         prompts = np.split(read.token_ids, np.cumsum(read.lengths_N)[:-1])
@@ -83,6 +93,7 @@ class MicroBatch:
             cu_seqlens=bounds,
             rows=(self.rows + moved_N[sequence_R]).astype(np.int32),
             teacher_prompts=None,
+            contrast_prompts=None,
         )
 
 

@@ -103,11 +103,12 @@ async def test_chunks_go_to_their_teacher_by_prompt_or_straight_to_the_intake() 
 
 def test_an_unscored_chunk_keeps_everything_but_a_score() -> None:
     context = np.arange(10, dtype=np.int32)
-    own = np.arange(3, dtype=np.int32)
+    own, other = np.arange(3, dtype=np.int32), np.arange(4, dtype=np.int32)
     made = chunk(6, context=context, teacher_prompt=own, teacher_prompt_tokens=3)
+    made = dataclasses.replace(made, contrast_prompt=other, contrast_prompt_tokens=4)
     found = unscored(made, "rollout-1")
     for field in dataclasses.fields(Chunk):
-        # how long the teacher's prompt is says the prompt itself, which the learner's teacher is given
-        if field.name not in ("made_at", "teacher_prompt_tokens"):
+        # how long a teacher's prompt is says the prompt itself, which the learner's teacher is given
+        if field.name not in ("made_at", "teacher_prompt_tokens", "contrast_prompt_tokens"):
             assert getattr(found, field.name) is getattr(made, field.name), field.name
     assert found.teacher_id == "rollout-1" and len(found.teacher_logprobs) == 0 and found.topk_ids is None

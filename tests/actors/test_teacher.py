@@ -36,12 +36,15 @@ class Teacher:
         self._push = Push(role.context, role.plan.chunks[0])
         self._pull = Pull(role.context, role.plan.scored)
         self.scores: dict[tuple[int, int], list[float]] = {}
+        self.contrasts: dict[tuple[int, int], list[float] | None] = {}
         self.sent: dict[tuple[int, int], list[float]] = {}
 
     async def collect(self) -> None:
         while True:
             chunk = await self._pull.receive()
             self.scores.setdefault((chunk.sample_id, chunk.start), chunk.teacher_logprobs.tolist())
+            contrast = chunk.contrast_logprobs
+            self.contrasts[chunk.sample_id, chunk.start] = None if contrast is None else contrast.tolist()
 
     async def send(self, sample_id: int, chunks: int, *, first: int = 0, end: bool = True, version: int = 0) -> None:
         """Chunks `first` to `first + chunks` of a sample, whose prompt has the sample's number."""
@@ -117,11 +120,14 @@ def samples_of(engine: FaultyEngine) -> set[tuple[int, ...]]:
     return {tuple(ids[:12]) for ids in engine.scored}
 
 
-async def test_a_prompt_of_the_teachers_own_stands_in_front_of_the_same_response() -> None:
-    """Whole and in pieces, also where the actor has to be told the beginning again."""
+@pytest.mark.parametrize("other", [[], [7, 3, 5]])
+async def test_a_prompt_of_the_teachers_own_stands_in_front_of_the_same_response(other: list[int]) -> None:
+    """Whole and in pieces, also where the actor has to be told the beginning again. Behind the prompt of a contrast the
+    same tokens are scored by the same request, which is repeated whole when it fails."""
     prompt, own = prompt_of(5), list(range(31))
     tokens = continuation(prompt, 3 * CHUNK)
     async with FaultyEngine() as engine, teacher(engine) as running:
+        engine.script.append("500")
         for start, again in ((0, True), (CHUNK, False), (2 * CHUNK, True)):
             part = np.array(tokens[start : start + CHUNK], np.int32)
             running.sent[5, start] = scores_of([*own, *tokens[: start + CHUNK]], len(own) + start).tolist()
@@ -142,10 +148,15 @@ async def test_a_prompt_of_the_teachers_own_stands_in_front_of_the_same_response
                 teacher="teacher",
                 teacher_prompt_tokens=len(own),
                 teacher_prompt=np.array(own, np.int32) if again else None,
+                contrast_prompt_tokens=len(other),
+                contrast_prompt=np.array(other, np.int32) if again and other else None,
             )
             await running.push(sent)
             await running.all_scored()
-        assert [ids[: len(own)] for ids in engine.scored if len(ids) > len(own)] == [own] * 3
+            beside = scores_of([*other, *tokens[: start + CHUNK]], len(other) + start).tolist() if other else None
+            assert running.contrasts[5, start] == beside
+        assert [ids[: len(own)] for ids in engine.scored if len(ids) > len(own)] == [own] * 4, "one try failed"
+        assert value(running.role, "opd_teacher_scored_tokens_total") == 3 * CHUNK
 
 
 def span(sample_id: int, tokens: list[int], start: int, count: int, *, sampled: bool, finish: bool = False) -> m.Chunk:

@@ -61,8 +61,7 @@ def sane(kind: type) -> Any:
             values[name] = {list: [element], dict: {"x": element}}.get(origin) if origin else plain[parts[0]]
     if "context" in values:
         values["context"] = np.ones(values["prompt_tokens"] + values["start"], np.int32)
-    if "teacher_prompt_tokens" in values:
-        values["teacher_prompt_tokens"] = ROWS
+    values |= dict.fromkeys({"teacher_prompt_tokens", "contrast_prompt_tokens"} & values.keys(), ROWS)
     if kind is m.TrainedSample:
         values |= {"prompt_tokens": ROWS, "response_tokens": ROWS}
     if "completed" in values:
@@ -99,7 +98,7 @@ def absurd(message: Any) -> Iterator[tuple[str, Any]]:
 
 SINGLE = {
     *((m.EvalDone, "token_ids"), (m.Train, "teacher_logprobs")),
-    *((kind, "teacher_prompt") for kind in (m.Lease, m.ScoredChunk)),
+    *((kind, f"{whose}_prompt") for kind in (m.Lease, m.ScoredChunk) for whose in ("teacher", "contrast")),
 }
 """Arrays that no other one has to agree with, though they do in other messages."""
 

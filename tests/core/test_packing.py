@@ -20,11 +20,19 @@ VERSION = 7
 
 
 def segment(
-    sample_id: int, prompt: int, start: int, count: int, k: int = 0, rewarded: bool = False, read: bool = False
+    sample_id: int,
+    prompt: int,
+    start: int,
+    count: int,
+    k: int = 0,
+    rewarded: bool = False,
+    read: bool = False,
+    contrast: str = "",
 ) -> Segment:
     """Every token, logprob, version and top-k tells which sample and position it belongs to.
 
-    `read`: the teacher reads another prompt than the student, but for every fourth sample.
+    `read`: the teacher reads another prompt than the student, but for every fourth sample. `contrast`: it has scored
+    behind another, "scores", or is to do so, "prompts".
     """
     end = start + count
     rng = np.random.default_rng(sample_id)
@@ -41,6 +49,8 @@ def segment(
         topk=topk_of(1000 * sample_id + prompt + np.arange(start, end), k) if k else None,
         rewards=_rewards(sample_id, count) if rewarded else None,
         teacher_prompt=_read(sample_id) if read and sample_id % 4 else None,
+        contrast_logprobs=rng.uniform(-5, 0, count).astype(np.float32) if contrast == "scores" else None,
+        contrast_prompt=_read(sample_id + 3) if contrast == "prompts" else None,
     )
 
 
@@ -66,7 +76,8 @@ def steps(draw: st.DrawFn) -> tuple[list[Segment], int, int]:
     sizes = draw(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 20), st.integers(1, 20)), max_size=12))
     k = draw(st.sampled_from([0, 3]))
     rewarded, read = draw(st.booleans()), draw(st.booleans())
-    segments = [segment(index, *size, k, rewarded, read) for index, size in enumerate(sizes)]
+    contrast = draw(st.sampled_from(["", "scores", "prompts"]))
+    segments = [segment(index, *size, k, rewarded, read, contrast) for index, size in enumerate(sizes)]
     return segments, draw(st.integers(1, 4)), draw(st.integers(1, 60))
 
 
@@ -121,7 +132,7 @@ def assert_same(left: StepBatch, right: StepBatch) -> None:
             np.testing.assert_array_equal(a, b)
         for field in dataclasses.fields(MicroBatch):
             a, b = getattr(one, field.name), getattr(two, field.name)
-            optional = field.name in ("weights", "rewards") and not len(one.rows)
+            optional = field.name in ("weights", "rewards", "contrast_logprobs") and not len(one.rows)
             if isinstance(a, TeacherPrompts):
                 assert isinstance(b, TeacherPrompts)
                 for c, d in zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True):

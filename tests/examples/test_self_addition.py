@@ -50,6 +50,12 @@ def test_the_teacher_reads_what_the_model_was_trained_on(
         assert prompt.teacher_ids is not None
         assert prompt.teacher_ids.tolist() == tokenizer.encode(made.shown(problem)).ids
         assert made.Informed(problem.a, problem.b).prompt == made.shown(problem)
+        assert prompt.contrast_ids is None
+    _, inputs = examine(FOLDER / "contrast.yaml", [], str)
+    for problem, other, prompt in zip(problems, [*problems[1:], problems[0]], inputs.prompts.prompts, strict=True):
+        read = (prompt.teacher_ids, prompt.contrast_ids)
+        texts = (made.shown(problem), f"{other.answer}={problem.prompt}")
+        assert [ids.tolist() for ids in read if ids is not None] == [tokenizer.encode(text).ids for text in texts]
 
 
 @pytest.mark.parametrize("hint", [False, True])

@@ -57,7 +57,7 @@ def topology(folders: dict[str, Path], **sections: dict[str, Any]) -> Topology:
         "name": "x",
         "seed": 91,
         "models": {"student": {"path": Path("s")}, "teacher": {"path": Path("t")}},
-        "data": {"train": {"path": Path("p")}, "privileged_key": "solution"},
+        "data": {"train": {"path": Path("p")}, "privileged_key": "solution", "contrast_prompt": "wrong"},
         "schedule": {"steps": 100},
         "opd": OPD | {"use_opd": True, "type": "megatron", "teacher_load": folders["teacher"], "teacher_offload": True},
         "advantage": {
@@ -135,6 +135,7 @@ def test_every_field_has_the_value_of_its_key(folders: dict[str, Path]) -> None:
             lam=0.88,
         ),
         plain_kl_every=6,
+        contrast=True,
         frequent_tokens=32,
         vocab=31,
     )
@@ -187,7 +188,8 @@ def test_a_teacher_is_in_the_learner_only_where_the_topology_says_so(folders: di
     found = learner_config(topology(folders, opd=inside, models={"student": {"path": Path("s")}})).teacher
     assert found == TeacherConfig(model_path=Path("s"), load=folders["teacher"], offload=False)
     for opd in (inside | {"type": "sglang"}, inside | {"use_opd": False}, inside | {"teacher_load": None}):
-        assert learner_config(topology(folders, opd=opd)).teacher is None
+        found = learner_config(topology(folders, opd=opd))
+        assert found.teacher is None and not found.contrast
     assert learner_config(topology(folders, opd=inside)).loss.given is False
 
 

@@ -210,6 +210,7 @@ def take(batch: MicroBatch, rows: Any, start: int, end: int) -> MicroBatch:
         advantages=batch.advantages[rows],
         staleness=batch.staleness[rows],
         topk=TopK(batch.topk.ids[rows], batch.topk.logprobs[rows]) if batch.topk is not None else None,
+        contrast_logprobs=None if batch.contrast_logprobs is None else batch.contrast_logprobs[rows],
     )
 
 

@@ -15,7 +15,7 @@ class Lease:
     `max_tokens` None stands for the topology's `rollout.sampling.max_response_tokens`; `teacher` names the one that
     scores, or, in an evaluation of teachers, generates; `given` int32[n] is the whole response where a data set gives
     it, and nothing is to be generated; `teacher_prompt` int32[m] is what the teacher reads in place of `prompt` (None:
-    the same)."""
+    the same), `contrast_prompt` int32[c] what it reads beside that (None: nothing)."""
 
     sample_id: int
     attempt: int
@@ -30,6 +30,7 @@ class Lease:
     teacher: str = ""
     given: Int32 | None = None
     teacher_prompt: Int32 | None = None
+    contrast_prompt: Int32 | None = None
     evaluation_set: str = ""
     """Of an evaluation: the set that the prompt is of, which says how the response is judged."""
     grant: int = 0

@@ -45,6 +45,10 @@ class Chunk:
     """Length of the prompt that the teacher reads in place of the student's; 0: it reads the student's."""
     teacher_prompt: Int32 | None = None
     """int32[teacher_prompt_tokens], that prompt, beside `context` where there is one."""
+    contrast_prompt_tokens: int = 0
+    """Length of the prompt behind which the teacher scores the response a second time; 0: there is none."""
+    contrast_prompt: Int32 | None = None
+    """int32[contrast_prompt_tokens], that prompt, beside `context` where there is one."""
     sampled: bool = True
     episode: int | None = None
     """Of a further sample: the leased one whose episode has begun it."""
@@ -64,6 +68,12 @@ class Chunk:
     def scored_prompt_tokens(self) -> int:
         """Tokens in front of the response in what the teacher reads."""
         return self.teacher_prompt_tokens or self.prompt_tokens
+
+    @property
+    def read_prompts(self) -> tuple[int, ...]:
+        """Tokens of each prompt behind which the teacher scores the response: one, or two with a contrast."""
+        first = self.scored_prompt_tokens
+        return (first, self.contrast_prompt_tokens) if self.contrast_prompt_tokens else (first,)
 
     @property
     def acknowledged_at(self) -> int:
@@ -138,6 +148,10 @@ class ScoredChunk:
     """When the chunk's last token arrived at the rollout actor."""
     teacher_prompt: Int32 | None = None
     """As in `Chunk`, where no teacher engine scores: the learner then needs it."""
+    contrast_prompt: Int32 | None = None
+    """The same."""
+    contrast_logprobs: Float32 | None = None
+    """float32[n]: the teacher's logprobs behind `Chunk.contrast_prompt`; None without one, and of given tokens."""
     sampled: bool = True
     """As in `Chunk`."""
     episode: int | None = None
@@ -209,8 +223,10 @@ class Train:
 
     `mb_tokens`, `mb_sequences`, `mb_rows` int32[M] say where each micro-batch ends; `sequence_lengths` int32[N];
     `topk_ids` int32[R, k] and `topk_logprobs` float32[R, k] as in `ScoredChunk`; `rewards` float32[R], those of
-    `MicroBatch`; `sample_ids` int64[N]. Where a teacher in the learner reads other prompts: `prompt_lengths` and
-    `teacher_prompt_lengths` int32[N] (0: the student's own prompt), `teacher_prompts` int32 back to back.
+    `MicroBatch`; `sample_ids` int64[N]; `contrast_logprobs` float32[R], or none. Where a teacher in the learner reads
+    other prompts: `prompt_lengths` and `teacher_prompt_lengths` int32[N] (0: the student's own prompt),
+    `teacher_prompts` int32 back to back; and `contrast_prompt_lengths`, `contrast_prompts` where it scores behind
+    others too.
     """
 
     version: int
@@ -235,3 +251,6 @@ class Train:
     prompt_lengths: Int32 | None = None
     teacher_prompt_lengths: Int32 | None = None
     teacher_prompts: Int32 | None = None
+    contrast_logprobs: Float32 | None = None
+    contrast_prompt_lengths: Int32 | None = None
+    contrast_prompts: Int32 | None = None
