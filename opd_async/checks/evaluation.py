@@ -74,8 +74,9 @@ def _set_problems(topology: Topology, one: EvaluationSet) -> Iterator[str]:
         )
     if "answer_pattern" in one.own and one.judge != "answer":
         yield f"{one.where('answer_pattern')}: only for judge answer, this is {one.judge}; remove it"
-    if "teacher_topk" in one.own and one.judge != "teacher":
-        yield f"{one.where('teacher_topk')}: only for judge teacher, this is {one.judge}; remove it"
+    for key in ("teacher_topk", "teacher_prompt"):
+        if key in one.own and one.judge != "teacher":
+            yield f"{one.where(key)}: only for judge teacher, this is {one.judge}; remove it"
     written = "max_response_tokens" in one.own or topology.evaluation.max_response_tokens
     if written and one.max_response_tokens >= context:
         yield (

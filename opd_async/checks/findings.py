@@ -25,14 +25,21 @@ def longest_of(topology: Topology, inputs: Inputs) -> Longest:
     sets = topology.evaluation_sets
     judged = [(_longest(prompts) or 0, sets[name].max_response_tokens) for name, prompts in inputs.held_out.items()]
     held_out = max(judged, key=sum, default=(0, 0))
-    return Longest(None if train is None else max(train, given), held_out, _longest_read(inputs))
+    return Longest(None if train is None else max(train, given), held_out, _longest_read(topology, inputs))
 
 
-def _longest_read(inputs: Inputs) -> int | None:
-    """Tokens of the longest prompt that only a teacher reads; None where a function makes them."""
+def _longest_read(topology: Topology, inputs: Inputs) -> int | None:
+    """Tokens of the longest prompt that only a teacher reads; None where a function makes them.
+
+    Of an evaluation set, with what its responses are longer than those of training.
+    """
     prompts = [one.prompt for one in inputs.completions.completions]
     given = [ids for prompt in prompts for ids in (prompt.teacher_ids, prompt.contrast_ids)]
     longest = max((len(ids) for ids in given if ids is not None), default=0)
+    sets, room = topology.evaluation_sets, topology.rollout.sampling.max_response_tokens
+    for name, held_out in inputs.held_out.items():
+        if held_out.longest_read:
+            longest = max(longest, held_out.longest_read + sets[name].max_response_tokens - room)
     read = inputs.prompts.longest_read
     return None if read is None else max(read, longest)
 
@@ -55,8 +62,13 @@ def what_was_read(topology: Topology, inputs: Inputs) -> Iterator[str]:
     tokens = ", ".join(f"{token} {inputs.tokenizer.decode([token], skip_special=False)!r}" for token in ends)
     yield f"a response ends with: {tokens or 'nothing but its limit'}"
     first = inputs.prompts.prompts[0]
-    yield f"the first prompt, {len(first.token_ids)} tokens, as student and teacher read it:"
+    who = "student and teacher read it" if first.teacher_ids is None else "the student reads it"
+    yield f"the first prompt, {len(first.token_ids)} tokens, as {who}:"
     yield f"    {_rendered(first.token_ids.tolist(), inputs.tokenizer)!r}"
+    for words, ids in (("as its teacher reads it", first.teacher_ids), ("and beside it", first.contrast_ids)):
+        if ids is not None:
+            yield f"{words}, {len(ids)} tokens:"
+            yield f"    {_rendered(ids.tolist(), inputs.tokenizer)!r}"
 
 
 def _in_numbers(prompts: PromptSet) -> str:

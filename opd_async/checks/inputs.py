@@ -144,7 +144,7 @@ class _Reader:
         rows = tables.shared if tables.shared < tokenizer.vocab_size else None
         plain = TeacherChoice(tuple(topology.teachers) or ("",), topology.data.teacher_key, rows=rows)
         try:
-            made = topology.data, tokenizer, teacher_limits(topology)
+            made = topology.data, tokenizer, teacher_limits(topology, topology.rollout.sampling.max_response_tokens)
             prompts, contrast = TeacherPrompts.of(*made), TeacherPrompts.of_contrast(*made)
         except InputError as error:
             self.problems.append(str(error))
@@ -196,11 +196,16 @@ class _Reader:
         kind = self._topology.reward.kind
         return f"reward.kind {kind}" if kind.facts.label else None
 
-    def _held_out(self, tokenizer: Tokenizer, choice: TeacherChoice) -> dict[str, PromptSet]:
-        """The prompts of every evaluation set that can be used, by name."""
+    def _held_out(self, tokenizer: Tokenizer, plain: TeacherChoice) -> dict[str, PromptSet]:
+        """The prompts of every evaluation set that can be used, by name. A teacher that judges reads its own."""
         found: dict[str, PromptSet] = {}
-        for name, one in self._topology.evaluation_sets.items():
+        topology = self._topology
+        for name, one in topology.evaluation_sets.items():
             rules = {"answer": f"{one.where('judge')} answer", "reward": self._reward(), "teacher": None}
+            choice = plain
+            if one.judge == "teacher" and one.teacher_prompt:
+                limits = teacher_limits(topology, one.max_response_tokens)
+                choice = replace(plain, prompts=TeacherPrompts.of(topology.data, tokenizer, limits))
             prompts = self._prompts(one.key, one.data, tokenizer, one.max_prompt_tokens, choice, rules[one.judge])
             if prompts is not None:
                 found[name] = prompts

@@ -48,12 +48,12 @@ def opd_problems(topology: Topology) -> Iterator[str]:
         yield "opd.teacher_ckpt_step: a step of no checkpoint; remove it, or write opd.teacher_load"
 
 
-def teacher_limits(topology: Topology) -> dict[str, tuple[int, str]]:
+def teacher_limits(topology: Topology, response_tokens: int) -> dict[str, tuple[int, str]]:
     """By teacher, the most tokens of a prompt of its own that leave room for a response, and the key that bounds them.
 
     The teacher inside the learner has the name "" and the bound of its positions.
     """
-    room, models = topology.rollout.sampling.max_response_tokens, topology.models
+    room, models = response_tokens, topology.models
     if topology.teachers:
         sides = [(key, model, section) for key, model, section in topology.engine_sides[1:]]
         return {

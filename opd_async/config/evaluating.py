@@ -48,6 +48,8 @@ class EvaluationSetSection(PromptsSection):
     """Evaluate the teacher on these prompts too."""
     teacher_topk: ListLength | None = None
     """For `judge: teacher`: how many of the likeliest tokens of both sides are compared."""
+    teacher_prompt: bool | None = None
+    """For `judge: teacher`: the teacher reads what it reads in training."""
 
 
 class EvaluationSection(Section):
@@ -76,6 +78,9 @@ class EvaluationSection(Section):
     """For `judge: teacher`: compare so many of the likeliest tokens of teacher and student in each place, for reverse
     and forward KL. They are exact where it is the vocabulary or more, else bounds from below. 0: the sampled tokens
     only, for an estimate of the reverse KL."""
+    teacher_prompt: bool = True
+    """For `judge: teacher`: the teacher reads what `data.teacher_prompt` or `data.privileged_key` make of a held-out
+    row, as in training. False: what the student reads."""
     sets: dict[SetName, EvaluationSetSection] = Field(default_factory=dict)
     """Several evaluation sets by name, beside `data.held_out`, each with a judge, a sampling and limits of its own."""
 
@@ -97,6 +102,7 @@ class EvaluationSet:
     answer_pattern: str
     teacher: bool
     teacher_topk: int
+    teacher_prompt: bool
     max_prompt_tokens: int
     """Longest prompt that leaves room for `max_response_tokens` in the student's context."""
     own: frozenset[str] = frozenset()
@@ -146,6 +152,7 @@ def _resolved(
         answer_pattern=_either(own.answer_pattern, section.answer_pattern),
         teacher=_either(own.teacher, section.teacher),
         teacher_topk=_either(own.teacher_topk, section.teacher_topk),
+        teacher_prompt=_either(own.teacher_prompt, section.teacher_prompt),
         max_prompt_tokens=context_tokens - longest,
         own=frozenset(field for field in _SETTINGS if getattr(own, field) is not None),
     )

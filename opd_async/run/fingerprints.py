@@ -40,7 +40,7 @@ def fingerprints(
     else:
         found = {"data.train": _of(map(_prompt, train.prompts))}
     for name, one in topology.evaluation_sets.items():
-        found[one.key] = _of(map(_prompt, held_out[name].prompts))
+        found[one.key] = _of(map(_as_student_reads, held_out[name].prompts))  # who judges may change
     if topology.data.completions is not None:
         found["data.completions"] = _of(map(_completion, completions.completions))
     student = topology.models.student.path
@@ -87,12 +87,16 @@ def _of(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _prompt(prompt: Prompt) -> bytes:
+def _as_student_reads(prompt: Prompt) -> bytes:
     words = json.dumps([prompt.label, prompt.metadata_json, prompt.teacher]).encode()
+    return len(words).to_bytes(8, "little") + words + prompt.token_ids.tobytes()
+
+
+def _prompt(prompt: Prompt) -> bytes:
     read = b"" if prompt.teacher_ids is None else b"read by its teacher" + prompt.teacher_ids.tobytes()
     if prompt.contrast_ids is not None:
         read += b"and beside it" + prompt.contrast_ids.tobytes()
-    return len(words).to_bytes(8, "little") + words + prompt.token_ids.tobytes() + read
+    return _as_student_reads(prompt) + read
 
 
 def _completion(completion: Completion) -> bytes:

@@ -50,6 +50,33 @@ def test_what_a_set_leaves_out_is_as_in_the_section(tmp_path: Path) -> None:
     assert lines[2].endswith("; judge teacher")
 
 
+def test_a_teacher_that_judges_reads_what_it_reads_in_training(tmp_path: Path) -> None:
+    """Unless a set says otherwise; it has room for the longest response of the set. What a resumed run compares of the
+    prompts does not depend on who judges."""
+    judged = {"judge": "teacher", "temperature": 1.0}
+    file = with_sets(tmp_path, told=judged | {"max_response_tokens": 40}, plain=judged | {"teacher_prompt": False})
+    write_lines(tmp_path / "train.jsonl", {"prompt": "ab", "hint": "c"})
+    for name in ("told", "plain"):
+        write_lines(tmp_path / f"{name}.jsonl", {"prompt": "abc", "hint": "d" * 14})
+    hinted = ["data.privileged_key=hint"]
+    topology, inputs = examine(file, hinted, lambda line: None)
+    (told,), (plain,) = (inputs.held_out[name].prompts for name in ("told", "plain"))
+    assert told.teacher_ids is not None and len(told.teacher_ids) == 1 + 3 + 14 and plain.teacher_ids is None
+    assert longest_of(topology, inputs).teachers == 18 + 40 - 32
+
+    def digests(*overrides: str) -> dict[str, str]:
+        run, read = examine(file, [*hinted, *overrides], lambda line: None)
+        return fingerprints(run, read.prompts, read.held_out, read.completions)
+
+    assert digests() == digests("evaluation.sets.told.teacher_prompt=false")
+    write_lines(tmp_path / "told.jsonl", {"prompt": "abc", "hint": "d" * 21})
+    assert "told.jsonl: 1 rows are too long for their teacher, row 1 most: the teacher's prompt has 25" in refused(
+        file, *hinted
+    )
+    write_lines(tmp_path / "told.jsonl", {"prompt": "abc"})
+    assert "the text that only the teacher is shown is missing: no 'hint' in the row" in refused(file, *hinted)
+
+
 def test_held_out_prompts_are_a_set_like_the_others(tmp_path: Path) -> None:
     held_out = write_lines(tmp_path / "held_out.jsonl", {"prompt": "ab", "label": "3"})
     topology = small_topology(tmp_path, f"data.held_out.path={held_out}", f"evaluation.sets.sums.path={held_out}")
@@ -73,6 +100,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "evaluation.sets.bad.answer_pattern: only for judge answer, this is teacher; remove it",
     ),
     ({"teacher_topk": 8}, "evaluation.sets.bad.teacher_topk: only for judge teacher, this is answer; remove it"),
+    ({"teacher_prompt": False}, "evaluation.sets.bad.teacher_prompt: only for judge teacher, this is answer; remove"),
     ({"max_response_tokens": 64}, "evaluation.sets.bad.max_response_tokens: 64 leaves no room for a prompt in"),
     ({"path": "nowhere.jsonl"}, "evaluation.sets.bad.path: no file nowhere.jsonl"),
     ({"label_key": "answer"}, "have no label under 'answer', which evaluation.judge answer compares responses with"),
