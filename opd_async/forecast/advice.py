@@ -125,6 +125,7 @@ class Forecaster(Models):
         tp_student, tp_teacher = topology.engines.student.tensor_parallel, self._section.tensor_parallel
         mean, dtype = float(typical(self.lengths).mean()), topology.engines.student.dtype
         learner, recompute = topology.learner.dtype, topology.learner.recompute
+        reads = 1 if topology.data.contrast_prompt is None else 2
         return Workload(
             lengths=self.lengths,
             decode=decode_cost(self.student, site.device, tp_student, dtype),
@@ -140,7 +141,8 @@ class Forecaster(Models):
             chunk_tokens=topology.rollout.chunk_tokens,
             batch_tokens=topology.teacher.batch_tokens,
             max_wait_s=topology.teacher.max_wait_ms / 1000,
-            cache_tokens=self.cache_tokens(self.teacher, self._section),
+            cache_tokens=self.cache_tokens(self.teacher, self._section) // reads,
+            reads=reads,
             group_size=topology.rollout.group_size,
             devices=devices,
         )

@@ -68,7 +68,9 @@ class Workload:
     batch_tokens: int = 16384
     max_wait_s: float = 0.01
     cache_tokens: int = 1 << 40
-    """Tokens that the prefix cache of one teacher engine holds."""
+    """Tokens that the prefix cache of one teacher engine holds, of each sequence that it reads."""
+    reads: int = 1
+    """Prompts behind which the teacher scores each response."""
     group_size: int = 1
     correlation: float = 0.0
     devices: Devices = field(default_factory=Devices)
@@ -84,7 +86,7 @@ class Workload:
         rollout = 1 / (step_s / per_engine + prompt_s / mean) * self.engines
         whole = length + self.prompt_tokens
         scored = whole.mean() * self.score.token_s + self.score.pairs.seconds(whole).mean()
-        scored += self.score.floor_s * mean / self.batch_tokens
+        scored = self.reads * (scored + self.score.floor_s * mean / self.batch_tokens)
         trained = whole.mean() * self.train.token_s + self.train.pairs.seconds(whole).mean() + mean * self.train.row_s
         trained += self.train.floor_s / (self.samples_per_step * budgets)
         return Rates(rollout, mean / float(scored) * self.teachers, mean / float(trained))

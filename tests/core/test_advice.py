@@ -138,6 +138,16 @@ def test_memory_is_planned_where_steps_are_not(topology_text: dict[str, Any], tm
     assert float(alone[1]) < float(smaller[1]) < float(beside[1])
 
 
+def test_a_second_prompt_is_twice_the_teachers_work(topology_text: dict[str, Any]) -> None:
+    once = forecaster(topology_text).workload(Devices(2, 2, 4))
+    topology_text["data"]["contrast_prompt"] = "wrong"
+    twice = forecaster(topology_text).workload(Devices(2, 2, 4))
+    assert twice.cache_tokens == once.cache_tokens // 2
+    rates = once.rates(), twice.rates()
+    assert rates[1].teacher == pytest.approx(rates[0].teacher / 2)
+    assert (rates[1].rollout, rates[1].learner) == (rates[0].rollout, rates[0].learner)
+
+
 def test_more_devices_make_their_stage_faster(topology_text: dict[str, Any]) -> None:
     plan = forecaster(topology_text)
     few, many = plan.workload(Devices(2, 2, 4)).rates(), plan.workload(Devices(4, 4, 8)).rates()
