@@ -75,7 +75,13 @@ REGIMES = (
     Regime("episodes with tools, S = 1", EPISODES | {"schedule__rule": "filled"}, 1, EVERYBODY),
     Regime(
         "whole episodes with tools, two actors",
-        EPISODES | {"schedule__train_on": "samples", "schedule__samples_per_step": SLOTS, "rollout__replicas": 2},
+        EPISODES
+        | {
+            "schedule__train_on": "samples",
+            "schedule__samples_per_step": SLOTS,
+            "rollout__replicas": 2,
+            "engines__student__replicas": 2,
+        },
         None,
         EVERYBODY,
     ),

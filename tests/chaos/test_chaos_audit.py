@@ -140,6 +140,9 @@ def test_there_are_kinds_for_every_role_of_every_regime() -> None:
     roles = {role for kind in kinds() for role in kind.roles}
     assert roles == {role for regime in REGIMES for role in regime.roles}
     assert {regime.bound is None for regime in REGIMES} == {True, False}, "both ways of making steps"
+    for regime in REGIMES:
+        sizes = [regime.changes.get(key, 1) for key in ("rollout__replicas", "engines__student__replicas")]
+        assert sizes[0] <= sizes[1], f"{regime.name}: an actor without an engine is refused"
 
 
 def test_every_kind_comes_as_often_as_it_should() -> None:
