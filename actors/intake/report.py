@@ -39,7 +39,8 @@ def describe_step(segments: Sequence[Segment], version: int) -> tuple[dict[str, 
 
 def describe_responses(trained: Sequence[Taken]) -> dict[str, float]:
     """Describe the responses that end in a step: tokens (mean and p99), the share that the limit ended, tokens of their
-    prompts (mean). Empty for a step in which none ends; empty responses count with 0 tokens."""
+    prompts (mean), and, where there are any, how many are further samples of episodes. Empty for a step in which none
+    ends; empty responses count with 0 tokens."""
     ended = [one for one in trained if one.complete]
     if not ended:
         return {}
@@ -50,6 +51,8 @@ def describe_responses(trained: Sequence[Taken]) -> dict[str, float]:
         "response_tokens_p99": float(np.quantile(lengths, 0.99)),
         "at_limit_share": sum(one.finish == Finish.LENGTH for one in ended) / len(ended),
     }
+    further = sum(one.episode is not None for one in ended)
+    stats |= {"further_samples": float(further)} if further else {}
     return stats | ({"prompt_tokens_mean": float(np.mean(prompts))} if prompts else {})
 
 

@@ -13,6 +13,7 @@ from opd_async.actors.intake import report as intake_report
 from opd_async.actors.intake.figures import StepFigures
 from opd_async.actors.intake.report import LatencyReservoir, describe_distribution, describe_responses, describe_step
 from opd_async.config.topology import TrainOn
+from opd_async.scheduling.further import FURTHER_IDS
 from opd_async.scheduling.segments import Segment
 from opd_async.telemetry.exporter import RoleMetrics
 
@@ -75,6 +76,8 @@ def test_responses_that_end_in_a_step_are_described() -> None:
         "prompt_tokens_mean": 3.0,
     }
     assert describe_responses([taken(3, 0, 50, complete=False)]) == {}
+    begun = [taken(one, 0, 5)._replace(episode=1) for one in (FURTHER_IDS, FURTHER_IDS + 1)]
+    assert describe_responses([*step, *begun])["further_samples"] == 2.0
     assert describe_responses([step[-1]]) == {
         "response_tokens_mean": 0.0,
         "response_tokens_p99": 0.0,

@@ -281,7 +281,7 @@ def learner_columns() -> list[str]:
 def test_every_column_of_a_step_is_listed(tmp_path: Path) -> None:
     """The row that the ledger writes of what the intake says about a step with rewards, and of the learner's answer.
     `tests/e2e/test_quickstart.py` looks up what a whole run has written."""
-    step = taken(1, 0, 3)
+    step = taken(1, 0, 3)._replace(episode=0)
     assert step.segment is not None
     step.segment.positions = np.arange(3, dtype=np.int32)
     stats, ages = describe_step([step.segment], 0)

@@ -29,6 +29,7 @@ async def episode(session, row):
             said = (answer.choices[0].message.content or "t5").split()[-1]
             # what was said before is forgotten, but for its last word
             messages = [*asked, {"role": "assistant", "content": said}, {"role": "user", "content": f"t{100 + turn}"}]
+    session.reward(0.25)
     fork = await session.fork()
     await fork.give(" t99")
     await fork.generate(max_tokens=8)
@@ -85,7 +86,10 @@ def test_all_that_an_agent_is_answered_is_trained_once(
     assert forks
     for fork in forks:
         assert fork["given"][0][0] == 0, "what it has in common with its session is given"
-        assert fork["finish"] == "failed" or fork["reward"] == by_id.get(fork["episode"], fork)["reward"]
+        whole = by_id.get(fork["episode"])
+        if whole is not None and fork["finish"] == whole["finish"] == "stop":
+            assert (whole["reward"], len(whole["turn_rewards"])) == (fork["reward"] + 0.25, 1)
+            assert whole["turn_rewards"] == [[whole["response_tokens"], 0.25]] and "turn_rewards" not in fork
     assert left_running(tmp_path) == []
 
 
