@@ -14,6 +14,7 @@ TRL := .venv-trl
 TRL_STAMP := $(TRL)/.installed-$(TRL_VERSION)
 TRACKERS := .venv-trackers
 KERNELS := .venv-kernels
+RAY := .venv-ray
 
 # What `make quickstart ENGINE=...` changes in the topology.
 QUICKSTART_embedded :=
@@ -22,7 +23,7 @@ QUICKSTART_sglang := --set name=quickstart-sglang \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart smollm2 trackers kernels test chaos test-cluster test-sglang test-sglang-all lint format install sglang gpu peers clean
+.PHONY: quickstart smollm2 trackers kernels ray test chaos test-cluster test-sglang test-sglang-all lint format install sglang gpu peers clean
 
 quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
@@ -38,8 +39,9 @@ CHAOS ?= --minutes 3
 chaos: install
 	$(BIN)/python tests/chaos $(CHAOS)
 
-# Runs on several hosts of a lab: network namespaces, which take root, and Slurm's daemons on them (docs/cluster.md).
-test-cluster: install
+# Runs on several hosts of a lab: network namespaces, which take root, and on them Slurm's daemons, then Ray
+# (docs/cluster.md).
+test-cluster: install ray
 	requirements/tools.sh cluster
 	$(BIN)/python -m pytest tests/cluster
 
@@ -106,6 +108,14 @@ $(KERNELS)/.installed: requirements/kernels.txt
 	$(KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
 	touch $@
 
+# Ray with its dashboard, which takes jobs; beside the environment: cluster.ray_python names its Python.
+ray: $(RAY)/.installed
+
+$(RAY)/.installed: requirements/ray.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
+	touch $@
+
 # What `python -m bench.peers` and `python -m bench.real` compare with.
 peers: install $(TRL_STAMP)
 
@@ -122,4 +132,4 @@ $(STAMP): pyproject.toml requirements/cpu.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venv-sglang* $(TRL) $(TRACKERS) $(KERNELS) runs
+	rm -rf $(VENV) .venv-sglang* $(TRL) $(TRACKERS) $(KERNELS) $(RAY) runs

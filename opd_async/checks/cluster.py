@@ -9,10 +9,6 @@ from opd_async.config.topology import Backend, NetworkSection, Topology
 from opd_async.errors import InputError
 from opd_async.plan.placement import CPU, CUDA, place
 
-_LATER = {
-    Backend.RAY: "start the agents yourself",
-}
-
 
 def cluster_problems(topology: Topology) -> Iterator[str]:
     """List every reason why the run cannot be on the hosts of `cluster`, or needs hosts that it has not."""
@@ -20,11 +16,8 @@ def cluster_problems(topology: Topology) -> Iterator[str]:
     if topology.on_one_host:
         yield from _local_problems(topology)
         return
-    if cluster.backend in _LATER:
-        yield (
-            f"cluster.backend: {cluster.backend} is not there yet; {_LATER[cluster.backend]}, and write backend: "
-            "agents (docs/cluster.md)"
-        )
+    if cluster.backend is Backend.RAY and "nodes" not in cluster.model_fields_set:
+        yield "cluster.nodes: left out; write how many nodes of the Ray cluster the run takes, with the launcher's"
     if cluster.backend is Backend.SLURM:
         yield from _slurm_problems(topology)
     if cluster.lost_s <= cluster.fence_s:

@@ -19,6 +19,7 @@ from opd_async.cluster.agents import Agents
 from opd_async.cluster.hosts import Hosts
 from opd_async.cluster.interfaces import Face, own_face
 from opd_async.cluster.nodes import Node
+from opd_async.cluster.ray_nodes import RayAgents
 from opd_async.cluster.slurm import SlurmAgents
 from opd_async.cluster.starting import ByOthers, Starter
 from opd_async.cluster.supervisor import Supervising, Supervisor
@@ -104,6 +105,8 @@ def starter_of(topology: Topology, say: Callable[[str], None]) -> Starter:
     match topology.cluster.backend:
         case Backend.SLURM:
             return SlurmAgents(topology.cluster, say)
+        case Backend.RAY:
+            return RayAgents(topology.cluster, say)
         case _:
             return ByOthers()
 

@@ -8,7 +8,6 @@ Slurm is no judge of what is alive: neither a task nor a node that ends takes ot
 
 loop        waits for                       unblocked by
 srun        the next line of an srun        agents, srun
-bring back  the end of an srun              the end of its agent, a node that is down
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import asyncio
 import os
 import secrets
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -27,14 +25,12 @@ from typing import Self
 from opd_async.cluster.allocation import Allocation, require_allocation
 from opd_async.cluster.nodes import Node
 from opd_async.cluster.secret import given_or_drawn, take_secret
+from opd_async.cluster.starting import Returns, agent_command
 from opd_async.config.clustering import ClusterSection
 from opd_async.errors import InputError
 
-AGENT_WAIT_S = 60.0
-"""An agent without a launcher ends so long after its fence; on a host that comes back later srun starts another one."""
 LEAVE_S = 15.0
 """How long agents that were let go, then an srun that was told to end, may take."""
-AGAIN_S = 10.0
 TAIL = 6
 _ERROR = "srun: error:"
 _SHAPES = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_DISTRIBUTION")
@@ -43,23 +39,12 @@ _SHAPES = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_CPUS_PER_TASK", "SLURM_TRES_PE
 
 def srun_command(cluster: ClusterSection, nodes: Sequence[str], place: str, step: str) -> list[str]:
     """The command that starts an agent on each of the nodes, under this name of a step."""
-    agent = [
-        cluster.python or sys.executable,
-        "-m",
-        "opd_async.agent",
-        "--join",
-        place,
-        "--wait-s",
-        f"{AGENT_WAIT_S:g}",
-    ]
-    if cluster.interface is not None:
-        agent += ["--interface", cluster.interface]
     return [
         *("srun", f"--job-name={step}", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"),
         *(f"--nodelist={','.join(nodes)}", "--overlap", "--no-kill", "--kill-on-bad-exit=0", "--wait=0"),
         # an agent's processes share all that the job has on the node
         *("--cpu-bind=none", "--mpi=none", "--input=none", "--unbuffered", "--export=ALL"),
-        *agent,
+        *agent_command(cluster, place),
     ]
 
 
@@ -85,7 +70,7 @@ class SlurmAgents:
         self._tail: deque[str] = deque(maxlen=TAIL)
         self._trouble = asyncio.Event()
         self._runs: set[asyncio.Task[int]] = set()
-        self._returns: dict[str, asyncio.Task[None]] = {}
+        self._returns = Returns(lambda host: self._run((host,)), say)
         self._unclean = False
         """Whether an srun ended in a way that may have left its tasks."""
 
@@ -95,10 +80,7 @@ class SlurmAgents:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        returns = list(self._returns.values())
-        for task in returns:
-            task.cancel()
-        await asyncio.gather(*returns, return_exceptions=True)
+        await self._returns.close()
         if self._runs:
             await asyncio.wait(self._runs, timeout=LEAVE_S)
         for run in self._runs:
@@ -124,26 +106,7 @@ class SlurmAgents:
 
     def lost(self, node: Node) -> None:
         """See `Starter`."""
-        if node.name in self._returns:
-            return
-        task = asyncio.create_task(self._bring_back(node), name=f"srun for {node.name}")
-        self._returns[node.name] = task
-        task.add_done_callback(lambda done: self._returns.pop(node.name, None))
-
-    async def _bring_back(self, node: Node) -> None:
-        """Have an agent on one node until that has joined. On cancel: what was started is told to end."""
-        while not node.there.is_set():
-            self._say(f"starting an agent on {node.name} by srun")
-            run = self._run((node.name,))
-            back = asyncio.create_task(node.there.wait())
-            try:
-                await asyncio.wait((run, back), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                back.cancel()
-                if not node.there.is_set():
-                    run.cancel()
-            if not node.there.is_set():
-                await asyncio.sleep(AGAIN_S)
+        self._returns.begin(node)
 
     def _run(self, nodes: Sequence[str]) -> asyncio.Task[int]:
         run = asyncio.create_task(self._srun(nodes), name=f"srun on {', '.join(nodes)}")

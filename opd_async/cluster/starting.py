@@ -2,17 +2,35 @@
 
 Starter    agents   started by somebody else: the launcher only waits
            slurm    one srun on the nodes of the allocation (`slurm.py`)
+           ray      an actor of Ray on each node (`ray_nodes.py`)
+
+loop        waits for                       unblocked by
+bring back  the end of an agent             the agent, a node that is down
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
 from opd_async.cluster.nodes import Node
 from opd_async.cluster.secret import take_secret
+from opd_async.config.clustering import ClusterSection
 from opd_async.keys import RunKeys
+
+AGENT_WAIT_S = 60.0
+"""An agent without a launcher ends so long after its fence; on a host that comes back later another one is started."""
+AGAIN_S = 10.0
+
+
+def agent_command(cluster: ClusterSection, place: str) -> list[str]:
+    """The command of an agent that the launcher starts on another host."""
+    python = cluster.python or sys.executable
+    words = [python, "-m", "opd_async.agent", "--join", place, "--wait-s", f"{AGENT_WAIT_S:g}"]
+    return words if cluster.interface is None else [*words, "--interface", cluster.interface]
 
 
 class Starter(Protocol):
@@ -66,3 +84,47 @@ class ByOthers:
 
     def lost(self, node: Node) -> None:
         """Whoever has started the agent starts another one."""
+
+
+class Returns:
+    """Has agents back on hosts that were lost: on each it starts one after the other, until one has joined."""
+
+    def __init__(
+        self, start: Callable[[str], asyncio.Task[int]], say: Callable[[str], None], patience_s: float | None = None
+    ) -> None:
+        """`start` starts an agent on a host, by its name: a task that ends with the agent, and ends it on cancel. One
+        that has neither ended nor joined within `patience_s` is cancelled."""
+        self._start = start
+        self._say = say
+        self._patience_s = patience_s
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def begin(self, node: Node) -> None:
+        """Have an agent back on this host."""
+        if node.name in self._tasks:
+            return
+        task = asyncio.create_task(self._bring_back(node), name=f"agent for {node.name}")
+        self._tasks[node.name] = task
+        task.add_done_callback(lambda done: self._tasks.pop(node.name, None))
+
+    async def close(self) -> None:
+        """Give up what has not joined. On cancel: the same."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _bring_back(self, node: Node) -> None:
+        """Have an agent on one host until that has joined. On cancel: what was started is told to end."""
+        while not node.there.is_set():
+            self._say(f"starting an agent on {node.name}")
+            run = self._start(node.name)
+            back = asyncio.create_task(node.there.wait())
+            try:
+                await asyncio.wait((run, back), timeout=self._patience_s, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                back.cancel()
+                if not node.there.is_set():
+                    run.cancel()
+            if not node.there.is_set():
+                await asyncio.sleep(AGAIN_S)

@@ -22,7 +22,7 @@ class Backend(StrEnum):
     SLURM = "slurm"
     """Started by the launcher on the nodes of its Slurm allocation, by one `srun`."""
     RAY = "ray"
-    """Started by the launcher on the nodes of a Ray cluster."""
+    """Started by the launcher on nodes of the Ray cluster that it is in, by an actor on each."""
 
 
 class ClusterSection(Section):
@@ -30,7 +30,8 @@ class ClusterSection(Section):
 
     backend: Backend = Backend.LOCAL
     """`local`: one host. `agents`: several, on each of which somebody has started `python -m opd_async.agent`. `slurm`:
-    the nodes of the allocation that the launcher is in, on which it starts the agents. `ray` is not there yet."""
+    the nodes of the allocation that the launcher is in, on which it starts the agents. `ray`: nodes of the Ray cluster
+    that the launcher is in."""
     nodes: Positive = 1
     """Number of hosts, with that of the launcher. With `backend: slurm` it may be left out: all that were allocated."""
     gpus_per_node: NonNegative = 0
@@ -44,7 +45,10 @@ class ClusterSection(Section):
     port: int = Field(default=19999, ge=1024, le=65535)
     """Port of the launcher's host at which agents join."""
     python: str | None = None
-    """Python of the agents that the launcher starts (`slurm`). Null: the launcher's, at the same path."""
+    """Python of the agents that the launcher starts (`slurm`, `ray`). Null: the launcher's, at the same path."""
+    ray_python: str | None = None
+    """With `backend: ray`, a Python that has the Ray of the cluster, and need have nothing else. Null: the
+    launcher's (extra `ray`)."""
     env: dict[Variable, str] = Field(default={})
     """Environment variables of every process, on every host."""
     join_s: Seconds = 600.0

@@ -114,7 +114,6 @@ def test_weights_go_to_the_engines_of_hosts_that_are_there(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["cluster.backend=ray"], "cluster.backend: ray is not there yet"),
         (["cluster.fence_s=50"], "cluster.lost_s: 45 s, and a host ends its processes only after fence_s 50 s"),
         (["network.bind=127.0.0.2"], "network.bind: 127.0.0.2, but on several hosts each process listens on its own"),
         (["shared_devices=['cuda:0']"], "shared_devices: on several hosts the placement deals the devices out"),

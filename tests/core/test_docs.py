@@ -204,7 +204,7 @@ def known_flags() -> frozenset[str]:
         (ROOT / file).read_text() for file in ("opd_async/engines/sglang.py", "tests/sglang/test_router.py")
     )
     found |= {f"--no-{flag[2:]}" for flag in found if flag == "--use-opd"}
-    for script in ROOT.glob("examples/*/*.sbatch"):  # which sbatch itself checks in tests/cluster
+    for script in (*ROOT.glob("examples/*/*.sbatch"), ROOT / "examples/cluster/ray.sh"):  # which tests/cluster runs
         found |= set(re.findall(r"(?<=[ \[])--[a-z-]+", script.read_text()))
     return frozenset(found | OTHER_FLAGS | SGLANG_FLAGS | LM_EVAL_FLAGS | set(re.findall(r'"(--[a-z-]+)"', servers)))
 
