@@ -15,6 +15,7 @@ TRL_STAMP := $(TRL)/.installed-$(TRL_VERSION)
 TRACKERS := .venv-trackers
 KERNELS := .venv-kernels
 RAY := .venv-ray
+KUBERNETES := .venv-kubernetes
 
 # What `make quickstart ENGINE=...` changes in the topology.
 QUICKSTART_embedded :=
@@ -23,7 +24,7 @@ QUICKSTART_sglang := --set name=quickstart-sglang \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart smollm2 trackers kernels ray test chaos test-cluster test-sglang test-sglang-all lint format install sglang gpu peers clean
+.PHONY: quickstart smollm2 trackers kernels ray kubernetes test chaos test-cluster test-sglang test-sglang-all lint format install sglang gpu peers clean
 
 quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
@@ -41,7 +42,7 @@ chaos: install
 
 # Runs on several hosts of a lab: network namespaces, which take root, and on them Slurm's daemons, then Ray
 # (docs/cluster.md).
-test-cluster: install ray
+test-cluster: install ray kubernetes
 	requirements/tools.sh cluster
 	$(BIN)/python -m pytest tests/cluster
 
@@ -116,6 +117,14 @@ $(RAY)/.installed: requirements/ray.txt
 	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
 	touch $@
 
+# Kubernetes' schemas, with which tests look at the manifest in examples/cluster.
+kubernetes: $(KUBERNETES)/.installed
+
+$(KUBERNETES)/.installed: requirements/kubernetes.txt
+	$(PYTHON) -m venv $(KUBERNETES)
+	$(KUBERNETES)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
+	touch $@
+
 # What `python -m bench.peers` and `python -m bench.real` compare with.
 peers: install $(TRL_STAMP)
 
@@ -132,4 +141,4 @@ $(STAMP): pyproject.toml requirements/cpu.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venv-sglang* $(TRL) $(TRACKERS) $(KERNELS) $(RAY) runs
+	rm -rf $(VENV) .venv-sglang* $(TRL) $(TRACKERS) $(KERNELS) $(RAY) $(KUBERNETES) runs

@@ -204,7 +204,9 @@ def known_flags() -> frozenset[str]:
         (ROOT / file).read_text() for file in ("opd_async/engines/sglang.py", "tests/sglang/test_router.py")
     )
     found |= {f"--no-{flag[2:]}" for flag in found if flag == "--use-opd"}
-    for script in (*ROOT.glob("examples/*/*.sbatch"), ROOT / "examples/cluster/ray.sh"):  # which tests/cluster runs
+    # which tests/cluster runs, or has read by Kubernetes' schemas
+    others = [ROOT / "examples/cluster" / name for name in ("ray.sh", "kubernetes.yaml")]
+    for script in (*ROOT.glob("examples/*/*.sbatch"), *others):
         found |= set(re.findall(r"(?<=[ \[])--[a-z-]+", script.read_text()))
     return frozenset(found | OTHER_FLAGS | SGLANG_FLAGS | LM_EVAL_FLAGS | set(re.findall(r'"(--[a-z-]+)"', servers)))
 
