@@ -6,8 +6,9 @@
     python -P ray_driver.py   under any Python that has Ray of the cluster's version: it needs nothing of this project
 
     asked                                                     answered
-    {"hosts": {}, "bundles": [{"GPU": 8}, ..], "wait_s": 600}   {"say": text} .., then {"hosts": {name: address, ..}}
-    {"hosts": {name: address, ..}, ..}                          {"hosts": ..}: those that an earlier process has found
+    {"hosts": {}, "bundles": [{"GPU": 8}, ..], "wait_s": 600}   {"connected": true}, {"say": text} .., then
+                                                                {"hosts": {name: address, ..}}
+    {"hosts": {name: address, ..}, ..}                          the same hosts, which an earlier process has found
     {"start": 1, "host": name, "command": .., ..}               {"ended": 1, "code": .., "lines": ..} at its end
     {"stop": 1}                                                 the same
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 SAY_EVERY_S = 10.0
+KNOCK_S = 10.0
 LINE_BYTES = 1 << 20
 HERE = 0.001
 """What is asked for of `node:ADDRESS`, a resource of 1 that every node has: enough to be on that node."""
@@ -174,9 +177,8 @@ async def serve(ray: Any, answer: Answer) -> None:
     lines = asyncio.StreamReader(LINE_BYTES)
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     request = json.loads(await lines.readline())
-    if os.environ.get("RAY_ADDRESS", "").startswith("ray://"):
-        raise NodesError("RAY_ADDRESS: ray:// is a client's; the launcher has to be on a node of the cluster itself")
     try:
+        _knock(os.environ.get("RAY_ADDRESS", ""))
         ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # whatever Ray says of a cluster that is not there, or has another version
         raise NodesError(
@@ -184,8 +186,21 @@ async def serve(ray: Any, answer: Answer) -> None:
             "job submit`, or on a node of a cluster"
         ) from None
     nodes = Nodes(ray, answer)
+    answer({"connected": True})
     answer({"hosts": nodes.find(request)})
     await obey(nodes, lines)
+
+
+def _knock(place: str) -> None:
+    """Raise `OSError` where nobody listens at RAY_ADDRESS: Ray itself would try for minutes."""
+    if place.startswith("ray://"):
+        raise OSError("RAY_ADDRESS: ray:// is a client's, and the launcher has to be on a node of the cluster")
+    host, _, port = place.rpartition(":")
+    if port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), KNOCK_S).close()
+        except OSError as error:
+            raise OSError(f"RAY_ADDRESS: {place} does not answer: {error}") from None
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ import asyncio
 import itertools
 import json
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -36,12 +37,13 @@ from opd_async.process import PARENT_ENV
 
 SCRIPT = Path(__file__).with_name("ray_driver.py")
 CONNECT_S = 120.0
-"""How long Ray may take to answer at all, beside the time that nodes have to come."""
+"""How long the connection to Ray may take, and its answer beside the time that nodes have to come."""
 JOIN_S = 120.0
 """An agent that was started again and has not joined for so long is given up: its actor waits for a node."""
 LEAVE_S = 15.0
 LINE_BYTES = 1 << 20
 TAIL = 6
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class RayProcess:
@@ -53,13 +55,14 @@ class RayProcess:
         self._numbers = itertools.count(1)
         self._ends: dict[int, asyncio.Future[tuple[int, list[str]]]] = {}
         self._hosts: asyncio.Future[dict[str, str]] = asyncio.get_running_loop().create_future()
+        self._connected = asyncio.Event()
         self._tail: deque[str] = deque(maxlen=TAIL)
         self._process: asyncio.subprocess.Process | None = None
         self._loops: list[asyncio.Task[None]] = []
         self.over = False
 
-    async def open(self, request: dict[str, Any], deadline_s: float) -> dict[str, str]:
-        """Start it; returns the address of each host by its name.
+    async def open(self, request: dict[str, Any], wait_s: float) -> dict[str, str]:
+        """Start it; returns the address of each host by its name, for which nodes have `wait_s` to come.
 
         Raises `InputError` for what Ray cannot give. On cancel: `close` is still due.
         """
@@ -81,12 +84,16 @@ class RayProcess:
             asyncio.create_task(self._listen(self._process.stderr), name="Ray's stderr"),
         ]
         await self._tell(request)
+        within_s = CONNECT_S
         try:
-            async with asyncio.timeout(deadline_s):
+            async with asyncio.timeout(within_s):
+                await self._connected.wait()
+            within_s += wait_s
+            async with asyncio.timeout(within_s):
                 return await self._hosts
         except TimeoutError:
             raise DeadlineError(
-                f"cluster.backend: ray, and Ray has not answered for {deadline_s:.0f} s; see `ray status` on this host"
+                f"cluster.backend: ray, and Ray has not answered for {within_s:.0f} s; see `ray status` on this host"
             ) from None
 
     async def keep(self, host: str, command: list[str], environment: dict[str, str]) -> tuple[int, list[str]]:
@@ -136,7 +143,9 @@ class RayProcess:
         """Take its answers. At its end every command is over: no actor outlives it."""
         while line := await lines.readline():
             answer = json.loads(line)
-            if "say" in answer:
+            if "connected" in answer:
+                self._connected.set()
+            elif "say" in answer:
                 self._say(f"ray: {answer['say']}")
             elif "ended" in answer and (end := self._ends.get(answer["ended"])) is not None and not end.done():
                 end.set_result((answer["code"], answer["lines"]))
@@ -144,12 +153,14 @@ class RayProcess:
                 self._hosts.set_result(answer["hosts"])
             elif "error" in answer and not self._hosts.done():
                 self._hosts.set_exception(InputError(f"cluster.backend: ray, and {answer['error']}"))
+                self._connected.set()
         await asyncio.wait(self._loops[1:], timeout=1.0)  # for its last words
         self._give_up(" | ".join(self._tail) or "it said nothing")
 
     def _give_up(self, words: str) -> None:
         """Nothing is kept any more."""
         self.over = True
+        self._connected.set()
         if not self._hosts.done():
             self._hosts.set_exception(InputError(f"cluster.backend: ray, and Ray's process has ended: {words}"))
         for end in self._ends.values():
@@ -164,7 +175,7 @@ class RayProcess:
                 continue
             if not line:
                 return
-            self._tail.append(line.decode(errors="replace").rstrip()[:300])
+            self._tail.append(COLOUR.sub("", line.decode(errors="replace")).rstrip()[:300])
 
 
 class RayAgents:
@@ -230,7 +241,7 @@ class RayAgents:
                 cluster = self._cluster
                 ray = self._ray = RayProcess(cluster.ray_python or sys.executable, self._say)
                 request = {"hosts": self._hosts, "bundles": bundles(cluster), "wait_s": cluster.join_s}
-                self._hosts = await ray.open(request, cluster.join_s + CONNECT_S)
+                self._hosts = await ray.open(request, cluster.join_s)
             return self._ray
 
     async def _close(self) -> None:

@@ -27,9 +27,13 @@ def start(lab: Lab) -> dict[str, str]:
     if not RAY.exists():
         raise AssertionError(f"tests on Ray need {RAY}; run `make ray`")
     head, *others = lab.hosts.values()
-    env = {**QUIET, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # a machine may be busy: Ray's own deadlines end a node whose parts have not started in half a minute
+    slow = {"RAY_raylet_start_wait_time_s": f"{patience(20):.0f}"}
+    slow["RAY_agent_register_timeout_ms"] = f"{1000 * patience(20):.0f}"
+    env = {**QUIET, **slow, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     # in /run, of which each host has one of its own; the others are told by the head
-    own = ("--head", f"--port={PORT}", f"--dashboard-port={JOBS}", "--temp-dir=/run/ray")
+    jobs = (f"--dashboard-host={head.address}", f"--dashboard-port={JOBS}")
+    own = ("--head", f"--port={PORT}", *jobs, "--temp-dir=/run/ray")
     _start(head, env, *own)
     for host in others:
         _start(host, env, f"--address={head.address}:{PORT}")
@@ -37,15 +41,17 @@ def start(lab: Lab) -> dict[str, str]:
 
 
 def _start(host: Host, env: dict[str, str], *words: str) -> None:
+    # what hides the machine's own GPUs from tests would hide these too
+    outside = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     here = (f"--node-ip-address={host.address}", "--num-cpus=2", f"--num-gpus={GPUS}")
     done = subprocess.run(
         host.command([str(RAY), "start", *words, *here, f"--object-store-memory={STORE_BYTES}"]),
-        env={**os.environ, **env},
+        env={**outside, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        timeout=patience(180),
+        timeout=patience(120),
     )
     assert done.returncode == 0, f"Ray on {host.name}: {done.stdout}"
 
