@@ -28,6 +28,7 @@ from opd_async.run.control_bounds import SPEAKERS
 from opd_async.run.dispatcher import Dispatcher
 from opd_async.run.ledger import Ledger
 from opd_async.scheduling.assembly import MAX_EARLY, Assembler, Verdict
+from opd_async.scheduling.further import FURTHER_IDS, MAX_FURTHER
 from opd_async.scheduling.grants import Grants
 from opd_async.scheduling.leases import LeaseBook, PromptOrder, admission_of
 from opd_async.telemetry.exporter import RoleMetrics
@@ -331,6 +332,48 @@ async def test_an_answer_is_taken_once(tmp_path: Path) -> None:
         assert dispatcher.state.book.attempt_of(LEASED) == 1 and dispatcher.state.book.held_by("rollout-0") == []
 
 
+class Telling(Post):
+    """One that keeps what is sent."""
+
+    def __init__(self, letters: list[tuple[str, Any]]) -> None:
+        super().__init__(letters)
+        self.told: list[tuple[str, Any]] = []
+
+    async def send(self, role: str, message: Any) -> bool:
+        self.told.append((role, message))
+        return True
+
+
+@pytest.mark.parametrize("up", [True, False])
+async def test_an_episode_gets_further_samples_while_its_actor_is_there(tmp_path: Path, up: bool) -> None:
+    plan = make_plan(small_topology(tmp_path))
+    wanted = ("rollout-0", m.FurtherWanted(LEASED, 0))
+    letters = [wanted, wanted, ("rollout-0", m.FurtherWanted(LEASED, 1)), ("rollout-0", m.FurtherWanted(77, 0))]
+    letters += [("rollout-0", m.FurtherUnused(FURTHER_IDS, 0))]
+    with zmq.asyncio.Context() as context:
+        ledger, fleet = Ledger(plan=plan), Fleet(plan)
+        mix = Mix(CompletionSet().completions, 1.0, 0, False)
+        dispatcher = Dispatcher(plan, fleet, ledger, RoleMetrics("launcher"), context, [], mix)  # type: ignore[arg-type]
+        dispatcher.close()
+        empty = np.zeros(0, np.int32)
+        state = m.Frontier(5, np.zeros((0, 2), np.int64), empty.astype(np.int64), empty, empty)
+        book = dispatcher.state.book = book_of(plan, state)
+        dispatcher.state.version = 5
+        open_requests(dispatcher)
+        dispatcher._up |= {"rollout-0"} if up else set()
+        post: Any = Telling(letters)
+        dispatcher.server = post
+        loop = asyncio.create_task(dispatcher.receive())
+        done = asyncio.create_task(post.done.wait())
+        await asyncio.wait({loop, done}, return_when=asyncio.FIRST_COMPLETED)
+        assert not loop.done(), loop.exception()
+        loop.cancel()
+        grants = Grants(fleet.keys)
+        leases = [m.FurtherLease(LEASED, 0, one, grants.of(one, 0, 0)) for one in (FURTHER_IDS, FURTHER_IDS + 1) if up]
+        assert post.told == [("rollout-0", lease) for lease in leases]
+        assert [spec.sample_id for spec in book.held_by("rollout-0")] == [LEASED, *([FURTHER_IDS + 1] if up else [])]
+
+
 def book_of(plan: Plan, frontier: m.Frontier) -> LeaseBook:
     topology = plan.topology
     order = PromptOrder(4, topology.rollout.group_size, 0, False)
@@ -363,8 +406,14 @@ def test_chunks_that_cannot_be_reach_no_assembler(tmp_path: Path) -> None:
         {"token_ids": np.full(3, vocab, np.int32)},
         {"context": np.full(2, vocab, np.int32)},
         {"topk_ids": np.full((3, 2), vocab, np.int32)},
+        {"episode": 0},
+        {"sample_id": FURTHER_IDS, "grant": grants.of(FURTHER_IDS, 0, 0)},
+        {"further": np.array([FURTHER_IDS, 2])},
+        {"further": np.arange(FURTHER_IDS, FURTHER_IDS + MAX_FURTHER + 1)},
     ):
         assert bounds.of_scored("teacher-0", dataclasses.replace(good, **change), newest=4), change
+    further = dataclasses.replace(good, sample_id=FURTHER_IDS, grant=grants.of(FURTHER_IDS, 0, 0), episode=1)
+    assert bounds.of_scored("teacher-0", further, newest=4) is None
     for sender in ("rollout-0", "teacher-7", "learner-0"):
         assert bounds.of_scored(sender, good, newest=4)
     assert ChunkBounds(plan, RunKeys.draw()).of_scored("teacher-0", good, newest=4)
