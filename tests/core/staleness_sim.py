@@ -86,7 +86,7 @@ class Simulation:
 
     def __init__(self, setup: Setup, policy: StepPolicy | None = None) -> None:
         self.setup = setup
-        self.oracle = Oracle(setup.max_staleness, setup.max_length, setup.seed, setup.spans)
+        self.oracle = Oracle(setup.max_staleness, setup.max_length, setup.seed, spans=setup.spans)
         self.now = 0
         self.leased = 0
         self._policy = policy or setup.policy()
