@@ -8,11 +8,12 @@ from opd_async.cluster.allocation import find_allocation
 from opd_async.config.topology import Backend, NetworkSection, Topology
 from opd_async.errors import InputError
 from opd_async.plan.placement import CPU, CUDA, place
+from opd_async.plan.seats import engines_of_seat
 
 
 def cluster_problems(topology: Topology) -> Iterator[str]:
     """List every reason why the run cannot be on the hosts of `cluster`, or needs hosts that it has not."""
-    cluster = topology.cluster
+    cluster, student = topology.cluster, topology.engines.student
     if topology.on_one_host:
         yield from _local_problems(topology)
         return
@@ -20,6 +21,16 @@ def cluster_problems(topology: Topology) -> Iterator[str]:
         yield "cluster.nodes: left out; write how many nodes of the Ray cluster the run takes, with the launcher's"
     if cluster.backend is Backend.SLURM:
         yield from _slurm_problems(topology)
+    if cluster.spare_nodes and (not student.started or student.router is not None):
+        yield (
+            "cluster.spare_nodes: a host that joins brings student engines, and engines.student starts none by itself "
+            "or is behind a router; write 0"
+        )
+    elif cluster.spare_nodes and not engines_of_seat(topology):
+        yield (
+            f"cluster.spare_nodes: a host has no devices for an engine of {student.tensor_parallel} "
+            "(engines.student.tensor_parallel); write 0, or a smaller one"
+        )
     if cluster.lost_s <= cluster.fence_s:
         yield (
             f"cluster.lost_s: {cluster.lost_s:g} s, and a host ends its processes only after fence_s "

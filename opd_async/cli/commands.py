@@ -129,6 +129,14 @@ def trace(arguments: argparse.Namespace) -> None:
 
 
 @in_words
+def drain(arguments: argparse.Namespace) -> None:
+    """`opd drain`: a host leaves a run."""
+    from opd_async.run.leaving import ask
+
+    show(ask(arguments.folder, arguments.host, float(arguments.wait_s)))
+
+
+@in_words
 def schema(arguments: argparse.Namespace) -> None:
     """`opd schema`, which is `python -m opd_async.config.reference --json-schema`."""
     from opd_async.config.reference import json_schema_text

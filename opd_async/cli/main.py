@@ -3,6 +3,7 @@
     opd init STUDENT TEACHER PROMPTS       opd example NAME         opd schema
     opd check FILE      opd plan FILE      opd run FILE             opd completion SHELL
     opd report FOLDER   opd samples FOLDER  opd trace FOLDER        opd convert ...
+    opd drain FOLDER HOST
 
 `opd run` is `python -m opd_async.launch --topology`, with the same options. Exit codes: 0 done; 2 the input cannot be
 used and nothing was started; 1 the run failed; 130 stopped by a signal.
@@ -92,6 +93,17 @@ def _trace_arguments(parser: argparse.ArgumentParser) -> Handler:
     return trace
 
 
+def _drain_arguments(parser: argparse.ArgumentParser) -> Handler:
+    from opd_async.cli.commands import drain
+
+    parser.add_argument("folder", type=Path, help="the folder of a run on several hosts that goes on")
+    parser.add_argument("host", help="name of the host, as the run's table of hosts has it")
+    parser.add_argument(
+        "--wait-s", type=_at_least_one, default=3600, metavar="S", help="how long to wait (%(default)s)"
+    )
+    return drain
+
+
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; write a number, at least 1")
@@ -159,6 +171,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Handler]]] = 
     "report": ("print the report of a finished run", _report_arguments),
     "samples": ("make a page of a run's responses, coloured token by token", _samples_arguments),
     "trace": ("make a timeline of a run that was traced, for ui.perfetto.dev", _trace_arguments),
+    "drain": ("have a host leave a run in order, at the next weight update", _drain_arguments),
     "schema": ("print the JSON schema of topologies, for editors", _schema_arguments),
     "example": ("write an example to start from", _example_arguments),
     "completion": ("print a script that completes this command in a shell", _completion_arguments),

@@ -31,6 +31,8 @@ from opd_async.transport import messages as m
 ASK_S = 60.0
 """An agent that beats, and leaves a request unanswered for so long, has lost it: its host is given up."""
 SAY_EVERY_S = 10.0
+EARLY_S = 5.0
+"""After which a host asks again that has come before its time."""
 BEATS_OF_PROOF = 3
 
 
@@ -55,6 +57,8 @@ class Agents:
         self.on_lost: Callable[[Node], None] = lambda node: None
         self.on_missed: Callable[[Node], None] = lambda node: None
         """Told after `on_lost`, for whoever can have another agent on that host."""
+        self.on_here: Callable[[Node], None] | None = None
+        """Told, once the run goes on, of a host that has joined or is back."""
         self._cluster = cluster
         self._stop_deadline_s = stop_deadline_s
         self._keys = keys
@@ -64,6 +68,8 @@ class Agents:
         self.stop_seconds = stop_deadline_s + ASK_S
         """How long the end of a process may take on a host that is there."""
         self._open_to_all = True
+        self._regular: set[str] = set()
+        """The hosts of the plan, once they are gathered."""
         self._claims: dict[tuple[str, str], float] = {}
         """When an agent first asked for a name that another one has."""
         self._requests = itertools.count(1)
@@ -129,6 +135,7 @@ class Agents:
             if self._refusal is not None:
                 raise self._refusal
         self._open_to_all = False
+        self._regular = set(self.nodes)
         self._say(f"agents of {', '.join(sorted(self.nodes, key=natural)) or 'no other host'} are here")
         return [self.nodes[name] for name in sorted(self.nodes, key=natural)]
 
@@ -137,7 +144,10 @@ class Agents:
         node = self.nodes.get(join.host)
         if node is not None and node.incarnation == join.incarnation and node.there.is_set():
             await self._welcome(node)  # it has not heard the first answer
-        elif problem := unfit(join, self.nodes, self._versions, self._cluster, self._open_to_all):
+        elif node is None and self._is_early():
+            words = "the run has its hosts, and takes others once it goes on"
+            await self._end.send(route, m.Leave(words, False, EARLY_S))
+        elif problem := unfit(join, self.nodes, self._versions, self._cluster, self._open_to_all or self.seats > 0):
             await self._end.send(route, m.Leave(problem, True, 0.0))
             if self._open_to_all:
                 self._refusal = self._refusal or InputError(problem)
@@ -148,6 +158,29 @@ class Agents:
             if node is not None and node.there.is_set():
                 self._lose(node, "its agent has begun anew")
             await self._take(route, join, node)
+
+    @property
+    def seats(self) -> int:
+        """How many hosts may still join beside those of the plan."""
+        if self._open_to_all:
+            return 0
+        return self._cluster.spare_nodes - len(self.nodes.keys() - self._regular)
+
+    def _is_early(self) -> bool:
+        """Whether a host that the run has no place for yet is to ask again: there are seats, and no run to sit in."""
+        if self._open_to_all:
+            return len(self.nodes) >= self._cluster.nodes - 1
+        return self.seats > 0 and self.on_here is None
+
+    async def dismiss(self, node: Node, reason: str, failed: bool = False, forget: bool = False) -> None:
+        """Let the agent of a host go, whose processes have ended: nobody is told that the host is lost.
+
+        With `forget` the run has never been on it, and its seat is free again.
+        """
+        node.there.clear()
+        await self._end.send(node.route, m.Leave(reason, failed, 0.0))
+        if forget:
+            del self.nodes[node.name]
 
     async def _second_claim(self, route: bytes, join: m.Join, node: Node) -> None:
         """Refuse a name that another agent has, once that one has shown again that it lives."""
@@ -170,6 +203,8 @@ class Agents:
         await self._welcome(node)
         node.there.set()
         self._joined.set()
+        if self.on_here is not None:
+            self.on_here(node)
 
     async def _welcome(self, node: Node) -> None:
         cluster = self._cluster

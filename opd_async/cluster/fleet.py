@@ -49,11 +49,18 @@ class Fleet:
         self._roles = {role.name: role for role in plan.roles}
         self._ranks = {f"rank-{rank}": plan.learner_of(rank) for rank in range(plan.topology.learner.ranks)}
         self._logs = plan.run_folder / "logs"
+        self.away: set[str] = set()
+        """Roles that the run goes on without for now: their host was drained or stays away, or they are coming up."""
 
     @property
     def restarts(self) -> dict[str, int]:
         """Restarts so far by role; a role that never died is absent."""
         return self._budget.used
+
+    def grow(self, plan: Plan) -> None:
+        """Take over a plan that has more roles."""
+        self.plan = plan
+        self._roles = {role.name: role for role in plan.roles}
 
     def role(self, name: str) -> RolePlan:
         """The plan of a role, by its name; KeyError for a name that is not in the plan."""
@@ -74,14 +81,19 @@ class Fleet:
         return self._incarnations.get(self._ranks.get(name, name))
 
     def students_to_reach(self) -> list[str]:
-        """The student engines without those of lost hosts; all of them where every host is lost."""
-        urls = self.plan.student_engines
+        """The student engines without those that are away, and of lost hosts; those too where every host is lost."""
+        there = [url for url in self.plan.student_engines if url not in self.urls_away()]
         lost = {
             f"http://{role.host}:{role.ports['http']}"
             for role in self.plan.of_kind(RoleKind.STUDENT_ENGINE)
             if self.supervisor.lost(role.name)
         }
-        return [url for url in urls if url not in lost] or list(urls)
+        return [url for url in there if url not in lost] or there
+
+    def urls_away(self) -> set[str]:
+        """The base URLs of the engines that are away."""
+        roles = (self._roles[name] for name in self.away)
+        return {f"http://{role.host}:{role.ports['http']}" for role in roles if "http" in role.ports}
 
     def _engine(self, role: RolePlan) -> EngineSection | None:
         """The section of an engine; None for other roles."""

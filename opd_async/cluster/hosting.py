@@ -74,7 +74,7 @@ async def hosted(
         starter.begin(f"{face.address}:{cluster.port}")
         nodes: list[Node] = await first(agents.gather(starter.awaited), starter.broken())
         agents.on_missed = starter.lost
-        await _share_files(topology, agents, nodes)
+        await share_files(topology, agents, nodes)
         site = await _site(topology, agents, nodes, face, claims)
         plan = make_plan(topology, claims, site)
         say(
@@ -141,8 +141,11 @@ async def _asked(agents: Agents, node: Node, request: Callable[[int], m.Message]
         raise InputError(str(error)) from None
 
 
-async def _share_files(topology: Topology, agents: Agents, nodes: list[Node]) -> None:
-    """See that every host has the launcher's folder, shares `run_dir`, and finds the models."""
+async def share_files(topology: Topology, agents: Agents, nodes: list[Node]) -> None:
+    """See that every host has the launcher's folder, shares `run_dir`, and finds the models; `InputError` if not.
+
+    On cancel: nothing of it stays in `run_dir`.
+    """
     nonce, run_dir = secrets.token_hex(16), topology.run_dir
     mark = run_dir / f".shared-{nonce}"
     models = [model.path for _, model, section in topology.engine_sides if section.started]

@@ -60,7 +60,7 @@ class Hosts:
         `own_environment` that of those on the launcher's host."""
         self.exits: asyncio.Queue[Exit] = asyncio.Queue(MAX_UNREAD_EXITS)
         local.exits = self.exits
-        self._agents = agents
+        self.agents = agents
         self._where = dict(where)
         self._environment = dict(environment)
         self._own = dict(own_environment)
@@ -72,7 +72,7 @@ class Hosts:
 
     async def __aenter__(self) -> Self:
         await self._local.__aenter__()
-        self._agents.on_end, self._agents.on_lines, self._agents.on_lost = self._ended, self._lines, self._lost
+        self.agents.on_end, self.agents.on_lines, self.agents.on_lost = self._ended, self._lines, self._lost
         return self
 
     async def __aexit__(
@@ -88,6 +88,10 @@ class Hosts:
         """Names of the processes that are there, on any host."""
         return (*self._local.running, *self._far)
 
+    def place(self, name: str, host: str) -> None:
+        """Note the host of a process that was not in the plan."""
+        self._where[name] = host
+
     def lost(self, name: str) -> bool:
         """Whether the host of this process is lost now."""
         node = self._node(name)
@@ -96,7 +100,7 @@ class Hosts:
     def _node(self, name: str) -> Node | None:
         """The host of a process; None for the launcher's."""
         where = self._where.get(name, "")
-        return self._agents.nodes[where] if where else None
+        return self.agents.nodes[where] if where else None
 
     async def start(self, spec: ProcessSpec) -> None:
         """Start a process on its host, for which a lost one has `node_back_s` to come back.
@@ -115,7 +119,7 @@ class Hosts:
             await self._back(node, spec.name)
             far = self._far[spec.name] = _Far(node, spec.env.get(INCARNATION_ENV, ""))
             try:
-                await self._agents.ask(node, self._request(spec))
+                await self.agents.ask(node, self._request(spec))
                 far.started = True
                 return
             except HostLostError:  # its end is no end of a process that has run: wait for the host again
@@ -157,9 +161,9 @@ class Hosts:
         if far is None:
             return await self._local.stop(name, at_once)
         far.asked = True
-        deadline_s = self._agents.stop_seconds
+        deadline_s = self.agents.stop_seconds
         try:
-            answer = await self._agents.ask(far.node, lambda number: m.StopProcess(number, name, at_once), deadline_s)
+            answer = await self.agents.ask(far.node, lambda number: m.StopProcess(number, name, at_once), deadline_s)
         except HostLostError:
             return Exit(name, HOST_LOST, (f"its host {far.node.name} was lost",))
         except RoleError as error:
@@ -190,7 +194,7 @@ class Hosts:
         if far is None:
             self._local.kill(name)
         else:
-            self._agents.tell(far.node, m.KillProcess(name))
+            self.agents.tell(far.node, m.KillProcess(name))
 
     def _ended(self, node: Node, ended: m.ProcessEnded) -> None:
         far = self._far.get(ended.role)
@@ -209,7 +213,7 @@ class Hosts:
     def _report(self, far: _Far, end: Exit) -> None:
         self._forget(end.name, far)
         if not far.asked:
-            self._agents.spawn(self.exits.put(end), f"end of {end.name}")
+            self.agents.spawn(self.exits.put(end), f"end of {end.name}")
 
     def _forget(self, name: str, far: _Far) -> None:
         if self._far.get(name) is far:

@@ -37,7 +37,7 @@ def unfit(
     """Say why this host cannot serve the run; None if it can.
 
     `nodes` are those that have joined, `versions` the launcher's packages; not `open_to_all`: the run has begun, and
-    takes back its own hosts only.
+    takes back its own hosts only, for it has no seat left.
     """
     for package, mine in versions.items():
         theirs = join.versions.get(package, "none")
@@ -45,7 +45,10 @@ def unfit(
             return f"{join.host} has {package} {theirs}, the launcher's host {mine}; install the same on every host"
     node = nodes.get(join.host)
     if node is None and not open_to_all:
-        return f"{join.host} is no host of this run, which has {', '.join(nodes)}; it began without"
+        return (
+            f"{join.host} is no host of this run, which has {', '.join(nodes)}; it began without, and has no seat left "
+            "(cluster.spare_nodes)"
+        )
     successor = node is not None and (not node.there.is_set() or join.before == node.incarnation)
     if node is not None and successor and node.address != join.address:
         return f"{join.host} came back as {join.address}, and the run knows it as {node.address}; give it that again"

@@ -34,6 +34,9 @@ class ClusterSection(Section):
     that the launcher is in."""
     nodes: Positive = 1
     """Number of hosts, with that of the launcher. With `backend: slurm` it may be left out: all that were allocated."""
+    spare_nodes: NonNegative = 0
+    """Hosts beside `nodes` that may join while the run goes on. Each brings as many student engines as it has devices
+    for, and a rollout actor that drives them."""
     gpus_per_node: NonNegative = 0
     """GPUs that one host has. Engines and learner with `devices: [cuda]` get whole ones."""
     slots_per_node: Positive = 4

@@ -21,7 +21,7 @@ class ChunkBounds:
         self._vocab = plan.vocab_size
         self._context = plan.topology.engines.student.context_tokens
         self._teacher_contexts = {name: side.engines.context_tokens for name, side in plan.topology.teachers.items()}
-        self._actors = {role.index: role.name for role in plan.of_kind(RoleKind.ROLLOUT)}
+        self._actors = plan.actors
         self._teachers = {role.name: role.teacher for role in plan.of_kind(RoleKind.TEACHER)}
         self._grants = Grants(keys)
 

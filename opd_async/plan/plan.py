@@ -26,6 +26,11 @@ class RoleKind(StrEnum):
     LEARNER = "learner"
 
 
+def role_name(kind: RoleKind, index: int) -> str:
+    """`rollout-0`, `student-engine-1`, ...: the name in logs, metrics and messages."""
+    return f"{kind.value.replace('_', '-')}-{index}"
+
+
 COUNTERS_FOLDER = "counters"
 """Below the run's folder: what each process has counted, for the one that follows it."""
 
@@ -51,11 +56,13 @@ class RolePlan(Section):
     """The teacher that a teacher engine or actor serves."""
     node: str = ""
     """Name of the host that it is on; empty for the launcher's."""
+    drives: tuple[str, ...] = ()
+    """Base URLs of the engines of a rollout actor that has joined with them; others share those of the topology."""
 
     @property
     def name(self) -> str:
-        """`rollout-0`, `student-engine-1`, ...: the name in logs, metrics and messages."""
-        return f"{self.kind.value.replace('_', '-')}-{self.index}"
+        """See `role_name`."""
+        return role_name(self.kind, self.index)
 
 
 class Plan(Section):
@@ -87,6 +94,8 @@ class Plan(Section):
     stop_token_ids: tuple[int, ...]
     """Ids that end a response: those of the student's generation config and of the topology."""
     roles: tuple[RolePlan, ...]
+    reserved: tuple[str, ...] = ()
+    """Names of the roles of hosts that may join, and of those that have (`seats.py`)."""
 
     @property
     def teacher_engines(self) -> tuple[str, ...]:
@@ -123,7 +132,14 @@ class Plan(Section):
     def peers(self) -> tuple[str, ...]:
         """Everybody who may connect to a socket of the run: roles, and the ranks of the learner."""
         ranks = (f"rank-{rank}" for rank in range(self.topology.learner.ranks))
-        return (*(role.name for role in self.roles), *ranks)
+        return tuple(dict.fromkeys((*(role.name for role in self.roles), *self.reserved, *ranks)))
+
+    @property
+    def actors(self) -> dict[int, str]:
+        """Index and name of every rollout actor, with those of hosts that may join."""
+        names = (*(role.name for role in self.of_kind(RoleKind.ROLLOUT)), *self.reserved)
+        kinds = ((name.rpartition("-"), name) for name in names)
+        return {int(index): name for (kind, _, index), name in kinds if kind == RoleKind.ROLLOUT.value}
 
     def with_keys(self, keys: RunKeys) -> Plan:
         """The same plan; engines that the run starts and that the topology gives no keys have those of the run.
@@ -156,8 +172,11 @@ class Plan(Section):
     def students_of(self, actor: RolePlan) -> tuple[str, ...]:
         """Where a rollout actor sends its requests: every n-th student engine, of n actors, or the router to all."""
         router = self.topology.engines.student.router
-        urls = self.student_engines[actor.index :: self.topology.rollout.replicas]
-        return urls if router is None else (router.rstrip("/"),)
+        if router is not None:
+            return (router.rstrip("/"),)
+        joined = {url for role in self.roles for url in role.drives}
+        shared = tuple(url for url in self.student_engines if url not in joined)
+        return actor.drives or shared[actor.index :: self.topology.rollout.replicas]
 
     def driven_by(self, actor: str) -> tuple[str, ...]:
         """The engines that the rollout or teacher actor of that name sends requests to; none for other roles."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ from opd_async.engines.command import engine_command, engine_environment
 from opd_async.errors import InputError
 from opd_async.plan.free_ports import free_ports
 from opd_async.plan.placement import CPU, CUDA, Spot, place
-from opd_async.plan.plan import Plan, RoleKind, RolePlan, counters_file
+from opd_async.plan.plan import Plan, RoleKind, RolePlan, counters_file, role_name
+from opd_async.plan.seats import reserved, seat
 
 LAUNCHER = "launcher"
 PLAN_FILE = "plan.json"
@@ -92,6 +94,7 @@ def make_plan(topology: Topology, claims: ExitStack | None = None, site: Site | 
         teacher_rows=tables.teachers,
         stop_token_ids=tuple(sorted({*student.eos_token_ids, *topology.rollout.sampling.stop_token_ids})),
         roles=roles,
+        reserved=reserved(topology),
     )
 
 
@@ -99,7 +102,7 @@ def port_keys(topology: Topology) -> list[PortKey]:
     """Every port that the run binds, in the order in which `network.base_port` counts them."""
     keys = [(LAUNCHER, "control"), (LAUNCHER, "metrics")]
     for kind, index in _whereabouts(topology):
-        keys += [(_name(kind, index), purpose) for purpose in _PURPOSES[kind]]
+        keys += [(role_name(kind, index), purpose) for purpose in _PURPOSES[kind]]
     return keys
 
 
@@ -131,7 +134,7 @@ def _ports_of(topology: Topology, site: Site) -> dict[PortKey, int]:
     free = [iter(ports) for ports in site.ports]
     ports = {(LAUNCHER, "control"): next(free[0]), (LAUNCHER, "metrics"): next(free[0])}
     for (kind, index), spot in _whereabouts(topology).items():
-        ports |= {(_name(kind, index), purpose): next(free[spot.host]) for purpose in _PURPOSES[kind]}
+        ports |= {(role_name(kind, index), purpose): next(free[spot.host]) for purpose in _PURPOSES[kind]}
     return ports
 
 
@@ -175,10 +178,6 @@ def _started(section: EngineSection) -> int:
     return section.replicas if section.started else 0
 
 
-def _name(kind: RoleKind, index: int) -> str:
-    return f"{kind.value.replace('_', '-')}-{index}"
-
-
 def _assign_ports(topology: Topology, claims: ExitStack | None) -> dict[PortKey, int]:
     keys = port_keys(topology)
     base = topology.network.base_port
@@ -198,7 +197,7 @@ def _role(
     where: dict[tuple[RoleKind, int], Spot],
     site: Site,
 ) -> RolePlan:
-    own = {purpose: ports[_name(kind, index), purpose] for purpose in _PURPOSES[kind]}
+    own = {purpose: ports[role_name(kind, index), purpose] for purpose in _PURPOSES[kind]}
     plan_file = str(topology.folder / PLAN_FILE)
     spot = where[kind, index]
     host, devices = site.addresses[spot.host], spot.devices
@@ -211,7 +210,7 @@ def _role(
             if section.kind is EngineKind.SGLANG:
                 own["metrics"] = own["http"]  # SGLang serves them beside its API
             seed = topology.seed + index
-            name = _name(kind, index)
+            name = role_name(kind, index)
             keys_file, counters = topology.folder / KEYS_FOLDER / f"{name}.yaml", counters_file(topology.folder, name)
             command = engine_command(section, model.path, devices, host, own, seed, keys_file, counters)
         case RoleKind.LEARNER:
@@ -222,7 +221,7 @@ def _role(
             first = site.addresses[where[kind, 0].host]
             hosts = sum(1 for other, _ in where if other is kind)
             # Ranks of one host meet on it, whatever address the other roles bind.
-            master = ("127.0.0.1" if hosts == 1 else first, ports[_name(kind, 0), "master"])
+            master = ("127.0.0.1" if hosts == 1 else first, ports[role_name(kind, 0), "master"])
             command = _learner_command(len(devices), (hosts, index), master, plan_file)
         case RoleKind.INTAKE:
             command = (sys.executable, "-m", "opd_async.actors.intake", "--plan", plan_file)
@@ -247,6 +246,22 @@ def _role(
         teacher=teacher,
         node=site.names[spot.host],
     )
+
+
+def ports_of_seat(topology: Topology) -> int:
+    """How many free ports a host that joins has to find."""
+    return sum(len(_PURPOSES[kind]) for kind, _ in seat(topology, 0))
+
+
+def with_seat(plan: Plan, number: int, name: str, address: str, ports: Sequence[int]) -> Plan:
+    """The plan with the processes of a seat, on the host of this name; `ports` are as many as `ports_of_seat` says."""
+    where, free = seat(plan.topology, number), iter(ports)
+    own = {(role_name(*key), purpose): next(free) for key in where for purpose in _PURPOSES[key[0]]}
+    site = Site(names=("", name), addresses=(plan.launcher_host, address), ports=())
+    roles = [_role(plan.topology, kind, index, own, where, site) for kind, index in where]
+    urls = tuple(f"http://{role.host}:{role.ports['http']}" for role in roles if "http" in role.ports)
+    roles = [role.model_copy(update={"drives": urls}) if role.kind is RoleKind.ROLLOUT else role for role in roles]
+    return plan.model_copy(update={"roles": (*plan.roles, *roles), "student_engines": (*plan.student_engines, *urls)})
 
 
 def replica_devices(section: EngineSection) -> tuple[tuple[str, ...], ...]:

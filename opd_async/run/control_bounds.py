@@ -56,6 +56,10 @@ class ControlBounds:
         self._ranks = {f"rank-{rank}" for rank in range(run.plan.topology.learner.ranks)}
         self._newest_step = 0
 
+    def grow(self) -> None:
+        """Believe the roles that a host which has joined brought."""
+        self._kinds = {role.name: role.kind for role in self._run.plan.roles}
+
     def problem(self, role: str, message: m.Message) -> str | None:
         """Why a message is not believed; None if it is."""
         if role in self._ranks:
@@ -146,7 +150,7 @@ class ControlBounds:
         return f"{int(ends.max())} tokens of a response" if ends.size and int(ends.max()) > longest else None
 
     def _acks(self, acks: m.Acks) -> str | None:
-        actors = self._run.plan.topology.rollout.replicas
+        actors = len(self._run.plan.actors)
         if acks.actors.size and int(acks.actors.max()) >= actors:
             return f"actor {int(acks.actors.max())} of {actors}"
         if self._run.state.version >= 0 and acks.next_step > self._run.state.version + 1:

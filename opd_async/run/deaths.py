@@ -66,6 +66,8 @@ class Deaths:
 
     def __init__(self, reach: Reach) -> None:
         self._reach = reach
+        self.starting: set[str] = set()
+        """Roles that are being started again."""
 
     async def run(self) -> None:
         """React to every process that ends without having been asked to. On cancel: restarts under way end too."""
@@ -96,6 +98,7 @@ class Deaths:
 
     async def _restart(self, ended: Exit, kind: RoleKind) -> None:
         reach = self._reach
+        self.starting.add(ended.name)
         try:
             await reach.fleet.await_restart(ended)
             await reach.fleet.start(ended.name)
@@ -111,10 +114,24 @@ class Deaths:
         except HostLostError as error:
             if self._dispensable(ended.name, kind):
                 reach.fleet.say(f"going on without {ended.name}: {error}")
+                reach.fleet.away.add(ended.name)
             else:
                 reach.fail(error)
         except OpdError as error:
             reach.fail(error)
+        finally:
+            self.starting.discard(ended.name)
+
+    async def leave(self, role: str) -> None:
+        """React to the end of a role that was asked to end for good: as to a death, but nothing starts it again.
+
+        On cancel: its samples may not be leased to others.
+        """
+        self._reach.gone(role)
+        self._reach.watch.ended(role)
+        self._excuse(role)
+        if self._reach.fleet.role(role).kind is RoleKind.ROLLOUT:
+            await self._reclaim(role)
 
     def _dispensable(self, name: str, kind: RoleKind) -> bool:
         """Whether the run can go on without a student engine, or an actor, whose host stays away: others do its work.
@@ -137,4 +154,5 @@ class Deaths:
             await self._reach.to_intake(m.Reclaim(ids, attempts))
 
     def _url(self, engine: str) -> str:
-        return self._reach.plan.student_engines[self._reach.fleet.role(engine).index]
+        role = self._reach.fleet.role(engine)
+        return f"http://{role.host}:{role.ports['http']}"

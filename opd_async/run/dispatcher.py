@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -50,6 +50,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+async def _nothing() -> None:
+    """Nobody leaves."""
+
+
 class Dispatcher:
     """Knows who is up, routes messages, and reacts to the end of a role."""
 
@@ -78,14 +82,19 @@ class Dispatcher:
         self.failed: asyncio.Future[OpdError] = asyncio.get_running_loop().create_future()
         self.on_sample: Callable[[m.TrainedSample], None] = lambda sample: None
         self.on_eval_done: Callable[[m.EvalDone], None] = lambda done: None
+        self.before_update: Callable[[], Awaitable[None]] = _nothing
+        """Called when generation has stopped for new weights: who leaves the run leaves then."""
+        self.on_updated: Callable[[Sequence[str]], None] = lambda urls: None
+        """Called with the engines that have just got the weights."""
         self._bounds = ControlBounds(self)
         self.watch = Watch(self)
         self.slow_engines, self.suspects = SlowEngines(self), Suspects(plan.run_folder, fleet.say)
         self.mailbox.witness, self.mailbox.idle_s = self.watch.witness, self.watch.idle_s
-        self._deaths = Deaths(self)
+        self.deaths = Deaths(self)
         self.leasing = Leasing(self, prompts, mix)
         self._incarnations: dict[str, str] = {}
         self._up: set[str] = set()
+        self._arrived = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._requests = itertools.count(1)
@@ -122,6 +131,40 @@ class Dispatcher:
             self.watch.unanswered(role, str(error))
             return await self.mailbox.expect(key, deadline_s, f"the end of {role}")
 
+    def grow(self, plan: Plan) -> None:
+        """Take over a plan that has more roles, and look after its engines."""
+        new = {role.name for role in plan.roles} - {role.name for role in self.plan.roles}
+        self.plan = plan
+        self.fleet.grow(plan)
+        self.ledger.grow(plan)
+        self._bounds.grow()
+        self.watch.look_after_engines(new)
+
+    @property
+    def slots(self) -> int:
+        """Responses that may be generated at once: `rollout.slots`, in proportion where engines have joined or left."""
+        planned, urls = self.plan.topology.engines.student.replicas, self.plan.student_engines
+        if not self.plan.topology.engines.student.started:
+            return self.plan.topology.rollout.slots
+        return max(self.plan.topology.rollout.slots * len(set(urls) - self.fleet.urls_away()) // planned, 1)
+
+    def resize(self) -> None:
+        """Let as many responses be generated at once as there are engines for."""
+        if self.state.book is not None:
+            self.state.book.resize(self.slots)
+        self.leasing.look_again()
+
+    async def until_up(self, role: str, deadline_s: float) -> None:
+        """Wait until a role is connected. Raises `DeadlineError`. On cancel: nothing has changed."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                while role not in self._up:
+                    self._arrived.clear()
+                    await self._arrived.wait()
+        except TimeoutError:
+            log = self.fleet.log_folder() / f"{role}.log"
+            raise DeadlineError(f"{role} has not come up in {deadline_s:.0f} s; see {log}") from None
+
     def gone(self, role: str) -> None:
         """Note that the process of a role has ended: it is not connected any more."""
         self._up.discard(role)
@@ -146,7 +189,7 @@ class Dispatcher:
     def start_loops(self, group: asyncio.TaskGroup) -> None:
         """Start the loops in `group`; `stop_loops` ends them."""
         self._group = group
-        loops = {"receive": self.receive, "deaths": self._deaths.run, "leasing": self.leasing.run}
+        loops = {"receive": self.receive, "deaths": self.deaths.run, "leasing": self.leasing.run}
         loops |= {"watch": self.watch.run, "slow-engines": self.slow_engines.run, "door": self.door.keep}
         for name, loop in loops.items():
             self.spawn(loop(), name)
@@ -260,6 +303,7 @@ class Dispatcher:
         restarted = self._incarnations.get(role, hello.incarnation) != hello.incarnation
         self._incarnations[role] = hello.incarnation
         self._up.add(role)
+        self._arrived.set()
         if restarted:
             self.ledger.roles[role].restart()
         kind = self.fleet.role(role).kind

@@ -112,6 +112,14 @@ class Ledger:
         if self._mark is None:
             self._mark = self._now()
 
+    def grow(self, plan: Plan) -> None:
+        """Take over a plan that has more roles; means over roles go on from where they are."""
+        before = self._now()
+        self.plan = plan
+        if self._mark is not None:
+            now = self._now() | {"seconds": before["seconds"]}
+            self._mark = {column: self._mark[column] + now[column] - before[column] for column in now}
+
     def _now(self) -> dict[str, float]:
         now = {"seconds": time.monotonic()}
         for column, (kind, counter) in GROWING.items():

@@ -30,6 +30,7 @@ import zmq.asyncio
 
 from opd_async.cluster.fleet import Fleet
 from opd_async.cluster.hosting import Supervise, alone
+from opd_async.cluster.hosts import Hosts
 from opd_async.data.completions import Mix
 from opd_async.errors import StorageError
 from opd_async.files import storing
@@ -39,6 +40,7 @@ from opd_async.process import leaves
 from opd_async.role import ATTEMPT_FLOOR_ENV
 from opd_async.run import checkpoints
 from opd_async.run.dispatcher import Dispatcher
+from opd_async.run.elastic import Elastic
 from opd_async.run.evaluator import Evaluator
 from opd_async.run.inputs import Inputs
 from opd_async.run.ledger import Ledger
@@ -198,7 +200,11 @@ class Lifecycle:
         plan, stop_deadline_s = self._plan, self._plan.topology.supervisor.stop_deadline_s
         async with self._supervise(self._echo, stop_deadline_s, ledger.unwritten_lines) as supervisor:
             fleet = Fleet(plan, supervisor, self._progress.say, self._keys)
-            self._progress.missing = lambda: [r.name for r in plan.roles if r.name not in supervisor.running]
+            self._progress.missing = lambda: [
+                role.name
+                for role in self._plan.roles
+                if role.name not in supervisor.running and role.name not in fleet.away
+            ]
             prompts, topology = self._inputs.prompts.prompts, plan.topology
             given = self._inputs.completions.completions
             mix = Mix(given, topology.opd.gkd_lambda, topology.seed, topology.data.shuffle)
@@ -215,8 +221,9 @@ class Lifecycle:
             assert self._samples is not None
             dispatcher.on_sample = self._samples.add
             self._samples.rewind(self._checkpoint.step)
+            elastic = Elastic(dispatcher, supervisor, self._grow) if isinstance(supervisor, Hosts) else None
             try:
-                await self._conduct(dispatcher, fleet)
+                await self._conduct(dispatcher, fleet, elastic)
             finally:
                 dispatcher.close()
                 fleet.forget_keys()
@@ -260,15 +267,24 @@ class Lifecycle:
         except OSError as error:  # for Prometheus: the run itself does not need it
             self._progress.say(f"targets.json cannot be written: {error}")
 
-    async def _conduct(self, dispatcher: Dispatcher, fleet: Fleet) -> None:
+    def _grow(self, plan: Plan) -> None:
+        """Take over a plan that has more roles: they are stopped in order, and scraped."""
+        self._plan = plan
+        self._write_targets()
+
+    async def _conduct(self, dispatcher: Dispatcher, fleet: Fleet, elastic: Elastic | None) -> None:
         async with asyncio.TaskGroup() as group:
             dispatcher.start_loops(group)
             dispatcher.spawn(loop_lag(dispatcher.metrics["opd_launcher_loop_lag_seconds"]), "loop-lag")
             try:
                 self._progress.say(f"starting {len(self._plan.roles)} processes; logs in {fleet.log_folder()}")
                 await fleet.start_all(self._checkpoint.environment)
+                if elastic is not None:
+                    elastic.begin()
                 await self._lead(dispatcher, fleet)
             finally:
+                if elastic is not None:
+                    elastic.end()
                 dispatcher.stop_loops()
                 await self._stop(dispatcher, fleet)
                 if self._on_the_way_back:

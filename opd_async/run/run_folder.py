@@ -26,6 +26,7 @@ from opd_async.files import PRIVATE, write_atomically
 from opd_async.plan.plan import COUNTERS_FOLDER, Plan
 from opd_async.plan.resolve import KEYS_FOLDER, PLAN_FILE
 from opd_async.run import checkpoints, fingerprints
+from opd_async.run.leaving import FOLDER as DRAIN_FOLDER
 from opd_async.telemetry.samples import SAMPLES_FILE
 from opd_async.telemetry.samples_page import PAGE_FILE
 from opd_async.telemetry.trace import TRACE_FOLDER
@@ -53,6 +54,7 @@ MADE_BY_RUNS = (
     "logs",
     TRACKING_FOLDER,
     KEYS_FOLDER,
+    DRAIN_FOLDER,
 )
 """Files and folders that a run writes into its folder: the only ones that `--overwrite` removes."""
 

@@ -110,7 +110,7 @@ class Script:
             frontier,
             order,
             admission_of(topology.schedule),
-            topology.rollout.slots,
+            self._dispatcher.slots,
             attempt=self._attempt_floor,
             longest=topology.rollout.sampling.max_response_tokens,
         )
@@ -135,13 +135,13 @@ class Script:
                     if name == dispatcher.name_of(kind):
                         hello = dispatcher.mailbox.expect(("Hello", name), deadline_s, name)
                         waits["the learner to load the student"] = hello
-                elif name not in dispatcher.up(kind):
+                elif name not in dispatcher.up(kind) and name not in dispatcher.fleet.away:
                     waits[name] = dispatcher.mailbox.expect(("Hello", name), deadline_s, name)
         for kind, urls in (
             (RoleKind.STUDENT_ENGINE, plan.student_engines),
             (RoleKind.TEACHER_ENGINE, plan.teacher_engines),
         ):
-            for url in urls:
+            for url in (url for url in urls if url not in dispatcher.fleet.urls_away()):
                 who = f"the {kind.value.replace('_', ' ')} at {url}"
                 waits[who] = dispatcher.fleet.wait_for_engine(kind, url, deadline_s)
         return waits
@@ -214,6 +214,7 @@ class Script:
         """Stop generation, send the learner's weights to every student engine, go on; returns their version."""
         dispatcher, before = self._dispatcher, self._state.version
         owed = await dispatcher.barrier.close()
+        await dispatcher.before_update()
         for tries in range(1, SYNC_TRIES + 1):
             engines = self._engines_to_reach()
             group = f"opd-{self._state.engine_group}"
@@ -235,6 +236,7 @@ class Script:
         dispatcher.metrics["opd_launcher_weight_version"].set(reply.version)
         dispatcher.metrics["opd_launcher_step"].set(max(self._accounted, 0))
         await dispatcher.barrier.open(reply.version, new=reply.version != before)
+        dispatcher.on_updated(engines)
         dispatcher.leasing.look_again()
         return int(reply.version)
 

@@ -21,7 +21,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from typing import Any, Protocol
 
 import aiohttp
@@ -196,9 +196,11 @@ class Watch:
                 found[f"http://{role.host}:{role.ports['http']}"] = role.name
         return found
 
-    def look_after_engines(self) -> None:
-        """Begin to look at every engine, in tasks of the dispatcher."""
+    def look_after_engines(self, only: Collection[str] | None = None) -> None:
+        """Begin to look at every engine, or at these roles only, in tasks of the dispatcher."""
         for url, role in self._engines.items():
+            if only is not None and role not in only:
+                continue
             self._reach.spawn(self._look_at(url, role or url), f"watch-{role or url}")
 
     async def _look_at(self, url: str, who: str) -> None:

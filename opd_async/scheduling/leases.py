@@ -144,6 +144,10 @@ class LeaseBook:
             self._returned.append(LeaseSpec(sample_id, attempt, order.prompt_of(sample_id), tokens))
             self._trained[sample_id] = _Trained(len(tokens), len(tokens) - among)
 
+    def resize(self, slots: int) -> None:
+        """Have so many slots from now on; responses under way go on."""
+        self._slots = slots
+
     @property
     def generating(self) -> int:
         """Responses that have not ended and are not away."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,13 @@ def settings(inputs: Path, runs: Path, nodes: int, **changes: Any) -> dict[str, 
 class ClusterRun:
     """The processes that a user starts on the hosts of `lab`; the first host is the launcher's."""
 
-    def __init__(self, lab: Lab, folder: Path, values: dict[str, Any] | Path, *options: str) -> None:
+    def __init__(
+        self, lab: Lab, folder: Path, values: dict[str, Any] | Path, *options: str, others: Sequence[str] = ()
+    ) -> None:
+        """Agents are started on the `others`, or on every host but the first."""
         self.lab = lab
         self.first, *self.others = lab.hosts.values()
+        self.others = [lab[name] for name in others] or self.others
         self.folder = folder
         self._env = {"OPD_CLUSTER_SECRET": SECRET, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.agents = {host.name: self.agent(host) for host in self.others}
@@ -49,7 +54,7 @@ class ClusterRun:
 
     def said(self) -> str:
         """What launcher and agents have printed."""
-        outs = [self.output, *(self.folder / f"{host.name}.out" for host in self.others)]
+        outs = [self.output, *sorted(self.folder.glob("h*.out"))]
         return "\n".join(f"--- {out.name}\n{out.read_text()}" for out in outs if out.exists())
 
     def wait_for_steps(self, folder: Path, count: int) -> None:

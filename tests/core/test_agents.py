@@ -294,6 +294,34 @@ async def test_a_host_that_stays_away_is_waited_for_and_named(tmp_path: Path) ->
                 await hosts.start(spec(tmp_path, "far", SLEEPER))
 
 
+async def test_a_new_host_asks_again_until_the_run_goes_on_and_takes_the_last_seat(tmp_path: Path) -> None:
+    section, said, here = cluster(spare_nodes=1), list[str](), list[str]()
+    first = asyncio.create_task(agent_of(section).run())
+    async with launcher(section) as agents:
+        (node,) = await agents.gather()
+        second = asyncio.create_task(agent_of(section, "h2", said).run())
+        await until(lambda: any("takes others once it goes on" in line for line in said), "h2 to be put off")
+        assert agents.nodes.keys() == {"h1"} and agents.seats == 1
+        agents.on_here = lambda node: here.append(node.name)
+        await until(lambda: here == ["h2"], "h2 to join")
+        with pytest.raises(InputError, match=r"h3 is no host of this run, which has h1, h2; it began without, and has"):
+            async with asyncio.timeout(patience(60)):
+                await agent_of(section, "h3").run()
+
+        agents.on_lost = agents.on_missed = lambda node: pytest.fail("it was let go, not lost")
+        await agents.dismiss(agents.nodes["h2"], "it was drained")
+        async with asyncio.timeout(patience(60)):
+            await second
+        assert said[-1] == "it was drained" and agents.seats == 0 and node.there.is_set()
+        with pytest.raises(InputError, match="its folder is another"):
+            refused = asyncio.create_task(agent_of(section, "h2").run())
+            await until(lambda: here == ["h2", "h2"], "h2 to be back")
+            await agents.dismiss(agents.nodes["h2"], "its folder is another", failed=True, forget=True)
+            await refused
+        assert agents.seats == 1
+    await first
+
+
 # --- secrets and addresses -------------------------------------------------------------------------------------------
 
 

@@ -45,6 +45,10 @@ class FakeDispatcher:
         self.ledger = SimpleNamespace(save=lambda folder: None)
         self.mailbox = Mailbox()
         self.asked: asyncio.Queue[Any] = asyncio.Queue()
+        self.on_updated: Any = lambda urls: None
+
+    async def before_update(self) -> None:
+        """Nobody leaves."""
 
     async def to_intake(self, message: Any) -> None:
         self.asked.put_nowait(message)

@@ -1,0 +1,191 @@
+"""Hosts that join a run while it goes on, and hosts that leave it in order.
+
+    an agent joins    folder shared, ports found -> a seat of the plan is taken -> engines start -> weight update
+                      -> rollout actor starts -> leases
+    opd drain HOST    weight update: generation stands -> actors end, their leases go back behind what the intake holds
+                      -> engines leave the weight group -> the agent is let go
+    an agent of a host that has left, or that the run goes on without, joins    as above, on its old place
+
+Both are what happens at a host's loss and return, at a moment of the run's own choosing: whatever token was made is
+held by the intake or made again under another attempt, and none is trained twice.
+
+loop      waits for                                         unblocked by
+welcome   an agent's answers, engines, a weight update      the agent, engines, the script; or the loss of the host
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Sequence
+
+from opd_async.cluster.hosting import share_files
+from opd_async.cluster.hosts import Hosts
+from opd_async.cluster.nodes import Node
+from opd_async.errors import DeadlineError, InputError, OpdError, RoleError
+from opd_async.files import PRIVATE, storing, write_atomically
+from opd_async.plan.plan import Plan, RoleKind, RolePlan
+from opd_async.plan.resolve import PLAN_FILE, ports_of_seat, with_seat
+from opd_async.run.dispatcher import Dispatcher
+from opd_async.run.leaving import FOLDER, answer, problem_of, requests
+from opd_async.run.state import RESYNC, UPDATE
+from opd_async.transport import messages as m
+
+
+class Elastic:
+    """Grows and shrinks one run on several hosts."""
+
+    def __init__(self, dispatcher: Dispatcher, hosts: Hosts, on_plan: Callable[[Plan], None]) -> None:
+        """`on_plan` is told of each plan that has more roles than the one before."""
+        self._dispatcher = dispatcher
+        self._hosts = hosts
+        self._agents = hosts.agents
+        self._on_plan = on_plan
+        self._taken = 0
+        """Seats, in their order."""
+        self._one_at_a_time = asyncio.Lock()
+        self._awaited: dict[str, asyncio.Event] = {}
+        """Engines that wait for the weights, by URL."""
+        self._welcomes: set[str] = set()
+        """Hosts that are being brought up."""
+
+    def begin(self) -> None:
+        """Take hosts from now on; requests of an earlier launch are forgotten."""
+        shutil.rmtree(self._dispatcher.plan.run_folder / FOLDER, ignore_errors=True)
+        self._agents.on_here = self._here
+        self._dispatcher.before_update = self.let_go
+        self._dispatcher.on_updated = self._updated
+
+    def end(self) -> None:
+        """Take no more hosts: the run is over."""
+        self._agents.on_here = None
+
+    # --- joining -----------------------------------------------------------------------------------------------------
+
+    def _here(self, node: Node) -> None:
+        if node.name not in self._welcomes:
+            self._welcomes.add(node.name)
+            self._dispatcher.spawn(self._welcome(node), f"welcome {node.name}")
+
+    async def _welcome(self, node: Node) -> None:
+        """Have a host take part that is new, or that the run goes on without. On cancel: what has started, stays."""
+        fleet = self._dispatcher.fleet
+        try:
+            async with self._one_at_a_time:
+                mine = self._roles_of(node)
+                starting, running = self._dispatcher.deaths.starting, fleet.supervisor.running
+                back = [role for role in mine if role.name in fleet.away and role.name not in (*starting, *running)]
+                if back or not mine:
+                    await share_files(self._dispatcher.plan.topology, self._agents, [node])
+                    await self._bring_up(node, back or await self._seat(node))
+        except InputError as error:
+            fleet.say(f"{node.name} cannot join: {error}")
+            await self._agents.dismiss(node, str(error), failed=True, forget=not self._roles_of(node))
+        except OpdError as error:
+            fleet.say(f"going on without {node.name}: {error}")
+            fleet.away.update(role.name for role in self._roles_of(node))
+        finally:
+            self._welcomes.discard(node.name)
+
+    def _roles_of(self, node: Node) -> list[RolePlan]:
+        return [role for role in self._dispatcher.plan.roles if role.node == node.name]
+
+    async def _seat(self, node: Node) -> list[RolePlan]:
+        """Give a new host the next seat: its roles, which everybody who starts from now on finds in the plan.
+
+        Raises `InputError` when the host cannot serve the run.
+        """
+        dispatcher, before = self._dispatcher, self._dispatcher.plan
+        file, wanted = before.run_folder / PLAN_FILE, ports_of_seat(before.topology)
+        try:
+            found = await self._agents.ask(node, lambda number: m.FindPorts(number, wanted, []))
+        except RoleError as error:
+            raise InputError(str(error)) from None
+
+        def seated(plan: Plan) -> Plan:
+            return with_seat(plan, self._taken, node.name, node.address, found.numbers)
+
+        saved = seated(Plan.model_validate_json(file.read_text(encoding="utf-8")))  # without the keys that were drawn
+        with storing(file):
+            write_atomically(file, saved.model_dump_json(indent=1), PRIVATE)
+        plan = seated(before)
+        self._taken += 1
+        dispatcher.grow(plan)
+        for role in self._roles_of(node):
+            self._hosts.place(role.name, node.name)
+            dispatcher.fleet.away.add(role.name)
+        self._on_plan(plan)
+        return self._roles_of(node)
+
+    async def _bring_up(self, node: Node, roles: Sequence[RolePlan]) -> None:
+        """Start engines, have them get the weights, then start the actors that drive them."""
+        dispatcher, fleet = self._dispatcher, self._dispatcher.fleet
+        names = [role.name for role in roles]
+        fleet.say(f"{node.name} joins: starting {', '.join(names)}")
+        engines = [role for role in roles if role.kind is RoleKind.STUDENT_ENGINE]
+        actors = [role for role in roles if role.kind is RoleKind.ROLLOUT]
+        for engine in engines:
+            await fleet.start(engine.name)
+        urls = [f"http://{engine.host}:{engine.ports['http']}" for engine in engines]
+        for engine, url in zip(engines, urls, strict=True):
+            await fleet.wait_for_engine(RoleKind.STUDENT_ENGINE, url)
+            dispatcher.watch.heard(engine.name)
+        fleet.away.difference_update(engine.name for engine in engines)
+        await self._get_weights(node, urls)
+        for actor in actors:
+            fleet.away.discard(actor.name)
+            await fleet.start(actor.name)
+            dispatcher.watch.started(actor.name)
+        for actor in actors:
+            await dispatcher.until_up(actor.name, dispatcher.plan.topology.supervisor.start_deadline_s)
+        dispatcher.resize()
+        fleet.say(f"{node.name} takes part with {', '.join(names)}")
+
+    async def _get_weights(self, node: Node, urls: Sequence[str]) -> None:
+        """Have the present weights sent to new engines, whose actor may only then ask them for anything."""
+        dispatcher, deadline_s = self._dispatcher, self._dispatcher.plan.topology.supervisor.step_deadline_s
+        got = {url: asyncio.Event() for url in urls}
+        self._awaited |= got
+        dispatcher.mailbox.deliver(UPDATE, RESYNC)
+        try:
+            async with asyncio.timeout(deadline_s):
+                for event in got.values():
+                    await event.wait()
+        except TimeoutError:
+            raise DeadlineError(f"its engines have got no weights in {deadline_s:.0f} s") from None
+        finally:
+            for url in urls:
+                self._awaited.pop(url, None)
+
+    def _updated(self, urls: Sequence[str]) -> None:
+        for url in urls:
+            if (event := self._awaited.get(url)) is not None:
+                event.set()
+
+    # --- leaving -----------------------------------------------------------------------------------------------------
+
+    async def let_go(self) -> None:
+        """Let hosts leave that were asked to; generation stands. On cancel: they may be gone, in order."""
+        dispatcher = self._dispatcher
+        folder = dispatcher.plan.run_folder
+        for host in requests(folder):
+            up = [name for kind in (RoleKind.ROLLOUT, RoleKind.TEACHER) for name in dispatcher.up(kind)]
+            there = [name for name, node in self._agents.nodes.items() if node.there.is_set()]
+            problem = problem_of(dispatcher.plan, host, up, there)
+            if problem is None and host in self._welcomes:
+                problem = f"{host} is still joining; ask again once it takes part"
+            if problem is None:
+                await self._leave(self._agents.nodes[host])
+            answer(folder, host, problem is None, problem or f"{host} has left the run; its agent has ended")
+
+    async def _leave(self, node: Node) -> None:
+        dispatcher, fleet = self._dispatcher, self._dispatcher.fleet
+        mine = self._roles_of(node)
+        fleet.away.update(role.name for role in mine)
+        for kind in (RoleKind.ROLLOUT, RoleKind.STUDENT_ENGINE):
+            for role in (role for role in mine if role.kind is kind):
+                await fleet.supervisor.stop(role.name)
+                await dispatcher.deaths.leave(role.name)
+        dispatcher.resize()
+        await self._agents.dismiss(node, "this host was drained: it has left the run")
+        fleet.say(f"{node.name} has left the run, with {', '.join(role.name for role in mine)}")

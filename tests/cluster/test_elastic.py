@@ -1,0 +1,62 @@
+"""A run on hosts of a lab that one more joins, and that others leave in order, also the one that it began with."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from cluster_run import ClusterRun, settings
+from deadlines import patience
+from harness import check_trained, loud_lines, steps
+from lab import Lab
+
+from opd_async.run.trained import read_trained
+
+FOUR = ("h0", "h1", "h2", "h3")
+STUDENT, NEW = "h1", "h3"
+
+
+def test_a_host_joins_and_hosts_are_drained_and_come_back(inputs: Path, tmp_path: Path) -> None:
+    """One joins; the only host with students at the start leaves and comes back; the one that joined leaves."""
+    values = settings(inputs, tmp_path, 3, schedule__steps=4000)
+    values["cluster"]["spare_nodes"] = 1
+    folder = tmp_path / "run"
+    with Lab(FOUR) as lab:
+        run = ClusterRun(lab, tmp_path, values, others=FOUR[1:3])
+
+        def more(count: int) -> None:
+            run.wait_for_steps(folder, len(steps(folder)) + count)
+
+        def drain(host: str, *, code: int = 0) -> str:
+            words = [sys.executable, "-m", "opd_async.cli", "drain", str(folder), host]
+            done = subprocess.run(
+                lab["h0"].command(words), capture_output=True, text=True, check=False, timeout=patience(120)
+            )
+            assert done.returncode == code, f"{done.stdout}{done.stderr}\n{run.said()}"
+            return done.stdout + done.stderr
+
+        run.wait_for_steps(folder, 2)
+        assert "nobody would generate" in drain(STUDENT, code=2)
+        assert "h2 has teacher-engine-0, teacher-0; only one" in drain("h2", code=2)
+
+        run.agents[NEW] = run.agent(lab[NEW])
+        run.wait_for_text(f"{NEW} takes part with student-engine-1, rollout-1", 120)
+        more(3)
+        assert f"{STUDENT} has left the run" in drain(STUDENT)
+        assert run.agents[STUDENT].wait(patience(60)) == 0 and lab[STUDENT].processes() == []
+        more(4)  # all of it by the host that has joined
+
+        run.agents[STUDENT] = run.agent(lab[STUDENT])
+        run.wait_for_text(f"{STUDENT} takes part with student-engine-0, rollout-0", 120)
+        more(2)
+        assert f"{NEW} has left the run" in drain(NEW)
+        assert run.agents[NEW].wait(patience(60)) == 0 and lab[NEW].processes() == []
+        more(3)
+        lab["h0"].signal("opd_async.launch", signal.SIGINT)
+        assert run.end() == 130, run.said()
+        assert run.left() == [], run.left()
+    check_trained(folder, 1, len(list(read_trained(folder))))
+    assert "is lost" not in run.said() and "restarting" not in run.said(), run.said()
+    assert [line for line in loud_lines(folder) if "ERROR" in line] == []
