@@ -18,19 +18,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import uvloop
 
 from opd_async.cluster.agent import Agent
 from opd_async.cluster.allocation import NODE_ENV
 from opd_async.cluster.hosting import versions
-from opd_async.cluster.interfaces import own_face, resolve
+from opd_async.cluster.interfaces import Face, own_face, resolve
 from opd_async.cluster.secret import take_secret
 from opd_async.cluster.service import HostFacts
 from opd_async.errors import InputError, OpdError
 from opd_async.process import PARENT_ENV, configure_logging, leaves, report_failure
 from opd_async.signals import EXIT_INTERRUPTED, stop_signals
+from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.telemetry.terminal import Terminal
 
 WAIT_S = 600.0
@@ -68,13 +69,24 @@ def with_time(say: Callable[[str], None]) -> Callable[[str], None]:
     return lambda line: say(f"{time.strftime('%H:%M:%S')} {line}")
 
 
-def make_agent(arguments: argparse.Namespace, say: Callable[[str], None]) -> Agent:
-    """The agent of this host. Raises `InputError` for secret, address or interface."""
+@contextlib.contextmanager
+def metrics_served(address: str, port: int, say: Callable[[str], None]) -> Iterator[None]:
+    """Answer Prometheus with the figures of this host at its own `cluster.port`; where that is taken, say so."""
+    with contextlib.ExitStack() as serving:
+        try:
+            serving.enter_context(RoleMetrics("host").serve(address, port))
+        except OpdError as error:
+            say(f"warning: no metrics of this host: {error}")
+        yield
+
+
+def make_agent(arguments: argparse.Namespace, face: Face, place: tuple[str, int], say: Callable[[str], None]) -> Agent:
+    """The agent of this host, reached at `face`, of the launcher at `place`. Raises `InputError` for the secret."""
     keys = take_secret()
-    address, port = resolve(arguments.join)
+    address, port = place
     facts = HostFacts(
         name=arguments.name,
-        face=own_face(arguments.interface, address),
+        face=face,
         gpus=gpus(),
         cores=len(os.sched_getaffinity(0)),
         versions=versions(),
@@ -107,8 +119,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         configure_logging("agent", stream=terminal.errors)
         say = with_time(terminal.say)
         try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                code = runner.run(serve(make_agent(arguments, say), say))
+            place = resolve(arguments.join)
+            face = own_face(arguments.interface, place[0])
+            agent = make_agent(arguments, face, place, say)
+            with (
+                metrics_served(face.address, place[1], say),
+                asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+            ):
+                code = runner.run(serve(agent, say))
         except Exception as error:  # the edge of the process: every error becomes an exit code
             code = explain(error, terminal)
     sys.exit(code)

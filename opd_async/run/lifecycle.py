@@ -51,6 +51,7 @@ from opd_async.run.uploads import Uploads, uploading
 from opd_async.signals import Signals
 from opd_async.telemetry.exporter import RoleMetrics, loop_lag, write_targets
 from opd_async.telemetry.features import features_of
+from opd_async.telemetry.host import HostCollector
 from opd_async.telemetry.length_drift import LengthDrift
 from opd_async.telemetry.progress import Progress
 from opd_async.telemetry.report import Report
@@ -233,6 +234,7 @@ class Lifecycle:
         """The launcher's own, with a series for each process of the plan that may be counted by name."""
         plan = self._plan
         metrics = RoleMetrics("launcher", features_of(plan.topology), counters_file(plan.run_folder, "launcher"))
+        HostCollector(metrics.registry)  # no agent is on the launcher's host
         metrics["opd_launcher_steps_wanted"].set(plan.topology.schedule.steps)
         started, engines = {role.name for role in plan.roles}, set(plan.engine_names.values())
         metrics.begin("opd_launcher_restarts_total", started)

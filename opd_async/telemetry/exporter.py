@@ -30,6 +30,7 @@ from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from opd_async.errors import OpdError
+from opd_async.telemetry.host import HostCollector
 from opd_async.telemetry.kept_counters import (
     Values,
     bucket_counts,
@@ -131,7 +132,10 @@ class RoleMetrics:
         self._features = frozenset(features)
         self._silent = CollectorRegistry()
         """Holds the metrics of what the run does not do: they can be set, and nobody reads them."""
-        self._all = {metric.name: self._make(metric) for metric in CATALOGUE if metric.role == role}
+        if role == "host":
+            HostCollector(self.registry)
+        made = [metric for metric in CATALOGUE if metric.role == role != "host"]
+        self._all = {metric.name: self._make(metric) for metric in made}
         for metric in CATALOGUE:
             if metric.role == role and metric.begins:
                 self.begin(metric.name, metric.begins)

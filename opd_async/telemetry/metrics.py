@@ -322,6 +322,13 @@ CATALOGUE: tuple[Metric, ...] = (
     ),
     _figure("opd_learner_ratio_std", "Root mean square of p/mu - 1 over the last step's sampled tokens."),
     _figure("opd_learner_clipped_share", "Share of the last step's tokens whose importance ratio was clipped."),
+    _counter("opd_host_busy_seconds_total", "Processor time of everything on the host, over all cores."),
+    _gauge("opd_host_cores", "Cores of the host."),
+    _gauge("opd_host_memory_bytes", "Memory of the host."),
+    _gauge("opd_host_memory_available_bytes", "Memory that processes of the host could still get."),
+    _gauge("opd_host_gpu_memory_bytes", "Memory of each GPU, where NVML answers.", "gpu"),
+    _gauge("opd_host_gpu_memory_used_bytes", "Memory in use of each GPU, by whomever, where NVML answers.", "gpu"),
+    _gauge("opd_host_gpu_busy_share", "Share of time in which a kernel ran on each GPU, where NVML answers.", "gpu"),
 )
 ROLES: tuple[str, ...] = tuple(dict.fromkeys(metric.role for metric in CATALOGUE))
 
@@ -351,8 +358,9 @@ Every process answers Prometheus on a port of its own with its role's metrics, a
 time, memory, open files. None of them carries a prompt or a response. The run's folder holds `targets.json`, a file
 for Prometheus' `file_sd_configs` in which every target has the labels `run` (the topology's `name`) and `process`
 (`rollout-0`, `learner-0`, ...), `role` (`rollout`, `learner`, ..., `launcher`) and `host` (its name); the engines and
-actors of a teacher have a `teacher` label too. It is empty once the run is over. `dashboards/` has a Grafana
-dashboard and alert rules.
+actors of a teacher have a `teacher` label too. It is empty once the run is over. What is said of a host comes from
+its agent (`process="agent-h1"`, at `cluster.port` of that host), or from the launcher of its own. `dashboards/` has a
+Grafana dashboard and alert rules.
 
 Counters with a label begin at 0, so that `increase` sees their first event. Counters and histograms of a role
 go on after a restart and after `--resume` from what was last scraped (`counters/` in the run's folder). They count

@@ -71,6 +71,10 @@ def test_every_target_says_role_and_host_and_a_learner_is_one_target(tmp_path: P
     assert labels["rollout-0"] == {"role": "rollout", "host": "h2"}
     assert labels["teacher-engine-0"]["role"] == "teacher_engine" and labels["teacher-engine-0"]["host"] == "h3"
     assert labels["intake-0"] == {"role": "intake", "host": here}
+    agents = {name: address for name, address in targets.items() if name.startswith("agent-")}
+    port = plan.topology.cluster.port
+    assert agents == {f"agent-h{n}": f"10.0.0.{n + 1}:{port}" for n in (1, 2, 3)}
+    assert labels["agent-h2"] == {"role": "agent", "host": "h2"}
     assert labels["launcher"] == {"role": "launcher", "host": here}
 
 

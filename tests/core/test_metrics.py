@@ -43,7 +43,7 @@ def samples(text: str) -> dict[str, float]:
 
 
 def test_roles() -> None:
-    assert ROLES == ("launcher", "rollout", "engine", "teacher", "intake", "learner")
+    assert ROLES == ("launcher", "rollout", "engine", "teacher", "intake", "learner", "host")
 
 
 @pytest.mark.parametrize("metric", CATALOGUE, ids=lambda metric: metric.name)

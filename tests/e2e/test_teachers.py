@@ -48,7 +48,7 @@ def test_each_sample_is_scored_by_its_teacher(inputs: Path, tmp_path: Path) -> N
     with Prometheus(tmp_path / "prometheus", folder / "targets.json") as watcher:
         with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
             assert run.wait() == 0, run.text()
-        assert watcher.empty_panels("run", ("SGLang", "Distance to the teacher")) == []
+        assert watcher.empty_panels("run", ("SGLang", "Distance to the teacher", "GPUs")) == []
         watcher.check_rules()
     assert json.loads((folder / "targets.json").read_text()) == [], "nobody is missed once the run is over"
     check_trained(folder, 1, STEPS)
