@@ -41,8 +41,8 @@ PAGES = sorted(
 )
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 SECTIONS = keys_at(())
-OTHER_FLAGS = {"--plan", "--index", "--nproc-per-node"}
-"""Options of the roles, which the launcher starts, and of torchrun."""
+OTHER_FLAGS = {"--plan", "--index", "--nproc-per-node", "--replicas"}
+"""Options of the roles, which the launcher starts, of torchrun, and of kubectl."""
 SGLANG_FLAGS = {
     *("--mem-fraction-static", "--cuda-graph-max-bs", "--disable-radix-cache", "--chunked-prefill-size"),
     *("--dp-size", "--enable-deterministic-inference"),
