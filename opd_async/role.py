@@ -97,6 +97,11 @@ class Role:
         """What the role shows where it connects."""
         return Passport.of_environment(self.name)
 
+    @property
+    def chunk_passport(self) -> Passport | None:
+        """What the role shows where it sends chunks."""
+        return self.passport if self.plan.guards_chunks else None
+
     def guard(self) -> Door:
         """Begin to watch who connects to the sockets that this role binds."""
         self.door = Door(self.context, self.plan.peers, self._stranger)

@@ -61,7 +61,8 @@ class Intake:
         role.refresh = lambda: role.counters.update(self._latencies.quantiles())
         self._door = role.guard()
         self._bounds = ChunkBounds(plan, self._door.keys)
-        self._pull = Pull(role.context, plan.scored, self._malformed_frame, door=self._door)
+        guard = self._door if plan.guards_chunks else None
+        self._pull = Pull(role.context, plan.scored, self._malformed_frame, door=guard)
         self.ranks = LearnerRanks(role.context, plan, self._malformed_frame, self._door)
         self.steps = StepTaker(role, self.ranks, self._unacknowledged)
         self.ranks.on_part_done = self.steps.part_done

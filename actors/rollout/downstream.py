@@ -21,7 +21,8 @@ class Downstream:
         """`sender` is the rollout actor's name, which stands in for a teacher's in chunks that nobody scored."""
         self._scored = plan.topology.opd.on_engines
         self._sender = sender
-        addresses, passport = plan.chunks if self._scored else (plan.scored,), Passport.of_environment(sender)
+        addresses = plan.chunks if self._scored else (plan.scored,)
+        passport = Passport.of_environment(sender) if plan.guards_chunks else None
         self._pushes = [Push(context, address, passport=passport) for address in addresses]
         self._teachers = [role.teacher for role in plan.of_kind(RoleKind.TEACHER)]
 

@@ -69,8 +69,9 @@ class TeacherActor:
         role.refresh = self._refresh
         self._door = role.guard()
         self._bounds = ChunkBounds(plan, self._door.keys)
-        self._pull = Pull(role.context, plan.chunks[role.mine.index], self._malformed, door=self._door)
-        self._push = Push(role.context, plan.scored, passport=role.passport)
+        guard = self._door if plan.guards_chunks else None
+        self._pull = Pull(role.context, plan.chunks[role.mine.index], self._malformed, door=guard)
+        self._push = Push(role.context, plan.scored, passport=role.chunk_passport)
 
     def _client(self, session: aiohttp.ClientSession, url: str) -> EngineClient:
         section, settings = self._role.plan.section(url), self._topology.teacher

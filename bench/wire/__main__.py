@@ -1,6 +1,6 @@
 """What a token costs on its way: the whole data plane with null engines, and the wire format alone.
 
-    python -m bench.wire [--only plane | codec] [--seconds 8] [--core 0] [--json FILE]
+    python -m bench.wire [--only plane | codec] [--seconds 8] [--core 0] [--encrypt all | control] [--json FILE]
                          [--tokens 16384] [--runs 9] [--samples 20]
 
     data plane   null engine -> rollout actor -> teacher actor (null engine) -> intake -> null learner, dispatcher
@@ -203,12 +203,12 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def plane(seconds: float, core: int | None) -> list[Figures]:
+def plane(seconds: float, core: int | None, encrypt: str) -> list[Figures]:
     """Measure every case; with `core` the data plane has that core and no other."""
     if core is not None:
         os.environ[roles.CORE_ENV] = str(core)  # read by the null roles, which go elsewhere
         os.sched_setaffinity(0, {core})
-    return [measure_plane(dataclasses.replace(case, seconds=seconds)) for case in cases.CASES]
+    return [measure_plane(dataclasses.replace(case, seconds=seconds, encrypt=encrypt)) for case in cases.CASES]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -217,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=("plane", "codec"))
     parser.add_argument("--seconds", type=float, default=8.0, help="data plane: of each case, in whole steps")
     parser.add_argument("--core", type=int, help="data plane: run all of it on this core")
+    parser.add_argument("--encrypt", choices=("all", "control"), default="all", help="data plane: network.encrypt")
     parser.add_argument("--tokens", type=int, default=16_384, help="codec: of a sample")
     parser.add_argument("--runs", type=int, default=9, help="codec")
     parser.add_argument("--samples", type=int, default=20, help="codec: per run and codec")
@@ -228,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table(rows))
         report["rows"] = [dataclasses.asdict(row) for row in rows]
     if options.only != "codec":
-        figures = plane(options.seconds, options.core)
+        figures = plane(options.seconds, options.core, options.encrypt)
         print(cases.table(figures))
         report["plane"] = [dataclasses.asdict(row) for row in figures]
     if options.json is not None:

@@ -52,6 +52,8 @@ class Case:
     step_tokens: int = 524_288
     seconds: float = 8.0
     """Measured at least so long, in whole steps."""
+    encrypt: str = "all"
+    """`network.encrypt`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ def make_topology(case: Case, folder: Path) -> Topology:
             },
             "checkpoint": {"every_steps": 10**6, "export_hf": False},
             "supervisor": {"restarts": 0},
+            "network": {"encrypt": case.encrypt},
         }
     )
 

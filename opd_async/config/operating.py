@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Literal
 
 from pydantic import Field
@@ -38,6 +39,15 @@ class CheckpointSection(Section):
     """How long one copy may take. The end of a run waits for the last ones."""
 
 
+class Encrypt(StrEnum):
+    """Which messages between processes are encrypted, and show who has sent them."""
+
+    ALL = "all"
+    """Every one."""
+    CONTROL = "control"
+    """All but chunks of tokens on their way to teacher actors and the intake."""
+
+
 class NetworkSection(Section):
     """Where roles listen. Off loopback a key is required."""
 
@@ -45,6 +55,10 @@ class NetworkSection(Section):
     """Address on which everything listens: one of the loopback network, 127.0.0.0/8."""
     base_port: int = Field(default=0, ge=0, le=65000)
     """First of the consecutive ports that the plan uses; 0 takes free ones."""
+    encrypt: Encrypt = Encrypt.ALL
+    """`control` sends chunks of tokens as they are, which costs less: for a network that nobody else is on. Whoever
+    reaches the ports of the intake and of teacher actors can then read chunks, and forge those of leases that he reads.
+    Commands, leases, and what learner ranks get are behind keys all the same."""
 
 
 class TrackingSection(Section):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from opd_async.config.operating import Encrypt
 from opd_async.config.section import Section
 from opd_async.config.topology import EngineSection, Topology
 from opd_async.keys import RunKeys
@@ -140,6 +141,11 @@ class Plan(Section):
         names = (*(role.name for role in self.of_kind(RoleKind.ROLLOUT)), *self.reserved)
         kinds = ((name.rpartition("-"), name) for name in names)
         return {int(index): name for (kind, _, index), name in kinds if kind == RoleKind.ROLLOUT.value}
+
+    @property
+    def guards_chunks(self) -> bool:
+        """Whether chunks are encrypted, and come from whom they say (`network.encrypt`)."""
+        return self.topology.network.encrypt is Encrypt.ALL
 
     def with_keys(self, keys: RunKeys) -> Plan:
         """The same plan; engines that the run starts and that the topology gives no keys have those of the run.

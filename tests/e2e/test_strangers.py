@@ -17,7 +17,7 @@ from harness import Launch, check_trained, steps, topology, write_topology
 from opd_async.keys import RunKeys, is_key
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.transport.door import Passport
-from opd_async.transport.messages import Failure, Frontier, Heartbeat, Hello, LeaseDone, Stop
+from opd_async.transport.messages import Failure, Frontier, Heartbeat, Hello, LeaseDone, ScoredChunk, Stop
 from opd_async.transport.wire import encode
 
 CHANGES = ("/update_weights_from_disk", "/update_weight_version", "/pause_generation", "/abort_request", "/generate")
@@ -78,11 +78,16 @@ def speak(plan: Plan) -> int:
     return len(ports)
 
 
-def strangers(port: int, role: str) -> float:
-    """The counter of refused strangers of one process."""
+def strangers(port: int, role: str, what: str = "strangers") -> float:
+    """The counter of refused strangers of one process, or another one."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as reply:
         lines = reply.read().decode().splitlines()
-    return sum(float(line.split()[1]) for line in lines if line.startswith(f"opd_{role}_strangers_total"))
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"opd_{role}_{what}_total"))
+
+
+def counted(plan: Plan, kind: RoleKind, what: str) -> float:
+    """A counter of the first process of a kind."""
+    return strangers(plan.role(kind, 0).ports["metrics"], kind.value, what)
 
 
 def test_a_run_among_strangers(inputs: Path, tmp_path: Path) -> None:
@@ -114,3 +119,43 @@ def test_a_run_among_strangers(inputs: Path, tmp_path: Path) -> None:
     assert not any(key in run.text() for key in keys)
     private = [folder / "plan.json", folder / "topology.yaml", *(folder / "logs").iterdir()]
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in private)
+
+
+def test_open_chunks_are_taken_only_with_the_grant_of_a_lease(inputs: Path, tmp_path: Path) -> None:
+    """`network.encrypt: control`: what a stranger pushes where chunks arrive is counted, and dropped."""
+    values = topology(inputs, tmp_path, schedule__steps=1000, schedule__tokens_per_step=512, network__encrypt="control")
+    with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
+        folder = tmp_path / "run"
+        run.wait_for_steps(folder, 1)
+        plan = Plan.model_validate_json((folder / "plan.json").read_bytes())
+        forged = ScoredChunk(
+            sample_id=1,
+            attempt=0,
+            actor=0,
+            prompt_id=0,
+            prompt_tokens=4,
+            start=0,
+            weight_version=0,
+            finish=None,
+            label=None,
+            teacher_id="teacher-0",
+            latency_s=0.0,
+            token_ids=np.zeros(4, np.int32),
+            behaviour_logprobs=np.zeros(4, np.float32),
+            teacher_logprobs=np.zeros(4, np.float32),
+            context=None,
+        )
+        before = counted(plan, RoleKind.INTAKE, "malformed")
+        with zmq.Context() as context, context.socket(zmq.PUSH) as stranger:
+            stranger.connect(plan.scored)
+            stranger.send_multipart(encode(forged))
+            while counted(plan, RoleKind.INTAKE, "malformed") <= before:
+                assert run.process.poll() is None, run.text()
+                time.sleep(0.1)
+        speak(plan)
+        assert strangers(plan.launcher_metrics_port, "launcher") > 0, "commands are behind keys all the same"
+        run.wait_for_steps(folder, len(steps(folder)) + 2)
+        run.interrupt()
+        assert run.wait() == 130, run.text()
+    check_trained(folder, 1, len(steps(folder)))
+    assert json.loads((folder / "report.json").read_text())["restarts"] == {}
