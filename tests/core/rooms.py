@@ -67,7 +67,7 @@ ORDER: dict[str, tuple[str, ...]] = {
             "memory",
             "weights",
         ),
-        *("resume", "soak", "teacher", "wire", "learning", "peers", "real", "gpu"),
+        *("resume", "soak", "agents", "teacher", "wire", "learning", "peers", "real", "gpu"),
     ),
 }
 """Package by package, the first may be imported by all that follow."""
