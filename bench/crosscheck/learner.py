@@ -24,6 +24,7 @@ import numpy as np
 import zmq.asyncio
 
 from opd_async.bench.crosscheck.scenario import Scenario, add_arguments
+from opd_async.bench.no_weights import save_no_weights
 from opd_async.errors import RoleError
 from opd_async.forecast.cost_model import TrainCost
 from opd_async.keys import incarnation
@@ -83,7 +84,7 @@ class SimulatedLearner:
                             group.create_task(self._update(url), name=f"update {url}")
                     await self._reply("SyncWeights", {})
                 case m.SaveCheckpoint():
-                    await asyncio.to_thread(Path(command.folder).mkdir, parents=True, exist_ok=True)
+                    await asyncio.to_thread(save_no_weights, Path(command.folder))
                     await self._reply("SaveCheckpoint", {})
                 case m.Stop():
                     return

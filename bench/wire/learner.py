@@ -1,17 +1,20 @@
 """A null learner: checks what it is given to train, token by token, and answers at once.
 
 Train -> every row against the pattern, every response from 0 and without gaps -> LearnerReply
-SyncWeights -> the null engines hear the version
+SyncWeights -> the null engines hear the version; SaveCheckpoint -> empty files
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
+from pathlib import Path
 
 import aiohttp
 import numpy as np
 import zmq.asyncio
 
+from opd_async.bench.no_weights import save_no_weights
 from opd_async.bench.wire.pattern import LOGPROBS, PROMPT_TOKENS, SCORES, TOKENS
 from opd_async.errors import RoleError
 from opd_async.keys import incarnation
@@ -80,6 +83,8 @@ async def obey(plan: Plan, mine: RolePlan) -> None:
                         for url in command.engines:
                             async with session.post(f"{url}/update_weight_version", json={"new_version": str(version)}):
                                 pass
+                    case m.SaveCheckpoint():
+                        await asyncio.to_thread(save_no_weights, Path(command.folder))
                     case m.Stop():
                         return
                 await up.send(m.LearnerReply(type(command).__name__, version, None, stats))

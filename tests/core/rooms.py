@@ -55,6 +55,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     ),
     "bench": (
         *(
+            "no_weights",
             "sim",
             "schedules",
             "sweeps",
