@@ -40,7 +40,7 @@ CHAOS ?= --minutes 3
 chaos: install
 	$(BIN)/python tests/chaos $(CHAOS)
 
-# Runs on several hosts of a lab: network namespaces, which take root, and on them Slurm's daemons, then Ray
+# Runs on several hosts of a lab: network namespaces, which take root, and Slurm's daemons on them
 # (docs/cluster.md).
 test-cluster: install kubernetes
 	requirements/tools.sh cluster
