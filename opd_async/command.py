@@ -31,7 +31,7 @@ from opd_async.run.fingerprints import fingerprints
 from opd_async.run.inputs import Inputs
 from opd_async.run.lifecycle import Lifecycle
 from opd_async.run.run_folder import prepare
-from opd_async.run.uploads import bring_back
+from opd_async.run.uploads import settle
 from opd_async.signals import Signals, answered
 from opd_async.telemetry.report import Report
 from opd_async.telemetry.terminal import Terminal, show
@@ -88,8 +88,7 @@ def execute(plan: Plan, inputs: Inputs, arguments: argparse.Namespace, terminal:
     """Run the plan to its end; raises `InterruptedRun` behind the report when a signal has ended it."""
     say = show if terminal is None else terminal.say
     found = fingerprints(plan.topology, inputs.prompts, inputs.held_out, inputs.completions)
-    if arguments.resume:
-        asyncio.run(bring_back(plan.topology, plan.run_folder, say))
+    asyncio.run(settle(plan.topology, plan.run_folder, say, arguments.resume))
     with prepare(plan, arguments.resume, arguments.overwrite, found, arguments.change_lr) as folder:
         if terminal is not None:
             terminal.keep_in(folder.path / "logs" / "launcher.log")

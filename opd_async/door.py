@@ -33,7 +33,7 @@ from opd_async.run.fingerprints import fingerprints
 from opd_async.run.inputs import Inputs
 from opd_async.run.lifecycle import Lifecycle
 from opd_async.run.run_folder import RunFolder, prepare
-from opd_async.run.uploads import bring_back
+from opd_async.run.uploads import settle
 from opd_async.signals import Signals, stop_signals
 from opd_async.telemetry.report import Report
 
@@ -95,8 +95,7 @@ async def carry_through(
     with ExitStack() as claims:
         async with hosted(topology, claims, say) as (plan, supervise):
             found = await asyncio.to_thread(fingerprints, topology, inputs.prompts, inputs.held_out, inputs.completions)
-            if resume:
-                await bring_back(topology, plan.run_folder, say)
+            await settle(topology, plan.run_folder, say, resume)
             preparing = asyncio.to_thread(prepare, plan, resume, overwrite, found, change_lr)
             with await _prepared(preparing) as folder:
                 on_folder(folder.path)

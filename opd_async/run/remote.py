@@ -2,6 +2,7 @@
 hang, and starts threads that outlive it.
 
     python -m opd_async.run.remote probe URL               can it be written to?
+    python -m opd_async.run.remote claim URL               is it free of checkpoints?
     python -m opd_async.run.remote put RUN URL CHECKPOINT KEEP
     python -m opd_async.run.remote export RUN URL FOLDER
     python -m opd_async.run.remote get URL RUN             the newest checkpoint, into a folder that is not there yet
@@ -120,8 +121,10 @@ def put_checkpoint(run: Path, store: Store, step: str, keep: int) -> None:
         if (run / name).is_file():
             store.put(run / name, name)
     store.put_folder(run / CHECKPOINTS / step, f"{CHECKPOINTS}/{step}", checkpoints.MARKER)
-    for old in store.steps()[:-keep]:
-        store.remove(old)
+    there = store.steps()
+    mine = there.index(step) + 1
+    for other in (*there[mine:], *there[: max(mine - keep, 0)]):  # behind it lies what the run has gone back from
+        store.remove(other)
 
 
 def get_newest(store: Store, run: Path) -> str:
@@ -164,6 +167,9 @@ def carry_out(words: Sequence[str]) -> str:
             put_checkpoint(Path(run), Store(url), step, int(keep))
         case "export", [run, url, name]:
             Store(url).put_folder(Path(run) / name, name, CONFIG)
+        case "claim", [url]:
+            if steps := Store(url).steps():
+                raise InputError(f"holds {steps[-1]} of a run already")
         case "get", [url, run]:
             return get_newest(Store(url), Path(run))
         case _:

@@ -169,18 +169,23 @@ async def uploading(plan: Plan, say: Callable[[str], None], metrics: RoleMetrics
             sending.cancel()
 
 
-async def bring_back(topology: Topology, run_folder: Path, say: Callable[[str], None]) -> None:
-    """Fetch the newest checkpoint where a run is to be resumed whose folder is not there. Raises `InputError`.
+async def settle(topology: Topology, run_folder: Path, say: Callable[[str], None], resume: bool) -> None:
+    """Before a start: fetch the newest checkpoint where a run is to be resumed whose folder is not there; of a run that
+    begins, see that no other has its copies in that place. Raises `InputError`.
 
     On cancel: nothing is there.
     """
     upload = topology.checkpoint.upload
-    if upload is None or await asyncio.to_thread(run_folder.exists):
+    if upload is None or (resume and await asyncio.to_thread(run_folder.exists)):
         return
     url = store_of(upload, topology.name)
-    say(f"{run_folder} is not there; fetching the newest checkpoint from {url}")
+    if resume:
+        say(f"{run_folder} is not there; fetching the newest checkpoint from {url}")
+    words = ["get", url, str(run_folder)] if resume else ["claim", url]
+    remedy = "start the run without --resume" if resume else "choose another name, remove it there, or --resume it"
     try:
-        step = await transfer(["get", url, str(run_folder)], topology.checkpoint.upload_deadline_s)
+        step = await transfer(words, topology.checkpoint.upload_deadline_s)
     except (OpdError, OSError) as error:
-        raise InputError(f"checkpoint.upload: {url}: {error}; start the run without --resume") from None
-    say(f"{step} is fetched")
+        raise InputError(f"checkpoint.upload: {url}: {error}; {remedy}") from None
+    if resume:
+        say(f"{step} is fetched")

@@ -18,7 +18,7 @@ from opd_async.checks.uploads import upload_problems
 from opd_async.errors import InputError, OpdError
 from opd_async.run import checkpoints
 from opd_async.run.remote import Store, carry_out, get_newest, put_checkpoint, without_keys
-from opd_async.run.uploads import COMMAND, Uploads, bring_back, transfer
+from opd_async.run.uploads import COMMAND, Uploads, settle, transfer
 
 TOPOLOGY = (
     "name: run\nengines:\n  student: {api_key: secret-1, urls: [a]}\n  more: [{admin_api_key: secret-2}]\nlr: 0.0001\n"
@@ -194,11 +194,26 @@ def test_the_way_back_says_what_is_missing(tmp_path: Path) -> None:
     topology = small_topology(tmp_path, f"checkpoint.upload=file://{tmp_path}/new")
     said: list[str] = []
     with pytest.raises(InputError, match="no whole checkpoint is there; start the run without --resume"):
-        asyncio.run(bring_back(topology, tmp_path / "run", said.append))
+        asyncio.run(settle(topology, tmp_path / "run", said.append, True))
     assert said and not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
-    asyncio.run(bring_back(topology, tmp_path / "run", said.append))
+    asyncio.run(settle(topology, tmp_path / "run", said.append, True))
     assert len(said) == 1, "a folder that is there is not looked for elsewhere"
+
+
+def test_another_runs_copies_are_not_touched(tmp_path: Path) -> None:
+    topology = small_topology(tmp_path, f"checkpoint.upload=file://{tmp_path}/store")
+    asyncio.run(settle(topology, tmp_path / "new", print, False))
+    put_checkpoint(tmp_path / "run", store(tmp_path / "store" / "small"), checkpoint(tmp_path / "run", 50).name, keep=2)
+    with pytest.raises(InputError, match=r"holds step_00000050 of a run already; choose another name"):
+        asyncio.run(settle(topology, tmp_path / "new", print, False))
+
+
+def test_what_a_run_has_gone_back_from_leaves_the_store(tmp_path: Path) -> None:
+    run, there = tmp_path / "run", tmp_path / "store"
+    for step in (10, 30, 40, 20):
+        put_checkpoint(run, store(there), checkpoint(run, step).name, keep=2)
+    assert store(there).steps() == ["step_00000020"], "10 had made room for 40, 30 and 40 are of a lost time"
 
 
 def test_a_file_that_arrives_short_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
