@@ -13,6 +13,7 @@ import pytest
 from deadlines import patience
 from small_runs import small_topology
 
+from opd_async.bench.no_weights import save_no_weights
 from opd_async.run import checkpoints
 from opd_async.run.script import Script
 from opd_async.run.state import RESYNC, UPDATE, RunState
@@ -76,7 +77,7 @@ async def test_a_checkpoint_is_sealed_by_its_own_answer_alone(tmp_path: Path) ->
     await dispatcher.next_question()
     await asyncio.sleep(0.05)
     assert not (folder / checkpoints.MARKER).exists()
-    folder.mkdir(parents=True)
+    save_no_weights(folder)
     dispatcher.answer()
     await again
     assert (folder / checkpoints.MARKER).exists()
@@ -115,7 +116,7 @@ async def test_a_step_that_a_signal_left_halfway_gets_its_row(tmp_path: Path) ->
     await dispatcher.next_question()
     await dispatcher.next_question()
     dispatcher.answer()
-    checkpoints.step_folder(tmp_path / "checkpoints", 2).mkdir(parents=True)
+    save_no_weights(checkpoints.step_folder(tmp_path / "checkpoints", 2))
     await stopping
     assert rows == [1, 2]
 

@@ -42,6 +42,7 @@ def test_the_teacher_reads_what_the_model_was_trained_on(
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     assert all(is_correct(row["solution"], row["label"]) for row in rows)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parents[1]))  # from where `opd.function` of contrast.yaml is imported
     topology, inputs = examine(FOLDER / "self_addition.yaml", [], str)
     assert (topology.opd.type, topology.opd.loss, topology.opd.divergence_clip) == ("self", "jsd_full", None)
     tokenizer = build_tokenizer()
