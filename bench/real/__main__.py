@@ -2,7 +2,8 @@
 
     python -m bench.real [--topology examples/smollm2/smollm2.yaml] [--python .venv-trl/bin/python]
                          [--own opd.loss=sampled_reverse_kl] [--trl beta=0.5] [--seeds 0] [--steps 16] [--every-steps 8]
-                         [--prompts 96] [--set rollout.sampling.max_response_tokens=512] [--json FILE]
+                         [--prompts 96] [--measured-tokens 64] [--set rollout.sampling.max_response_tokens=512]
+                         [--json FILE]
 
     topology -> this project's launcher --+-> students after every few steps -> exact KL to the teacher -> table
              -> TRL's trainer ------------+-> processor seconds and memory of all processes
@@ -66,7 +67,7 @@ class Curve:
 class Judge:
     """The held-out prompts of a topology and its teacher."""
 
-    def __init__(self, topology: Topology, prompts: int) -> None:
+    def __init__(self, topology: Topology, prompts: int, most_tokens: int | None) -> None:
         assert topology.models.teacher is not None
         held_out = topology.evaluation_sets[HELD_OUT]
         tokenizer = Tokenizer(topology.models.student.path, topology.data.chat_template)
@@ -74,7 +75,7 @@ class Judge:
         self._prompts = [row.token_ids for row in rows[:prompts]]
         self._ends = end_ids(topology.models.student.path)
         self._teacher = distance.load(topology.models.teacher.path)
-        self._most = topology.rollout.sampling.max_response_tokens
+        self._most = most_tokens or topology.rollout.sampling.max_response_tokens
 
     def __call__(self, folder: Path) -> Distance:
         """Measure the student in `folder`."""
@@ -82,23 +83,28 @@ class Judge:
 
 
 def run(options: argparse.Namespace, folder: Path) -> list[Curve]:
-    """Train every setup with every seed, one after the other, then measure all students."""
+    """Train every setup with every seed, one after the other; the students of each are measured before the next."""
     setups = [*(Setup.read(OWN, one) for one in options.own), *(Setup.read(TRL, one) for one in options.trl)]
-    outcomes = []
+    topology = load_topology(options.topology, options.set)
+    judge = Judge(topology, options.prompts, options.measured_tokens)
+    before = Point(step=0, tokens=0.0, seconds=0.0, cpu_s=0.0, found=judge(topology.models.student.path))
+    say(f"measured the student as it is given: {before.found.reverse_kl:.4f}")
+    curves: list[Curve] = []
     for seed in options.seeds:
         for number, setup in enumerate(setups):
             say(f"seed {seed}: {setup.system} {setup.name}")
-            outcomes.append((setup, seed, train(setup, seed, folder / f"seed{seed}-{number}", options)))
-    say("everything is trained; measuring")
-    topology = load_topology(options.topology, options.set)
-    judge = Judge(topology, options.prompts)
-    before = Point(step=0, tokens=0.0, seconds=0.0, cpu_s=0.0, found=judge(topology.models.student.path))
-    curves = []
-    for setup, seed, outcome in outcomes:
-        points = [before, *(_point(outcome, tick, judge) for tick in outcome.ticks if tick.step in outcome.students)]
-        memory = peak_memory(outcome.usage)
-        curves.append(Curve(system=setup.system, settings=setup.name, seed=seed, memory=memory, points=tuple(points)))
-        say(f"measured {setup.system} {setup.name}, seed {seed}: {points[-1].found.reverse_kl:.4f}")
+            outcome = train(setup, seed, folder / f"seed{seed}-{number}", options)
+            points = [
+                before,
+                *(_point(outcome, tick, judge) for tick in outcome.ticks if tick.step in outcome.students),
+            ]
+            memory = peak_memory(outcome.usage)
+            curves.append(
+                Curve(system=setup.system, settings=setup.name, seed=seed, memory=memory, points=tuple(points))
+            )
+            say(table(curves[-1:]).splitlines()[-1])
+            if options.json is not None:
+                write_atomically(options.json, json.dumps(report(options, curves), indent=2).encode())
     return curves
 
 
@@ -145,7 +151,7 @@ def table(curves: Sequence[Curve]) -> str:
 
 def report(options: argparse.Namespace, curves: Sequence[Curve]) -> dict[str, Any]:
     """What `--json` writes: the options and every point."""
-    kept = ("steps", "every_steps", "prompts", "seeds", "set", "own", "trl")
+    kept = ("steps", "every_steps", "prompts", "measured_tokens", "seeds", "set", "own", "trl")
     said = {name: getattr(options, name) for name in kept} | {"topology": str(options.topology)}
     return {"options": said, "curves": [dataclasses.asdict(one) for one in curves]}
 
@@ -162,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--every-steps", type=int, default=8, help="a student is measured every so many steps")
     parser.add_argument("--prompts", type=int, default=96, help="held-out prompts to measure on")
+    parser.add_argument("--measured-tokens", type=int, help="of a response that is measured (the run's limit)")
     parser.add_argument("--folder", type=Path, help="keep everything that was trained here")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args(arguments)
@@ -171,8 +178,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         curves = run(options, (options.folder or Path(name)).absolute())
     print(table(curves))
-    if options.json is not None:
-        write_atomically(options.json, json.dumps(report(options, curves), indent=2).encode())
 
 
 if __name__ == "__main__":

@@ -109,22 +109,23 @@ def test_everything_but_the_training(
     ticks = [Tick(1, 1.0, 10.0, 101.0), Tick(2, 2.0, 20.0, 103.0)]  # a second between them did not count
     monkeypatch.setattr(real, "train", lambda *_: sides.Outcome(ticks, {2: tmp_path / "student"}, usage))
     judged: list[Path] = []
+    out = tmp_path / "figures.json"
 
     class Judge:
-        def __init__(self, topology: object, prompts: int) -> None:
-            assert prompts == 5
+        def __init__(self, topology: object, prompts: int, most_tokens: int | None) -> None:
+            assert (prompts, most_tokens) == (5, 48)
 
         def __call__(self, folder: Path) -> Distance:
             judged.append(folder)
+            # what was measured so far is kept: the third is of the second run
+            assert out.exists() == (len(judged) == 3)
             return Distance(0.5, 0.01, 7.0, 0.25)
 
     monkeypatch.setattr(real, "Judge", Judge)
-    out = tmp_path / "figures.json"
-    real.main(
-        ["--topology", str(SMOLLM2), "--own", "", "--trl", "short: batch=4", "--prompts", "5", "--json", str(out)]
-    )
+    measured = ["--prompts", "5", "--measured-tokens", "48", "--json", str(out)]
+    real.main(["--topology", str(SMOLLM2), "--own", "", "--trl", "short: batch=4", *measured])
     assert judged[1:] == [tmp_path / "student"] * 2
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()[-6:]
     # 10 and 16 tokens of processor time: from 100 s, where training began, to 103 s
     assert lines[3] == (
         "| opd_async | as given | 0 | 2 | 20 | 2 | 6 | 300.0 | 10.0 | 0.5000 ± 0.0100 | 7.0 | 25% | 3.00 GiB |"
