@@ -39,6 +39,8 @@ class Outcome:
     ticks: Sequence[Tick]
     students: Mapping[int, Path]
     usage: Sequence[Usage] = ()
+    age: float = 0.0
+    """Mean of all trained tokens, in steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,10 +137,10 @@ def run_own(topology: Path, overrides: Sequence[str], folder: Path, every_steps:
     words = [word for one in sets for word in ("--set", one)]
     command = [sys.executable, "-m", "opd_async.launch", "--topology", str(topology), *words]
     usage = _run(command, folder.with_suffix(".txt"), 1)
-    seconds = json.loads((folder / "report.json").read_text())["seconds"]
-    ticks = own_ticks(read_jsonl(folder / "metrics.jsonl"), seconds)
-    found = students(folder / "export")
-    return Outcome(ticks, {**found, ticks[-1].step: folder / "export"}, usage)
+    report = json.loads((folder / "report.json").read_text())
+    ticks = own_ticks(read_jsonl(folder / "metrics.jsonl"), report["seconds"])
+    found = {**students(folder / "export"), ticks[-1].step: folder / "export"}
+    return Outcome(ticks, found, usage, report["staleness"]["mean"])
 
 
 def students(folder: Path) -> dict[int, Path]:

@@ -19,9 +19,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from opd_async.bench.peers.__main__ import OWN, TRL, Setup, say
 from opd_async.bench.peers.curves import Tick
 from opd_async.bench.peers.usage import cpu_between, peak_memory
 from opd_async.bench.real import distance
+from opd_async.bench.real.curves import Curve, Point, means, read_curve, table
 from opd_async.bench.real.distance import Distance
 from opd_async.config.evaluating import HELD_OUT
 from opd_async.config.topology import Topology
@@ -39,29 +40,7 @@ from opd_async.config.topology_file import load_topology
 from opd_async.data.end_tokens import end_ids
 from opd_async.data.prompts import load_prompts
 from opd_async.data.tokenizer import Tokenizer
-from opd_async.files import write_atomically
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """A student after `step`: what it has cost since training began, and how near it is to the teacher."""
-
-    step: int
-    tokens: float
-    seconds: float
-    cpu_s: float
-    found: Distance
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """One run of one system; `memory` is the peak of all its processes, in bytes."""
-
-    system: str
-    settings: str
-    seed: int
-    memory: int
-    points: tuple[Point, ...]
+from opd_async.files import checksum, write_atomically
 
 
 class Judge:
@@ -90,22 +69,37 @@ def run(options: argparse.Namespace, folder: Path) -> list[Curve]:
     before = Point(step=0, tokens=0.0, seconds=0.0, cpu_s=0.0, found=judge(topology.models.student.path))
     say(f"measured the student as it is given: {before.found.reverse_kl:.4f}")
     curves: list[Curve] = []
+    folder.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
-        for number, setup in enumerate(setups):
-            say(f"seed {seed}: {setup.system} {setup.name}")
-            outcome = train(setup, seed, folder / f"seed{seed}-{number}", options)
-            points = [
-                before,
-                *(_point(outcome, tick, judge) for tick in outcome.ticks if tick.step in outcome.students),
-            ]
-            memory = peak_memory(outcome.usage)
-            curves.append(
-                Curve(system=setup.system, settings=setup.name, seed=seed, memory=memory, points=tuple(points))
-            )
-            say(table(curves[-1:]).splitlines()[-1])
-            if options.json is not None:
-                write_atomically(options.json, json.dumps(report(options, curves), indent=2).encode())
+        for setup in setups:
+            run_folder = folder / f"seed{seed}-{key(setup, seed, options)}"
+            file = run_folder.with_suffix(".json")
+            if not file.exists():
+                say(f"seed {seed}: {setup.system} {setup.name}")
+                shutil.rmtree(run_folder, ignore_errors=True)  # what an interrupted run has left
+                found = _measured(setup, seed, train(setup, seed, run_folder, options), before, judge)
+                write_atomically(file, json.dumps(dataclasses.asdict(found)).encode())
+                say(table([found]).splitlines()[-1])
+            curves.append(read_curve(file))
     return curves
+
+
+def key(setup: Setup, seed: int, options: argparse.Namespace) -> str:
+    """What a run's files are called: alike for everything that it depends on."""
+    given = [setup.system, setup.settings, seed, options.topology, options.set, options.steps, options.every_steps]
+    return checksum(json.dumps([*given, options.prompts, options.measured_tokens], default=str).encode()).hex()[:8]
+
+
+def _measured(setup: Setup, seed: int, outcome: sides.Outcome, before: Point, judge: Judge) -> Curve:
+    points = [_point(outcome, tick, judge) for tick in outcome.ticks if tick.step in outcome.students]
+    return Curve(
+        system=setup.system,
+        settings=setup.name,
+        seed=seed,
+        memory=peak_memory(outcome.usage),
+        age=outcome.age,
+        points=(before, *points),
+    )
 
 
 def _point(outcome: sides.Outcome, tick: Tick, judge: Judge) -> Point:
@@ -132,23 +126,6 @@ def batch_of(topology: Topology) -> int:
     return max(topology.schedule.tokens_per_step // topology.rollout.sampling.max_response_tokens, 1)
 
 
-def table(curves: Sequence[Curve]) -> str:
-    """Markdown: a row for each student that was measured."""
-    names = ["system", "settings", "seed", "step", "tokens", "s", "CPU s", "CPU s / 1,000 tokens", "tokens/s"]
-    names += ["reverse KL", "length", "ended", "peak memory"]
-    lines = ["| " + " | ".join(names) + " |", "|---|---|" + "---:|" * (len(names) - 2)]
-    for curve in curves:
-        for point in curve.points:
-            found, began = point.found, point.tokens > 0
-            cells = [curve.system, curve.settings or "as given", str(curve.seed), str(point.step)]
-            cells += [f"{point.tokens:,.0f}", f"{point.seconds:,.0f}", f"{point.cpu_s:,.0f}"]
-            cells += [f"{1000 * point.cpu_s / point.tokens:.1f}" if began else "-"]
-            cells += [f"{point.tokens / point.seconds:.1f}" if began else "-"]
-            cells += [f"{found.reverse_kl:.4f} ± {found.error:.4f}", f"{found.length:.1f}", f"{found.ended:.0%}"]
-            lines.append("| " + " | ".join([*cells, f"{curve.memory / (1 << 30):.2f} GiB"]) + " |")
-    return "\n".join(lines)
-
-
 def report(options: argparse.Namespace, curves: Sequence[Curve]) -> dict[str, Any]:
     """What `--json` writes: the options and every point."""
     kept = ("steps", "every_steps", "prompts", "measured_tokens", "seeds", "set", "own", "trl")
@@ -169,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--every-steps", type=int, default=8, help="a student is measured every so many steps")
     parser.add_argument("--prompts", type=int, default=96, help="held-out prompts to measure on")
     parser.add_argument("--measured-tokens", type=int, help="of a response that is measured (the run's limit)")
-    parser.add_argument("--folder", type=Path, help="keep everything that was trained here")
+    parser.add_argument("--folder", type=Path, help="keep here what was trained and measured")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args(arguments)
     if not options.own and not options.trl:
@@ -178,6 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         curves = run(options, (options.folder or Path(name)).absolute())
     print(table(curves))
+    if len(options.seeds) > 1:
+        print(f"\n{means(curves)}")
+    if options.json is not None:
+        write_atomically(options.json, json.dumps(report(options, curves), indent=2).encode())
 
 
 if __name__ == "__main__":

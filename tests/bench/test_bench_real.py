@@ -107,7 +107,13 @@ def test_everything_but_the_training(
 ) -> None:
     usage = [Usage(100.0, 2.0, 1 << 30), Usage(104.0, 10.0, 3 << 30)]
     ticks = [Tick(1, 1.0, 10.0, 101.0), Tick(2, 2.0, 20.0, 103.0)]  # a second between them did not count
-    monkeypatch.setattr(real, "train", lambda *_: sides.Outcome(ticks, {2: tmp_path / "student"}, usage))
+    trained: list[Path] = []
+
+    def train(setup: Setup, seed: int, folder: Path, options: object) -> sides.Outcome:
+        trained.append(folder)
+        return sides.Outcome(ticks, {2: tmp_path / "student"}, usage, 0.5)
+
+    monkeypatch.setattr(real, "train", train)
     judged: list[Path] = []
     out = tmp_path / "figures.json"
 
@@ -117,18 +123,25 @@ def test_everything_but_the_training(
 
         def __call__(self, folder: Path) -> Distance:
             judged.append(folder)
-            # what was measured so far is kept: the third is of the second run
-            assert out.exists() == (len(judged) == 3)
-            return Distance(0.5, 0.01, 7.0, 0.25)
+            return Distance(0.5, 0.01 * len(judged), 7.0, 0.25)
 
     monkeypatch.setattr(real, "Judge", Judge)
-    measured = ["--prompts", "5", "--measured-tokens", "48", "--json", str(out)]
-    real.main(["--topology", str(SMOLLM2), "--own", "", "--trl", "short: batch=4", *measured])
-    assert judged[1:] == [tmp_path / "student"] * 2
-    lines = capsys.readouterr().out.splitlines()[-6:]
+    kept = tmp_path / "kept"
+    command = ["--topology", str(SMOLLM2), "--own", "", "--prompts", "5", "--measured-tokens", "48"]
+    command += ["--folder", str(kept), "--json", str(out)]
+    real.main(command)
+    assert judged[1:] == [tmp_path / "student"] and capsys.readouterr().out.count("| opd_async |") == 2
+    real.main([*command, "--trl", "short: batch=4"])  # goes on: the first row has been measured
+    assert len(judged) == 4 and len(set(trained)) == 2 and {folder.parent for folder in trained} == {kept}
+    lines = capsys.readouterr().out.splitlines()
     # 10 and 16 tokens of processor time: from 100 s, where training began, to 103 s
     assert lines[3] == (
-        "| opd_async | as given | 0 | 2 | 20 | 2 | 6 | 300.0 | 10.0 | 0.5000 ± 0.0100 | 7.0 | 25% | 3.00 GiB |"
+        "| opd_async | as given | 0 | 2 | 20 | 2 | 6 | 300.0 | 10.0 | 0.5000 ± 0.0200 | 7.0 | 25% | 3.00 GiB |"
     )
     assert len(lines) == 6 and lines[4].startswith("| TRL | short | 0 | 0 | 0 | 0 | 0 | - | - |")
-    assert [one["points"][1]["cpu_s"] for one in json.loads(out.read_text())["curves"]] == [6.0, 6.0]
+    written = json.loads(out.read_text())["curves"]
+    assert [(one["age"], one["points"][1]["cpu_s"]) for one in written] == [(0.5, 6.0)] * 2
+    real.main([*command, "--seeds", "0", "1", "--steps", "8"])
+    assert len(judged) == 7 and capsys.readouterr().out.splitlines()[-1] == (
+        "| opd_async | as given | 2 | 0.50 | 20 | 300.0 | 7.0 | 0.5000 (0.5000 to 0.5000) |"
+    )
