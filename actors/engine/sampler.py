@@ -38,9 +38,12 @@ def _draw(logprobs_SV: torch.Tensor, rows: SampleRows, generator: torch.Generato
     probs_SV = logprobs_SV.exp()
     if rows.filtered:
         probs_SV = _filter(probs_SV, rows)
-    # argmax of p / Exp(1) draws from p, without the normalisation and the checks of torch.multinomial
-    noise_SV = torch.empty_like(probs_SV).exponential_(generator=generator)
-    tokens_S = (probs_SV / noise_SV).argmax(dim=-1)
+    # The first token whose sum of probabilities is above a random share of them all: one random number a row, where
+    # torch.multinomial and the argmax of p / Exp(1) want one for each token of the vocabulary. In float64, or the sums
+    # of many small probabilities would be off by more than these.
+    sums_SV = probs_SV.cumsum(dim=-1, dtype=torch.float64)
+    share_S1 = torch.rand((len(probs_SV), 1), generator=generator, dtype=torch.float64, device=probs_SV.device)
+    tokens_S = torch.searchsorted(sums_SV, share_S1 * sums_SV[:, -1:], right=True)[:, 0].clamp_(max=len(sums_SV[0]) - 1)
     if rows.greedy_S.any():
         greedy_S = torch.from_numpy(rows.greedy_S).to(tokens_S.device)
         tokens_S = torch.where(greedy_S, logprobs_SV.argmax(dim=-1), tokens_S)
