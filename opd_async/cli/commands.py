@@ -130,10 +130,10 @@ def trace(arguments: argparse.Namespace) -> None:
 
 @in_words
 def drain(arguments: argparse.Namespace) -> None:
-    """`opd drain`: a host leaves a run."""
+    """`opd drain`: a host leaves a run, or may come back."""
     from opd_async.run.leaving import ask
 
-    show(ask(arguments.folder, arguments.host, float(arguments.wait_s)))
+    show(ask(arguments.folder, arguments.host, float(arguments.wait_s), arguments.undo))
 
 
 @in_words

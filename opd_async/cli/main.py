@@ -3,7 +3,7 @@
     opd init STUDENT TEACHER PROMPTS       opd example NAME         opd schema
     opd check FILE      opd plan FILE      opd run FILE             opd completion SHELL
     opd report FOLDER   opd samples FOLDER  opd trace FOLDER        opd convert ...
-    opd drain FOLDER HOST
+    opd drain [--undo] FOLDER HOST
 
 `opd run` is `python -m opd_async.launch --topology`, with the same options. Exit codes: 0 done; 2 the input cannot be
 used and nothing was started; 1 the run failed; 130 stopped by a signal.
@@ -98,6 +98,7 @@ def _drain_arguments(parser: argparse.ArgumentParser) -> Handler:
 
     parser.add_argument("folder", type=Path, help="the folder of a run on several hosts that goes on")
     parser.add_argument("host", help="name of the host, as the run's table of hosts has it")
+    parser.add_argument("--undo", action="store_true", help="let a host that was drained take part again")
     parser.add_argument(
         "--wait-s", type=_at_least_one, default=3600, metavar="S", help="how long to wait (%(default)s)"
     )

@@ -33,6 +33,9 @@ ASK_S = 60.0
 SAY_EVERY_S = 10.0
 EARLY_S = 5.0
 """After which a host asks again that has come before its time."""
+DRAINED_S = 20.0
+"""The same for one that was drained, which may have to wait for as long as the run takes."""
+DRAINED = "this host was drained, and takes part again after `opd drain --undo`"
 BEATS_OF_PROOF = 3
 
 
@@ -152,6 +155,8 @@ class Agents:
             if self._open_to_all:
                 self._refusal = self._refusal or InputError(problem)
                 self._joined.set()
+        elif node is not None and node.drained:
+            await self._end.send(route, m.Leave(DRAINED, False, DRAINED_S))
         elif node is not None and node.there.is_set() and join.before != node.incarnation:
             await self._second_claim(route, join, node)
         else:

@@ -27,6 +27,8 @@ class Node:
     heard: float
     there: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while its agent is there."""
+    drained: bool = False
+    """It has left in order: an agent that is started there, as by Kubernetes, waits until it is wanted back."""
     ended: set[int] = field(default_factory=set)
     """Numbers of the ends that this incarnation has reported."""
 

@@ -4,7 +4,8 @@
                       -> rollout actor starts -> leases
     opd drain HOST    weight update: generation stands -> actors end, their leases go back behind what the intake holds
                       -> engines leave the weight group -> the agent is let go
-    an agent of a host that has left, or that the run goes on without, joins    as above, on its old place
+    opd drain --undo  an agent that is started on a host that has left is let in again
+    an agent of such a host, or of one that the run goes on without, joins    as above, on its old place
 
 Both are what happens at a host's loss and return, at a moment of the run's own choosing: whatever token was made is
 held by the intake or made again under another attempt, and none is trained twice.
@@ -165,18 +166,34 @@ class Elastic:
     # --- leaving -----------------------------------------------------------------------------------------------------
 
     async def let_go(self) -> None:
-        """Let hosts leave that were asked to; generation stands. On cancel: they may be gone, in order."""
+        """Let hosts leave that were asked to, or be let in again; generation stands.
+
+        On cancel: they may be gone, in order.
+        """
+        folder = self._dispatcher.plan.run_folder
+        for request in await asyncio.to_thread(requests, folder):
+            done, text = self._take_back(request.host) if request.undo else await self._drain(request.host)
+            await asyncio.to_thread(answer, folder, request, done, text)
+
+    def _take_back(self, host: str) -> tuple[bool, str]:
+        """Let a host in again that has left: whether that could be, and in words."""
+        node = self._agents.nodes.get(host)
+        if node is None or not node.drained:
+            return False, f"{host} was not drained in this launch"
+        node.drained = False
+        return True, f"{host} takes part again as soon as an agent is there"
+
+    async def _drain(self, host: str) -> tuple[bool, str]:
+        """Have a host leave, if it can: whether it has, and in words."""
         dispatcher = self._dispatcher
-        folder = dispatcher.plan.run_folder
-        for host in requests(folder):
-            up = [name for kind in (RoleKind.ROLLOUT, RoleKind.TEACHER) for name in dispatcher.up(kind)]
-            there = [name for name, node in self._agents.nodes.items() if node.there.is_set()]
-            problem = problem_of(dispatcher.plan, host, up, there)
-            if problem is None and host in self._welcomes:
-                problem = f"{host} is still joining; ask again once it takes part"
-            if problem is None:
-                await self._leave(self._agents.nodes[host])
-            answer(folder, host, problem is None, problem or f"{host} has left the run; its agent has ended")
+        up = [name for kind in (RoleKind.ROLLOUT, RoleKind.TEACHER) for name in dispatcher.up(kind)]
+        there = [name for name, node in self._agents.nodes.items() if node.there.is_set()]
+        problem = problem_of(dispatcher.plan, host, up, there)
+        if problem is None and host in self._welcomes:
+            problem = f"{host} is still joining; ask again once it takes part"
+        if problem is None:
+            await self._leave(self._agents.nodes[host])
+        return problem is None, problem or f"{host} has left the run; its agent has ended"
 
     async def _leave(self, node: Node) -> None:
         dispatcher, fleet = self._dispatcher, self._dispatcher.fleet
@@ -187,5 +204,6 @@ class Elastic:
                 await fleet.supervisor.stop(role.name)
                 await dispatcher.deaths.leave(role.name)
         dispatcher.resize()
+        node.drained = True
         await self._agents.dismiss(node, "this host was drained: it has left the run")
         fleet.say(f"{node.name} has left the run, with {', '.join(role.name for role in mine)}")

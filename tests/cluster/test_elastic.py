@@ -29,8 +29,8 @@ def test_a_host_joins_and_hosts_are_drained_and_come_back(inputs: Path, tmp_path
         def more(count: int) -> None:
             run.wait_for_steps(folder, len(steps(folder)) + count)
 
-        def drain(host: str, *, code: int = 0) -> str:
-            words = [sys.executable, "-m", "opd_async.cli", "drain", str(folder), host]
+        def drain(host: str, *options: str, code: int = 0) -> str:
+            words = [sys.executable, "-m", "opd_async.cli", "drain", *options, str(folder), host]
             done = subprocess.run(
                 lab["h0"].command(words), capture_output=True, text=True, check=False, timeout=patience(120)
             )
@@ -48,7 +48,10 @@ def test_a_host_joins_and_hosts_are_drained_and_come_back(inputs: Path, tmp_path
         assert run.agents[STUDENT].wait(patience(60)) == 0 and lab[STUDENT].processes() == []
         more(4)  # all of it by the host that has joined
 
-        run.agents[STUDENT] = run.agent(lab[STUDENT])
+        run.agents[STUDENT] = run.agent(lab[STUDENT])  # as Kubernetes does at once
+        run.wait_for_text("this host was drained, and takes part again after `opd drain --undo`; joining again")
+        assert f"{NEW} was not drained in this launch" in drain(NEW, "--undo", code=2)
+        assert f"{STUDENT} takes part again as soon as an agent is there" in drain(STUDENT, "--undo")
         run.wait_for_text(f"{STUDENT} takes part with student-engine-0, rollout-0", 120)
         more(2)
         assert f"{NEW} has left the run" in drain(NEW)

@@ -19,7 +19,7 @@ import pytest
 from deadlines import patience
 
 from opd_async.cluster.agent import Agent
-from opd_async.cluster.agents import Agents
+from opd_async.cluster.agents import DRAINED, Agents
 from opd_async.cluster.hosts import Hosts
 from opd_async.cluster.interfaces import Face, faces, own_face, resolve
 from opd_async.cluster.nodes import natural
@@ -309,10 +309,16 @@ async def test_a_new_host_asks_again_until_the_run_goes_on_and_takes_the_last_se
                 await agent_of(section, "h3").run()
 
         agents.on_lost = agents.on_missed = lambda node: pytest.fail("it was let go, not lost")
+        agents.nodes["h2"].drained = True
         await agents.dismiss(agents.nodes["h2"], "it was drained")
         async with asyncio.timeout(patience(60)):
             await second
         assert said[-1] == "it was drained" and agents.seats == 0 and node.there.is_set()
+        kept_out = asyncio.create_task(agent_of(section, "h2", said).run())
+        await until(lambda: f"{DRAINED}; joining again" in said, "h2 to be put off")
+        assert not agents.nodes["h2"].there.is_set() and here == ["h2"]
+        kept_out.cancel()
+        agents.nodes["h2"].drained = False
         with pytest.raises(InputError, match="its folder is another"):
             refused = asyncio.create_task(agent_of(section, "h2").run())
             await until(lambda: here == ["h2", "h2"], "h2 to be back")

@@ -16,7 +16,7 @@ from opd_async.errors import DeadlineError, InputError
 from opd_async.plan.chunk_bounds import ChunkBounds
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.plan.resolve import Site, make_plan, ports_of_seat, ports_wanted, with_seat
-from opd_async.run.leaving import answer, ask, problem_of, requests
+from opd_async.run.leaving import Request, answer, ask, problem_of, requests
 
 HOSTS = ("cluster.backend=agents", "cluster.nodes=3", "cluster.slots_per_node=2", "cluster.spare_nodes=2")
 THREE = ("engines.student.replicas=2", "engines.teacher.replicas=2", "rollout.replicas=2")
@@ -119,20 +119,21 @@ def test_whose_engines_are_driven_from_elsewhere_cannot_leave(tmp_path: Path) ->
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
-def asked(folder: Path, host: str, left: bool, text: str) -> str:
+def asked(folder: Path, host: str, left: bool, text: str, undo: bool = False) -> str:
     """What `opd drain` gets of a run that answers."""
 
     def run() -> None:
         give_up = time.monotonic() + patience(60)
-        while host not in requests(folder):
+        while not (found := requests(folder)):
             assert time.monotonic() < give_up, "nobody asked"
             time.sleep(0.01)
-        answer(folder, host, left, text)
+        assert found == [Request(host, undo)]
+        answer(folder, found[0], left, text)
 
     running = threading.Thread(target=run)
     running.start()
     try:
-        return ask(folder, host, patience(60))
+        return ask(folder, host, patience(60), undo)
     finally:
         running.join()
 
@@ -145,9 +146,12 @@ def test_a_host_leaves_when_the_run_says_so(tmp_path: Path) -> None:
     assert asked(tmp_path, "h1", True, "h1 has left") == "h1 has left" and requests(tmp_path) == []
     with pytest.raises(InputError, match="h1 has learner-0"):
         asked(tmp_path, "h1", False, "h1 has learner-0")
+    assert asked(tmp_path, "h1", True, "h1 takes part again", undo=True) == "h1 takes part again"
     with pytest.raises(DeadlineError, match="no weight update has come in 0 s, at which h1 could have left"):
         ask(tmp_path, "h1", 0.0)
+    with pytest.raises(DeadlineError, match="at which h1 could have come back"):
+        ask(tmp_path, "h1", 0.0, undo=True)
     assert requests(tmp_path) == [], "nobody waits for it any more"
-    for name in ("", "../h1", ".h1", "h1.answer"):
+    for name in ("", "../h1", ".h1", "h1.answer", "h1.undo"):
         with pytest.raises(InputError, match="is no name of a host"):
             ask(tmp_path, name, 1.0)
