@@ -30,7 +30,7 @@ from typing import Any, Self
 
 from opd_async.cluster.nodes import Node
 from opd_async.cluster.secret import given_or_drawn, take_secret
-from opd_async.cluster.starting import Returns, agent_command
+from opd_async.cluster.starting import LEAVE_S, TAIL, Returns, Started, agent_command
 from opd_async.config.clustering import ClusterSection
 from opd_async.errors import DeadlineError, InputError
 from opd_async.process import PARENT_ENV
@@ -40,9 +40,7 @@ CONNECT_S = 120.0
 """How long the connection to Ray may take, and its answer beside the time that nodes have to come."""
 JOIN_S = 120.0
 """An agent that was started again and has not joined for so long is given up: its actor waits for a node."""
-LEAVE_S = 15.0
 LINE_BYTES = 1 << 20
-TAIL = 6
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -192,10 +190,8 @@ class RayAgents:
         self._place = ""
         self._ray: RayProcess | None = None
         self._opening = asyncio.Lock()
-        self._runs: set[asyncio.Task[int]] = set()
+        self._started = Started(say)
         self._returns = Returns(self._start, say, JOIN_S)
-        self._trouble = asyncio.Event()
-        self._last: deque[str] = deque(maxlen=TAIL)
 
     async def __aenter__(self) -> Self:
         try:
@@ -210,10 +206,8 @@ class RayAgents:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._returns.close()
-        if self._runs:
-            await asyncio.wait(self._runs, timeout=LEAVE_S)
+        await self._started.end()
         await self._close()
-        await asyncio.gather(*self._runs, return_exceptions=True)
 
     def begin(self, place: str) -> None:
         """See `Starter`."""
@@ -225,9 +219,7 @@ class RayAgents:
 
     async def broken(self) -> None:
         """See `Starter`. On cancel: nothing is undone."""
-        await self._trouble.wait()
-        await asyncio.sleep(1.0)  # what the launcher has refused it says itself
-        raise InputError("cluster.backend: ray, and an agent has not stayed on its node: " + " | ".join(self._last))
+        await self._started.broken("cluster.backend: ray, and an agent has not stayed on its node: ")
 
     def lost(self, node: Node) -> None:
         """See `Starter`."""
@@ -249,16 +241,7 @@ class RayAgents:
             await self._ray.close()
 
     def _start(self, host: str) -> asyncio.Task[int]:
-        run = asyncio.create_task(self._keep(host), name=f"agent of {host}")
-        self._runs.add(run)
-        run.add_done_callback(self._ended)
-        return run
-
-    def _ended(self, run: asyncio.Task[int]) -> None:
-        self._runs.discard(run)
-        if not run.cancelled() and (error := run.exception()) is not None:
-            self._say(f"{run.get_name()}: {error}")
-        self._trouble.set()
+        return self._started.run(self._keep(host), f"agent of {host}")
 
     async def _keep(self, host: str) -> int:
         """Keep an agent on a host until its end; returns its exit code. On cancel: it is ended."""
@@ -266,7 +249,7 @@ class RayAgents:
         agent = [*agent_command(self._cluster, self._place), "--name", host]
         guarded = [agent[0], "-m", "opd_async.process", *agent]  # the end of the actor is the end of the agent
         code, lines = await ray.keep(host, guarded, self._variables)
-        self._last.append(f"{host}: {' | '.join(lines) or f'exit code {code}'}")
+        self._started.last.append(f"{host}: {' | '.join(lines) or f'exit code {code}'}")
         if code:
             self._say(f"agent of {host} ended: {' | '.join(lines) or f'exit code {code}'}")
         return code

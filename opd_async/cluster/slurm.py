@@ -16,7 +16,6 @@ import asyncio
 import os
 import secrets
 import signal
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -25,13 +24,9 @@ from typing import Self
 from opd_async.cluster.allocation import Allocation, require_allocation
 from opd_async.cluster.nodes import Node
 from opd_async.cluster.secret import given_or_drawn, take_secret
-from opd_async.cluster.starting import Returns, agent_command
+from opd_async.cluster.starting import LEAVE_S, Returns, Started, agent_command
 from opd_async.config.clustering import ClusterSection
-from opd_async.errors import InputError
 
-LEAVE_S = 15.0
-"""How long agents that were let go, then an srun that was told to end, may take."""
-TAIL = 6
 _ERROR = "srun: error:"
 _SHAPES = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_DISTRIBUTION")
 """What a batch script asks of its own tasks (also `SLURM_NTASKS_PER_...`); of agents there is one on each node."""
@@ -67,9 +62,7 @@ class SlurmAgents:
         self.awaited = self._allocation.others(cluster.nodes)
         self._step = f"opd-agents-{secrets.token_hex(4)}"
         self._place = ""
-        self._tail: deque[str] = deque(maxlen=TAIL)
-        self._trouble = asyncio.Event()
-        self._runs: set[asyncio.Task[int]] = set()
+        self._started = Started(say)
         self._returns = Returns(lambda host: self._run((host,)), say)
         self._unclean = False
         """Whether an srun ended in a way that may have left its tasks."""
@@ -81,11 +74,7 @@ class SlurmAgents:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._returns.close()
-        if self._runs:
-            await asyncio.wait(self._runs, timeout=LEAVE_S)
-        for run in self._runs:
-            run.cancel()
-        await asyncio.gather(*self._runs, return_exceptions=True)
+        await self._started.end()
         if self._unclean:
             await self._cancel_steps()
 
@@ -98,28 +87,14 @@ class SlurmAgents:
 
     async def broken(self) -> None:
         """See `Starter`. On cancel: nothing is undone."""
-        await self._trouble.wait()
-        await asyncio.sleep(1.0)  # what follows the first line says more
-        raise InputError(
-            "cluster.backend: slurm, and srun could not keep an agent on every node; it says: " + " | ".join(self._tail)
-        )
+        await self._started.broken("cluster.backend: slurm, and srun could not keep an agent on every node; it says: ")
 
     def lost(self, node: Node) -> None:
         """See `Starter`."""
         self._returns.begin(node)
 
     def _run(self, nodes: Sequence[str]) -> asyncio.Task[int]:
-        run = asyncio.create_task(self._srun(nodes), name=f"srun on {', '.join(nodes)}")
-        self._runs.add(run)
-        run.add_done_callback(self._ended)
-        return run
-
-    def _ended(self, run: asyncio.Task[int]) -> None:
-        self._runs.discard(run)
-        self._trouble.set()
-        if not run.cancelled() and (error := run.exception()) is not None:
-            self._tail.append(str(error))
-            self._say(f"srun: {error}")
+        return self._started.run(self._srun(nodes), f"srun on {', '.join(nodes)}")
 
     async def _srun(self, nodes: Sequence[str]) -> int:
         """Run one srun to its end and pass its lines on; returns its exit code. On cancel: it is told to end."""
@@ -150,10 +125,10 @@ class SlurmAgents:
             if not line:
                 return
             text = line.decode(errors="replace").rstrip()
-            self._tail.append(text)
+            self._started.last.append(text)
             self._say(f"agents: {text}")
             if text.startswith(_ERROR):
-                self._trouble.set()
+                self._started.trouble.set()
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
         """Tell an srun to end, which ends its tasks; kill it if it does not."""

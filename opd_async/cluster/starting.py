@@ -12,18 +12,24 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from opd_async.cluster.nodes import Node
 from opd_async.cluster.secret import take_secret
 from opd_async.config.clustering import ClusterSection
+from opd_async.errors import InputError
 from opd_async.keys import RunKeys
 
 AGENT_WAIT_S = 60.0
 """An agent without a launcher ends so long after its fence; on a host that comes back later another one is started."""
 AGAIN_S = 10.0
+LEAVE_S = 15.0
+"""How long agents that were let go may take, and then what has started them."""
+TAIL = 6
+"""Last lines that are kept for an error."""
 
 
 def agent_command(cluster: ClusterSection, place: str) -> list[str]:
@@ -84,6 +90,46 @@ class ByOthers:
 
     def lost(self, node: Node) -> None:
         """Whoever has started the agent starts another one."""
+
+
+class Started:
+    """The agents that a launcher has started by somebody else's means: tasks, each of which ends with its agents."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._runs: set[asyncio.Task[int]] = set()
+        self.last: deque[str] = deque(maxlen=TAIL)
+        """What was heard last of them."""
+        self.trouble = asyncio.Event()
+        """Set once one has ended, or cannot be had."""
+
+    def run(self, work: Coroutine[Any, Any, int], name: str) -> asyncio.Task[int]:
+        """Start agents by `work`, which returns an exit code, and ends them on cancel."""
+        run = asyncio.create_task(work, name=name)
+        self._runs.add(run)
+        run.add_done_callback(self._ended)
+        return run
+
+    def _ended(self, run: asyncio.Task[int]) -> None:
+        self._runs.discard(run)
+        if not run.cancelled() and (error := run.exception()) is not None:
+            self.last.append(f"{run.get_name()}: {error}")
+            self._say(self.last[-1])
+        self.trouble.set()
+
+    async def broken(self, words: str) -> None:
+        """Wait for trouble, then raise `InputError` with `words` and what was heard. On cancel: nothing is undone."""
+        await self.trouble.wait()
+        await asyncio.sleep(1.0)  # what follows the first line says more, and what the launcher refused it says itself
+        raise InputError(words + " | ".join(self.last))
+
+    async def end(self) -> None:
+        """Wait for agents that were let go, and end those that are left. On cancel: they end without a launcher."""
+        if self._runs:
+            await asyncio.wait(self._runs, timeout=LEAVE_S)
+        for run in self._runs:
+            run.cancel()
+        await asyncio.gather(*self._runs, return_exceptions=True)
 
 
 class Returns:
