@@ -24,11 +24,10 @@ class Delivery:
 
     def open(self, lease: m.Lease) -> None:
         """A training lease begins: from now on its tokens are listed when generation is paused."""
-        route = self._downstream.route(lease.prompt_id, lease.teacher)
         self._outbox.open(
             lease.sample_id,
             lease.attempt,
-            route,
+            lease.route,
             lease.prompt,
             lease.prefix,
             teacher_prompt=lease.teacher_prompt,

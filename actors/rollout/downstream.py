@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import zmq.asyncio
 
-from opd_async.plan.plan import Plan, RoleKind
-from opd_async.scheduling.routing import rendezvous
+from opd_async.plan.plan import Plan
 from opd_async.transport.channels import Push
 from opd_async.transport.door import Passport
 from opd_async.transport.messages import Chunk, ScoredChunk
 
 
 class Downstream:
-    """The sockets of a rollout actor for chunks. A route is the index of a teacher actor, 0 where there is none."""
+    """The sockets of a rollout actor for chunks. A route, which leases bring, is the index of a teacher
+    actor, 0 where there is none."""
 
     def __init__(self, context: zmq.asyncio.Context, plan: Plan, sender: str) -> None:
         """`sender` is the rollout actor's name, which stands in for a teacher's in chunks that nobody scored."""
@@ -24,13 +24,6 @@ class Downstream:
         addresses = plan.chunks if self._scored else (plan.scored,)
         passport = Passport.of_environment(sender) if plan.guards_chunks else None
         self._pushes = [Push(context, address, passport=passport) for address in addresses]
-        self._teachers = [role.teacher for role in plan.of_kind(RoleKind.TEACHER)]
-
-    def route(self, prompt_id: int, teacher: str) -> int:
-        """To which actor of `teacher` all chunks of this prompt's samples go, so that they meet one prefix cache."""
-        if not self._scored:
-            return 0
-        return rendezvous(prompt_id, [index for index, name in enumerate(self._teachers) if name == teacher])
 
     async def send(self, route: int, chunk: Chunk) -> None:
         """Hand a chunk over; waits at the receiver's high-water mark. On cancel: it may or may not have been sent."""

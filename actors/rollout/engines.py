@@ -49,8 +49,8 @@ class Engines:
         """The student engine of a prompt: all samples of its group meet one prefix cache.
 
         By remainder, which spreads prompts evenly: a student that is gone comes back, and its responses wait for it.
-        Teachers are chosen by rendezvous hash instead, because another one takes over at once, and only the prompts of
-        the one that is gone may then move: every other prompt has its keys and values in a cache.
+        Teachers are dealt prompts by load instead (`scheduling/routing.py`): another one takes over at once, and a step
+        waits for the slowest.
         """
         return self.placed(self.students[prompt_id % len(self.students)], prompt_id)
 

@@ -8,8 +8,8 @@
     dispatch, watch  see `actors/teacher/lane.py`, one of each engine
 
 The actor keeps the tokens of each unfinished sample, because a request carries all ids so far; the prefix cache of the
-engine holds their keys and values, so only new tokens are computed. A rendezvous hash of the prompt picks the engine
-among those that can be used, so that a prompt's samples and a sample's chunks meet one cache.
+engine holds their keys and values, so only new tokens are computed. Prompts are dealt to the
+engines that can be used, the next one to that with the fewest samples; what is under way of a prompt meets one cache.
 On cancel: chunks that were not scored stay with their rollout actor, which sends them again.
 """
 
@@ -38,7 +38,7 @@ from opd_async.plan.plan import RoleKind
 from opd_async.role import IdleClock, Role, role_arguments
 from opd_async.scheduling.breaker import Failures
 from opd_async.scheduling.cache_share import CutPoints
-from opd_async.scheduling.routing import rendezvous
+from opd_async.scheduling.routing import Deal
 from opd_async.scheduling.score_batches import ScoreItem
 from opd_async.scheduling.unproven import Scored
 from opd_async.transport import messages as m
@@ -63,6 +63,7 @@ class TeacherActor:
         self._lanes = [Lane(role, self._client(session, url), self, self._pacing.of(url)) for url in urls]
         self._points = self._new_points()
         self._known = KnownTokens()
+        self._deal = Deal()
         self._failures: defaultdict[int, Failures] = defaultdict(Failures)
         self._room = asyncio.Event()
         self._idle = IdleClock()
@@ -130,7 +131,7 @@ class TeacherActor:
             if not chunk.sampled:
                 await self._pass_on(self._known.given(chunk))
             else:
-                self._queue(self._points.offer(chunk, self._lane(chunk.prompt_id).cache.coarse))
+                self._queue(self._points.offer(chunk, self._lane(chunk).cache.coarse))
             while self._waiting_tokens() > limit:
                 self._room.clear()
                 await self._room.wait()
@@ -152,16 +153,16 @@ class TeacherActor:
                 lane.batcher.drop(chunk.sample_id)
         return True
 
-    def _lane(self, prompt_id: int) -> Lane:
-        """The engine of a prompt, among those that can be used and are not slow; among the slow ones, among all, if
-        there is none."""
+    def _lane(self, chunk: m.Chunk) -> Lane:
+        """The engine of a chunk's prompt, among those that can be used and are not slow; if there is none, among the
+        slow ones, then among all."""
         closed = [index for index, lane in enumerate(self._lanes) if lane.guard.closed]
         usable = [index for index in closed if not self._lanes[index].slow] or closed
-        return self._lanes[rendezvous(prompt_id, usable or range(len(self._lanes)), "engine")]
+        return self._lanes[self._deal.of(chunk.sample_id, chunk.prompt_id, usable or range(len(self._lanes)))]
 
     def _queue(self, chunks: Sequence[m.Chunk]) -> None:
         for chunk in chunks:
-            self._lane(chunk.prompt_id).add(chunk)
+            self._lane(chunk).add(chunk)
         self._gauge()
 
     def _waiting_tokens(self) -> int:
@@ -197,6 +198,7 @@ class TeacherActor:
             if chunk.finish is not None:
                 if self._known.holds(chunk):  # a later attempt needs its own tokens still
                     self._known.forget(chunk.sample_id)
+                    self._deal.forget(chunk.sample_id)
                 self._metrics["opd_teacher_score_latency_seconds"].observe(latency_s)
 
     def reroute(self, chunks: Sequence[m.Chunk]) -> None:
@@ -276,6 +278,7 @@ class TeacherActor:
     async def _reset(self, request: int) -> None:
         """Forget every sample; batches under way are given up."""
         self._known.clear()
+        self._deal.clear()
         for lane in self._lanes:
             await lane.reset()
         self._points = self._new_points()

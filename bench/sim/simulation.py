@@ -1,6 +1,6 @@
 """One schedule under one workload: the project's state machines on a virtual clock.
 
-    LeaseBook -> student engines -> Chunk -> rendezvous -> teacher engines -> ScoredChunk -> Assembler, StepPolicy
+    LeaseBook -> student engines -> Chunk -> route -> teacher engines -> ScoredChunk -> Assembler, StepPolicy
          ^                                                                                        |
          +------------ weight update (pause, flush, load, mark, resume) <--- learner <------------+
 
@@ -28,7 +28,6 @@ from opd_async.scheduling import frontier
 from opd_async.scheduling.assembly import Assembler
 from opd_async.scheduling.cache_share import CutPoints
 from opd_async.scheduling.leases import LeaseBook, PromptOrder
-from opd_async.scheduling.routing import rendezvous
 from opd_async.scheduling.score_batches import TokenBudgetBatcher
 from opd_async.scheduling.step_policy import DeadlineCuts, Round
 from opd_async.transport.messages import Chunk, ScoredChunk
@@ -69,6 +68,7 @@ class Simulation:
         self._kept: dict[int, list[Chunk]] = {}
         self._unscored: dict[int, int] = {}
         self._version = 0
+        self._routes: dict[int, int] = {}
         self._leased = 0
         self._ended = 0
         self._may_plan = True
@@ -136,6 +136,7 @@ class Simulation:
         while self._batch_may_begin() and (spec := self._book.lease(ACTOR, self._version)) is not None:
             self._leased += 1
             self._began[spec.sample_id] = self._version
+            self._routes[spec.sample_id] = self._book.route(spec, range(len(self._teachers)))
             length = self._lengths[spec.sample_id]
             calls = [] if self._tools is None else self._tools.of(self._seed, spec.sample_id, length)
             generation = Generation(sample_id=spec.sample_id, prompt_id=spec.prompt_index, length=length, calls=calls)
@@ -197,15 +198,15 @@ class Simulation:
             self._ended_at[sample_id] = self._clock.now
             self._book.ended(sample_id, 0, end)
         if ended or self._scoring is Scoring.STREAMED or self._rule.train_on is TrainOn.TOKENS:
-            self._send(sample_id, generation.prompt_id)
+            self._send(sample_id)
         if ended:
             if self._update_due and self._may_update():
                 self._update()
             self._lease()
             self._news()
 
-    def _send(self, sample_id: int, prompt_id: int) -> None:
-        teacher = self._teachers[rendezvous(prompt_id, range(len(self._teachers)))]
+    def _send(self, sample_id: int) -> None:
+        teacher = self._teachers[self._routes[sample_id]]
         chunks = self._kept.pop(sample_id)
         self._unscored[sample_id] = chunks[-1].end
         teacher.receive(chunks)
@@ -275,7 +276,7 @@ class Simulation:
             self._book.trained(sample.sample_id, end, complete)
             if complete:
                 account.completed.append(end)
-                del self._began[sample.sample_id]
+                del self._began[sample.sample_id], self._routes[sample.sample_id]
             if segment is None:
                 continue
             rows, tokens = segment.end - segment.start, len(segment.token_ids)
@@ -337,7 +338,7 @@ class Simulation:
             self._ended_at.pop(sample_id, None)
             self._kept.pop(sample_id, None)
             self._book.trained(sample_id, length, complete=True)
-            del self._began[sample_id]
+            del self._began[sample_id], self._routes[sample_id]
 
     def _owed(self) -> list[OwedSample]:
         return [OwedSample(sample_id, 0, end) for sample_id, end in self._unscored.items()]

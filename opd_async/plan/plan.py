@@ -175,6 +175,14 @@ class Plan(Section):
         actors = [role.index for role in self.of_kind(RoleKind.TEACHER) if role.teacher == actor.teacher]
         return self.teacher_urls[actor.teacher][actors.index(actor.index) :: len(actors)]
 
+    @property
+    def scorers(self) -> dict[str, tuple[int, ...]]:
+        """The teacher actors of each teacher by their index, which is the route of chunks to them; none where no engine
+        scores."""
+        actors = self.of_kind(RoleKind.TEACHER) if self.topology.opd.on_engines else ()
+        names = dict.fromkeys(role.teacher for role in actors)
+        return {name: tuple(role.index for role in actors if role.teacher == name) for name in names}
+
     def students_of(self, actor: RolePlan) -> tuple[str, ...]:
         """Where a rollout actor sends its requests: every n-th student engine, of n actors, or the router to all."""
         router = self.topology.engines.student.router

@@ -50,6 +50,7 @@ class Leasing:
         self._prompts = prompts
         self._mix = mix
         self._grants = Grants(reach.fleet.keys)
+        self._scorers = reach.plan.scorers
         self._changed = asyncio.Event()
         self._admitting = False
 
@@ -81,7 +82,7 @@ class Leasing:
             if spec is None:
                 return
             load[actor] += 1
-            await self._reach.server.send(actor, await self._lease(spec, actor))
+            await self._reach.server.send(actor, await self._lease(book, spec, actor))
 
     async def _prompt(self, index: int) -> Prompt:
         """A prompt of the file, or of the user's function, which may take its time but not for ever."""
@@ -97,7 +98,7 @@ class Leasing:
                 "--resume"
             ) from None
 
-    async def _lease(self, spec: LeaseSpec, actor: str) -> m.Lease:
+    async def _lease(self, book: LeaseBook, spec: LeaseSpec, actor: str) -> m.Lease:
         given = self._mix.of(spec.sample_id)
         prompt = await self._prompt(spec.prompt_index) if given is None else given.prompt
         return m.Lease(
@@ -115,6 +116,7 @@ class Leasing:
             contrast_prompt=prompt.contrast_ids,
             given=None if given is None else given.response,
             grant=self._grants.of(spec.sample_id, spec.attempt, self._reach.fleet.role(actor).index),
+            route=book.route(spec, self._scorers[prompt.teacher]) if self._scorers else 0,
         )
 
     async def further(self, actor: str, wanted: m.FurtherWanted) -> None:

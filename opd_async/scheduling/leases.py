@@ -7,6 +7,7 @@ Sample n belongs to prompt `order[n // group_size]` of its epoch; the order of a
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from opd_async.scheduling.admission import (
 from opd_async.scheduling.frontier import given_of
 from opd_async.scheduling.further import FURTHER_IDS, MAX_FURTHER, is_further
 from opd_async.scheduling.intervals import IntervalSet
+from opd_async.scheduling.routing import Deal
 from opd_async.transport.messages import Frontier
 
 
@@ -138,6 +140,7 @@ class LeaseBook:
         self._waiting_tokens = 0
         self._mean_tokens, self._any_ended = float(longest), False
         self._trained: dict[int, _Trained] = {}
+        self._deal = Deal()
         parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
         given = given_of(frontier).tolist()
         for sample_id, tokens, among in zip(frontier.partial_ids.tolist(), parts, given, strict=False):
@@ -194,6 +197,11 @@ class LeaseBook:
         self._generating[actor] += 1
         return spec
 
+    def route(self, spec: LeaseSpec, teachers: Collection[int]) -> int:
+        """Which of the teacher actors `teachers` scores a sample that was leased; the same one for all its attempts, if
+        it stays among them, and for all samples of its prompt that are under way."""
+        return self._deal.of(spec.sample_id, spec.prompt_index, teachers)
+
     def further(self, sample_id: int, attempt: int, actor: str) -> LeaseSpec | None:
         """A sample for another conversation of the episode of `sample_id`; None if `actor` does not run it, or it has
         `MAX_FURTHER` of them."""
@@ -239,6 +247,7 @@ class LeaseBook:
         else:
             self._further_generating -= not active.away
         active.away = False
+        self._deal.ended(active.spec.sample_id)
 
     def ended(self, sample_id: int, attempt: int, response_tokens: int) -> None:
         """The response is complete, with so many sampled tokens (it may not be scored yet)."""
@@ -256,6 +265,7 @@ class LeaseBook:
         now = _Trained(end, end - given)
         if complete:
             self._completed.add(sample_id)
+            self._deal.forget(sample_id)
         active = self._active.get(sample_id)
         if active is None:
             if sample_id in self._trained and not complete:

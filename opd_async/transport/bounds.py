@@ -62,7 +62,7 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("episode", "further"), _ID),
     **dict.fromkeys(("attempt", "attempts", "actor", "index", "start", "starts", "ends", "partial_ends"), _COUNT),
     **dict.fromkeys(("taken_ends", "prompt_tokens", "response_tokens", "max_tokens", "ready_tokens"), _COUNT),
-    **dict.fromkeys(("version", "next_step", "step", "weight_version", "loss_tokens", "part", "rank"), _COUNT),
+    **dict.fromkeys(("version", "next_step", "step", "weight_version", "loss_tokens", "part", "rank", "route"), _COUNT),
     **dict.fromkeys(("mb_tokens", "mb_sequences", "mb_rows", "sequence_lengths", "rows", "staleness"), _COUNT),
     **dict.fromkeys(("token_ids", "prompt", "prefix", "given", "context", "tokens", "response"), _COUNT),
     **dict.fromkeys(("taken_tokens", "hold", "answers", "given_tokens", "taken_given", "partial_given"), _COUNT),

@@ -70,7 +70,8 @@ async def delivered(use_opd: bool) -> list[list[object]]:
         complete = asyncio.Event()
         for prompt_id in range(20):
             teacher = "math" if prompt_id % 4 else "code"
-            await downstream.send(downstream.route(prompt_id, teacher), chunk(prompt_id, teacher=teacher))
+            route = (prompt_id % 2 if prompt_id % 4 else 2) if use_opd else 0
+            await downstream.send(route, chunk(prompt_id, teacher=teacher))
         async with asyncio.timeout(patience(20)), asyncio.TaskGroup() as group:
 
             async def collect(index: int) -> None:
@@ -91,7 +92,7 @@ async def delivered(use_opd: bool) -> list[list[object]]:
         context.term()
 
 
-async def test_chunks_go_to_their_teacher_by_prompt_or_straight_to_the_intake() -> None:
+async def test_chunks_go_to_the_teacher_of_their_lease_or_straight_to_the_intake() -> None:
     intake, first, second, third = await delivered(use_opd=True)
     assert not intake and first and second and len(first) + len(second) == 15 and len(third) == 5
     for chunks, teacher in ((first, "math"), (second, "math"), (third, "code")):

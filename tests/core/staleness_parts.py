@@ -15,7 +15,6 @@ from opd_async.actors.client.replies import Delta
 from opd_async.actors.rollout.generation import Generation, Student
 from opd_async.scheduling.leases import LeaseSpec
 from opd_async.scheduling.outbox import Outbox
-from opd_async.scheduling.routing import rendezvous
 from opd_async.scheduling.score_batches import ScoreItem, TokenBudgetBatcher
 from opd_async.transport import messages as m
 from opd_async.transport.owed import OwedSample
@@ -33,8 +32,8 @@ class SimActor:
     control: deque[Any] = field(default_factory=deque)
     up: bool = True
 
-    def start(self, spec: LeaseSpec, oracle: Oracle) -> None:
-        """Take a lease."""
+    def start(self, spec: LeaseSpec, route: int, oracle: Oracle) -> None:
+        """Take a lease, whose chunks go to teacher `route`."""
         prompt = prompt_of(spec.sample_id)
         kind = m.LeaseKind.TRAIN.value
         lease = m.Lease(
@@ -47,8 +46,7 @@ class SimActor:
             prompt=prompt,
             prefix=spec.prefix,
         )
-        teacher = rendezvous(spec.prompt_index, range(len(self.wires)))
-        self.outbox.open(spec.sample_id, spec.attempt, teacher, prompt, spec.prefix)
+        self.outbox.open(spec.sample_id, spec.attempt, route, prompt, spec.prefix)
         given = oracle.given_before(spec.sample_id, len(spec.prefix))
         self.live[spec.sample_id] = Generation(
             lease=lease, rid="", student=self.student, given_tokens=given, episode=spec.episode
@@ -128,7 +126,7 @@ class SimActor:
         elif isinstance(message, m.TeacherRestarted):
             self.send_again(self.outbox.teacher_restarted(message.index, now))
         elif message.episode in self.live:
-            self.start(message, oracle)
+            self.start(message, self.outbox.route_of(message.episode), oracle)
         else:
             return m.FurtherUnused(message.sample_id, message.attempt)
         return None

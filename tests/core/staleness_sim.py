@@ -146,7 +146,7 @@ class Simulation:
             if spec is None:
                 return
             self.leased = max(self.leased, spec.sample_id + 1)
-            actor.start(spec, self.oracle)
+            actor.start(spec, self._book.route(spec, range(self.setup.teachers)), self.oracle)
 
     def generate(self, argument: int) -> None:
         """An engine makes up to four tokens of one response."""

@@ -13,7 +13,8 @@ class Lease:
     """Generate one response. `prefix` int32[k] holds response tokens that an earlier attempt already made and that
     have been scored: generation goes on behind them. `metadata` is the prompt's, as JSON, for its reward;
     `max_tokens` None stands for the topology's `rollout.sampling.max_response_tokens`; `teacher` names the one that
-    scores, or, in an evaluation of teachers, generates; `given` int32[n] is the whole response where a data set gives
+    scores, or, in an evaluation of teachers, generates; `route` is the index of its actor that scores (0 where none
+    does); `given` int32[n] is the whole response where a data set gives
     it, and nothing is to be generated; `teacher_prompt` int32[m] is what the teacher reads in place of `prompt` (None:
     the same), `contrast_prompt` int32[c] what it reads beside that (None: nothing)."""
 
@@ -35,6 +36,7 @@ class Lease:
     """Of an evaluation: the set that the prompt is of, which says how the response is judged."""
     grant: int = 0
     """What shows that the sample was leased, with this attempt to this actor; every chunk of it repeats it."""
+    route: int = 0
 
 
 @message
