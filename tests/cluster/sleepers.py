@@ -26,8 +26,8 @@ SLEEP = "import time; time.sleep(3600)  # one that only sleeps"
 
 
 def say(line: str) -> None:
-    """Print at once."""
-    print(line, flush=True)
+    """Print at once, with the time, as agents do."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
 async def main(folder: Path, nodes: int, fence_s: float, lost_s: float) -> None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,10 @@ from deadlines import patience
 from harness import ROOT
 from lab import Lab, until
 
-FENCE_S, LOST_S = 12.0, 20.0
+FENCE_S = 12.0
+LOST_S = FENCE_S + patience(2)
+"""A busy machine may keep an agent so long from obeying its fence."""
+TRIES = 5
 SECRET = "the secret of a lab, which nobody has to guess"
 SLEEPER = "one that only sleeps"
 
@@ -65,26 +68,51 @@ def sleepers(tmp_path: Path) -> Iterator[Sleepers]:
         yield run
 
 
+def in_time(sleepers: Sleepers, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Keep h1 from the others for so short a time that nothing may come of it.
+
+    On a busy machine it may have been longer than it should: then whatever came of it is over soon, and it is tried
+    again.
+    """
+    for _ in range(TRIES):
+        before, began = sleepers.count("ended"), time.monotonic()
+        begin()
+        time.sleep(FENCE_S / 4)
+        end()
+        took_s = time.monotonic() - began
+        # the beat that follows has to be answered before the lease is out, else this host would be fenced
+        time.sleep(FENCE_S)
+        if took_s < FENCE_S / 2:
+            assert sleepers.count("ended") == before and sleepers.asleep("h1") == 1, sleepers.said()
+            return
+        until(
+            lambda: sleepers.count("started on-h1") == sleepers.count("ended on-h1") + 1 and sleepers.asleep("h1") == 1,
+            sleepers.said,
+        )
+    raise AssertionError(f"no partition of {FENCE_S / 4:g} s was shorter than {FENCE_S / 2:g} s on this machine")
+
+
+def time_of(words: str, output: Path) -> time.struct_time:
+    """When a line with these words was last printed."""
+    line = [line for line in output.read_text().splitlines() if words in line][-1]
+    return time.strptime(line.split()[0], "%H:%M:%S")
+
+
 def test_a_partition_in_time_changes_nothing_and_a_longer_one_is_fenced(sleepers: Sleepers) -> None:
     h1 = sleepers.lab["h1"]
-    h1.cut()
-    time.sleep(FENCE_S / 3)
-    h1.heal()
-    h1.unplug()
-    time.sleep(FENCE_S / 3)
-    h1.plug()
-    # the beat that follows has to be answered before the lease is out, else this host would be fenced
-    time.sleep(FENCE_S)
-    assert sleepers.count("ended") == 0 and sleepers.asleep("h1") == 1, sleepers.said()
+    in_time(sleepers, h1.cut, h1.heal)
+    in_time(sleepers, h1.unplug, h1.plug)
 
+    started, lost = sleepers.count("started on-h1"), sleepers.count("h1 is lost")
     h1.cut()
-    until(lambda: sleepers.asleep("h1") == 0 or sleepers.count("h1 is lost"), lambda: "the fence of h1")
-    assert sleepers.asleep("h1") == 0 and not sleepers.count("h1 is lost"), "fenced before it is given up"
-    sleepers.wait("ended on-h1: -9 its host h1 was lost")
-    assert "was not heard" in (sleepers.folder / "h1.out").read_text()
+    sleepers.wait("h1 is lost", lost + 1)
+    sleepers.wait("ended on-h1: -9 its host h1 was lost", lost + 1)
+    until(lambda: sleepers.asleep("h1") == 0, lambda: "the fence of h1")
+    outputs = sleepers.folder / "h1.out", sleepers.folder / "launcher.out"
+    assert time_of("was not heard", outputs[0]) <= time_of("h1 is lost", outputs[1]), "fenced before it is given up"
     h1.heal()
-    sleepers.wait("h1 is back")
-    sleepers.wait("started on-h1", 2)
+    sleepers.wait("h1 is back", lost + 1)
+    sleepers.wait("started on-h1", started + 1)
     assert [sleepers.asleep(name) for name in ("h0", "h1", "h2")] == [1, 1, 1]
 
     (sleepers.folder / "stop").touch()
