@@ -118,11 +118,14 @@ async def test_every_call_has_an_answer_and_is_counted(tmp_path: Path, monkeypat
 async def test_a_tool_that_hangs_is_killed_with_all_that_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child = tmp_path / "child"
-    async with pool_of(**write_tools(tmp_path, monkeypatch), deadline_s=patience(2.0)) as (pool, role):
-        said = await pool.call(ToolCall("hangs", {"file": str(child)}))
-        assert said.startswith("error: no answer within") and counted(role, "deadline") == 1
-        assert await pool.call(ToolCall("add", {"a": 4})) == "5", "another process is there"
+    """A busy machine may need several calls until one gets so far as to start a child, and until one is answered."""
+    child, calls = tmp_path / "child", 0
+    async with pool_of(**write_tools(tmp_path, monkeypatch), deadline_s=1.0) as (pool, role):
+        while not (child.exists() and child.read_text()):
+            said, calls = await pool.call(ToolCall("hangs", {"file": str(child)})), calls + 1
+            assert said.startswith("error: no answer within") and counted(role, "deadline") == calls
+        while (said := await pool.call(ToolCall("add", {"a": 4}))) != "5":
+            assert said.startswith("error: no answer within"), "another process is there"
         stat = Path(f"/proc/{child.read_text()}/stat")
         await until(lambda: not stat.exists() or stat.read_text().split()[2] == "Z", "the child is gone")
 
