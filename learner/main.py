@@ -3,7 +3,7 @@
     intake (ROUTER) -> DEALER -> Train | SyncWeights | SaveCheckpoint | ExportModel | Stop
                                    rank 0 -> LearnerReply -> dispatcher
 
-    torchrun ... -m learner.main --plan runs/<name>/plan.json
+    python -m learner.main --plan runs/<name>/plan.json      the only rank; of several, each by torchrun
 
 Every rank gets every command, so that collectives meet; only rank 0 answers. A rank that fails ends the process, and
 torchrun ends the others: the run goes back to the last checkpoint.
@@ -300,7 +300,7 @@ def _restore(plan: Plan, trainer: Trainer) -> None:
 
 
 def main() -> None:
-    """Entry point of torchrun's workers."""
+    """Entry point of a rank."""
     plan, _ = role_arguments("One learner rank.")
     configure_logging(f"learner-{os.environ.get('RANK', '0')}")
     try:

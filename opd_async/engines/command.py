@@ -44,7 +44,8 @@ def engine_command(
         "--counters-file": counters_file,
     }
     given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
-    return (sys.executable, "-m", "opd_async.actors.engine.server", *given)
+    # Requests and answers are token ids only, as on SGLang.
+    return (sys.executable, "-m", "opd_async.actors.engine.server", *given, "--skip-tokenizer-init")
 
 
 def engine_environment(section: EngineSection, devices: Sequence[str], spare_port: int) -> dict[str, str]:

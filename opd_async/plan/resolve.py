@@ -30,6 +30,8 @@ KEYS_FOLDER = "keys"
 """Below the run's folder, while the run lasts: the keys of engines that take them from a file only."""
 LAST_PORT = 65535
 _SECRETS = ("--api-key", "--admin-api-key")
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+"""Environment of a learner's only rank: what the launcher's own environment says of ranks is about others."""
 
 PortKey = tuple[str, str]
 """Role name and purpose."""
@@ -223,6 +225,8 @@ def _role(
             # Ranks of one host meet on it, whatever address the other roles bind.
             master = ("127.0.0.1" if hosts == 1 else first, ports[role_name(kind, 0), "master"])
             command = _learner_command(len(devices), (hosts, index), master, plan_file)
+            if hosts == len(devices) == 1:
+                env |= ALONE
         case RoleKind.INTAKE:
             command = (sys.executable, "-m", "opd_async.actors.intake", "--plan", plan_file)
         case RoleKind.TEACHER | RoleKind.ROLLOUT:
@@ -288,12 +292,15 @@ def _engine(topology: Topology, kind: RoleKind, index: int) -> tuple[ModelSectio
 
 def _learner_command(ranks: int, node: tuple[int, int], master: tuple[str, int], plan_file: str) -> tuple[str, ...]:
     """The command of one host's `ranks`; `node` is (hosts of the learner, which of them this is)."""
+    rank = ("-m", "opd_async.learner.main", "--plan", plan_file)
+    if node[0] == ranks == 1:  # nobody to meet and nobody to end: a torchrun would import torch before the rank does
+        return (sys.executable, *rank)
     # it prints what ranks print; a folder for logs of its own would stay behind in /tmp
     launcher = (sys.executable, "-m", "opd_async.cluster.ranks", "--nnodes", str(node[0]), "--log-dir", os.devnull)
     number = ("--node-rank", str(node[1])) if node[0] > 1 else ()
     local = (*number, "--nproc-per-node", str(ranks), "--max-restarts", "0")
     meeting = ("--master-addr", master[0], "--master-port", str(master[1]))
-    return (*launcher, *local, *meeting, "-m", "opd_async.learner.main", "--plan", plan_file)
+    return (*launcher, *local, *meeting, *rank)
 
 
 def describe_plan(plan: Plan) -> str:

@@ -53,8 +53,10 @@ def test_commands(tmp_path: Path) -> None:
     overrides = ["learner.data_parallel=2", "engines.student.admin_api_key=s3cret", "seed=7", "network.base_port=30000"]
     plan = make_plan(small_topology(tmp_path, "engines.student.replicas=2", *overrides))
     engine = plan.role(RoleKind.STUDENT_ENGINE, 1)
-    options = dict(zip(engine.command[3::2], engine.command[4::2], strict=True))
-    assert engine.command[:3] == (sys.executable, "-m", "opd_async.actors.engine.server")
+    *command, ids_only = engine.command
+    assert command[:3] == [sys.executable, "-m", "opd_async.actors.engine.server"]
+    assert ids_only == "--skip-tokenizer-init"
+    options = dict(zip(command[3::2], command[4::2], strict=True))
     assert options == {
         "--model-path": str(tmp_path / "student"),
         "--host": "127.0.0.1",
@@ -86,6 +88,16 @@ def test_commands(tmp_path: Path) -> None:
     assert " --max-restarts 0 " in text
     assert f"--master-addr 127.0.0.1 --master-port {learner.ports['master']}" in text
     assert text.endswith(f"-m opd_async.learner.main --plan {plan_file}")
+
+
+def test_a_rank_alone_is_started_without_a_starter_of_ranks(tmp_path: Path) -> None:
+    """It is alone, whatever the environment of the launcher says of ranks."""
+    plan = make_plan(small_topology(tmp_path))
+    learner = plan.role(RoleKind.LEARNER, 0)
+    plan_file = str(plan.run_folder / "plan.json")
+    assert learner.command == (sys.executable, "-m", "opd_async.learner.main", "--plan", plan_file)
+    assert (learner.env["RANK"], learner.env["LOCAL_RANK"], learner.env["WORLD_SIZE"]) == ("0", "0", "1")
+    assert "RANK" not in make_plan(small_topology(tmp_path, "learner.data_parallel=2")).role(RoleKind.LEARNER, 0).env
 
 
 def test_external_engines_have_no_process(tmp_path: Path) -> None:
