@@ -30,10 +30,10 @@ quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
 	$(BIN)/python -m opd_async.launch --topology examples/quickstart.yaml $(QUICKSTART_$(ENGINE)) --overwrite
 
-# Two workers: whole runs spend much of their time waiting for processes to start.
+# Three workers, on two cores: whole runs also wait, for processes, deadlines and one another. Pieces: tests/conftest.py.
 test: install trackers kernels
 	requirements/tools.sh
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3
 
 # Faults at random, thrown at whole runs; `make chaos CHAOS="--faults 500"` takes hours.
 CHAOS ?= --minutes 3
