@@ -1,10 +1,10 @@
-"""Two learner ranks that put all models through one layout; started by torchrun from test_ranks.
+"""Two learner ranks that put all models through all layouts; started by torchrun from test_ranks.
 
-    torchrun --nproc-per-node 2 learner_ranks.py <folder of models> <folder for results> <layout>
+    torchrun --nproc-per-node 2 learner_ranks.py <folder of models> <folder for results>
 
-`<results>/teacher` is a Hugging Face folder, `<results>/teacher-megatron` its checkpoint; the layout before this one
-has left its own there. Rank 0 writes `<layout>.json`: for each model what the steps reported, and whether exports were
-exact.
+`<results>/teacher` is a Hugging Face folder, `<results>/teacher-megatron` its checkpoint; each layout leaves its own
+checkpoints there for the next one. Rank 0 writes `<layout>.json`: for each model what the steps reported, and whether
+exports were exact.
 """
 
 from __future__ import annotations
@@ -247,21 +247,26 @@ def resumptions(
     return report
 
 
-def main() -> None:
+def report(name: str, models: Path, results: Path) -> None:
     """All models through one layout."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    models, results, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     tried = [model for model in sorted(models.iterdir()) if name in layouts(model.name)]
     reports = {model.name: run_layout(name, model, results) for model in tried}
     # the last stage of a pipeline is not rank 0, and only that stage knows the log-probabilities
     everyone: list[Any] = [None, None]
-    dist.all_gather_object(everyone, {kind: report["logprobs"] for kind, report in reports.items()})
+    dist.all_gather_object(everyone, {kind: found["logprobs"] for kind, found in reports.items()})
     if dist.get_rank() == 0:
-        for kind, report in reports.items():
-            report["logprobs"] = everyone[0][kind] or everyone[1][kind]
+        for kind, found in reports.items():
+            found["logprobs"] = everyone[0][kind] or everyone[1][kind]
         (results / f"{name}.json").write_text(json.dumps(reports), encoding="utf-8")
     dist.barrier()
+
+
+def main() -> None:
+    """All models through all layouts."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for name in LAYOUTS:
+        report(name, Path(sys.argv[1]), Path(sys.argv[2]))
     parallel.stop()
 
 
