@@ -43,7 +43,7 @@ def test_the_calculators_answers_are_given_and_never_trained(tmp_path: Path) -> 
         "evaluation.every_steps": 2,
         "evaluation.prompts": 40,
         "evaluation.during_prompts": 8,
-        "telemetry.samples_per_step": 8,
+        "telemetry.samples_per_step": 64,
     }
     options = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     file = tmp_path / "calculator.yaml"
