@@ -54,7 +54,11 @@ def test_a_run_goes_on_split_in_other_ways(inputs: Path, tmp_path: Path) -> None
 
 
 def test_a_run_whose_folder_is_lost_goes_on_from_its_uploads(inputs: Path, tmp_path: Path) -> None:
+    """With the prompts that it began with: others under their name are refused."""
     values = topology(inputs, tmp_path, schedule__steps=4)
+    prompts = tmp_path / "prompts.jsonl"
+    values["data"]["train"]["path"] = str(prompts)
+    prompts.write_bytes((inputs / "prompts.jsonl").read_bytes())
     values["checkpoint"] = {"every_steps": 2, "keep": 1, "upload": f"file://{tmp_path}/store"}
     file, folder = write_topology(values, tmp_path / "run.yaml"), tmp_path / "run"
     with Launch(file) as run:
@@ -66,6 +70,7 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_uploads(inputs: Path, tmp_p
     assert copied.read_bytes() == kept.read_bytes()
     counted = json.loads((folder / "counters" / "launcher.json").read_text())
     assert counted['["opd_launcher_uploads_total", ["result", "done"]]'] >= 2
+    check_refused_with_other_prompts(file, prompts)
     shutil.rmtree(folder)
     with Launch(file, "--resume", "--set", "schedule.steps=6") as run:
         assert run.wait() == 0, run.text()
@@ -74,24 +79,19 @@ def test_a_run_whose_folder_is_lost_goes_on_from_its_uploads(inputs: Path, tmp_p
     assert left_running(tmp_path, inputs) == []
 
 
-def test_a_swapped_prompts_file_is_refused(inputs: Path, tmp_path: Path) -> None:
-    values = topology(inputs, tmp_path, schedule__steps=1)
-    prompts = tmp_path / "prompts.jsonl"
-    values["data"]["train"]["path"] = str(prompts)
-    prompts.write_bytes((inputs / "prompts.jsonl").read_bytes())
-    file = write_topology(values, tmp_path / "run.yaml")
-    with Launch(file) as run:
-        assert run.wait() == 0, run.text()
+def check_refused_with_other_prompts(file: Path, prompts: Path) -> None:
+    """A run that is at its end is not resumed for further steps on a file that was swapped; the file is put back."""
     first, *rest = prompts.read_text().splitlines()
     changed = json.loads(first) | {"prompt": "t40 t41 t42"}
     prompts.write_text("\n".join([json.dumps(changed), *rest]) + "\n")
-    words = command(file, "--resume", "--set", "schedule.steps=2")
+    words = command(file, "--resume", "--set", "schedule.steps=6")
     ended = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert (
         f"the run began with other content in these; bring it back, or choose another name:\n  data.train: {prompts}"
         in (ended.stderr)
     )
+    prompts.write_text("\n".join([first, *rest]) + "\n")
 
 
 def test_evaluations_over_launches(inputs: Path, tmp_path: Path) -> None:

@@ -149,16 +149,24 @@ def test_a_signal_while_the_program_is_loaded(inputs: Path, tmp_path: Path) -> N
     assert (done.returncode, done.stderr) == (130, "stopped by a signal; nothing was started\n")
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run(inputs: Path, tmp_path: Path) -> None:
-    """`python -m opd_async.launch ... | head -n 1`, in a locale without the characters of the table."""
+def test_a_lost_reader_and_under_nohup_a_lost_terminal_do_not_end_the_run(inputs: Path, tmp_path: Path) -> None:
+    """`nohup python -m opd_async.launch ... | head -n 1`, in a locale without the characters of the table."""
     file = write_topology(topology(inputs, tmp_path, schedule__steps=3), tmp_path / "run.yaml")
     words = environment() | {"PYTHONIOENCODING": "ascii"}
     with subprocess.Popen(
-        command(file), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=words
+        ["nohup", *command(file)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=words,
     ) as run:
         assert run.stdout is not None
         assert "starting 6 processes" in run.stdout.readline()
         run.stdout.close()
+        wait_for_steps(run, tmp_path / "run", 1)
+        run.send_signal(signal.SIGHUP)
         assert run.wait() == 0
     assert len(steps(tmp_path / "run")) == 3 and (tmp_path / "run" / "report.json").is_file()
     log = (tmp_path / "run" / "logs" / "launcher.log").read_text(encoding="utf-8")
@@ -189,14 +197,3 @@ def take_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
-def test_under_nohup_a_lost_terminal_does_not_matter(inputs: Path, tmp_path: Path) -> None:
-    file = write_topology(topology(inputs, tmp_path, schedule__steps=3), tmp_path / "run.yaml")
-    with subprocess.Popen(
-        ["nohup", *command(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment()
-    ) as run:
-        wait_for_steps(run, tmp_path / "run", 1)
-        run.send_signal(signal.SIGHUP)
-        assert run.wait() == 0
-    assert len(steps(tmp_path / "run")) == 3
