@@ -122,6 +122,35 @@ def test_a_run_in_an_allocation_survives_what_it_can_and_leaves_nothing(
     assert len(texts) > 8 and not any(secret in text.read_text() for text in texts)
 
 
+@pytest.mark.parametrize("script", ["slurm.sbatch", "agents.sbatch"])
+def test_a_time_limit_that_comes_near_ends_a_run_in_order_and_another_job_goes_on(
+    slurm: SlurmLab, inputs: Path, tmp_path: Path, script: str
+) -> None:
+    """Five minutes before the limit, as both scripts say: a checkpoint, code 130, nothing left; then `--resume`."""
+    values = settings(inputs, tmp_path, 3, schedule__steps=100_000)
+    if script == "slurm.sbatch":
+        del values["cluster"]["nodes"], values["cluster"]["backend"]
+    file, folder = tmp_path / "run.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump(values))
+    job = slurm.submit("--nodes=3", "--time=20", str(EXAMPLES / script), str(file))
+    until(lambda: len(steps(folder)) >= 3, lambda: f"three steps of\n{slurm.said()}", 180)
+    assert slurm.ask("scontrol", "update", f"JobId={job}", "TimeLimit=5").returncode == 0  # Slurm looks twice a minute
+    until(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), lambda: f"the end of\n{slurm.said()}", 120)
+    assert slurm.state(job) == "FAILED", f"{slurm.state(job)}, and not by its limit\n{slurm.said()}"
+    assert "ExitCode=130:0" in slurm.ask("scontrol", "--oneliner", "show", "job", job).stdout, slurm.said()
+    done = len(steps(folder))
+    assert f"stopped by a signal, saved after step {done} of 100,000; go on with --resume" in slurm.said()
+    until(lambda: slurm.left() == [], lambda: f"the end of {slurm.left()}", 30)
+
+    slurm.output = tmp_path / "resumed.out"
+    job = slurm.submit(
+        "--nodes=3", str(EXAMPLES / script), str(file), "--resume", "--set", f"schedule.steps={done + 2}"
+    )
+    until(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING", "PENDING"), lambda: slurm.said(), 180)
+    assert slurm.state(job) == "COMPLETED", slurm.said()
+    check_trained(folder, 1, done + 2)
+
+
 def test_what_cannot_start_is_said_at_once(slurm: SlurmLab, inputs: Path, tmp_path: Path) -> None:
     """Outside of an allocation, more nodes than it has, a Python that is not there, a launcher that is killed."""
     values = settings(inputs, tmp_path, 3)
