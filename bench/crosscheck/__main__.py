@@ -116,7 +116,7 @@ def topology(scenario: Scenario, schedule: dict[str, Any], folder: Path) -> Topo
             "run_dir": str(folder),
             "models": {side: {"path": str(MODEL)} for side in ("student", "teacher")},
             "data": {"train": {"path": "none.jsonl"}},
-            "engines": {"student": engine, "teacher": engine},
+            "engines": {"student": engine | {"replicas": scenario.engines}, "teacher": engine},
             "rollout": {
                 "slots": work.slots,
                 "chunk_tokens": work.chunk_tokens,

@@ -21,20 +21,28 @@ UPDATE_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A balanced workload of `slots` slots. `lengths` is a distribution as `parse_lengths` reads it."""
+    """A balanced workload of `engines` student engines with `slots` slots each, whose teacher and learner are that many
+    times as fast. `lengths` is a distribution as `parse_lengths` reads it."""
 
     lengths: str = "200,1600,1638"
     slots: int = 32
     scale: float = 1.0
     lengths_seed: int = 0
+    engines: int = 1
 
     def workload(self) -> Workload:
         """The costs, in virtual seconds."""
+        one, count = balanced(parse_lengths(self.lengths), slots=self.slots), self.engines
         return dataclasses.replace(
-            balanced(parse_lengths(self.lengths), slots=self.slots),
+            one,
+            engines=count,
+            slots=one.slots * count,
+            samples_per_step=one.samples_per_step * count,
+            score=dataclasses.replace(one.score, token_s=one.score.token_s / count),
+            train=dataclasses.replace(one.train, token_s=one.train.token_s / count),
             prompt_tokens=PROMPT_TOKENS,
             chunk_tokens=CHUNK_TOKENS,
-            batch_tokens=BATCH_TOKENS,
+            batch_tokens=BATCH_TOKENS * count,
             sync_s=UPDATE_S,
         )
 
@@ -54,10 +62,14 @@ class Scenario:
         return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a scenario."""
+def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The options of a scenario; `several`: of one for each of some numbers of engines."""
     default = Scenario()
     parser.add_argument("--lengths", default=default.lengths, help="as for bench.schedules")
-    parser.add_argument("--slots", type=int, default=default.slots, help="responses that are generated at once")
+    parser.add_argument("--slots", type=int, default=default.slots, help="responses that an engine generates at once")
     parser.add_argument("--scale", type=float, default=default.scale, help="virtual seconds in a second")
     parser.add_argument("--lengths-seed", type=int, default=default.lengths_seed)
+    if several:
+        parser.add_argument("--engines", type=int, nargs="+", default=[1, 2, 4, 8], help="student engines")
+    else:
+        parser.add_argument("--engines", type=int, default=default.engines, help="student engines")

@@ -74,6 +74,24 @@ def test_a_step_of_the_learner_takes_what_the_virtual_one_does() -> None:
     assert step_seconds(cost, step) == pytest.approx(cost.floor_s + cost.segment_s(100, 60) + cost.segment_s(40, 30))
 
 
+def test_a_fleet_has_as_much_of_everything_for_each_engine() -> None:
+    one, four = SMALL.workload(), Scenario("20,150,200", slots=4, scale=4.0, engines=4).workload()
+    for rate in ("rollout", "teacher", "learner"):
+        assert getattr(four.rates(), rate) == pytest.approx(4 * getattr(one.rates(), rate)), rate
+    assert four.samples_per_step == 4 * one.samples_per_step
+
+
+def test_real_roles_run_on_one_engine_and_on_two(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    options = ["--slots", "4", "--lengths", SMALL.lengths, "--scale", "4", "--steps", "6", "--engines", "1", "2"]
+    command = [sys.executable, "-m", "opd_async.bench.crosscheck.fleet", *options, "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(240), check=False)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(file.read_text())
+    assert list(written) == ["1", "2"] and all(found["real"]["age_max"] <= 1 for found in written.values())
+    assert done.stdout.splitlines()[-2].startswith("| 1 | ") and "| 1.00 |" in done.stdout.splitlines()[-2]
+
+
 @pytest.mark.parametrize("rule", ["deadline", "filled"])
 def test_real_roles_run_on_simulated_devices(tmp_path: Path, rule: str) -> None:
     file = tmp_path / "figures.json"

@@ -1,0 +1,59 @@
+"""Tokens a second by the number of student engines: real roles on simulated devices, beside the virtual clock.
+
+    python -m bench.crosscheck.fleet [--engines 1 2 4 8] [--scale 0.25] [--steps 12] [--json FILE]
+
+With each number of engines, a run of as many times the slots and responses a step, a teacher and a learner as many
+times as fast: throughput that follows the number has the same figure for each engine. What does not grow with them is
+one of each: launcher, rollout actor, teacher actor, intake. `--scale` as for `python -m bench.crosscheck`: all
+processes share this machine's processors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from opd_async.bench.crosscheck.__main__ import Asked, Figures, real, virtual
+from opd_async.bench.crosscheck.scenario import Scenario, add_arguments
+from opd_async.config.topology import StepRule, TrainOn
+from opd_async.files import write_atomically
+
+HEAD = "| engines | tokens/s, virtual clock | tokens/s, real roles | for each engine, relative to the first row |\n"
+
+
+def row(engines: int, found: Figures, predicted: Figures, first: float) -> str:
+    """A line of the table; `first` is tokens a second for each engine of the first row."""
+    share = found.tokens_per_s / engines / first
+    return f"| {engines} | {predicted.tokens_per_s:,.0f} | {found.tokens_per_s:,.0f} | {share:.2f} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run with each number of engines, and print the table."""
+    parser = argparse.ArgumentParser(description="Throughput of real roles by the number of simulated engines.")
+    add_arguments(parser, several=True)
+    parser.set_defaults(scale=0.25, slots=16)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args(arguments)
+    asked = Asked(TrainOn.TOKENS, StepRule.FILLED, 1, options.steps)
+    both: dict[int, dict[str, Figures]] = {}
+    for engines in options.engines:
+        values = {**vars(options), "engines": engines}
+        scenario = Scenario.of(argparse.Namespace(**values))
+        with tempfile.TemporaryDirectory() as folder:
+            both[engines] = {"real": real(scenario, asked, Path(folder)), "virtual": virtual(scenario, asked)}
+    first, figures = next(iter(both.items()))
+    print(f"{HEAD}|---:|---:|---:|---:|")
+    for engines, found in both.items():
+        print(row(engines, found["real"], found["virtual"], figures["real"].tokens_per_s / first))
+    if options.json is not None:
+        content = {count: {name: dataclasses.asdict(one) for name, one in of.items()} for count, of in both.items()}
+        write_atomically(options.json, json.dumps(content, indent=2).encode())
+
+
+if __name__ == "__main__":
+    main()
