@@ -14,9 +14,8 @@ from deadlines import patience
 from harness import ROOT
 from lab import Lab, until
 
-FENCE_S = 12.0
-LOST_S = FENCE_S + patience(2)
-"""A busy machine may keep an agent so long from obeying its fence."""
+FENCE_S, LOST_S = 12.0, 24.0
+"""What is between them a busy machine may keep an agent from obeying its fence."""
 TRIES = 5
 SECRET = "the secret of a lab, which nobody has to guess"
 SLEEPER = "one that only sleeps"
