@@ -139,7 +139,7 @@ def test_a_time_limit_that_comes_near_ends_a_run_in_order_and_another_job_goes_o
     assert slurm.state(job) == "FAILED", f"{slurm.state(job)}, and not by its limit\n{slurm.said()}"
     assert "ExitCode=130:0" in slurm.ask("scontrol", "--oneliner", "show", "job", job).stdout, slurm.said()
     done = len(steps(folder))
-    assert f"stopped by a signal, saved after step {done} of 100,000; go on with --resume" in slurm.said()
+    assert f"stopped by a signal, saved after step {done} of 100000; go on with --resume" in slurm.said()
     until(lambda: slurm.left() == [], lambda: f"the end of {slurm.left()}", 30)
 
     slurm.output = tmp_path / "resumed.out"
