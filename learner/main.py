@@ -70,7 +70,7 @@ class Link:
         self._context: zmq.Context[Any] = zmq.Context()
         self._commands = self._context.socket(zmq.DEALER)
         _introduce(self._commands, f"rank-{rank}")
-        self._commands.connect(plan.batches)
+        self._commands.connect(plan.batches[plan.intake_of_rank(rank)])
         self._replies = None
         self._name = plan.role(RoleKind.LEARNER, 0).name
         self._deadline_s = plan.topology.supervisor.step_deadline_s

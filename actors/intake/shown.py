@@ -28,6 +28,11 @@ FOLLOWED = 8
 """Cut responses that are followed, for each response of a step that is shown."""
 
 
+def shown_by(per_step: int, index: int, intakes: int) -> int:
+    """How many responses of each step the intake `index` shows, of so many for all."""
+    return per_step // intakes + (index < per_step % intakes)
+
+
 @dataclass(slots=True, kw_only=True)
 class _Parts:
     """The parts of one response so far; arrays hold at most `SHOWN_TOKENS` tokens together."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from opd_async.config.topology import LearnerSection, Topology
 from opd_async.estimators.advantages import Outcome, estimate
 from opd_async.scheduling import packing
+from opd_async.scheduling.assembly import Assembler, Sample
 from opd_async.scheduling.segments import Segment
 from opd_async.telemetry.trace import TRAINED, Trace
 from opd_async.transport import messages as m
@@ -36,6 +37,22 @@ class Taken(NamedTuple):
     """Of a further sample: the leased one whose episode has begun it."""
     turns: tuple[tuple[int, float], ...] = ()
     """Of `reward`, what turns have earned: (position after the turn, how much)."""
+
+
+def taken_of(assembler: Assembler, sample: Sample, end: int, *, complete: bool) -> Taken:
+    """Take what is held of a sample before `end`; `complete`: that is its end."""
+    return Taken(
+        sample_id=sample.sample_id,
+        end=end,
+        complete=complete,
+        segment=assembler.take_to(sample, end, complete=complete),
+        reward=sample.reward,
+        finish=sample.finish,
+        prompt_id=sample.prompt_id,
+        given=sample.given,
+        episode=sample.episode,
+        turns=sample.turns,
+    )
 
 
 def give_advantages(taken: list[Taken], topology: Topology) -> list[Outcome]:
@@ -77,11 +94,20 @@ def _by_token(one: Taken, segment: Segment) -> NDArray[np.float32]:
 
 
 def pack(
-    segments: list[Segment], version: int, learner: LearnerSection, *, part: int = 0, last: bool = True
+    segments: list[Segment],
+    version: int,
+    learner: LearnerSection,
+    *,
+    part: int = 0,
+    last: bool = True,
+    intakes: int = 1,
+    whole: packing.Whole | None = None,
 ) -> list[m.Train]:
-    """A part of the step at `version`, or all of it, as one message for each data-parallel rank."""
-    ranks, tokens = learner.data_parallel, learner.micro_batch_tokens
-    return [packing.to_message(batch) for batch in packing.pack(segments, version, ranks, tokens, part=part, last=last)]
+    """A part of the step at `version`, or all of it, as one message for each data-parallel rank; of one intake's share
+    for its ranks, where there are several."""
+    ranks, tokens = learner.data_parallel // intakes, learner.micro_batch_tokens
+    batches = packing.pack(segments, version, ranks, tokens, part=part, last=last, whole=whole)
+    return [packing.to_message(batch) for batch in batches]
 
 
 def part_started(version: int, tokens: int, taken: list[Taken]) -> m.PartStarted:

@@ -19,10 +19,19 @@ import numpy as np
 from opd_async.actors.intake.figures import StepFigures
 from opd_async.actors.intake.filtering import GroupFilter
 from opd_async.actors.intake.open_step import OpenStep, segments_of
+from opd_async.actors.intake.others import OtherIntakes
 from opd_async.actors.intake.ranks import LearnerRanks
 from opd_async.actors.intake.report import describe_filtered, describe_rewards, describe_step
-from opd_async.actors.intake.shown import ShownSamples
-from opd_async.actors.intake.steps import Taken, give_advantages, pack, part_started, step_started, trace_part
+from opd_async.actors.intake.shown import ShownSamples, shown_by
+from opd_async.actors.intake.steps import (
+    Taken,
+    give_advantages,
+    pack,
+    part_started,
+    step_started,
+    taken_of,
+    trace_part,
+)
 from opd_async.actors.intake.unacknowledged import Unacknowledged
 from opd_async.config.rewards import RewardKind
 from opd_async.config.topology import ScheduleSection, StepRule, TrainOn
@@ -36,6 +45,7 @@ from opd_async.scheduling.filled_steps import FilledSteps
 from opd_async.scheduling.segments import Segment
 from opd_async.scheduling.step_policy import DeadlineCuts, StepPolicy, WholeSamples
 from opd_async.transport import messages as m
+from opd_async.transport.to_intakes import intake_of
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +66,16 @@ def make_policy(schedule: ScheduleSection, group_size: int) -> StepPolicy:
 class StepTaker:
     """Asks the policy whenever the learner has nothing to do, and sends what it chooses."""
 
-    def __init__(self, role: Role, ranks: LearnerRanks, unacknowledged: Unacknowledged) -> None:
+    def __init__(self, role: Role, ranks: LearnerRanks, unacknowledged: Unacknowledged, others: OtherIntakes) -> None:
         topology = self._topology = role.plan.topology
         self._role = role
         self._metrics = role.metrics
-        self._ranks = ranks
+        self._ranks, self._others = ranks, others
         self._unacknowledged = unacknowledged
         self._policy = make_policy(topology.schedule, topology.rollout.group_size)
         self._filter = GroupFilter(topology.schedule.filter, topology.rollout.group_size)
         self._figures = StepFigures(topology, role.metrics)
-        self._shown = ShownSamples(topology.telemetry.samples_per_step)
+        self._shown = ShownSamples(shown_by(topology.telemetry.samples_per_step, 0, others.intakes))
         if (bound := topology.schedule.max_staleness) is not None:
             self._metrics["opd_intake_bound_steps"].set(bound)
         self.assembler = Assembler()
@@ -83,6 +93,7 @@ class StepTaker:
     def begin(self, assembler: Assembler, steps: int, trained: TrainedRecord) -> None:
         """Go on after so many `steps` with what is held."""
         self.assembler, self.steps, self._trained = assembler, steps, trained
+        self._others.assembler = assembler
 
     # --- what is told ------------------------------------------------------------------------------------------------
 
@@ -180,19 +191,7 @@ class StepTaker:
         complete, end = sample.finish is not None, sample.scored_end
         if complete:
             self._unacknowledged.before_end(sample)
-        segment = self.assembler.take(sample)
-        return Taken(
-            sample_id=sample.sample_id,
-            end=end,
-            complete=complete,
-            segment=segment,
-            reward=sample.reward,
-            finish=sample.finish,
-            prompt_id=sample.prompt_id,
-            given=sample.given,
-            episode=sample.episode,
-            turns=sample.turns,
-        )
+        return taken_of(self.assembler, sample, end, complete=complete)
 
     async def _part(self, version: int, taken: list[Taken], closes: bool) -> None:
         """Send a part of the open step to the learner; with the last one the step is accounted for."""
@@ -207,11 +206,28 @@ class StepTaker:
             await self._role.control.send(self._closed(version, step, taken))
         else:
             await self._role.control.send(part_started(version, step.tokens, taken))
+        await self._send(version, taken, kept, part=part, last=closes)
+        if closes:
+            kept, taken = ([one for one in of if self._others.mine(one.sample_id)] for of in (step.kept, step.taken))
+            for one in self._shown.of_step(kept, taken, version):
+                await self._role.control.send(one)
+
+    async def _send(self, version: int, taken: list[Taken], kept: list[Taken], *, part: int, last: bool) -> None:
+        """Send a part to the ranks: of what other intakes hold, by them."""
+        learner, intakes = self._topology.learner, self._others.intakes
+        mine, whole = segments_of(kept), None
+        if intakes > 1:
+            shares: list[list[Segment]] = [[] for _ in range(intakes)]
+            for segment in mine:
+                shares[intake_of(segment.sample_id, intakes)].append(segment)
+            ranks = learner.data_parallel // intakes
+            whole = await asyncio.to_thread(packing.whole_of, shares, ranks, learner.micro_batch_tokens)
+            await self._others.take(taken, kept, version, whole, part=part, last=last)
+            mine = shares[0]
         # in a thread: a step of a million tokens would hold up everything that arrives meanwhile
-        shares = await asyncio.to_thread(pack, segments, version, self._topology.learner, part=part, last=closes)
-        await self._ranks.send_step(shares)
-        for one in self._shown.of_step(step.kept, step.taken, version) if closes else ():
-            await self._role.control.send(one)
+        options: dict[str, Any] = {"part": part, "last": last, "intakes": intakes, "whole": whole}
+        batches = await asyncio.to_thread(pack, mine, version, learner, **options)
+        await self._ranks.send_step(batches)
 
     def _closed(self, version: int, step: OpenStep, last: list[Taken]) -> m.StepStarted:
         """The step at `version` is complete: nothing more is taken before the next weights are out."""

@@ -11,6 +11,7 @@ from opd_async.plan.plan import Plan
 from opd_async.transport.channels import Push
 from opd_async.transport.door import Passport
 from opd_async.transport.messages import Chunk, ScoredChunk
+from opd_async.transport.to_intakes import ToIntakes
 
 
 class Downstream:
@@ -21,18 +22,23 @@ class Downstream:
         """`sender` is the rollout actor's name, which stands in for a teacher's in chunks that nobody scored."""
         self._scored = plan.topology.opd.on_engines
         self._sender = sender
-        addresses = plan.chunks if self._scored else (plan.scored,)
         passport = Passport.of_environment(sender) if plan.guards_chunks else None
-        self._pushes = [Push(context, address, passport=passport) for address in addresses]
+        chunks, scored = (plan.chunks, ()) if self._scored else ((), plan.scored)
+        self._pushes = [Push(context, address, passport=passport) for address in chunks]
+        self._intakes = ToIntakes(context, scored, passport)
 
     async def send(self, route: int, chunk: Chunk) -> None:
         """Hand a chunk over; waits at the receiver's high-water mark. On cancel: it may or may not have been sent."""
-        await self._pushes[route].send(chunk if self._scored else unscored(chunk, self._sender))
+        if self._scored:
+            await self._pushes[route].send(chunk)
+        else:
+            await self._intakes.send(unscored(chunk, self._sender))
 
     def close(self) -> None:
         """Close the sockets; queued chunks may still leave."""
         for push in self._pushes:
             push.close()
+        self._intakes.close()
 
 
 def unscored(chunk: Chunk, sender: str) -> ScoredChunk:

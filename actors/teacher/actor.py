@@ -42,7 +42,8 @@ from opd_async.scheduling.routing import Deal
 from opd_async.scheduling.score_batches import ScoreItem
 from opd_async.scheduling.unproven import Scored
 from opd_async.transport import messages as m
-from opd_async.transport.channels import Pull, Push
+from opd_async.transport.channels import Pull
+from opd_async.transport.to_intakes import ToIntakes
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class TeacherActor:
         self._bounds = ChunkBounds(plan, self._door.keys)
         guard = self._door if plan.guards_chunks else None
         self._pull = Pull(role.context, plan.chunks[role.mine.index], self._malformed, door=guard)
-        self._push = Push(role.context, plan.scored, passport=role.chunk_passport)
+        self._push = ToIntakes(role.context, plan.scored, role.chunk_passport)
 
     def _client(self, session: aiohttp.ClientSession, url: str) -> EngineClient:
         section, settings = self._role.plan.section(url), self._topology.teacher

@@ -53,7 +53,7 @@ class SimulatedLearner:
         self._cost = scenario.workload().train
         context = zmq.asyncio.Context()
         self._name = plan.role(RoleKind.LEARNER, 0).name
-        self._commands = ControlClient(context, plan.batches, "rank-0", passport=Passport.of_environment("rank-0"))
+        self._commands = ControlClient(context, plan.batches[0], "rank-0", passport=Passport.of_environment("rank-0"))
         self._replies = ControlClient(context, plan.control, self._name, passport=Passport.of_environment(self._name))
         self._version = 0
 

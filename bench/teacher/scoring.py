@@ -233,7 +233,7 @@ async def running(plan: Plan) -> AsyncIterator[Bench]:
         with (
             ControlServer(context, plan.control) as control,
             Push(context, plan.chunks[0]) as push,
-            Pull(context, plan.scored) as pull,
+            Pull(context, plan.scored[0]) as pull,
         ):
             async with Supervisor(_quiet, 5.0) as supervisor, aiohttp.ClientSession() as session:
                 for kind in (RoleKind.TEACHER_ENGINE, RoleKind.TEACHER):

@@ -1,9 +1,10 @@
 """What a token costs on its way: the whole data plane with null engines, and the wire format alone.
 
-    python -m bench.wire [--only plane | codec] [--seconds 8] [--core 0] [--encrypt all | control] [--json FILE]
-                         [--tokens 16384] [--runs 9] [--samples 20]
+    python -m bench.wire [--only plane | intakes | codec] [--seconds 8] [--core 0] [--encrypt all | control]
+                         [--json FILE] [--tokens 16384] [--runs 9] [--samples 20]
 
     data plane   null engine -> rollout actor -> teacher actor (null engine) -> intake -> null learner, dispatcher
+    intakes      chunks -> one intake, or two -> null learner, without and with the teacher's top 8
     codec        arrays -> encode -> PUSH -> loopback TCP -> PULL -> decode -> arrays
 
 Data plane: a run as the launcher starts it, every role a process, but for engines and learner, which answer at once
@@ -35,7 +36,7 @@ from typing import Any
 import numpy as np
 import zmq
 
-from opd_async.bench.wire import cases, roles
+from opd_async.bench.wire import cases, intakes, roles
 from opd_async.bench.wire.run import Figures
 from opd_async.bench.wire.run import measure as measure_plane
 from opd_async.files import write_atomically
@@ -214,7 +215,7 @@ def plane(seconds: float, core: int | None, encrypt: str) -> list[Figures]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the tables, and write the figures where `--json` says."""
     parser = argparse.ArgumentParser(description="Cost of a token on its way from the student's engine to the learner.")
-    parser.add_argument("--only", choices=("plane", "codec"))
+    parser.add_argument("--only", choices=("plane", "codec", "intakes"))
     parser.add_argument("--seconds", type=float, default=8.0, help="data plane: of each case, in whole steps")
     parser.add_argument("--core", type=int, help="data plane: run all of it on this core")
     parser.add_argument("--encrypt", choices=("all", "control"), default="all", help="data plane: network.encrypt")
@@ -224,14 +225,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)
     report: dict[str, Any] = {"tokens": options.tokens, "runs": options.runs, "samples": options.samples}
-    if options.only != "plane":
+    if options.only in (None, "codec"):
         rows = measure(options.tokens, options.runs, options.samples)
         print(table(rows))
         report["rows"] = [dataclasses.asdict(row) for row in rows]
-    if options.only != "codec":
+    if options.only in (None, "plane"):
         figures = plane(options.seconds, options.core, options.encrypt)
         print(cases.table(figures))
         report["plane"] = [dataclasses.asdict(row) for row in figures]
+    if options.only in (None, "intakes"):
+        carried = [
+            intakes.measure(dataclasses.replace(case, seconds=options.seconds, encrypt=options.encrypt))
+            for case in cases.SHARED
+        ]
+        print(intakes.table(carried))
+        report["intakes"] = [dataclasses.asdict(row) for row in carried]
     if options.json is not None:
         write_atomically(options.json, json.dumps(report, indent=2).encode())
 

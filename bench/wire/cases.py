@@ -17,6 +17,12 @@ def _small_steps(case: Case) -> Case:
     return dataclasses.replace(case, step_tokens=case.step_tokens // 4) if case.chunk_tokens < 256 else case
 
 
+SHARED = tuple(
+    Case(chunk_tokens=CHUNK, event_tokens=CHUNK, http=False, topk=topk, intakes=intakes)
+    for topk in (0, 8)
+    for intakes in (1, 2)
+)
+"""One intake against two."""
 CASES = (
     *(_small_steps(Case(chunk_tokens=size, event_tokens=size, http=False)) for size in (16, 64, 256, CHUNK, 2048)),
     Case(chunk_tokens=CHUNK, event_tokens=INTERVAL, http=False),

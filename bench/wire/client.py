@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from opd_async.actors.client.engine_client import EngineClient, Sampling
 from opd_async.actors.client.replies import Delta, Scores
-from opd_async.bench.wire.pattern import LOGPROBS, SCORES, TOKENS
+from opd_async.bench.wire.pattern import LOGPROBS, SCORES, TOKENS, TOPK_IDS, TOPK_LOGPROBS
+from opd_async.estimators.topk import TopK
 from opd_async.transport.messages import Finish
 
 
@@ -47,7 +48,16 @@ class NullClient(EngineClient):
     async def score(self, requests: Sequence[tuple[NDArray[np.int32], int]]) -> list[Scores]:
         """The pattern of the positions asked for; everything before them is cached."""
         await asyncio.sleep(0)
-        return [Scores(SCORES[start : len(ids)].copy(), len(ids), start - 1) for ids, start in requests]
+        k = self._topk
+        return [
+            Scores(
+                SCORES[start : len(ids)].copy(),
+                len(ids),
+                start - 1,
+                TopK(TOPK_IDS[start : len(ids), :k].copy(), TOPK_LOGPROBS[start : len(ids), :k].copy()) if k else None,
+            )
+            for ids, start in requests
+        ]
 
     async def pause(self, mode: str) -> dict[str, int]:
         """Streams yield nothing more; what they have yielded has arrived."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
 import aiohttp
@@ -57,34 +58,72 @@ class Account:
         return len(batch.rows)
 
 
-async def obey(plan: Plan, mine: RolePlan) -> None:
-    """Commands until Stop."""
-    context, account, version = zmq.asyncio.Context(), Account(), 0
-    with (
-        ControlClient(context, plan.batches, "rank-0", passport=Passport.of_environment("rank-0")) as commands,
-        ControlClient(context, plan.control, mine.name, passport=Passport.of_environment(mine.name)) as up,
-    ):
-        for channel in (commands, up):
-            await channel.send(m.Hello(mine.name, incarnation()))
-        async with aiohttp.ClientSession(raise_for_status=True) as session:
+class Ranks:
+    """All ranks of the learner in one process: a step is trained when each has had its last part of it."""
+
+    def __init__(self, plan: Plan, mine: RolePlan) -> None:
+        self._plan, self._mine = plan, mine
+        self._context, self._account = zmq.asyncio.Context(), Account()
+        self._version = 0
+        self._found = self._told = 0
+        """Tokens of the open step that ranks have been given, and that it is said to have."""
+        self._whole = asyncio.Barrier(plan.topology.learner.ranks)
+
+    async def obey(self) -> None:
+        """Commands until Stop. On cancel: sockets are closed."""
+        try:
+            async with aiohttp.ClientSession(raise_for_status=True) as session, asyncio.TaskGroup() as group:
+                for rank in range(self._plan.topology.learner.ranks):
+                    group.create_task(self._rank(rank, session))
+        finally:
+            self._context.destroy(linger=0)  # sockets that are closed already still deliver what they hold
+
+    async def _rank(self, rank: int, session: aiohttp.ClientSession) -> None:
+        plan, name = self._plan, f"rank-{rank}"
+        with ExitStack() as channels:
+            commands = channels.enter_context(self._channel(plan.batches[plan.intake_of_rank(rank)], name))
+            up = channels.enter_context(self._channel(plan.control, self._mine.name)) if rank == 0 else None
+            for channel in (commands, up):
+                if channel is not None:
+                    await channel.send(m.Hello(self._mine.name, incarnation()))
             while True:
                 command = await commands.receive()
-                stats: dict[str, float] = {}
-                match command:
-                    case m.Train():
-                        found = sum(account.check(batch) for batch in from_message(command).micro_batches)
-                        if found != command.loss_tokens:
-                            raise RoleError(f"step {command.version}: {found} tokens of {command.loss_tokens}")
-                        if not command.last:
+                if isinstance(command, m.Stop):
+                    return
+                if isinstance(command, m.Train):
+                    self._found += sum(self._account.check(batch) for batch in from_message(command).micro_batches)
+                    self._told += command.loss_tokens if rank == 0 else 0
+                    if not command.last:
+                        if rank == 0:
                             await commands.send(m.PartDone(command.version, command.part))
-                            continue
-                        version, stats = command.version + 1, {"checked_tokens": float(account.tokens)}
-                    case m.SyncWeights():
-                        for url in command.engines:
-                            async with session.post(f"{url}/update_weight_version", json={"new_version": str(version)}):
-                                pass
-                    case m.SaveCheckpoint():
-                        await asyncio.to_thread(save_no_weights, Path(command.folder))
-                    case m.Stop():
-                        return
-                await up.send(m.LearnerReply(type(command).__name__, version, None, stats))
+                        continue
+                    await self._whole.wait()
+                if up is not None:
+                    stats = await self._done(command, session)
+                    await up.send(m.LearnerReply(type(command).__name__, self._version, None, stats))
+
+    def _channel(self, address: str, name: str) -> ControlClient:
+        return ControlClient(self._context, address, name, passport=Passport.of_environment(name))
+
+    async def _done(self, command: m.Message, session: aiohttp.ClientSession) -> dict[str, float]:
+        """Do what the first rank does, once for all; returns the figures of its answer."""
+        match command:
+            case m.Train():
+                found, told, self._found, self._told = self._found, self._told, 0, 0
+                if found != told:
+                    raise RoleError(f"step {command.version}: {found} tokens of {told}")
+                self._version = command.version + 1
+                return {"checked_tokens": float(self._account.tokens)}
+            case m.SyncWeights():
+                for url in command.engines:
+                    version = {"new_version": str(self._version)}
+                    async with session.post(f"{url}/update_weight_version", json=version):
+                        pass
+            case m.SaveCheckpoint():
+                await asyncio.to_thread(save_no_weights, Path(command.folder))
+        return {}
+
+
+async def obey(plan: Plan, mine: RolePlan) -> None:
+    """As `Ranks.obey`."""
+    await Ranks(plan, mine).obey()

@@ -1,7 +1,8 @@
 """What null engines answer: a function of the position in the sequence, so that every token can be checked at its end.
 
 `TOKENS` int32[N], `LOGPROBS` and `SCORES` float32[N] hold token, behaviour logprob and teacher logprob of each
-position, prompt included. A prompt begins with its own id, which says later whose tokens a learner was given.
+position, prompt included; `TOPK_IDS` and `TOPK_LOGPROBS` [N, MOST_TOPK] the teacher's most likely ids, the same
+everywhere. A prompt begins with its own id, which says later whose tokens a learner was given.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ _positions = np.arange(CONTEXT_TOKENS, dtype=np.int64)
 TOKENS = (100 + _positions * 7_919 % 140_000).astype(np.int32)
 LOGPROBS = (-0.001 - (_positions * 37 % 1_000) / 500).astype(np.float32)
 SCORES = (-0.001 - (_positions * 91 % 1_000) / 500).astype(np.float32)
+MOST_TOPK = 64
+TOPK_IDS = np.tile(np.arange(MOST_TOPK, dtype=np.int32), (CONTEXT_TOKENS, 1))
+TOPK_LOGPROBS = np.tile(-np.log(2.0) * np.arange(1, MOST_TOPK + 1), (CONTEXT_TOKENS, 1)).astype(np.float32)
 
 
 def prompts(count: int = PROMPTS) -> tuple[Prompt, ...]:

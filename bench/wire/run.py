@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -54,6 +55,10 @@ class Case:
     """Measured at least so long, in whole steps."""
     encrypt: str = "all"
     """`network.encrypt`."""
+    topk: int = 0
+    """Of the teacher's most likely ids, so many come with each token."""
+    intakes: int = 1
+    """`intake.replicas`, and as many learner ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,9 @@ def make_topology(case: Case, folder: Path) -> Topology:
                 "sampling": {"max_response_tokens": case.response_tokens},
             },
             "checkpoint": {"every_steps": 10**6, "export_hf": False},
+            "intake": {"replicas": case.intakes},
+            "learner": {"data_parallel": case.intakes},
+            "opd": {"loss": "reverse_kl_topk", "topk": case.topk} if case.topk else {},
             "supervisor": {"restarts": 0},
             "network": {"encrypt": case.encrypt},
         }
@@ -132,10 +140,10 @@ class Watch:
 
     def __init__(self, plan: Plan, lifecycle: Lifecycle) -> None:
         self._conductor = lifecycle
-        self._ports: dict[str, int] = {
-            role.kind.value: role.ports["metrics"] for role in plan.roles if role.kind.value in ROLES
-        }
-        self._ports["launcher"] = plan.launcher_metrics_port
+        self._ports: list[tuple[str, int]] = [
+            (role.kind.value, role.ports["metrics"]) for role in plan.roles if role.kind.value in ROLES
+        ]
+        self._ports.append(("launcher", plan.launcher_metrics_port))
         self._host = plan.topology.network.bind
 
     async def between(self, case: Case) -> tuple[Moment, Moment]:
@@ -163,9 +171,12 @@ class Watch:
             times = process.cpu_times()
             role = "launcher" if process.pid == psutil.Process().pid else kind if kind in ROLES else "null"
             cpu_s[role] += times.user + times.system
-        pages = {role: await asyncio.to_thread(self._page, port) for role, port in self._ports.items()}
-        lag = {role: buckets(page, f"opd_{role}_loop_lag_seconds") for role, page in pages.items()}
-        tokens = value(pages["intake"], "opd_intake_scored_tokens_total")
+        pages = [(role, await asyncio.to_thread(self._page, port)) for role, port in self._ports]
+        lag: dict[str, dict[float, float]] = {role: defaultdict(float) for role in ROLES}
+        for role, page in pages:
+            for bound, count in buckets(page, f"opd_{role}_loop_lag_seconds").items():
+                lag[role][bound] += count
+        tokens = sum(value(page, "opd_intake_scored_tokens_total") for role, page in pages if role == "intake")
         return Moment(time.perf_counter(), self._steps, tokens, cpu_s, lag)
 
     def _page(self, port: int) -> str:

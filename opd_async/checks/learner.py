@@ -22,6 +22,11 @@ def learner_problems(topology: Topology) -> Iterator[str]:
             f"learner.micro_batch_tokens: {learner.micro_batch_tokens} cannot hold one sample of "
             f"engines.student.context_tokens {context}; write at least {context}"
         )
+    if learner.data_parallel % (intakes := topology.intake.replicas):
+        yield (
+            f"intake.replicas: {intakes} does not divide learner.data_parallel {learner.data_parallel}, whose ranks "
+            f"they share out; write {_divisors(learner.data_parallel)}"
+        )
     if learner.load is not None:
         try:
             shards(learner.load, thorough=True)

@@ -160,6 +160,14 @@ class RolloutSection(Section):
     """An episode whose own code, tools included, takes longer in all has failed. Turns of the student do not count."""
 
 
+class IntakeSection(Section):
+    """The processes that put scored chunks in order and feed the learner. The first one decides what a step trains.
+    Each holds a share of the samples, and packs it for a share of the data-parallel ranks."""
+
+    replicas: Positive = 1
+    """Number of intakes, a divisor of `learner.data_parallel`. One carries about a million tokens per second."""
+
+
 class TeacherSection(Section):
     """Teacher actors; replica i drives the teacher engines whose index is i modulo the number of actors. With several
     teachers each has its own."""

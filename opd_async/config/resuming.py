@@ -24,7 +24,7 @@ MAY_CHANGE = (
     *("rollout.replicas", "rollout.slots", "rollout.chunk_tokens", "rollout.stream_interval"),
     *("rollout.request_retries", "rollout.request_deadline_s", "rollout.resend_after_s", "teacher.*"),
     *("rollout.episode_deadline_s", "rollout.tools.workers", "rollout.tools.deadline_s", "rollout.tools.memory_mib"),
-    "rollout.tools.command",
+    *("rollout.tools.command", "intake.*"),
     *("learner.devices", "learner.tensor_parallel", "learner.pipeline_parallel", "learner.data_parallel"),
     *("learner.context_parallel", "learner.expert_parallel", "learner.micro_batch_tokens"),
     *("learner.logprob_chunk_rows", "learner.recompute", "learner.kernels", "learner.threads", "learner.bucket_mib"),

@@ -19,6 +19,7 @@ from opd_async.config.generating import (
     EngineKind,
     EngineSection,
     EnginesSection,
+    IntakeSection,
     RolloutSection,
     SamplingSection,
     TeacherSection,
@@ -48,6 +49,7 @@ __all__ = (
     "EnginesSection",
     "EvaluationSection",
     "EvaluationSet",
+    "IntakeSection",
     "LearnerSection",
     "ModelSection",
     "ModelsSection",
@@ -102,6 +104,8 @@ class Topology(Section):
     """How responses are generated, and by how many actors."""
     teacher: TeacherSection = TeacherSection()
     """How chunks are scored, and by how many actors."""
+    intake: IntakeSection = IntakeSection()
+    """How scored chunks get to the learner, and by how many processes."""
     learner: LearnerSection = LearnerSection()
     """How the student is trained: parallel sizes, numerics, optimizer, weight updates."""
     opd: OpdSection = OpdSection()

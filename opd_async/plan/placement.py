@@ -74,8 +74,10 @@ def place(topology: Topology) -> Placement:
         raise InputError(problem)
     placement = Placement()
     spots = placement.spots
-    spots[RoleKind.INTAKE] = [Spot(LAUNCHER_HOST, (CPU,))]
-    spots[RoleKind.LEARNER] = _learner(topology, hosts)
+    learner = spots[RoleKind.LEARNER] = _learner(topology, hosts)
+    # where a host of the learner is lost all intakes begin anew, so that those there are no further risk
+    others = [Spot(learner[i % len(learner)].host, (CPU,)) for i in range(1, topology.intake.replicas)]
+    spots[RoleKind.INTAKE] = [Spot(LAUNCHER_HOST, (CPU,)), *others]
     engines = _engines(topology, hosts)
     students = engines.pop("student")
     spots[RoleKind.STUDENT_ENGINE] = students

@@ -76,10 +76,10 @@ class Plan(Section):
     launcher_metrics_port: int
     launcher_host: str = "127.0.0.1"
     """Address of the launcher's host."""
-    scored: str
-    """Endpoint of the intake for scored chunks (PULL)."""
-    batches: str
-    """Endpoint of the intake for learner ranks (ROUTER)."""
+    scored: tuple[str, ...]
+    """Endpoint of each intake for scored chunks (PULL); sample n goes to intake n modulo their number."""
+    batches: tuple[str, ...]
+    """Endpoint of each intake for learner ranks (ROUTER), and of the first one for the other intakes."""
     chunks: tuple[str, ...]
     """Endpoint of each teacher actor for chunks (PULL)."""
     student_engines: tuple[str, ...]
@@ -134,6 +134,15 @@ class Plan(Section):
         """Everybody who may connect to a socket of the run: roles, and the ranks of the learner."""
         ranks = (f"rank-{rank}" for rank in range(self.topology.learner.ranks))
         return tuple(dict.fromkeys((*(role.name for role in self.roles), *self.reserved, *ranks)))
+
+    @property
+    def intakes(self) -> int:
+        """How many intakes there are."""
+        return len(self.scored)
+
+    def intake_of_rank(self, rank: int) -> int:
+        """Index of the intake that a learner rank gets its share of each step from."""
+        return self.topology.learner.data_rank(rank) % self.intakes
 
     @property
     def actors(self) -> dict[int, str]:

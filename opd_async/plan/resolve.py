@@ -84,8 +84,8 @@ def make_plan(topology: Topology, claims: ExitStack | None = None, site: Site | 
         control=f"tcp://{site.addresses[0]}:{ports[LAUNCHER, 'control']}",
         launcher_metrics_port=ports[LAUNCHER, "metrics"],
         launcher_host=site.addresses[0],
-        scored=endpoints(RoleKind.INTAKE, "scored", "tcp")[0],
-        batches=endpoints(RoleKind.INTAKE, "batches", "tcp")[0],
+        scored=endpoints(RoleKind.INTAKE, "scored", "tcp"),
+        batches=endpoints(RoleKind.INTAKE, "batches", "tcp"),
         chunks=endpoints(RoleKind.TEACHER, "chunks", "tcp"),
         student_engines=engines(topology.engines.student, RoleKind.STUDENT_ENGINE),
         teacher_urls={
@@ -148,7 +148,7 @@ def _whereabouts(topology: Topology) -> dict[tuple[RoleKind, int], Spot]:
     counts = {
         RoleKind.TEACHER_ENGINE: len(_teachers_of(topology, RoleKind.TEACHER_ENGINE)),
         RoleKind.STUDENT_ENGINE: _started(topology.engines.student),
-        RoleKind.INTAKE: 1,
+        RoleKind.INTAKE: topology.intake.replicas,
         RoleKind.TEACHER: len(_teachers_of(topology, RoleKind.TEACHER)),
         RoleKind.ROLLOUT: topology.rollout.replicas,
         RoleKind.LEARNER: 1,
@@ -228,7 +228,8 @@ def _role(
             if hosts == len(devices) == 1:
                 env |= ALONE
         case RoleKind.INTAKE:
-            command = (sys.executable, "-m", "opd_async.actors.intake", "--plan", plan_file)
+            which = ("--index", str(index)) if index else ()
+            command = (sys.executable, "-m", "opd_async.actors.intake", "--plan", plan_file, *which)
         case RoleKind.TEACHER | RoleKind.ROLLOUT:
             command = (
                 sys.executable,

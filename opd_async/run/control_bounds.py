@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from opd_async.plan.plan import Plan, RoleKind
+from opd_async.plan.plan import Plan, RoleKind, role_name
 from opd_async.run.barrier import Barrier
 from opd_async.run.evaluation_responses import EVAL_IDS
 from opd_async.run.state import RunState
@@ -38,6 +38,9 @@ SPEAKERS: dict[type, frozenset[RoleKind]] = {
 }
 """Which roles may send which message to the dispatcher, and nobody any other. Learner ranks send beats alone."""
 
+OF_EVERY_INTAKE = (m.Hello, m.Heartbeat, m.Failure, m.TrainedSample)
+"""What other intakes than the first one may send; the rest of `SPEAKERS` is for who decides."""
+
 
 class Run(Protocol):
     """What is asked of the run."""
@@ -53,6 +56,7 @@ class ControlBounds:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._kinds = {role.name: role.kind for role in run.plan.roles}
+        self._first = role_name(RoleKind.INTAKE, 0)
         self._ranks = {f"rank-{rank}" for rank in range(run.plan.topology.learner.ranks)}
         self._newest_step = 0
 
@@ -70,6 +74,8 @@ class ControlBounds:
             return "no role of this run"
         if kind not in SPEAKERS.get(type(message), frozenset()):
             return f"a {kind.value} has none to send"
+        if kind is RoleKind.INTAKE and role != self._first and not isinstance(message, OF_EVERY_INTAKE):
+            return "the first intake alone has any to send"
         if getattr(message, "role", role) != role:
             return f"role {message.role!r}"
         match message:

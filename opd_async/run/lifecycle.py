@@ -335,9 +335,9 @@ class Lifecycle:
         assert dispatcher.state.lost is not None
         self._recoveries += 1
         await fleet.await_restart(dispatcher.state.lost)
-        intake = dispatcher.name_of(RoleKind.INTAKE)
+        intakes = [role.name for role in self._plan.of_kind(RoleKind.INTAKE)]
         learners = [role.name for role in self._plan.of_kind(RoleKind.LEARNER)]
-        for name in (*learners, intake):
+        for name in (*learners, *intakes):
             await fleet.supervisor.stop(name)
         dispatcher.forget()
         script.abandon_evaluation()
@@ -348,8 +348,9 @@ class Lifecycle:
         # those first whose host has to come back: the others would wait for them with a deadline
         for learner in sorted(learners, key=lambda name: not fleet.supervisor.lost(name)):
             await fleet.start(learner, env)
-        await fleet.start(intake, env | {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
-        dispatcher.watch.started(intake)
+        for intake in intakes:
+            await fleet.start(intake, env | {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
+            dispatcher.watch.started(intake)
         self._rewind(dispatcher)
         self._progress.say(f"learner and intake start again from step {version}")
 

@@ -129,6 +129,8 @@ class Script:
         dispatcher, plan = self._dispatcher, self._dispatcher.plan
         deadline_s = self._deadlines.start_deadline_s * len(plan.roles)  # `all_up` gives up long before
         waits: dict[str, Coroutine[Any, Any, Any]] = {INTAKE: dispatcher.mailbox.expect("Frontier", deadline_s, INTAKE)}
+        for role in plan.of_kind(RoleKind.INTAKE)[1:]:
+            waits[role.name] = dispatcher.mailbox.expect(("Hello", role.name), deadline_s, role.name)
         for kind in (RoleKind.LEARNER, RoleKind.ROLLOUT, RoleKind.TEACHER):
             for name in (role.name for role in plan.of_kind(kind)):
                 if kind is RoleKind.LEARNER:  # its first rank speaks for all

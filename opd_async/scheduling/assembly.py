@@ -9,10 +9,10 @@ Pure: no sockets, no clock. A response is trained in order and without gaps, so 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from opd_async.estimators.topk import TopK
 from opd_async.scheduling.chunk_checks import well_formed
 from opd_async.scheduling.further import is_further
+from opd_async.scheduling.held_chunk import HeldChunk
 from opd_async.scheduling.intervals import IntervalSet
 from opd_async.scheduling.marks import Marks
 from opd_async.scheduling.segments import ChunkFacts, Piece, Segment, segment_of
@@ -79,7 +80,7 @@ class Sample:
     """Who scored it."""
     version: int = 0
     """Of the newest scored token."""
-    early: dict[int, ScoredChunk] = field(default_factory=dict)
+    early: dict[int, ScoredChunk | HeldChunk] = field(default_factory=dict)
     order: int = 0
     """When the response finished, relative to others."""
     episode: int | None = None
@@ -136,6 +137,8 @@ class Assembler:
         self.completed = completed or IntervalSet()
         self._marks = Marks()
         self._finished = 0
+        self.on_held: Callable[[Sample, Any], None] = lambda sample, chunk: None
+        """Called with each chunk, in order within its sample, that is held from now on."""
         self._further: defaultdict[int, set[int]] = defaultdict(set)
         """The further samples that are here, by episode."""
 
@@ -154,6 +157,10 @@ class Assembler:
         """
         if not well_formed(chunk, self._topk, self._teacher, self._contrast):
             return Verdict.MALFORMED
+        return self.put(chunk, oldest)
+
+    def put(self, chunk: ScoredChunk | HeldChunk, oldest: int = 0) -> Verdict:
+        """The same for a chunk of which somebody has seen that it is well formed."""
         if chunk.sample_id in self.completed:
             return Verdict.DUPLICATE
         if chunk.attempt < self._attempt_floor:
@@ -197,7 +204,7 @@ class Assembler:
             self._append(sample, following)
         return Verdict.ACCEPTED
 
-    def _next_attempt(self, sample: Sample, chunk: ScoredChunk) -> bool:
+    def _next_attempt(self, sample: Sample, chunk: ScoredChunk | HeldChunk) -> bool:
         """The first chunk of a later attempt: it must bring the prompt and continue what is held."""
         if chunk.context is None or chunk.start != sample.scored_end:
             return False
@@ -208,7 +215,8 @@ class Assembler:
         sample.early.clear()
         return True
 
-    def _append(self, sample: Sample, chunk: ScoredChunk) -> None:
+    def _append(self, sample: Sample, chunk: ScoredChunk | HeldChunk) -> None:
+        self.on_held(sample, chunk)
         if len(chunk.token_ids):
             topk = TopK.of(chunk.topk_ids, chunk.topk_logprobs)
             piece = Piece(
@@ -309,11 +317,21 @@ class Assembler:
     def take(self, sample: Sample) -> Segment | None:
         """Cut everything untrained off `sample` for a step; None when no token of it is to be trained (an empty
         response, or given tokens alone)."""
-        complete = sample.finish is not None
-        segment = _segment(sample, complete) if sample.untrained_tokens else None
-        sample.trained.extend(piece.token_ids for piece in sample.untrained)
-        sample.untrained.clear()
-        sample.trained_end, sample.untrained_given = sample.scored_end, 0
+        return self.take_to(sample, sample.scored_end, complete=sample.finish is not None)
+
+    def take_to(self, sample: Sample, end: int, *, complete: bool) -> Segment | None:
+        """The same of what is untrained before `end`, which is the end of a chunk; `complete`: nothing is behind it."""
+        at, count = sample.trained_end, 0
+        while count < len(sample.untrained) and at < end:
+            at += len(sample.untrained[count].token_ids)
+            count += 1
+        assert at <= end, f"sample {sample.sample_id}: {end} is in the middle of a chunk"
+        pieces, rest = sample.untrained[:count], sample.untrained[count:]
+        segment = _segment(sample, pieces, end, complete) if any(piece.sampled for piece in pieces) else None
+        sample.trained.extend(piece.token_ids for piece in pieces)
+        sample.untrained = rest
+        sample.trained_end = end
+        sample.untrained_given = sum(len(piece.token_ids) for piece in rest if not piece.sampled)
         if complete:
             self._leave(sample)
         return segment
@@ -328,14 +346,14 @@ class Assembler:
                 del self._further[sample.episode]
 
 
-def _segment(sample: Sample, complete: bool) -> Segment:
+def _segment(sample: Sample, pieces: list[Piece], end: int, complete: bool) -> Segment:
     return segment_of(
-        sample.untrained,
+        pieces,
         sample_id=sample.sample_id,
         prompt=sample.prompt,
         trained=sample.trained,
         start=sample.trained_end,
-        end=sample.scored_end,
+        end=end,
         complete=complete,
         teacher=sample.teacher,
         teacher_prompt=sample.teacher_prompt,

@@ -7,6 +7,8 @@ episodes are all completed, as far as they were begun: nobody goes on with one.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -74,6 +76,44 @@ def restore(
         assembler.restore(int(sample_id), tokens, int(given))
     assembler.start_at(frontier.version)
     return assembler
+
+
+def share(frontier: Frontier, holds: Callable[[int], bool]) -> Frontier:
+    """The same with those partly trained samples alone that an intake `holds`."""
+    held = np.array([holds(sample_id) for sample_id in frontier.partial_ids.tolist()], bool)
+    parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
+    tokens = [part for part, mine in zip(parts, held, strict=False) if mine]
+    return replace(
+        frontier,
+        partial_ids=frontier.partial_ids[held],
+        partial_ends=frontier.partial_ends[held],
+        partial_tokens=np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
+        partial_given=given_of(frontier)[held],
+    )
+
+
+def partly(frontier: Frontier) -> Frontier:
+    """The same with nothing but what is partly trained."""
+    return replace(frontier, completed=empty(0).completed)
+
+
+def joined(frontier: Frontier, others: Sequence[Frontier], holds: Callable[[int], bool]) -> Frontier:
+    """The frontier of an intake that does not know the tokens of samples which it does not `hold`, with those of the
+    `others`. `ValueError` names a sample that is not the same on both sides."""
+    known: dict[int, NDArray[np.int32]] = {}
+    for other in others:
+        parts = np.split(other.partial_tokens, np.cumsum(other.partial_ends)[:-1])
+        known |= dict(zip(other.partial_ids.tolist(), parts, strict=False))
+    own = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
+    tokens = []
+    for sample_id, end, mine in zip(frontier.partial_ids.tolist(), frontier.partial_ends.tolist(), own, strict=False):
+        found = mine if holds(sample_id) else known.pop(sample_id, None)
+        if found is None or len(found) != end:
+            raise ValueError(f"sample {sample_id} is trained up to {end}, and its intake says otherwise")
+        tokens.append(found)
+    if known:
+        raise ValueError(f"sample {min(known)} is partly trained by the word of its intake alone")
+    return replace(frontier, partial_tokens=np.concatenate(tokens) if tokens else np.zeros(0, np.int32))
 
 
 def save(frontier: Frontier, folder: Path) -> None:

@@ -40,6 +40,11 @@ class IntervalSet:
             self._lows.insert(at, value)
             self._highs.insert(at, value + 1)
 
+    def fill(self, low: int, high: int) -> None:
+        """Add all of [low, high)."""
+        merged = IntervalSet([*self, (low, high)])
+        self._lows, self._highs = merged._lows, merged._highs
+
     def __contains__(self, value: int) -> bool:
         at = bisect_right(self._lows, value)
         return at > 0 and value < self._highs[at - 1]

@@ -6,6 +6,7 @@ The prefix of a segment is forwarded again with it (its gradient is exact), so a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,14 +21,51 @@ Bin = list[Segment]
 Number = TypeVar("Number", np.int32, np.int64, np.float32)
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What an intake has to know of a step, or of a part, of which it packs a share."""
+
+    loss_tokens: int
+    """Trained tokens of all shares."""
+    micro_batches: int
+    """The largest number that a rank of any share gets."""
+
+
+def whole_of(shares: Sequence[Sequence[Segment]], ranks: int, micro_batch_tokens: int) -> Whole:
+    """What is packed for so many `ranks` of each share."""
+    tokens = sum(segment.tokens for share in shares for segment in share)
+    return Whole(tokens, max(len(_deal(share, ranks, micro_batch_tokens)) // ranks for share in shares))
+
+
 def pack(
-    segments: Sequence[Segment], version: int, ranks: int, micro_batch_tokens: int, *, part: int = 0, last: bool = True
+    segments: Sequence[Segment],
+    version: int,
+    ranks: int,
+    micro_batch_tokens: int,
+    *,
+    part: int = 0,
+    last: bool = True,
+    whole: Whole | None = None,
 ) -> list[StepBatch]:
     """One `StepBatch` per data-parallel rank, all with the same number of micro-batches: of a step, or of its `part`.
 
     Longest first, each into the emptiest bin that it fits; a sequence longer than `micro_batch_tokens` gets a bin of
-    its own. The result depends on the segments alone, not on their order.
+    its own. The result depends on the segments alone, not on their order. Where they are one share of several, `whole`
+    says what all of them come to.
     """
+    bins = _deal(segments, ranks, micro_batch_tokens)
+    loss_tokens = sum(segment.tokens for segment in segments)
+    if whole is not None:
+        loss_tokens = whole.loss_tokens
+        bins.extend([] for _ in range(ranks * whole.micro_batches - len(bins)))
+    return [
+        StepBatch(version, loss_tokens, tuple(micro_batch(group, version) for group in bins[rank::ranks]), part, last)
+        for rank in range(ranks)
+    ]
+
+
+def _deal(segments: Sequence[Segment], ranks: int, micro_batch_tokens: int) -> list[Bin]:
+    """Bins of segments, as many for each rank."""
     bins: list[Bin] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for segment in sorted(segments, key=lambda s: (-s.longest, s.sample_id)):
@@ -39,11 +77,7 @@ def pack(
             loads.extend([0] * ranks)
         bins[at].append(segment)
         loads[at] += length
-    loss_tokens = sum(segment.tokens for segment in segments)
-    return [
-        StepBatch(version, loss_tokens, tuple(micro_batch(group, version) for group in bins[rank::ranks]), part, last)
-        for rank in range(ranks)
-    ]
+    return bins
 
 
 def micro_batch(segments: Sequence[Segment], version: int) -> MicroBatch:

@@ -59,7 +59,9 @@ _COMMANDS = ("Train", "SyncWeights", "SaveCheckpoint", "ExportModel")
 
 BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("sample_id", "sample_ids", "taken_ids", "partial_ids", "prompt_id", "completed", "grant"), _ID),
-    **dict.fromkeys(("episode", "further"), _ID),
+    **dict.fromkeys(("episode", "further", "again_ids", "completed_below", "further_below"), _ID),
+    **dict.fromkeys(("prompt_ids", "episodes"), Range(-1, MAX_ID)),
+    **dict.fromkeys(("lengths", "token_versions", "counted", "further_counts", "turn_counts", "micro_batches"), _COUNT),
     **dict.fromkeys(("attempt", "attempts", "actor", "index", "start", "starts", "ends", "partial_ends"), _COUNT),
     **dict.fromkeys(("taken_ends", "prompt_tokens", "response_tokens", "max_tokens", "ready_tokens"), _COUNT),
     **dict.fromkeys(("version", "next_step", "step", "weight_version", "loss_tokens", "part", "rank", "route"), _COUNT),
@@ -72,6 +74,7 @@ BOUNDS: dict[str, Bound] = {
     "turn_ends": _COUNT,
     **dict.fromkeys(("waited_s", "wait_s", "token_s"), Range(0, NEVER)),
     **dict.fromkeys(("partial_tokens", "staleness_counts", "request", "token"), _ID),
+    **dict.fromkeys(("mean_behaviour_logprobs", "mean_teacher_logprobs"), Range(-1.0e30, 1.0e-3)),
     **dict.fromkeys(("behaviour_logprobs", "student_logprobs", "teacher_logprobs", "contrast_logprobs"), _LOGPROB),
     "topk_ids": Range(NO_TOKEN, MAX_COUNT),
     "topk_logprobs": Range(-math.inf, 1.0e-3),
@@ -79,6 +82,8 @@ BOUNDS: dict[str, Bound] = {
         (
             "complete",
             "taken_complete",
+            "taken_kept",
+            "given_chunks",
             "verify",
             "last",
             "idle",
@@ -92,7 +97,8 @@ BOUNDS: dict[str, Bound] = {
         _FLAG,
     ),
     **dict.fromkeys(("advantages", "weights", "reverse_kl", "forward_kl"), Range(-1.0e30, 1.0e30)),
-    **dict.fromkeys(("rewards", "stats"), _ANY),
+    **dict.fromkeys(("rewards", "stats", "whole_rewards"), _ANY),
+    "segment_weights": Range(-1.0e30, 1.0e30),
     **dict.fromkeys(("reward", "turn_rewards"), Range(-1.0e30, 1.0e30)),
     "counters": Range(-1.0e18, 1.0e18),
     "actors": Range(-1, MAX_COUNT),
@@ -115,12 +121,30 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("lines", "env", "secrets"), Text(MAX_TEXT)),
     "kind": Text(words=tuple(LeaseKind)),
     "finish": Text(words=tuple(Finish)),
+    "finishes": Range(-1, len(Finish) - 1),
+    "scorers": Range(-1, MAX_ENTRIES),
     "command": Text(words=_COMMANDS),
 }
 """`topk_logprobs` may be minus infinity where a teacher rules a token out; no actor (-1) made what a resume brought."""
 
 EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
     "Acks": (("sample_ids", "attempts", "actors", "ends"),),
+    "Held": (
+        (
+            *("sample_ids", "attempts", "actors", "prompt_ids", "prompt_lengths", "starts", "lengths", "episodes"),
+            *(
+                "token_versions",
+                "given_chunks",
+                "counted",
+                "mean_behaviour_logprobs",
+                "mean_teacher_logprobs",
+                "teacher_prompt_lengths",
+            ),
+            *("contrast_prompt_lengths", "finishes", "scorers", "whole_rewards", "further_counts", "turn_counts"),
+        ),
+        ("turn_ends", "turn_rewards"),
+    ),
+    "TakeShare": (("taken_ids", "taken_ends", "taken_complete", "taken_kept", "segment_weights"),),
     "Paused": (("sample_ids", "attempts", "ends"),),
     "SuspectScores": (("sample_ids", "starts", "ends"),),
     "Version": (("sample_ids", "attempts", "ends"),),
@@ -156,6 +180,7 @@ EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
 PIECES: dict[str, tuple[tuple[str, str], ...]] = {
     "Reclaimed": (("ends", "tokens"),),
     "Frontier": (("partial_ends", "partial_tokens"),),
+    "Held": (("further_counts", "further"), ("turn_counts", "turn_ends")),
     "Train": (
         ("sequence_lengths", "token_ids"),
         ("teacher_prompt_lengths", "teacher_prompts"),

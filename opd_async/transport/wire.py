@@ -70,6 +70,7 @@ class ArrayOf(typing.NamedTuple):
 
 Int32 = Annotated[NDArray[np.int32], ArrayOf("<i4")]
 Int64 = Annotated[NDArray[np.int64], ArrayOf("<i8")]
+Float64 = Annotated[NDArray[np.float64], ArrayOf("<f8")]
 Float32 = Annotated[NDArray[np.float32], ArrayOf("<f4")]
 Int32Matrix = Annotated[NDArray[np.int32], ArrayOf("<i4", 2)]
 Float32Matrix = Annotated[NDArray[np.float32], ArrayOf("<f4", 2)]

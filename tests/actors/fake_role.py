@@ -74,8 +74,8 @@ def make_plan(vocab_size: int, student_urls: tuple[str, ...], teacher_urls: tupl
         run_folder=Path("nowhere"),
         control=control,
         launcher_metrics_port=0,
-        scored=scored,
-        batches=batches,
+        scored=(scored,),
+        batches=(batches,),
         chunks=(chunks,),
         student_engines=student_urls,
         teacher_urls={ONE_TEACHER: teacher_urls},
@@ -101,7 +101,7 @@ class FastClock(Clock):
 
 
 @asynccontextmanager
-async def fake_role(plan: Plan, kind: RoleKind) -> AsyncIterator[tuple[Role, Dispatcher]]:
+async def fake_role(plan: Plan, kind: RoleKind, index: int = 0) -> AsyncIterator[tuple[Role, Dispatcher]]:
     """A role whose loops are cancelled when the block ends."""
     dispatcher, context = Dispatcher(), zmq.asyncio.Context()
     control = cast(ControlClient, dispatcher)
@@ -109,7 +109,7 @@ async def fake_role(plan: Plan, kind: RoleKind) -> AsyncIterator[tuple[Role, Dis
         async with asyncio.TaskGroup() as group:
             role = Role(
                 plan=plan,
-                mine=plan.role(kind, 0),
+                mine=plan.role(kind, index),
                 context=context,
                 control=control,
                 metrics=RoleMetrics(kind.value),

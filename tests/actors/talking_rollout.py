@@ -36,7 +36,7 @@ class Running:
         self.chunks: list[m.ScoredChunk] = []
         self.further: dict[int, list[m.ScoredChunk]] = {}
         """Those of further samples."""
-        self._pull = Pull(role.context, role.plan.scored)
+        self._pull = Pull(role.context, role.plan.scored[0])
 
     async def collect(self) -> None:
         while True:

@@ -56,7 +56,7 @@ def plan(scored: str, chunks: tuple[str, ...], use_opd: bool) -> Plan:
         RolePlan.model_construct(kind=RoleKind.TEACHER, index=index, teacher=teacher)
         for index, teacher in enumerate(TEACHERS[: len(chunks)])
     )
-    return Plan.model_construct(topology=topology, scored=scored, chunks=chunks, roles=roles)
+    return Plan.model_construct(topology=topology, scored=(scored,), chunks=chunks, roles=roles)
 
 
 async def delivered(use_opd: bool) -> list[list[object]]:

@@ -36,7 +36,7 @@ class Running:
     def __init__(self, role: Role, dispatcher: Dispatcher) -> None:
         self.role, self.dispatcher = role, dispatcher
         self.chunks: list[m.ScoredChunk] = []
-        self._pull = Pull(role.context, role.plan.scored)
+        self._pull = Pull(role.context, role.plan.scored[0])
 
     async def collect(self) -> None:
         while True:

@@ -92,7 +92,7 @@ async def rollout(
         fake_role(plan, RoleKind.ROLLOUT) as (role, dispatcher),
     ):
         actor = RolloutActor(role, session)
-        running = Running(role, dispatcher, bench, Pull(role.context, plan.scored))
+        running = Running(role, dispatcher, bench, Pull(role.context, plan.scored[0]))
         role.spawn(running.collect(), "collect")
         role.spawn(actor.control(), "control")
         await dispatcher.to_role.put(m.Resume(0))

@@ -34,7 +34,7 @@ class Teacher:
     def __init__(self, role: Role, dispatcher: Dispatcher) -> None:
         self.role, self.dispatcher = role, dispatcher
         self._push = Push(role.context, role.plan.chunks[0])
-        self._pull = Pull(role.context, role.plan.scored)
+        self._pull = Pull(role.context, role.plan.scored[0])
         self.scores: dict[tuple[int, int], list[float]] = {}
         self.contrasts: dict[tuple[int, int], list[float] | None] = {}
         self.sent: dict[tuple[int, int], list[float]] = {}

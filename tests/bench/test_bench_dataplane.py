@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from opd_async.bench.wire import cases
+from opd_async.bench.wire import cases, intakes
 from opd_async.bench.wire.learner import Account
 from opd_async.bench.wire.pattern import LOGPROBS, PROMPT_TOKENS, SCORES, TOKENS, prompts
 from opd_async.bench.wire.run import ROLES, Case, buckets, measure, quantile, value
@@ -29,6 +29,19 @@ def test_a_null_run(http: bool) -> None:
     assert set(figures.us_per_chunk) == {*ROLES, "null"}
     assert set(figures.lag_p99_ms) == set(ROLES)
     assert len(cases.table([figures]).splitlines()) == 2
+
+
+def test_a_null_run_with_two_intakes() -> None:
+    figures = measure(dataclasses.replace(SMALL, intakes=2, topk=8))
+    assert figures.checked_tokens >= figures.tokens > 0
+
+
+def test_two_intakes_alone() -> None:
+    """Nothing but intakes is real: each takes in its share, and every token is checked behind them."""
+    carried = intakes.measure(dataclasses.replace(SMALL, intakes=2, topk=8))
+    assert len(carried.us_per_chunk) == 2 and min(carried.us_per_chunk) > 0.0 and carried.tokens > 0
+    head, row = intakes.table([carried]).splitlines()
+    assert row.split()[:2] == ["8", "2"] and "a core each" in head
 
 
 def batch(prompt: int, start: int, end: int) -> MicroBatch:

@@ -18,9 +18,15 @@ def _port(address: str) -> int:
 
 def ports(plan: Plan, of: str) -> list[int]:
     """The ports that carry one kind of traffic."""
-    if of in ("control", "scored", "batches"):
-        return [_port(getattr(plan, of))]
-    addresses = {"chunks": plan.chunks, "students": plan.student_engines, "teachers": plan.teacher_engines}[of]
+    if of == "control":
+        return [_port(plan.control)]
+    addresses = {
+        "chunks": plan.chunks,
+        "scored": plan.scored,
+        "batches": plan.batches,
+        "students": plan.student_engines,
+        "teachers": plan.teacher_engines,
+    }[of]
     return [_port(address) for address in addresses]
 
 

@@ -48,8 +48,8 @@ def _say(address: str, kind: int, passport: Passport | None, name: bytes) -> Non
 
 
 def _sockets(plan: Plan) -> dict[str, tuple[str, int]]:
-    found = {"control": (plan.control, zmq.DEALER), "batches": (plan.batches, zmq.DEALER)}
-    found["scored"] = (plan.scored, zmq.PUSH)
+    found = {"control": (plan.control, zmq.DEALER), "batches": (plan.batches[0], zmq.DEALER)}
+    found["scored"] = (plan.scored[0], zmq.PUSH)
     if plan.chunks:
         found["chunks"] = (plan.chunks[0], zmq.PUSH)
     return found
@@ -68,12 +68,12 @@ def of_another_run(plan: Plan, chance: random.Random) -> None:
 
 def at_the_batches(plan: Plan, chance: random.Random) -> None:
     """Another run's rank asks for steps."""
-    _say(plan.batches, zmq.DEALER, Passport("rank-0", RunKeys.draw(), "1"), b"rank-0")
+    _say(plan.batches[0], zmq.DEALER, Passport("rank-0", RunKeys.draw(), "1"), b"rank-0")
 
 
 def at_the_scores(plan: Plan, chance: random.Random) -> None:
     """Another run's teacher delivers scores."""
-    _say(plan.scored, zmq.PUSH, Passport("teacher-0", RunKeys.draw(), "1"), b"teacher-0")
+    _say(plan.scored[0], zmq.PUSH, Passport("teacher-0", RunKeys.draw(), "1"), b"teacher-0")
 
 
 def noise(plan: Plan, chance: random.Random) -> None:

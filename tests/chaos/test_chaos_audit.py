@@ -171,8 +171,8 @@ def test_what_appears_in_a_folder_is_named(tmp_path: Path) -> None:
 def test_cuts_are_of_ports_of_the_plan() -> None:
     plan: Any = SimpleNamespace(
         control="tcp://127.0.0.1:1",
-        scored="tcp://127.0.0.1:2",
-        batches="tcp://127.0.0.1:3",
+        scored=("tcp://127.0.0.1:2",),
+        batches=("tcp://127.0.0.1:3",),
         chunks=("tcp://127.0.0.1:4",),
         student_engines=("http://127.0.0.1:5",),
         teacher_engines=("http://127.0.0.1:6", "http://127.0.0.1:7"),

@@ -9,6 +9,7 @@ import pickle
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,12 @@ from opd_async.data.prompts import Prompt
 from opd_async.errors import WireError
 from opd_async.keys import RunKeys
 from opd_async.plan.chunk_bounds import ChunkBounds
-from opd_async.plan.plan import Plan
+from opd_async.plan.plan import Plan, RoleKind
 from opd_async.plan.resolve import make_plan
-from opd_async.run.control_bounds import SPEAKERS
+from opd_async.run.control_bounds import SPEAKERS, ControlBounds
 from opd_async.run.dispatcher import Dispatcher
 from opd_async.run.ledger import Ledger
+from opd_async.run.state import RunState
 from opd_async.scheduling.assembly import MAX_EARLY, Assembler, Verdict
 from opd_async.scheduling.further import FURTHER_IDS, MAX_FURTHER
 from opd_async.scheduling.grants import Grants
@@ -98,6 +100,8 @@ def absurd(message: Any) -> Iterator[tuple[str, Any]]:
 
 
 SINGLE = {
+    (m.TakeShare, "advantages"),
+    (m.TakeShare, "rewards"),
     *((m.EvalDone, "token_ids"), (m.Train, "teacher_logprobs")),
     *((kind, f"{whose}_prompt") for kind in (m.Lease, m.ScoredChunk) for whose in ("teacher", "contrast")),
 }
@@ -115,7 +119,7 @@ def test_every_field_has_bounds_and_a_sane_message_is_within(kind: type) -> None
 @pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)
 def test_every_absurd_field_is_refused_where_it_enters(kind: type) -> None:
     message = sane(kind)
-    alone = {"completed", "prompt", "prefix", "given", "staleness_counts", "further"}
+    alone = {"completed", "prompt", "prefix", "given", "staleness_counts", "further", "again_ids"}
     for name, bad in absurd(message):
         cut = isinstance(bad, np.ndarray) and len(bad) < ROWS
         if cut and (name in alone or (kind, name) in SINGLE):
@@ -439,3 +443,13 @@ def test_what_comes_early_is_bounded() -> None:
     assert verdicts.count(Verdict.EARLY) == len(box.samples[1].early) == MAX_EARLY
     assert box.add(scored(1, 1, 2)) is Verdict.ACCEPTED
     assert box.samples[1].scored_end == MAX_EARLY + 2
+
+
+def test_other_intakes_than_the_first_decide_nothing(tmp_path: Path) -> None:
+    plan = make_plan(small_topology(tmp_path, "intake.replicas=2", "learner.data_parallel=2"))
+    bounds = ControlBounds(SimpleNamespace(plan=plan, barrier=None, state=RunState()))  # type: ignore[arg-type]
+    deciding = {kind for kind, roles in SPEAKERS.items() if roles == {RoleKind.INTAKE}} - {m.TrainedSample}
+    assert len(deciding) > 7
+    for kind in deciding:
+        assert bounds.problem("intake-1", sane(kind)) == "the first intake alone has any to send"
+    assert bounds.problem("intake-1", m.Heartbeat("intake-1", {})) is None

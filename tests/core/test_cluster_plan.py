@@ -59,7 +59,7 @@ def test_every_process_has_the_address_and_the_ports_of_its_host(tmp_path: Path)
     student = plan.role(RoleKind.STUDENT_ENGINE, 0)
     assert plan.student_engines == (f"http://10.0.0.3:{student.ports['http']}",)
     assert student.command[student.command.index("--host") + 1] == "10.0.0.3"
-    assert plan.chunks[0].startswith("tcp://10.0.0.4:") and plan.scored.startswith("tcp://10.0.0.1:")
+    assert plan.chunks[0].startswith("tcp://10.0.0.4:") and plan.scored[0].startswith("tcp://10.0.0.1:")
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
 
 

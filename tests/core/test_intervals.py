@@ -40,6 +40,16 @@ def test_behaves_like_a_set(pairs: list[tuple[int, int]], added: list[int]) -> N
 
 
 @settings(max_examples=100, deadline=None)
+@given(PAIRS, NUMBERS, NUMBERS)
+def test_a_whole_interval_is_added(pairs: list[tuple[int, int]], low: int, high: int) -> None:
+    intervals = IntervalSet(pairs)
+    model = {number for pair in [*pairs, (low, high)] for number in range(*pair)}
+    intervals.fill(low, high)
+    assert_canonical(intervals)
+    assert {number for pair in intervals for number in range(*pair)} == model
+
+
+@settings(max_examples=100, deadline=None)
 @given(PAIRS)
 def test_survives_the_array(pairs: list[tuple[int, int]]) -> None:
     intervals = IntervalSet(pairs)

@@ -60,7 +60,9 @@ def clusters(draw: st.DrawFn) -> Topology:
     }
     actors = {"rollout": {"replicas": draw(st.integers(1, 4))}, "teacher_actors": draw(st.integers(1, 4))}
     made = topology(cluster, learner, sides[0], teacher=sides[1], rollout=actors["rollout"])
-    return made.model_copy(update={"teacher": made.teacher.model_copy(update={"replicas": actors["teacher_actors"]})})
+    intake = made.intake.model_copy(update={"replicas": draw(st.integers(1, 3))})
+    teacher = made.teacher.model_copy(update={"replicas": actors["teacher_actors"]})
+    return made.model_copy(update={"teacher": teacher, "intake": intake})
 
 
 @settings(max_examples=400)
@@ -80,7 +82,10 @@ def test_every_placement_keeps_the_rules(made: Topology) -> None:
         assert device == "cpu" or int(device.removeprefix("cuda:")) < cluster.gpus_per_node
         assert host != 0 or cluster.launcher_takes_devices
     # launcher and intake together
-    assert [spot.host for spot in spots[RoleKind.INTAKE]] == [0]
+    assert spots[RoleKind.INTAKE][0].host == 0
+    # other intakes with the ranks that they feed
+    others = [spot.host for spot in spots[RoleKind.INTAKE][1:]]
+    assert len(others) == made.intake.replicas - 1 and set(others) <= {spot.host for spot in spots[RoleKind.LEARNER]}
     # ranks in the order of hosts, whole layers on one host, whole hosts but for the last
     hosts = [spot.host for spot in spots[RoleKind.LEARNER]]
     assert hosts == sorted(set(hosts))

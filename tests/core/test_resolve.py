@@ -31,13 +31,28 @@ def test_roles_come_in_start_order_with_their_ports(tmp_path: Path) -> None:
     ports += [plan.launcher_metrics_port, int(plan.control.rsplit(":", 1)[1])]
     assert len(set(ports)) == len(ports)
     intake, teacher = plan.role(RoleKind.INTAKE, 0), plan.role(RoleKind.TEACHER, 0)
-    assert plan.scored == f"tcp://127.0.0.1:{intake.ports['scored']}"
-    assert plan.batches == f"tcp://127.0.0.1:{intake.ports['batches']}"
+    assert plan.scored[0] == f"tcp://127.0.0.1:{intake.ports['scored']}"
+    assert plan.batches[0] == f"tcp://127.0.0.1:{intake.ports['batches']}"
     assert plan.chunks == (f"tcp://127.0.0.1:{teacher.ports['chunks']}",)
     assert plan.student_engines == tuple(
         f"http://127.0.0.1:{role.ports['http']}" for role in plan.of_kind(RoleKind.STUDENT_ENGINE)
     )
     assert plan.run_folder == tmp_path / "runs" / "small"
+
+
+def test_several_intakes_share_the_ranks(tmp_path: Path) -> None:
+    plan = make_plan(
+        small_topology(tmp_path, "intake.replicas=2", "learner.data_parallel=4", "learner.tensor_parallel=2")
+    )
+    intakes = plan.of_kind(RoleKind.INTAKE)
+    assert [role.name for role in intakes] == ["intake-0", "intake-1"]
+    assert plan.intakes == 2
+    assert plan.scored == tuple(f"tcp://127.0.0.1:{role.ports['scored']}" for role in intakes)
+    assert plan.batches == tuple(f"tcp://127.0.0.1:{role.ports['batches']}" for role in intakes)
+    plan_file = str(plan.run_folder / "plan.json")
+    command = ("-m", "opd_async.actors.intake", "--plan", plan_file)
+    assert [role.command[1:] for role in intakes] == [command, (*command, "--index", "1")]
+    assert [plan.intake_of_rank(rank) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
 
 
 def test_explicit_ports_are_consecutive(tmp_path: Path) -> None:

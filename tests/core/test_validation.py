@@ -145,6 +145,10 @@ def test_every_wrong_edit_is_reported(chosen: set[str], tmp_path_factory: pytest
         ),
         (["learner.devices=['cuda:0', 'cuda:1']"], "learner.devices: 2 devices for 1 ranks"),
         (
+            ["intake.replicas=3", "learner.data_parallel=4"],
+            "intake.replicas: 3 does not divide learner.data_parallel 4, whose ranks they share out; write 1, 2 or 4",
+        ),
+        (
             ["engines.student.devices=[cpu, cpu, cpu]", "engines.student.replicas=2"],
             "engines.student.devices: 3 devices for 2 replicas",
         ),

@@ -27,7 +27,7 @@ def send_garbage(plan: Plan, keys: RunKeys) -> int:
         [bytes([0x94, SCHEMA_VERSION]) + b"\xa6Nobody\x80\x90"],
     ]
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    for address, name in ((plan.scored, "teacher-0"), (plan.chunks[0], "rollout-0")):
+    for address, name in ((plan.scored[0], "teacher-0"), (plan.chunks[0], "rollout-0")):
         with context.socket(zmq.PUSH) as sender:
             sender.linger = 2000
             Passport(name, keys, "mad").show(sender)

@@ -54,8 +54,8 @@ def speak(plan: Plan) -> int:
     ]
     ports = [
         (plan.control, zmq.DEALER),
-        (plan.batches, zmq.DEALER),
-        (plan.scored, zmq.PUSH),
+        (plan.batches[0], zmq.DEALER),
+        (plan.scored[0], zmq.PUSH),
         (plan.chunks[0], zmq.PUSH),
     ]
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -147,7 +147,7 @@ def test_open_chunks_are_taken_only_with_the_grant_of_a_lease(inputs: Path, tmp_
         )
         before = counted(plan, RoleKind.INTAKE, "malformed")
         with zmq.Context() as context, context.socket(zmq.PUSH) as stranger:
-            stranger.connect(plan.scored)
+            stranger.connect(plan.scored[0])
             stranger.send_multipart(encode(forged))
             while counted(plan, RoleKind.INTAKE, "malformed") <= before:
                 assert run.process.poll() is None, run.text()

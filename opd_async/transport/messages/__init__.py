@@ -1,8 +1,8 @@
 """Every message that crosses a process border; one module for each pair that talks.
 
 `samples`: the data path. `roles`: every role and the dispatcher. `generation`: dispatcher and actors. `steps`:
-dispatcher and intake. `learner`: commands to the learner. `agents`: the launcher and the agents of its hosts. Receivers
-import this package as `m` and match on the class.
+dispatcher and intake. `intakes`: the first intake and the others. `learner`: commands to the learner. `agents`: the
+launcher and the agents of its hosts. Receivers import this package as `m` and match on the class.
 
 Ids: `sample_id` counts samples over the whole run; `attempt` grows each time a sample is leased again; positions count
 response tokens from 0. Logprobs are natural logarithms. Versions count optimizer steps. Times are `time.time()`.
@@ -47,6 +47,7 @@ from opd_async.transport.messages.generation import (
     SuspectScores,
     TeacherRestarted,
 )
+from opd_async.transport.messages.intakes import Held, ShowFrontier, TakeShare
 from opd_async.transport.messages.learner import ExportModel, LearnerReply, PartDone, SaveCheckpoint, SyncWeights
 from opd_async.transport.messages.roles import Failure, Heartbeat, Hello, RankBeat, Stop
 from opd_async.transport.messages.samples import Chunk, ScoredChunk, Train, TrainedSample
@@ -91,6 +92,7 @@ __all__ = [
     "FurtherUnused",
     "FurtherWanted",
     "Heartbeat",
+    "Held",
     "Hello",
     "Join",
     "KillProcess",
@@ -119,12 +121,14 @@ __all__ = [
     "Resume",
     "SaveCheckpoint",
     "ScoredChunk",
+    "ShowFrontier",
     "StartProcess",
     "StepStarted",
     "Stop",
     "StopProcess",
     "SuspectScores",
     "SyncWeights",
+    "TakeShare",
     "TeacherRestarted",
     "Train",
     "TrainedSample",
