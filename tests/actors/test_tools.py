@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from deadlines import patience
 from fake_role import fake_role, make_plan, until, value
@@ -57,8 +59,18 @@ def dies() -> None:
 
 def greedy() -> int:
     return len(bytearray(64 << 30))
+
+def answers(port: int) -> bool:
+    import socket
+    try:
+        socket.create_connection(("127.0.0.1", port), 5.0).close()
+    except OSError:
+        return False
+    return True
 '''
-NAMES = ("add", "later", "listed", "megabytes", "raises", "leaves", "hangs", "dies", "greedy")
+NAMES = ("add", "later", "listed", "megabytes", "raises", "leaves", "hangs", "dies", "greedy", "answers")
+CONTAINER = ("unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable)
+"""Python in namespaces of its own: what a container is made of, without an image."""
 
 
 def write_tools(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -128,6 +140,26 @@ async def test_a_tool_that_hangs_is_killed_with_all_that_it_started(
             assert said.startswith("error: no answer within"), "another process is there"
         stat = Path(f"/proc/{child.read_text()}/stat")
         await until(lambda: not stat.exists() or stat.read_text().split()[2] == "Z", "the child is gone")
+
+
+async def test_tools_in_a_container_see_no_network_and_end_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = write_tools(tmp_path, monkeypatch)
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    call = ToolCall("answers", {"port": server.sockets[0].getsockname()[1]})
+    async with server, pool_of(**tools) as (pool, _):
+        assert await pool.call(call) == "true"
+        async with pool_of(**tools, command=CONTAINER, deadline_s=patience(2.0)) as (inside, _):
+            assert await inside.call(call) == "false"
+            child = tmp_path / "child"
+            (waits,) = [one for one in psutil.Process().children() if one.name() == "unshare"]
+            assert (await inside.call(ToolCall("hangs", {"file": str(child)}))).startswith("error: no answer within")
+            assert int(child.read_text()) < 100, "it has a number of its own in there"
+            assert await inside.call(ToolCall("add", {"a": 4})) == "5", "another container is there"
+            await until(lambda: not waits.is_running() or waits.status() == psutil.STATUS_ZOMBIE, "the first is gone")
+            sleeping = [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "3600"]]
+            assert not any(str(tmp_path) in one.environ().get("PYTHONPATH", "") for one in sleeping)
 
 
 async def test_tools_that_cannot_be_loaded_end_the_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
