@@ -33,6 +33,8 @@ HEAVY = LogNormal(2000, 16000, 16384)
 MEDIUM = LogNormal(2000, 8000, 16384)
 LONG = LogNormal(4000, 32000, 32768)
 ZIPF = Zipf(600, 1.2, 16384)
+CUT = LogNormal(2000, 16000, 512)
+"""Nearly all responses go to their limit: a student that does not end by itself yet, or a limit that is too small."""
 SLOTS = 256
 PROMPT = 200
 SCORE_FLOOR_S = 0.01
@@ -90,6 +92,7 @@ PRESETS: dict[str, Workload] = {
     "zipf": balanced(ZIPF),
     "correlated": dataclasses.replace(balanced(), group_size=8, correlation=0.5),
     "fast-learner": balanced(learner=2.0),
+    "limit": dataclasses.replace(balanced(CUT, ratio=0.25, slots=64), sync_s=0.05),
     "tools": balanced(),
     "qwen3-8b-32b-h100": real(QWEN3_8B, QWEN3_32B, H100, NVLINK, Devices(8, 4, 4), 2),
     "qwen3-8b-30b-a3b-h200": real(QWEN3_8B, QWEN3_30B_A3B, H200, NETWORK_400G, Devices(8, 1, 4), 1),

@@ -39,6 +39,11 @@ WAITING = 0.7
 """Budgets of ended, untrained tokens beyond which no response begins (filled steps)."""
 WAITING_UNCUT = 0.25
 """The same where nothing is ever cut: waiting makes tokens older, and saves no work."""
+STARVED = 0.15
+"""Share of a step for which the learner has waited although tokens that waited had held responses back before: from
+there on responses are paced."""
+PACED = 8
+"""Steps for which they are, behind the last such one."""
 FEWEST = 0.25
 """Share of the slots below which a learner without work lets responses begin, whatever `Front` says: a step that waits
 for few responses would wait long, with none for ever."""
@@ -181,6 +186,11 @@ class FilledAdmission(_Deaf):
 
     Nor beyond what the bound leaves room for: what is under way when a step opens has to be trained in it and the
     `max_staleness` steps behind it. That matters where the slots hold more than a budget of responses.
+
+    Responses of one length that have begun together end together. Then budgets of them wait at once, no other begins
+    until most are trained, and all begin together again when the learner has next to no work left. Where the learner
+    has starved so, responses are *paced*: one may begin for each one's worth of tokens that is trained, however much
+    waits, as if a slot were taken until its tokens are trained. They then begin and end one after the other.
     """
 
     def __init__(self, budget: int, max_staleness: int | None) -> None:
@@ -192,6 +202,7 @@ class FilledAdmission(_Deaf):
         self._waiting = WAITING if self._bounded else WAITING_UNCUT
         self._taken, self._idle = 0, True
         self._held = False
+        self._turned_away, self._paced = False, 0
 
     def opened(self, taken: int, idle: bool) -> None:
         """Remembered until the next account."""
@@ -207,12 +218,21 @@ class FilledAdmission(_Deaf):
         if self._bounded:
             self.front.closed(tokens / self._budget, waited, self._held)
         self._held = False
+        self._paced = max(self._paced - 1, 0)
+        if waited > STARVED:
+            if self._turned_away:
+                self._paced = PACED
+            self._turned_away = False
 
     def admits(self, flow: Flow) -> bool:
         """By the front while the learner is busy; a learner that waits keeps some responses under way."""
+        responses = flow.generating + flow.away
         if flow.waiting_tokens >= self._waiting * self._budget:
-            return False
-        under_way = self._taken + flow.waiting_tokens + (flow.generating + flow.away) * flow.mean_tokens
+            self._turned_away = True
+            slots_taken = flow.waiting_tokens + (responses + 1) * flow.mean_tokens
+            if not self._paced or slots_taken > flow.slots * flow.mean_tokens:
+                return False
+        under_way = self._taken + flow.waiting_tokens + responses * flow.mean_tokens
         if self._taken <= self.front.budgets * self._budget and under_way < self._room:
             return True
         return self._idle and flow.generating < FEWEST * flow.slots

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from opd_async.scheduling.admission import FEWEST, WAITING, FilledAdmission, Flow, Front
+from opd_async.bench.sim.presets import PRESETS
+from opd_async.bench.sim.rules import Scoring, filled
+from opd_async.bench.sim.simulation import Simulation
+from opd_async.scheduling.admission import FEWEST, PACED, STARVED, WAITING, FilledAdmission, Flow, Front
 
 
 def flow(waiting: int = 0, generating: int = 4) -> Flow:
@@ -16,6 +19,38 @@ def test_ended_responses_hold_new_ones_back() -> None:
     assert rule.admits(flow(waiting=round(100 * WAITING) - 1))
     assert not rule.admits(flow(waiting=round(100 * WAITING)))
     assert uncut.admits(flow(waiting=24)) and not uncut.admits(flow(waiting=25))
+
+
+def test_a_learner_that_starved_behind_full_hands_has_responses_paced() -> None:
+    def waits(waiting: int, generating: int = 0) -> Flow:
+        return replace(flow(waiting=waiting, generating=generating), mean_tokens=50.0)  # eight slots: four budgets
+
+    rule = FilledAdmission(100, 8)
+    rule.closed(100, 0.9)  # it waited for the first responses of all: none had been held back
+    assert not rule.admits(waits(350))
+    rule.closed(100, 0.0)
+    assert not rule.admits(waits(350))
+    rule.closed(100, STARVED + 0.01)
+    assert rule.admits(waits(350)) and not rule.admits(waits(351))  # a slot is taken until its tokens are trained
+    assert rule.admits(waits(100, generating=5)) and not rule.admits(waits(100, generating=6))
+    for _ in range(PACED - 1):
+        rule.closed(100, 0.0)
+        assert rule.admits(waits(350))
+    rule.closed(100, 0.0)
+    assert not rule.admits(waits(350))
+    bounded = FilledAdmission(100, 1)
+    assert not bounded.admits(waits(350))
+    bounded.closed(100, 0.9)
+    bounded.opened(0, False)
+    assert not bounded.admits(waits(200)) and bounded.admits(waits(199))  # no more than its steps can train
+
+
+def test_responses_of_one_length_do_not_march_in_step() -> None:
+    """Slots for four budgets of responses that nearly all go to their limit, and three devices that are as fast: the
+    learner starved for half of its time (.58 and .49 of the bound)."""
+    for staleness, share in ((4, 0.72), (None, 0.76)):
+        row = Simulation(PRESETS["limit"], filled(staleness), Scoring.STREAMED, 0).run(8, 24)
+        assert row.share_of_bound > share and row.age_mean < 2.5 and row.step_tokens < 1.06
 
 
 def test_a_step_behind_its_front_lets_nothing_begin_but_for_a_learner_without_work() -> None:

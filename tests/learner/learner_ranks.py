@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from deadlines import patience
@@ -24,8 +25,9 @@ from full_fixtures import furthest
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from span_parity import gradients
-from tiny_learner import EMPTY, learner_config, micro_batch, read_differently, split, step_batch
+from tiny_learner import EMPTY, VOCAB, learner_config, micro_batch, read_differently, split, step_batch
 
+from opd_async import LossOutput, LossRows
 from opd_async.config.losses import FULL_LOSSES, TOPK_LOSSES
 from opd_async.learner import resume
 from opd_async.learner.config import CriticConfig, LearnerConfig, LossConfig, ParallelConfig, TeacherConfig
@@ -33,7 +35,7 @@ from opd_async.learner.convert import hf_to_megatron, megatron_to_hf
 from opd_async.learner.distributed import parallel
 from opd_async.learner.hf.io import hf_weights, save_hf
 from opd_async.learner.trainer import Trainer
-from opd_async.transport.step_batch import MicroBatch
+from opd_async.transport.step_batch import MicroBatch, TeacherPrompts
 
 LAYOUTS = {
     "tensor": ParallelConfig(tensor=2, timeout_s=patience(60)),
@@ -71,18 +73,37 @@ def data(version: int) -> list[MicroBatch]:
     return [micro_batch([9, 13, 21, 13], seed=10 * version + index, k=4) for index in range(3)]
 
 
+def contrast(rows: LossRows) -> LossOutput:
+    """A loss on the difference of the teacher's scores behind two prompts."""
+    assert rows.teacher_R is not None and rows.contrast_R is not None
+    signal_R = rows.teacher_R - rows.contrast_R
+    return LossOutput(-((rows.logprobs_R - rows.behaviour_R).exp() * signal_R).sum())
+
+
+def contrasted(batch: MicroBatch) -> MicroBatch:
+    """The same with a wrong prompt of three tokens for each sequence."""
+    count = len(batch.cu_seqlens) - 1
+    ids = np.random.default_rng(len(batch.rows)).integers(0, VOCAB, 3 * count).astype(np.int32)
+    assert batch.teacher_prompts is not None
+    wrong = TeacherPrompts(batch.teacher_prompts.prompt_lengths_N, np.full(count, 3, np.int32), ids)
+    return replace(batch, contrast_prompts=wrong)
+
+
 def steps(
     trainer: Trainer, place: parallel.Place, until: int, *, other_prompts: bool = False
 ) -> list[tuple[float, ...]]:
     """Loss and gradient norm of every step up to version `until`, and what the critic says where there is one.
 
-    NaN stands for what a step does not compute. With `other_prompts` the teacher reads other prompts than the student.
+    NaN stands for what a step does not compute. With `other_prompts` the teacher reads other prompts than the student,
+    and wrong ones too where there is a contrast.
     """
     result: list[tuple[float, ...]] = []
     while trainer.version < until:
         batches = data(trainer.version)
         if other_prompts:
             batches = [read_differently(batch, seed=index) for index, batch in enumerate(batches)]
+        if trainer.config.contrast:
+            batches = [contrasted(batch) for batch in batches]
         own = batches[place.data_rank :: place.data_size]
         own += [EMPTY] * (-(-len(batches) // place.data_size) - len(own))
         rows = sum(len(batch.rows) for batch in batches)
@@ -154,6 +175,9 @@ def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[
     clipped = LossConfig(loss="jsd_full", divergence_clip=0.05)
     itself = Trainer(replace(config, loss=clipped, teacher=live, frequent_tokens=3))
     found["the student as its own teacher"] = steps(itself, place, 2, other_prompts=True)
+    two_prompts = LossConfig(loss="reverse_kl", function="learner_ranks:contrast", clip_ratio=None)
+    told_apart = Trainer(replace(config, loss=two_prompts, teacher=teacher, contrast=True))
+    found["a contrast of two prompts"] = steps(told_apart, place, 2, other_prompts=True)
     return found
 
 
