@@ -165,7 +165,7 @@ class IntakeSection(Section):
     Each holds a share of the samples, and packs it for a share of the data-parallel ranks."""
 
     replicas: Positive = 1
-    """Number of intakes, a divisor of `learner.data_parallel`. One carries about a million tokens per second."""
+    """Number of intakes, a divisor of `learner.data_parallel`. One carries some million tokens per second."""
 
 
 class TeacherSection(Section):
