@@ -7,6 +7,7 @@ import stat
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,9 @@ def speak(plan: Plan) -> int:
                 if passport is not None:
                     passport.show(sender)
                 sender.connect(address)
-                for word in words:
-                    sender.send_multipart(encode(word))
+                with suppress(zmq.Again):  # who has been refused by now can send no more
+                    for word in words:
+                        sender.send_multipart(encode(word), flags=zmq.NOBLOCK)
                 sockets.append(sender)
     time.sleep(3.0)  # while the run goes on: whatever a stranger can do, it has the time to
     for sender in sockets:
