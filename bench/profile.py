@@ -140,7 +140,10 @@ class Run:
 
 def _named(launcher: psutil.Process) -> Iterator[tuple[str, psutil.Process]]:
     for process in launcher.children(recursive=True):
-        words = process.cmdline()
+        try:
+            words = process.cmdline()
+        except psutil.NoSuchProcess:  # a child of a child that ended meanwhile
+            continue
         module = next((word for word in words if word.startswith("opd_async.")), "")
         if module == "opd_async.actors.engine.server":
             yield f"engine of {Path(words[words.index('--model-path') + 1]).name}", process

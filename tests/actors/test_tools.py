@@ -158,8 +158,9 @@ async def test_tools_in_a_container_see_no_network_and_end_with_it(
             assert int(child.read_text()) < 100, "it has a number of its own in there"
             assert await inside.call(ToolCall("add", {"a": 4})) == "5", "another container is there"
             await until(lambda: not waits.is_running() or waits.status() == psutil.STATUS_ZOMBIE, "the first is gone")
-            sleeping = [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "3600"]]
-            assert not any(str(tmp_path) in one.environ().get("PYTHONPATH", "") for one in sleeping)
+            there = [one.info for one in psutil.process_iter(["cmdline", "environ"])]
+            sleeping = [one["environ"] or {} for one in there if one["cmdline"] == ["sleep", "3600"]]
+            assert not any(str(tmp_path) in one.get("PYTHONPATH", "") for one in sleeping)
 
 
 async def test_tools_that_cannot_be_loaded_end_the_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

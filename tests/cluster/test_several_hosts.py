@@ -43,7 +43,7 @@ def test_the_quickstart_runs_on_three_hosts_to_its_export(lab: Lab, tmp_path: Pa
     options = [word for change in changes for word in ("--set", change)]
     run = ClusterRun(lab, tmp_path, ROOT / "examples/cluster/two-hosts.yaml", *options)
     run.wait_for_text("weights 0 are in every student engine, proven by version and content", 120)
-    there = {host.name: [" ".join(process.cmdline()) for process in host.processes()] for host in lab.hosts.values()}
+    there = {host.name: [" ".join(one.info["cmdline"]) for one in host.processes()] for host in lab.hosts.values()}
     for host, word in ((LEARNER, "learner.main"), (LEARNER, "actors.intake"), (STUDENT, "actors.rollout")):
         assert any(word in line for line in there[host]) and sum(word in " ".join(there[name]) for name in there) == 1
     for host in (STUDENT, TEACHER):

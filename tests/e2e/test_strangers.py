@@ -25,8 +25,12 @@ CHANGES = ("/update_weights_from_disk", "/update_weight_version", "/pause_genera
 
 
 def keys_of(processes: list[psutil.Process]) -> set[str]:
-    """Every key in the environment of the run's processes."""
-    return {value for process in processes for name, value in process.environ().items() if is_key(name)}
+    """Every key in the environment of the run's processes: those that did not end meanwhile."""
+    found: set[str] = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            found |= {value for name, value in process.environ().items() if is_key(name)}
+    return found
 
 
 def status(url: str, key: str | None = None) -> int:
@@ -101,7 +105,7 @@ def test_a_run_among_strangers(inputs: Path, tmp_path: Path) -> None:
         family = run.family()
         keys = keys_of(family)
         assert len(keys) >= 2
-        lines = [" ".join(process.cmdline()) for process in psutil.process_iter() if process.is_running()]
+        lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
         assert not any(key in line for key in keys for line in lines)
         for engine in (*plan.student_engines, *plan.teacher_engines):
             assert {status(engine + path) for path in CHANGES} == {401}
