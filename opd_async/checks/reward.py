@@ -39,9 +39,11 @@ def reward_problems(topology: Topology) -> Iterator[str]:
 def require_labels(prompts: PromptSet, section: PromptsSection, rule: str) -> None:
     """Raise `InputError` if a prompt has no label, with which `rule` compares: responses would always be "wrong"."""
     if missing := prompts.unlabelled():
+        without = ", or write judge: teacher, which needs none" if rule.startswith("evaluation.") else ""
         raise InputError(
             f"{named(section.path)}: {missing} of {len(prompts.prompts)} prompts have no label under "
-            f"{section.label_key!r}, which {rule} compares responses with; set label_key, or remove these prompts"
+            f"{section.label_key!r}, which {rule} compares responses with; set label_key, or remove these "
+            f"prompts{without}"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from opd_async.checks.inputs import examine
 from opd_async.cli.commands import DEFAULT_TOPOLOGY, in_words
+from opd_async.data.hub_data import is_data_set, name_of
 from opd_async.errors import InputError
 from opd_async.telemetry.terminal import show
 
@@ -27,7 +28,7 @@ models:
 
 data:
   train:
-    path: {train}
+{train}
 {held_out}
 rollout:
   sampling:
@@ -49,31 +50,54 @@ opd:
 
 checkpoint:
   every_steps: 50
-"""
+{evaluation}"""
 _HELD_OUT = """\
-  held_out:                   # prompts with labels: pass@1 before, during and after training
-    path: {path}
+  held_out:                   # {what} before and after training
+{prompts}
 """
+_JUDGES = {
+    "answer": ("prompts with labels: the share of right responses", ""),
+    "teacher": (
+        "prompts without labels: the distance to the teacher",
+        "\nevaluation:\n  judge: teacher              # docs/data.md#evaluation-sets has others, and several sets\n",
+    ),
+}
+"""By judge: what the held-out prompts are for, and what the topology says of it."""
+_NOT_WRITTEN = (
+    "\nno topology was written; --response, --prompt-key, --label-key and --judge teacher are what `opd init` has for "
+    "these keys"
+)
 
 
 def make_text(arguments: argparse.Namespace) -> str:
     """The topology that the arguments of `opd init` describe."""
-    held_out = "" if arguments.held_out is None else _HELD_OUT.format(path=_written(arguments.held_out))
+    what, evaluation = _JUDGES[arguments.judge]
+    held_out = ""
+    if arguments.held_out is not None:
+        held_out = _HELD_OUT.format(what=what, prompts=_prompts(arguments, arguments.held_out))
     return _TEXT.format(
         name=arguments.name,
         student=_written(arguments.student),
         teacher=_written(arguments.teacher),
-        train=_written(arguments.train),
+        train=_prompts(arguments, arguments.train),
         held_out=held_out,
+        evaluation=evaluation if held_out else "",
         response=arguments.response,
         steps=arguments.steps,
         warmup=min(10, arguments.steps // 10),
     )
 
 
-def _written(path: Path) -> str:
-    """A path as YAML takes it, whatever it is made of."""
-    return json.dumps(str(path), ensure_ascii=False)
+def _prompts(arguments: argparse.Namespace, path: Path) -> str:
+    """The keys of a section of prompts, a line each."""
+    name = f"hf://{name_of(path)}" if is_data_set(path) else str(path)
+    keys = {"path": name, "prompt_key": arguments.prompt_key, "label_key": arguments.label_key}
+    return "\n".join(f"    {key}: {_written(value)}" for key, value in keys.items() if value is not None)
+
+
+def _written(value: Path | str) -> str:
+    """A path or a name as YAML takes it, whatever it is made of."""
+    return json.dumps(str(value), ensure_ascii=False)
 
 
 @in_words
@@ -88,6 +112,9 @@ def init(arguments: argparse.Namespace) -> None:
         raise InputError(f"{out}: cannot be written: {error.strerror}; give another name with --output") from None
     try:
         examine(out, (), show, details=True)
+    except InputError as error:
+        out.unlink()
+        raise InputError(f"{error}{_NOT_WRITTEN}") from None
     except BaseException:
         out.unlink()
         raise

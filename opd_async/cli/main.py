@@ -129,10 +129,20 @@ def _init_arguments(parser: argparse.ArgumentParser) -> Handler:
     from opd_async.cli.commands import DEFAULT_TOPOLOGY
     from opd_async.cli.init import RESPONSE, STEPS, init
 
-    parser.add_argument("student", type=Path, help="folder of the model that is trained")
-    parser.add_argument("teacher", type=Path, help="folder of the model that scores")
-    parser.add_argument("train", type=Path, metavar="PROMPTS", help="prompts to train on, JSONL or parquet")
-    parser.add_argument("--held-out", type=Path, metavar="FILE", help="prompts with labels, for evaluations")
+    parser.add_argument("student", type=Path, help="the model that is trained: folder, name of the hub, or GGUF file")
+    parser.add_argument("teacher", type=Path, help="the model that scores, likewise")
+    parser.add_argument(
+        "train", type=Path, metavar="PROMPTS", help="prompts to train on: JSONL, parquet, or hf://owner/name"
+    )
+    parser.add_argument("--held-out", type=Path, metavar="FILE", help="prompts for evaluations")
+    parser.add_argument(
+        "--judge",
+        choices=("answer", "teacher"),
+        default="answer",
+        help="who judges responses to them: their labels (answer), or the teacher, which needs none",
+    )
+    parser.add_argument("--prompt-key", metavar="KEY", help="key of the rows' prompts (prompt)")
+    parser.add_argument("--label-key", metavar="KEY", help="key of the rows' labels (label)")
     parser.add_argument("--name", default="run", help="the run's name (run)")
     parser.add_argument("--steps", type=_at_least_one, default=STEPS, metavar="N", help=f"optimizer steps ({STEPS})")
     parser.add_argument(

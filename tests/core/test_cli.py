@@ -141,6 +141,26 @@ def test_a_topology_is_made_for_two_models_and_prompts(tmp_path: Path) -> None:
     assert not (tmp_path / "other.yaml").exists()
 
 
+def test_a_topology_is_made_for_rows_with_other_keys_and_for_held_out_prompts_without_labels(tmp_path: Path) -> None:
+    topology_data(tmp_path)
+    write_lines(tmp_path / "train.jsonl", {"question": "abc"})
+    write_lines(tmp_path / "held_out.jsonl", {"question": "ab"})
+    words = ("init", "student", "teacher", "train.jsonl", "--held-out", "held_out.jsonl", "--response", "20")
+    code, _, errors = opd(*words, cwd=tmp_path)
+    assert code == 2 and "no key 'prompt'; the keys there are question; set prompt_key" in errors
+    assert errors.splitlines()[-1].startswith("no topology was written; --response, --prompt-key, --label-key")
+    assert list(tmp_path.glob("*.yaml")) == []
+    code, _, errors = opd(*words, "--prompt-key", "question", cwd=tmp_path)
+    assert code == 2 and "set label_key, or remove these prompts, or write judge: teacher, which needs none" in errors
+    code, out, errors = opd(*words, "--prompt-key", "question", "--judge", "teacher", cwd=tmp_path)
+    assert code == 0, errors
+    assert "data.held_out: held_out.jsonl: 1 prompts" in out and "judge teacher" in out
+    topology = Topology.load(tmp_path / "topology.yaml")
+    assert topology.data.held_out is not None and topology.data.train is not None
+    assert topology.data.held_out.prompt_key == topology.data.train.prompt_key == "question"
+    assert topology.evaluation.judge == "teacher"
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_example_is_written_whole(name: str, tmp_path: Path) -> None:
     written = write_example(name, tmp_path / "new" / "folder")

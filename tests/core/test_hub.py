@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from deadlines import patience
 from small_hub import COMMIT, GATED, hub_of
-from small_runs import make_model, topology_data, write_topology
+from small_runs import make_model, topology_data, write_lines, write_topology
 
 from opd_async.config.topology import Topology
 from opd_async.data.hub import is_hub_name
@@ -89,6 +89,26 @@ def test_a_file_that_is_cut_short_is_no_model(tmp_path: Path) -> None:
         ended = opd(tmp_path, "check", str(file), HF_ENDPOINT=url)
     assert ended.returncode == 2
     assert "model.safetensors" in ended.stderr
+
+
+def test_a_topology_is_made_for_names_of_the_hub(tmp_path: Path) -> None:
+    """Models and prompts, as they are written on the command line."""
+    data_by_name(tmp_path)
+    make_model(tmp_path / "hub" / "owner" / "teacher")
+    rows = tmp_path / "hub" / "datasets" / "owner" / "maths"
+    rows.mkdir(parents=True)
+    write_lines(rows / "train.jsonl", {"question": "1+1="})
+    words = ("init", "owner/student", "owner/teacher", "hf://owner/maths", "--prompt-key", "question")
+    with hub_of(tmp_path / "hub") as (url, _):
+        ended = opd(tmp_path, *words, "--response", "20", "--output", "mine.yaml", HF_ENDPOINT=url)
+    assert ended.returncode == 0, ended.stderr
+    assert "/owner--maths-" in ended.stdout and ": 1 prompts, " in ended.stdout
+    found = Topology.load(tmp_path / "mine.yaml")
+    assert found.models.teacher is not None and found.data.train is not None
+    assert [str(one.path) for one in (found.models.student, found.models.teacher)] == ["owner/student", "owner/teacher"]
+    assert 'path: "hf://owner/maths"' in (tmp_path / "mine.yaml").read_text()
+    offline = opd(tmp_path, "check", "mine.yaml", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
 
 
 def test_a_plan_fetches_no_weights(tmp_path: Path) -> None:
