@@ -7,6 +7,7 @@ that redraws itself leaves nothing there, and its thread would hold the run up w
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,8 @@ from opd_async.transport.messages import StepStarted
 
 LINE_EVERY_S = 3.0
 WIDTH = 80
-"""Columns of a step's line."""
+"""Columns of a step's line where nothing is known of the terminal; a wider one gets longer lines."""
+_TO_EACH = "teacher_kl."
 ETA_STEPS = 21
 """The end is estimated from the latest twenty steps."""
 
@@ -67,7 +69,8 @@ class Progress:
             return
         rate = self._tokens / max(now - self._since, 1e-9)
         ages = started.staleness_counts
-        self._line(fitted(self._parts(step, stats | learner, rate, ages), WIDTH - len(self._prefix())))
+        width = max(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)
+        self._line(fitted(self._parts(step, stats | learner, rate, ages), width - len(self._prefix())))
         self._last, self._tokens, self._since = now, 0.0, now
 
     def _parts(self, step: int, figures: Mapping[str, float], rate: float, ages: Any) -> list[tuple[int, str]]:
@@ -81,12 +84,23 @@ class Progress:
             (3, "KL {:.3f}", "reverse_kl"),
             (6, "loss {:.3f}", "loss"),
             (5, "length {:,.0f}", "response_tokens_mean"),
+            (9, "{:.0%} at the limit", "at_limit_share"),
             (1, f"{per_second(rate)} tokens/s", None),
             (8, "{:.0%} of the plan", "planned_share"),
             (7, "size {:.2f}", "budget_share"),
-            (9, f"age {float(np.arange(len(ages)) @ ages / max(ages.sum(), 1)):.2f}", None),
-            (10, "cuts {:.0f}", "cuts"),
-            (11, "ratio spread {:.3f}", "ratio_std"),
+            (10, f"age {float(np.arange(len(ages)) @ ages / max(ages.sum(), 1)):.2f}", None),
+            (11, "cuts {:.0f}", "cuts"),
+            (12, "entropy {:.3f}", "sampled_entropy"),
+            (13, "gradient {:.3g}", "grad_norm"),
+            (14, "lr {:.3g}", "learning_rate"),
+            (15, "p99 {:,.0f}", "response_tokens_p99"),
+            (16, "prompts {:,.0f}", "prompt_tokens_mean"),
+            (17, "ratio spread {:.3f}", "ratio_std"),
+            *(
+                (18, f"KL to {name.removeprefix(_TO_EACH)} {value:.3f}", None)
+                for name, value in figures.items()
+                if name.startswith(_TO_EACH)
+            ),
         )
         return [
             (rank, text if name is None else text.format(figures[name]))

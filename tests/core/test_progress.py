@@ -35,7 +35,11 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(progress_module, "time", clock)
+    monkeypatch.delenv("COLUMNS", raising=False)
     return clock
+
+
+LEARNER = ("reverse_kl", "loss", "ratio_std", "grad_norm", "learning_rate")
 
 
 def lines(clock: Clock, steps: int, of: int, seconds: float, **figures: float) -> list[str]:
@@ -43,7 +47,7 @@ def lines(clock: Clock, steps: int, of: int, seconds: float, **figures: float) -
     progress = Progress(said.append, of)
     for step in range(1, steps + 1):
         clock.now += seconds
-        learner = {name: figures[name] for name in figures if name in ("reverse_kl", "loss", "ratio_std")}
+        learner = {name: figures[name] for name in figures if name in LEARNER}
         stats = {name: figures[name] for name in figures if name not in learner}
         progress.step(step, learner, started(step, **stats))
     return said
@@ -76,6 +80,20 @@ def test_every_line_fits_and_keeps_what_matters_most(clock: Clock) -> None:
         assert re.search(r"step \d/1000000 .*tokens/s", line) and "ratio" not in line
     assert fitted([(0, "step"), (2, "b" * 20), (1, "a")], 10) == "step  a"
     assert fitted([(0, "x" * 90)], 10) == "x" * 90, "what cannot be left out stays"
+
+
+def test_a_wide_terminal_has_every_figure_of_a_step(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"reverse_kl": 0.4567, "response_tokens_mean": 312.4, "response_tokens_p99": 1024.0, "budget_share": 1.25}
+    figures |= {"at_limit_share": 0.125, "prompt_tokens_mean": 41.2, "sampled_entropy": 0.8765, "grad_norm": 1.5}
+    figures |= {"learning_rate": 1e-5, "teacher_kl.maths": 0.25, "ratio_std": 0.0625}
+    monkeypatch.setenv("COLUMNS", "250")
+    assert lines(clock, 1, 1, 2.0, **figures) == [
+        "[   2.0 s] step 1/1  KL 0.457  length 312  12% at the limit  20 tokens/s  size 1.25  age 0.25  cuts 2  "
+        "entropy 0.876  gradient 1.5  lr 1e-05  p99 1,024  prompts 41  ratio spread 0.062  KL to maths 0.250"
+    ]
+    monkeypatch.setenv("COLUMNS", "20")
+    (line,) = lines(clock, 1, 1, 2.0, **figures)
+    assert 60 < len(line) <= WIDTH and "size 1.25" in line and "entropy" not in line
 
 
 def test_the_pace_is_that_of_the_latest_steps(clock: Clock) -> None:
