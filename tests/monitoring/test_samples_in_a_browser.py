@@ -15,17 +15,21 @@ from deadlines import patience
 from opd_async.telemetry.samples_page import write_page
 
 RESPONSES, TOKENS = 10_000, 60
+SHORT = 40
+"""Tokens of every hundredth response."""
 EVALUATED = 12
 
 
 def record(folder: Path, responses: int) -> None:
-    """A record of a run: response n is of step n // 4 + 1, and its worst token has log p - log q = n / 1000.
+    """A record of a run: response n is of step n // 4 + 1, and its worst token has log p - log q = n / 1000. Every
+    tenth has a reward, n / 10000.
 
     The last twelve are of evaluations, a third of them on the set `words`."""
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for n in range(responses):
-            words = [f"w{n}-{at} " for at in range(TOKENS)]
-            teacher = [-0.5] * TOKENS
+            tokens = SHORT if n % 100 == 0 else TOKENS
+            words = [f"w{n}-{at} " for at in range(tokens)]
+            teacher = [-0.5] * tokens
             teacher[7], teacher[9] = -0.5 - n / 1000, 2.5
             row = {
                 "time": 0.0,
@@ -34,17 +38,17 @@ def record(folder: Path, responses: int) -> None:
                 "prompt_id": n,
                 "teacher": "",
                 "finish": "stop",
-                "reward": None,
+                "reward": n / 10_000 if n % 10 == 0 else None,
                 "prompt": f"question {n} <b>",
                 "prompt_tokens": 3,
                 "response": "".join(words),
                 "ends": np.cumsum([len(word) for word in words]).tolist(),
-                "response_tokens": TOKENS,
-                "student_logprobs": [-0.5] * TOKENS,
+                "response_tokens": tokens,
+                "student_logprobs": [-0.5] * tokens,
                 "teacher_logprobs": teacher,
                 "made_at": 0.0,
-                "chunks": [[30, n // 4, 0.0, 0.25], [TOKENS, n // 4, 1.0, 0.5]],
-                "parts": [[30, n // 4 + 1], [TOKENS, n // 4 + 2]],
+                "chunks": [[30, n // 4, 0.0, 0.25], [tokens, n // 4, 1.0, 0.5]],
+                "parts": [[30, n // 4 + 1], [tokens, n // 4 + 2]],
             }
             if n >= responses - EVALUATED:
                 row |= {"evaluation": "student", "set": "sums" if n % 3 else "words"}
@@ -104,6 +108,54 @@ async def test_ten_thousand_responses_stay_usable(page_file: Path) -> None:
                 "one.dispatchEvent(new Event('change')); })()"
             )
             assert len(set(await page.value(colours))) >= (2 if way in ("age", "wait") else 1), way
+        assert page.errors == []
+
+
+async def bounded(page: Page, **bounds: str) -> str:
+    """Write these bounds into the filters, and empty all others; returns how many responses are left, as it says."""
+    values = json.dumps({name.replace("_", "-"): value for name, value in bounds.items()})
+    await page.value(
+        "(() => { for (const one of document.querySelectorAll('#filters input')) one.value = '';"
+        f"for (const [id, text] of Object.entries({values})) document.getElementById(id).value = text;"
+        "document.getElementById('filters').dispatchEvent(new Event('input')); })()"
+    )
+    return str(await page.value("document.getElementById('count').textContent")).split(" of ")[0]
+
+
+async def test_every_filter_leaves_what_is_within_its_bounds(page_file: Path) -> None:
+    async with open_page(page_file) as page:
+        await page.until("!!document.getElementById('response')?.childElementCount")
+        assert await bounded(page, step_low="3", step_high="4") == "8"
+        assert await bounded(page, tokens_high=str(SHORT)) == "100"
+        assert await bounded(page, tokens_low=str(SHORT + 1)) == "9,900"
+        assert await bounded(page, reward_low="0.9") == "100", "what has no reward is not within its bounds"
+        assert await bounded(page, reward_low="0.9", tokens_high=str(SHORT), worst_low="9.5") == "5"
+        assert await bounded(page, step_low="9999") == "0"
+        await page.until("document.getElementById('message').textContent === 'No response is within these bounds.'")
+        assert await page.value("document.getElementById('detail').hidden")
+        assert await bounded(page) == "10,000"
+        assert page.errors == []
+
+
+async def test_a_response_has_the_waits_of_its_chunks_and_the_figures_of_its_tokens(page_file: Path) -> None:
+    """The first chunk is there from 0 to 0.25 s, the second from 1 to 1.5 s."""
+    async with open_page(page_file) as page:
+        await page.until("!!document.getElementById('response')?.childElementCount")
+        await bounded(page, step_low="2", step_high="2")
+        await page.until("document.getElementById('prompt').textContent === 'question 4 <b>'")
+        painted = await page.value(
+            "(() => { const one = document.getElementById('timeline'), pen = one.getContext('2d');"
+            "const at = (share, y) => pen.getImageData(share * one.width, y, 1, 1).data[3] > 0;"
+            "return [6, 20].map(y => [0.08, 0.4, 0.8].map(share => at(share, y))); })()"
+        )
+        assert painted == [[True, False, False], [False, False, True]]
+        await page.value(
+            "document.querySelectorAll('#response span')[35]"
+            ".dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))"
+        )
+        said = await page.value("document.getElementById('token').textContent")
+        figures = ["log p -0.50", "log q -0.50", "log q - log p 0.00", "weights 1", "age 1", "waited 0.50 s"]
+        assert said.split("  ·  ") == ['token 35: "w4-35 "', *figures]
         assert page.errors == []
 
 
