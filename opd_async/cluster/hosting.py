@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from opd_async.cluster.agent import first
-from opd_async.cluster.agents import Agents
+from opd_async.cluster.agents import ASK_S, Agents
 from opd_async.cluster.hosts import Hosts
 from opd_async.cluster.interfaces import Face, own_face
 from opd_async.cluster.nodes import Node
@@ -24,6 +24,7 @@ from opd_async.cluster.slurm import SlurmAgents
 from opd_async.cluster.starting import ByOthers, Starter
 from opd_async.cluster.supervisor import Supervising, Supervisor
 from opd_async.config.topology import Backend, Topology
+from opd_async.data.hub import is_cached_model
 from opd_async.errors import InputError, OpdError, RoleError
 from opd_async.files import write_atomically
 from opd_async.plan.free_ports import free_ports, unusable
@@ -34,6 +35,8 @@ from opd_async.transport import messages as m
 
 Supervise = Callable[[Callable[[str], None], float, Callable[[int], None]], AbstractAsyncContextManager[Supervising]]
 """Makes what starts the processes of a run, of: echo, stop deadline in seconds, who is told of unwritten log lines."""
+FETCH_S = 3600.0
+"""Deadline of a host that may have to fetch models of the hub."""
 SAME = ("opd_async", "torch", "megatron-core")
 
 
@@ -74,7 +77,7 @@ async def hosted(
         starter.begin(f"{face.address}:{cluster.port}")
         nodes: list[Node] = await first(agents.gather(starter.awaited), starter.broken())
         agents.on_missed = starter.lost
-        await share_files(topology, agents, nodes)
+        await share_files(topology, agents, nodes, say)
         site = await _site(topology, agents, nodes, face, claims)
         plan = make_plan(topology, claims, site)
         say(
@@ -133,18 +136,20 @@ async def _site(topology: Topology, agents: Agents, nodes: list[Node], face: Fac
     )
 
 
-async def _asked(agents: Agents, node: Node, request: Callable[[int], m.Message]) -> m.Answer:
+async def _asked(
+    agents: Agents, node: Node, request: Callable[[int], m.Message], deadline_s: float = ASK_S
+) -> m.Answer:
     """The answer of a host before anything has started: what is wrong with it is wrong with the input."""
     try:
-        return await agents.ask(node, request)
+        return await agents.ask(node, request, deadline_s)
     except RoleError as error:
         raise InputError(str(error)) from None
 
 
-async def share_files(topology: Topology, agents: Agents, nodes: list[Node]) -> None:
+async def share_files(topology: Topology, agents: Agents, nodes: list[Node], say: Callable[[str], None]) -> None:
     """See that every host has the launcher's folder, shares `run_dir`, and finds the models; `InputError` if not.
 
-    On cancel: nothing of it stays in `run_dir`.
+    Models of the hub are fetched by each host that lacks them. On cancel: nothing of it stays in `run_dir`.
     """
     nonce, run_dir = secrets.token_hex(16), topology.run_dir
     mark = run_dir / f".shared-{nonce}"
@@ -152,6 +157,10 @@ async def share_files(topology: Topology, agents: Agents, nodes: list[Node]) -> 
     models.append(topology.models.student.path)
     if topology.learner.load is not None:
         models.append(topology.learner.load)
+    deadline_s = ASK_S
+    if any(map(is_cached_model, models)):
+        deadline_s = FETCH_S
+        say("models of the hub are looked for on every host, and fetched where its cache has them not")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(mark, nonce)
@@ -160,7 +169,7 @@ async def share_files(topology: Topology, agents: Agents, nodes: list[Node]) -> 
     try:
         async with asyncio.TaskGroup() as group:
             for node in nodes:
-                group.create_task(_shares(agents, node, mark, nonce, models))
+                group.create_task(_shares(agents, node, mark, nonce, models, deadline_s))
     except ExceptionGroup as several:
         causes = several.exceptions
         if not all(isinstance(cause, OpdError) for cause in causes):
@@ -171,11 +180,11 @@ async def share_files(topology: Topology, agents: Agents, nodes: list[Node]) -> 
             path.unlink(missing_ok=True)
 
 
-async def _shares(agents: Agents, node: Node, mark: Path, nonce: str, models: list[Path]) -> None:
+async def _shares(agents: Agents, node: Node, mark: Path, nonce: str, models: list[Path], deadline_s: float) -> None:
     mine = mark.with_name(f"{mark.name}.{node.name}")
     paths = list(dict.fromkeys(str(path) for path in models))
     look = partial(m.LookAt, folder=str(Path.cwd()), seen=str(mark), mine=str(mine), nonce=nonce, paths=paths)
-    await _asked(agents, node, lambda request: look(request=request))
+    await _asked(agents, node, lambda request: look(request=request), deadline_s)
     try:
         content = mine.read_text(encoding="utf-8")
     except OSError:

@@ -28,6 +28,7 @@ from opd_async.cluster.interfaces import Face
 from opd_async.cluster.lease import Lease, beat_seconds
 from opd_async.cluster.line import AgentEnd
 from opd_async.cluster.supervisor import Exit, ProcessSpec, Supervisor
+from opd_async.data.hub import fetch_cached, is_cached_model
 from opd_async.errors import InputError, OpdError, RoleError
 from opd_async.files import write_atomically
 from opd_async.plan.free_ports import free_ports, unusable
@@ -242,7 +243,10 @@ def visible_devices(env: Mapping[str, str], own: Mapping[str, str]) -> dict[str,
 
 
 def look_at(request: m.LookAt) -> None:
-    """Go to the launcher's folder, and prove that this host shares its files. Raises `InputError` that names a path."""
+    """Go to the launcher's folder, prove that this host shares its files, and fetch models of the hub that it lacks.
+
+    Raises `InputError` that names a path.
+    """
     try:
         os.chdir(request.folder)
     except OSError as error:
@@ -261,6 +265,8 @@ def look_at(request: m.LookAt) -> None:
             "write a folder of a file system that every host has mounted"
         )
     write_atomically(Path(request.mine), request.nonce)
-    for path in request.paths:
-        if not Path(path).exists():
-            raise InputError(f"{Path(path).absolute()}: not there; put it on every host, or on a shared file system")
+    for path in map(Path, request.paths):
+        if is_cached_model(path):
+            fetch_cached(path)
+        elif not path.exists():
+            raise InputError(f"{path.absolute()}: not there; put it on every host, or on a shared file system")

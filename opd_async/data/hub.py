@@ -17,6 +17,8 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "v
 """What is fetched of a model; weights in other formats are not read here."""
 CONFIG_FILES = ["*.json", "*.jinja"]
 """Enough to plan for a model; its index of weights is among them."""
+_CACHED = re.compile(r"models--(.+?)--(.+)")
+"""What the cache calls the folder of a model; no name of the hub has two hyphens side by side."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -32,6 +34,28 @@ def fetch_model(name: str, revision: str | None = None, *, weights: bool = True)
     there is no such model, whether it wants a licence to be accepted, or why it cannot be fetched.
     """
     return _fetch(name, revision, MODEL_FILES if weights else CONFIG_FILES)
+
+
+def is_cached_model(folder: Path) -> bool:
+    """Tell whether a folder is, or would be, a model in a hub's cache: `models--owner--name/snapshots/<commit>`."""
+    return folder.parent.name == "snapshots" and _CACHED.fullmatch(folder.parent.parent.name) is not None
+
+
+def fetch_cached(folder: Path) -> None:
+    """Fetch the model that `folder` of another host's cache holds into this host's, unless it is here.
+
+    Raises `InputError` as `fetch_model`, and where this host's cache is another folder.
+    """
+    if any(folder.glob("*.safetensors")):
+        return
+    cached = _CACHED.fullmatch(folder.parent.parent.name)
+    assert cached is not None, folder
+    found = fetch_model("/".join(cached.groups()), folder.name)
+    if found.absolute() != folder.absolute():
+        raise InputError(
+            f"{folder}: the launcher's host has the model there, and this host's cache is {found.parents[2]}; set "
+            "HF_HOME alike on every host"
+        )
 
 
 def _fetch(name: str, revision: str | None, files: list[str]) -> Path:

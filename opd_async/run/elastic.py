@@ -77,7 +77,7 @@ class Elastic:
                 starting, running = self._dispatcher.deaths.starting, fleet.supervisor.running
                 back = [role for role in mine if role.name in fleet.away and role.name not in (*starting, *running)]
                 if back or not mine:
-                    await share_files(self._dispatcher.plan.topology, self._agents, [node])
+                    await share_files(self._dispatcher.plan.topology, self._agents, [node], fleet.say)
                     await self._bring_up(node, back or await self._seat(node))
         except InputError as error:
             fleet.say(f"{node.name} cannot join: {error}")

@@ -111,6 +111,52 @@ def test_a_topology_is_made_for_names_of_the_hub(tmp_path: Path) -> None:
     assert offline.returncode == 0, offline.stderr
 
 
+LOOK = """
+import sys
+from pathlib import Path
+from opd_async.cluster.service import look_at
+from opd_async.errors import InputError
+from opd_async.transport import messages as m
+here = Path.cwd()
+(here / "seen").write_text("nonce")
+files = {"folder": str(here), "seen": str(here / "seen"), "mine": str(here / "mine")}
+try:
+    look_at(m.LookAt(request=1, nonce="nonce", paths=[sys.argv[1]], **files))
+except InputError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_every_host_fetches_the_models_that_the_launcher_has(tmp_path: Path) -> None:
+    """As an agent does it, whose host has a cache of its own under the same path, or under another one."""
+    data_by_name(tmp_path)
+
+    def look(cache: Path, path: Path, url: str) -> subprocess.CompletedProcess[str]:
+        environment = {"HF_HOME": str(cache), "HF_ENDPOINT": url, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        return subprocess.run(
+            [sys.executable, "-c", LOOK, str(path)],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=patience(60),
+            check=False,
+        )
+
+    folder = tmp_path / "cache/hub/models--owner--student/snapshots" / COMMIT
+    with hub_of(tmp_path / "hub") as (url, asked):
+        for _ in range(2):
+            found = look(tmp_path / "cache", folder, url)
+            assert found.returncode == 0, found.stderr
+        assert {path.name for path in folder.iterdir()} >= {"config.json", "tokenizer.json", "model.safetensors"}
+        assert sum(path.endswith("model.safetensors") and "/resolve/" in path for path in asked) <= 2, "once"
+        there = tmp_path / "launchers" / folder.relative_to(tmp_path / "cache")
+        elsewhere = look(tmp_path / "other", there, url)
+    assert elsewhere.returncode == 1
+    words = f"{there}: the launcher's host has the model there, and this host's cache is {tmp_path}/other/hub"
+    assert elsewhere.stderr.splitlines()[-1] == f"{words}; set HF_HOME alike on every host"
+
+
 def test_a_plan_fetches_no_weights(tmp_path: Path) -> None:
     file = write_topology(tmp_path, data_by_name(tmp_path))
     with hub_of(tmp_path / "hub") as (url, asked):
