@@ -152,3 +152,16 @@ def test_a_check_says_what_it_read_and_chose(tmp_path: Path) -> None:
     quiet: list[str] = []
     examine(write_topology(tmp_path, data), (), quiet.append)
     assert len(quiet) == 1  # that one prompt was skipped
+
+
+def test_a_check_shows_a_prompt_as_each_side_reads_it(tmp_path: Path) -> None:
+    data = open_data(tmp_path)
+    data["data"]["train"]["path"] = str(write_lines(tmp_path / "hinted.jsonl", {"prompt": "ab", "hint": "cd"}))
+    said: list[str] = []
+    file = write_topology(tmp_path, data)
+    examine(file, ["data.privileged_key=hint"], said.append, details=True)
+    at = said.index("the first prompt, 3 tokens, as the student reads it:")
+    assert said[at + 1 : at + 4] == ["    '<bos>ab'", "as its teacher reads it, 5 tokens:", "    '<bos>abcd'"]
+    said.clear()
+    examine(file, (), said.append, details=True)
+    assert "the first prompt, 3 tokens, as student and teacher read it:" in said
