@@ -125,8 +125,8 @@ def launch(root: Path, kind: str, steps: range, tokens: int, rewind: int | None,
     assert ended.stdout == "", f"rows were lost: {ended.stdout}\n{ended.stderr}"
 
 
-def run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "WANDB_SILENT": "true"}
+def run(command: list[str], text: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "WANDB_SILENT": "true", **variables}
     ended = subprocess.run(
         command, input=text, text=True, capture_output=True, timeout=patience(120), env=environment, check=False
     )
@@ -159,3 +159,24 @@ def test_a_run_that_was_resumed_is_read_back(tmp_path: Path, kind: str) -> None:
     taken_back = kind == "tensorboard"
     assert found["evaluation"] == [[3, 0.5]] * (not taken_back) + [[4, 0.5]]
     assert sum(found["samples"]) >= 4 and found["config"] and found["report"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("tensorboard", ""),
+        ("wandb", "problem: wandb has no login on this machine; run `wandb login`, set WANDB_API_KEY, "),
+        ("mlflow", "problem: mlflow has no server; set MLFLOW_TRACKING_URI, "),
+        ("trackio", "problem: trackio has no login for the Space of TRACKIO_SPACE_ID; run `hf auth login`, "),
+    ],
+)
+def test_who_has_no_login_is_told_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, words: str
+) -> None:
+    """By the packages' own words about a user who has never used them."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "MLFLOW_TRACKING_URI", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    home = str(tmp_path / "home")
+    places = {"HOME": home, "NETRC": f"{home}/netrc", "HF_HOME": f"{home}/hf", "WANDB_CONFIG_DIR": f"{home}/wandb"}
+    told = run([str(PYTHON), "-P", str(SCRIPT), "--check", kind, "online"], **places, TRACKIO_SPACE_ID="me/space")
+    assert told.stdout.strip() == (f"{words}or write tracking.offline: true" if words else "")
