@@ -90,12 +90,10 @@ def _compact(value: Any) -> str:
 
 
 def _index_row(row: dict[str, Any], block: int, place: int) -> list[Any]:
-    """One row of the index, in the order of `COLUMNS`; `kl` and `worst` are log p - log q, in nats."""
-    differences = [
-        p - q
-        for p, q in zip(row.get("student_logprobs") or (), row.get("teacher_logprobs") or (), strict=False)
-        if p is not None and q is not None
-    ]
+    """One row of the index, in the order of `COLUMNS`; `kl` and `worst` are log p - log q of sampled ones, nats."""
+    given = {at for start, end in row.get("given") or () for at in range(start, end)}
+    pairs = zip(row.get("student_logprobs") or (), row.get("teacher_logprobs") or (), strict=False)
+    differences = [p - q for at, (p, q) in enumerate(pairs) if p is not None and q is not None and at not in given]
     chunks, parts = row.get("chunks") or [], row.get("parts") or []
     facts = {
         "who": row.get("evaluation", TRAINING),

@@ -210,6 +210,17 @@ def test_the_page_has_everything_inside_and_nothing_of_a_response_acts_in_it(tmp
     assert unpacked(page, 0)[1]["response"] == evil and len(unpacked(page, 1)) == 2
 
 
+def test_given_tokens_do_not_count_in_a_response_s_distance(tmp_path: Path) -> None:
+    row = trained_row(trained(4), Bytes()) | {"given": [[0, 2]]}
+    (tmp_path / "samples.jsonl").write_text(f"{json.dumps(row)}\n")
+    write_page(tmp_path, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    columns, (index,) = json.loads(element(page, "head"))["columns"], json.loads(element(page, "index"))
+    found = dict(zip(columns, index, strict=True))
+    # log p is -.5, log q of the four sampled tokens -.6, -.4, -.2 and 0
+    assert (found["kl"], found["worst"]) == (-0.2, 0.1)
+
+
 def test_a_large_record_becomes_a_page_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
     record(tmp_path, *(trained(version) for version in range(100)))
     assert write_page(tmp_path, tmp_path / "page.html", most=30) == 25

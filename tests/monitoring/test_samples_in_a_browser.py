@@ -159,6 +159,30 @@ async def test_a_response_has_the_waits_of_its_chunks_and_the_figures_of_its_tok
         assert page.errors == []
 
 
+async def test_tokens_that_were_given_are_told_from_sampled_ones(tmp_path: Path) -> None:
+    """They have no scores: zeros that are no agreement with the teacher."""
+    record(tmp_path, 1)
+    row = json.loads((tmp_path / "samples.jsonl").read_text()) | {"given": [[10, 20]]}
+    for side in ("student_logprobs", "teacher_logprobs"):
+        row[side] = [*row[side][:10], *[0.0] * 10, *row[side][20:]]
+    (tmp_path / "samples.jsonl").write_text(f"{json.dumps(row)}\n")
+    write_page(tmp_path, tmp_path / "samples.html")
+    async with open_page(tmp_path / "samples.html") as page:
+        await page.until("!!document.getElementById('response')?.childElementCount")
+        found = await page.value(
+            "[...document.querySelectorAll('#response span')].flatMap((one, at) => one.matches('.given') ? [at] : [])"
+        )
+        assert found == list(range(10, 20))
+        assert "slanted: given" in await page.value("document.getElementById('legend').textContent")
+        await page.value(
+            "document.querySelectorAll('#response span')[12]"
+            ".dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))"
+        )
+        said = await page.value("document.getElementById('token').textContent")
+        assert said.split("  ·  ")[1:] == ["given, not sampled"]
+        assert page.errors == []
+
+
 async def outer_html(page: Page, selector: str) -> str:
     """The first element's; empty while there is none, or the document has changed between question and answer."""
     try:
