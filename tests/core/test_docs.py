@@ -31,7 +31,7 @@ from opd_async.run.ledger import EVALUATED, Ledger
 from opd_async.run.run_folder import MADE_BY_RUNS
 from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.telemetry.metrics import CATALOGUE, MetricKind
-from opd_async.telemetry.report import Evaluation
+from opd_async.telemetry.report import Evaluation, Report
 from opd_async.transport import messages
 
 ROOT = Path(__file__).parents[2]
@@ -312,6 +312,20 @@ def test_every_column_of_a_step_is_listed(tmp_path: Path) -> None:
 
 def test_every_column_of_an_evaluation_is_listed() -> None:
     assert sorted(columns_of("Rows of evaluations")) == sorted(["time", "evaluation", *Evaluation.model_fields])
+
+
+def test_what_pages_ask_of_a_report_is_there() -> None:
+    """A field or a property is written without brackets."""
+    asked = {
+        found.groups()
+        for page in PAGES
+        for text in (*spans(page), *blocks(page, "python"))
+        for found in re.finditer(r"\breport\.(?!json\b|py\b)(\w+)(\(?)", text)
+    }
+    assert ("rows", "") in asked
+    for name, call in asked:
+        assert name in Report.model_fields or hasattr(Report, name), name
+        assert callable(getattr(Report, name, None)) is bool(call), name
 
 
 def test_status_and_commands_come_first() -> None:
