@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -84,17 +85,20 @@ class Prometheus:
 
     def empty_panels(self, run: str, absent_rows: tuple[str, ...]) -> list[str]:
         """`panel: expression` of everything in the dashboard that shows nothing; rows of other runs left out."""
-        empty, row = [], ""
-        for panel in DASHBOARD["panels"]:
-            row = panel["title"] if panel["type"] == "row" else row
-            for target in panel.get("targets", ()):
-                expression = target["expr"].replace("$run", run).replace("$__rate_interval", "10s")
-                found = self.samples(expression)
-                if row.startswith(absent_rows):
-                    assert not found, f"{row} is no row of this run, and {expression} finds {found}"
-                elif not found:
-                    empty.append(f"{panel['title']}: {expression}")
+        empty = []
+        for row, panel, expression in _panels(run):
+            found = self.samples(expression)
+            if row.startswith(absent_rows):
+                assert not found, f"{row} is no row of this run, and {expression} finds {found}"
+            elif not found:
+                empty.append(f"{panel}: {expression}")
         return empty
+
+    def empty_in(self, run: str, row: str) -> list[str]:
+        """The same for the panels of one row alone, which has some."""
+        panels = [(panel, expression) for title, panel, expression in _panels(run) if title.startswith(row)]
+        assert panels, f"the dashboard has no row {row}"
+        return [f"{panel}: {expression}" for panel, expression in panels if not self.samples(expression)]
 
     def check_rules(self) -> None:
         """Every rule asks for series that are there, and none of them has fired."""
@@ -103,3 +107,12 @@ class Prometheus:
                 assert self.samples(f'{name}{{run!=""}}'), f"{rule['alert']} asks for {name}, which has no series"
         fired = self.samples('ALERTS{alertstate="firing"}')
         assert not fired, fired
+
+
+def _panels(run: str) -> Iterator[tuple[str, str, str]]:
+    """Row, panel and expression of everything that the dashboard asks for."""
+    row = ""
+    for panel in DASHBOARD["panels"]:
+        row = panel["title"] if panel["type"] == "row" else row
+        for target in panel.get("targets", ()):
+            yield row, panel["title"], target["expr"].replace("$run", run).replace("$__rate_interval", "10s")

@@ -44,6 +44,7 @@ def test_each_sample_is_scored_by_its_teacher(inputs: Path, tmp_path: Path) -> N
     values["rollout"]["sampling"]["max_response_tokens"] = 32
     values["schedule"]["tokens_per_step"] = 128
     values["reward"] = {"kind": "exact_match"}
+    values["telemetry"] = {"planned_tokens_per_s": 1000.0}
     folder = tmp_path / "run"
     with Prometheus(tmp_path / "prometheus", folder / "targets.json") as watcher:
         with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
@@ -64,6 +65,7 @@ def test_each_sample_is_scored_by_its_teacher(inputs: Path, tmp_path: Path) -> N
     for share, row in zip(shares, steps(folder), strict=True):
         assert share > 0.0 or abs(row["learner_reverse_kl"]) < 1e-4, "scored by the student itself"
         assert share < 1.0 or row["learner_reverse_kl"] > 0.1, "scored by another model"
+    assert all(row["planned_share"] > 0.0 for row in steps(folder) if "tokens_per_device_s" in row)
     report = json.loads((folder / "report.json").read_text())
     assert report["teacher"] is None
     assert {name: of["prompts"] for name, of in report["teachers"].items()} == {"teacher same": 2, "teacher other": 3}

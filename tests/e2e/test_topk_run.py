@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from harness import VOCAB, Launch, check_trained, make_model, steps, topology, write_topology
 from harness import rows as rows_of
+from monitoring import Prometheus
 
 MORE = 64
 """Ids that the teacher alone has."""
@@ -38,8 +39,10 @@ def test_forward_kl_on_the_top_k(inputs: Path, tmp_path: Path) -> None:
     values["evaluation"] = {"every_steps": 2, "during_prompts": 2, "sets": {"chats": chats, "sums": sums}}
     values["evaluation"]["sets"]["exact"] = chats | {"teacher_topk": 2 * VOCAB}
     values["telemetry"] = {"samples_per_step": JUDGED}
-    with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
-        assert run.wait() == 0, run.text()
+    with Prometheus(tmp_path / "prometheus", tmp_path / "run" / "targets.json") as watcher:
+        with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
+            assert run.wait() == 0, run.text()
+        assert watcher.empty_in("run", "Distance to the teacher") == []
     check_trained(tmp_path / "run", 1, 4)
     rows = steps(tmp_path / "run")
     assert len(rows) == 4
