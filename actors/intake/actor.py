@@ -56,7 +56,8 @@ class Intake:
         self._door = role.guard()
         self._arriving = Arriving(role, self._door, self._malformed_frame)
         self.ranks = LearnerRanks(role.context, plan, self._malformed_frame, self._door)
-        self._others = OtherIntakes(plan, self.ranks, self._held)
+        late = self._metrics["opd_intake_late_answers_total"]
+        self._others = OtherIntakes(plan, self.ranks, self._held, late.inc, self._malformed_frame)
         self.steps = StepTaker(role, self.ranks, self._unacknowledged, self._others)
         self.ranks.on_part_done = self.steps.part_done
         self.ranks.on_other = self._others.heard
@@ -133,10 +134,10 @@ class Intake:
 
     async def _frontier(self, step: int) -> m.Frontier:
         """What is trained after `step`; the tokens of samples that others hold are theirs to say."""
-        others = await self._others.frontiers(step)
+        elsewhere = await self._others.trained()
         known = frontier.snapshot(self.steps.assembler, step)
         try:
-            return frontier.joined(known, others, self._others.mine) if others else known
+            return frontier.joined(known, elsewhere, self._others.mine)
         except ValueError as error:
             raise RoleError(f"the intakes do not agree: {error}; go on with --resume, and please report it") from None
 

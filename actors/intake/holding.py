@@ -116,11 +116,12 @@ class HoldingIntake:
             match message:
                 case m.TakeShare():
                     await self._take(message)
-                case m.Reclaim():
-                    await self._reclaim(message)
-                case m.ShowFrontier():
-                    known = frontier.snapshot(self.assembler, message.step)
-                    await self._first.send(frontier.partly(known))
+                case m.EndAttempts():
+                    await self._end_attempts(message)
+                case m.ShowTrained():
+                    known = frontier.snapshot(self.assembler, self.steps)
+                    ids, ends, tokens = known.partial_ids, known.partial_ends, known.partial_tokens
+                    await self._first.send(m.Prefixes(message.request, ids, ends, tokens))
                 case m.SyncWeights() | m.ExportModel() | m.SaveCheckpoint():
                     await self.ranks.send_all(message)
                 case m.Stop():
@@ -162,20 +163,13 @@ class HoldingIntake:
             raise RoleError(f"the first intake takes sample {sample_id} up to {end}, which {name} does not hold")
         return taken_of(self.assembler, sample, end, complete=complete)
 
-    async def _reclaim(self, request: m.Reclaim) -> None:
-        pairs = zip(request.sample_ids.tolist(), request.attempts.tolist(), strict=True)
-        results = [self.assembler.give_up_attempt(sample_id, attempt) for sample_id, attempt in pairs]
-        tokens = [one.tokens for one in results]
+    async def _end_attempts(self, question: m.EndAttempts) -> None:
+        pairs = zip(question.sample_ids.tolist(), question.attempts.tolist(), strict=True)
+        tokens = [self.assembler.give_up_attempt(sample_id, attempt).tokens for sample_id, attempt in pairs]
         await self._tell_now()  # everything that is held now comes before the answer
-        await self._first.send(
-            m.Reclaimed(
-                sample_ids=request.sample_ids,
-                attempts=np.array([one.attempt for one in results], np.int32),
-                ends=np.array([len(prefix) for prefix in tokens], np.int32),
-                complete=np.array([one.complete for one in results], np.int32),
-                tokens=np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
-            )
-        )
+        ends = np.array([len(prefix) for prefix in tokens], np.int32)
+        flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
+        await self._first.send(m.Prefixes(question.request, question.sample_ids, ends, flat))
 
     def _malformed_frame(self, reason: str) -> None:
         self._role.count("malformed_frames")

@@ -2,23 +2,24 @@
 
     Held -> chunks_of -> assembler                what they hold, without tokens
     a part of a step -> TakeShare -> each         what they pack for their ranks
-    Reclaim, ShowFrontier -> each -> the answer   what only they know: tokens
+    EndAttempts, ShowTrained -> each -> Prefixes  what only they know: tokens
 
 An intake sends what it holds and its answers in one order, so that an answer finds everything before it assembled.
+Questions have numbers: the answer to one that nobody waits for any more is dropped, and counted.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.actors.intake.ranks import LearnerRanks
 from opd_async.actors.intake.steps import Taken
-from opd_async.errors import DeadlineError
+from opd_async.errors import DeadlineError, RoleError
 from opd_async.plan.plan import Plan
 from opd_async.scheduling.assembly import Assembler
 from opd_async.scheduling.further import FURTHER_IDS
@@ -32,14 +33,26 @@ from opd_async.transport.to_intakes import intake_of
 class OtherIntakes:
     """All intakes but the first, which owns this."""
 
-    def __init__(self, plan: Plan, ranks: LearnerRanks, held: Callable[[int], None]) -> None:
-        """`held` hears of each sample of which more is held, or of which a chunk came again."""
+    def __init__(
+        self,
+        plan: Plan,
+        ranks: LearnerRanks,
+        held: Callable[[int], None],
+        late: Callable[[], None],
+        malformed: Callable[[str], None],
+    ) -> None:
+        """`held` hears of each sample of which more is held, or of which a chunk came again; `late` of each answer that
+        nobody waits for any more; `malformed`, why, of each message that is dropped because it cannot be."""
         self.intakes = plan.intakes
         self._teachers, self._scored = tuple(plan.topology.teachers), plan.topology.opd.on_engines
         self._deadline_s = plan.topology.supervisor.heartbeat_deadline_s
         self._ranks = ranks
-        self._held = held
-        self._answers: dict[str, asyncio.Queue[Any]] = {name: asyncio.Queue() for name in ranks.others}
+        self._held, self._late, self._malformed = held, late, malformed
+        self._numbers = itertools.count(1)
+        self._asked = 0
+        """The number of the last question."""
+        self._open: dict[int, tuple[str, asyncio.Future[m.Prefixes]]] = {}
+        """Whom each question asks that somebody waits for: no more of them than there are other intakes."""
         self.assembler = Assembler()
 
     def mine(self, sample_id: int) -> bool:
@@ -48,14 +61,26 @@ class OtherIntakes:
 
     def heard(self, name: str, message: m.Message) -> None:
         """Take what another intake holds, or its answer."""
-        if not isinstance(message, m.Held):
-            self._answers[name].put_nowait(message)
-            return
-        for chunk in chunks_of(message, self._teachers, scored=self._scored):
-            self.assembler.put(chunk)
-            self._held(chunk.sample_id)
-        for sample_id in message.again_ids.tolist():
-            self._held(sample_id)
+        match message:
+            case m.Held():
+                for chunk in chunks_of(message, self._teachers, scored=self._scored):
+                    self.assembler.put(chunk)
+                    self._held(chunk.sample_id)
+                for sample_id in message.again_ids.tolist():
+                    self._held(sample_id)
+            case m.Prefixes():
+                self._answered(name, message)
+            case _:
+                self._malformed(f"a {type(message).__name__} of {name}, which another intake never sends")
+
+    def _answered(self, name: str, answer: m.Prefixes) -> None:
+        asked, future = self._open.get(answer.request, (None, None))
+        if (future is None and 0 < answer.request <= self._asked) or (future is not None and future.done()):
+            self._late()
+        elif future is None or asked != name:
+            self._malformed(f"an answer of {name} to question {answer.request}, which it was not asked")
+        else:
+            future.set_result(answer)
 
     async def take(
         self, taken: Sequence[Taken], kept: Sequence[Taken], version: int, whole: Whole, *, part: int, last: bool
@@ -88,31 +113,52 @@ class OtherIntakes:
     async def reclaim(self, request: m.Reclaim) -> dict[int, NDArray[np.int32]]:
         """End the attempts of samples that others hold; returns the tokens that they hold, by sample.
 
-        Raises `DeadlineError` for an intake that does not answer. On cancel: the answers still come.
+        Raises `DeadlineError` for an intake that does not answer, `RoleError` for one that answers of other samples.
+        On cancel: the attempts may have ended; answers that still come are dropped.
         """
-        found: dict[int, NDArray[np.int32]] = {}
         of = np.array([intake_of(sample_id, self.intakes) for sample_id in request.sample_ids.tolist()], np.int64)
-        asked = [(name, of == index) for index, name in enumerate(self._ranks.others, start=1) if (of == index).any()]
-        for name, rows in asked:
-            await self._ranks.send_other(name, m.Reclaim(request.sample_ids[rows], request.attempts[rows]))
-        for name, _ in asked:
-            answer = await self._answer(name, "say what it holds of a dead actor")
-            parts = np.split(answer.tokens, np.cumsum(answer.ends)[:-1])
-            found |= dict(zip(answer.sample_ids.tolist(), parts, strict=True))
+        questions = {
+            name: m.EndAttempts(next(self._numbers), request.sample_ids[of == index], request.attempts[of == index])
+            for index, name in enumerate(self._ranks.others, start=1)
+            if (of == index).any()
+        }
+        found = await self._ask(questions, "say what it holds of a dead actor")
+        if found.keys() != (wanted := set(request.sample_ids[of > 0].tolist())):
+            wrong = min(found.keys() ^ wanted)
+            raise RoleError(f"the intakes do not agree who holds sample {wrong}; go on with --resume, and report it")
         return found
 
-    async def frontiers(self, step: int) -> list[m.Frontier]:
-        """What each other intake holds of samples that are trained in part. Raises and on cancel: as `reclaim`."""
-        for name in self._ranks.others:
-            await self._ranks.send_other(name, m.ShowFrontier(step))
-        return [await self._answer(name, "say what is trained of its samples") for name in self._ranks.others]
+    async def trained(self) -> dict[int, NDArray[np.int32]]:
+        """What is trained of the samples that others hold and that are trained in part, by sample.
 
-    async def _answer(self, name: str, to: str) -> Any:
+        Raises `DeadlineError` for an intake that does not answer. On cancel: as `reclaim`.
+        """
+        questions = {name: m.ShowTrained(next(self._numbers)) for name in self._ranks.others}
+        return await self._ask(questions, "say what is trained of its samples")
+
+    async def _ask(
+        self, questions: Mapping[str, m.EndAttempts | m.ShowTrained], to: str
+    ) -> dict[int, NDArray[np.int32]]:
+        """The answers of those who are asked, joined; all are asked before one is waited for."""
+        found: dict[int, NDArray[np.int32]] = {}
+        future: asyncio.Future[m.Prefixes]
         try:
-            async with asyncio.timeout(self._deadline_s):
-                return await self._answers[name].get()
+            for name, question in questions.items():
+                future = asyncio.get_running_loop().create_future()
+                self._open[question.request], self._asked = (name, future), question.request
+                await self._ranks.send_other(name, question)
+            for question in questions.values():
+                name, future = self._open[question.request]
+                async with asyncio.timeout(self._deadline_s):
+                    answer = await future
+                parts = np.split(answer.tokens, np.cumsum(answer.ends)[:-1])
+                found |= dict(zip(answer.sample_ids.tolist(), parts, strict=False))  # nothing is one piece
         except TimeoutError:
             raise DeadlineError(f"{name} did not {to} in {self._deadline_s:.0f} s; see its log") from None
+        finally:
+            for question in questions.values():
+                self._open.pop(question.request, None)
+        return found
 
 
 def _flat(values: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:

@@ -7,7 +7,7 @@ episodes are all completed, as far as they were begun: nobody goes on with one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,18 +92,10 @@ def share(frontier: Frontier, holds: Callable[[int], bool]) -> Frontier:
     )
 
 
-def partly(frontier: Frontier) -> Frontier:
-    """The same with nothing but what is partly trained."""
-    return replace(frontier, completed=empty(0).completed)
-
-
-def joined(frontier: Frontier, others: Sequence[Frontier], holds: Callable[[int], bool]) -> Frontier:
-    """The frontier of an intake that does not know the tokens of samples which it does not `hold`, with those of the
-    `others`. `ValueError` names a sample that is not the same on both sides."""
-    known: dict[int, NDArray[np.int32]] = {}
-    for other in others:
-        parts = np.split(other.partial_tokens, np.cumsum(other.partial_ends)[:-1])
-        known |= dict(zip(other.partial_ids.tolist(), parts, strict=False))
+def joined(frontier: Frontier, elsewhere: Mapping[int, NDArray[np.int32]], holds: Callable[[int], bool]) -> Frontier:
+    """The frontier of an intake that does not know the tokens of samples which it does not `hold`, with what is trained
+    of those by the word of their holders. `ValueError` names a sample that is not the same on both sides."""
+    known = dict(elsewhere)
     own = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
     tokens = []
     for sample_id, end, mine in zip(frontier.partial_ids.tolist(), frontier.partial_ends.tolist(), own, strict=False):

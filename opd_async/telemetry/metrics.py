@@ -265,6 +265,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _counter("opd_intake_scored_tokens_total", "Scored tokens received, duplicates not counted."),
     _gauge("opd_intake_backlog_tokens", "Scored tokens that wait to be trained."),
     _counter("opd_intake_duplicates_total", "Chunks received more than once."),
+    _counter("opd_intake_late_answers_total", "Answers of other intakes that nobody waited for any more."),
     _strangers("intake"),
     _counter(
         "opd_intake_malformed_total",

@@ -150,6 +150,8 @@ EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
     "Version": (("sample_ids", "attempts", "ends"),),
     "Drained": (("sample_ids", "attempts", "ends"),),
     "Reclaim": (("sample_ids", "attempts"),),
+    "EndAttempts": (("sample_ids", "attempts"),),
+    "Prefixes": (("sample_ids", "ends"),),
     "Reclaimed": (("sample_ids", "attempts", "ends", "complete"),),
     "PartStarted": (("taken_ids", "taken_ends", "taken_complete", "taken_given"),),
     "StepStarted": (("taken_ids", "taken_ends", "taken_complete", "taken_given"),),
@@ -179,6 +181,7 @@ EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
 """Arrays of a message that have as many rows as each other; those that are absent do not count."""
 PIECES: dict[str, tuple[tuple[str, str], ...]] = {
     "Reclaimed": (("ends", "tokens"),),
+    "Prefixes": (("ends", "tokens"),),
     "Frontier": (("partial_ends", "partial_tokens"),),
     "Held": (("further_counts", "further"), ("turn_counts", "turn_ends")),
     "Train": (

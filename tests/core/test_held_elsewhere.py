@@ -201,8 +201,9 @@ def test_a_checkpoint_has_the_tokens_of_both_and_is_resumed_by_any_number() -> N
     for sample in list(intakes.first.samples.values()):
         _take(intakes, sample, trained)
     intakes.arrive(scored(1, 5, 3))  # behind what is trained: forgotten with the run
-    other = frontier.partly(frontier.snapshot(intakes.other, 1))
-    found = frontier.joined(frontier.snapshot(intakes.first, 1), [other], lambda sample_id: sample_id % 2 == 0)
+    elsewhere = {1: scored(1, 0, 5).token_ids, 3: scored(3, 0, 5).token_ids}
+    assert frontier.snapshot(intakes.other, 1).partial_ids.tolist() == list(elsewhere)
+    found = frontier.joined(frontier.snapshot(intakes.first, 1), elsewhere, lambda sample_id: sample_id % 2 == 0)
     whole = frontier.snapshot(intakes.alone, 1)
     for field in dataclasses.fields(Frontier):
         np.testing.assert_array_equal(getattr(found, field.name), getattr(whole, field.name), err_msg=field.name)
@@ -220,11 +221,12 @@ def test_intakes_that_do_not_agree_are_an_error() -> None:
     intakes.tell()
     intakes.first.take(intakes.first.samples[1])
     known = frontier.snapshot(intakes.first, 1)
-    nothing = frontier.partly(frontier.snapshot(intakes.other, 1))
-    with pytest.raises(ValueError, match="sample 1 is trained up to 5"):
-        frontier.joined(known, [nothing], lambda sample_id: sample_id % 2 == 0)
+    tokens = scored(1, 0, 5).token_ids
+    for elsewhere in ({}, {1: tokens[:4]}):
+        with pytest.raises(ValueError, match="sample 1 is trained up to 5"):
+            frontier.joined(known, elsewhere, lambda sample_id: sample_id % 2 == 0)
     with pytest.raises(ValueError, match="sample 1 is partly trained by the word of its intake alone"):
-        frontier.joined(frontier.empty(1), [known], lambda sample_id: sample_id % 2 == 0)
+        frontier.joined(frontier.empty(1), {1: tokens}, lambda sample_id: sample_id % 2 == 0)
 
 
 def test_a_share_is_packed_for_its_ranks_and_says_what_the_whole_has() -> None:

@@ -47,7 +47,7 @@ from opd_async.transport.messages.generation import (
     SuspectScores,
     TeacherRestarted,
 )
-from opd_async.transport.messages.intakes import Held, ShowFrontier, TakeShare
+from opd_async.transport.messages.intakes import EndAttempts, Held, Prefixes, ShowTrained, TakeShare
 from opd_async.transport.messages.learner import ExportModel, LearnerReply, PartDone, SaveCheckpoint, SyncWeights
 from opd_async.transport.messages.roles import Failure, Heartbeat, Hello, RankBeat, Stop
 from opd_async.transport.messages.samples import Chunk, ScoredChunk, Train, TrainedSample
@@ -76,6 +76,7 @@ __all__ = [
     "Chunk",
     "DrainRequest",
     "Drained",
+    "EndAttempts",
     "EndSeen",
     "EngineChanged",
     "EngineDown",
@@ -110,6 +111,7 @@ __all__ = [
     "PartStarted",
     "Pause",
     "Paused",
+    "Prefixes",
     "ProcessEnded",
     "Quiesce",
     "Quiesced",
@@ -121,7 +123,7 @@ __all__ = [
     "Resume",
     "SaveCheckpoint",
     "ScoredChunk",
-    "ShowFrontier",
+    "ShowTrained",
     "StartProcess",
     "StepStarted",
     "Stop",

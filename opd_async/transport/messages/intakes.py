@@ -1,8 +1,8 @@
 """Between the first intake, which decides, and the others, which hold their share of the samples.
 
     other intake --Held--> first intake         what it holds now, without the tokens
-    first intake --TakeShare--> other intake    what a step trains of it; also Reclaim and the learner's commands
-    first intake --ShowFrontier--> other intake --Frontier--> first intake
+    first intake --TakeShare--> other intake    what a step trains of it; also the learner's commands
+    first intake --EndAttempts, ShowTrained--> other intake --Prefixes--> first intake
 
 Both ends speak over the socket at which the first intake feeds its learner ranks.
 """
@@ -95,7 +95,28 @@ class TakeShare:
 
 @message
 @dataclass(frozen=True, slots=True)
-class ShowFrontier:
-    """Say what of your share is trained in part after step `step`: answered by `Frontier`."""
+class EndAttempts:
+    """As `Reclaim`, of samples that the other intake holds: answered by `Prefixes` with what it holds of each."""
 
-    step: int
+    request: int
+    sample_ids: Int64
+    attempts: Int32
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class ShowTrained:
+    """Say which samples are trained in part: answered by `Prefixes` with what is trained of each."""
+
+    request: int
+
+
+@message
+@dataclass(frozen=True, slots=True)
+class Prefixes:
+    """The answer to question `request`: of each sample its first `ends[i]` response tokens (flat)."""
+
+    request: int
+    sample_ids: Int64
+    ends: Int32
+    tokens: Int32
