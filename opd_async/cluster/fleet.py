@@ -51,6 +51,8 @@ class Fleet:
         self._logs = plan.run_folder / "logs"
         self.away: set[str] = set()
         """Roles that the run goes on without for now: their host was drained or stays away, or they are coming up."""
+        self.left: set[str] = set()
+        """Those of them that were ended for good: nobody but who brings their host up starts them again."""
 
     @property
     def restarts(self) -> dict[str, int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,8 +67,12 @@ class Deaths:
 
     def __init__(self, reach: Reach) -> None:
         self._reach = reach
-        self.starting: set[str] = set()
+        self._restarts: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def starting(self) -> tuple[str, ...]:
         """Roles that are being started again."""
+        return tuple(self._restarts)
 
     async def run(self) -> None:
         """React to every process that ends without having been asked to. On cancel: restarts under way end too."""
@@ -87,7 +92,14 @@ class Deaths:
                 await self._reclaim(ended.name)
             if kind is RoleKind.STUDENT_ENGINE:
                 await reach.broadcast(RoleKind.ROLLOUT, m.EngineDown(self._url(ended.name)))
-            reach.spawn(self._restart(ended, kind), f"restart-{ended.name}")
+            if ended.name not in reach.fleet.left:
+                restart = reach.spawn(self._restart(ended, kind), f"restart-{ended.name}")
+                self._restarts[ended.name] = restart
+                restart.add_done_callback(partial(self._restarted, ended.name))
+
+    def _restarted(self, name: str, restart: asyncio.Task[None]) -> None:
+        if self._restarts.get(name) is restart:
+            del self._restarts[name]
 
     def _excuse(self, name: str) -> None:
         """Let those go on who wait for an answer of the dead role."""
@@ -98,7 +110,6 @@ class Deaths:
 
     async def _restart(self, ended: Exit, kind: RoleKind) -> None:
         reach = self._reach
-        self.starting.add(ended.name)
         try:
             await reach.fleet.await_restart(ended)
             await reach.fleet.start(ended.name)
@@ -119,8 +130,12 @@ class Deaths:
                 reach.fail(error)
         except OpdError as error:
             reach.fail(error)
-        finally:
-            self.starting.discard(ended.name)
+
+    async def keep_down(self, role: str) -> None:
+        """Give up the restart of a role that is under way. On cancel: the same."""
+        if (restart := self._restarts.pop(role, None)) is not None:
+            restart.cancel()
+            await asyncio.wait([restart])
 
     async def leave(self, role: str) -> None:
         """React to the end of a role that was asked to end for good: as to a death, but nothing starts it again.

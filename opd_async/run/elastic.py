@@ -79,12 +79,13 @@ class Elastic:
                 if back or not mine:
                     await share_files(self._dispatcher.plan.topology, self._agents, [node], fleet.say)
                     await self._bring_up(node, back or await self._seat(node))
-        except InputError as error:
-            fleet.say(f"{node.name} cannot join: {error}")
-            await self._agents.dismiss(node, str(error), failed=True, forget=not self._roles_of(node))
         except OpdError as error:
-            fleet.say(f"going on without {node.name}: {error}")
-            fleet.away.update(role.name for role in self._roles_of(node))
+            if isinstance(error, InputError) and node.there.is_set():  # a host that is lost may be fit once it is back
+                fleet.say(f"{node.name} cannot join: {error}")
+                await self._agents.dismiss(node, str(error), failed=True, forget=not self._roles_of(node))
+            else:
+                fleet.say(f"going on without {node.name}: {error}")
+                await self._withdraw(node)
         finally:
             self._welcomes.discard(node.name)
 
@@ -125,6 +126,7 @@ class Elastic:
         fleet.say(f"{node.name} joins: starting {', '.join(names)}")
         engines = [role for role in roles if role.kind is RoleKind.STUDENT_ENGINE]
         actors = [role for role in roles if role.kind is RoleKind.ROLLOUT]
+        fleet.left.difference_update(names)
         for engine in engines:
             await fleet.start(engine.name)
         urls = [f"http://{engine.host}:{engine.ports['http']}" for engine in engines]
@@ -196,14 +198,25 @@ class Elastic:
         return problem is None, problem or f"{host} has left the run; its agent has ended"
 
     async def _leave(self, node: Node) -> None:
+        names = await self._withdraw(node)
+        node.drained = True
+        await self._agents.dismiss(node, "this host was drained: it has left the run")
+        self._dispatcher.fleet.say(f"{node.name} has left the run, with {', '.join(names)}")
+
+    async def _withdraw(self, node: Node) -> list[str]:
+        """End the processes of a host for good, also those that are being started again; returns their names.
+
+        On cancel: some of them may have ended.
+        """
         dispatcher, fleet = self._dispatcher, self._dispatcher.fleet
         mine = self._roles_of(node)
-        fleet.away.update(role.name for role in mine)
+        names = [role.name for role in mine]
+        fleet.away.update(names)
+        fleet.left.update(names)
         for kind in (RoleKind.ROLLOUT, RoleKind.STUDENT_ENGINE):
             for role in (role for role in mine if role.kind is kind):
+                await dispatcher.deaths.keep_down(role.name)
                 await fleet.supervisor.stop(role.name)
                 await dispatcher.deaths.leave(role.name)
         dispatcher.resize()
-        node.drained = True
-        await self._agents.dismiss(node, "this host was drained: it has left the run")
-        fleet.say(f"{node.name} has left the run, with {', '.join(role.name for role in mine)}")
+        return names

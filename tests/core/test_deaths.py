@@ -1,0 +1,132 @@
+"""Restarts of roles that somebody ends for good meanwhile: nothing starts them again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from opd_async.cluster.supervisor import Exit
+from opd_async.errors import OpdError
+from opd_async.plan.plan import RoleKind
+from opd_async.run.barrier import Barrier
+from opd_async.run.deaths import Deaths
+from opd_async.run.state import RunState
+from opd_async.telemetry.exporter import RoleMetrics
+from opd_async.transport import messages as m
+from opd_async.transport.mailbox import Mailbox
+
+ACTOR = "rollout-1"
+
+
+class Fleet:
+    """Of the fleet, what deaths look at; a restart waits for `go`."""
+
+    def __init__(self) -> None:
+        self.supervisor = SimpleNamespace(exits=asyncio.Queue(), running=())
+        self.away, self.left = set[str](), set[str]()
+        self.restarting, self.go = asyncio.Event(), asyncio.Event()
+        self.started: list[str] = []
+
+    def role(self, name: str) -> Any:
+        return SimpleNamespace(name=name, kind=RoleKind.ROLLOUT)
+
+    async def await_restart(self, ended: Exit) -> None:
+        self.restarting.set()
+        await self.go.wait()
+
+    async def start(self, name: str) -> None:
+        self.started.append(name)
+
+
+class Reach:
+    """A run that has leased nothing."""
+
+    def __init__(self, group: asyncio.TaskGroup) -> None:
+        self._group = group
+        self.fleet: Any = Fleet()
+        self.plan: Any = None
+        self.metrics = RoleMetrics("launcher")
+        self.mailbox, self.state = Mailbox(), RunState()
+        self.barrier: Barrier = SimpleNamespace(absent=lambda name: None)  # type: ignore[assignment]
+        self.learner_lost = asyncio.Event()
+        self.watch: Any = SimpleNamespace(ended=lambda name: None, started=lambda name: None)
+        self.slow_engines: Any = None
+        self.gone_roles: list[str] = []
+        self.failures: list[OpdError] = []
+
+    def gone(self, role: str) -> None:
+        self.gone_roles.append(role)
+
+    def fail(self, error: OpdError) -> None:
+        self.failures.append(error)
+
+    async def broadcast(self, kind: RoleKind, message: m.Message) -> list[str]:
+        return []
+
+    async def to_intake(self, message: m.Message) -> None:
+        raise AssertionError("nothing is leased")
+
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        return self._group.create_task(work, name=name)
+
+
+@asynccontextmanager
+async def a_run() -> AsyncIterator[tuple[Reach, Deaths]]:
+    async with asyncio.TaskGroup() as group:
+        reach = Reach(group)
+        deaths = Deaths(reach)
+        loop = group.create_task(deaths.run())
+        yield reach, deaths
+        loop.cancel()
+
+
+async def once(true: Callable[[], bool]) -> None:
+    """Return when it is true, which is soon."""
+    async with asyncio.timeout(5.0):
+        while True:
+            if true():
+                return
+            await asyncio.sleep(0)
+
+
+async def dies(reach: Reach) -> None:
+    """The actor is killed, and its restart begins."""
+    reach.fleet.restarting.clear()
+    await reach.fleet.supervisor.exits.put(Exit(ACTOR, -9, ()))
+    async with asyncio.timeout(5.0):
+        await reach.fleet.restarting.wait()
+
+
+async def test_a_role_that_died_is_started_again() -> None:
+    async with a_run() as (reach, deaths):
+        await dies(reach)
+        assert list(deaths.starting) == [ACTOR]
+        reach.fleet.go.set()
+        await once(lambda: not deaths.starting)
+        assert reach.fleet.started == [ACTOR] and reach.gone_roles == [ACTOR]
+
+
+async def test_a_restart_that_is_given_up_starts_nothing() -> None:
+    async with a_run() as (reach, deaths):
+        await dies(reach)
+        await deaths.keep_down(ACTOR)
+        reach.fleet.go.set()
+        await deaths.keep_down(ACTOR)  # none is under way
+        assert not deaths.starting and reach.fleet.started == [] and reach.failures == []
+        await dies(reach)  # brought up again by somebody, it is restarted as before
+        await once(lambda: bool(reach.fleet.started))
+
+
+@pytest.mark.parametrize("left", [True, False])
+async def test_the_end_of_a_role_that_has_left_is_noted_and_no_more(left: bool) -> None:
+    async with a_run() as (reach, deaths):
+        reach.fleet.left.update([ACTOR] * left)
+        await reach.fleet.supervisor.exits.put(Exit(ACTOR, -9, ()))
+        await once(lambda: bool(reach.gone_roles))
+        assert bool(deaths.starting) is not left
+        await deaths.keep_down(ACTOR)
