@@ -37,11 +37,11 @@ Supervise = Callable[[Callable[[str], None], float, Callable[[int], None]], Abst
 """Makes what starts the processes of a run, of: echo, stop deadline in seconds, who is told of unwritten log lines."""
 FETCH_S = 3600.0
 """Deadline of a host that may have to fetch models of the hub."""
-SAME = ("opd_async", "torch", "megatron-core")
+SAME = ("opd_async", "torch", "megatron-core", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 
 
 def versions() -> dict[str, str]:
-    """The version of each package that has to be the same on every host."""
+    """The version of each package that has to be the same on every host, where it is installed."""
     found = {}
     for package in SAME:
         with suppress(PackageNotFoundError):

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from deadlines import patience
 
 from opd_async.cluster.agent import Agent
 from opd_async.cluster.agents import DRAINED, Agents
+from opd_async.cluster.hosting import versions
 from opd_async.cluster.hosts import Hosts
 from opd_async.cluster.interfaces import Face, faces, own_face, resolve
 from opd_async.cluster.nodes import natural
@@ -404,6 +406,18 @@ def test_files_that_are_not_shared_are_named(tmp_path: Path, monkeypatch: pytest
         look_at(replace(request, paths=["model"]))
     with pytest.raises(InputError, match=r"/nowhere: No such file or directory, where the launcher was started"):
         look_at(replace(request, folder="/nowhere"))
+
+
+def test_every_package_of_which_hosts_must_have_one_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"opd_async": "1", "torch": "2", "nvidia-nccl-cu12": "2.27.3"}
+
+    def version(package: str) -> str:
+        if package not in there:
+            raise PackageNotFoundError(package)
+        return there[package]
+
+    monkeypatch.setattr("opd_async.cluster.hosting.version", version)
+    assert versions() == there
 
 
 def test_hosts_are_sorted_as_people_do() -> None:

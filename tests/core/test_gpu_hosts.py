@@ -48,6 +48,12 @@ def test_an_image_gets_sglangs_own_packages_without_a_gpu(tmp_path: Path) -> Non
     assert (tmp_path / "asked").read_text().split()[-2:] == ["install", "sglang==0.5.23"]
 
 
+def test_the_image_for_cpu_hosts_is_made_as_on_any_host() -> None:
+    text, gpu = ((ROOT / name).read_text() for name in ("Containerfile.cpu", "Containerfile"))
+    assert "RUN make install\n" in text
+    assert set(text.splitlines()[5:]) - set(gpu.splitlines()) == {"RUN make install"}
+
+
 def test_the_image_is_made_by_the_same_command() -> None:
     text = (ROOT / "Containerfile").read_text()
     assert "RUN make gpu SGLANG_VERSION=${SGLANG_VERSION}" in text
