@@ -214,6 +214,21 @@ async def test_a_second_agent_of_one_name_is_refused_and_the_first_serves_on(tmp
     await agent
 
 
+async def test_a_port_that_is_taken_on_another_host_is_named_with_it() -> None:
+    section = cluster()
+    agent = asyncio.create_task(agent_of(section).run())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        async with launcher(section) as agents:
+            (node,) = await agents.gather()
+            words = (
+                rf"h1: network.base_port: port {port} of 127.0.0.1 .*write another base_port, or 0 to take free ones"
+            )
+            with pytest.raises(RoleError, match=words):
+                await agents.ask(node, lambda number: m.FindPorts(number, 0, [port]))
+    await agent
+
+
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
