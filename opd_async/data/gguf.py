@@ -9,8 +9,11 @@ cache is below `XDG_CACHE_HOME`; a folder in it may be removed at any time betwe
 from __future__ import annotations
 
 import hashlib
+import secrets
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from opd_async.data.prompt_cache import user_cache
@@ -38,23 +41,28 @@ def folder_of(file: Path) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # a process of its own: whoever asks need not load torch, and the model's memory is given back
-    command = [
-        sys.executable,
-        "-m",
-        "opd_async.learner.convert",
-        "gguf-to-hf",
-        "--gguf",
-        str(file),
-        "--out",
-        str(folder),
-    ]
+    # each in a folder of its own, so that two launches may convert one file at the same time
+    made = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
+    try:
+        _convert(file, made)
+        with suppress(OSError):  # another launch may have made it meanwhile, of the same bytes
+            made.rename(folder)
+    finally:
+        for left in (made, made.with_name(f"{made.name}.tmp")):
+            shutil.rmtree(left, ignore_errors=True)
+    if not folder.is_dir():
+        raise InputError(f"{file}: its folder {folder} cannot be put in place; see who may write into {folder.parent}")
+    return folder
+
+
+def _convert(file: Path, out: Path) -> None:
+    """Convert in a process of its own: whoever asks need not load torch, and the model's memory is given back."""
+    command = [sys.executable, "-m", "opd_async.learner.convert", "gguf-to-hf", "--gguf", str(file), "--out", str(out)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CONVERT_S, check=False)
     except subprocess.TimeoutExpired:
         raise InputError(
             f"{file}: not converted within {CONVERT_S:.0f} s; convert it by hand: {' '.join(command)}"
         ) from None
-    if done.returncode and not folder.is_dir():  # another run may have made it meanwhile
+    if done.returncode:
         raise InputError((done.stderr.strip() or f"exit code {done.returncode} without a word").splitlines()[-1])
-    return folder

@@ -138,7 +138,7 @@ class LeaseBook:
         self._away = 0
         self._further_generating = 0
         self._waiting_tokens = 0
-        self._mean_tokens, self._any_ended = float(longest), False
+        self._mean_tokens, self._ended = float(longest), 0
         self._trained: dict[int, _Trained] = {}
         self._deal = Deal()
         parts = np.split(frontier.partial_tokens, np.cumsum(frontier.partial_ends)[:-1])
@@ -256,9 +256,9 @@ class LeaseBook:
             self._stops(active)
             active.response_tokens = response_tokens
             self._waiting_tokens += response_tokens - active.trained.tokens
-            share = LENGTH_SHARE if self._any_ended else 1.0
-            self._mean_tokens += share * (response_tokens - self._mean_tokens)
-            self._any_ended = True
+            self._ended += 1
+            # the first to end are the short ones: the plain mean until there are enough of them
+            self._mean_tokens += max(LENGTH_SHARE, 1 / self._ended) * (response_tokens - self._mean_tokens)
 
     def trained(self, sample_id: int, end: int, complete: bool, given: int = 0) -> None:
         """A step has taken the sample's tokens before `end`, of which `given` were not sampled."""

@@ -280,10 +280,15 @@ def test_admission_is_told_the_mean_length_of_what_has_ended() -> None:
             self.means.append(flow.mean_tokens)
             return True
 
-    leases = LeaseBook(frontier.empty(0), ORDER, cast(Admission, Told()), slots=9, longest=100)
+    leases = LeaseBook(frontier.empty(0), ORDER, cast(Admission, Told()), slots=400, longest=100)
     leases.lease("a", 0)
-    leases.ended(0, attempt=0, response_tokens=20)
+    for sample_id, tokens in enumerate((20, 276, 34)):
+        leases.ended(sample_id, attempt=0, response_tokens=tokens)
+        leases.lease("a", 0)
+    assert Told.means == [100.0, 20.0, 148.0, 110.0], "the plain mean: one short response is not the mean of hundreds"
+    for sample_id in range(3, 300):
+        leases.ended(sample_id, attempt=0, response_tokens=110)
+        leases.lease("a", 0)
+    leases.ended(300, attempt=0, response_tokens=366)
     leases.lease("a", 0)
-    leases.ended(1, attempt=0, response_tokens=276)
-    leases.lease("a", 0)
-    assert Told.means == [100.0, 20.0, 21.0]
+    assert Told.means[-2:] == pytest.approx([110.0, 111.0]), "and later the lengths of the last 256 or so"

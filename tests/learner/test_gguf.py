@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -14,7 +15,7 @@ from tiny_learner import write_model
 
 from opd_async.checks.models import with_models_here
 from opd_async.config.topology import Topology
-from opd_async.data.gguf import cached_folder
+from opd_async.data.gguf import cached_folder, folder_of
 from opd_async.data.model_folder import read_model
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
@@ -147,3 +148,16 @@ def test_a_topology_may_name_the_file(
     said.clear()
     assert with_models_here(topology, said.append)[0].models.student.path == cached_folder(good)
     assert not any(str(good) in line for line in said)
+
+
+def test_two_launches_may_convert_one_file(
+    tmp_path: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "model.gguf"
+    write_gguf(file, weights)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(folder_of, [file, file]))
+    assert found == [cached_folder(file)] * 2
+    assert list(cached_folder(file).parent.iterdir()) == [cached_folder(file)], "nothing is left of the other"
+    assert read_model(found[0]).layers == 2
