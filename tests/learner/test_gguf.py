@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -21,6 +22,7 @@ from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
 from opd_async.learner.hf.gguf import gguf_to_hf
 
+HEADS, KV_HEADS = 4, 2
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -45,15 +47,24 @@ def name_in_file(name: str) -> str:
     return f"blk.{layer}.{NAMES[module]}.{kind}"
 
 
+def in_file(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A weight of a Llama model as GGUF has it: each rotated pair of channels of a head is side by side."""
+    heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
+    if heads is None:
+        return array
+    halves = array.reshape(heads, 2, len(array) // heads // 2, -1)
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
+
+
 def write_gguf(file: Path, weights: dict[str, torch.Tensor], quantised: bool = False, family: str = "qwen2") -> None:
-    """A Qwen2 model of `tiny_learner.write_model` with a tokenizer of as many letters, as a GGUF file."""
+    """A Qwen2 or Llama model of `tiny_learner.write_model` with a tokenizer of as many letters, as a GGUF file."""
     writer = gguf.GGUFWriter(file, family)
     writer.add_context_length(128)
     writer.add_embedding_length(32)
     writer.add_block_count(2)
     writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-6)
     rows = weights["model.embed_tokens.weight"].shape[0]
     writer.add_tokenizer_model("gpt2")
@@ -62,7 +73,7 @@ def write_gguf(file: Path, weights: dict[str, torch.Tensor], quantised: bool = F
     writer.add_token_merges(["A B"])
     writer.add_eos_token_id(rows - 1)
     for name, tensor in weights.items():
-        array = tensor.float().numpy()
+        array = in_file(name, tensor.float().numpy()) if family == "llama" else tensor.float().numpy()
         if quantised and array.ndim == 2 and array.shape[-1] % 32 == 0:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name_in_file(name), gguf.quantize(array, kind), raw_dtype=kind)
@@ -79,8 +90,10 @@ def weights(tmp_path: Path) -> dict[str, torch.Tensor]:
     return load_file(write_model(tmp_path / "hf", "qwen2") / "model.safetensors")
 
 
-def test_plain_weights_are_the_same_bit_for_bit(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
-    write_gguf(tmp_path / "model.gguf", weights)
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_plain_weights_are_the_same_bit_for_bit(tmp_path: Path, family: str) -> None:
+    weights = load_file(write_model(tmp_path / family, family) / "model.safetensors")
+    write_gguf(tmp_path / "model.gguf", weights, family=family)
     gguf_to_hf(tmp_path / "model.gguf", tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == weights.keys()
