@@ -46,8 +46,9 @@ class FilledFlow:
     def _overfull(self, flow: Flow) -> bool:
         if self._staleness is None:
             return False
-        room = 0 if self._closing else max(self._budget - self._taken, 0)
-        return self._bound(flow, self._due(flow.version + 1)) - room >= FULL_NEXT_STEP * self._budget
+        room, due = 0 if self._closing else max(self._budget - self._taken, 0), self._due(flow.version + 1)
+        grows = due >= flow.version or bool((flow.oldest <= due).any())
+        return grows and self._bound(flow, due) - room >= FULL_NEXT_STEP * self._budget
 
     def stands(self, flow: Flow) -> bool:
         """The open step drains, or the next one is bound to be too large."""

@@ -74,13 +74,18 @@ class FilledSteps:
         return view.ended_tokens + view.forced_tokens
 
     def overfull(self, assembler: Assembler, version: int, taken: int | None) -> bool:
-        """Whether the step at `version` + 1 would have to be too large, were the open one to close with a budget."""
+        """Whether the step at `version` + 1 would have to be too large, were the open one to close with a budget.
+
+        Not where that step's tokens are all there: those of responses that have ended, while what is generated now is
+        for a later one. Then generation adds nothing to it.
+        """
         due = self._due(version + 1)
         if due is None:
             return False
         room = 0 if taken is None else max(self.budget - taken, 0)
-        bound = _tokens(s for s in assembler.samples.values() if s.untrained_tokens and s.oldest_version <= due)
-        return bound - room >= FULL_NEXT_STEP * self.budget
+        bound = [s for s in assembler.samples.values() if s.untrained_tokens and s.oldest_version <= due]
+        grows = due >= version or any(sample.finish is None for sample in bound)
+        return grows and _tokens(bound) - room >= FULL_NEXT_STEP * self.budget
 
     def _too_large(self, assembler: Assembler, view: _View, version: int, taken: int) -> bool:
         """Whether the step could close, and what it has to train is too much already: it grows until it does.

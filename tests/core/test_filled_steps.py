@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from scored_chunks import held
 
 from opd_async.scheduling.assembly import Assembler
@@ -107,6 +108,18 @@ def test_a_next_step_that_would_be_too_large_stands_generation_still_and_is_begu
     assert part(policy, box, 1, 0) == ([0], False)
     assert not policy.overfull(box, 0, 0)  # the same tokens are younger for a later bound
     assert not FilledSteps(tokens_per_step=10 * PARTS, max_staleness=2).overfull(box, 1, 0)
+
+
+@pytest.mark.parametrize(("max_staleness", "stands"), [(1, True), (2, False)])
+def test_generation_goes_on_where_it_adds_nothing_to_a_next_step_that_is_full(max_staleness: int, stands: bool) -> None:
+    """All that the next step has to train has ended: at S = 1 what begins now would come to it, later it does not."""
+    box, policy = assembler(), FilledSteps(tokens_per_step=10 * PARTS, max_staleness=max_staleness)
+    version = max_staleness - 1  # of the open step: what weights 0 have made is due in the next one
+    for sample_id in range(10):
+        held(box, sample_id=sample_id, end=2 * PARTS, finish="length")
+    assert policy.overfull(box, version, 0) is stands
+    held(box, sample_id=10, end=2 * PARTS)
+    assert policy.overfull(box, version, 0), "one that is still generated would grow until then"
 
 
 def test_a_step_that_is_bound_to_be_too_large_closes_as_soon_as_it_can() -> None:
