@@ -33,7 +33,7 @@ def watched(process: subprocess.Popen[bytes], deadline_s: float) -> list[Usage]:
     memory = 0
     while True:
         family = _family(root)
-        if len(found) % MEMORY_EVERY == 0:
+        if len(found) % MEMORY_EVERY == 0 or len(found) == 1:  # the first look may come before the program is there
             memory = sum(_memory(one) for one in family)
         found.append(Usage(time.time(), sum(_cpu_s(one) for one in family), memory))
         try:
