@@ -57,12 +57,11 @@ def folder_of(file: Path) -> Path:
 
 def _convert(file: Path, out: Path) -> None:
     """Convert in a process of its own: whoever asks need not load torch, and the model's memory is given back."""
-    command = [sys.executable, "-m", "opd_async.learner.convert", "gguf-to-hf", "--gguf", str(file), "--out", str(out)]
+    command = [sys.executable, "-m", "opd_async.learner.convert", "gguf-to-hf", "--gguf", str(file), "--out"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CONVERT_S, check=False)
+        done = subprocess.run([*command, str(out)], capture_output=True, text=True, timeout=CONVERT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise InputError(
-            f"{file}: not converted within {CONVERT_S:.0f} s; convert it by hand: {' '.join(command)}"
-        ) from None
+        by_hand = " ".join([*command, str(cached_folder(file))])
+        raise InputError(f"{file}: not converted within {CONVERT_S:.0f} s; convert it by hand: {by_hand}") from None
     if done.returncode:
         raise InputError((done.stderr.strip() or f"exit code {done.returncode} without a word").splitlines()[-1])
