@@ -11,6 +11,7 @@ import logging
 import re
 from pathlib import Path
 
+from opd_async.data.weight_files import file_problems
 from opd_async.errors import InputError
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -46,7 +47,7 @@ def fetch_cached(folder: Path) -> None:
 
     Raises `InputError` as `fetch_model`, and where this host's cache is another folder.
     """
-    if any(folder.glob("*.safetensors")):
+    if not file_problems(folder, any_name=True):  # a fetch that broke off has left some of its files
         return
     cached = _CACHED.fullmatch(folder.parent.parent.name)
     assert cached is not None, folder

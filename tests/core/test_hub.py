@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -150,6 +151,11 @@ def test_every_host_fetches_the_models_that_the_launcher_has(tmp_path: Path) -> 
             assert found.returncode == 0, found.stderr
         assert {path.name for path in folder.iterdir()} >= {"config.json", "tokenizer.json", "model.safetensors"}
         assert sum(path.endswith("model.safetensors") and "/resolve/" in path for path in asked) <= 2, "once"
+        index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))  # as if a fetch had broken off
+        asked.clear()
+        assert look(tmp_path / "cache", folder, url).returncode == 0 and asked, "the hub is asked for what is missing"
+        (folder / "model.safetensors.index.json").unlink()
         there = tmp_path / "launchers" / folder.relative_to(tmp_path / "cache")
         elsewhere = look(tmp_path / "other", there, url)
     assert elsewhere.returncode == 1
