@@ -1,13 +1,15 @@
-"""A reverse proxy that holds up what an engine answers to `/generate`: each event of a stream, and each whole answer.
+"""A reverse proxy that holds up what an engine answers to `/generate`: each event of a stream, and each whole answer
+for every sequence in it.
 
 python slow_proxy.py PORT UPSTREAM SECONDS
 
-Everything else passes at once, as of an engine whose device has become slow.
+Everything else passes at once, as of an engine whose device has become slow: more sequences take it longer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 
 from aiohttp import ClientSession, ClientTimeout, web
@@ -22,14 +24,14 @@ class Proxy:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
-        delay_s = self.delay_s if request.path == "/generate" else 0.0
+        is_work = request.path == "/generate"
         async with (
             ClientSession(timeout=ClientTimeout(total=None)) as session,
             session.request(request.method, self.upstream + request.path_qs, data=body, headers=request.headers) as up,
         ):
             if up.content_type != "text/event-stream":
                 answer = await up.read()
-                await asyncio.sleep(delay_s)
+                await asyncio.sleep(self.delay_s * sequences(answer) if is_work else 0.0)
                 return web.Response(status=up.status, body=answer, content_type=up.content_type)
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
@@ -37,9 +39,15 @@ class Proxy:
             async for data in up.content.iter_any():
                 *events, buffer = (buffer + data).split(b"\n\n")
                 for event in events:
-                    await asyncio.sleep(delay_s)
+                    await asyncio.sleep(self.delay_s if is_work else 0.0)
                     await response.write(event + b"\n\n")
             return response
+
+
+def sequences(answer: bytes) -> int:
+    """How many sequences an answer is about."""
+    found = json.loads(answer)
+    return len(found) if isinstance(found, list) else 1
 
 
 if __name__ == "__main__":
