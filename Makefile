@@ -101,7 +101,7 @@ pair: install
 test-smollm2: pair
 	$(BIN)/python -m pytest tests/real
 
-# A real pair on the CPU: twelve minutes on two idle cores, 93 MB to download, 1.2 GB on disk.
+# A real pair on the CPU: seven minutes on two idle cores, 93 MB to download, 1.2 GB on disk.
 smollm2: pair
 	$(BIN)/python -m opd_async.launch --topology examples/smollm2/smollm2.yaml --overwrite
 	$(BIN)/python -m opd_async.cli samples runs/smollm2
