@@ -1,6 +1,6 @@
 """One learner rank: obey commands in the order in which the intake sends them.
 
-    intake (ROUTER) -> DEALER -> Train | SyncWeights | SaveCheckpoint | ExportModel | Stop
+    intake (ROUTER) -> DEALER -> Train | SyncWeights | SaveCheckpoint | ExportModel | AskTeacher | Stop
                                    rank 0 -> LearnerReply -> dispatcher
 
     python -m learner.main --plan runs/<name>/plan.json      the only rank; of several, each by torchrun
@@ -32,6 +32,7 @@ from opd_async.learner.distributed import parallel
 from opd_async.learner.errors import WeightSyncError
 from opd_async.learner.from_topology import learner_config
 from opd_async.learner.hf.io import hf_weights, save_hf
+from opd_async.learner.opinion import opinion
 from opd_async.learner.progress import PROGRESS
 from opd_async.learner.trainer import Trainer
 from opd_async.learner.weights.base import WeightTransport
@@ -87,10 +88,10 @@ class Link:
         if self._replies is not None:
             self._replies.send_multipart(encode(hello))
 
-    def reply(self, command: str, version: int, error: str | None, stats: dict[str, float]) -> None:
-        """Answer a command; only rank 0 has anybody to answer to."""
+    def reply(self, command: str, version: int, error: str | None, stats: dict[str, float], **rows: Any) -> None:
+        """Answer a command; only rank 0 has anybody to answer to. `rows` are what a teacher was asked for."""
         if self._replies is not None:
-            self._replies.send_multipart(encode(m.LearnerReply(command, version, error, stats)))
+            self._replies.send_multipart(encode(m.LearnerReply(command, version, error, stats, **rows)))
 
     def part_done(self, version: int, part: int) -> None:
         """Tell the intake that the learner is ready for the next part of a step."""
@@ -166,8 +167,16 @@ class Rank:
             case m.ExportModel():
                 source = self._plan.topology.models.student.path
                 self._store("ExportModel", partial(save_hf, self._trainer.model, Path(command.folder), source))
+            case m.AskTeacher():
+                self._ask_teacher(command)
             case _:
                 log.warning("ignored a %s", type(command).__name__)
+
+    def _ask_teacher(self, command: m.AskTeacher) -> None:
+        found = opinion(self._trainer, command, self._plan.topology.learner.micro_batch_tokens)
+        ids, logprobs = found.topk or (None, None)
+        answer = {"teacher_logprobs": found.logprobs, "topk_ids": ids, "topk_logprobs": logprobs}
+        self._link.reply("AskTeacher", self._trainer.version, None, {}, **answer)
 
     def _store(self, command: str, write: Callable[[], None]) -> None:
         """Write files and say so. A full disk is an answer, not an end: what can be saved elsewhere still is."""

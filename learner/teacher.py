@@ -14,7 +14,7 @@ checkpoint (but for an average), no export and no weight update.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,8 +28,9 @@ from opd_async.learner.errors import CheckpointError, ModelError
 from opd_async.learner.hf.io import load_hf
 from opd_async.learner.losses.heads import align_head, aligned_head, head_of, rows_of_a_rank
 from opd_async.learner.losses.logprobs import Head, row_logprobs
+from opd_async.learner.losses.tops import RowTops, row_tops
 from opd_async.learner.model.architecture import read_shape
-from opd_async.learner.model.context import all_rows
+from opd_async.learner.model.context import all_rows, everywhere
 from opd_async.learner.model.decoder import DecoderModel, build_model
 from opd_async.learner.model.layout import PackedBatch
 from opd_async.learner.model.pipeline import run_schedule
@@ -99,8 +100,25 @@ class Teacher:
 
     def rows(self, packs: Sequence[PackedBatch], loss: str) -> list[TeacherRows]:
         """What `loss` needs of each micro-batch's rows; empty but on the last pipeline stage. All ranks call it."""
-        with self._host.on_device() if self._host else nullcontext():
+        with self._on_device():
             return rows_of(self.model, self._config, packs, loss, self._vocab, within=self._within)
+
+    def tops(self, packs: Sequence[PackedBatch], k: int) -> list[RowTops]:
+        """The k likeliest tokens of each micro-batch's rows, and the logprobs of the tokens that stand there; empty but
+        on the last pipeline stage. Over all rows of the teacher's table, or, `within`, those that are sampled. All
+        ranks call it."""
+
+        def last_stage(index: int, hidden: Tensor) -> tuple[Tensor, RowTops]:
+            packed = packs[index]
+            head = head_of(self.model, self._config, self._vocab if self._within else None)
+            found = row_tops(hidden[packed.rows_O, 0], head, packed.own(packed.targets_R), k)
+            return hidden.new_zeros(()), everywhere(found, packed.own_O, len(packed.targets_R))
+
+        with self._on_device(), on_this_device(), torch.no_grad():
+            return run_schedule(self.model, packs, last_stage, train=False)
+
+    def _on_device(self) -> AbstractContextManager[None]:
+        return self._host.on_device() if self._host else nullcontext()
 
     def follow(self, student: DecoderModel) -> None:
         """The student has taken a step, which changes nothing here."""

@@ -154,12 +154,12 @@ class Trainer:
             output = self._objective(packs[index], hidden, teacher[index] if teacher is not None else None)
             return output.loss / step.denominator, (output.sums, output.maxima)
 
-        packs = self._lay_out(batch.micro_batches)
+        packs = self.lay_out(batch.micro_batches)
         teacher = None
         if self.teacher is not None:
             teacher = self.teacher.rows(self._as_read_by_teacher(batch, packs), self.config.loss.loss)
             if self.config.contrast:
-                beside = self._lay_out([mb.as_read_beside() for mb in batch.micro_batches])
+                beside = self.lay_out([mb.as_read_beside() for mb in batch.micro_batches])
                 packs = _with("contrast_R", packs, self.teacher.rows(beside, "reverse_kl"))
             if self._plain_kl_is_due(batch):
                 packs = _with("plain_R", packs, self.teacher.rows(packs, "reverse_kl"))
@@ -186,11 +186,12 @@ class Trainer:
             found = self._logprobs(packs[index], hidden, train=False).sampled_R
             return found.sum(), found
 
-        packs = self._lay_out(batches)
+        packs = self.lay_out(batches)
         with on_this_device(), torch.no_grad():
             return run_schedule(self.ddp, packs, logprobs, train=False)
 
-    def _lay_out(self, batches: Sequence[MicroBatch]) -> list[PackedBatch]:
+    def lay_out(self, batches: Sequence[MicroBatch]) -> list[PackedBatch]:
+        """Micro-batches as this rank's models take them."""
         options: dict[str, Any] = {
             "multiple": self.config.parallel.tensor,
             "slack": self.padding_slack,
@@ -211,7 +212,7 @@ class Trainer:
         """
         pairs = zip(batch.micro_batches, packs, strict=True)
         return [
-            pack if mb.teacher_prompts is None else self._lay_out([mb.as_read_by_teacher()])[0] for mb, pack in pairs
+            pack if mb.teacher_prompts is None else self.lay_out([mb.as_read_by_teacher()])[0] for mb, pack in pairs
         ]
 
     def _objective(self, packed: PackedBatch, hidden: Tensor, teacher: TeacherRows | None) -> LossOutput:

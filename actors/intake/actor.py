@@ -112,7 +112,7 @@ class Intake:
                     await self._reclaim(message)
                 case m.SaveCheckpoint():
                     await self._save(message)
-                case m.SyncWeights() | m.ExportModel():
+                case m.SyncWeights() | m.ExportModel() | m.AskTeacher():
                     await self.ranks.send_all(message)
                 case m.Stop():
                     await self.ranks.send_all(message)

@@ -122,7 +122,7 @@ class HoldingIntake:
                     known = frontier.snapshot(self.assembler, self.steps)
                     ids, ends, tokens = known.partial_ids, known.partial_ends, known.partial_tokens
                     await self._first.send(m.Prefixes(message.request, ids, ends, tokens))
-                case m.SyncWeights() | m.ExportModel() | m.SaveCheckpoint():
+                case m.SyncWeights() | m.ExportModel() | m.SaveCheckpoint() | m.AskTeacher():
                     await self.ranks.send_all(message)
                 case m.Stop():
                     await self.ranks.send_all(message)

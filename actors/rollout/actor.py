@@ -156,7 +156,7 @@ class RolloutActor:
             reward = await self._judging.judge(generation) if generation.awaits_reward else generation.reward
             if lease.kind != m.LeaseKind.TRAIN:
                 compared = await self._comparing.compare(generation) if self._comparing.wants(lease) else None
-                await self._role.control.send(generation.evaluation(reward, *(compared or ())))
+                await self._role.control.send(generation.evaluation(reward, compared))
             elif generation.awaits_reward:
                 for one in samples:
                     one.rewarded(reward)

@@ -3,6 +3,7 @@
     teacher_topk: 0   the teacher's logprobs of the tokens; what they differ by from the student's estimates the KL
     teacher_topk: k   the k likeliest tokens of teacher and student in each place, of both from a prefill
 
+A teacher in the learner is asked by the launcher (`opd_async.run.consulting`): the student's part alone is found here.
 The student's are asked from the engine that generated, with the weights that did: an evaluation sees one version, since
 the next weight update waits for it, and a response that has seen another one is left unscored.
 """
@@ -12,16 +13,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.actors.client.replies import Scores
 from opd_async.actors.rollout.engines import Engines
-from opd_async.actors.rollout.generation import Generation
+from opd_async.actors.rollout.generation import Comparison, Generation
 from opd_async.errors import EngineError
-from opd_async.estimators.topk_kl import Divergences, divergences
+from opd_async.estimators.topk import NO_LOGPROB, NO_TOKEN, TopK
+from opd_async.estimators.topk_kl import divergences
 from opd_async.role import Role
 from opd_async.transport import messages as m
 
@@ -31,11 +33,17 @@ TRIES = 3
 """How often an engine is asked about one response; a breaker lets the next try wait while its engine is down."""
 
 
-class Comparison(NamedTuple):
-    """The teacher's logprobs float32[n] of a response, and both divergences, float64[n], where they were asked for."""
+def given_sampled_ids(scores: Scores, sampled_logprobs: NDArray[np.float32]) -> Scores:
+    """Scores of a prefill, over all ids of the engine's table, as those over the ids that may be sampled.
 
-    teacher_logprobs: NDArray[np.float32]
-    divergences: Divergences | None
+    What a token was sampled with, `sampled_logprobs` float32[n], is over these: it says in each place how much of the
+    whole they are.
+    """
+    assert scores.topk is not None
+    ids, logprobs = scores.topk
+    moved = np.minimum(logprobs + (sampled_logprobs - scores.logprobs)[:, None], 0.0)
+    topk = TopK(ids, np.where(ids == NO_TOKEN, NO_LOGPROB, moved).astype(np.float32))
+    return replace(scores, logprobs=sampled_logprobs, topk=topk)
 
 
 class Comparing:
@@ -46,6 +54,8 @@ class Comparing:
         sets = role.plan.topology.evaluation_sets
         self._topk = {name: one.teacher_topk for name, one in sets.items() if one.judge == "teacher"}
         self._engines = engines
+        self._in_learner = role.plan.topology.opd.in_learner
+        self._some_barred = role.plan.student_rows > role.plan.vocab_size
 
     def wants(self, lease: m.Lease) -> bool:
         """Whether the response to this lease is to be compared: sampled by the student, as in training."""
@@ -58,11 +68,13 @@ class Comparing:
         The teacher reads its own prompt where it has one. On cancel: the request is given up.
         """
         topk, response = self._topk[generation.lease.evaluation_set], generation.response()
+        if self._in_learner:
+            return await self._own_part(generation, response, topk)
         teacher = await self._tried(lambda: self._of_teacher(generation, response, topk))
         if teacher is None:
             return None
         if not topk:
-            return Comparison(teacher.logprobs, None)
+            return Comparison(teacher.logprobs)
         student = await self._tried(lambda: self._of_student(generation, response, topk))
         if student is None:
             return None
@@ -70,6 +82,13 @@ class Comparing:
         lists, logprobs = (student.topk, teacher.topk), (student.logprobs, teacher.logprobs)
         found = await asyncio.to_thread(divergences, *lists, response, *logprobs)  # long lists take a while
         return Comparison(teacher.logprobs, found)
+
+    async def _own_part(self, generation: Generation, response: NDArray[np.int32], topk: int) -> Comparison | None:
+        """What is to be compared with what the teacher in the learner says."""
+        if not topk:
+            return Comparison()
+        student = await self._tried(lambda: self._of_student(generation, response, topk))
+        return None if student is None else Comparison(student_topk=student.topk)
 
     async def _of_teacher(self, generation: Generation, response: NDArray[np.int32], topk: int) -> Scores:
         lease = generation.lease
@@ -103,7 +122,9 @@ class Comparing:
             guard.failed(error)
             raise
         guard.succeeded()
-        return scores if generation.versions <= {str(version)} and student.version == version else None
+        if not generation.versions <= {str(version)} or student.version != version:
+            return None
+        return given_sampled_ids(scores, generation.logprobs()) if self._some_barred else scores
 
     async def _tried(self, ask: Callable[[], Awaitable[Scores | None]]) -> Scores | None:
         """What an engine answers within a few tries."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from opd_async.actors.client.routed_client import GenerationClient, RoutedClient
 from opd_async.clock import WALL
 from opd_async.config.topology import RolloutSection
 from opd_async.errors import EngineError, EngineFault
+from opd_async.estimators.topk import TopK
 from opd_async.estimators.topk_kl import Divergences
 from opd_async.scheduling.breaker import Failures
 from opd_async.transport import messages as m
@@ -50,6 +52,16 @@ class Student:
         """
         self.gate.clear()
         self.down = not self.routed
+
+
+class Comparison(NamedTuple):
+    """What an evaluation's response is compared with, in n places: the teacher's logprobs float32[n] and both
+    divergences, float64[n]; or, where the launcher asks the teacher, the student's likeliest tokens. None: not asked
+    for."""
+
+    teacher_logprobs: NDArray[np.float32] | None = None
+    divergences: Divergences | None = None
+    student_topk: TopK | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -264,24 +276,23 @@ class Generation:
         """int32[n], the response so far."""
         return self.input_ids()[len(self.lease.prompt) :]
 
+    def logprobs(self) -> NDArray[np.float32]:
+        """float32[n], nats: with what the tokens of an evaluation's response were sampled. Chunks are made in training
+        alone: every token is still here."""
+        return np.concatenate([np.zeros(0), *(delta.logprobs for delta in self._pending)]).astype(np.float32)
+
     @property
     def versions(self) -> set[str]:
         """The weight versions, as engines name them, of all tokens of an evaluation's response."""
         return {delta.weight_version for delta in self._pending}
 
-    def evaluation(
-        self,
-        reward: float | None,
-        teacher_logprobs: NDArray[np.float32] | None = None,
-        divergences: Divergences | None = None,
-    ) -> m.EvalDone:
+    def evaluation(self, reward: float | None, compared: Comparison | None = None) -> m.EvalDone:
         """The complete response of an evaluation lease, and what it earned, or what the teacher thinks of it, where
         that was asked for."""
         finish = self.finish.value if self.finish else ""
         version = max(self.student.version, 0)
-        own = None
-        if teacher_logprobs is not None:  # chunks are made in training alone: every token is still here
-            own = np.concatenate([delta.logprobs for delta in self._pending]).astype(np.float32)
+        own = None if compared is None else self.logprobs()
+        teacher, divergences, lists = compared or (None, None, None)
         return m.EvalDone(
             sample_id=self.lease.sample_id,
             finish=finish,
@@ -289,9 +300,11 @@ class Generation:
             token_ids=self.response(),
             reward=reward,
             student_logprobs=own,
-            teacher_logprobs=teacher_logprobs,
+            teacher_logprobs=teacher,
             reverse_kl=None if divergences is None else divergences.reverse.astype(np.float32),
             forward_kl=None if divergences is None else divergences.forward.astype(np.float32),
+            student_topk_ids=None if lists is None else lists.ids,
+            student_topk_logprobs=None if lists is None else lists.logprobs,
         )
 
 

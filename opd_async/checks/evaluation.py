@@ -60,8 +60,14 @@ def _set_problems(topology: Topology, one: EvaluationSet) -> Iterator[str]:
     context, judge = topology.engines.student.context_tokens, one.where("judge")
     if one.judge == "reward" and topology.reward.kind is RewardKind.NONE:
         yield f"{judge}: reward, but there is none; write reward.kind, or answer"
-    if one.judge == "teacher" and not topology.teachers:
-        yield f"{judge}: teacher, but no teacher has engines of its own to be asked; write answer or reward"
+    opd = topology.opd
+    if one.judge == "teacher" and opd.of_itself and opd.in_learner and opd.self.weights != "frozen":
+        yield (
+            f"{judge}: teacher, but opd.self.weights {opd.self.weights} moves the one in the learner with the student, "
+            "and a distance to it says little; write answer or reward, or opd.self.weights: frozen"
+        )
+    elif one.judge == "teacher" and not topology.teachers and not opd.in_learner:
+        yield f"{judge}: teacher, but there is none to be asked; write answer or reward"
     if one.judge == "teacher" and topology.rollout.function is not None:
         yield (
             f"{judge}: teacher, which compares a response of the student alone, but rollout.function makes episodes "

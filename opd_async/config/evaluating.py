@@ -69,7 +69,8 @@ class EvaluationSection(Section):
     """Longest response of an evaluation. Null: as in `rollout.sampling`."""
     judge: Judge = "answer"
     """What makes a response right: the answer pattern, or a positive reward. `teacher` needs no labels: it is the
-    distance to the teacher on the sampled responses, at temperature 1."""
+    distance to the teacher on the sampled responses, at temperature 1. One in the learner can be asked where its
+    weights do not move."""
     answer_pattern: str = r"(?s)^(.*)$"
     """Regular expression over the response text; its first group must equal the label."""
     teacher: bool = True

@@ -2,13 +2,14 @@
 
 a set -> responses -> pass@1 (avg@k) by labels or rewards
                    -> reverse KL to the teacher by its scores, or both KLs by its likeliest tokens and the student's
+                      (a teacher in the learner: `consulting.py`)
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,8 @@ class Evaluator:
         self.shown = 0
         """How many sampled responses of each evaluation `on_sample` gets."""
         self.on_sample: Callable[[EvaluatedSample], None] = lambda sample: None
+        self.consult: Callable[[EvaluationSet, Sequence[Response]], Awaitable[list[Response]]] | None = None
+        """Who completes the responses of sets that the teacher judges, where no engine has said what it thinks."""
 
     def slots(self) -> asyncio.Semaphore:
         """Room for the responses of one model, whatever the number of sets that it is evaluated on."""
@@ -84,6 +87,8 @@ class Evaluator:
         try:
             async with asyncio.timeout(deadline_s):
                 sampled = await self._responses.of(kind, one, several, one.temperature, slots)
+                if one.judge == "teacher" and self.consult is not None:
+                    sampled = await self.consult(one, sampled)
                 greedy = [] if one.judge == "teacher" else await self._responses.of(kind, one, prompts, 0.0, slots)
         except TimeoutError:
             side = on_set("teacher" if kind is LeaseKind.EVAL_TEACHER else "student", name)

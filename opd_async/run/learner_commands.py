@@ -8,7 +8,7 @@ from opd_async.errors import StorageError
 from opd_async.run.dispatcher import Dispatcher
 from opd_async.transport import messages as m
 
-Command = m.SyncWeights | m.SaveCheckpoint | m.ExportModel
+Command = m.SyncWeights | m.SaveCheckpoint | m.ExportModel | m.AskTeacher
 
 
 class LearnerCommands:

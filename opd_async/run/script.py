@@ -16,6 +16,7 @@ from opd_async.data.own_prompts import ENDLESS
 from opd_async.errors import RoleError
 from opd_async.plan.plan import RoleKind
 from opd_async.run.arrivals import all_up
+from opd_async.run.consulting import Consulting
 from opd_async.run.dispatcher import Dispatcher
 from opd_async.run.evaluations import Evaluations
 from opd_async.run.evaluator import Evaluator
@@ -56,6 +57,8 @@ class Script:
         self._deadlines = dispatcher.plan.topology.supervisor
         self._owed: Owed | None = None
         self._learner = LearnerCommands(dispatcher, self._deadlines.step_deadline_s)
+        if evaluator is not None and self._topology.opd.in_learner:
+            evaluator.consult = Consulting(self._learner, dispatcher.plan.vocab_size).complete
         self.saving = Saving(dispatcher, self._learner, progress)
         self._accounted = -1
         self._began = -1

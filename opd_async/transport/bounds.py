@@ -55,7 +55,7 @@ _LOGPROB = Range(-1.0e30, 1.0e-3)
 _ANY = Range(-math.inf, math.inf, finite=False)
 _NAME = Text(256)
 _FLAG = Range(0, 1)
-_COMMANDS = ("Train", "SyncWeights", "SaveCheckpoint", "ExportModel")
+_COMMANDS = ("Train", "SyncWeights", "SaveCheckpoint", "ExportModel", "AskTeacher")
 
 BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("sample_id", "sample_ids", "taken_ids", "partial_ids", "prompt_id", "completed", "grant"), _ID),
@@ -71,13 +71,13 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("teacher_prompt", "teacher_prompt_tokens", "teacher_prompts", "teacher_prompt_lengths"), _COUNT),
     **dict.fromkeys(("contrast_prompt", "contrast_prompt_tokens", "contrast_prompts"), _COUNT),
     **dict.fromkeys(("prompt_lengths", "contrast_prompt_lengths", "given_starts", "given_ends"), _COUNT),
-    "turn_ends": _COUNT,
+    **dict.fromkeys(("turn_ends", "topk"), _COUNT),
     **dict.fromkeys(("waited_s", "wait_s", "token_s"), Range(0, NEVER)),
     **dict.fromkeys(("partial_tokens", "staleness_counts", "request", "token"), _ID),
     **dict.fromkeys(("mean_behaviour_logprobs", "mean_teacher_logprobs"), Range(-1.0e30, 1.0e-3)),
     **dict.fromkeys(("behaviour_logprobs", "student_logprobs", "teacher_logprobs", "contrast_logprobs"), _LOGPROB),
-    "topk_ids": Range(NO_TOKEN, MAX_COUNT),
-    "topk_logprobs": Range(-math.inf, 1.0e-3),
+    **dict.fromkeys(("topk_ids", "student_topk_ids"), Range(NO_TOKEN, MAX_COUNT)),
+    **dict.fromkeys(("topk_logprobs", "student_topk_logprobs"), Range(-math.inf, 1.0e-3)),
     **dict.fromkeys(
         (
             "complete",
@@ -156,7 +156,14 @@ EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
     "PartStarted": (("taken_ids", "taken_ends", "taken_complete", "taken_given"),),
     "StepStarted": (("taken_ids", "taken_ends", "taken_complete", "taken_given"),),
     "Frontier": (("partial_ids", "partial_ends", "partial_given"),),
-    "EvalDone": (("token_ids", "student_logprobs", "teacher_logprobs", "reverse_kl", "forward_kl"),),
+    "EvalDone": (
+        (
+            *("token_ids", "student_logprobs", "teacher_logprobs", "reverse_kl", "forward_kl"),
+            *("student_topk_ids", "student_topk_logprobs"),
+        ),
+    ),
+    "AskTeacher": (("sequence_lengths", "prompt_lengths"),),
+    "LearnerReply": (("teacher_logprobs", "topk_ids", "topk_logprobs"),),
     "TrainedSample": (
         ("response", "behaviour_logprobs"),
         ("chunk_ends", "chunk_versions", "chunk_made_s", "chunk_latency_s"),
@@ -180,6 +187,7 @@ EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Arrays of a message that have as many rows as each other; those that are absent do not count."""
 PIECES: dict[str, tuple[tuple[str, str], ...]] = {
+    "AskTeacher": (("sequence_lengths", "token_ids"),),
     "Reclaimed": (("ends", "tokens"),),
     "Prefixes": (("ends", "tokens"),),
     "Frontier": (("partial_ends", "partial_tokens"),),

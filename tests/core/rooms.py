@@ -51,7 +51,7 @@ ORDER: dict[str, tuple[str, ...]] = {
             "optimizer",
             "critic",
         ),
-        *("teacher", "average", "trainer", "weights", "from_topology", "resume", "beats", "convert", "main"),
+        *("teacher", "average", "trainer", "opinion", "weights", "from_topology", "resume", "beats", "convert", "main"),
     ),
     "bench": (
         *(

@@ -48,6 +48,14 @@ def test_options_and_defaults_are_slimes(tmp_path: Path) -> None:
     assert topology.opd.teacher_load == load and validate(topology) == []
 
 
+@pytest.mark.parametrize(("weights", "problems"), [("frozen", 0), ("live", 1), ("ema", 1)])
+def test_a_teacher_whose_weights_move_is_no_judge(tmp_path: Path, weights: str, problems: int) -> None:
+    topology = launched(tmp_path, *SELF, "--set", "evaluation.judge=teacher", self={"weights": weights})
+    found = [line for line in validate(topology) if line.startswith("evaluation.judge")]
+    words = f"evaluation.judge: teacher, but opd.self.weights {weights} moves the one in the learner with the student"
+    assert len(found) == problems and all(line.startswith(words) for line in found)
+
+
 def test_what_is_written_wins_over_the_defaults_of_self(tmp_path: Path) -> None:
     assert launched(tmp_path, *SELF, divergence_clip=None).opd.divergence_clip is None
     opd = launched(tmp_path, *SELF, loss="reverse_kl").opd

@@ -34,7 +34,9 @@ from opd_async.learner.config import CriticConfig, LearnerConfig, LossConfig, Pa
 from opd_async.learner.convert import hf_to_megatron, megatron_to_hf
 from opd_async.learner.distributed import parallel
 from opd_async.learner.hf.io import hf_weights, save_hf
+from opd_async.learner.opinion import opinion
 from opd_async.learner.trainer import Trainer
+from opd_async.transport.messages import AskTeacher
 from opd_async.transport.step_batch import MicroBatch, TeacherPrompts
 
 LAYOUTS = {
@@ -178,7 +180,18 @@ def losses(config: LearnerConfig, place: parallel.Place, results: Path) -> dict[
     two_prompts = LossConfig(loss="reverse_kl", function="learner_ranks:contrast", clip_ratio=None)
     told_apart = Trainer(replace(config, loss=two_prompts, teacher=teacher, contrast=True))
     found["a contrast of two prompts"] = steps(told_apart, place, 2, other_prompts=True)
+    found["what a teacher says of texts"] = said_of_texts(Trainer(replace(config, teacher=teacher)))
     return found
+
+
+def said_of_texts(trainer: Trainer) -> list[tuple[float, ...]]:
+    """The logprob of each response token of five texts, its likeliest tokens, and theirs."""
+    texts = micro_batch([9, 31, 14, 30, 22], seed=3)
+    asked = AskTeacher(texts.token_ids, np.diff(texts.cu_seqlens), np.array([2, 9, 5, 29, 1], np.int32), topk=6)
+    said = opinion(trainer, asked, 40)
+    assert said.topk is not None
+    columns = np.concatenate([said.logprobs[:, None], said.topk.ids, said.topk.logprobs], 1)
+    return [tuple(row) for row in columns.tolist()]
 
 
 def with_average(config: LearnerConfig) -> Trainer:

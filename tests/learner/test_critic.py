@@ -75,7 +75,7 @@ def test_the_student_gets_whitened_advantages_beside_the_signal(alone: Place, mo
     trainer = with_critic(model_path, LossConfig(loss=loss, kl_coef=0.3))
     critic = seasoned(trainer)
     sequence = np.searchsorted(batch.cu_seqlens, batch.rows, side="right") - 1
-    (values,) = critic.values(trainer._lay_out([batch]))
+    (values,) = critic.values(trainer.lay_out([batch]))
     found = gae(values.numpy(), sequence, batch.rewards, gamma=0.95, lam=0.9)
     known = found.advantages_R[found.known_R]
     white = np.where(found.known_R, (found.advantages_R - known.mean()) / known.std(), 0.0)
@@ -84,7 +84,7 @@ def test_the_student_gets_whitened_advantages_beside_the_signal(alone: Place, mo
     assert_close(hf_gradients(trainer, step_batch(0, [batch])), expected, 1e-6)
     # and the critic's gradient is that of its loss, differentiated anew
     returns = torch.from_numpy(found.returns_R).float()
-    model, packed = critic.model, trainer._lay_out([batch])[0]
+    model, packed = critic.model, trainer.lay_out([batch])[0]
     again = model.values(model(packed)[packed.rows_O, 0])
     known_R = torch.from_numpy(found.known_R)
     wanted = torch.autograd.grad(

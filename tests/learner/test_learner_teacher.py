@@ -30,10 +30,12 @@ from opd_async.learner import teacher as teacher_module
 from opd_async.learner.config import LearnerConfig, LossConfig, ParallelConfig, TeacherConfig
 from opd_async.learner.convert import hf_to_megatron
 from opd_async.learner.distributed.parallel import Place
-from opd_async.learner.errors import CheckpointError, ModelError
+from opd_async.learner.errors import CheckpointError, LearnerError, ModelError
 from opd_async.learner.hf.io import hf_weights
+from opd_async.learner.opinion import opinion
 from opd_async.learner.teacher import HostWeights, Teacher
 from opd_async.learner.trainer import Trainer
+from opd_async.transport.messages import AskTeacher
 from opd_async.transport.step_batch import MicroBatch
 
 BETA = 0.3
@@ -117,6 +119,42 @@ def test_chunks_and_micro_batches_change_nothing(
     assert max(float(gradient.abs().max()) for gradient in whole.values()) > 1e-3
     trainer = Trainer(replace(config, logprob_chunk_rows=1, teacher=replace(teacher, offload=True)))
     assert_close(hf_gradients(trainer, step_batch(0, [*split(packed), EMPTY])), whole, 1e-6)
+
+
+@pytest.mark.parametrize(("asked", "chunk_rows"), [(0, 1000), (4, 1), (1000, 3)])
+def test_it_says_what_transformers_says_of_texts(
+    alone: Place, model_path: Path, teacher: TeacherConfig, asked: int, chunk_rows: int
+) -> None:
+    """Of every response token, in the order of the texts, whatever is forwarded together; a list may have every id."""
+    batch = micro_batch([9, 31, 14, 30, 22])
+    prompts = [2, 9, 5, 29, 1]
+    starts, ends = batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist()
+    rows = [np.arange(s + p - 1, e - 1) for s, e, p in zip(starts, ends, prompts, strict=True)]
+    batch = replace(batch, rows=np.concatenate(rows).astype(np.int32))
+    with torch.no_grad():
+        table = logits(AutoModelForCausalLM.from_pretrained(teacher.model_path, dtype=torch.float32), batch)
+    table = table.log_softmax(-1)
+    trainer = Trainer(learner_config(model_path, teacher=teacher, logprob_chunk_rows=chunk_rows))
+    lengths = np.diff(batch.cu_seqlens).astype(np.int32)
+    found = opinion(trainer, AskTeacher(batch.token_ids, lengths, np.array(prompts, np.int32), topk=asked), 40)
+    targets = torch.from_numpy(batch.token_ids[batch.rows + 1].astype("int64"))
+    np.testing.assert_allclose(found.logprobs, table.gather(1, targets[:, None])[:, 0], atol=1e-5)
+    assert (found.topk is None) == (asked == 0)
+    if found.topk is not None:
+        best = table.topk(min(asked, VOCAB))
+        np.testing.assert_allclose(found.topk.logprobs, best.values, atol=1e-5)
+        ids = torch.from_numpy(found.topk.ids.astype("int64"))  # of nearly equal logprobs, any order is right
+        np.testing.assert_allclose(table.gather(1, ids), best.values, atol=1e-5)
+        assert found.topk.problem() is None
+
+
+def test_weights_that_move_are_not_asked(alone: Place, model_path: Path) -> None:
+    live = TeacherConfig(model_path=model_path, load=None, weights="live")
+    one = np.array([3], np.int32)
+    asked = AskTeacher(np.array([1, 2, 3], np.int32), one, one - 1, topk=0)
+    for teacher in (None, live, replace(live, weights="ema")):
+        with pytest.raises(LearnerError, match="none whose weights stay as they are"):
+            opinion(Trainer(learner_config(model_path, teacher=teacher)), asked, 40)
 
 
 def test_the_teacher_is_in_no_export_and_in_no_checkpoint(

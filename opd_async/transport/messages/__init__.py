@@ -48,7 +48,14 @@ from opd_async.transport.messages.generation import (
     TeacherRestarted,
 )
 from opd_async.transport.messages.intakes import EndAttempts, Held, Prefixes, ShowTrained, TakeShare
-from opd_async.transport.messages.learner import ExportModel, LearnerReply, PartDone, SaveCheckpoint, SyncWeights
+from opd_async.transport.messages.learner import (
+    AskTeacher,
+    ExportModel,
+    LearnerReply,
+    PartDone,
+    SaveCheckpoint,
+    SyncWeights,
+)
 from opd_async.transport.messages.roles import Failure, Heartbeat, Hello, RankBeat, Stop
 from opd_async.transport.messages.samples import Chunk, ScoredChunk, Train, TrainedSample
 from opd_async.transport.messages.steps import (
@@ -73,6 +80,7 @@ __all__ = [
     "Acks",
     "AgentBeat",
     "Answer",
+    "AskTeacher",
     "Chunk",
     "DrainRequest",
     "Drained",

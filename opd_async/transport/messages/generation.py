@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opd_async.transport.wire import Float32, Int32, Int64, message
+from opd_async.transport.wire import Float32, Float32Matrix, Int32, Int32Matrix, Int64, message
 
 
 @message
@@ -101,7 +101,8 @@ class EvalDone:
 
     `student_logprobs` and `teacher_logprobs` float32[n] of its tokens where they are judged by the teacher; None where
     the teacher could not be asked. `reverse_kl` and `forward_kl` float32[n], nats, in the place of each token, where
-    both sides were asked for their likeliest tokens.
+    both sides were asked for their likeliest tokens. Where the teacher is in the learner, which the launcher asks,
+    those of the student are `student_topk_ids` int32[n, k] and `student_topk_logprobs` float32[n, k].
     """
 
     sample_id: int
@@ -113,6 +114,8 @@ class EvalDone:
     teacher_logprobs: Float32 | None = None
     reverse_kl: Float32 | None = None
     forward_kl: Float32 | None = None
+    student_topk_ids: Int32Matrix | None = None
+    student_topk_logprobs: Float32Matrix | None = None
 
 
 @message
