@@ -11,6 +11,7 @@ The tie is Linux's PR_SET_PDEATHSIG, which survives exec but not fork: a role's 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -70,8 +71,15 @@ def die_with_parent() -> None:
     expected = os.environ.get(PARENT_ENV)
     if expected is None:
         return
-    if int(expected) not in {ancestor.pid for ancestor in psutil.Process().parents()}:
+    if int(expected) not in _ancestors():
         raise RoleError(f"supervisor (pid {expected}) is gone: not starting without it; start the run again")
+
+
+def _ancestors() -> set[int]:
+    """Pids of this process's ancestors."""
+    while True:
+        with contextlib.suppress(psutil.NoSuchProcess):  # one ended while it was looked at: there are others by now
+            return {ancestor.pid for ancestor in psutil.Process().parents()}
 
 
 def stop_event(loop: asyncio.AbstractEventLoop) -> asyncio.Event:

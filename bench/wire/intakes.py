@@ -13,7 +13,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,8 +149,13 @@ class Flood:
 
 def _cpu_s() -> dict[str, float]:
     """CPU seconds of each intake so far."""
-    times = {process.name(): process.cpu_times() for process in psutil.Process().children()}
-    return {name: used.user + used.system for name, used in times.items() if name.startswith(RoleKind.INTAKE)}
+    found: dict[str, float] = {}
+    for process in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # another child, which ended meanwhile
+            if (name := process.name()).startswith(RoleKind.INTAKE):
+                used = process.cpu_times()
+                found[name] = used.user + used.system
+    return found
 
 
 async def _carry(plan: Plan, case: Case) -> Carried:

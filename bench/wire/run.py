@@ -167,8 +167,10 @@ class Watch:
     async def _look(self) -> Moment:
         cpu_s = dict.fromkeys((*ROLES, "null"), 0.0)
         for process in [psutil.Process(), *psutil.Process().children()]:
-            kind = process.name().rsplit("-", 1)[0]
-            times = process.cpu_times()
+            try:
+                kind, times = process.name().rsplit("-", 1)[0], process.cpu_times()
+            except psutil.NoSuchProcess:  # a child that ended meanwhile: none of the roles, or the run says so
+                continue
             role = "launcher" if process.pid == psutil.Process().pid else kind if kind in ROLES else "null"
             cpu_s[role] += times.user + times.system
         pages = [(role, await asyncio.to_thread(self._page, port)) for role, port in self._ports]

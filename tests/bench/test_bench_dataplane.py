@@ -16,7 +16,7 @@ from opd_async.scheduling.packing import micro_batch
 from opd_async.scheduling.segments import Segment
 from opd_async.transport.step_batch import MicroBatch
 
-SMALL = Case(chunk_tokens=32, event_tokens=8, http=False, response_tokens=200, slots=4, step_tokens=800, seconds=0.1)
+SMALL = Case(chunk_tokens=32, event_tokens=8, http=False, response_tokens=200, slots=4, step_tokens=800, seconds=0.3)
 
 
 @pytest.mark.parametrize("http", [False, True], ids=["in process", "HTTP"])
@@ -38,7 +38,8 @@ def test_a_null_run_with_two_intakes() -> None:
 
 def test_two_intakes_alone() -> None:
     """Nothing but intakes is real: each takes in its share, and every token is checked behind them."""
-    carried = intakes.measure(dataclasses.replace(SMALL, intakes=2, topk=8))
+    # processor time comes in hundredths of a second, of which each needs one
+    carried = intakes.measure(dataclasses.replace(SMALL, intakes=2, topk=8, seconds=1.0))
     assert len(carried.us_per_chunk) == 2 and min(carried.us_per_chunk) > 0.0 and carried.tokens > 0
     head, row = intakes.table([carried]).splitlines()
     assert row.split()[:2] == ["8", "2"] and "a core each" in head

@@ -121,6 +121,23 @@ def test_a_grandparent_counts_as_the_parent(monkeypatch: pytest.MonkeyPatch) -> 
 TIED = "from opd_async.process import die_with_parent; die_with_parent(); print('tied', flush=True)"
 
 
+def test_an_ancestor_that_ends_while_it_is_looked_at_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPD_PARENT_PID", str(os.getpid()))
+    ending = (
+        "import psutil\n"
+        "find, ended = psutil.Process.parents, [1, 2]\n"
+        "def parents(process):\n"
+        "    if ended:\n"
+        "        raise psutil.NoSuchProcess(ended.pop())\n"
+        "    return find(process)\n"
+        "psutil.Process.parents = parents\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", ending + TIED], capture_output=True, text=True, timeout=patience(60), check=True
+    )
+    assert done.stdout == "tied\n"
+
+
 def test_elsewhere_than_on_linux_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setenv("OPD_PARENT_PID", "not read")
