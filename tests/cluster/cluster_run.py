@@ -60,7 +60,8 @@ class ClusterRun:
     def wait_for_steps(self, folder: Path, count: int) -> None:
         """Return once `count` steps are in metrics.jsonl; the launcher gives up on a run that does not move."""
         while len(steps(folder)) < count:
-            assert self.process.poll() is None, f"the run ended early:\n{self.said()}"
+            ended = self.process.poll() is not None and len(steps(folder)) < count
+            assert not ended, f"the run ended early:\n{self.said()}"
             time.sleep(0.1)
 
     def wait_for_text(self, words: str, deadline_s: float = 60.0) -> None:
@@ -85,7 +86,7 @@ class ClusterRun:
     def left(self) -> list[str]:
         """Command lines of processes that are still there on any host."""
         return [
-            f"{host.name}: {' '.join(process.info['cmdline'])}"  # as it was found: it may have ended since
+            f"{host.name}: {' '.join(process.info['cmdline'] or [])}"  # as it was found: it may have ended since
             for host in self.lab.hosts.values()
             for process in host.processes()
         ]

@@ -9,6 +9,7 @@ import aiohttp
 import numpy as np
 import pytest
 import torch
+from deadlines import patience
 from server_under_test import ADMIN_KEY, API_KEY, CONTEXT, VERSION, VOCAB, Server, prompt, reference_logprobs, sampling
 from streams import Crowd, Stream
 from transformers import PreTrainedModel
@@ -155,7 +156,7 @@ if VERSION is None or VERSION >= (0, 5, 20):  # the older one cannot tell its lo
             crowd.start(*(Stream(client, prompt(20, i), 470) for i in range(4)))
             await crowd.until_each_has(1)
             await crowd.abandon()
-        give_up = time.monotonic() + 30.0
+        give_up = time.monotonic() + patience(30.0)
         while server.running():
             assert time.monotonic() < give_up, "the requests go on"
             await asyncio.sleep(0.05)

@@ -17,6 +17,7 @@ from typing import Any
 
 import aiohttp
 import torch
+from claimed_ports import claimed_port
 from deadlines import patience
 from transformers import (
     AutoModelForCausalLM,
@@ -138,7 +139,12 @@ def command(model: Path, port: int, *flags: str) -> list[str]:
 @contextmanager
 def running(model: Path, *flags: str) -> Iterator[Server]:
     """Start an engine, wait until it is ready, and stop it by SIGTERM; it must then exit with 0."""
-    port = free_port()
+    with claimed_port() as port:
+        yield from _running(model, port, *flags)
+
+
+def _running(model: Path, port: int, *flags: str) -> Iterator[Server]:
+    """The same on this port."""
     process = subprocess.Popen(
         command(model, port, *flags),
         stdout=subprocess.PIPE,

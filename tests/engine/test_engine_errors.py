@@ -92,7 +92,7 @@ def post_raw(server: Server, raw: bytes, key: str = API_KEY) -> tuple[int, str]:
     """Status and text of a POST /generate with exactly these bytes."""
     request = urllib.request.Request(server.url + "/generate", raw, {"Authorization": f"Bearer {key}"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
+        with urllib.request.urlopen(request, timeout=patience(60)) as reply:
             return reply.status, reply.read().decode()
     except urllib.error.HTTPError as error:
         with error:

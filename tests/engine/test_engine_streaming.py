@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 from opd_async.actors.engine import routes_generate
 from opd_async.actors.engine.app import ENGINE
 
+LONG = 1900
+"""Tokens that take an engine longer than a test needs to reach into their making."""
+
 
 def joined(found: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     ids = [token for event in found for token in event["output_ids"]]
@@ -94,11 +97,12 @@ def test_a_streamed_batch_interleaves_with_index(server: Server) -> None:
 
 async def test_abort_matches_by_prefix_and_returns_what_there_is(server: Server) -> None:
     async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as tasks:
-        params = {"max_new_tokens": 1500}
+        params = {"max_new_tokens": LONG}
         whole = asyncio.to_thread(
             server.generate, input_ids=[4], rid="run-1", sampling_params=params, return_logprob=True
         )
         answer = tasks.create_task(whole)
+        await wait_load(server, "num_total_reqs", 1)
         stream = events(session, server, input_ids=[5], rid="run-22", sampling_params=params, return_logprob=True)
         found = [await anext(stream)]
         await control(session, server, "/abort_request", {"rid": "run-"})
@@ -109,7 +113,7 @@ async def test_abort_matches_by_prefix_and_returns_what_there_is(server: Server)
             "status_code": None,
             "err_type": None,
         }
-        assert 1 <= len(joined(found)[0]) < 1500
+        assert 1 <= len(joined(found)[0]) < LONG
         meta = (await answer)["meta_info"]
         assert meta["finish_reason"]["type"] == "abort"
         assert len(meta["output_token_logprobs"]) == meta["completion_tokens"]
@@ -118,7 +122,7 @@ async def test_abort_matches_by_prefix_and_returns_what_there_is(server: Server)
 
 async def test_a_rid_in_use_is_refused_and_free_again_later(server: Server) -> None:
     async with aiohttp.ClientSession() as session:
-        stream = events(session, server, input_ids=[5], rid="same", sampling_params={"max_new_tokens": 1500})
+        stream = events(session, server, input_ids=[5], rid="same", sampling_params={"max_new_tokens": LONG})
         await anext(stream)
         status, answer = await asyncio.to_thread(server.call, "/generate", {"input_ids": [1], "rid": "same"})
         assert status == 400
@@ -130,13 +134,13 @@ async def test_a_rid_in_use_is_refused_and_free_again_later(server: Server) -> N
 
 async def test_a_client_that_leaves_aborts_its_requests(server: Server) -> None:
     async with aiohttp.ClientSession() as session:
-        stream = events(session, server, input_ids=[5], sampling_params={"max_new_tokens": 1500})
+        stream = events(session, server, input_ids=[5], sampling_params={"max_new_tokens": LONG})
         await anext(stream)
         await stream.aclose()
         with_timeout = aiohttp.ClientTimeout(total=0.2)
         before = (await asyncio.to_thread(server.call, "/v1/loads"))[1]["loads"][0]["generated_tokens"]
         headers = {"Authorization": "Bearer key-for-generation"}
-        body = {"input_ids": [[7]] * 200, "sampling_params": {"max_new_tokens": 1500}}
+        body = {"input_ids": [[7]] * 200, "sampling_params": {"max_new_tokens": LONG}}
         try:
             async with session.post(server.url + "/generate", json=body, headers=headers, timeout=with_timeout):
                 pass
@@ -144,7 +148,7 @@ async def test_a_client_that_leaves_aborts_its_requests(server: Server) -> None:
             pass
         await wait_load(server, "num_total_reqs", 0)
         after = (await asyncio.to_thread(server.call, "/v1/loads"))[1]["loads"][0]["generated_tokens"]
-        assert after - before < 200 * 1500
+        assert after - before < 200 * LONG
 
 
 def test_a_client_that_leaves_between_two_events_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +173,7 @@ def test_a_client_that_leaves_between_two_events_is_no_error(monkeypatch: pytest
 
 async def test_pause_reports_what_each_stream_was_given(server: Server) -> None:
     async with aiohttp.ClientSession() as session:
-        params = {"max_new_tokens": 300, "stream_interval": 100}
+        params = {"max_new_tokens": LONG, "stream_interval": 100}
         streams = {
             rid: events(session, server, input_ids=[5], rid=rid, sampling_params=params, return_logprob=True)
             for rid in ("p-1", "p-2")
@@ -192,13 +196,13 @@ async def test_pause_reports_what_each_stream_was_given(server: Server) -> None:
         await control(session, server, "/continue_generation", {})
         for rid, stream in streams.items():
             found[rid] += [event async for event in stream]
-            assert len(joined(found[rid])[0]) == 300
+            assert len(joined(found[rid])[0]) == LONG
         assert len((await waiting)["output_ids"]) == 2
 
 
 async def test_pause_abort_ends_what_runs_and_holds_what_comes(server: Server) -> None:
     async with aiohttp.ClientSession() as session:
-        stream = events(session, server, input_ids=[5], sampling_params={"max_new_tokens": 1500})
+        stream = events(session, server, input_ids=[5], sampling_params={"max_new_tokens": LONG})
         await anext(stream)
         await control(session, server, "/pause_generation", {})
         assert [event async for event in stream][-1]["meta_info"]["finish_reason"]["type"] == "abort"

@@ -12,6 +12,7 @@ import aiohttp
 import numpy as np
 import pytest
 import torch.distributed as dist
+from deadlines import patience
 from engine_harness import Server, control, events, free_port, load_reference, make_model, reference_logprobs, running
 from engine_trainer import Trainer, Update
 from transformers import PreTrainedModel
@@ -236,7 +237,7 @@ def test_a_lost_trainer_and_a_missing_one_leave_the_engine_alive(
             tasks.create_task(miss(session, server))
             tasks.create_task(lose(session, server))
 
-    with running(model_folder, "--weight-timeout", "4") as server:
+    with running(model_folder, "--weight-timeout", str(patience(1))) as server:
         asyncio.run(main(server))
         assert engine_checksums(server) == checksums(tensors(reference))
         assert len(server.generate(input_ids=[1], sampling_params={"max_new_tokens": 3})["output_ids"]) == 3

@@ -15,6 +15,7 @@ from threading import Timer
 
 import pytest
 import torch
+from claimed_ports import claimed_port
 from deadlines import patience
 from tiny_learner import VOCAB, learner_config, micro_batch, step_batch, write_model
 from torch import Tensor
@@ -28,7 +29,6 @@ from opd_async.learner.weights.base import SendReport
 from opd_async.learner.weights.broadcast import FIRST_SLOWER, WeightSender
 from opd_async.learner.weights.engine_http import EngineAddress, call
 from opd_async.learner.weights.engines import Engines
-from opd_async.plan.free_ports import free_ports
 
 START_SECONDS = patience(90.0)
 TIMEOUT_S = patience(20.0)
@@ -39,7 +39,8 @@ class Engine:
     """One engine process."""
 
     def __init__(self, model: Path) -> None:
-        [port] = free_ports("127.0.0.1", 1)
+        self._claims = ExitStack()
+        port = self._claims.enter_context(claimed_port())
         self.address = EngineAddress(f"http://127.0.0.1:{port}", "admin", "user")
         options = {
             "model-path": model,
@@ -68,6 +69,7 @@ class Engine:
         self.process.wait()
 
     def close(self) -> None:
+        self._claims.close()
         self.kill()
         assert self.process.stdout is not None
         self.process.stdout.close()
@@ -207,7 +209,7 @@ def test_an_engine_that_does_not_join_is_named(trainer: Trainer, pair: list[Engi
     """A wrong admin key is refused at once, while the other engine waits for the group to fill up."""
     stranger = replace(pair[1], admin_key="wrong")
     with WeightSender(
-        [pair[0], stranger], backend="gloo", bind_host="127.0.0.1", bucket_bytes=1, timeout_s=3.0
+        [pair[0], stranger], backend="gloo", bind_host="127.0.0.1", bucket_bytes=1, timeout_s=patience(0.6)
     ) as sender:
         with pytest.raises(
             WeightSyncError, match=f"{stranger.url} refused POST /init_weights_update_group: status 401"
