@@ -14,11 +14,16 @@ from typing import Any
 
 import pytest
 from deadlines import patience
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 if os.environ.get("OPD_TEST_DEVICE", "cpu") == "cpu":
     # before torch looks, here and in every process that a test starts: the tests say what a CPU does
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# how long an example takes, and drawing it, says how busy the machine is
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 HERE = Path(__file__).parent
 WHOLE_RUNS = "tests/e2e/"

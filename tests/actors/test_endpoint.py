@@ -10,7 +10,8 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from fake_role import until
+from deadlines import patience
+from fake_role import SPEED, until
 from openai import AsyncOpenAI
 from talking_engine import END, START
 from talking_rollout import LONGEST, PROMPT, rollout
@@ -334,7 +335,7 @@ async def test_an_agent_that_never_answers_meets_the_deadline_and_its_key_ends(
             await asyncio.Event().wait()
         return 1.0
 
-    async with rollout(episode, tmp_path, monkeypatch, "ok", deadline_s=100.0) as (running, _):
+    async with rollout(episode, tmp_path, monkeypatch, "ok", deadline_s=SPEED * patience(0.7)) as (running, _):
         await running.lease()
         end = await running.end()
         assert (end.finish, end.reward, running.ended("deadline")) == ("failed", None, 1)

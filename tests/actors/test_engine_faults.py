@@ -23,10 +23,10 @@ EXPECTED = {
 }
 
 
-async def ask(engine: FaultyEngine, stream: bool) -> list[float]:
+async def ask(engine: FaultyEngine, stream: bool, deadline_s: float = 60.0) -> list[float]:
     """The streamed tokens, or the scores, of a short text."""
     async with aiohttp.ClientSession(connector=new_connector()) as session:
-        client = EngineClient(session, Endpoint(url=engine.url, deadline_s=0.2), VOCAB)
+        client = EngineClient(session, Endpoint(url=engine.url, deadline_s=deadline_s), VOCAB)
         ids = np.array(IDS, np.int32)
         if not stream:
             return [float(value) for value in (await client.score([(ids, 1)]))[0].logprobs]
@@ -42,7 +42,7 @@ async def test_faults_are_told_apart(fault: str, stream: bool) -> None:
     async with FaultyEngine() as engine:
         engine.script.append(fault)
         with pytest.raises(EngineError) as caught:
-            await ask(engine, stream)
+            await ask(engine, stream, 0.2 if fault == "hang" else 60.0)
         assert str(caught.value).startswith(f"{engine.url}/generate: ")
         expected = continuation(IDS, 6) if stream else scores_of(IDS, 1).tolist()
         assert await ask(engine, stream) == expected

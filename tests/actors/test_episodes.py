@@ -11,7 +11,8 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
-from fake_role import Dispatcher, fake_role, make_plan, until, value
+from deadlines import patience
+from fake_role import SPEED, Dispatcher, fake_role, make_plan, until, value
 from faulty_engine import VOCAB, FaultyEngine, continuation
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -79,7 +80,11 @@ class Running:
 
 @asynccontextmanager
 async def rollout(
-    engine: FaultyEngine, episode: Episode, folder: Path, monkeypatch: pytest.MonkeyPatch
+    engine: FaultyEngine,
+    episode: Episode,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    deadline_s: float = 60.0 * SPEED,
 ) -> AsyncIterator[Running]:
     words = {f"w{index}": index for index in range(VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -95,7 +100,7 @@ async def rollout(
             "chunk_tokens": 4,
             "sampling": {"max_response_tokens": LONGEST},
             "function": "my:episode",
-            "episode_deadline_s": 100.0,
+            "episode_deadline_s": deadline_s,
         },
         opd={"use_opd": False},
         reward={"kind": "episode"},
@@ -223,7 +228,8 @@ async def test_every_end_is_one_and_is_counted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with FaultyEngine() as engine, rollout(engine, episode, tmp_path, monkeypatch) as running:
+    deadline_s = (patience(0.3) if end == "deadline" else 60.0) * SPEED
+    async with FaultyEngine() as engine, rollout(engine, episode, tmp_path, monkeypatch, deadline_s) as running:
         await running.lease()
         last = await running.end()
         assert (last.finish, last.reward, running.ended(end)) == (finish, reward, 1)

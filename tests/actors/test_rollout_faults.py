@@ -74,7 +74,7 @@ async def rollout(
     deadline_s: float = 60.0 * SPEED,
     teachers: tuple[str, ...] = (NOBODY,),
     judge: str = "answer",
-    silence_s: float = 0.05,
+    silence_s: float = 0.15,
     others: tuple[str, ...] = (),
     kind: str = "external",
     topk: int = 0,
@@ -161,7 +161,7 @@ async def test_a_restart() -> None:
     async with FaultyEngine() as engine:
         engine.fault = "hang"
         async with rollout(engine) as running:
-            await until(lambda: len(engine.seen) == SAMPLES, "requests")
+            await until(lambda: len(engine.seen) >= SAMPLES, "requests")
             await engine.stop()
             engine.fault = None
             await until(lambda: running.role.counters.get("engine_errors", 0) >= SAMPLES + 6, "refused connections")

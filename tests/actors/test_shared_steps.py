@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq.asyncio
+from deadlines import patience
 from fake_role import Dispatcher, fake_role, make_plan, until
 
 from opd_async.actors.intake.actor import Intake
@@ -73,7 +74,7 @@ class Bench:
 
     async def trained(self) -> list[m.Train]:
         """What each rank is told to train next."""
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(patience(20)):
             return [await rank.receive() for rank in self.ranks]
 
     async def says(self, kind: type, count: int = 1) -> list[Any]:

@@ -143,9 +143,9 @@ async def test_processes_know_how_far_their_hosts_clock_is_from_the_launchers(tm
     agent = asyncio.create_task(agent_of(section, wall=lambda: time.time() + ahead_s).run())
     code = (
         "import time; from opd_async.clock import WALL\n"
-        "for _ in range(500):\n"
+        f"offset, give_up = 0.0, time.monotonic() + {patience(60)}\n"
+        "while offset > -1 and time.monotonic() < give_up:\n"
         "    WALL.refresh(); offset = WALL.now() - time.time(); time.sleep(0.02)\n"
-        "    if offset < -1: break\n"
         "print('offset', offset)"
     )
     async with launcher(section, said) as agents:
@@ -153,7 +153,8 @@ async def test_processes_know_how_far_their_hosts_clock_is_from_the_launchers(tm
         async with hosts_of(agents, said, {"far": "h1", "near": ""}) as hosts:
             await hosts.start(spec(tmp_path, "far", code))
             word, offset = (await next_exit(hosts)).tail[-1].split()
-            assert word == "offset" and abs(float(offset) + ahead_s) < 0.5
+            # but for half a round trip, which on a busy machine may take a while
+            assert word == "offset" and abs(float(offset) + ahead_s) < patience(0.1)
             await hosts.start(spec(tmp_path, "near", "from opd_async.clock import WALL; print(WALL._offset_s)"))
             assert (await next_exit(hosts)).tail == ("0.0",), "the launcher's own host has its clock"
     async with asyncio.timeout(patience(60)):
@@ -261,7 +262,7 @@ async def test_who_is_missing_is_counted_and_named() -> None:
 
 
 async def test_an_agent_whose_launcher_is_gone_ends_its_processes(tmp_path: Path) -> None:
-    section, agent_said = cluster(fence_s=1.0, lost_s=patience(120)), list[str]()
+    section, agent_said = cluster(fence_s=patience(0.4), lost_s=patience(120)), list[str]()
     agent = asyncio.create_task(agent_of(section, said=agent_said).run())
     async with launcher(section) as agents:
         await agents.gather()

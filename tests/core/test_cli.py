@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from deadlines import patience
 from small_runs import topology_data, write_lines, write_topology
 
 from opd_async import __version__
@@ -21,7 +22,7 @@ from opd_async.config.topology import Topology
 from opd_async.errors import InputError
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 120.0
+PATIENCE_S = patience(20.0)
 
 
 def opd(

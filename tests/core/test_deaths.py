@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from deadlines import patience
 
 from opd_async.cluster.supervisor import Exit
 from opd_async.errors import OpdError
@@ -87,7 +88,7 @@ async def a_run() -> AsyncIterator[tuple[Reach, Deaths]]:
 
 async def once(true: Callable[[], bool]) -> None:
     """Return when it is true, which is soon."""
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(patience(5.0)):
         while True:
             if true():
                 return
@@ -98,7 +99,7 @@ async def dies(reach: Reach) -> None:
     """The actor is killed, and its restart begins."""
     reach.fleet.restarting.clear()
     await reach.fleet.supervisor.exits.put(Exit(ACTOR, -9, ()))
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(patience(5.0)):
         await reach.fleet.restarting.wait()
 
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 import zmq
 import zmq.asyncio
+from deadlines import patience
 
 from opd_async.keys import RunKeys
 from opd_async.plan.free_ports import free_ports
@@ -18,7 +19,7 @@ from opd_async.transport.door import LOUD_STRANGERS, Door, Passport
 from opd_async.transport.messages import Failure, Hello, Stop
 from opd_async.transport.wire import encode
 
-DEADLINE_S = 30.0
+DEADLINE_S = patience(30.0)
 KEYS = RunKeys.draw()
 NAMES = ("rollout-0", "rollout-1", "rank-0")
 

@@ -22,9 +22,9 @@ import asyncio, os, time
 async def judge(prompt, response, label, metadata):
     print("what a user prints must not disturb the line")
     if label == "slow":
-        await asyncio.sleep(60)
+        await asyncio.sleep(3600)
     if label == "blocks":
-        time.sleep(60)
+        time.sleep(3600)
     if label == "dies":
         os._exit(3)
     if label == "raises":
@@ -48,7 +48,8 @@ Judge = Callable[[str], Awaitable[Reward]]
 def with_pool(root: Path, work: Callable[[Judge], Awaitable[None]], *overrides: str) -> None:
     """Run `work` with a function that judges the response "abc" under a label."""
     (root / "user_rewards.py").write_text(USER_MODULE)
-    chosen = overrides or ("reward.kind=python", "reward.function=user_rewards:judge", "reward.timeout_s=2")
+    own = ("reward.kind=python", "reward.function=user_rewards:judge", f"reward.timeout_s={patience(0.5)}")
+    chosen = overrides or own
     plan = make_plan(small_topology(root, *chosen))
     file = root / "plan.json"
     file.write_text(plan.model_dump_json())

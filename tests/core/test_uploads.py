@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from deadlines import patience
 from small_runs import small_topology
 
 from opd_async.checks.uploads import upload_problems
@@ -100,7 +101,7 @@ def test_keys_leave_a_topology_wherever_they_are() -> None:
 class Sent:
     """Uploads of a run, with a program in the place of the transfer."""
 
-    def __init__(self, run: Path, command: Sequence[str], deadline_s: float = 60.0) -> None:
+    def __init__(self, run: Path, command: Sequence[str], deadline_s: float = patience(60.0)) -> None:
         self.said: list[str] = []
         self.counts: Counter[str] = Counter()
         self.uploads = Uploads(
@@ -114,7 +115,7 @@ class Sent:
         )
 
     async def all_of(self, *folders: Path) -> None:
-        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(patience(60)), asyncio.TaskGroup() as group:
             sending = group.create_task(self.uploads.run())
             for folder in folders:
                 self.uploads.offer(folder)
@@ -167,7 +168,7 @@ def test_a_transfer_that_is_cancelled_leaves_no_process(tmp_path: Path) -> None:
 
     async def cancelled() -> None:
         task = asyncio.create_task(transfer([], 60.0, program(text)))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(patience(30)):
             while not (mark.exists() and mark.read_text()):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         task.cancel()

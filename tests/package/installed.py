@@ -10,8 +10,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from deadlines import patience
+
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 400.0
+PATIENCE_S = patience(70.0)
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "data")
 
