@@ -30,10 +30,13 @@ quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
 	$(BIN)/python -m opd_async.launch --topology examples/quickstart.yaml $(QUICKSTART_$(ENGINE)) --overwrite
 
+# What fails beside other tests is run once more, alone, and named: tests/alone.py.
+ALONE := || $(BIN)/python tests/alone.py $$?
+
 # Three workers, on two cores: whole runs also wait, for processes, deadlines and one another. Pieces: tests/conftest.py.
 test: install trackers kernels
 	requirements/tools.sh
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 3 $(ALONE)
 
 # Faults at random, thrown at whole runs; `make chaos CHAOS="--faults 500"` takes hours.
 CHAOS ?= --minutes 3
@@ -44,7 +47,7 @@ chaos: install
 # (docs/cluster.md).
 test-cluster: install kubernetes
 	requirements/tools.sh cluster
-	$(BIN)/python -m pytest tests/cluster --ignore tests/cluster/test_ray.py
+	$(BIN)/python -m pytest tests/cluster --ignore tests/cluster/test_ray.py $(ALONE)
 
 # The same on a real Ray, by hand: its daemons give themselves a quarter of a minute to start, which busy cores overrun.
 test-ray: install ray
