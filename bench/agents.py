@@ -55,13 +55,13 @@ class Row:
     """Until all of these have ended."""
 
 
-def serve(section: ClusterSection, count: int) -> None:
-    """All agents, until the launcher lets them go."""
+def serve(section: ClusterSection, names: Sequence[str]) -> None:
+    """An agent for each host of these names, until the launcher lets them go."""
 
     async def all_of_them() -> None:
         async with asyncio.TaskGroup() as group:
-            for number in range(count):
-                facts = HostFacts(name=f"h{number + 1}", face=FACE, gpus=8, cores=64, versions=VERSIONS)
+            for name in names:
+                facts = HostFacts(name=name, face=FACE, gpus=8, cores=64, versions=VERSIONS)
                 agent = Agent(f"127.0.0.1:{section.port}", KEYS, facts, DEADLINE_S, lambda line: None)
                 group.create_task(agent.run())
 
@@ -111,7 +111,7 @@ def measure(count: int, seconds: float, folder: Path) -> Row:
     (port,) = free_ports("127.0.0.1", 1)
     section = ClusterSection(backend=Backend.AGENTS, nodes=count + 1, port=port, join_s=DEADLINE_S)
     context = multiprocessing.get_context("spawn")
-    others = context.Process(target=serve, args=(section, count))
+    others = context.Process(target=serve, args=(section, [f"h{number + 1}" for number in range(count)]))
     others.start()
     try:
         return uvloop.run(lead(section, count, seconds, folder))

@@ -105,29 +105,33 @@ def virtual(scenario: Scenario, asked: Asked) -> Figures:
     )
 
 
-def topology(scenario: Scenario, schedule: dict[str, Any], folder: Path) -> Topology:
-    """A topology with the sizes of the scenario."""
+def settings(scenario: Scenario, schedule: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The content of a topology with the sizes of the scenario."""
     work, longest = scenario.workload(), int(typical(scenario.workload().lengths).max())
     context = PROMPT_TOKENS + longest + 8
     engine = {"context_tokens": context, "kv_tokens": 2 * work.slots * context, "max_running": work.slots}
-    return Topology.model_validate(
-        {
-            "name": "crosscheck",
-            "run_dir": str(folder),
-            "models": {side: {"path": str(MODEL)} for side in ("student", "teacher")},
-            "data": {"train": {"path": "none.jsonl"}},
-            "engines": {"student": engine | {"replicas": scenario.engines}, "teacher": engine},
-            "rollout": {
-                "slots": work.slots,
-                "chunk_tokens": work.chunk_tokens,
-                "stream_interval": work.chunk_tokens // 4,
-                "sampling": {"max_response_tokens": longest + 1},
-            },
-            "teacher": {"batch_tokens": work.batch_tokens, "max_wait_ms": 1000 * work.max_wait_s / scenario.scale},
-            "schedule": {"tokens_per_step": work.tokens_per_step, "samples_per_step": work.samples_per_step} | schedule,
-            "checkpoint": {"every_steps": NEVER, "export_hf": False},
-        }
-    )
+    return {
+        "name": "crosscheck",
+        "run_dir": str(folder),
+        "models": {side: {"path": str(MODEL)} for side in ("student", "teacher")},
+        "data": {"train": {"path": "none.jsonl"}},
+        "engines": {"student": engine | {"replicas": scenario.engines}, "teacher": engine},
+        "rollout": {
+            "slots": work.slots,
+            "chunk_tokens": work.chunk_tokens,
+            "stream_interval": work.chunk_tokens // 4,
+            "sampling": {"max_response_tokens": longest + 1},
+        },
+        "teacher": {"batch_tokens": work.batch_tokens, "max_wait_ms": 1000 * work.max_wait_s / scenario.scale},
+        "schedule": {"tokens_per_step": work.tokens_per_step, "samples_per_step": work.samples_per_step} | schedule,
+        "checkpoint": {"every_steps": NEVER, "export_hf": False},
+    }
+
+
+def engine_command(scenario: Scenario, side: str, command: tuple[str, ...]) -> tuple[str, ...]:
+    """The command of a simulated engine of a side in place of a real one's."""
+    module = (sys.executable, "-m", "opd_async.bench.crosscheck.engine", "--side", side)
+    return (*module, *scenario.arguments(), *command[3:])
 
 
 def simulated(plan: Plan, scenario: Scenario) -> Plan:
@@ -136,9 +140,7 @@ def simulated(plan: Plan, scenario: Scenario) -> Plan:
     def command(role: RolePlan) -> tuple[str, ...]:
         match role.kind:
             case RoleKind.STUDENT_ENGINE | RoleKind.TEACHER_ENGINE:
-                side = role.kind.value.removesuffix("_engine")
-                module = (sys.executable, "-m", "opd_async.bench.crosscheck.engine", "--side", side)
-                return (*module, *scenario.arguments(), *role.command[3:])
+                return engine_command(scenario, role.kind.value.removesuffix("_engine"), role.command)
             case RoleKind.LEARNER:
                 module = (sys.executable, "-m", "opd_async.bench.crosscheck.learner", "--plan", role.command[-1])
                 return (*module, *scenario.arguments())
@@ -149,14 +151,20 @@ def simulated(plan: Plan, scenario: Scenario) -> Plan:
     return plan.model_copy(update={"roles": roles})
 
 
+def made_up_inputs(topology: Topology) -> Inputs:
+    """Prompts of the scenario's length, all alike."""
+    ids = np.full(PROMPT_TOKENS, 3, np.int32)
+    (teacher,) = topology.teachers
+    prompts = PromptSet(tuple(Prompt(index, ids, "", {}, teacher) for index in range(PROMPTS)), 0)
+    return Inputs(prompts, {}, Tokenizer(MODEL), CompletionSet())
+
+
 def real(scenario: Scenario, asked: Asked, folder: Path) -> Figures:
     """With the real roles, in real time; the run's files go to `folder`."""
-    plan = simulated(make_plan(topology(scenario, dataclasses.asdict(asked), folder)), scenario)
-    ids = np.full(PROMPT_TOKENS, 3, np.int32)
-    (teacher,) = plan.topology.teachers
-    prompts = PromptSet(tuple(Prompt(index, ids, "", {}, teacher) for index in range(PROMPTS)), 0)
+    topology = Topology.model_validate(settings(scenario, dataclasses.asdict(asked), folder))
+    plan = simulated(make_plan(topology), scenario)
     with prepare(plan) as run:
-        lifecycle = Lifecycle(plan, Inputs(prompts, {}, Tokenizer(MODEL), CompletionSet()), _echo, Signals())
+        lifecycle = Lifecycle(plan, made_up_inputs(topology), _echo, Signals())
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             report = runner.run(lifecycle.run())
         rows = [row for row in read_jsonl(run.path / "metrics.jsonl") if row["step"] >= WARMUP]

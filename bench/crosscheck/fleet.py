@@ -1,11 +1,14 @@
 """Tokens a second by the number of student engines: real roles on simulated devices, beside the virtual clock.
 
-    python -m bench.crosscheck.fleet [--engines 1 2 4 8] [--scale 0.25] [--steps 12] [--json FILE]
+    python -m bench.crosscheck.fleet [--engines 1 2 4 8] [--join] [--scale 0.25] [--steps 12] [--json FILE]
 
 With each number of engines, a run of as many times the slots and responses a step, a teacher and a learner as many
 times as fast: throughput that follows the number has the same figure for each engine. What does not grow with them is
 one of each: launcher, rollout actor, teacher actor, intake. `--scale` as for `python -m bench.crosscheck`: all
-processes share this machine's processors.
+processes share this machine's processors. Engines and learner only sleep, so that few processors do.
+
+`--join` is one more run, which begins with the first number of engines and is joined by as many hosts as each next one
+takes (`joining.py`). Its steps, teacher and learner are those of the last number from the beginning.
 """
 
 from __future__ import annotations
@@ -16,13 +19,16 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from opd_async.bench.crosscheck import joining
 from opd_async.bench.crosscheck.__main__ import Asked, Figures, real, virtual
 from opd_async.bench.crosscheck.scenario import Scenario, add_arguments
 from opd_async.config.topology import StepRule, TrainOn
 from opd_async.files import write_atomically
 
 HEAD = "| engines | tokens/s, virtual clock | tokens/s, real roles | for each engine, relative to the first row |\n"
+JOIN_HEAD = "| engines | joined in, s | tokens/s, real roles | for each engine, relative to the first row |\n"
 
 
 def row(engines: int, found: Figures, predicted: Figures, first: float) -> str:
@@ -31,14 +37,30 @@ def row(engines: int, found: Figures, predicted: Figures, first: float) -> str:
     return f"| {engines} | {predicted.tokens_per_s:,.0f} | {found.tokens_per_s:,.0f} | {share:.2f} |"
 
 
+def join(options: argparse.Namespace, asked: Asked) -> list[joining.Phase]:
+    """The run that hosts join, and its table."""
+    scenario = Scenario.of(argparse.Namespace(**{**vars(options), "engines": options.engines[-1]}))
+    with tempfile.TemporaryDirectory() as folder:
+        phases = joining.run(scenario, asked, Path(folder), options.engines)
+    first = phases[0].tokens_per_s / phases[0].engines
+    print(f"\n{JOIN_HEAD}|---:|---:|---:|---:|")
+    for phase in phases:
+        share, took = phase.tokens_per_s / phase.engines / first, f"{phase.joined_s:.0f}" if phase.joined_s else ""
+        print(f"| {phase.engines} | {took} | {phase.tokens_per_s:,.0f} | {share:.2f} |")
+    return phases
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run with each number of engines, and print the table."""
     parser = argparse.ArgumentParser(description="Throughput of real roles by the number of simulated engines.")
     add_arguments(parser, several=True)
     parser.set_defaults(scale=0.25, slots=16)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--join", action="store_true", help="one more run, in which the engines come one by one")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)
+    if options.join and sorted(set(options.engines)) != options.engines:
+        parser.error(f"--join: engines only come, so write growing numbers after --engines, not {options.engines}")
     asked = Asked(TrainOn.TOKENS, StepRule.FILLED, 1, options.steps)
     both: dict[int, dict[str, Figures]] = {}
     for engines in options.engines:
@@ -50,8 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{HEAD}|---:|---:|---:|---:|")
     for engines, found in both.items():
         print(row(engines, found["real"], found["virtual"], figures["real"].tokens_per_s / first))
+    content: dict[int | str, Any] = {
+        count: {name: dataclasses.asdict(one) for name, one in of.items()} for count, of in both.items()
+    }
+    if options.join:
+        content["join"] = [dataclasses.asdict(phase) for phase in join(options, asked)]
     if options.json is not None:
-        content = {count: {name: dataclasses.asdict(one) for name, one in of.items()} for count, of in both.items()}
         write_atomically(options.json, json.dumps(content, indent=2).encode())
 
 
