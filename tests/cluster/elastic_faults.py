@@ -88,7 +88,7 @@ class Elastic:
             self.drained(self.drain("--undo"), 0)
             self._drained = False
         joins, takes_part = self.said(f"{NEW} joins"), self.said(f"{NEW} takes part")
-        self.run.agents[NEW] = self.run.agent(self.new)
+        self.run.agents[NEW] = self.run.agent(self.new, patience(600))
         self.wait(f"{NEW} joins", joins)
         return takes_part
 
@@ -130,7 +130,7 @@ def agent_killed_while_it_joins(run: Elastic) -> None:
     run.new.signal("opd_async.agent", signal.SIGKILL)
     until(lambda: run.new.processes() == [], lambda: "the kernel to end what the agent had started", 60)
     back = run.said(f"{NEW} is back")
-    run.run.agents[NEW] = run.run.agent(run.new)
+    run.run.agents[NEW] = run.run.agent(run.new, patience(600))
     run.wait(f"{NEW} is back", back)
     run.wait(f"{NEW} takes part", before)
     run.more(2)
