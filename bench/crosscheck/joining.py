@@ -31,6 +31,7 @@ from opd_async.cluster.supervisor import ProcessSpec, Supervising
 from opd_async.config.clustering import ClusterSection
 from opd_async.config.topology import Topology
 from opd_async.data.jsonl import read_jsonl
+from opd_async.errors import DeadlineError
 from opd_async.plan.free_ports import free_ports
 from opd_async.plan.resolve import Site, make_plan, ports_wanted
 from opd_async.run.lifecycle import Lifecycle
@@ -93,12 +94,23 @@ class Growth:
                 names = [f"h{self._hosts + 1 + i}" for i in range(number - engines)]
                 began, wanted = time.monotonic(), self._taking_part + len(names)
                 start(names)
-                while self._taking_part < wanted:
-                    self._news.clear()
-                    await self._news.wait()
+                await self._take_part(names, wanted)
                 engines, joined_s, self._hosts = number, time.monotonic() - began, self._hosts + len(names)
             self.phases.append(await self._measured(engines, joined_s))
         self._end()
+
+    async def _take_part(self, names: Sequence[str], wanted: int) -> None:
+        """Wait until hosts have joined; `DeadlineError` with their names when they do not."""
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                while self._taking_part < wanted:
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError:
+            missing = wanted - self._taking_part
+            raise DeadlineError(
+                f"{missing} of {', '.join(names)} have not joined in {DEADLINE_S:.0f} s; the lines above say why"
+            ) from None
 
     async def _measured(self, engines: int, joined_s: float) -> Phase:
         """The next steps, behind a warm-up."""
@@ -109,6 +121,7 @@ class Growth:
         return Phase(engines=engines, tokens_per_s=sum(row["tokens"] for row in counted) / seconds, joined_s=joined_s)
 
     async def _after(self, count: int) -> list[dict[str, Any]]:
+        """The first `count` steps; a run that does not get there ends itself, and this with it."""
         while True:
             if len(rows := self._done()) >= count:
                 return rows[:count]
