@@ -70,6 +70,7 @@ class Agents:
         self._say = say
         self.stop_seconds = stop_deadline_s + ASK_S
         """How long the end of a process may take on a host that is there."""
+        self._by_route: dict[bytes, Node] = {}
         self._open_to_all = True
         self._regular: set[str] = set()
         """The hosts of the plan, once they are gathered."""
@@ -116,7 +117,7 @@ class Agents:
 
         Raises `DeadlineError` with who is there and how many are missing, and `InputError` when a host cannot be used.
         """
-        wanted, began = self._cluster.nodes - 1, time.monotonic()
+        wanted, began, said = self._cluster.nodes - 1, time.monotonic(), -SAY_EVERY_S
         address = f"{self._face.address}:{self._cluster.port}"
         while len(self.nodes) < wanted:
             waited = time.monotonic() - began
@@ -128,10 +129,12 @@ class Agents:
                     f"cluster.nodes: {there} have joined at {address} in {waited:.0f} s; start `python -m "
                     f"opd_async.agent --join {address}` on the others, and see that they reach this port"
                 )
-            self._say(f"waiting at {address}: {there} after {waited:.0f} s")
+            if waited - said >= SAY_EVERY_S:  # not at each that joins: a line has the names of all that are there
+                self._say(f"waiting at {address}: {there} after {waited:.0f} s")
+                said = waited
             self._joined.clear()
             try:
-                async with asyncio.timeout(SAY_EVERY_S):
+                async with asyncio.timeout(min(said + SAY_EVERY_S, self._cluster.join_s) - waited):
                     await self._joined.wait()
             except TimeoutError:
                 continue
@@ -185,7 +188,7 @@ class Agents:
         node.there.clear()
         await self._end.send(node.route, m.Leave(reason, failed, 0.0))
         if forget:
-            del self.nodes[node.name]
+            del self.nodes[node.name], self._by_route[node.route]
 
     async def _second_claim(self, route: bytes, join: m.Join, node: Node) -> None:
         """Refuse a name that another agent has, once that one has shown again that it lives."""
@@ -202,9 +205,11 @@ class Agents:
                 name=join.host, address=join.address, incarnation=join.incarnation, route=route, heard=now
             )
         else:
+            del self._by_route[node.route]
             node.incarnation, node.route, node.heard = join.incarnation, route, now
             node.ended.clear()
             self._say(f"{join.host} is back")
+        self._by_route[route] = node
         await self._welcome(node)
         node.there.set()
         self._joined.set()
@@ -258,7 +263,7 @@ class Agents:
             if isinstance(message, m.Join):
                 await self._join(route, message)
                 continue
-            node = next((node for node in self.nodes.values() if node.route == route), None)
+            node = self._by_route.get(route)
             if node is None or not node.there.is_set():
                 await self._end.send(route, m.Leave("the launcher has given this host up", True, 1.0))
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from opd_async.cluster.supervisor import Exit, ProcessSpec, Supervising
@@ -136,10 +136,20 @@ class Fleet:
     async def start_all(self, env: dict[str, str] | None = None) -> None:
         """Start every role, each with `env` as in `start`; they wait for one another.
 
-        On cancel: those that were started stay, until `stop_all`.
+        Those of a host are started one after the other, all hosts at the same time. Raises an exception group of what
+        `start` raises. On cancel: those that were started stay, until `stop_all`.
         """
+
+        async def start_on(roles: Sequence[RolePlan]) -> None:
+            for role in roles:
+                await self.start(role.name, env)
+
+        by_host: dict[str, list[RolePlan]] = {}
         for role in self.plan.roles:
-            await self.start(role.name, env)
+            by_host.setdefault(role.node, []).append(role)
+        async with asyncio.TaskGroup() as starts:
+            for node, roles in by_host.items():
+                starts.create_task(start_on(roles), name=f"start on {node or 'this host'}")
 
     async def await_restart(self, ended: Exit) -> None:
         """Spend one restart of the role and wait its backoff. Raises `RoleError` with its last lines when none is left.
@@ -179,8 +189,11 @@ class Fleet:
             raise RoleError(f"{name} at {url} {problem}")
 
     async def stop_all(self, at_once: bool = False) -> None:
-        """Stop every role in `STOP_ORDER`; `at_once`: kill them. On cancel: some may run, until the supervisor ends."""
-        order = [role.name for kind in STOP_ORDER for role in self.plan.of_kind(kind)]
+        """Stop every role, one kind of `STOP_ORDER` after the other; `at_once`: kill them.
+
+        On cancel: some may run, until the supervisor ends.
+        """
+        order = [[role.name for role in self.plan.of_kind(kind)] for kind in STOP_ORDER]
         await self.supervisor.stop_all(order, at_once=at_once)
 
     def log_folder(self) -> Path:

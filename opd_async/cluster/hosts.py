@@ -18,7 +18,7 @@ from typing import Self
 
 from opd_async.cluster.agents import Agents
 from opd_async.cluster.nodes import HostLostError, Node
-from opd_async.cluster.supervisor import MAX_UNREAD_EXITS, Exit, ProcessSpec, Supervisor
+from opd_async.cluster.supervisor import MAX_UNREAD_EXITS, Exit, ProcessSpec, Supervisor, together
 from opd_async.errors import DeadlineError, RoleError, StateError
 from opd_async.keys import INCARNATION_ENV
 from opd_async.transport import messages as m
@@ -175,18 +175,17 @@ class Hosts:
         killed_by, code = answer.numbers
         return Exit(name, -killed_by if killed_by else code, ())
 
-    async def stop_all(self, order: Sequence[str], at_once: bool = False) -> None:
-        """Stop the processes in the written order, then those that it does not name; `at_once`: kill all of them."""
+    async def stop_all(self, order: Sequence[Sequence[str]], at_once: bool = False) -> None:
+        """Stop the processes, one group of `order` after the other, then those that it does not name; `at_once`: kill
+        all of them."""
         if at_once:
             async with asyncio.TaskGroup() as stops:
                 stops.create_task(self._local.stop_all((), at_once=True))
                 for name in tuple(self._far):
                     stops.create_task(self.stop(name, at_once=True), name=f"stop {name}")
-        for name in order:
-            await self.stop(name)
-        async with asyncio.TaskGroup() as stops:
-            for name in self.running:
-                stops.create_task(self.stop(name), name=f"stop {name}")
+        for group in order:
+            await together(self.stop, group)
+        await together(self.stop, self.running)
 
     def kill(self, name: str) -> None:
         """Kill a process as a crash would: its end arrives in `exits`. `RoleError` if it is not there."""

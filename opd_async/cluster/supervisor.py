@@ -24,7 +24,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -111,11 +111,25 @@ class Supervising(Protocol):
     async def stop(self, name: str) -> Exit | None:
         """Stop a process in order, and wait for its end."""
 
-    async def stop_all(self, order: Sequence[str], at_once: bool = False) -> None:
-        """Stop every process, in order or at once."""
+    async def stop_all(self, order: Sequence[Sequence[str]], at_once: bool = False) -> None:
+        """Stop every process, one group of `order` after the other, or all at once."""
 
     def kill(self, name: str) -> None:
         """Kill a process as a crash would."""
+
+
+async def together(stop: Callable[[str], Awaitable[Exit | None]], names: Sequence[str]) -> None:
+    """Stop all of these at the same time: thousands of engines take as long as the slowest one.
+
+    Raises an exception group of what `stop` raises. On cancel: as `stop`.
+    """
+
+    async def one(name: str) -> None:
+        await stop(name)
+
+    async with asyncio.TaskGroup() as stops:
+        for name in names:
+            stops.create_task(one(name), name=f"stop {name}")
 
 
 class Supervisor:
@@ -235,8 +249,9 @@ class Supervisor:
             role.group.signal(signal.SIGTERM)
         return await self._wait_gone(role)
 
-    async def stop_all(self, order: Sequence[str], at_once: bool = False) -> None:
-        """Stop the roles in the written order, one after the other; then, together, those that it does not name.
+    async def stop_all(self, order: Sequence[Sequence[str]], at_once: bool = False) -> None:
+        """Stop the roles in the written order: those of a group together, one group after the other; then, together,
+        those that it does not name.
 
         Names that don't run are skipped. `at_once` sends SIGKILL to everything first, which also ends an orderly
         `stop_all` that is under way. Raises as `stop` does, for several roles at once in an exception group; on
@@ -245,11 +260,9 @@ class Supervisor:
         if at_once:
             for role in self._roles.values():
                 role.hurry()
-        for name in order:
-            await self.stop(name)
-        async with asyncio.TaskGroup() as stops:
-            for name in self.running:
-                stops.create_task(self.stop(name), name=f"stop {name}")
+        for group in order:
+            await together(self.stop, group)
+        await together(self.stop, self.running)
 
     def lost(self, name: str) -> bool:
         """Whether the role's host is lost, which this one is not."""

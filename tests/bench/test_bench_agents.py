@@ -11,10 +11,11 @@ from opd_async.bench.agents import Row, measure, table
 
 
 def test_agents_join_start_and_stop(tmp_path: Path) -> None:
-    row = measure(2, 0.5, tmp_path)
+    row = measure(2, 2, 0.5, tmp_path)
     assert row.agents == 2 and 0 < row.joined_s < 600 and row.started_s > 0 and row.stopped_s > 0
-    assert 0 <= row.beats_cpu < 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["h1.log", "h2.log"]
+    assert 0 <= row.beats_cpu < 1 and row.start_cpu_s > 0
+    logs = [f"role-{host}-{number}.log" for host in ("h1", "h2") for number in (0, 1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == logs
     assert not [child for child in psutil.Process().children(recursive=True) if sleeps(child)]
 
 
@@ -26,5 +27,6 @@ def sleeps(process: psutil.Process) -> bool:
 
 
 def test_the_table_has_a_line_for_each_number() -> None:
-    rows = [Row(agents=count, joined_s=1.0, started_s=2.0, beats_cpu=0.004, stopped_s=3.0) for count in (1, 128)]
-    assert table(rows).splitlines()[-1] == "| 128 | 1.00 | 2.00 | 0.40% | 3.00 |"
+    times = {"joined_s": 1.0, "started_s": 2.0, "start_cpu_s": 0.5, "beats_cpu": 0.04, "stopped_s": 3.0}
+    rows = [Row(agents=count, **times) for count in (1, 128)]
+    assert table(rows).splitlines()[-1] == "| 128 | 1.00 | 2.00 | 0.50 | 0.04 | 3.00 |"

@@ -60,7 +60,7 @@ async def main(folder: Path, nodes: int, fence_s: float, lost_s: float) -> None:
                 await start(name)
             await asyncio.to_thread(_wait_for, folder / "stop")
             restarts.cancel()
-            await hosts.stop_all(tuple(hosts_of))
+            await hosts.stop_all((tuple(hosts_of),))
             say("stopped everything")
 
 

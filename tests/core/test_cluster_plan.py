@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from deadlines import patience
 from small_runs import small_topology
 
 from opd_async.checks.cluster import cluster_problems
 from opd_async.checks.validation import validate
 from opd_async.cluster.fleet import Fleet
+from opd_async.cluster.supervisor import ProcessSpec
 from opd_async.command import launch, parse_arguments
 from opd_async.config.topology import Topology
 from opd_async.keys import RunKeys
@@ -113,6 +117,39 @@ def test_weights_go_to_the_engines_of_hosts_that_are_there(tmp_path: Path) -> No
     assert fleet.students_to_reach() == [plan.student_engines[0]]
     lost.add("student-engine-0")  # nothing goes on without any: all are waited for
     assert fleet.students_to_reach() == list(plan.student_engines)
+
+
+class Slow:
+    """A supervisor for whose hosts each start takes until all of them have one under way."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._hosts = {role.name: role.node for role in plan.roles}
+        self._all_at_it = asyncio.Barrier(len(set(self._hosts.values())))
+        self.started: dict[str, list[str]] = {host: [] for host in self._hosts.values()}
+        self.order: Sequence[Sequence[str]] = ()
+
+    async def start(self, spec: ProcessSpec) -> None:
+        mine = self.started[self._hosts[spec.name]]
+        if not mine:
+            await self._all_at_it.wait()
+        mine.append(spec.name)
+
+    async def stop_all(self, order: Sequence[Sequence[str]], at_once: bool = False) -> None:
+        self.order = order
+
+
+async def test_no_host_waits_for_another_to_start_its_processes_and_each_kind_stops_together(tmp_path: Path) -> None:
+    plan = plan_of(on_hosts(tmp_path, "cluster.slots_per_node=2", "engines.student.replicas=2"))
+    slow: Any = Slow(plan)
+    fleet = Fleet(plan, slow, print, RunKeys.draw())
+    async with asyncio.timeout(patience(20)):
+        await fleet.start_all()
+    assert slow.started == {
+        node: [role.name for role in plan.roles if role.node == node] for node in {role.node for role in plan.roles}
+    }
+    await fleet.stop_all()
+    assert sorted(name for kind in slow.order for name in kind) == sorted(role.name for role in plan.roles)
+    assert slow.order[-2:] == [["student-engine-0", "student-engine-1"], ["teacher-engine-0"]]
 
 
 @pytest.mark.parametrize(

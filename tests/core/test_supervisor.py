@@ -255,7 +255,7 @@ signal.signal(signal.SIGTERM, leave)
             await supervisor.start(ProcessSpec(name, (*role.command, name), {}, role.log_path))
         for name in names:
             await ready(tmp_path / "logs" / f"{name}.log")
-        await supervisor.stop_all(["rollout", "absent", "teacher", "engine"])
+        await supervisor.stop_all([["rollout"], ["absent", "teacher"], ["engine"]])
         assert supervisor.running == () and supervisor.exits.empty()
 
     supervised(body)
@@ -269,10 +269,10 @@ def test_a_second_stop_at_once_ends_the_first(tmp_path: Path) -> None:
             await supervisor.start(stubborn)
             await ready(stubborn.log_path)
         async with asyncio.TaskGroup() as stops:
-            first = stops.create_task(supervisor.stop_all(["a", "b"]))
+            first = stops.create_task(supervisor.stop_all([["a", "b"]]))
             await asyncio.sleep(0)
             assert not first.done()
-            await supervisor.stop_all(["a", "b"], at_once=True)
+            await supervisor.stop_all([["a"], ["b"]], at_once=True)
         assert supervisor.running == ()
 
     supervised(body, deadline_s=1e6)
