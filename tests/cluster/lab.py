@@ -4,6 +4,7 @@
         process = lab["h1"].start([...])     a process of the host; it ends with the lab
         lab["h1"].cut(); lab["h1"].heal()    a partition: packets vanish, and nobody is told
         lab["h1"].power_off()                every process gone at once, and no packet says so
+    lab["h1"].power_on()                 the same host, with nothing running on it
 
 A host is a set of Linux namespaces, kept by a `cat` that ends when this process does. The hosts share the file system,
 the clock and the processors. The switch between them is a bridge in a namespace of its own: nothing of the machine's
@@ -86,18 +87,24 @@ class Host:
         self.name = name
         self.address = address
         self._switch = switch
+        self._port = f"to-{name}"
+        self._names = ""
+        self._boot()
+
+    def _boot(self) -> None:
         self._keeper = _Keeper("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child")
         self._init = self._keeper.pid
         self._off = False
         self._started: list[subprocess.Popen[bytes]] = []
-        self._port = f"to-{name}"
-        self.run(["hostname", name])
+        self.run(["hostname", self.name])
         for folder in OWN:
             self.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", folder])
-        _ip(switch, "link", "add", self._port, "type", "veth", "peer", "name", "eth0", "netns", str(self._init))
+        _ip(self._switch, "link", "add", self._port, "type", "veth", "peer", "name", "eth0", "netns", str(self._init))
         self.heal()
-        _ip(switch, "link", "set", self._port, "up")
-        _ip(self._init, "addr", "add", f"{address}/24", "dev", "eth0")
+        _ip(self._switch, "link", "set", self._port, "up")
+        number = int(self.address.rpartition(".")[2])
+        _ip(self._init, "link", "set", "eth0", "address", f"02:00:00:00:00:{number:02x}")  # also after a power cut
+        _ip(self._init, "addr", "add", f"{self.address}/24", "dev", "eth0")
         for interface in ("lo", "eth0"):
             _ip(self._init, "link", "set", interface, "up")
 
@@ -148,7 +155,8 @@ class Host:
                 process.send_signal(number)
 
     def has_name(self, text: str) -> None:
-        """Give the host an /etc/hosts with this text."""
+        """Give the host an /etc/hosts with this text, for good."""
+        self._names = text
         with tempfile.NamedTemporaryFile("w", suffix=".hosts", delete=False) as file:
             file.write(text)
         Path(file.name).chmod(0o644)
@@ -186,6 +194,13 @@ class Host:
         self._keeper.end()
         for process in self._started:  # of each the nsenter on the outside is left
             process.wait(patience(30))
+
+    def power_on(self) -> None:
+        """Start a host again that was switched off: its name, its addresses, and no process."""
+        with contextlib.suppress(LabError):  # it may have gone with the host's own end of the cable
+            _ip(self._switch, "link", "del", self._port)
+        self._boot()
+        self.has_name(self._names)
 
 
 class Lab:

@@ -140,7 +140,7 @@ def test_a_power_cut_a_killed_agent_and_a_killed_launcher_leave_nothing(sleepers
 
 def test_strangers_are_turned_away_in_words(sleepers: Sleepers) -> None:
     other = sleepers.agent("h1", OPD_CLUSTER_SECRET="another secret, of whomever it may be")
-    assert other.wait(patience(60)) == 1
+    assert other.wait(patience(10)) == 1, "a wrong secret is noticed within 10 s where it is"
     namesake = sleepers.agent("h2", "--name", "h1")
     assert namesake.wait(patience(60)) == 2
     web = "import urllib.request; urllib.request.urlopen('http://h0:19999/', timeout=60)"

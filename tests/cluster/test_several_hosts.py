@@ -13,12 +13,16 @@ from pathlib import Path
 import pytest
 from cluster_run import FENCE_S, LOST_S, SECRET, ClusterRun, settings
 from deadlines import patience
-from harness import ROOT, check_trained, loud_lines, rows
+from harness import ROOT, check_trained, loud_lines, rows, steps
 from lab import Lab, until
+
+from opd_async.plan.plan import Plan
 
 THREE = ("h0", "h1", "h2")
 LEARNER, STUDENT, TEACHER = THREE
 """Who is where with one slot a host."""
+LASTING_S = 30.0
+"""The fence as it is by default, of a test in which nobody should be fenced."""
 
 
 @pytest.fixture
@@ -80,6 +84,70 @@ def test_a_host_is_cut_off_shortly_then_for_good_and_comes_back(lab: Lab, inputs
     assert len(ranges) > 10 and run.left() == []
     report = json.loads((folder / "report.json").read_text())
     assert report["restarts"].keys() >= {"student-engine-0", "rollout-0"} and "learner-0" not in report["restarts"]
+
+
+def test_ten_seconds_without_a_network_change_nothing(lab: Lab, inputs: Path, tmp_path: Path) -> None:
+    """Of a host of engines and actors, then of the host of launcher and learner: no process ends, no token is lost."""
+    values = settings(inputs, tmp_path, 3, schedule__steps=100_000)
+    values["cluster"] |= {"fence_s": patience(LASTING_S), "lost_s": patience(LASTING_S) + 15}
+    run = ClusterRun(lab, tmp_path, values)
+    folder = tmp_path / "run"
+    run.wait_for_steps(folder, 2)
+    for host in (lab[STUDENT], lab[LEARNER]):
+        before = {process.pid for each in lab.hosts.values() for process in each.processes()}
+        host.cut()
+        time.sleep(10)
+        host.heal()
+        run.wait_for_steps(folder, len(steps(folder)) + 3)
+        assert before <= {process.pid for each in lab.hosts.values() for process in each.processes()}, run.said()
+    lab[LEARNER].signal("opd_async.launch", signal.SIGINT)
+    assert run.end() == 130, run.said()
+    assert "is lost" not in run.said() and "was not heard" not in run.said(), run.said()
+    check_trained(folder, 1, len(steps(folder)))
+    assert json.loads((folder / "report.json").read_text())["restarts"] == {} and run.left() == []
+
+
+def test_a_run_goes_on_without_a_host_whose_power_is_cut_and_waits_for_another(inputs: Path, tmp_path: Path) -> None:
+    """One of two with students: the other one generates. The teacher's: the run stands until it is switched on again.
+
+    No packet says that anything has ended, and what comes back knows nothing.
+    """
+    values = settings(inputs, tmp_path, 4, schedule__steps=100_000, rollout__replicas=2)
+    values["engines"]["student"]["replicas"] = 2
+    folder = tmp_path / "run"
+    with Lab(("h0", "h1", "h2", "h3")) as lab:
+        run = ClusterRun(lab, tmp_path, values)
+
+        def more(count: int) -> None:
+            run.wait_for_steps(folder, len(steps(folder)) + count)
+
+        def lose_power(name: str) -> None:
+            lab[name].power_off()
+            run.wait_for_text(f"{name} is lost", LOST_S)
+
+        def have_it_back(name: str, role: str) -> None:
+            lab[name].power_on()
+            assert lab[name].processes() == []
+            run.agents[name] = run.agent(lab[name])
+            run.wait_for_text(f"{name} is back", 60)
+            until(lambda: lab[name].processes(role), lambda: f"{role} on {name}:\n{run.said()}", 90)
+            more(3)
+
+        run.wait_for_steps(folder, 2)
+        plan = Plan.model_validate_json((folder / "plan.json").read_bytes())
+        where = {role.name: role.node for role in plan.roles}
+        student, teacher = where["rollout-1"], where["teacher-0"]
+        lose_power(student)
+        more(4)  # behind the step that was under way: by the other host with students
+        have_it_back(student, "actors.rollout")
+        lose_power(teacher)
+        have_it_back(teacher, "actors.teacher")
+        lab[LEARNER].signal("opd_async.launch", signal.SIGINT)
+        assert run.end() == 130, run.said()
+        assert run.left() == [], run.left()
+    check_trained(folder, 1, len(steps(folder)))
+    again = json.loads((folder / "report.json").read_text())["restarts"]
+    assert again.keys() == {name for name, host in where.items() if host in (student, teacher)}, again
 
 
 def test_an_agent_is_killed_then_the_launcher(lab: Lab, inputs: Path, tmp_path: Path) -> None:
