@@ -62,13 +62,14 @@ ORDER: dict[str, tuple[str, ...]] = {
             "baselines",
             "profile",
             "forecasts",
+            "agents",
             "crosscheck",
             "convert",
             "learner",
             "memory",
             "weights",
         ),
-        *("resume", "soak", "agents", "teacher", "wire", "learning", "peers", "real", "gpu"),
+        *("resume", "soak", "teacher", "wire", "learning", "peers", "real", "gpu"),
     ),
 }
 """Package by package, the first may be imported by all that follow."""
