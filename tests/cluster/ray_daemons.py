@@ -14,7 +14,7 @@ from deadlines import patience
 from harness import ROOT
 from lab import Host, Lab
 
-FOLDER = ROOT / ".venv-ray"
+FOLDER = (ROOT / ".venv-ray").resolve()  # as the daemons' command lines have it
 RAY, PYTHON = FOLDER / "bin/ray", FOLDER / "bin/python"
 PORT, JOBS = 6379, 8265
 GPUS = 4
