@@ -8,6 +8,8 @@ import numpy as np
 
 from opd_async.config.topology import Topology
 from opd_async.data.end_tokens import end_ids
+from opd_async.data.hub import named_model
+from opd_async.data.model_folder import read_model
 from opd_async.data.prompts import PromptSet
 from opd_async.data.rows import named
 from opd_async.data.tokenizer import Tokenizer
@@ -50,7 +52,8 @@ def _longest(prompts: PromptSet) -> int | None:
 
 
 def what_was_read(topology: Topology, inputs: Inputs) -> Iterator[str]:
-    """Lines about the prompts, the tokens that end a response, and one prompt as both sides read it."""
+    """Lines about the models, the prompts, the tokens that end a response, and one prompt as both sides read it."""
+    yield from _models(topology)
     data = topology.data
     source = f"{data.function}" if data.train is None else named(data.train.path)
     yield f"data.train: {source}: {_in_numbers(inputs.prompts)}"
@@ -69,6 +72,17 @@ def what_was_read(topology: Topology, inputs: Inputs) -> Iterator[str]:
         if ids is not None:
             yield f"{words}, {len(ids)} tokens:"
             yield f"    {_rendered(ids.tolist(), inputs.tokenizer)!r}"
+
+
+def _models(topology: Topology) -> Iterator[str]:
+    models = topology.models
+    named_ones = {"student": models.student, "teacher": models.teacher}
+    named_ones |= {f"teachers.{name}": one for name, one in models.teachers.items()}
+    for key, one in named_ones.items():
+        if one is not None:
+            facts = read_model(one.path)
+            size = f"{facts.layers} layers, {facts.vocab_size} ids, texts of up to {facts.max_tokens} tokens"
+            yield f"models.{key}: {named_model(one.path)}: {size}"
 
 
 def _in_numbers(prompts: PromptSet) -> str:

@@ -42,6 +42,15 @@ def is_cached_model(folder: Path) -> bool:
     return folder.parent.name == "snapshots" and _CACHED.fullmatch(folder.parent.parent.name) is not None
 
 
+def named_model(folder: Path) -> str:
+    """A model's folder for a message: by the name that it has on the hub, where it is one of a hub's cache."""
+    if not is_cached_model(folder):
+        return str(folder)
+    cached = _CACHED.fullmatch(folder.parent.parent.name)
+    assert cached is not None
+    return f"{'/'.join(cached.groups())} of the hub, commit {folder.name[:12]}"
+
+
 def fetch_cached(folder: Path) -> None:
     """Fetch the model that `folder` of another host's cache holds into this host's, unless it is here.
 

@@ -46,8 +46,8 @@ def test_what_a_set_leaves_out_is_as_in_the_section(tmp_path: Path) -> None:
     assert {name: len(found.prompts) for name, found in inputs.held_out.items()} == {"sums": 1, "words": 1}
     assert longest_of(topology, inputs).held_out == (6, 20)
     lines = list(what_was_read(topology, inputs))
-    assert f"evaluation.sets.words: {tmp_path}/words.jsonl: 1 prompts, " in lines[2]
-    assert lines[2].endswith("; judge teacher")
+    assert f"evaluation.sets.words: {tmp_path}/words.jsonl: 1 prompts, " in lines[4]
+    assert lines[4].endswith("; judge teacher")
 
 
 def test_a_teacher_that_judges_reads_what_it_reads_in_training(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_a_model_is_fetched_once_and_found_without_a_hub_afterwards(tmp_path: Pa
         first = opd(tmp_path, "check", str(file), HF_ENDPOINT=url)
         assert first.returncode == 0, first.stderr
         assert f"snapshots/{COMMIT}" in first.stdout  # the engine gets a folder that names the commit
+        assert f"models.student: owner/student of the hub, commit {COMMIT[:12]}: " in first.stdout
         fetched = [path for path in asked if "/resolve/" in path]
         assert f"/owner/student/resolve/{COMMIT}/model.safetensors" in fetched
         asked.clear()
