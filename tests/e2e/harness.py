@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ def loud_lines(folder: Path) -> list[str]:
 def wait_for_steps(process: subprocess.Popen[Any], folder: Path, count: int, said: Callable[[], str] = str) -> None:
     """Return once `count` steps are in metrics.jsonl; the launcher itself gives up on a run that does not move."""
     while len(steps(folder)) < count:
-        assert process.poll() is None, f"the run ended early:\n{said()}"
+        ended = process.poll() is not None and len(steps(folder)) < count
+        assert not ended, f"the run ended early:\n{said()}"
         time.sleep(0.1)
 
 
@@ -217,6 +218,11 @@ class Launch:
         """Send a signal to the launcher alone."""
         self.process.send_signal(number)
 
+    def stop(self) -> None:
+        """End a run that has enough steps for whatever a test does meanwhile; what it has trained is saved."""
+        self.interrupt()
+        assert self.wait() == 130, self.text()
+
 
 def rows(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a JSONL file."""
@@ -265,3 +271,11 @@ def left_running(*folders: Path) -> list[str]:
         if process.info["status"] != psutil.STATUS_ZOMBIE and any(str(folder) in line for folder in folders):
             alive.append(line)
     return alive
+
+
+def still_there(paths: Iterable[Path]) -> list[Path]:
+    """Those of these files that are not gone within a while: a killed process leaves `/proc` a moment later."""
+    left, give_up = list(paths), time.monotonic() + patience(10)
+    while (left := [path for path in left if path.exists()]) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    return left

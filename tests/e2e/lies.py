@@ -6,12 +6,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from claimed_ports import claimed_port
 from harness import ROOT
-
-from opd_async.plan.free_ports import free_ports
 
 
 @contextmanager
@@ -30,9 +29,8 @@ def process(*command: str) -> Iterator[subprocess.Popen[str]]:
 def liar(url: str, every: int, lies: list[str], first: int = 0) -> Iterator[str]:
     """A proxy to the engine at `url` that spoils every so many answers, and notes how in `lies`; yields its URL.
     It begins with kind number `first`."""
-    (port,) = free_ports("127.0.0.1", 1)
     script = str(Path(__file__).with_name("lying_proxy.py"))
-    with process(script, str(port), url, str(every), str(first)) as running:
+    with claimed_port() as port, process(script, str(port), url, str(every), str(first)) as running:
         assert running.stdout is not None
         reader = threading.Thread(
             target=lambda: lies.extend(line.strip() for line in running.stdout or ()), daemon=True
@@ -44,7 +42,7 @@ def liar(url: str, every: int, lies: list[str], first: int = 0) -> Iterator[str]
 @contextmanager
 def embedded_engine(model: Path, port: int | None = None) -> Iterator[str]:
     """An embedded engine, on a free port unless one is given; yields its URL. Killed with the block."""
-    port = port or free_ports("127.0.0.1", 1)[0]
-    arguments = ("--model-path", str(model), "--host", "127.0.0.1", "--port", str(port), "--context-length", "256")
-    with process("-m", "opd_async.actors.engine.server", *arguments, "--max-total-tokens", "8192"):
-        yield f"http://127.0.0.1:{port}"
+    with claimed_port() if port is None else nullcontext(port) as own:
+        arguments = ("--model-path", str(model), "--host", "127.0.0.1", "--port", str(own), "--context-length", "256")
+        with process("-m", "opd_async.actors.engine.server", *arguments, "--max-total-tokens", "8192"):
+            yield f"http://127.0.0.1:{own}"

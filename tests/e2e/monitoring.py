@@ -6,16 +6,17 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import yaml
+from claimed_ports import claimed_port
 from deadlines import patience
 from harness import ROOT
 
@@ -31,8 +32,8 @@ class Prometheus:
         """`targets` need not be there yet."""
         assert shutil.which("prometheus"), "this test runs Prometheus: requirements/tools.sh installs it"
         folder.mkdir()
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            self._address = f"127.0.0.1:{server.getsockname()[1]}"
+        self._claims = ExitStack()
+        self._address = f"127.0.0.1:{self._claims.enter_context(claimed_port())}"
         discovery = {"files": [str(targets)], "refresh_interval": "1s"}
         interval = f"{round(1000 * SCRAPE_S)}ms"
         config = {
@@ -68,8 +69,9 @@ class Prometheus:
                 return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(patience(30))
+        with self._claims:
+            self._process.terminate()
+            self._process.wait(patience(30))
 
     def samples(self, expression: str) -> list[tuple[dict[str, str], list[float]]]:
         """The series of an expression over the time since the start, without values that are no numbers."""

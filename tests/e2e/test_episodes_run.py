@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from deadlines import patience
 from harness import ROOT, Launch, check_trained, left_running, rows, steps, topology, write_topology
 
 from opd_async.run.trained import read_trained
@@ -48,7 +49,7 @@ def test_episodes_are_trained_once_whatever_happens_to_them(
         schedule__steps=STEPS,
         schedule__tokens_per_step=192,
         rollout__function="my_episode:episode",
-        rollout__episode_deadline_s=4.0,
+        rollout__episode_deadline_s=patience(0.7),  # those that do not hang end within it on a busy machine too
         reward__kind="episode",
         data__held_out={"path": str(inputs / "prompts.jsonl")},
         evaluation={"judge": "reward", "prompts": 8, "every_steps": None, "teacher": False},

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import zmq
-from harness import SLOTS, Launch, check_trained, topology, write_topology
+from deadlines import patience
+from harness import SLOTS, Launch, check_trained, steps, topology, write_topology
 from lies import embedded_engine, liar
 
 from opd_async.keys import RunKeys
@@ -14,7 +15,8 @@ from opd_async.plan.plan import Plan
 from opd_async.transport.door import Passport
 from opd_async.transport.wire import SCHEMA_VERSION
 
-STEPS = 8
+STEPS, ENOUGH = 8, 5
+"""At least so many steps, with so many lies to either side; the slower the machine, the fewer requests a step takes."""
 
 
 def send_garbage(plan: Plan, keys: RunKeys) -> int:
@@ -29,7 +31,7 @@ def send_garbage(plan: Plan, keys: RunKeys) -> int:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     for address, name in ((plan.scored[0], "teacher-0"), (plan.chunks[0], "rollout-0")):
         with context.socket(zmq.PUSH) as sender:
-            sender.linger = 2000
+            sender.linger = round(1000 * patience(30))
             Passport(name, keys, "mad").show(sender)
             sender.connect(address)
             for frames in garbage:
@@ -50,7 +52,7 @@ def test_lies_and_garbage(inputs: Path, tmp_path: Path) -> None:
         values = topology(
             inputs,
             tmp_path,
-            schedule__steps=STEPS,
+            schedule__steps=1000,
             rollout__resend_after_s=2.0,
             rollout__request_deadline_s=3.0,
             teacher__max_in_flight=2,
@@ -64,10 +66,12 @@ def test_lies_and_garbage(inputs: Path, tmp_path: Path) -> None:
             keys = RunKeys.of_environment(run.find("actors.rollout").environ())
             assert keys is not None
             garbage = send_garbage(Plan.model_validate_json((folder / "plan.json").read_bytes()), keys)
-            assert run.wait() == 0, run.text()
-    check_trained(folder, 1, STEPS)
+            run.wait_for_steps(folder, STEPS)
+            while min(len(student_lies), len(teacher_lies)) < ENOUGH:
+                run.wait_for_steps(folder, len(steps(folder)) + 1)
+            run.stop()
+    check_trained(folder, 1, len(steps(folder)))
     report = json.loads((folder / "report.json").read_text())
-    assert len(student_lies) >= 5 and len(teacher_lies) >= 5
     # all but those that were told while the run was ending: to streams, batches and a canary that it had given up
     assert report["counters"]["engine_errors"] >= max(len(student_lies) - SLOTS, 3)
     told_to_teacher = report["counters"]["teacher_retries"] + report["counters"].get("canaries_failed", 0)

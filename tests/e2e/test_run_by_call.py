@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deadlines import patience
 from harness import ROOT, left_running, topology
 
 from opd_async import InputError, InterruptedRun, OpdError, Report, RoleError, Topology, run, run_async
 
-PATIENCE_S = 400.0
+PATIENCE_S = patience(70.0)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

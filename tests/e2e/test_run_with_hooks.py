@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from deadlines import patience
 from harness import ROOT, left_running, steps
 
 from opd_async.run.trained import read_trained
@@ -17,7 +18,7 @@ sys.path.append(str(ROOT / "tests/core"))
 from hook_examples import write_examples
 from stand_in_tracker import told, write_python
 
-PATIENCE_S = 500.0
+PATIENCE_S = patience(90.0)
 SETTINGS = {
     "schedule.steps": 2,
     "schedule.train_on": "samples",

@@ -7,12 +7,14 @@ import stat
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import psutil
 import zmq
+from deadlines import patience
 from harness import Launch, check_trained, steps, topology, write_topology
 
 from opd_async.keys import RunKeys, is_key
@@ -38,16 +40,16 @@ def status(url: str, key: str | None = None) -> int:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     request = urllib.request.Request(url, json.dumps({"model_path": "/tmp"}).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
+        with urllib.request.urlopen(request, timeout=patience(30)) as reply:
             return int(reply.status)
     except urllib.error.HTTPError as error:
         with error:
             return error.code
 
 
-def speak(plan: Plan) -> int:
+def speak(plan: Plan, run: Launch, heard: Callable[[], bool]) -> None:
     """Well-formed messages of a leftover role of another run, and of somebody without keys, to every port of the run;
-    returns to how many ports."""
+    who sends them stays until they were `heard`."""
     none, empty = np.zeros(0, np.int32), np.zeros(0, np.int64)
     words = [
         Hello("rollout-0", "1"),
@@ -78,15 +80,17 @@ def speak(plan: Plan) -> int:
                         sender.send_multipart(encode(word), flags=zmq.NOBLOCK)
                 sockets.append(sender)
     time.sleep(3.0)  # while the run goes on: whatever a stranger can do, it has the time to
+    while not heard():
+        assert run.process.poll() is None, run.text()
+        time.sleep(0.1)
     for sender in sockets:
         sender.close(linger=0)
     context.term()
-    return len(ports)
 
 
 def strangers(port: int, role: str, what: str = "strangers") -> float:
     """The counter of refused strangers of one process, or another one."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as reply:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=patience(30)) as reply:
         lines = reply.read().decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(f"opd_{role}_{what}_total"))
 
@@ -110,10 +114,9 @@ def test_a_run_among_strangers(inputs: Path, tmp_path: Path) -> None:
         for engine in (*plan.student_engines, *plan.teacher_engines):
             assert {status(engine + path) for path in CHANGES} == {401}
             assert {status(engine + path, "guessed") for path in CHANGES} == {401}
-        speak(plan)
         counters = {"launcher": plan.launcher_metrics_port}
         counters |= {kind: plan.role(RoleKind(kind), 0).ports["metrics"] for kind in ("teacher", "intake")}
-        assert all(strangers(port, role) > 0 for role, port in counters.items())
+        speak(plan, run, lambda: all(strangers(port, role) > 0 for role, port in counters.items()))
         run.interrupt()  # it goes on until it was looked at
         assert run.wait() == 130, run.text()
     report = json.loads((folder / "report.json").read_text())
@@ -158,8 +161,8 @@ def test_open_chunks_are_taken_only_with_the_grant_of_a_lease(inputs: Path, tmp_
             while counted(plan, RoleKind.INTAKE, "malformed") <= before:
                 assert run.process.poll() is None, run.text()
                 time.sleep(0.1)
-        speak(plan)
-        assert strangers(plan.launcher_metrics_port, "launcher") > 0, "commands are behind keys all the same"
+        # commands are behind keys all the same
+        speak(plan, run, lambda: strangers(plan.launcher_metrics_port, "launcher") > 0)
         run.wait_for_steps(folder, len(steps(folder)) + 2)
         run.interrupt()
         assert run.wait() == 130, run.text()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from deadlines import patience
 from harness import Launch, check_trained, left_running, loud_lines, rows, steps, topology, write_topology
 
 STEPS = 3
@@ -52,7 +53,7 @@ def test_an_intake_may_die_and_a_rollout_actor_too(inputs: Path, tmp_path: Path)
         *(inputs, tmp_path),
         intake__replicas=2,
         learner__data_parallel=2,
-        schedule__steps=11,
+        schedule__steps=1000,
         schedule__rule="filled",
         checkpoint__every_steps=2,
         rollout__resend_after_s=2.0,
@@ -67,9 +68,10 @@ def test_an_intake_may_die_and_a_rollout_actor_too(inputs: Path, tmp_path: Path)
         run.wait_for_steps(folder, len(steps(folder)) + 1)
         family = run.family()
         run.process.kill()
-        psutil.wait_procs(family, timeout=60.0)
+        psutil.wait_procs(family, timeout=patience(20))
     values["intake"]["replicas"] = 1
-    with Launch(write_topology(values, file), "--resume") as run:
+    count = len(steps(folder)) + 4
+    with Launch(write_topology(values, file), "--resume", "--set", f"schedule.steps={count}") as run:
         assert run.wait() == 0, run.text()
-    check_trained(folder, 1, 11)
+    check_trained(folder, 1, count)
     assert left_running(tmp_path, inputs) == []
