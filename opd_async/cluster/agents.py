@@ -174,6 +174,10 @@ class Agents:
             return 0
         return self._cluster.spare_nodes - len(self.nodes.keys() - self._regular)
 
+    def is_planned(self, node: Node) -> bool:
+        """Whether a host is one of those that the run began with, and so has no seat."""
+        return node.name in self._regular
+
     def _is_early(self) -> bool:
         """Whether a host that the run has no place for yet is to ask again: there are seats, and no run to sit in."""
         if self._open_to_all:

@@ -46,8 +46,8 @@ class Fleet:
         self._incarnations: dict[str, str] = {}
         settings = plan.topology.supervisor
         self._budget = RestartBudget(settings.restarts, settings.restart_window_s, settings.backoff_s, time.monotonic)
-        self._roles = {role.name: role for role in plan.roles}
-        self._ranks = {f"rank-{rank}": plan.learner_of(rank) for rank in range(plan.topology.learner.ranks)}
+        self._roles: dict[str, RolePlan] = {}
+        self.grow(plan)
         self._logs = plan.run_folder / "logs"
         self.away: set[str] = set()
         """Roles that the run goes on without for now: their host was drained or stays away, or they are coming up."""
@@ -60,12 +60,13 @@ class Fleet:
         return self._budget.used
 
     def grow(self, plan: Plan) -> None:
-        """Take over a plan that has more roles."""
+        """Take over a plan that has more roles, or another learner; ends of those that it had are still known."""
         self.plan = plan
-        self._roles = {role.name: role for role in plan.roles}
+        self._roles |= {role.name: role for role in plan.roles}
+        self._ranks = {f"rank-{rank}": plan.learner_of(rank) for rank in range(plan.topology.learner.ranks)}
 
     def role(self, name: str) -> RolePlan:
-        """The plan of a role, by its name; KeyError for a name that is not in the plan."""
+        """The plan of a role, by its name; KeyError for a name that no plan of the run had."""
         return self._roles[name]
 
     async def start(self, name: str, env: dict[str, str] | None = None) -> None:

@@ -89,7 +89,7 @@ class Hosts:
         return (*self._local.running, *self._far)
 
     def place(self, name: str, host: str) -> None:
-        """Note the host of a process that was not in the plan."""
+        """Note the host of a process that was not in the plan, or was elsewhere and has ended."""
         self._where[name] = host
 
     def lost(self, name: str) -> bool:

@@ -62,4 +62,5 @@ class ClusterSection(Section):
     """A host that was silent for so long is lost: its processes are started again when it is back. More than
     `fence_s`, so that nothing of it runs any more by then."""
     node_back_s: Seconds = 600.0
-    """How long the run waits for a lost host that it cannot go on without."""
+    """How long the run waits for a lost host that it cannot go on without. A learner then goes on with fewer hosts, if
+    its sizes allow that (docs/cluster.md)."""

@@ -34,14 +34,18 @@ class Spot:
 
 
 @dataclass(slots=True)
-class _Host:
+class Room:
+    """What one host still has to give."""
+
     gpus: list[int]
     slots: int
 
     def free(self, kind: str) -> int:
+        """How many devices of a kind are left."""
         return len(self.gpus) if kind == CUDA else self.slots
 
     def take(self, kind: str, count: int) -> tuple[str, ...]:
+        """Give the first of them out."""
         if kind == CUDA:
             taken, self.gpus = self.gpus[:count], self.gpus[count:]
             return tuple(f"cuda:{index}" for index in taken)
@@ -67,14 +71,14 @@ def place(topology: Topology) -> Placement:
     Raises `InputError` with the numbers, and what to change, where there are too few devices.
     """
     cluster = topology.cluster
-    hosts = [_Host(list(range(cluster.gpus_per_node)), cluster.slots_per_node) for _ in range(cluster.nodes)]
+    hosts = [Room(list(range(cluster.gpus_per_node)), cluster.slots_per_node) for _ in range(cluster.nodes)]
     if not cluster.launcher_takes_devices:
-        hosts[LAUNCHER_HOST] = _Host([], 0)
+        hosts[LAUNCHER_HOST] = Room([], 0)
     if problem := shortage(topology):
         raise InputError(problem)
     placement = Placement()
     spots = placement.spots
-    learner = spots[RoleKind.LEARNER] = _learner(topology, hosts)
+    learner = spots[RoleKind.LEARNER] = learner_spots(topology, hosts)
     # where a host of the learner is lost all intakes begin anew, so that those there are no further risk
     others = [Spot(learner[i % len(learner)].host, (CPU,)) for i in range(1, topology.intake.replicas)]
     spots[RoleKind.INTAKE] = [Spot(LAUNCHER_HOST, (CPU,)), *others]
@@ -119,8 +123,11 @@ def _kind(devices: Sequence[str]) -> str:
     return CPU if devices[0] == CPU else CUDA
 
 
-def _learner(topology: Topology, hosts: Sequence[_Host]) -> list[Spot]:
-    """A spot for each host of the learner, in the order of its ranks."""
+def learner_spots(topology: Topology, hosts: Sequence[Room]) -> list[Spot]:
+    """A spot for each host that the learner takes, in the order of its ranks; they have that room no more.
+
+    Raises `InputError` where they have too little.
+    """
     section = topology.learner
     kind, unit, left = _kind(section.devices), section.tensor_parallel, section.ranks
     spots = []
@@ -140,14 +147,14 @@ def _learner(topology: Topology, hosts: Sequence[_Host]) -> list[Spot]:
     return spots
 
 
-def _pairs(hosts: Sequence[_Host], spots: Sequence[Spot]) -> Iterator[tuple[_Host, Spot]]:
+def _pairs(hosts: Sequence[Room], spots: Sequence[Spot]) -> Iterator[tuple[Room, Spot]]:
     return ((hosts[spot.host], spot) for spot in spots)
 
 
-def _engines(topology: Topology, hosts: Sequence[_Host]) -> dict[str, list[Spot]]:
+def _engines(topology: Topology, hosts: Sequence[Room]) -> dict[str, list[Spot]]:
     """The spots of each side's engines, by the side's key in the topology."""
     for choose in (_emptiest, _first_fit):
-        trial = [_Host(list(host.gpus), host.slots) for host in hosts]
+        trial = [Room(list(host.gpus), host.slots) for host in hosts]
         found = _deal(topology, trial, choose)
         if found is not None:
             return found
@@ -165,10 +172,10 @@ def _section(topology: Topology, side: str) -> tuple[str, ...]:
     return next(section.devices for name, _, section in topology.engine_sides if name == side)
 
 
-Choose = Callable[[Sequence[_Host], str, int, Counter[int]], int | None]
+Choose = Callable[[Sequence[Room], str, int, Counter[int]], int | None]
 
 
-def _deal(topology: Topology, hosts: Sequence[_Host], choose: Choose) -> dict[str, list[Spot]] | None:
+def _deal(topology: Topology, hosts: Sequence[Room], choose: Choose) -> dict[str, list[Spot]] | None:
     """Place every engine, the largest first; None if one finds no host."""
     sides = [(side, section) for side, _, section in topology.engine_sides]
     found: dict[str, list[Spot]] = {side: [] for side, _ in sides}
@@ -184,13 +191,13 @@ def _deal(topology: Topology, hosts: Sequence[_Host], choose: Choose) -> dict[st
     return found
 
 
-def _emptiest(hosts: Sequence[_Host], kind: str, size: int, alike: Counter[int]) -> int | None:
+def _emptiest(hosts: Sequence[Room], kind: str, size: int, alike: Counter[int]) -> int | None:
     """The host with the fewest engines of this side; of several the one with most free devices."""
     fits = [number for number, host in enumerate(hosts) if host.free(kind) >= size]
     return min(fits, key=lambda number: (alike[number], -hosts[number].free(kind), number), default=None)
 
 
-def _first_fit(hosts: Sequence[_Host], kind: str, size: int, alike: Counter[int]) -> int | None:
+def _first_fit(hosts: Sequence[Room], kind: str, size: int, alike: Counter[int]) -> int | None:
     return next((number for number, host in enumerate(hosts) if host.free(kind) >= size), None)
 
 

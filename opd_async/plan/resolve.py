@@ -269,6 +269,27 @@ def with_seat(plan: Plan, number: int, name: str, address: str, ports: Sequence[
     return plan.model_copy(update={"roles": (*plan.roles, *roles), "student_engines": (*plan.student_engines, *urls)})
 
 
+def with_learner(plan: Plan, data_parallel: int, homes: Sequence[RolePlan], spots: Sequence[Spot]) -> Plan:
+    """The plan with a learner of so many data-parallel groups in the place of its own.
+
+    `homes` are the processes of a learner that have hosts and ports; each spot is on the host of one of them.
+    """
+    sized = plan.topology.learner.model_copy(update={"data_parallel": data_parallel})
+    topology = plan.topology.model_copy(update={"learner": sized})
+    where = {(RoleKind.LEARNER, index): spot for index, spot in enumerate(spots)}
+    names, addresses = tuple(home.node for home in homes), tuple(home.host for home in homes)
+    site = Site(names=names, addresses=addresses, ports=())
+    ports = {
+        (role_name(*key), purpose): homes[spot.host].ports[purpose]
+        for key, spot in where.items()
+        for purpose in _PURPOSES[RoleKind.LEARNER]
+    }
+    learner = [_role(topology, kind, index, ports, where, site) for kind, index in where]
+    first = next(number for number, role in enumerate(plan.roles) if role.kind is RoleKind.LEARNER)
+    behind = [role for role in plan.roles[first:] if role.kind is not RoleKind.LEARNER]
+    return plan.model_copy(update={"topology": topology, "roles": (*plan.roles[:first], *learner, *behind)})
+
+
 def replica_devices(section: EngineSection) -> tuple[tuple[str, ...], ...]:
     """The devices of each replica; one device in the topology stands for all."""
     size = section.tensor_parallel

@@ -55,14 +55,14 @@ class ControlBounds:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._kinds = {role.name: role.kind for role in run.plan.roles}
         self._first = role_name(RoleKind.INTAKE, 0)
-        self._ranks = {f"rank-{rank}" for rank in range(run.plan.topology.learner.ranks)}
         self._newest_step = 0
+        self.grow()
 
     def grow(self) -> None:
-        """Believe the roles that a host which has joined brought."""
+        """Believe the roles and the learner's ranks of the plan as it is now."""
         self._kinds = {role.name: role.kind for role in self._run.plan.roles}
+        self._ranks = {f"rank-{rank}" for rank in range(self._run.plan.topology.learner.ranks)}
 
     def problem(self, role: str, message: m.Message) -> str | None:
         """Why a message is not believed; None if it is."""

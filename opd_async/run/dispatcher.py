@@ -132,12 +132,13 @@ class Dispatcher:
             return await self.mailbox.expect(key, deadline_s, f"the end of {role}")
 
     def grow(self, plan: Plan) -> None:
-        """Take over a plan that has more roles, and look after its engines."""
+        """Take over a plan that has more roles, or another learner, and look after its engines."""
         new = {role.name for role in plan.roles} - {role.name for role in self.plan.roles}
         self.plan = plan
         self.fleet.grow(plan)
         self.ledger.grow(plan)
         self._bounds.grow()
+        self.watch.grow()
         self.watch.look_after_engines(new)
 
     @property

@@ -6,6 +6,7 @@
                       -> engines leave the weight group -> the agent is let go
     opd drain --undo  an agent that is started on a host that has left is let in again
     an agent of such a host, or of one that the run goes on without, joins    as above, on its old place
+    one of a host that had nothing but ranks of the learner joins             it stands idle (`learner_hosts.py`)
 
 Both are what happens at a host's loss and return, at a moment of the run's own choosing: whatever token was made is
 held by the intake or made again under another attempt, and none is trained twice.
@@ -24,11 +25,11 @@ from opd_async.cluster.hosting import share_files
 from opd_async.cluster.hosts import Hosts
 from opd_async.cluster.nodes import Node
 from opd_async.errors import DeadlineError, InputError, OpdError, RoleError
-from opd_async.files import PRIVATE, storing, write_atomically
 from opd_async.plan.plan import Plan, RoleKind, RolePlan
-from opd_async.plan.resolve import PLAN_FILE, ports_of_seat, with_seat
+from opd_async.plan.resolve import ports_of_seat, with_seat
 from opd_async.run.dispatcher import Dispatcher
 from opd_async.run.leaving import FOLDER, answer, problem_of, requests
+from opd_async.run.run_folder import change_plan
 from opd_async.run.state import RESYNC, UPDATE
 from opd_async.transport import messages as m
 
@@ -74,6 +75,10 @@ class Elastic:
         try:
             async with self._one_at_a_time:
                 mine = self._roles_of(node)
+                if not mine and self._agents.is_planned(node):
+                    await share_files(self._dispatcher.plan.topology, self._agents, [node], fleet.say)
+                    fleet.say(f"{node.name} is idle: the learner takes it when it next goes back to a checkpoint")
+                    return
                 starting, running = self._dispatcher.deaths.starting, fleet.supervisor.running
                 back = [role for role in mine if role.name in fleet.away and role.name not in (*starting, *running)]
                 if back or not mine:
@@ -82,7 +87,8 @@ class Elastic:
         except OpdError as error:
             if isinstance(error, InputError) and node.there.is_set():  # a host that is lost may be fit once it is back
                 fleet.say(f"{node.name} cannot join: {error}")
-                await self._agents.dismiss(node, str(error), failed=True, forget=not self._roles_of(node))
+                forget = not self._roles_of(node) and not self._agents.is_planned(node)
+                await self._agents.dismiss(node, str(error), failed=True, forget=forget)
             else:
                 fleet.say(f"going on without {node.name}: {error}")
                 await self._withdraw(node)
@@ -97,8 +103,7 @@ class Elastic:
 
         Raises `InputError` when the host cannot serve the run.
         """
-        dispatcher, before = self._dispatcher, self._dispatcher.plan
-        file, wanted = before.run_folder / PLAN_FILE, ports_of_seat(before.topology)
+        dispatcher, wanted = self._dispatcher, ports_of_seat(self._dispatcher.plan.topology)
         try:
             found = await self._agents.ask(node, lambda number: m.FindPorts(number, wanted, []))
         except RoleError as error:
@@ -107,10 +112,7 @@ class Elastic:
         def seated(plan: Plan) -> Plan:
             return with_seat(plan, self._taken, node.name, node.address, found.numbers)
 
-        saved = seated(Plan.model_validate_json(file.read_text(encoding="utf-8")))  # without the keys that were drawn
-        with storing(file):
-            write_atomically(file, saved.model_dump_json(indent=1), PRIVATE)
-        plan = seated(before)
+        plan = change_plan(dispatcher.plan, seated)  # which may have another learner than when the agent was asked
         self._taken += 1
         dispatcher.grow(plan)
         for role in self._roles_of(node):
@@ -201,7 +203,7 @@ class Elastic:
         names = await self._withdraw(node)
         node.drained = True
         await self._agents.dismiss(node, "this host was drained: it has left the run")
-        self._dispatcher.fleet.say(f"{node.name} has left the run, with {', '.join(names)}")
+        self._dispatcher.fleet.say(f"{node.name} has left the run, with {', '.join(names) or 'nothing on it'}")
 
     async def _withdraw(self, node: Node) -> list[str]:
         """End the processes of a host for good, also those that are being started again; returns their names.

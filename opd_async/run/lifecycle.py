@@ -10,6 +10,7 @@
 what happens                      what follows
 the script ends                   report, stop in order, exit 0
 learner or intake dies            both start again from the last checkpoint; everything generated since is dropped
+a host of the learner stays away  the same with fewer ranks on the hosts that are left (`learner_hosts.py`), or the end
 another role dies                 the dispatcher restarts it; the script goes on
 a role dies beyond its budget     the run ends with its last lines
 a disk takes no checkpoint        what else can be saved is (`saving.py`), report, stop in order, exit 1
@@ -31,6 +32,7 @@ import zmq.asyncio
 from opd_async.cluster.fleet import Fleet
 from opd_async.cluster.hosting import Supervise, alone
 from opd_async.cluster.hosts import Hosts
+from opd_async.cluster.nodes import HostLostError
 from opd_async.data.completions import Mix
 from opd_async.errors import StorageError
 from opd_async.files import storing
@@ -43,6 +45,7 @@ from opd_async.run.dispatcher import Dispatcher
 from opd_async.run.elastic import Elastic
 from opd_async.run.evaluator import Evaluator
 from opd_async.run.inputs import Inputs
+from opd_async.run.learner_hosts import LearnerHosts
 from opd_async.run.ledger import Ledger
 from opd_async.run.scraping import scrape_labels, scrape_targets
 from opd_async.run.script import Script
@@ -92,6 +95,8 @@ class Lifecycle:
         self._recoveries = 0
         self._over = False
         self._dispatcher: Dispatcher | None = None
+        self._learner_hosts: LearnerHosts | None = None
+        """None on one host."""
         self._checkpoint = checkpoint
         self.ledger: Ledger | None = None
         self.unsaved: StorageError | None = None
@@ -222,7 +227,11 @@ class Lifecycle:
             assert self._samples is not None
             dispatcher.on_sample = self._samples.add
             self._samples.rewind(self._checkpoint.step)
-            elastic = Elastic(dispatcher, supervisor, self._grow) if isinstance(supervisor, Hosts) else None
+            elastic = None
+            if isinstance(supervisor, Hosts):
+                elastic = Elastic(dispatcher, supervisor, self._grow)
+                node_back_s = topology.cluster.node_back_s
+                self._learner_hosts = LearnerHosts(dispatcher, supervisor, node_back_s, self._grow)
             try:
                 await self._conduct(dispatcher, fleet, elastic)
             finally:
@@ -236,6 +245,7 @@ class Lifecycle:
         metrics = RoleMetrics("launcher", features_of(plan.topology), counters_file(plan.run_folder, "launcher"))
         HostCollector(metrics.registry)  # no agent is on the launcher's host
         metrics["opd_launcher_steps_wanted"].set(plan.topology.schedule.steps)
+        metrics["opd_launcher_learner_ranks"].set(plan.topology.learner.ranks)
         started, engines = {role.name for role in plan.roles}, set(plan.engine_names.values())
         metrics.begin("opd_launcher_restarts_total", started)
         metrics.begin("opd_launcher_hangs_total", started | engines)
@@ -270,7 +280,7 @@ class Lifecycle:
             self._progress.say(f"targets.json cannot be written: {error}")
 
     def _grow(self, plan: Plan) -> None:
-        """Take over a plan that has more roles: they are stopped in order, and scraped."""
+        """Take over a plan that has more roles, or another learner: they are stopped in order, and scraped."""
         self._plan = plan
         self._write_targets()
 
@@ -335,24 +345,46 @@ class Lifecycle:
         assert dispatcher.state.lost is not None
         self._recoveries += 1
         await fleet.await_restart(dispatcher.state.lost)
-        intakes = [role.name for role in self._plan.of_kind(RoleKind.INTAKE)]
-        learners = [role.name for role in self._plan.of_kind(RoleKind.LEARNER)]
-        for name in (*learners, *intakes):
-            await fleet.supervisor.stop(name)
-        dispatcher.forget()
+        await self._take_down(dispatcher, fleet)
         script.abandon_evaluation()
         await script.forget_samples()
         self._checkpoint = await asyncio.to_thread(checkpoints.newest, self._plan.run_folder / "checkpoints")
         self._set_aside()
-        env, version = self._checkpoint.environment, self._checkpoint.step
+        await self._bring_up(dispatcher, fleet)
+        self._rewind(dispatcher)
+        self._progress.say(f"learner and intake start again from step {self._checkpoint.step}")
+
+    async def _take_down(self, dispatcher: Dispatcher, fleet: Fleet) -> None:
+        """Stop what is left of learner and intakes, and forget what they have said."""
+        for kind in (RoleKind.LEARNER, RoleKind.INTAKE):
+            for role in self._plan.of_kind(kind):
+                await fleet.supervisor.stop(role.name)
+        dispatcher.forget()
+
+    async def _bring_up(self, dispatcher: Dispatcher, fleet: Fleet) -> None:
+        """Start learner and intakes on hosts that are there; with fewer of them where one stays away."""
+        hosts = self._learner_hosts
+        if hosts is not None:
+            hosts.take_back()
+        while True:
+            try:
+                await self._start_from_checkpoint(dispatcher, fleet)
+                return
+            except HostLostError as error:
+                if hosts is None:
+                    raise
+                await self._take_down(dispatcher, fleet)
+                await hosts.go_on_without(error)
+
+    async def _start_from_checkpoint(self, dispatcher: Dispatcher, fleet: Fleet) -> None:
+        env = self._checkpoint.environment
+        learners = [role.name for role in self._plan.of_kind(RoleKind.LEARNER)]
         # those first whose host has to come back: the others would wait for them with a deadline
         for learner in sorted(learners, key=lambda name: not fleet.supervisor.lost(name)):
             await fleet.start(learner, env)
-        for intake in intakes:
-            await fleet.start(intake, env | {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
-            dispatcher.watch.started(intake)
-        self._rewind(dispatcher)
-        self._progress.say(f"learner and intake start again from step {version}")
+        for intake in self._plan.of_kind(RoleKind.INTAKE):
+            await fleet.start(intake.name, env | {ATTEMPT_FLOOR_ENV: str(self._recoveries * ATTEMPTS_PER_RECOVERY)})
+            dispatcher.watch.started(intake.name)
 
     def _leave_at_checkpoint(self, dispatcher: Dispatcher) -> None:
         """Cut the records to the newest checkpoint, which is where a resume goes on; every role has ended."""

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from opd_async.config.resuming import Change, content_of, may_change
 from opd_async.config.topology import Topology
 from opd_async.config.topology_file import dump_topology, load_topology
 from opd_async.errors import InputError
-from opd_async.files import PRIVATE, write_atomically
+from opd_async.files import PRIVATE, storing, write_atomically
 from opd_async.plan.plan import COUNTERS_FOLDER, Plan
 from opd_async.plan.resolve import KEYS_FOLDER, PLAN_FILE
 from opd_async.run import checkpoints, fingerprints
@@ -122,6 +122,18 @@ def prepare(
         folder.release()
         raise
     return folder
+
+
+def change_plan(plan: Plan, change: Callable[[Plan], Plan]) -> Plan:
+    """Make a change to the plan of a run, in its folder too, where whoever starts from now on reads it.
+
+    The saved one has none of the keys that were drawn, so it is changed by itself. Raises `StorageError`.
+    """
+    file = plan.run_folder / PLAN_FILE
+    with storing(file):
+        saved = change(Plan.model_validate_json(file.read_text(encoding="utf-8")))
+        write_atomically(file, saved.model_dump_json(indent=1), PRIVATE)
+    return change(plan)
 
 
 def holds_run(path: Path) -> bool:

@@ -70,13 +70,17 @@ class Watch:
         self._settings = reach.plan.topology.supervisor
         self._live = Liveness(self._settings.heartbeat_deadline_s, self._settings.step_deadline_s)
         self._learner = reach.plan.learner_of(0)
-        ranks = range(reach.plan.topology.learner.ranks)
-        self._ranks = {f"rank-{rank}": reach.plan.learner_of(rank) for rank in ranks}
-        """The role, on one of the learner's hosts, of each rank."""
+        self.grow()
         self._named: set[str] = set()
         """Processes that are not ours to kill, and were reported."""
         self._odd: dict[str, str] = {}
         """What was strange of an engine at the last look."""
+
+    def grow(self) -> None:
+        """Know the learner's ranks of the plan as it is now."""
+        plan = self._reach.plan
+        # the role, on one of the learner's hosts, of each rank
+        self._ranks = {f"rank-{rank}": plan.learner_of(rank) for rank in range(plan.topology.learner.ranks)}
 
     # --- signs of life -----------------------------------------------------------------------------------------------
 

@@ -113,6 +113,7 @@ _FAULTS = tuple(fault.value for fault in EngineFault)
 CATALOGUE: tuple[Metric, ...] = (
     _gauge("opd_launcher_step", "Optimizer steps taken."),
     _gauge("opd_launcher_steps_wanted", "Optimizer steps of the whole run: `schedule.steps`."),
+    _gauge("opd_launcher_learner_ranks", "Ranks of the learner: fewer while the run goes on without one of its hosts."),
     _gauge("opd_launcher_weight_version", "Weight version that every student engine has loaded."),
     _gauge("opd_launcher_leases_active", "Leases out: samples being generated, scored or waiting to be trained."),
     _counter("opd_launcher_restarts_total", "Restarts of a role's process.", "role"),

@@ -196,6 +196,45 @@ def test_a_learner_of_two_ranks_on_two_hosts_loses_one_of_them(inputs: Path, tmp
         assert sum(report["restarts"].values()) == 1, "one restart, not one for each process"
 
 
+def test_a_learner_goes_on_with_one_rank_until_its_other_host_can_be_taken_back(inputs: Path, tmp_path: Path) -> None:
+    """It exports with one rank, and no host is asked to wait for it; with both again where it goes back anyhow."""
+    values = settings(inputs, tmp_path, 4, schedule__steps=100_000, learner__data_parallel=2)
+    values["cluster"]["node_back_s"] = 5
+    values["checkpoint"] |= {"export_hf": True, "export_hf_every_steps": 2}
+    folder = tmp_path / "run"
+    with Lab(("h0", "h1", "h2", "h3")) as lab:
+        run = ClusterRun(lab, tmp_path, values)
+        run.wait_for_steps(folder, 4)
+        lab["h1"].unplug()
+        run.wait_for_text("h1 is lost", LOST_S)
+        smaller = "going on without h1, not back in 5 s (cluster.node_back_s): the learner has 1 of 2 ranks, on the "
+        run.wait_for_text(f"{smaller}launcher's host", 90)
+        run.wait_for_text("learner and intake start again from step", 60)
+        run.wait_for_steps(folder, len(steps(folder)) + 4)
+        exported = (folder / "export").glob("step_*/model.safetensors")
+        assert max(int(file.parent.name.removeprefix("step_")) for file in exported) > 4
+        plan = Plan.model_validate_json((folder / "plan.json").read_bytes())
+        assert plan.topology.learner.data_parallel == 1 and plan.role_of_rank(0).node == ""
+        assert "data_parallel: 2" in (folder / "topology.yaml").read_text()
+
+        assert run.agents["h1"].wait(patience(90)) == 1, "it has found no launcher in its 30 s"
+        lab["h1"].plug()
+        run.agents["h1"] = run.agent(lab["h1"])
+        run.wait_for_text("h1 is idle: the learner takes it when it next goes back to a checkpoint", 90)
+        assert lab["h1"].processes("opd_async.learner") == []
+        lab["h0"].signal("learner.main", signal.SIGKILL)
+        run.wait_for_text("h1 is there again: the learner has 2 of 2 ranks, on the launcher's host, h1", 90)
+        until(lambda: run.said().count("learner and intake start again from step") == 2, run.said, 90)
+        run.wait_for_steps(folder, len(steps(folder)) + 2)
+        assert lab["h1"].processes("opd_async.learner.main") != []
+        lab["h0"].signal("opd_async.launch", signal.SIGINT)
+        assert run.end() == 130, run.said()
+        assert run.left() == [], run.left()
+    check_trained(folder, 1, len(steps(folder)))
+    report = json.loads((folder / "report.json").read_text())
+    assert sum(report["restarts"].values()) == 2, report["restarts"]
+
+
 def test_what_is_wrong_with_a_host_is_said_before_anything_starts(lab: Lab, inputs: Path, tmp_path: Path) -> None:
     """A folder that is not shared, an interface that is not there: a message each, exit code 2."""
     shared = tmp_path / "shared"
