@@ -6,20 +6,22 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
+from claimed_ports import claimed_port
 from harness import ROOT
 
 from opd_async.keys import ADMIN_API_KEY_ENV, API_KEY_ENV
-from opd_async.plan.free_ports import free_ports
 
 
 class External:
     """An embedded engine with the model in a folder; a context manager that kills it at the end."""
 
     def __init__(self, model: Path, key: str) -> None:
-        (self._port,) = free_ports("127.0.0.1", 1)
+        self._claims = ExitStack()
+        self._port = self._claims.enter_context(claimed_port())
         self._model = model
         self._keys = {API_KEY_ENV: key, ADMIN_API_KEY_ENV: key}
         self._process: subprocess.Popen[bytes] | None = None
@@ -34,7 +36,8 @@ class External:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
+        with self._claims:
+            self._end()
 
     def process(self) -> psutil.Process:
         """The process that serves now."""
