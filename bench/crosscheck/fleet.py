@@ -7,7 +7,7 @@ times as fast: throughput that follows the number has the same figure for each e
 one of each: launcher, rollout actor, teacher actor, intake. `--scale` as for `python -m bench.crosscheck`: all
 processes share this machine's processors. Engines and learner only sleep, so that few processors do.
 
-`--join` is one more run, which begins with the first number of engines and is joined by as many hosts as each next one
+`--join` is one run for all numbers, which begins with the first one and is joined by as many hosts as each next one
 takes (`joining.py`). Its steps, teacher and learner are those of the last number from the beginning.
 """
 
@@ -43,25 +43,15 @@ def join(options: argparse.Namespace, asked: Asked) -> list[joining.Phase]:
     with tempfile.TemporaryDirectory() as folder:
         phases = joining.run(scenario, asked, Path(folder), options.engines)
     first = phases[0].tokens_per_s / phases[0].engines
-    print(f"\n{JOIN_HEAD}|---:|---:|---:|---:|")
+    print(f"{JOIN_HEAD}|---:|---:|---:|---:|")
     for phase in phases:
         share, took = phase.tokens_per_s / phase.engines / first, f"{phase.joined_s:.0f}" if phase.joined_s else ""
         print(f"| {phase.engines} | {took} | {phase.tokens_per_s:,.0f} | {share:.2f} |")
     return phases
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run with each number of engines, and print the table."""
-    parser = argparse.ArgumentParser(description="Throughput of real roles by the number of simulated engines.")
-    add_arguments(parser, several=True)
-    parser.set_defaults(scale=0.25, slots=16)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--join", action="store_true", help="one more run, in which the engines come one by one")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    options = parser.parse_args(arguments)
-    if options.join and sorted(set(options.engines)) != options.engines:
-        parser.error(f"--join: engines only come, so write growing numbers after --engines, not {options.engines}")
-    asked = Asked(TrainOn.TOKENS, StepRule.FILLED, 1, options.steps)
+def each(options: argparse.Namespace, asked: Asked) -> dict[int, dict[str, Figures]]:
+    """A run with each number of engines, and their table."""
     both: dict[int, dict[str, Figures]] = {}
     for engines in options.engines:
         values = {**vars(options), "engines": engines}
@@ -72,11 +62,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{HEAD}|---:|---:|---:|---:|")
     for engines, found in both.items():
         print(row(engines, found["real"], found["virtual"], figures["real"].tokens_per_s / first))
-    content: dict[int | str, Any] = {
-        count: {name: dataclasses.asdict(one) for name, one in of.items()} for count, of in both.items()
-    }
+    return both
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run with each number of engines, and print the table."""
+    parser = argparse.ArgumentParser(description="Throughput of real roles by the number of simulated engines.")
+    add_arguments(parser, several=True)
+    parser.set_defaults(scale=0.25, slots=16)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--join", action="store_true", help="one run for all numbers, in which engines come one by one")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args(arguments)
+    if options.join and sorted(set(options.engines)) != options.engines:
+        parser.error(f"--join: engines only come, so write growing numbers after --engines, not {options.engines}")
+    asked = Asked(TrainOn.TOKENS, StepRule.FILLED, 1, options.steps)
+    content: Any
     if options.join:
-        content["join"] = [dataclasses.asdict(phase) for phase in join(options, asked)]
+        content = [dataclasses.asdict(phase) for phase in join(options, asked)]
+    else:
+        found = each(options, asked)
+        content = {count: {name: dataclasses.asdict(one) for name, one in of.items()} for count, of in found.items()}
     if options.json is not None:
         write_atomically(options.json, json.dumps(content, indent=2).encode())
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,19 +82,26 @@ def test_a_fleet_has_as_much_of_everything_for_each_engine() -> None:
     assert four.samples_per_step == 4 * one.samples_per_step
 
 
-def test_real_roles_run_on_one_engine_and_on_two_and_one_joins(tmp_path: Path) -> None:
-    file = tmp_path / "figures.json"
-    options = ["--slots", "4", "--lengths", SMALL.lengths, "--scale", "4", "--steps", "6", "--engines", "1", "2"]
-    command = [sys.executable, "-m", "opd_async.bench.crosscheck.fleet", *options, "--join", "--json", str(file)]
+def fleet(file: Path, *options: str) -> tuple[Any, list[str]]:
+    """What the bench of fleets has written and printed for one engine and for two."""
+    small = ["--slots", "4", "--lengths", SMALL.lengths, "--scale", "4", "--steps", "6", "--engines", "1", "2"]
+    command = [sys.executable, "-m", "opd_async.bench.crosscheck.fleet", *small, *options, "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=patience(240), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    written = json.loads(file.read_text())
-    one, two = written.pop("join")
+    return json.loads(file.read_text()), done.stdout.splitlines()
+
+
+def test_real_roles_run_on_one_engine_and_on_two(tmp_path: Path) -> None:
+    written, said = fleet(tmp_path / "figures.json")
     assert list(written) == ["1", "2"] and all(found["real"]["age_max"] <= 1 for found in written.values())
+    assert said[-2].startswith("| 1 | ") and said[-2].endswith(" | 1.00 |")
+
+
+def test_an_engine_joins_real_roles(tmp_path: Path) -> None:
+    (one, two), said = fleet(tmp_path / "figures.json", "--join")
     assert (one["engines"], one["joined_s"], two["engines"]) == (1, 0.0, 2) and two["joined_s"] > 0
     assert one["tokens_per_s"] > 0 and two["tokens_per_s"] > 0
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| 1 | ")]
-    assert len(rows) == 2 and all(line.endswith(" | 1.00 |") for line in rows)
+    assert said[-2].startswith("| 1 |  | ") and said[-2].endswith(" | 1.00 |")
 
 
 @pytest.mark.parametrize("rule", ["deadline", "filled"])
