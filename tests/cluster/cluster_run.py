@@ -85,7 +85,13 @@ class ClusterRun:
         return code
 
     def left(self) -> list[str]:
-        """Command lines of processes that are still there on any host."""
+        """Command lines of processes that are still there on any host; those that are ending have a moment for it."""
+        give_up = time.monotonic() + patience(5)
+        while (found := self._there()) and time.monotonic() < give_up:
+            time.sleep(0.1)
+        return found
+
+    def _there(self) -> list[str]:
         return [
             f"{host.name}: {' '.join(process.info['cmdline'] or [])}"  # as it was found: it may have ended since
             for host in self.lab.hosts.values()

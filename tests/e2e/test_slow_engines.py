@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from claimed_ports import claimed_port
 from harness import Launch, check_trained, steps, topology, write_topology
 from lies import embedded_engine, process
-
-from opd_async.plan.free_ports import free_ports
 
 MOST_STEPS = 500
 """The run is ended before, once both slow engines were found."""
@@ -23,8 +22,10 @@ TIMES = 8.0
 @contextmanager
 def slow(url: str) -> Iterator[str]:
     """A proxy that makes the engine at `url` slow; yields its address."""
-    (port,) = free_ports("127.0.0.1", 1)
-    with process(str(Path(__file__).with_name("slow_proxy.py")), str(port), url, str(DELAY_S)):
+    with (
+        claimed_port() as port,
+        process(str(Path(__file__).with_name("slow_proxy.py")), str(port), url, str(DELAY_S)),
+    ):
         yield f"http://127.0.0.1:{port}"
 
 
