@@ -43,13 +43,13 @@ CHAOS ?= --minutes 3
 chaos: install
 	$(BIN)/python tests/chaos $(CHAOS)
 
-# Runs on several hosts of a lab: network namespaces, which take root, and Slurm's daemons on them
-# (docs/cluster.md).
-test-cluster: install kubernetes
+# Runs on several hosts of a lab: network namespaces, which take root, and daemons of Slurm and Ray on them
+# (docs/cluster.md). Two at a time: most of each is waiting for hosts that are lost.
+test-cluster: install kubernetes ray
 	requirements/tools.sh cluster
-	$(BIN)/python -m pytest tests/cluster --ignore tests/cluster/test_ray.py $(ALONE)
+	$(BIN)/python -m pytest -n 2 tests/cluster $(ALONE)
 
-# The same on a real Ray, by hand: its daemons give themselves a quarter of a minute to start, which busy cores overrun.
+# Those on Ray alone.
 test-ray: install ray
 	requirements/tools.sh cluster
 	$(BIN)/python -m pytest tests/cluster/test_ray.py

@@ -1,7 +1,8 @@
 """What holds for every test: its deadline grows with the machine's load, and a coroutine runs in a loop of its own.
 
 Several workers (`-n 3`) share the tests out in pieces: a file is one, because its tests share what was made for them,
-but each whole run of `tests/e2e/` stands alone. Long pieces come first, so that none is left to one worker at the end.
+but each whole run of `tests/e2e/` and `tests/cluster/` stands alone, except those that share one Ray. Long pieces come
+first, so that none is left to one worker at the end.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 HERE = Path(__file__).parent
-WHOLE_RUNS = "tests/e2e/"
+WHOLE_RUNS = ("tests/e2e/", "tests/cluster/")
+ON_ONE_CLUSTER = "tests/cluster/test_ray.py"
 LONG_FIRST = (
+    "cluster/test_ray.py",
     "cluster/test_several_hosts.py",
     "learner/test_ranks.py",
     "gpu/test_liger.py",
@@ -52,7 +55,8 @@ class Pieces(LoadScopeScheduling):
     """Hand out pieces of work in the order in which tests were collected."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid if nodeid.startswith(WHOLE_RUNS) else nodeid.partition("::")[0]
+        alone = nodeid.startswith(WHOLE_RUNS) and not nodeid.startswith(ON_ONE_CLUSTER)
+        return nodeid if alone else nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)
