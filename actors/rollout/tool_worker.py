@@ -15,10 +15,13 @@ import inspect
 import json
 import os
 import resource
+import signal
 import struct
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, BinaryIO, cast
+from queue import SimpleQueue
+from typing import Any, BinaryIO, NoReturn, cast
 
 import msgpack
 from pydantic import TypeAdapter, validate_call
@@ -87,14 +90,28 @@ def limit_memory(mib: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (mib << 20, mib << 20))
 
 
-def serve(tools: Tools, calls: BinaryIO, answers: BinaryIO) -> None:
-    """Until the actor closes the line."""
+def serve(tools: Tools, calls: BinaryIO, answers: BinaryIO) -> NoReturn:
+    """Until the actor closes the line, or is gone: what is under way then is ended with all that it started.
+
+    A thread reads, since the call under way may never return. Inside a container the kernel does not end a worker with
+    its actor, which is not its parent there.
+    """
+    asked: SimpleQueue[tuple[str, str]] = SimpleQueue()
+    threading.Thread(target=_listen, args=(calls, asked), daemon=True).start()
     answers.write(frame([READY, json.dumps(tools.schemas), 0]))
     answers.flush()
-    while len(head := calls.read(LENGTH.size)) == LENGTH.size:
-        name, arguments = opened(calls.read(LENGTH.unpack(head)[0]))
+    while True:
+        name, arguments = asked.get()
         answers.write(frame(tools.call(name, arguments)))
         answers.flush()
+
+
+def _listen(calls: BinaryIO, asked: SimpleQueue[tuple[str, str]]) -> NoReturn:
+    while len(head := calls.read(LENGTH.size)) == LENGTH.size:
+        name, arguments = opened(calls.read(LENGTH.unpack(head)[0]))
+        asked.put((name, arguments))
+    os.killpg(0, signal.SIGKILL)
+    os._exit(0)  # the first process of a container is not killed from within
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -21,6 +22,7 @@ from opd_async.actors.rollout import tool_pool
 from opd_async.actors.rollout.session import Session
 from opd_async.actors.rollout.tool_calls import ToolCall
 from opd_async.actors.rollout.tool_pool import ToolPool
+from opd_async.actors.rollout.tool_worker import frame
 from opd_async.errors import RoleError
 from opd_async.plan.plan import RoleKind
 from opd_async.role import Role
@@ -173,6 +175,27 @@ async def test_tools_in_a_container_see_no_network_and_end_with_it(
             await until(lambda: not waits.is_running() or waits.status() == psutil.STATUS_ZOMBIE, "the first is gone")
             # the kernel ends what is in a container after the process that it was made for
             await until(lambda: not sleepers(tmp_path), "what it had started is gone")
+
+
+@pytest.mark.parametrize("command", [CONTAINER, (sys.executable,)], ids=["container", "process"])
+async def test_a_tool_that_hangs_ends_with_the_actor_that_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    """However the actor ends, its end of the line is closed; a container's first process is not its child."""
+    write_tools(tmp_path, monkeypatch)
+    child, limits = tmp_path / "child", ("--memory-mib", "4096", "--characters", "100")
+    worker = await asyncio.create_subprocess_exec(
+        *(*command, "-m", tool_pool.MODULE, *limits, "tools_of_mine:hangs"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert worker.stdin is not None
+    worker.stdin.write(frame(["hangs", json.dumps({"file": str(child)})]))
+    await until(lambda: child.exists() and bool(sleepers(tmp_path)), "the tool hangs")
+    worker.stdin.close()
+    await asyncio.wait_for(worker.wait(), patience(20.0))
+    await until(lambda: not sleepers(tmp_path), "what it had started is gone")
 
 
 async def test_tools_that_cannot_be_loaded_end_the_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
