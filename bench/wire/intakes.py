@@ -99,8 +99,9 @@ class Flood:
                     while self._sent - self.tokens > AHEAD * case.step_tokens:
                         self._room.clear()
                         await self._room.wait()
-                    await self._to_intakes.send(self._chunk(sample_id, start))
-                    self._sent += case.chunk_tokens
+                    chunk = self._chunk(sample_id, start)
+                    await self._to_intakes.send(chunk)
+                    self._sent += len(chunk.token_ids)  # the last one of a response may be shorter
 
     def _chunk(self, sample_id: int, start: int) -> m.ScoredChunk:
         end, k = min(start + self._case.chunk_tokens, self._case.response_tokens), self._case.topk

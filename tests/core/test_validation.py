@@ -97,7 +97,7 @@ def test_every_wrong_edit_is_reported(chosen: set[str], tmp_path_factory: pytest
             ["evaluation.judge=teacher", "evaluation.temperature=0.7"],
             "compares distributions at temperature 1; write 1",
         ),
-        (["evaluation.judge=teacher", "opd.use_opd=false"], "evaluation.judge: teacher, but no teacher has engines"),
+        (["evaluation.judge=teacher", "opd.use_opd=false"], "evaluation.judge: teacher, but there is none to be asked"),
         (
             ["engines.student.context_tokens=129", "engines.teacher.context_tokens=129"],
             "max_position_embeddings 128; write at most 128",
