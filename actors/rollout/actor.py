@@ -321,6 +321,8 @@ class RolloutActor:
         results = await asyncio.gather(*(self._streams.stop(student) for student in up))
         emitted = {rid: count for counts in results for rid, count in counts.items()}
         await self._streams.all_arrived(emitted)
+        for student in self._engines.students:
+            student.listed = True
         for generation in list(self._live.values()):
             await self._delivery.send_all(generation)
         owed = self._delivery.owed()
@@ -330,7 +332,7 @@ class RolloutActor:
     async def _resume(self, version: int) -> None:
         for student in self._engines.students:
             student.version = version
-            student.down = False
+            student.down = student.listed = False
             try:
                 await student.client.resume()
             except EngineError as error:

@@ -38,6 +38,8 @@ class Student:
     """The engine is gone: it cannot be paused, and will send no more tokens."""
     slow: bool = False
     """The engine is far slower than its peers: others get its work."""
+    listed: bool = False
+    """Generation stands still, and the tokens that exist are being said: what comes now is in no list."""
 
     @property
     def routed(self) -> bool:
@@ -169,12 +171,16 @@ class Generation:
 
     def take(self, delta: Delta, on_teacher: bool, stop_token_ids: tuple[int, ...]) -> int:
         """Add streamed tokens; returns how many. `EngineError` when they were not made by the weights of the last
-        `Resume`: tokens of older weights that come late are in no mark, and could be trained too late."""
+        `Resume`, or come between the list of what exists and the next `Resume`: such tokens are in no mark, and could
+        be trained too late. An engine sends some that was only thought to be gone, or that somebody else has started.
+        """
         if len(delta.token_ids):
             expected = str(self.student.version)
             if not on_teacher and delta.weight_version != expected:
                 text = f"weight_version: {delta.weight_version!r} where the learner sent {expected}"
                 raise EngineError(text, EngineFault.FOREIGN)
+            if not on_teacher and self.student.listed:
+                raise EngineError("tokens of an engine that has been stopped, or is gone", EngineFault.FOREIGN)
             self._made_at = WALL.now()
             self._tokens.append(delta.token_ids)
             self._pending.append(delta)

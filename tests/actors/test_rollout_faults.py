@@ -213,6 +213,25 @@ async def test_an_engine_that_does_not_stop_holds_up_no_pause(kind: str) -> None
         check(running)
 
 
+async def test_an_engine_that_was_thought_to_be_gone_sends_nothing_behind_the_list() -> None:
+    """Its network was cut for a moment: it cannot be stopped, and its streams go on once the list is made."""
+    async with FaultyEngine() as engine, rollout(engine, silence_s=600.0) as running:
+        engine.stalls = True
+        await until(lambda: running.role.counters.get("tokens") == 2 * SAMPLES, "the first event of every stream")
+        await running.dispatcher.to_role.put(m.EngineDown(engine.url))
+        await running.dispatcher.to_role.put(m.Pause(7))
+        await until(lambda: bool(running.dispatcher.of(m.Paused)), "the list of tokens")
+        (paused,) = running.dispatcher.of(m.Paused)
+        assert paused.ends.tolist() == [2] * SAMPLES
+        engine.stalls = False
+        engine.release()
+        await until(lambda: running.role.counters.get("engine_errors") == SAMPLES, "the end of every stream")
+        assert running.role.counters["tokens"] == 2 * SAMPLES
+        await running.dispatcher.to_role.put(m.Resume(0))
+        await until(running.complete, "all responses")
+        check(running)
+
+
 @pytest.mark.parametrize(("fault", "tries"), [("400", 3), ("500", 6)])
 async def test_what_never_works_ends_the_run(fault: str, tries: int) -> None:
     async with FaultyEngine() as engine:

@@ -31,6 +31,8 @@ class Audit:
     """Tokens before or between the ranges of a sample, and samples that were passed over."""
     too_old: int = 0
     """Ranges with a token beyond the bound on staleness, or of weights that did not exist yet."""
+    first_too_old: str = ""
+    """The first of these, in words."""
     steps_wrong: int = 0
     """Steps that are missing in trained.jsonl, there twice, or out of order."""
     left: list[str] = field(default_factory=list)
@@ -39,7 +41,7 @@ class Audit:
     @property
     def wrong(self) -> list[str]:
         """In words."""
-        names = ("twice", "lost", "too_old", "steps_wrong")
+        names = ("twice", "lost", "too_old", "first_too_old", "steps_wrong")
         return [f"{name}: {getattr(self, name)}" for name in names if getattr(self, name)] + self.left
 
 
@@ -65,7 +67,12 @@ def audit_steps(steps: Iterable[TrainedStep], bound: int | None, in_flight: int,
             oldest, youngest = by
             found.tokens += end - start
             late = bound is not None and step.version - oldest > bound
-            found.too_old += late or youngest > step.version or oldest < newest[sample] or oldest > youngest
+            if late or youngest > step.version or oldest < newest[sample] or oldest > youngest:
+                found.too_old += 1
+                found.first_too_old = found.first_too_old or (
+                    f"step {step.version} trained [{start}, {end}) of sample {sample}, made by weights {oldest} to "
+                    f"{youngest}, behind tokens of {newest[sample]}"
+                )
             newest[sample] = youngest
     leased = [sample for sample in ends if not is_further(sample)]
     passed_over = max(leased, default=-1) + 1 - len(leased)
