@@ -36,7 +36,7 @@ ALONE := || $(BIN)/python tests/alone.py $$?
 # Three workers, on two cores: whole runs also wait, for processes, deadlines and one another. Pieces: tests/conftest.py.
 test: install trackers kernels
 	requirements/tools.sh
-	$(BIN)/python -m pytest -n 3 $(ALONE)
+	$(BIN)/python -m pytest -n 3 --cache-clear $(ALONE)
 
 # Faults at random, thrown at whole runs; `make chaos CHAOS="--faults 500"` takes hours.
 CHAOS ?= --minutes 3
@@ -47,7 +47,7 @@ chaos: install
 # (docs/cluster.md). Two at a time: most of each is waiting for hosts that are lost.
 test-cluster: install kubernetes ray
 	requirements/tools.sh cluster
-	$(BIN)/python -m pytest -n 2 tests/cluster $(ALONE)
+	$(BIN)/python -m pytest -n 2 --cache-clear tests/cluster $(ALONE)
 
 # Those on Ray alone.
 test-ray: install ray

@@ -1,6 +1,6 @@
 """Run the tests that failed beside others once more, alone: a few at most, and never quietly.
 
-    python -m pytest -n 3 || python tests/alone.py $?
+    python -m pytest -n 3 --cache-clear || python tests/alone.py $?
 
 Whole runs share two cores with other tests and with whatever else the machine does. What fails there and passes alone
 depends on time: the last lines name it, and it is to be mended. Where more than a few fail, nothing is run again.

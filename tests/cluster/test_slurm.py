@@ -21,6 +21,19 @@ THREE = ("h0", "h1", "h2")
 EXAMPLES = ROOT / "examples/cluster"
 SECRET_ENV = "OPD_CLUSTER_SECRET="
 
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "TIMEOUT",
+    "CANCELLED",
+    "DEADLINE",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+)
+"""States in which a job stays."""
+
 
 class SlurmLab:
     """Three hosts with Slurm; everything is asked for on the first."""
@@ -58,6 +71,10 @@ class SlurmLab:
         """The job's state, as in COMPLETED."""
         return self.ask("scontrol", "--oneliner", "show", "job", job).stdout.partition("JobState=")[2].split()[0]
 
+    def ended(self, job: str) -> bool:
+        """Whether it is over; a job that is being told of its limit is SIGNALING for a moment."""
+        return self.state(job) in ENDED
+
     def wait_for(self, words: str, deadline_s: float = 60) -> None:
         """Return once the job has printed `words`."""
         until(lambda: words in self.said(), lambda: f"{words!r} in\n{self.said()}", deadline_s)
@@ -91,7 +108,7 @@ def test_a_run_in_an_allocation_survives_what_it_can_and_leaves_nothing(
 
     def moved(count: int) -> None:
         until(
-            lambda: len(steps(folder)) >= count or slurm.state(job) != "RUNNING",
+            lambda: len(steps(folder)) >= count or slurm.ended(job),
             lambda: f"{count} steps of {len(steps(folder))}:\n{slurm.said()}",
             180,
         )
@@ -112,7 +129,7 @@ def test_a_run_in_an_allocation_survives_what_it_can_and_leaves_nothing(
     moved(len(steps(folder)) + 2)
     (slurmd,) = slurm.lab["h1"].processes("slurmd", "-N")
     slurmd.kill()  # its steps go on without it
-    until(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), lambda: f"the end of\n{slurm.said()}", 240)
+    until(lambda: slurm.ended(job), lambda: f"the end of\n{slurm.said()}", 240)
     assert slurm.state(job) == "COMPLETED", slurm.said()
     check_trained(folder, 1, 20)
     report = json.loads((folder / "report.json").read_text())
@@ -135,7 +152,7 @@ def test_a_time_limit_that_comes_near_ends_a_run_in_order_and_another_job_goes_o
     job = slurm.submit("--nodes=3", "--time=20", str(EXAMPLES / script), str(file))
     until(lambda: len(steps(folder)) >= 3, lambda: f"three steps of\n{slurm.said()}", 180)
     assert slurm.ask("scontrol", "update", f"JobId={job}", "TimeLimit=5").returncode == 0  # Slurm looks twice a minute
-    until(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), lambda: f"the end of\n{slurm.said()}", 120)
+    until(lambda: slurm.ended(job), lambda: f"the end of\n{slurm.said()}", 120)
     assert slurm.state(job) == "FAILED", f"{slurm.state(job)}, and not by its limit\n{slurm.said()}"
     assert "ExitCode=130:0" in slurm.ask("scontrol", "--oneliner", "show", "job", job).stdout, slurm.said()
     done = len(steps(folder))
@@ -146,7 +163,7 @@ def test_a_time_limit_that_comes_near_ends_a_run_in_order_and_another_job_goes_o
     job = slurm.submit(
         "--nodes=3", str(EXAMPLES / script), str(file), "--resume", "--set", f"schedule.steps={done + 2}"
     )
-    until(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING", "PENDING"), lambda: slurm.said(), 180)
+    until(lambda: slurm.ended(job), lambda: slurm.said(), 180)
     assert slurm.state(job) == "COMPLETED", slurm.said()
     check_trained(folder, 1, done + 2)
 
@@ -175,5 +192,5 @@ def test_what_cannot_start_is_said_at_once(slurm: SlurmLab, inputs: Path, tmp_pa
     job = slurm.submit("--nodes=3", str(EXAMPLES / "slurm.sbatch"), str(file))
     until(lambda: len(steps(tmp_path / "run")) >= 1, lambda: f"a step of\n{slurm.said()}", 180)
     slurm.lab["h0"].signal("opd run", 9)
-    until(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), lambda: f"the end of the job\n{slurm.said()}", 60)
+    until(lambda: slurm.ended(job), lambda: f"the end of the job\n{slurm.said()}", 60)
     until(lambda: slurm.left() == [], lambda: f"the end of {slurm.left()}", 60)
