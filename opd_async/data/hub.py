@@ -39,16 +39,19 @@ def fetch_model(name: str, revision: str | None = None, *, weights: bool = True)
 
 def is_cached_model(folder: Path) -> bool:
     """Tell whether a folder is, or would be, a model in a hub's cache: `models--owner--name/snapshots/<commit>`."""
-    return folder.parent.name == "snapshots" and _CACHED.fullmatch(folder.parent.parent.name) is not None
+    return _cached_name(folder) is not None
+
+
+def _cached_name(folder: Path) -> str | None:
+    """The `owner/name` of the model that a folder of a hub's cache holds."""
+    cached = _CACHED.fullmatch(folder.parent.parent.name) if folder.parent.name == "snapshots" else None
+    return None if cached is None else "/".join(cached.groups())
 
 
 def named_model(folder: Path) -> str:
     """A model's folder for a message: by the name that it has on the hub, where it is one of a hub's cache."""
-    if not is_cached_model(folder):
-        return str(folder)
-    cached = _CACHED.fullmatch(folder.parent.parent.name)
-    assert cached is not None
-    return f"{'/'.join(cached.groups())} of the hub, commit {folder.name[:12]}"
+    name = _cached_name(folder)
+    return str(folder) if name is None else f"{name} of the hub, commit {folder.name[:12]}"
 
 
 def fetch_cached(folder: Path) -> None:
@@ -58,9 +61,9 @@ def fetch_cached(folder: Path) -> None:
     """
     if not file_problems(folder, any_name=True):  # a fetch that broke off has left some of its files
         return
-    cached = _CACHED.fullmatch(folder.parent.parent.name)
-    assert cached is not None, folder
-    found = fetch_model("/".join(cached.groups()), folder.name)
+    name = _cached_name(folder)
+    assert name is not None, folder
+    found = fetch_model(name, folder.name)
     if found.absolute() != folder.absolute():
         raise InputError(
             f"{folder}: the launcher's host has the model there, and this host's cache is {found.parents[2]}; set "

@@ -68,8 +68,9 @@ class Consulting:
             topk=one.teacher_topk,
         )
         reply = await self._learner.ask(command)
-        expected = sum(len(done.token_ids) for _, done in responses)
-        if reply.error is not None or reply.teacher_logprobs is None or len(reply.teacher_logprobs) != expected:
+        expected, said = sum(len(done.token_ids) for _, done in responses), reply.teacher_logprobs
+        without_lists = one.teacher_topk > 0 and reply.topk_ids is None
+        if reply.error is not None or said is None or len(said) != expected or without_lists:
             raise RoleError(f"the learner could not say what its teacher thinks of {one.name}: {reply.error}")
         answers, start = [], 0
         for _, done in responses:

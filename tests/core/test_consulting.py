@@ -166,6 +166,17 @@ def test_sets_are_asked_one_after_the_other() -> None:
     assert len(learner.asked) == 3
 
 
+def test_lists_that_are_missing_are_no_estimate() -> None:
+    """Sampled tokens alone would be another figure under the same name."""
+
+    class Terse(Learner):
+        async def ask(self, command: AskTeacher) -> LearnerReply:
+            return await super().ask(replace(command, topk=0))
+
+    with pytest.raises(RoleError, match="could not say what its teacher thinks of held_out"):
+        asyncio.run(Consulting(Terse(), VOCAB).complete(evaluated(4), [response(0, 3, 4)]))
+
+
 def test_a_learner_that_cannot_say_ends_the_evaluation() -> None:
     learner = Learner()
     learner.error = "out of memory"
