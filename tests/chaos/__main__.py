@@ -7,6 +7,10 @@ Each run is of another regime; it gets some faults of random kinds, one after th
 audited: tokens twice or lost, staleness, checksums of its checkpoints, processes, ports, files and shared memory that
 are left. The exit code is 1 if anything is wrong. The seed says which faults come; what they meet depends on timing.
 
+A fault that a run has not survived is thrown once more, at a run of its own, which says whether it was that fault or
+what came before it; one or two that are survived there are named and to be mended, and the exit code is 0. What an
+audit finds stays wrong, and so does a defect of the program.
+
 As root it has a network and temporary folders of its own (`island.py`): only there are networks cut.
 """
 
@@ -25,7 +29,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +38,16 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "e2e"), str(HERE.parent), str(HERE.
 
 from audit import Audit, audit_run  # noqa: E402
 from deck import Deck  # noqa: E402
+from doubts import Doubt, wrong_of  # noqa: E402
 from external import External  # noqa: E402
 from harness import ROOT, make_inputs, make_model  # noqa: E402
 from island import Island, make_island  # noqa: E402
 from kinds import QUICK, Kind, kinds  # noqa: E402
 from live import KEY, Live, Wrong  # noqa: E402
 from regimes import REGIMES, Regime, values_of  # noqa: E402
+
+ALONE, ALONE_MINUTES = 2, 5.0
+"""How often a fault that was not survived is thrown once more, and for how long at most."""
 
 
 @dataclass(slots=True)
@@ -58,6 +66,7 @@ class Total:
 
     kinds: dict[str, Score] = field(default_factory=lambda: defaultdict(Score))
     wrong: list[str] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
     tokens: int = 0
     given: int = 0
     twice: int = 0
@@ -109,8 +118,9 @@ class Chaos:
                 self._throw_all(live, regime, faults, thrown, total)
                 live.stop()
             except (Wrong, AssertionError) as error:
-                total.wrong.append(f"{regime.name}, after {', '.join(thrown) or 'the start'}: {error}")
-                print(f"WRONG: {total.wrong[-1]}", flush=True)
+                text = f"{regime.name}, after {', '.join(thrown) or 'the start'}: {error}"
+                total.doubts.append(Doubt(regime, thrown[-1] if thrown else "", text))
+                print(f"WRONG: {text}", flush=True)
                 return
             found = audit_run(live.folder, regime.bound, regime.in_flight)
             found.left += live.left
@@ -118,6 +128,15 @@ class Chaos:
         if found.wrong:
             print(live.text()[-5000:], flush=True)
         _add(found, regime, thrown, total)
+
+    def survives(self, doubt: Doubt, total: Total) -> bool:
+        """Whether a run that gets nothing else survives that fault, `ALONE` times."""
+        print(f"once more, alone: {doubt.kind or 'the start'}", flush=True)
+        deck = Deck(self.chance, [kind for kind in self.deck.kinds if doubt.kind in ("", kind.name)])
+        alone = replace(self, deck=deck, until=time.monotonic() + 60 * ALONE_MINUTES)
+        before = len(total.doubts) + len(total.wrong)
+        alone.run(doubt.regime, ALONE, total)
+        return len(total.doubts) + len(total.wrong) == before
 
     def _throw_all(self, live: Live, regime: Regime, faults: int, thrown: list[str], total: Total) -> None:
         live.step_after(time.time())
@@ -202,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             while total.thrown < arguments.faults and time.monotonic() < chaos.until:
                 count = min(arguments.per_run, arguments.faults - total.thrown)
                 chaos.run(suited[total.runs % len(suited)], count, total)
+            total.wrong += wrong_of(tuple(total.doubts), lambda doubt: chaos.survives(doubt, total))
         print(f"{table(total)}\n{time.monotonic() - began:.0f} s, seed {arguments.seed}")
         json.dump(_values(total), file, indent=1)
     return 1 if total.wrong else 0

@@ -14,6 +14,7 @@ class Deck:
 
     def __init__(self, chance: random.Random, every: Sequence[Kind]) -> None:
         self._chance = chance
+        self.kinds = tuple(every)
         self._every = [kind for kind in every for _ in range(kind.often)]
         self._cards: list[Kind] = []
 

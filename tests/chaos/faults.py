@@ -17,6 +17,9 @@ import psutil
 from live import WORDS, Live
 from outsiders import OUTSIDERS
 
+REFUSED = "no checkpoint after step "
+"""How a run ends whose checkpoint has no room."""
+
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
@@ -75,22 +78,19 @@ def full_disk(live: Live, _: random.Random) -> None:
     """The disk of the run's folder fills up: the next checkpoint ends the run."""
     live.sealed(1)
     live.disk.fill(live.look())
-    live.ended(1, "no checkpoint after step ")
+    live.ended(1, REFUSED)
     live.disk.free()
     live.resume()
 
 
 def full_for_a_moment(live: Live, chance: random.Random) -> None:
     """The same, but somebody makes room again, perhaps before a checkpoint is due."""
-    assert live.launch is not None
     live.sealed(1)
     live.disk.fill(live.look())
     time.sleep(chance.uniform(0.0, 0.5))
     live.disk.free()
-    time.sleep(1.0)
-    text = live.launch.text()
-    if live.launch.process.poll() is not None or "no checkpoint after step " in text:
-        live.ended(1, "no checkpoint after step ")
+    if not live.saves_again(REFUSED):
+        live.ended(1, REFUSED)
         live.resume()
 
 
@@ -103,7 +103,7 @@ def read_only(live: Live, _: random.Random) -> None:
         path = newest.parent / f"step_{ahead:08d}"
         if not path.exists():
             path.symlink_to("/proc/1/no-such-folder")
-    live.ended(1, "no checkpoint after step ")
+    live.ended(1, REFUSED)
     for link in newest.parent.glob("step_*"):
         if link.is_symlink():
             link.unlink()

@@ -198,6 +198,26 @@ class Live:
             time.sleep(0.05)
         raise Wrong(f"no {at_least} checkpoints")
 
+    def saves_again(self, refused: str) -> bool:
+        """Whether a checkpoint that is begun from now on is written; False once the launch has said `refused`.
+
+        Raises `Wrong` if neither comes to pass.
+        """
+        give_up, seen = time.monotonic() + patience(90.0), {folder.name for folder in self.sealed(1)}
+        later: set[str] = set()
+        while time.monotonic() < give_up:
+            over = self.ended_by_itself()
+            if refused in self.text():
+                return False
+            if over:
+                break
+            later |= {folder.name for folder in self.sealed(1)} - seen
+            if len(later) > 1:  # the first may have been under way
+                return True
+            time.sleep(0.05)
+        self.alive()
+        raise Wrong(f"no checkpoint was written, and none refused:\n{self.text()[-3000:]}")
+
     def plan(self) -> Plan:
         """The plan of the launch."""
         return Plan.model_validate_json((self.folder / "plan.json").read_bytes())
@@ -240,10 +260,15 @@ class Live:
                 raise Wrong(f"{words!r} was not printed:\n{self.text()[-3000:]}")
             time.sleep(0.05)
 
+    def ended_by_itself(self) -> bool:
+        """Whether the launch is over."""
+        assert self.launch is not None
+        return self.launch.process.poll() is not None
+
     def alive(self) -> None:
         """Raise `Wrong` if the launch has ended by itself."""
         assert self.launch is not None
-        if self.launch.process.poll() is not None:
+        if self.ended_by_itself():
             code, text = self.launch.process.returncode, self.launch.text()
             raise Wrong(f"the run ended by itself with {code}:\n{text[-3000:]}")
 

@@ -16,6 +16,7 @@ import pytest
 from audit import audit_steps, left_of
 from cuts import ports
 from deck import Deck
+from doubts import Doubt, wrong_of
 from faults import flip_bit
 from island import Island
 from kinds import kinds
@@ -179,3 +180,17 @@ def test_cuts_are_of_ports_of_the_plan() -> None:
     )
     found = {of: ports(plan, of) for of in ("control", "scored", "batches", "chunks", "students", "teachers")}
     assert list(found.values()) == [[1], [2], [3], [4], [5], [6, 7]]
+
+
+def test_what_is_survived_alone_is_named_and_not_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    late, gone = Doubt(REGIMES[0], "full disk", "late"), Doubt(REGIMES[1], "Ctrl-C twice", "gone")
+    assert wrong_of([late, gone], lambda doubt: doubt is late) == ["gone"]
+    assert capsys.readouterr().out == "Survived alone, and to be mended: late\n"
+
+
+@pytest.mark.parametrize("texts", [["a", "b", "c"], ["error: a defect of this program: x"]])
+def test_many_faults_and_defects_are_wrong_at_once(texts: list[str]) -> None:
+    def survives(doubt: Doubt) -> bool:
+        raise AssertionError("thrown again")
+
+    assert wrong_of([Doubt(REGIMES[0], "full disk", text) for text in texts], survives) == texts
