@@ -160,6 +160,7 @@ class Role:
                 )
                 await control.send(Hello(mine.name, incarnation()))
                 role.spawn(role._heartbeats(), "heartbeats")
+                role.spawn(control.refused(), "key")
                 role.spawn(loop_lag(metrics[f"opd_{kind.value}_loop_lag_seconds"]), "loop-lag")
                 try:
                     yield role

@@ -8,26 +8,20 @@ for ever: `AgentEnd.refused` listens for it.
 
 from __future__ import annotations
 
-import secrets
-
 import zmq
 import zmq.asyncio
-from zmq.utils.monitor import parse_monitor_message
 
 from opd_async.errors import RoleError
 from opd_async.keys import RunKeys
 from opd_async.transport import messages as m
-from opd_async.transport.arriving import next_message
 from opd_async.transport.channels import Channel, OnMalformed, bind
 from opd_async.transport.door import Door, Passport, sender_of
+from opd_async.transport.handshakes import Handshakes
 from opd_async.transport.wire import encode
 
 AGENT = "agent"
 """Whose key all agents have: which host one speaks for is for the launcher to decide."""
 HANDSHAKE_MS = 5000
-FAILURES = 3
-"""A connection may break in the middle of a handshake; so many in a row are no accident."""
-_FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 
 class LauncherEnd(Channel):
@@ -77,10 +71,7 @@ class AgentEnd(Channel):
         socket.routing_id = passport.routing_id
         socket.handshake_ivl = HANDSHAKE_MS
         passport.show(socket)
-        events = f"inproc://line/{secrets.token_hex(8)}"
-        socket.monitor(events, _FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._events = context.socket(zmq.PAIR)
-        self._events.connect(events)
+        self._handshakes = Handshakes(context, socket)
         socket.connect(address)
         super().__init__(socket, address)
 
@@ -98,17 +89,13 @@ class AgentEnd(Channel):
 
     async def refused(self) -> None:
         """Wait until the launcher has refused this agent's key: `RoleError`. Returns never."""
-        failures = 0
-        while True:
-            event = parse_monitor_message(await next_message(self._events))["event"]
-            failures = failures + 1 if event & _FAILED else 0
-            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH or failures >= FAILURES:
-                raise RoleError(
-                    f"{self.address.removeprefix('tcp://')} does not let this agent in: the cluster's secret differs "
-                    "between the two, or what listens there is no launcher of opd_async; give both the same secret"
-                )
+        await self._handshakes.refused()
+        raise RoleError(
+            f"{self.address.removeprefix('tcp://')} does not let this agent in: the cluster's secret differs "
+            "between the two, or what listens there is no launcher of opd_async; give both the same secret"
+        )
 
     def close(self) -> None:
         """Close the socket; what is queued may take a moment to leave."""
         super().close()
-        self._events.close(linger=0)
+        self._handshakes.close()

@@ -24,6 +24,7 @@ from opd_async.errors import OpdError, RoleError, WireError
 from opd_async.transport.arriving import next_message
 from opd_async.transport.bounds import receive
 from opd_async.transport.door import Door, Passport, sender_of
+from opd_async.transport.handshakes import Handshakes
 from opd_async.transport.wire import encode
 
 log = logging.getLogger(__name__)
@@ -227,8 +228,23 @@ class ControlClient(Channel):
             socket.routing_id = passport.routing_id
             passport.show(socket)
         socket.sndhwm = socket.rcvhwm = HIGH_WATER_MARK
+        self._role, self._handshakes = role, Handshakes(context, socket)
         socket.connect(address)
         super().__init__(socket, address, on_malformed)
+
+    async def refused(self) -> None:
+        """Wait until the server has refused this role's key: `RoleError`. Returns never. On cancel: ask again."""
+        await self._handshakes.refused()
+        where = self.address.removeprefix("tcp://")
+        raise RoleError(
+            f"{where} does not let {self._role} in: it has the keys of another run, or of none, "
+            "or no launcher of opd_async listens there; launchers and agents start roles and hand them the keys"
+        )
+
+    def close(self) -> None:
+        """Close the socket; what is queued may take `LINGER_MS` to leave."""
+        super().close()
+        self._handshakes.close()
 
     async def send(self, message: Any) -> None:
         """Queue one message for the server; it is sent once the server is there."""

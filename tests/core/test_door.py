@@ -12,6 +12,7 @@ import zmq
 import zmq.asyncio
 from deadlines import patience
 
+from opd_async.errors import RoleError
 from opd_async.keys import RunKeys
 from opd_async.plan.free_ports import free_ports
 from opd_async.transport.channels import ControlClient, ControlServer, Pull, Push
@@ -88,6 +89,21 @@ async def test_a_stranger_reaches_nobody_and_is_counted(kind: str) -> None:
         assert await own.receive() == Stop("yours")  # its name is its own still
         for channel in (stranger, own, server):
             channel.close()
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+async def test_a_role_without_the_key_is_told(kind: str) -> None:
+    async with scene() as made:
+        with (
+            ControlServer(made.context, made.address, door=made.door),
+            made.client("rollout-0", made.passport("rollout-0")) as own,
+            made.client("rollout-0", STRANGERS[kind](made)) as stranger,
+        ):
+            known = asyncio.create_task(own.refused())
+            with pytest.raises(RoleError, match=rf"^{made.address[6:]} does not let rollout-0 in: it has the keys of"):
+                await stranger.refused()
+            assert not known.done()
+            known.cancel()
 
 
 async def test_what_is_no_zeromq_at_all_reaches_nobody() -> None:

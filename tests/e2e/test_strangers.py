@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import zmq
+from claimed_ports import claimed_port
 from deadlines import patience
-from harness import Launch, check_trained, steps, topology, write_topology
+from harness import ROOT, Launch, check_trained, steps, topology, write_topology
 
 from opd_async.keys import RunKeys, is_key
 from opd_async.plan.plan import Plan, RoleKind
@@ -100,6 +104,20 @@ def counted(plan: Plan, kind: RoleKind, what: str) -> float:
     return strangers(plan.role(kind, 0).ports["metrics"], kind.value, what)
 
 
+def role_of_another_run(plan: Plan, place: Path) -> subprocess.CompletedProcess[str]:
+    """A rollout actor with other keys, which ends by itself."""
+    mine = plan.role(RoleKind.ROLLOUT, 0)
+    with claimed_port() as port:
+        moved = mine.model_copy(update={"ports": mine.ports | {"metrics": port}})
+        others = [role for role in plan.roles if role != mine]
+        place.write_text(plan.model_copy(update={"roles": (moved, *others)}).model_dump_json())
+        command = [sys.executable, "-m", "actors.rollout", "--plan", str(place)]
+        environment = dict(os.environ) | RunKeys.draw().environment()
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience(30), check=False
+        )
+
+
 def test_a_run_among_strangers(inputs: Path, tmp_path: Path) -> None:
     values = topology(inputs, tmp_path, schedule__steps=1000, schedule__tokens_per_step=512)
     with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
@@ -117,6 +135,9 @@ def test_a_run_among_strangers(inputs: Path, tmp_path: Path) -> None:
         counters = {"launcher": plan.launcher_metrics_port}
         counters |= {kind: plan.role(RoleKind(kind), 0).ports["metrics"] for kind in ("teacher", "intake")}
         speak(plan, run, lambda: all(strangers(port, role) > 0 for role, port in counters.items()))
+        ended = role_of_another_run(plan, tmp_path / "stranger.json")
+        assert ended.returncode == 1, ended.stderr
+        assert f"{plan.control.removeprefix('tcp://')} does not let rollout-0 in: it has the keys of" in ended.stderr
         run.interrupt()  # it goes on until it was looked at
         assert run.wait() == 130, run.text()
     report = json.loads((folder / "report.json").read_text())

@@ -1,0 +1,45 @@
+"""Whether the other side lets a CURVE client in: ZeroMQ by itself tells it nothing, and would try for ever.
+
+wrong key           what the client sees
+its own             EVENT_HANDSHAKE_FAILED_AUTH
+the other side's    the connection breaks in each handshake
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
+
+from opd_async.transport.arriving import next_message
+
+FAILURES = 3
+"""A connection may break in the middle of a handshake; so many in a row, before any that succeeds, are no accident."""
+FINAL = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | FINAL
+
+
+class Handshakes:
+    """Those of one connecting socket; made before it connects."""
+
+    def __init__(self, context: zmq.asyncio.Context, socket: zmq.asyncio.Socket) -> None:
+        events = f"inproc://handshakes/{secrets.token_hex(8)}"
+        socket.monitor(events, FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._events = context.socket(zmq.PAIR)
+        self._events.connect(events)
+
+    async def refused(self) -> None:
+        """Return once the other side has refused the key. On cancel: what was seen so far is forgotten."""
+        failures, known = 0, False
+        while True:
+            event = parse_monitor_message(await next_message(self._events))["event"]
+            known = known or event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            failures += bool(event & FAILED)
+            if event & FINAL or (failures >= FAILURES and not known):
+                return
+
+    def close(self) -> None:
+        """Listen no more; after the socket."""
+        self._events.close(linger=0)
