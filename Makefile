@@ -24,7 +24,7 @@ QUICKSTART_sglang := --set name=quickstart-sglang \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart pair smollm2 trackers kernels ray kubernetes test chaos test-cluster test-ray test-sglang test-sglang-all test-smollm2 lint format install sglang gpu peers clean
+.PHONY: quickstart pair smollm2 trackers kernels ray kubernetes test test-long chaos test-cluster test-ray test-sglang test-sglang-all test-smollm2 lint format install sglang gpu peers clean
 
 quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 	$(BIN)/python examples/addition/make_data.py
@@ -34,9 +34,13 @@ quickstart: install $(if $(filter sglang,$(ENGINE)),sglang)
 ALONE := || $(BIN)/python tests/alone.py $$?
 
 # Three workers, on two cores: whole runs also wait, for processes, deadlines and one another. Pieces: tests/conftest.py.
-test: install trackers kernels
+test: install trackers
 	requirements/tools.sh
-	$(BIN)/python -m pytest -n 3 --cache-clear $(ALONE)
+	$(BIN)/python -m pytest -n 3 -m "not long" --cache-clear $(ALONE)
+
+# The whole runs that take longest, and further forms of those that `make test` has.
+test-long: install kernels
+	$(BIN)/python -m pytest -n 3 -m long --cache-clear $(ALONE)
 
 # Faults at random, thrown at whole runs; `make chaos CHAOS="--faults 500"` takes hours.
 CHAOS ?= --minutes 3
@@ -44,10 +48,10 @@ chaos: install
 	$(BIN)/python tests/chaos $(CHAOS)
 
 # Runs on several hosts of a lab: network namespaces, which take root, and daemons of Slurm and Ray on them
-# (docs/cluster.md). Two at a time: most of each is waiting for hosts that are lost.
+# (docs/cluster.md). Three at a time: most of each is waiting for hosts that are lost.
 test-cluster: install kubernetes ray
 	requirements/tools.sh cluster
-	$(BIN)/python -m pytest -n 2 --cache-clear tests/cluster $(ALONE)
+	$(BIN)/python -m pytest -n 3 --cache-clear tests/cluster $(ALONE)
 
 # Those on Ray alone.
 test-ray: install ray

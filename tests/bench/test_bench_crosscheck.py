@@ -91,12 +91,14 @@ def fleet(file: Path, *options: str) -> tuple[Any, list[str]]:
     return json.loads(file.read_text()), done.stdout.splitlines()
 
 
+@pytest.mark.long
 def test_real_roles_run_on_one_engine_and_on_two(tmp_path: Path) -> None:
     written, said = fleet(tmp_path / "figures.json")
     assert list(written) == ["1", "2"] and all(found["real"]["age_max"] <= 1 for found in written.values())
     assert said[-2].startswith("| 1 | ") and said[-2].endswith(" | 1.00 |")
 
 
+@pytest.mark.long
 def test_an_engine_joins_real_roles(tmp_path: Path) -> None:
     (one, two), said = fleet(tmp_path / "figures.json", "--join")
     assert (one["engines"], one["joined_s"], two["engines"]) == (1, 0.0, 2) and two["joined_s"] > 0

@@ -69,6 +69,7 @@ def test_an_engine_is_asked_everything(tmp_path: Path) -> None:
     assert {name.partition(":")[0] for name in checks} >= {"scores", "parts", "generation", "new weights"}
 
 
+@pytest.mark.long
 def test_faults_are_survived(tmp_path: Path) -> None:
     faults.main(["--tiny", "--json", str(tmp_path / "found.json")])
     checks, figures = read(tmp_path / "found.json")
@@ -76,6 +77,7 @@ def test_faults_are_survived(tmp_path: Path) -> None:
     assert figures["killed: checksums of the new engine were compared"] is True
 
 
+@pytest.mark.long
 def test_a_run_goes_to_its_end(tmp_path: Path) -> None:
     deadline = ["--deadline-s", str(patience(120))]
     pipeline.main(["--tiny", "--ways", "disk", *deadline, "--json", str(tmp_path / "found.json")])

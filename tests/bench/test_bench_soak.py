@@ -42,6 +42,7 @@ def test_what_grows_while_it_warms_up_is_left_out() -> None:
     assert soak.fitted("a", "open files", points(np.arange(300) / 10.0)).grows
 
 
+@pytest.mark.long
 def test_a_short_soak_sees_every_role(tmp_path: Path) -> None:
     settings = ("schedule.tokens_per_step=512", "rollout.slots=32")
     rows, count = soak.soak(tmp_path, 300, 0.05, settings)

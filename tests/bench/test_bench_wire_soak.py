@@ -12,6 +12,7 @@ from opd_async.bench.wire import soak
 SAMPLES = 2000
 
 
+@pytest.mark.long
 def test_a_short_soak_of_the_data_plane(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.json"
     code = soak.main(["--samples", str(SAMPLES), "--every", "0.1", "--json", str(path)])

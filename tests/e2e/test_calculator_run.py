@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from deadlines import patience
 from harness import ROOT, Launch, check_trained, left_running, rows, steps
 
@@ -26,6 +27,7 @@ def make_pair(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", code, "--out", str(folder)], cwd=EXAMPLE, check=True, timeout=patience(120))
 
 
+@pytest.mark.long
 def test_the_calculators_answers_are_given_and_never_trained(tmp_path: Path) -> None:
     from examples.calculator.episode import calculate
 

@@ -29,7 +29,7 @@ def loss(rows: LossRows) -> LossOutput:
 """
 
 
-@pytest.mark.parametrize("place", ["engines", "learner"])
+@pytest.mark.parametrize("place", ["engines", pytest.param("learner", marks=pytest.mark.long)])
 def test_every_row_has_both_scores_of_the_first_weights(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

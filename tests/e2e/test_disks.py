@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import psutil
+import pytest
 from harness import Launch, check_trained, left_running, steps, topology, write_topology
 from small_disk import SmallDisk
 
@@ -22,6 +23,7 @@ def sealed(folder: Path) -> list[str]:
     return sorted(marker.parent.name for marker in (folder / "checkpoints").glob("step_*/complete.json"))
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_and_one_that_becomes_read_only(inputs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     values = topology(

@@ -38,6 +38,7 @@ async def episode(session, row):
 """
 
 
+@pytest.mark.long
 def test_episodes_are_trained_once_whatever_happens_to_them(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

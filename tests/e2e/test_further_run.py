@@ -93,6 +93,7 @@ def test_all_that_an_agent_is_answered_is_trained_once(
     assert left_running(tmp_path) == []
 
 
+@pytest.mark.long
 def test_groups_of_episodes_are_whole_steps_also_when_a_run_is_resumed(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

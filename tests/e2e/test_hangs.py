@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 from deadlines import patience
 from harness import Launch, check_trained, left_running, steps, topology, write_topology
 
@@ -33,6 +34,7 @@ def post(engine: str, route: str, **body: Any) -> None:
         assert answer.status == 200
 
 
+@pytest.mark.long
 def test_what_hangs_is_replaced_and_what_was_changed_is_put_right(inputs: Path, tmp_path: Path) -> None:
     values = topology(inputs, tmp_path, schedule__steps=STEPS, checkpoint__every_steps=2, rollout__resend_after_s=2.0)
     # short, for the time that the test takes: a role that is killed because the machine is slow is no fault here

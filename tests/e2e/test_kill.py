@@ -27,6 +27,8 @@ RULES = {
     ("samples", "filled"): ("teacher-0", "rollout-0", "intake-0"),
 }
 """Who dies in a run of each kind: everybody in one, in the others those who know of responses and parts of steps."""
+IN_SHORT = ("tokens", "filled")
+"""The kind of run in which roles die in the short form of these tests."""
 ENOUGH = 1000
 """Steps: no run of these tests comes to its end before what is done to it."""
 
@@ -36,7 +38,9 @@ def check_nothing_skipped(ranges: dict[int, list[list[int]]]) -> None:
     assert max(ranges) + 1 - len(ranges) <= 2 * SLOTS
 
 
-@pytest.mark.parametrize(("train_on", "rule"), RULES)
+@pytest.mark.parametrize(
+    ("train_on", "rule"), [pytest.param(*kind, marks=[] if kind == IN_SHORT else pytest.mark.long) for kind in RULES]
+)
 def test_every_role_may_die(inputs: Path, tmp_path: Path, train_on: str, rule: str) -> None:
     """Filled steps have sixteen parts, so that roles die in the middle of one."""
     dying = RULES[train_on, rule]
@@ -86,6 +90,7 @@ def test_resume_after_the_whole_run_was_killed(inputs: Path, tmp_path: Path) -> 
     assert left_running(tmp_path, inputs) == []
 
 
+@pytest.mark.long
 def test_a_student_engine_may_die_when_nothing_may_be_stale(inputs: Path, tmp_path: Path) -> None:
     values = topology(inputs, tmp_path, schedule__steps=ENOUGH, schedule__max_staleness=0)
     with Launch(write_topology(values, tmp_path / "run.yaml")) as run:

@@ -21,7 +21,14 @@ def slow_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # the default, one step and `deadline`, is that of most other runs here
-@pytest.mark.parametrize(("max_staleness", "rule"), [(0, "filled"), (1, "filled"), (2, "deadline")])
+@pytest.mark.parametrize(
+    ("max_staleness", "rule"),
+    [
+        pytest.param(0, "filled", marks=pytest.mark.long),
+        (1, "filled"),
+        pytest.param(2, "deadline", marks=pytest.mark.long),
+    ],
+)
 def test_tokens_are_trained_once_and_in_time(slow_inputs: Path, tmp_path: Path, max_staleness: int, rule: str) -> None:
     file = write_topology(
         topology(

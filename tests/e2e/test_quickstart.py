@@ -16,7 +16,7 @@ from trace_format import read_checked
 from opd_async.telemetry.samples import read_samples
 
 
-@pytest.mark.parametrize("max_staleness", [1, 0])
+@pytest.mark.parametrize("max_staleness", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_quickstart_in_small(tmp_path: Path, max_staleness: int) -> None:
     make_data = [sys.executable, "examples/addition/make_data.py", "--out", str(tmp_path), "--train", "2000"]
     subprocess.run([*make_data, "--held-out", "100"], cwd=ROOT, check=True, timeout=patience(60))
@@ -106,7 +106,7 @@ def check_samples(folder: Path, max_staleness: int) -> None:
     assert (folder / "samples.html").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("train_on", ["tokens", "samples"])
+@pytest.mark.parametrize("train_on", ["tokens", pytest.param("samples", marks=pytest.mark.long)])
 def test_several_of_everything(inputs: Path, tmp_path: Path, train_on: str) -> None:
     values = topology(inputs, tmp_path, schedule__steps=4)
     transport = "broadcast" if train_on == "tokens" else "disk"

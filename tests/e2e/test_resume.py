@@ -23,6 +23,7 @@ from harness import (
 )
 
 
+@pytest.mark.long
 def test_a_run_goes_on_split_in_other_ways(inputs: Path, tmp_path: Path) -> None:
     file, folder = write_topology(topology(inputs, tmp_path), tmp_path / "run.yaml"), tmp_path / "run"
     # every layout against every other: tests/learner/test_ranks.py
@@ -94,6 +95,7 @@ def check_refused_with_other_prompts(file: Path, prompts: Path) -> None:
     prompts.write_text("\n".join([first, *rest]) + "\n")
 
 
+@pytest.mark.long
 def test_evaluations_over_launches(inputs: Path, tmp_path: Path) -> None:
     """The one that a stop came before is made up for, and a finished run that is resumed adds no row."""
     values = topology(inputs, tmp_path, schedule__steps=1000)

@@ -56,6 +56,7 @@ def state_of_the_process() -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.long
 def test_from_a_thread(inputs: Path, tmp_path: Path) -> None:
     before, said, found = state_of_the_process(), list[str](), list[Report]()
     thread = threading.Thread(target=lambda: found.append(run(short(inputs, tmp_path), say=said.append)))
@@ -127,6 +128,7 @@ def test_from_a_script(inputs: Path, tmp_path: Path) -> None:
     assert "pass@1 " in said and said.endswith("and the script goes on\n") and left_running(tmp_path) == []
 
 
+@pytest.mark.long
 def test_ctrl_c_in_a_script_saves_and_raises(inputs: Path, tmp_path: Path) -> None:
     process = script(tmp_path, short(inputs, tmp_path, schedule__steps=500))
     assert process.stdout is not None

@@ -35,6 +35,7 @@ def check_first_steps(folder: Path, *first: int) -> None:
         assert abs(row["learner_ratio_mean"] - 1.0) < 1e-3 and row["learner_ratio_std"] < 1e-3
 
 
+@pytest.mark.long
 def test_a_signal_on_the_way_back_leaves_nothing_beyond_the_checkpoint(inputs: Path, tmp_path: Path) -> None:
     """The learner has died, and its last steps with it: neither rows nor the report may speak of them."""
     values = topology(inputs, tmp_path, schedule__steps=1000, checkpoint__every_steps=4)
@@ -54,6 +55,7 @@ def test_a_signal_on_the_way_back_leaves_nothing_beyond_the_checkpoint(inputs: P
     assert json.loads((folder / "report.json").read_text())["steps"] == step
 
 
+@pytest.mark.long
 def test_a_second_signal_stops_at_once(inputs: Path, tmp_path: Path) -> None:
     file = write_topology(topology(inputs, tmp_path, schedule__steps=1000), tmp_path / "run.yaml")
     with Launch(file) as run:
@@ -149,6 +151,7 @@ def test_a_signal_while_the_program_is_loaded(inputs: Path, tmp_path: Path) -> N
     assert (done.returncode, done.stderr) == (130, "stopped by a signal; nothing was started\n")
 
 
+@pytest.mark.long
 def test_a_lost_reader_and_under_nohup_a_lost_terminal_do_not_end_the_run(inputs: Path, tmp_path: Path) -> None:
     """`nohup python -m opd_async.launch ... | head -n 1`, in a locale without the characters of the table."""
     file = write_topology(topology(inputs, tmp_path, schedule__steps=3), tmp_path / "run.yaml")
@@ -174,6 +177,7 @@ def test_a_lost_reader_and_under_nohup_a_lost_terminal_do_not_end_the_run(inputs
     assert "run: 3 steps in" in log
 
 
+@pytest.mark.long
 def test_a_terminal_that_hangs_up_saves_the_run(inputs: Path, tmp_path: Path) -> None:
     file = write_topology(topology(inputs, tmp_path, schedule__steps=1000), tmp_path / "run.yaml")
     ours, theirs = pty.openpty()

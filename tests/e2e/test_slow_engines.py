@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import pytest
 from claimed_ports import claimed_port
 from harness import Launch, check_trained, steps, topology, write_topology
 from lies import embedded_engine, process
@@ -29,6 +30,7 @@ def slow(url: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
+@pytest.mark.long
 def test_the_work_of_slow_engines_goes_to_their_peers(inputs: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
         urls: dict[str, list[str]] = {}

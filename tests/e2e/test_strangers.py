@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pytest
 import zmq
 from claimed_ports import claimed_port
 from deadlines import patience
@@ -151,6 +152,7 @@ def test_a_run_among_strangers(inputs: Path, tmp_path: Path) -> None:
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in private)
 
 
+@pytest.mark.long
 def test_open_chunks_are_taken_only_with_the_grant_of_a_lease(inputs: Path, tmp_path: Path) -> None:
     """`network.encrypt: control`: what a stranger pushes where chunks arrive is counted, and dropped."""
     values = topology(inputs, tmp_path, schedule__steps=1000, schedule__tokens_per_step=512, network__encrypt="control")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from harness import Launch, check_trained, steps, topology, write_topology
 from monitoring import Prometheus
 
@@ -19,6 +20,7 @@ SAME = 30
 budgets may be there and what is in flight, and fewer than all steps take."""
 
 
+@pytest.mark.long
 def test_each_sample_is_scored_by_its_teacher(inputs: Path, tmp_path: Path) -> None:
     owners = ["same" if n < SAME else "other" for n in range(400)]
     prompts = [

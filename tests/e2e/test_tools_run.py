@@ -72,6 +72,7 @@ async def episode(session, row):
 """
 
 
+@pytest.mark.long
 def test_a_run_goes_on_whatever_its_tools_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for side, hidden, seed in (("student", 32, 1), ("teacher", 48, 2)):
         make_model(tmp_path / side, hidden=hidden, layers=2, seed=seed, words=WORDS)

@@ -47,6 +47,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_all_shares(inputs: Path, tmp_pa
         assert {file.stem for file in (folder / folder_of).glob(f"intake-*.{ending}")} == {"intake-0", "intake-1"}
 
 
+@pytest.mark.long
 def test_an_intake_may_die_and_a_rollout_actor_too(inputs: Path, tmp_path: Path) -> None:
     """Filled steps of many parts; a run that was killed goes on with one intake."""
     values = topology(

@@ -18,6 +18,7 @@ ROOT = HERE.parents[1]
 DEADLINE_S = 220.0
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_ligers_kernels_are_the_learners_formulas(tmp_path: Path) -> None:
     packages = [str(folder) for folder in (ROOT / ".venv-kernels").glob("lib/python3*/site-packages")]

@@ -8,7 +8,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from installed import ROOT, Installed, build, copy_of_the_project, install, run
+from installed import MADE, ROOT, Installed, build, copy_of_the_project, install, run
 
 pytestmark = pytest.mark.timeout(900)
 LINKED = {path.name for path in (ROOT / "opd_async").iterdir() if path.is_symlink()}
@@ -57,7 +57,8 @@ def test_the_wheel_has_one_top_level_name(wheel: Path) -> None:
     data = {"opd_async/py.typed", "opd_async/examples/quickstart.yaml", "opd_async/dashboards/opd_async.json"}
     data |= {"opd_async/examples/addition/models/student/model.safetensors", "opd_async/telemetry/samples_page.html"}
     assert data <= names
-    assert not [name for name in names if "/examples/addition/data/" in name or "__pycache__" in name]
+    made = ("/examples/addition/data/", f"/{MADE}/", "__pycache__")
+    assert not [name for name in names if any(part in name for part in made)]
 
 
 def test_the_metadata_say_what_it_is(wheel: Path) -> None:
@@ -118,10 +119,12 @@ def test_the_source_distribution_is_the_repository(source: Path) -> None:
     assert {path.name for path in (source / "opd_async").iterdir() if path.is_symlink()} == LINKED
     for name in ("README.md", "CHANGELOG.md", "LICENSE", "Makefile", "requirements/cpu.txt", "docs/modules.md"):
         assert (source / name).read_bytes() == (ROOT / name).read_bytes()
+    assert not (source / MADE).exists()
     tests = {path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py")}
     assert {path.relative_to(source) for path in (source / "tests").rglob("*.py")} == tests
 
 
+@pytest.mark.long
 def test_tests_run_from_the_source_distribution(source: Path, installed: Installed) -> None:
     """Those of the pages, the rooms and the topology: they look at files of every kind."""
     chosen = ("test_docs", "test_boundaries", "test_topology", "test_metrics", "test_example_topologies")
