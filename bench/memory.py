@@ -1,6 +1,7 @@
 """Where the learner's memory goes, on a model of the user's own: phase by phase, against what `--plan` counts.
 
     python -m bench.memory MODEL [--tokens 512] [--steps 3] [--json FILE]
+    torchrun --nproc-per-node 2 -m bench.memory MODEL       a data-parallel rank of several: the first one's figures
 
     phase         what it adds
     libraries     Python, torch, Megatron-core
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from opd_async.bench.learner import status_bytes
 from opd_async.config.topology import LearnerSection
@@ -95,14 +97,19 @@ def batch_of(tokens: int, vocab: int) -> MicroBatch:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """One rank, in this process."""
-    [port] = free_ports("127.0.0.1", 1)
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _ranks() -> Iterator[Path]:
+    """One rank, in this process, or this one of torchrun's; yields a folder that all of them have."""
+    if "RANK" not in os.environ:
+        [port] = free_ports("127.0.0.1", 1)
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     parallel.start(ParallelConfig(), seed=0)
     try:
-        yield
+        with tempfile.TemporaryDirectory() as name:
+            shared = [name]
+            dist.broadcast_object_list(shared, device=torch.device("cpu"))
+            yield Path(shared[0])
+            dist.barrier()
     finally:
         parallel.stop()
 
@@ -120,22 +127,24 @@ def measure(folder: Path, tokens: int, steps: int) -> Report:
         phases.append(Phase(name, before / MIB, peak / MIB, after / MIB, tensor_bytes() / MIB))
 
     made: list[Trainer] = []
-    with _alone(), tempfile.TemporaryDirectory() as name:
+    with _ranks() as place:
         phase("model", lambda: made.append(Trainer(LearnerConfig(model_path=folder))))
         (trainer,) = made
         batch = batch_of(tokens, trainer.shape.vocab)
 
+        ranks = dist.get_world_size()
+
         def step() -> object:
-            return trainer.step(StepBatch(trainer.version, len(batch.rows), (batch,)))
+            return trainer.step(StepBatch(trainer.version, ranks * len(batch.rows), (batch,)))
 
         phase("first step", step)
         for _ in range(steps - 2):
             step()
         phase("step", step)
-        out = Path(name) / "checkpoint"
+        out = place / "checkpoint"
         phase("checkpoint", lambda: resume.save(trainer, out))
         written = sum(file.stat().st_size for file in out.iterdir())
-    section = LearnerSection(micro_batch_tokens=len(batch.token_ids), bucket_mib=16)
+    section = LearnerSection(micro_batch_tokens=len(batch.token_ids), bucket_mib=16, data_parallel=ranks)
     plan = learner_memory(read_decoder(folder), H100, section, LENGTH)
     return Report(
         weights=sum(parameter.numel() for parameter in trainer.model.parameters()),
@@ -177,6 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)
     report = measure(options.model, options.tokens, max(2, options.steps))
+    if os.environ["RANK"] != "0":
+        return
     print(table(report))
     if options.json is not None:
         write_atomically(options.json, json.dumps(dataclasses.asdict(report), indent=2).encode())

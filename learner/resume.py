@@ -4,6 +4,7 @@
 
 The student's tensors have Megatron's names, those of a critic the same behind `critic.`, those of an average that
 teaches behind `average.`.
+Each data-parallel rank writes its own share of the optimizer's states (`checkpoints.states`).
 `opd_async.run.checkpoints` makes the folder around it, seals it once every writer has finished, and refuses one that
 was cut short. Tensor-, pipeline- and data-parallel sizes may change between save and load. `checkpoints.model` does the
 same with the weights alone, and needs no second copy of them in memory.
@@ -15,7 +16,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from opd_async.learner.average import PREFIX as AVERAGE
 from opd_async.learner.average import MovingTeacher
 from opd_async.learner.checkpoints import fixes as checkpoint_fixes
 from opd_async.learner.checkpoints.model import UNREADABLE, cause, holds, load_model, without_copies
+from opd_async.learner.checkpoints.states import saved_states
 from opd_async.learner.critic.value_model import PREFIX
 from opd_async.learner.distributed.cpu import on_this_device, quiet
 from opd_async.learner.errors import CheckpointError
@@ -199,12 +201,13 @@ def _sharded(learning: _Learning, *, loading: bool) -> dict[str, Any]:
         "distrib_optim_sharding_type": OPTIMIZER_FORMAT,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    prefix = learning.prefix
+    prefix, chained = learning.prefix, learning.optimizer.chained_optimizers
     model = learning.model.sharded_state_dict(prefix=prefix, metadata=metadata)
-    in_place = nullcontext() if loading else checkpoint_fixes.states_in_place(learning.optimizer)
-    with checkpoint_fixes.padded_buckets(learning.optimizer), in_place:
-        parts = [
-            part.sharded_state_dict(model, is_loading=loading, metadata=metadata)["param_state"]
-            for part in learning.optimizer.chained_optimizers
-        ]
+    parts: list[Any]
+    if loading:
+        with checkpoint_fixes.padded_buckets(learning.optimizer):
+            described = (part.sharded_state_dict(model, is_loading=True, metadata=metadata) for part in chained)
+            parts = [one["param_state"] for one in described]
+    else:
+        parts = [saved_states(part, model) for part in chained]
     return {f"{prefix}model": model, f"{prefix}optimizers": {str(index): part for index, part in enumerate(parts)}}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -115,50 +114,6 @@ def padded_buckets(optimizer: Any) -> Iterator[None]:
     finally:
         for owner, count in zip(owners, unpadded, strict=True):
             owner.numel_unpadded = count
-
-
-class _Slices:
-    """Looks like the flat copy of a buffer that the library cuts parameters out of, and holds the parameters' own
-    states."""
-
-    def __init__(self) -> None:
-        self._states: dict[int, torch.Tensor] = {}
-
-    def put(self, start: int, state: torch.Tensor) -> None:
-        self._states[start] = state.detach().view(-1)
-
-    def __getitem__(self, cut: slice) -> torch.Tensor:
-        return self._states[cut.start]
-
-
-@contextmanager
-def states_in_place(optimizer: Any) -> Iterator[None]:
-    """Inside the block, describing an optimizer that one rank holds whole copies nothing.
-
-    The library gathers the states of all ranks that share a buffer: where there is one, in three copies of everything.
-    """
-    alone = [inner for inner in optimizer.chained_optimizers if inner.data_parallel_group.size() == 1]
-    for inner in alone:
-        inner.get_parameter_state_dp_zero = partial(_states_of, inner)
-    try:
-        yield
-    finally:
-        for inner in alone:
-            del inner.get_parameter_state_dp_zero  # the class's own is behind it
-
-
-def _states_of(distributed: Any, **_unused: Any) -> dict[int, Any]:
-    """Weights and moments by buffer and dtype, as `_Slices`."""
-    found: dict[int, Any] = {}
-    for index, (buffer, ranges) in enumerate(zip(distributed.buffers, distributed.gbuf_ranges, strict=True)):
-        ((dtype, _),) = ranges.items()
-        slices = {key: _Slices() for key in ("param", "exp_avg", "exp_avg_sq")}
-        for parameter, (start, _end, _bucket) in buffer.param_index_map.items():
-            states = distributed._get_main_param_and_optimizer_states(parameter)
-            for key, one in slices.items():
-                one.put(start, states[key])
-        found[index] = {dtype: slices}
-    return found
 
 
 def _parameters(optimizer: Any) -> Iterator[tuple[Any, dict[str, Any], torch.Tensor]]:

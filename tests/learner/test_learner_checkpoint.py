@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 from traceback import StackSummary
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from opd_async.errors import InputError, StorageError
 from opd_async.learner import resume
+from opd_async.learner.checkpoints import fixes as checkpoint_fixes
 from opd_async.learner.distributed.parallel import Place
 from opd_async.learner.errors import CheckpointError
 from opd_async.learner.hf.io import save_hf
@@ -69,6 +71,25 @@ def test_what_is_written_are_the_states_themselves(
     assert moments | masters | weights <= {tensor.data_ptr() for tensor in written}
     states = 3 * sum(parameter.numel() for group in inner.param_groups for parameter in group["params"]) * 4
     assert sum(tensor.nbytes for tensor in written) == states + sum(p.nbytes for p in trainer.model.parameters())
+
+
+def test_states_that_the_library_gathered_are_read_too(
+    alone: Place, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As checkpoints had them before 2026-11-30, and as Megatron's own tools write them."""
+    trainer = Trainer(learner_config(model_path))
+    steps(trainer, 2)
+
+    def gathered(optimizer: Any, model_state: dict[str, Any]) -> Any:
+        metadata = {"distrib_optim_sharding_type": resume.OPTIMIZER_FORMAT}
+        with checkpoint_fixes.padded_buckets(trainer.optimizer):
+            return optimizer.sharded_state_dict(model_state, is_loading=False, metadata=metadata)["param_state"]
+
+    monkeypatch.setattr(resume, "saved_states", gathered)
+    resume.save(trainer, tmp_path / "learner")
+    resumed = Trainer(learner_config(model_path))
+    resume.load(resumed, tmp_path / "learner")
+    assert steps(resumed, 3) == steps(trainer, 3)
 
 
 def test_a_checkpoint_before_the_first_step(alone: Place, model_path: Path, tmp_path: Path) -> None:
