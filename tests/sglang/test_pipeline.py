@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from harness import Launch, check_trained, left_running, make_inputs, topology, write_topology
+from monitoring import Prometheus
 from server_under_test import PYTHON
 
 STEPS = 6
@@ -52,6 +53,7 @@ def test_in_place_through_the_death_of_both_servers(tmp_path: Path) -> None:
 
 
 def test_retract_on_two_ranks_with_the_teachers_top_k(tmp_path: Path) -> None:
+    """And the dashboard's panels of the servers' own metrics have figures."""
     values = on_sglang(
         make_inputs(tmp_path / "inputs"),
         tmp_path,
@@ -60,6 +62,8 @@ def test_retract_on_two_ranks_with_the_teachers_top_k(tmp_path: Path) -> None:
         opd__loss="jsd_topk",
         opd__topk=8,
     )
-    with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
-        report = check_run(run, tmp_path / "run")
+    with Prometheus(tmp_path / "prometheus", tmp_path / "run" / "targets.json") as watcher:
+        with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
+            report = check_run(run, tmp_path / "run")
+        assert watcher.empty_in("run", "SGLang") == []
     assert report["restarts"] == {} and report["counters"].get("engine_errors", 0) == 0
