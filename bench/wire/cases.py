@@ -17,14 +17,16 @@ def _small_steps(case: Case) -> Case:
     return dataclasses.replace(case, step_tokens=case.step_tokens // 4) if case.chunk_tokens < 256 else case
 
 
+LARGE = 2048
 SHARED = tuple(
-    Case(chunk_tokens=CHUNK, event_tokens=CHUNK, http=False, topk=topk, intakes=intakes)
+    Case(chunk_tokens=size, event_tokens=size, http=False, topk=topk, intakes=intakes)
+    for size in (CHUNK, LARGE)
     for topk in (0, 8)
     for intakes in (1, 2)
 )
 """One intake against two."""
 CASES = (
-    *(_small_steps(Case(chunk_tokens=size, event_tokens=size, http=False)) for size in (16, 64, 256, CHUNK, 2048)),
+    *(_small_steps(Case(chunk_tokens=size, event_tokens=size, http=False)) for size in (16, 64, 256, CHUNK, LARGE)),
     Case(chunk_tokens=CHUNK, event_tokens=INTERVAL, http=False),
     *(Case(chunk_tokens=CHUNK, event_tokens=events, http=True) for events in (CHUNK, 64, INTERVAL)),
 )

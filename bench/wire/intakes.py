@@ -215,10 +215,13 @@ def measure(case: Case) -> Carried:
 
 def table(rows: Sequence[Carried]) -> str:
     """The figures as text, with what a second intake brings."""
-    lines = [f"{'top-k':>5}{'intakes':>9}  {'us a chunk, each':<18}{'tokens/s, a core each':>22}{'times one':>11}"]
-    alone = {row.case.topk: row.tokens_per_s for row in rows if row.case.intakes == 1}
+    where = f"{'chunk':>5}{'top-k':>7}{'intakes':>9}"
+    lines = [f"{where}  {'us a chunk, each':<18}{'tokens/s, a core each':>22}{'times one':>11}"]
+    alone = {(row.case.chunk_tokens, row.case.topk): row.tokens_per_s for row in rows if row.case.intakes == 1}
     for row in rows:
+        kind = row.case.chunk_tokens, row.case.topk
         costs = ", ".join(f"{cost:.0f}" for cost in row.us_per_chunk)
-        times = row.tokens_per_s / alone[row.case.topk] if row.case.topk in alone else 1.0
-        lines.append(f"{row.case.topk:>5}{row.case.intakes:>9}  {costs:<18}{row.tokens_per_s:>22,.0f}{times:>11.2f}")
+        times = row.tokens_per_s / alone[kind] if kind in alone else 1.0
+        where = f"{kind[0]:>5}{kind[1]:>7}{row.case.intakes:>9}"
+        lines.append(f"{where}  {costs:<18}{row.tokens_per_s:>22,.0f}{times:>11.2f}")
     return "\n".join(lines)

@@ -42,7 +42,7 @@ def test_two_intakes_alone() -> None:
     carried = intakes.measure(dataclasses.replace(SMALL, intakes=2, topk=8, seconds=1.0))
     assert len(carried.us_per_chunk) == 2 and min(carried.us_per_chunk) > 0.0 and carried.tokens > 0
     head, row = intakes.table([carried]).splitlines()
-    assert row.split()[:2] == ["8", "2"] and "a core each" in head
+    assert row.split()[:3] == [str(SMALL.chunk_tokens), "8", "2"] and "a core each" in head
 
 
 def batch(prompt: int, start: int, end: int) -> MicroBatch:
