@@ -198,6 +198,7 @@ def known_flags() -> frozenset[str]:
         *ROOT.glob("bench/**/*.py"),
         *ROOT.glob("examples/*/*.py"),
         ROOT / "tests/chaos/__main__.py",
+        ROOT / "tests/cluster/__main__.py",
     ]
     found = {flag for file in sources for flag in re.findall(r'add_argument\(\s*"(--[a-z-]+)"', file.read_text())}
     servers = "".join(
