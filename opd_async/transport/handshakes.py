@@ -1,8 +1,11 @@
 """Whether the other side lets a CURVE client in: ZeroMQ by itself tells it nothing, and would try for ever.
 
-wrong key           what the client sees
-its own             EVENT_HANDSHAKE_FAILED_AUTH
-the other side's    the connection breaks in each handshake
+    wrong             what the client sees
+    its own key       EVENT_HANDSHAKE_FAILED_AUTH
+    the other's key   the connection breaks in each handshake
+    one has no key    EVENT_HANDSHAKE_FAILED_PROTOCOL, once: ZeroMQ gives up
+
+A connection that was let in once may break as it likes: that is for heartbeats and leases to judge.
 """
 
 from __future__ import annotations
