@@ -79,7 +79,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[Curve]:
                 shutil.rmtree(run_folder, ignore_errors=True)  # what an interrupted run has left
                 found = _measured(setup, seed, train(setup, seed, run_folder, options), before, judge)
                 write_atomically(file, json.dumps(dataclasses.asdict(found)).encode())
-                # nobody goes on from it, and those of all cells fill a disk: 15 bytes a weight each
+                # nobody goes on from it, and those of all cells fill a disk: 16 bytes a weight each
                 shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)
                 say(table([found]).splitlines()[-1])
             curves.append(read_curve(file))

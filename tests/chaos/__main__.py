@@ -120,6 +120,7 @@ class Chaos:
             except (Wrong, AssertionError) as error:
                 text = f"{regime.name}, after {', '.join(thrown) or 'the start'}: {error}"
                 total.doubts.append(Doubt(regime, thrown[-1] if thrown else "", text))
+                total.wrong += [f"{regime.name}: {one}" for one in live.left]
                 print(f"WRONG: {text}", flush=True)
                 return
             found = audit_run(live.folder, regime.bound, regime.in_flight)
