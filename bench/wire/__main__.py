@@ -4,7 +4,8 @@
                          [--json FILE] [--tokens 16384] [--runs 9] [--samples 20]
 
     data plane   null engine -> rollout actor -> teacher actor (null engine) -> intake -> null learner, dispatcher
-    intakes      chunks -> one intake, or two -> null learner, without and with the teacher's top 8
+    intakes      chunks -> one intake, or two -> null learner, without and with the teacher's top 8; with `--core` the
+                 intakes share that one, so that each is busy all the time, as one that needs another is
     codec        arrays -> encode -> PUSH -> loopback TCP -> PULL -> decode -> arrays
 
 Data plane: a run as the launcher starts it, every role a process, but for engines and learner, which answer at once
@@ -217,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Cost of a token on its way from the student's engine to the learner.")
     parser.add_argument("--only", choices=("plane", "codec", "intakes"))
     parser.add_argument("--seconds", type=float, default=8.0, help="data plane: of each case, in whole steps")
-    parser.add_argument("--core", type=int, help="data plane: run all of it on this core")
+    parser.add_argument("--core", type=int, help="data plane: run all of it on this core, intakes: run them")
     parser.add_argument("--encrypt", choices=("all", "control"), default="all", help="data plane: network.encrypt")
     parser.add_argument("--tokens", type=int, default=16_384, help="codec: of a sample")
     parser.add_argument("--runs", type=int, default=9, help="codec")
@@ -235,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report["plane"] = [dataclasses.asdict(row) for row in figures]
     if options.only in (None, "intakes"):
         carried = [
-            intakes.measure(dataclasses.replace(case, seconds=options.seconds, encrypt=options.encrypt))
+            intakes.measure(dataclasses.replace(case, seconds=options.seconds, encrypt=options.encrypt), options.core)
             for case in cases.SHARED
         ]
         print(intakes.table(carried))

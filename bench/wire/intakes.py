@@ -3,7 +3,9 @@
     this process: teacher actor (PUSH), dispatcher (ROUTER), null learner (DEALER)  <->  intakes, as in a run
 
 CURVE, messages, steps, packing and the check of every token are those of `run.py`. There a loaded machine is most of
-what is seen; here no intake waits for a rollout. What counts is the CPU time of each intake.
+what is seen; here no intake waits for a rollout. What counts is the CPU time of each intake. An intake that has to wait
+for its next chunk pays for being woken too, so several look dearer than one where this process cannot keep all of them
+busy: on one core they are always behind.
 """
 
 from __future__ import annotations
@@ -159,7 +161,18 @@ def _cpu_s() -> dict[str, float]:
     return found
 
 
-async def _carry(plan: Plan, case: Case) -> Carried:
+@contextmanager
+def _only_on(cores: set[int]) -> Iterator[None]:
+    """What is started meanwhile runs on these cores, all its life."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+async def _carry(plan: Plan, case: Case, cores: set[int]) -> Carried:
     async with AsyncExitStack() as stack:
         context = zmq.asyncio.Context()
         stack.callback(context.destroy, linger=0)
@@ -172,7 +185,8 @@ async def _carry(plan: Plan, case: Case) -> Carried:
         supervisor = await stack.enter_async_context(Supervisor(lambda line: None, 5.0))
         for role in plan.of_kind(RoleKind.INTAKE):
             log = plan.run_folder / f"{role.name}.log"
-            await supervisor.start(ProcessSpec(role.name, role.command, {"OMP_NUM_THREADS": "1"}, log))
+            with _only_on(cores):
+                await supervisor.start(ProcessSpec(role.name, role.command, {"OMP_NUM_THREADS": "1"}, log))
         flood = Flood(plan, case, control, to_intakes)
         async with asyncio.TaskGroup() as group:
             ranks = Ranks(plan, plan.role(RoleKind.LEARNER, 0))
@@ -201,16 +215,21 @@ def _keys() -> Iterator[None]:
             del os.environ[name]
 
 
-def measure(case: Case) -> Carried:
-    """What the intakes of a case take. Raises `OpdError`s, in groups, if a token is lost, comes twice or is changed."""
-    with tempfile.TemporaryDirectory() as name, _keys():
+def measure(case: Case, core: int | None = None) -> Carried:
+    """What the intakes of a case take; with `core` all of them are on that one, and everything else elsewhere.
+
+    Raises `OpdError`s, in groups, if a token is lost, comes twice or is changed.
+    """
+    here, everywhere = os.sched_getaffinity(0), set(range(os.cpu_count() or 1))
+    intakes, rest = (here, here) if core is None else ({core}, everywhere - {core} or {core})
+    with tempfile.TemporaryDirectory() as name, _keys(), _only_on(rest):
         plan = make_plan(make_topology(case, Path(name)))
         schedule = plan.topology.schedule.model_copy(update={"max_staleness": None})
         plan = plan.model_copy(update={"topology": plan.topology.model_copy(update={"schedule": schedule})})
         plan.run_folder.mkdir(parents=True)
         write_atomically(plan.run_folder / PLAN_FILE, plan.model_dump_json())
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_carry(plan, case))
+            return runner.run(_carry(plan, case, intakes))
 
 
 def table(rows: Sequence[Carried]) -> str:

@@ -104,6 +104,18 @@ def test_one_row_that_cannot_be_is_enough() -> None:
         assert TopK(twice, good).problem() == "an id is negative or comes twice in a row"
 
 
+def test_an_id_may_come_again_in_the_next_row() -> None:
+    """The largest of one row is the smallest of the next; a row that is short of tokens says so more than once."""
+    ids = np.array([[1, 9, 4], [9, 30, 12], [-1, 30, -1], [30, 2, 31]], np.int32)
+    logprobs = np.where(ids == -1, -1e4, -2.0).astype(np.float32)
+    assert TopK(ids, logprobs).problem() is None
+    for row in range(4):
+        twice = changed(ids, row, 0, 30 if row else 4)
+        twice = changed(twice, row, 2, 30 if row else 4)
+        known = np.where(twice == -1, -1e4, -2.0).astype(np.float32)
+        assert TopK(twice, known).problem() == "an id is negative or comes twice in a row"
+
+
 def test_nothing_is_asked_for_or_read_without_need() -> None:
     assert request_fields(0) == {}
     assert request_fields(64)["top_logprobs_num"] == 64

@@ -39,7 +39,7 @@ def test_a_null_run_with_two_intakes() -> None:
 def test_two_intakes_alone() -> None:
     """Nothing but intakes is real: each takes in its share, and every token is checked behind them."""
     # processor time comes in hundredths of a second, of which each needs one
-    carried = intakes.measure(dataclasses.replace(SMALL, intakes=2, topk=8, seconds=1.0))
+    carried = intakes.measure(dataclasses.replace(SMALL, intakes=2, topk=8, seconds=1.0), core=0)
     assert len(carried.us_per_chunk) == 2 and min(carried.us_per_chunk) > 0.0 and carried.tokens > 0
     head, row = intakes.table([carried]).splitlines()
     assert row.split()[:3] == [str(SMALL.chunk_tokens), "8", "2"] and "a core each" in head
