@@ -221,10 +221,11 @@ def make_room(folder: Path, keep: int | None = None) -> Path | None:
     return sealed[0]
 
 
-def prune(root: Path, keep: int) -> list[Path]:
+def prune(root: Path, keep: int, spared: Path | None = None) -> list[Path]:
     """Remove all but the newest `keep` sealed checkpoints, and unsealed leftovers older than the newest sealed one.
 
-    Newer unsealed folders may be in the making and stay. Returns what was removed. Raises `ValueError` if keep < 1.
+    Newer unsealed folders may be in the making and stay, as does `spared`, which somebody reads. Returns what was
+    removed. Raises `ValueError` if keep < 1.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least one checkpoint must stay")
@@ -232,7 +233,7 @@ def prune(root: Path, keep: int) -> list[Path]:
     if not sealed:
         return []
     leftovers = [folder for folder in _by_step(root, sealed=False) if _step(folder) < _step(sealed[-1])]
-    removed = sealed[:-keep] + leftovers
+    removed = [folder for folder in sealed[:-keep] + leftovers if folder != spared]
     for folder in removed:
         # The marker goes first: a crash half-way leaves an unsealed folder, never a sealed one with files missing.
         (folder / MARKER).unlink(missing_ok=True)
@@ -241,8 +242,8 @@ def prune(root: Path, keep: int) -> list[Path]:
     return removed
 
 
-def prune_exports(root: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` exports `step_0000N` under `root`, and what interrupted ones left.
+def prune_exports(root: Path, keep: int, spared: Path | None = None) -> list[Path]:
+    """Remove all but the newest `keep` exports `step_0000N` under `root`, and what interrupted ones left; not `spared`.
 
     Exports appear under their names once they are whole, and leave in the same way. Returns what was removed.
     """
@@ -251,11 +252,12 @@ def prune_exports(root: Path, keep: int) -> list[Path]:
     if not root.is_dir():
         return []
     whole = sorted((path for path in root.iterdir() if _STEP_NAME.fullmatch(path.name) and path.is_dir()), key=_step)
-    for folder in whole[:-keep]:
+    removed = [folder for folder in whole[:-keep] if folder != spared]
+    for folder in removed:
         folder.rename(folder.with_name(f"{folder.name}.tmp"))
     for leftover in root.glob("step_*.tmp"):
         shutil.rmtree(leftover)
-    return whole[:-keep]
+    return removed
 
 
 def _sync(path: Path) -> None:

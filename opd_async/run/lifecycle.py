@@ -309,7 +309,7 @@ class Lifecycle:
             floor = self._recoveries * ATTEMPTS_PER_RECOVERY
             script = Script(dispatcher, evaluator, len(self._inputs.prompts.prompts), self._progress, floor)
             if self._uploads is not None:
-                script.saving.on_saved = self._uploads.offer
+                script.saving.on_saved, script.saving.in_use = self._uploads.offer, self._uploads.under_way
             try:
                 ended = await _race(dispatcher, script.run(), signal=self._signals.first, lost=dispatcher.learner_lost)
                 if ended == "signal" and self._training:

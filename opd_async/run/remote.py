@@ -93,9 +93,16 @@ class Store:
         found = self._system.glob(self._at(f"{CHECKPOINTS}/step_*/{checkpoints.MARKER}"))
         return sorted((name.rsplit("/", 2)[-2] for name in found), key=lambda name: int(name.removeprefix("step_")))
 
+    def cut_off(self) -> list[str]:
+        """Names of the checkpoints of which only a part is there."""
+        there = {name.rstrip("/").rsplit("/", 1)[-1] for name in self._system.glob(self._at(f"{CHECKPOINTS}/step_*"))}
+        return sorted(there - set(self.steps()))
+
     def remove(self, step: str) -> None:
         """Remove a checkpoint, its marker first."""
-        self._system.rm_file(self._at(f"{CHECKPOINTS}/{step}/{checkpoints.MARKER}"))
+        marker = self._at(f"{CHECKPOINTS}/{step}/{checkpoints.MARKER}")
+        if self._system.exists(marker):
+            self._system.rm_file(marker)
         self._system.rm(self._at(f"{CHECKPOINTS}/{step}"), recursive=True)
 
     def get(self, name: str, path: Path) -> None:
@@ -115,7 +122,8 @@ class Store:
 
 
 def put_checkpoint(run: Path, store: Store, step: str, keep: int) -> None:
-    """Send what a resume needs, then the checkpoint, and remove those beyond the newest `keep`."""
+    """Send what a resume needs, then the checkpoint; remove those beyond the newest `keep`, and what copies left that
+    were cut off: a run has one under way at a time."""
     store.write(TOPOLOGY_FILE, without_keys((run / TOPOLOGY_FILE).read_text(encoding="utf-8")).encode())
     for name in RECORDS:
         if (run / name).is_file():
@@ -123,7 +131,8 @@ def put_checkpoint(run: Path, store: Store, step: str, keep: int) -> None:
     store.put_folder(run / CHECKPOINTS / step, f"{CHECKPOINTS}/{step}", checkpoints.MARKER)
     there = store.steps()
     mine = there.index(step) + 1
-    for other in (*there[mine:], *there[: max(mine - keep, 0)]):  # behind it lies what the run has gone back from
+    beyond = (*there[mine:], *there[: max(mine - keep, 0)])  # behind it lies what the run has gone back from
+    for other in (*beyond, *store.cut_off()):
         store.remove(other)
 
 

@@ -39,6 +39,8 @@ class Saving:
         self._exports = dispatcher.plan.run_folder / EXPORT
         self.on_saved: Callable[[Path], None] = lambda folder: None
         """Called with each checkpoint that is sealed, and each export that is whole."""
+        self.in_use: Callable[[], Path | None] = lambda: None
+        """Which of them somebody reads just now: it stays until the next one is there, however old it is."""
 
     async def checkpoint(self, step: int) -> None:
         """Have learner, intake and ledger write the state after `step`, and seal the folder when all have.
@@ -125,9 +127,9 @@ class Saving:
         self.on_saved(self._student(step))
         await self._remove(checkpoints.prune_exports, self._exports, self._section.keep)
 
-    async def _remove(self, prune: Callable[[Path, int], list[Path]], root: Path, keep: int) -> None:
+    async def _remove(self, prune: Callable[[Path, int, Path | None], list[Path]], root: Path, keep: int) -> None:
         """Remove what is too old; what stays behind for an error ends nothing."""
         try:
-            await asyncio.to_thread(prune, root, keep)
+            await asyncio.to_thread(prune, root, keep, self.in_use())
         except OSError as error:
             self._progress.say(f"{error.filename or root} cannot be removed: {error.strerror}; the run goes on")

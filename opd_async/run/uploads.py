@@ -84,12 +84,18 @@ class Uploads:
         self._there: dict[str, Path] = {}
         """By kind, the newest that was sent."""
         self._failed: dict[str, Path] = {}
+        self._sent: Path | None = None
+        """What is being sent."""
         self._news = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
+    def under_way(self) -> Path | None:
+        """What is being sent: it must stay there for so long. A copy slower than checkpoints come would never end."""
+        return self._sent
+
     def offer(self, folder: Path) -> None:
-        """A checkpoint is sealed, or an export whole; it must stay there for a while."""
+        """A checkpoint is sealed, or an export whole."""
         kind = folder.relative_to(self._run_folder).parts[0]
         if self._there.get(kind) == folder and kind == "checkpoints":
             return
@@ -127,11 +133,14 @@ class Uploads:
         words = ["export", str(self._run_folder), self.url, name]
         if kind == "checkpoints":
             words = ["put", str(self._run_folder), self.url, folder.name, str(self._keep)]
+        self._sent = folder
         try:
             await transfer(words, self._deadline_s, self._command)
         except (OpdError, OSError) as error:
             self._lost(kind, folder, error)
             return
+        finally:
+            self._sent = None
         self._count("done")
         self._there[kind] = folder
 

@@ -151,6 +151,7 @@ def test_prune_exports_keeps_the_newest_and_the_final_one(tmp_path: Path) -> Non
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").touch()
     (tmp_path / "config.json").touch()
+    assert checkpoints.prune_exports(tmp_path, 2, tmp_path / "step_00000010") == []
     removed = checkpoints.prune_exports(tmp_path, 2)
     assert [path.name for path in removed] == ["step_00000010"]
     left = sorted(path.name for path in tmp_path.iterdir())
@@ -166,6 +167,9 @@ def test_prune_keeps_the_newest_and_what_may_be_in_the_making(tmp_path: Path) ->
     for step in (25, 50):
         make(tmp_path, step, sealed=False)
     (tmp_path / "notes").mkdir()
+    removed = checkpoints.prune(tmp_path, 3, tmp_path / "step_00000010")
+    assert [path.name for path in removed] == ["step_00000025"]
+    make(tmp_path, 25, sealed=False)
     removed = checkpoints.prune(tmp_path, 2)
     assert sorted(path.name for path in removed) == ["step_00000010", "step_00000020", "step_00000025"]
     left = sorted(path.name for path in tmp_path.iterdir())

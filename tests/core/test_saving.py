@@ -149,7 +149,7 @@ def test_a_checkpoint_without_the_learners_files_is_none(
 def test_what_cannot_be_removed_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(tmp_path, "checkpoint.every_steps=1", refuse=lambda *_: False)
 
-    def busy(root: Path, keep: int) -> list[Path]:
+    def busy(root: Path, keep: int, spared: Path | None) -> list[Path]:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(root / "step_00000000"))
 
     monkeypatch.setattr(checkpoints, "prune", busy)

@@ -69,6 +69,11 @@ def test_a_cut_off_upload_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="the line is dead"):
         put_checkpoint(run, store(there), checkpoint(run, 10).name, keep=2)
     assert get_newest(store(there), tmp_path / "back") == "step_00000005"
+    assert store(there).cut_off() == ["step_00000010"]
+    monkeypatch.undo()
+    put_checkpoint(run, store(there), checkpoint(run, 15).name, keep=2)
+    left = sorted(path.name for path in (there / "checkpoints").iterdir())
+    assert left == ["step_00000005", "step_00000015"], "what was cut off has gone too"
 
 
 def test_a_fetch_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +151,39 @@ def test_the_newest_is_sent_where_several_wait(tmp_path: Path) -> None:
     asyncio.run(sent.all_of(*folders))
     assert sent.counts == {"skipped": 2, "done": 1}
     assert store(tmp_path / "store").steps() == ["step_00000015"]
+
+
+def test_what_is_being_sent_stays_until_it_is_there(tmp_path: Path) -> None:
+    """Each copy takes as long as two checkpoints, of which the run keeps one."""
+    run, go = tmp_path / "run", tmp_path / "go"
+    text = (
+        f"import pathlib, sys, time; from opd_async.run.remote import main\n"
+        f"while not pathlib.Path({str(go)!r} + sys.argv[4]).exists(): time.sleep(.02)\n"
+        f"main()"
+    )
+    sent = Sent(run, program(text))
+
+    async def saved() -> None:
+        async with asyncio.timeout(patience(60)), asyncio.TaskGroup() as group:
+            sending = group.create_task(sent.uploads.run())
+            for step in (1, 2, 3, 4):
+                sent.uploads.offer(folder := checkpoint(run, step))
+                checkpoints.prune(run / "checkpoints", 1, sent.uploads.under_way())
+                await asyncio.sleep(0)
+                if step == 1:
+                    while sent.uploads.under_way() != folder:  # noqa: ASYNC110
+                        await asyncio.sleep(0.02)
+            left = sorted(path.name for path in (run / "checkpoints").iterdir())
+            assert left == ["step_00000001", "step_00000004"]
+            for name in ("step_00000001", "step_00000004"):
+                go.with_name(f"go{name}").touch()
+            await sent.uploads.finish()
+            sending.cancel()
+
+    asyncio.run(saved())
+    assert sent.counts == {"skipped": 2, "done": 2} and sent.said == []
+    assert sent.uploads.under_way() is None
+    assert store(tmp_path / "store").steps() == ["step_00000001", "step_00000004"]
 
 
 def test_what_fails_is_said_and_tried_again_at_the_end(tmp_path: Path) -> None:
