@@ -163,10 +163,11 @@ class Rank:
             case m.SyncWeights():
                 self._sync(command)
             case m.SaveCheckpoint():
-                self._store("SaveCheckpoint", partial(resume.save, self._trainer, Path(command.folder) / SHARDS))
+                folder = Path(command.folder) / SHARDS
+                self._store("SaveCheckpoint", lambda: resume.save(self._trainer, folder).stats())
             case m.ExportModel():
                 source = self._plan.topology.models.student.path
-                self._store("ExportModel", partial(save_hf, self._trainer.model, Path(command.folder), source))
+                self._store("ExportModel", partial(self._export, Path(command.folder), source))
             case m.AskTeacher():
                 self._ask_teacher(command)
             case _:
@@ -178,15 +179,20 @@ class Rank:
         answer = {"teacher_logprobs": found.logprobs, "topk_ids": ids, "topk_logprobs": logprobs}
         self._link.reply("AskTeacher", self._trainer.version, None, {}, **answer)
 
-    def _store(self, command: str, write: Callable[[], None]) -> None:
-        """Write files and say so. A full disk is an answer, not an end: what can be saved elsewhere still is."""
-        problem = None
+    def _export(self, folder: Path, source: Path) -> dict[str, float]:
+        save_hf(self._trainer.model, folder, source)
+        return {}
+
+    def _store(self, command: str, write: Callable[[], dict[str, float]]) -> None:
+        """Write files and say so, with what `write` says of them. A full disk is an answer, not an end: what can be
+        saved elsewhere still is."""
+        problem, stats = None, dict[str, float]()
         try:
-            write()
+            stats = write()
         except StorageError as error:
             log.error("%s", error)
             problem = str(error)
-        self._link.reply(command, self._trainer.version, problem, {})
+        self._link.reply(command, self._trainer.version, problem, stats)
 
     def _train(self, command: m.Train) -> None:
         self._idle_s += self._waited_s

@@ -39,15 +39,16 @@ from opd_async.learner.distributed.cpu import on_this_device, quiet
 from opd_async.learner.errors import CheckpointError
 from opd_async.learner.model.decoder import DecoderModel
 from opd_async.learner.trainer import Trainer
+from opd_async.run.checkpoints import Shards
 
 SMALL_BYTES = 1 << 18
 """Of a rank's part of a checkpoint: names, shapes, padding."""
 OPTIMIZER_FORMAT = "fully_reshardable"  # the others cannot change the tensor-parallel size
 
 
-def save(trainer: Trainer, folder: Path) -> None:
+def save(trainer: Trainer, folder: Path) -> Shards:
     """Write weights and optimizer state of student and critic, weight version and random state to `folder`, replacing
-    what is there.
+    what is there; returns what all ranks have written.
 
     All ranks call it with the same folder; when it returns, all have written. The folder must be sealed after that.
     Raises `StorageError` on every rank where there is no room: nothing is written then but what room there was for.
@@ -60,8 +61,18 @@ def save(trainer: Trainer, folder: Path) -> None:
             checkpoint_fixes.prime_states(learning.optimizer)  # nothing to do but before the first step
             state |= _sharded(learning, loading=False)
             state[f"{learning.prefix}optimizer_step"] = checkpoint_fixes.optimizer_step(learning.optimizer)
-        _write(state, folder, next(trainer.model.parameters()).device)
-    dist.barrier()
+        device = next(trainer.model.parameters()).device
+        _write(state, folder, device)
+    return _written(folder, device)
+
+
+def _written(folder: Path, device: torch.device) -> Shards:
+    """Every rank's files, as the host that has written them sees them."""
+    sizes = [path.stat().st_size for path in folder.glob(f"__{dist.get_rank()}_*.distcp")]
+    found = torch.tensor([len(sizes), sum(sizes)], dtype=torch.int64, device=device)
+    dist.all_reduce(found)
+    files, size = found.tolist()
+    return Shards(files, size)
 
 
 def _write(state: dict[str, Any], folder: Path, device: torch.device) -> None:

@@ -84,8 +84,8 @@ class SimulatedLearner:
                             group.create_task(self._update(url), name=f"update {url}")
                     await self._reply("SyncWeights", {})
                 case m.SaveCheckpoint():
-                    await asyncio.to_thread(save_no_weights, Path(command.folder))
-                    await self._reply("SaveCheckpoint", {})
+                    written = await asyncio.to_thread(save_no_weights, Path(command.folder))
+                    await self._reply("SaveCheckpoint", written)
                 case m.Stop():
                     return
                 case _:

@@ -120,7 +120,7 @@ class Ranks:
                     async with session.post(f"{url}/update_weight_version", json=version):
                         pass
             case m.SaveCheckpoint():
-                await asyncio.to_thread(save_no_weights, Path(command.folder))
+                return await asyncio.to_thread(save_no_weights, Path(command.folder))
         return {}
 
 

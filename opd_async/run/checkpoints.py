@@ -37,17 +37,34 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def require_shards(folder: Path) -> None:
-    """Raise `RoleError` unless the learner's files are in the checkpoint, as this host sees it.
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """What the learner's ranks have written of a checkpoint, all of them together."""
 
-    A learner on another host may have written them into a folder of its own.
+    files: int
+    bytes: int
+
+    @classmethod
+    def said(cls, stats: Mapping[str, float]) -> Shards:
+        """As a learner says it in its answer. Raises `RoleError` for one that does not."""
+        try:
+            return cls(int(stats["shard_files"]), int(stats["shard_bytes"]))
+        except KeyError:
+            raise RoleError("the learner does not say what it has written of a checkpoint") from None
+
+    def stats(self) -> dict[str, float]:
+        """For the answer."""
+        return {"shard_files": float(self.files), "shard_bytes": float(self.bytes)}
+
+
+def shards_here(folder: Path) -> Shards:
+    """The learner's files in the checkpoint as this host sees it; none are whole without what says what is in them.
+
+    A host whose folder is not the others' writes into one of its own.
     """
     shards = folder / SHARDS
-    if not (shards / METADATA).is_file() or not any(shards.glob("*.distcp")):
-        raise RoleError(
-            f"{shards}: the learner says that it has written its shards, and none are here; put run_dir on a file "
-            "system that every host has mounted"
-        )
+    sizes = [path.stat().st_size for path in shards.glob("*.distcp")] if (shards / METADATA).is_file() else []
+    return Shards(len(sizes), sum(sizes))
 
 
 def seal(folder: Path, step: int) -> None:

@@ -36,12 +36,13 @@ class LearnerCommands:
             self._unanswered[name] += 1
             return await self._reply(name)
 
-    async def do(self, command: Command) -> None:
+    async def do(self, command: Command) -> m.LearnerReply:
         """Send `command`, which writes files, and wait until it is done. Raises `StorageError` where there is no room
         for them. On cancel: as `ask`."""
         reply = await self.ask(command)
         if reply.error is not None:
             raise StorageError(reply.error)
+        return reply
 
     async def _reply(self, name: str) -> m.LearnerReply:
         who = f"the learner's answer to {name}"

@@ -11,11 +11,12 @@ what is to be removed       said, and the run goes on
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from opd_async.errors import StorageError
+from opd_async.errors import RoleError, StorageError
 from opd_async.files import storing
 from opd_async.run import checkpoints
 from opd_async.run.dispatcher import Dispatcher
@@ -23,6 +24,10 @@ from opd_async.run.learner_commands import LearnerCommands
 from opd_async.telemetry.progress import Progress
 from opd_async.transport import messages as m
 
+SEEN_S = 90.0
+"""For so long what another host has written may not be seen here: a network file system remembers for a minute what a
+folder had in it."""
+LOOK_S = 0.5
 EXPORT = "export"
 """Folder in the run's: the trained student, and in sub-folders the student after some steps."""
 
@@ -64,11 +69,23 @@ class Saving:
         await self._remove(checkpoints.prune, self._root, keep)
 
     async def _write(self, folder: Path, step: int) -> None:
-        await self._learner.do(m.SaveCheckpoint(step, str(folder)))
+        answer = await self._learner.do(m.SaveCheckpoint(step, str(folder)))
         with storing(folder):
-            await asyncio.to_thread(checkpoints.require_shards, folder)
+            await self._see(folder, checkpoints.Shards.said(answer.stats))
             await asyncio.to_thread(self._dispatcher.ledger.save, folder)
             await asyncio.to_thread(checkpoints.seal, folder, step)
+
+    async def _see(self, folder: Path, written: checkpoints.Shards) -> None:
+        """Wait until all that the learner's ranks have written is here. Raises `RoleError` that says what is not."""
+        end = time.monotonic() + SEEN_S
+        while (here := await asyncio.to_thread(checkpoints.shards_here, folder)) != written:
+            if time.monotonic() > end:
+                raise RoleError(
+                    f"{folder / checkpoints.SHARDS}: the learner's ranks have written {written.files} files of "
+                    f"{written.bytes} bytes in all, and {here.files} of {here.bytes} bytes are here; put run_dir on a "
+                    "file system that every host has mounted"
+                )
+            await asyncio.sleep(LOOK_S)
 
     async def _write_again(self, folder: Path, step: int) -> None:
         try:

@@ -16,7 +16,7 @@ from small_runs import small_topology
 from opd_async.command import explain
 from opd_async.errors import RoleError, StorageError
 from opd_async.files import reserve, storage_failure, storing, unwritten
-from opd_async.run import checkpoints
+from opd_async.run import checkpoints, saving
 from opd_async.run.learner_commands import LearnerCommands
 from opd_async.run.saving import EXPORT, Saving
 from opd_async.telemetry.progress import Progress
@@ -57,12 +57,13 @@ class Disk:
         name = type(command).__name__
         self.asked.append(name)
         folder = Path(command.folder)
-        problem = None
+        problem, stats = None, dict[str, float]()
         if self._refuse(name, len(list(self.root.glob("step_*/complete.json")))):
             problem = unwritten(folder, FULL)
         else:
             write(folder)
-        self.dispatcher.answers.append(m.LearnerReply(name, 0, problem, {}))
+            stats = checkpoints.Shards(1, 2).stats() if name == "SaveCheckpoint" else {}
+        self.dispatcher.answers.append(m.LearnerReply(name, 0, problem, stats))
 
     async def _expect(self, key: Any, deadline_s: float, who: str, at_work: bool = False) -> Any:
         return self.dispatcher.answers.pop(0)
@@ -127,9 +128,17 @@ def test_the_launchers_own_files_may_be_those_without_room(tmp_path: Path) -> No
     assert disk.sealed() == []
 
 
-@pytest.mark.parametrize("lost", ["learner/.metadata", "learner/__0_0.distcp"])
+LOST = [
+    ("learner/.metadata", None, "0 of 0"),
+    ("learner/__0_0.distcp", None, "0 of 0"),
+    ("learner/__0_0.distcp", "{", "1 of 1"),
+    ("learner/__1_0.distcp", "{}", "2 of 4"),
+]
+
+
+@pytest.mark.parametrize(("lost", "left", "here"), LOST)
 def test_a_checkpoint_without_the_learners_files_is_none(
-    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lost: str, left: str | None, here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = Disk(tmp_path, "checkpoint.every_steps=1", "checkpoint.keep=2", refuse=lambda *_: False)
     disk.run(1)
@@ -138,12 +147,37 @@ def test_a_checkpoint_without_the_learners_files_is_none(
 
     def elsewhere(folder: Path) -> None:
         whole(folder)
-        (folder / lost).unlink()
+        if left is None:
+            (folder / lost).unlink()
+        else:
+            (folder / lost).write_text(left)
 
     monkeypatch.setitem(globals(), "write", elsewhere)
-    with pytest.raises(RoleError, match=r"learner: the learner says that it has written its shards, and none are here"):
+    monkeypatch.setattr(saving, "SEEN_S", 0.0)
+    with pytest.raises(RoleError, match=rf"have written 1 files of 2 bytes in all, and {here} bytes are here; put run"):
         disk.run(3)
     assert disk.sealed() == [1, 2], "nothing makes room for what would not be whole"
+
+
+def test_what_another_host_has_written_may_be_seen_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system, which remembers for a while what a folder had in it."""
+    disk = Disk(tmp_path, "checkpoint.every_steps=1", refuse=lambda *_: False)
+    looked, here = [], checkpoints.shards_here
+
+    def late(folder: Path) -> checkpoints.Shards:
+        looked.append(folder)
+        return checkpoints.Shards(0, 0) if len(looked) < 3 else here(folder)
+
+    monkeypatch.setattr(checkpoints, "shards_here", late)
+    monkeypatch.setattr(saving, "LOOK_S", 0.01)
+    disk.run(1)
+    assert disk.sealed() == [1] and len(looked) == 3
+
+
+def test_a_learner_says_what_it_has_written() -> None:
+    assert checkpoints.Shards.said(checkpoints.Shards(3, 1 << 40).stats()) == checkpoints.Shards(3, 1 << 40)
+    with pytest.raises(RoleError, match="does not say what it has written"):
+        checkpoints.Shards.said({"loss": 1.0})
 
 
 def test_what_cannot_be_removed_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

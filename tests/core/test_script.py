@@ -59,7 +59,8 @@ class FakeDispatcher:
             await self.asked.get()
 
     def answer(self, error: str | None = None) -> None:
-        self.mailbox.deliver(("reply", "SaveCheckpoint"), m.LearnerReply("SaveCheckpoint", 3, error, {}))
+        stats = checkpoints.Shards(1, 0).stats()
+        self.mailbox.deliver(("reply", "SaveCheckpoint"), m.LearnerReply("SaveCheckpoint", 3, error, stats))
 
 
 async def test_a_checkpoint_is_sealed_by_its_own_answer_alone(tmp_path: Path) -> None:

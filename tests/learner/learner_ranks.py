@@ -36,6 +36,7 @@ from opd_async.learner.distributed import parallel
 from opd_async.learner.hf.io import hf_weights, save_hf
 from opd_async.learner.opinion import opinion
 from opd_async.learner.trainer import Trainer
+from opd_async.run.checkpoints import Shards
 from opd_async.transport.messages import AskTeacher
 from opd_async.transport.step_batch import MicroBatch, TeacherPrompts
 
@@ -245,7 +246,7 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
     report["in_parts"] = in_parts(trainer, place)
     report["steps"] = steps(trainer, place, SAVED_AT)
     if model.name not in BRIEF:
-        resume.save(trainer, results / f"{model.name}-{name}")
+        save(trainer, results / f"{model.name}-{name}")
     report["steps"] += steps(trainer, place, STEPS)
     save_hf(trainer.model, results / f"{model.name}-{name}-hf", model)
     if model.name not in BRIEF:
@@ -254,14 +255,14 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
     if name in critics(model.name):
         critic = with_critic(trainer.config)
         report["critic"] = steps(critic, place, SAVED_AT)
-        resume.save(critic, results / f"{model.name}-{name}-critic")
+        save(critic, results / f"{model.name}-{name}-critic")
         report["critic"] += steps(critic, place, STEPS)
     if "moe" in model.name:
         report["teacher with experts"] = with_experts(trainer.config, place, results)
     if model.name == WITH_LOSSES:
         averaged = with_average(trainer.config)
         report["average"] = steps(averaged, place, SAVED_AT, other_prompts=True)
-        resume.save(averaged, results / f"{model.name}-{name}-average")
+        save(averaged, results / f"{model.name}-{name}-average")
         report["average"] += steps(averaged, place, STEPS, other_prompts=True)
         report["losses"] = losses(trainer.config, place, results)
         spans = gradients(trainer.config, results / "teacher", place)
@@ -271,6 +272,13 @@ def run_layout(name: str, model: Path, results: Path) -> dict[str, Any]:
         report["furthest"] = furthest(parallel_state.get_tensor_model_parallel_group())
     parallel_state.destroy_model_parallel()
     return report
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    """Keep a trainer; all ranks hear of the files of all."""
+    written = resume.save(trainer, folder)
+    sizes = [path.stat().st_size for path in folder.glob("*.distcp")]
+    assert written == Shards(len(sizes), sum(sizes)) and sizes
 
 
 def resumptions(

@@ -39,7 +39,7 @@ def test_resuming_continues_bit_for_bit(alone: Place, model_path: Path, tmp_path
     config = learner_config(model_path, dtype=dtype)
     trainer = Trainer(config)
     steps(trainer, 2)
-    resume.save(trainer, tmp_path / "learner")
+    assert resume.save(trainer, tmp_path / "learner") == checkpoints.shards_here(tmp_path)
     expected = steps(trainer, 4)
     resumed = Trainer(config)
     resume.load(resumed, tmp_path / "learner")
