@@ -37,6 +37,9 @@ _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PRO
 LOUD_STRANGERS = 3
 """Of each socket the first few are logged: a stranger that tries for ever would fill the log."""
 MAX_SERVERS = 16
+HANDSHAKE_MS = 60_000
+"""Twice as long as a client waits: one that this process is too slow for gives up by itself, and tries again, where a
+connection that is closed means that its key was refused (`handshakes.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ class Door:
         """Make `socket` a CURVE server that admits the run's roles only; before it binds."""
         if self.keys is None:
             return
+        socket.handshake_ivl = HANDSHAKE_MS
         socket.curve_server = True
         socket.curve_secretkey = z85.encode(self.keys.secret(SERVER))
         socket.zap_domain = DOMAIN

@@ -4,12 +4,14 @@
     its own key       EVENT_HANDSHAKE_FAILED_AUTH
     the other's key   the connection breaks in each handshake
     one has no key    EVENT_HANDSHAKE_FAILED_PROTOCOL, once: ZeroMQ gives up
+    nothing           the handshake times out: who stands still lets nobody in, and refuses nobody
 
 A connection that was let in once may break as it likes: that is for heartbeats and leases to judge.
 """
 
 from __future__ import annotations
 
+import errno
 import secrets
 
 import zmq
@@ -20,6 +22,8 @@ from opd_async.transport.arriving import next_message
 
 FAILURES = 3
 """A connection may break in the middle of a handshake; so many in a row, before any that succeeds, are no accident."""
+BROKEN = (errno.EPIPE, errno.ECONNRESET)
+"""What a failure without detail says where the other side has closed the connection; not so where time ran out."""
 FINAL = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | FINAL
 
@@ -37,9 +41,11 @@ class Handshakes:
         """Return once the other side has refused the key. On cancel: what was seen so far is forgotten."""
         failures, known = 0, False
         while True:
-            event = parse_monitor_message(await next_message(self._events))["event"]
+            seen = parse_monitor_message(await next_message(self._events))
+            event = seen["event"]
             known = known or event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            failures += bool(event & FAILED)
+            closed = event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and seen["value"] in BROKEN
+            failures = failures + 1 if closed else 0
             if event & FINAL or (failures >= FAILURES and not known):
                 return
 

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from deadlines import patience
 
+from opd_async.cluster import line
 from opd_async.cluster.agent import Agent
 from opd_async.cluster.agents import DRAINED, Agents
 from opd_async.cluster.hosting import versions
@@ -33,6 +34,7 @@ from opd_async.errors import DeadlineError, InputError, RoleError
 from opd_async.keys import INCARNATION_ENV, RunKeys
 from opd_async.plan.free_ports import free_ports
 from opd_async.transport import messages as m
+from opd_async.transport.handshakes import FAILURES
 
 LOOPBACK = Face("lo", "127.0.0.1")
 VERSIONS = {"opd_async": "1", "torch": "2"}
@@ -168,6 +170,27 @@ async def test_another_secret_is_an_error_where_it_is() -> None:
             async with asyncio.timeout(patience(60)):
                 await agent_of(section, keys=keys("another secret altogether")).run()
         assert agents.nodes == {}
+
+
+async def test_a_launcher_that_stands_still_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel takes connections, and nothing answers on them: that is no refusal, however often it is tried."""
+    monkeypatch.setattr(line, "HANDSHAKE_MS", 400)
+    section, still = cluster(), list[socket.socket]()
+
+    async def stand(standing: socket.socket) -> None:
+        while len(still) <= FAILURES + 1:  # each comes once the handshake before has timed out
+            still.append((await asyncio.get_running_loop().sock_accept(standing))[0])
+
+    with socket.create_server(("127.0.0.1", section.port)) as standing:
+        standing.setblocking(False)
+        tried, agent = asyncio.create_task(stand(standing)), asyncio.create_task(agent_of(section).run())
+        await asyncio.wait((tried, agent), timeout=patience(60), return_when=asyncio.FIRST_COMPLETED)
+        assert not agent.done() and tried.done()
+    for connection in still:
+        connection.close()
+    async with launcher(section) as agents:
+        assert [node.name for node in await agents.gather()] == ["h1"]
+    await agent
 
 
 @pytest.mark.parametrize("end", ["run", "hangup"])

@@ -95,10 +95,12 @@ async def test_a_stranger_reaches_nobody_and_is_counted(kind: str) -> None:
 async def test_a_role_without_the_key_is_told(kind: str) -> None:
     async with scene() as made:
         with (
-            ControlServer(made.context, made.address, door=made.door),
+            ControlServer(made.context, made.address, door=made.door) as server,
             made.client("rollout-0", made.passport("rollout-0")) as own,
             made.client("rollout-0", STRANGERS[kind](made)) as stranger,
         ):
+            waits_ms = [channel._socket.handshake_ivl for channel in (own, server)]
+            assert waits_ms[0] < waits_ms[1], "a server that is slow must not look like one that refuses"
             known = asyncio.create_task(own.refused())
             with pytest.raises(RoleError, match=rf"^{made.address[6:]} does not let rollout-0 in: it has the keys of"):
                 await stranger.refused()
