@@ -4,7 +4,7 @@ who died               what follows
 learner or intake      the lifecycle takes the run back to its last checkpoint
 rollout actor          the intake says what it holds of the actor's samples; they are leased again behind that
 student engine         the rollout actors wait for it; it gets the current weights when it is up again
-any but the first two  it is restarted, within the budget of the fleet
+any but the first two  it is restarted, within the budget of the fleet; also where it ends while it comes up
 
 loop     waits for                      unblocked by
 run      the end of a process           the supervisor
@@ -92,6 +92,8 @@ class Deaths:
                 await self._reclaim(ended.name)
             if kind is RoleKind.STUDENT_ENGINE:
                 await reach.broadcast(RoleKind.ROLLOUT, m.EngineDown(self._url(ended.name)))
+            # one that waits for what has just ended has the deadline of that, and would end the run at it
+            await self.keep_down(ended.name)
             if ended.name not in reach.fleet.left:
                 restart = reach.spawn(self._restart(ended, kind), f"restart-{ended.name}")
                 self._restarts[ended.name] = restart

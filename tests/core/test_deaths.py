@@ -16,12 +16,12 @@ from opd_async.errors import OpdError
 from opd_async.plan.plan import RoleKind
 from opd_async.run.barrier import Barrier
 from opd_async.run.deaths import Deaths
-from opd_async.run.state import RunState
+from opd_async.run.state import RESYNC, UPDATE, RunState
 from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.transport import messages as m
 from opd_async.transport.mailbox import Mailbox
 
-ACTOR = "rollout-1"
+ACTOR, ENGINE = "rollout-1", "student-engine-0"
 
 
 class Fleet:
@@ -32,9 +32,12 @@ class Fleet:
         self.away, self.left = set[str](), set[str]()
         self.restarting, self.go = asyncio.Event(), asyncio.Event()
         self.started: list[str] = []
+        self.answers: list[asyncio.Future[None]] = []
+        """Of an engine: what becomes of each wait for it."""
 
     def role(self, name: str) -> Any:
-        return SimpleNamespace(name=name, kind=RoleKind.ROLLOUT)
+        kind = RoleKind.STUDENT_ENGINE if name == ENGINE else RoleKind.ROLLOUT
+        return SimpleNamespace(name=name, kind=kind, host="127.0.0.1", ports={"http": 1})
 
     async def await_restart(self, ended: Exit) -> None:
         self.restarting.set()
@@ -42,6 +45,14 @@ class Fleet:
 
     async def start(self, name: str) -> None:
         self.started.append(name)
+
+    async def wait_for_engine(self, kind: RoleKind, url: str) -> None:
+        self.answers.append(asyncio.get_running_loop().create_future())
+        await self.answers[-1]
+
+
+async def _restarted(name: str) -> None:
+    """No engine is slow."""
 
 
 class Reach:
@@ -55,8 +66,8 @@ class Reach:
         self.mailbox, self.state = Mailbox(), RunState()
         self.barrier: Barrier = SimpleNamespace(absent=lambda name: None)  # type: ignore[assignment]
         self.learner_lost = asyncio.Event()
-        self.watch: Any = SimpleNamespace(ended=lambda name: None, started=lambda name: None)
-        self.slow_engines: Any = None
+        self.watch: Any = SimpleNamespace(ended=lambda name: None, started=lambda name: None, heard=lambda name: None)
+        self.slow_engines: Any = SimpleNamespace(restarted=_restarted)
         self.gone_roles: list[str] = []
         self.failures: list[OpdError] = []
 
@@ -95,10 +106,10 @@ async def once(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-async def dies(reach: Reach) -> None:
-    """The actor is killed, and its restart begins."""
+async def dies(reach: Reach, name: str = ACTOR) -> None:
+    """The role is killed, and its restart begins."""
     reach.fleet.restarting.clear()
-    await reach.fleet.supervisor.exits.put(Exit(ACTOR, -9, ()))
+    await reach.fleet.supervisor.exits.put(Exit(name, -9, ()))
     async with asyncio.timeout(patience(5.0)):
         await reach.fleet.restarting.wait()
 
@@ -121,6 +132,23 @@ async def test_a_restart_that_is_given_up_starts_nothing() -> None:
         assert not deaths.starting and reach.fleet.started == [] and reach.failures == []
         await dies(reach)  # brought up again by somebody, it is restarted as before
         await once(lambda: bool(reach.fleet.started))
+
+
+async def test_an_engine_that_dies_again_while_it_comes_up_has_its_whole_time_once_more() -> None:
+    """The wait for the process that has ended would have come to its deadline, and ended the run."""
+    async with a_run() as (reach, deaths):
+        fleet = reach.fleet
+        fleet.go.set()
+        await dies(reach, ENGINE)
+        await once(lambda: len(fleet.answers) == 1)
+        await dies(reach, ENGINE)
+        await once(lambda: len(fleet.answers) == 2)
+        first, second = fleet.answers
+        assert first.cancelled() and fleet.started == [ENGINE] * 2 and list(deaths.starting) == [ENGINE]
+        second.set_result(None)
+        assert await reach.mailbox.expect(UPDATE, patience(5.0), "the engine to ask for weights") == RESYNC
+        await once(lambda: not deaths.starting)
+        assert reach.failures == [] and reach.state.engine_group == 1
 
 
 @pytest.mark.parametrize("left", [True, False])
