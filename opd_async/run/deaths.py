@@ -49,6 +49,9 @@ class Reach(Protocol):
     def gone(self, role: str) -> None:
         """Note that the role is not connected any more."""
 
+    def resize(self) -> None:
+        """Let as many responses be generated at once as there are engines for."""
+
     def fail(self, error: OpdError) -> None:
         """End the run with this error."""
 
@@ -128,6 +131,7 @@ class Deaths:
             if self._dispensable(ended.name, kind):
                 reach.fleet.say(f"going on without {ended.name}: {error}")
                 reach.fleet.away.add(ended.name)
+                reach.resize()
             else:
                 reach.fail(error)
         except OpdError as error:

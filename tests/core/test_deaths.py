@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from deadlines import patience
 
+from opd_async.cluster.nodes import HostLostError
 from opd_async.cluster.supervisor import Exit
 from opd_async.errors import OpdError
 from opd_async.plan.plan import RoleKind
@@ -21,22 +22,25 @@ from opd_async.telemetry.exporter import RoleMetrics
 from opd_async.transport import messages as m
 from opd_async.transport.mailbox import Mailbox
 
-ACTOR, ENGINE = "rollout-1", "student-engine-0"
+ACTOR, ENGINE, OTHER = "rollout-1", "student-engine-0", "student-engine-1"
 
 
 class Fleet:
     """Of the fleet, what deaths look at; a restart waits for `go`."""
 
     def __init__(self) -> None:
-        self.supervisor = SimpleNamespace(exits=asyncio.Queue(), running=())
+        self.said: list[str] = []
+        self.supervisor = SimpleNamespace(exits=asyncio.Queue(), running=(OTHER,))
+        self.say = self.said.append
         self.away, self.left = set[str](), set[str]()
         self.restarting, self.go = asyncio.Event(), asyncio.Event()
+        self.host_is_away = False
         self.started: list[str] = []
         self.answers: list[asyncio.Future[None]] = []
         """Of an engine: what becomes of each wait for it."""
 
     def role(self, name: str) -> Any:
-        kind = RoleKind.STUDENT_ENGINE if name == ENGINE else RoleKind.ROLLOUT
+        kind = RoleKind.ROLLOUT if name == ACTOR else RoleKind.STUDENT_ENGINE
         return SimpleNamespace(name=name, kind=kind, host="127.0.0.1", ports={"http": 1})
 
     async def await_restart(self, ended: Exit) -> None:
@@ -44,6 +48,8 @@ class Fleet:
         await self.go.wait()
 
     async def start(self, name: str) -> None:
+        if self.host_is_away:
+            raise HostLostError(f"the host of {name} has not come back")
         self.started.append(name)
 
     async def wait_for_engine(self, kind: RoleKind, url: str) -> None:
@@ -61,7 +67,8 @@ class Reach:
     def __init__(self, group: asyncio.TaskGroup) -> None:
         self._group = group
         self.fleet: Any = Fleet()
-        self.plan: Any = None
+        roles = [self.fleet.role(name) for name in (ENGINE, ACTOR, OTHER)]
+        self.plan: Any = SimpleNamespace(of_kind=lambda kind: [role for role in roles if role.kind is kind])
         self.metrics = RoleMetrics("launcher")
         self.mailbox, self.state = Mailbox(), RunState()
         self.barrier: Barrier = SimpleNamespace(absent=lambda name: None)  # type: ignore[assignment]
@@ -70,9 +77,14 @@ class Reach:
         self.slow_engines: Any = SimpleNamespace(restarted=_restarted)
         self.gone_roles: list[str] = []
         self.failures: list[OpdError] = []
+        self.sizes: list[set[str]] = []
+        """Who was away each time that the number of slots was looked at."""
 
     def gone(self, role: str) -> None:
         self.gone_roles.append(role)
+
+    def resize(self) -> None:
+        self.sizes.append(set(self.fleet.away))
 
     def fail(self, error: OpdError) -> None:
         self.failures.append(error)
@@ -149,6 +161,16 @@ async def test_an_engine_that_dies_again_while_it_comes_up_has_its_whole_time_on
         assert await reach.mailbox.expect(UPDATE, patience(5.0), "the engine to ask for weights") == RESYNC
         await once(lambda: not deaths.starting)
         assert reach.failures == [] and reach.state.engine_group == 1
+
+
+async def test_an_engine_whose_host_stays_away_takes_its_slots_with_it() -> None:
+    async with a_run() as (reach, deaths):
+        reach.fleet.host_is_away = True
+        reach.fleet.go.set()
+        await dies(reach, ENGINE)
+        await once(lambda: not deaths.starting)
+        assert reach.sizes == [{ENGINE}] and reach.failures == []
+        assert reach.fleet.said == [f"going on without {ENGINE}: the host of {ENGINE} has not come back"]
 
 
 @pytest.mark.parametrize("left", [True, False])
