@@ -70,19 +70,30 @@ class Leasing:
             await self._changed.wait()
             self._changed.clear()
             book = reach.state.book
-            if book is not None and self._admitting and reach.state.version >= 0:
+            if book is not None and self._flows(book):
                 await self._lease_out(book)
                 reach.metrics["opd_launcher_leases_active"].set(book.active)
 
+    def _flows(self, book: LeaseBook) -> bool:
+        """Whether leases of this book are given out: those of the one before a recovery are not."""
+        return self._admitting and book is self._reach.state.book and self._reach.state.version >= 0
+
     async def _lease_out(self, book: LeaseBook) -> None:
-        load = {name: book.generating_by(name) for name in self._reach.up(RoleKind.ROLLOUT)}
-        while load:
-            actor = min(load, key=lambda name: load[name])
-            spec = book.lease(actor, self._reach.state.version)
+        """Lease as much as the book admits, each sample to the actor with the fewest.
+
+        A prompt may take long, and anybody may end meanwhile: `deaths.py` reclaims only what was leased by then.
+        """
+        reach = self._reach
+        while self._flows(book) and (actors := reach.up(RoleKind.ROLLOUT)):
+            actor = min(actors, key=book.generating_by)
+            spec = book.lease(actor, reach.state.version)
             if spec is None:
                 return
-            load[actor] += 1
-            await self._reach.server.send(actor, await self._lease(book, spec, actor))
+            incarnation = reach.fleet.incarnation(actor)
+            lease = await self._lease(book, spec, actor)
+            there = actor in reach.up(RoleKind.ROLLOUT) and reach.fleet.incarnation(actor) == incarnation
+            if there and self._flows(book):
+                await reach.server.send(actor, lease)
 
     async def _prompt(self, index: int) -> Prompt:
         """A prompt of the file, or of the user's function, which may take its time but not for ever."""
