@@ -32,7 +32,6 @@ from opd_async.plan.plan import Plan, RoleKind
 from opd_async.run.barrier import Barrier, BarrierState
 from opd_async.run.control_bounds import ControlBounds
 from opd_async.run.deaths import Deaths
-from opd_async.run.evaluation_responses import EVAL_IDS
 from opd_async.run.leasing import Leasing
 from opd_async.run.ledger import Ledger
 from opd_async.run.slow_engines import SlowEngines
@@ -82,6 +81,8 @@ class Dispatcher:
         self.failed: asyncio.Future[OpdError] = asyncio.get_running_loop().create_future()
         self.on_sample: Callable[[m.TrainedSample], None] = lambda sample: None
         self.on_eval_done: Callable[[m.EvalDone], None] = lambda done: None
+        self.on_gone: Callable[[str], None] = lambda role: None
+        """Called with a role whose process has ended, before another may be started."""
         self.before_update: Callable[[], Awaitable[None]] = _nothing
         """Called when generation has stopped for new weights: who leaves the run leaves then."""
         self.on_updated: Callable[[Sequence[str]], None] = lambda urls: None
@@ -111,6 +112,10 @@ class Dispatcher:
     def name_of(self, kind: RoleKind, index: int = 0) -> str:
         """Name of a role as the plan, its log and its messages have it."""
         return self.plan.role(kind, index).name
+
+    async def send(self, role: str, message: m.Message) -> bool:
+        """Send to a role; False when it is not connected."""
+        return await self.server.send(role, message)
 
     async def broadcast(self, kind: RoleKind, message: m.Message) -> list[str]:
         """Send to every connected role of a kind; returns the names of those that it was queued for."""
@@ -166,9 +171,20 @@ class Dispatcher:
             log = self.fleet.log_folder() / f"{role}.log"
             raise DeadlineError(f"{role} has not come up in {deadline_s:.0f} s; see {log}") from None
 
+    async def actor_for(self, number: int) -> str:
+        """A connected rollout actor, by remainder, so that all have as many; the first to come while there is none.
+
+        On cancel: nothing has changed.
+        """
+        while not (actors := self.up(RoleKind.ROLLOUT)):
+            self._arrived.clear()
+            await self._arrived.wait()
+        return actors[number % len(actors)]
+
     def gone(self, role: str) -> None:
         """Note that the process of a role has ended: it is not connected any more."""
         self._up.discard(role)
+        self.on_gone(role)
 
     def fail(self, error: OpdError) -> None:
         """End the run with this error; the first one counts."""
@@ -362,9 +378,3 @@ class Dispatcher:
     def _step_started(self, started: m.StepStarted) -> None:
         self._taken(started, int(started.stats["tokens"]))
         self.mailbox.deliver(("StepStarted", started.version), started)
-
-    async def send_eval(self, lease: m.Lease) -> None:
-        """Give an evaluation lease to a connected actor."""
-        actors = self.up(RoleKind.ROLLOUT)
-        if actors:
-            await self.server.send(actors[(lease.sample_id - EVAL_IDS) % len(actors)], lease)

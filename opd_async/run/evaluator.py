@@ -20,7 +20,7 @@ from opd_async.data.answers import AnswerChecker
 from opd_async.data.prompts import Prompt
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import DeadlineError
-from opd_async.run.evaluation_responses import Response, Responses, SendLease
+from opd_async.run.evaluation_responses import Actors, Response, Responses
 from opd_async.telemetry.report import Evaluation, on_set
 from opd_async.telemetry.samples import EvaluatedSample, quoted
 from opd_async.transport.messages import EvalDone, Finish, LeaseKind
@@ -37,7 +37,7 @@ class Evaluator:
         prompts: Mapping[str, Sequence[Prompt]],
         tokenizer: Tokenizer,
         slots: int,
-        send: SendLease,
+        actors: Actors,
     ) -> None:
         """`prompts` has those of each of the `sets`."""
         self.sets = sets
@@ -45,8 +45,8 @@ class Evaluator:
         self._tokenizer = tokenizer
         self._checkers = {name: AnswerChecker(one.answer_pattern) for name, one in sets.items()}
         self._slots = slots
-        self._responses = Responses(send)
-        self.deliver = self._responses.deliver
+        self._responses = Responses(actors)
+        self.deliver, self.lost = self._responses.deliver, self._responses.lost
         self.shown = 0
         """How many sampled responses of each evaluation `on_sample` gets."""
         self.on_sample: Callable[[EvaluatedSample], None] = lambda sample: None

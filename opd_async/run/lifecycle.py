@@ -334,8 +334,8 @@ class Lifecycle:
             return None
         prompts = {name: self._inputs.held_out[name].prompts for name in sets}
         slots = topology.rollout.slots
-        evaluator = Evaluator(sets, prompts, self._inputs.tokenizer, slots, dispatcher.send_eval)
-        dispatcher.on_eval_done = evaluator.deliver
+        evaluator = Evaluator(sets, prompts, self._inputs.tokenizer, slots, dispatcher)
+        dispatcher.on_eval_done, dispatcher.on_gone = evaluator.deliver, evaluator.lost
         assert self._samples is not None
         evaluator.shown, evaluator.on_sample = topology.telemetry.samples_per_step, self._samples.add
         return evaluator

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from eval_actors import OneActor
 from small_runs import make_model
 
 from opd_async.config.evaluating import evaluation_sets
@@ -37,14 +38,14 @@ def evaluate(
     """One evaluation of four prompts, every lease answered at once."""
     leases: list[Lease] = []
 
-    async def send(lease: Lease) -> None:
+    def send(lease: Lease) -> None:
         leases.append(lease)
         evaluator.deliver(answer(lease))
 
     settings = EvaluationSection.model_validate(section)
     sets = evaluation_sets(settings, PromptsSection(path=Path("x.jsonl")), 32, 64)
     prompts = PROMPTS if teacher is None else [replace(prompt, teacher=teacher) for prompt in PROMPTS]
-    evaluator = Evaluator(sets, {"held_out": prompts}, tokenizer, slots=3, send=send)
+    evaluator = Evaluator(sets, {"held_out": prompts}, tokenizer, slots=3, actors=OneActor(send))
     kind = LeaseKind.EVAL_STUDENT if teacher is None else LeaseKind.EVAL_TEACHER
 
     async def run() -> Evaluation:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from eval_actors import OneActor
 from small_runs import make_model, topology_data, write_lines, write_topology
 
 from opd_async.checks.inputs import read_inputs
@@ -154,7 +155,7 @@ def test_another_vocabulary_is_named(tmp_path: Path) -> None:
 async def test_a_teacher_is_evaluated_on_its_own_prompts(tmp_path: Path) -> None:
     leases: list[Lease] = []
 
-    async def send(lease: Lease) -> None:
+    def send(lease: Lease) -> None:
         leases.append(lease)
         evaluator.deliver(
             EvalDone(sample_id=lease.sample_id, finish="stop", weight_version=0, token_ids=np.array([4, 2], np.int32))
@@ -163,7 +164,7 @@ async def test_a_teacher_is_evaluated_on_its_own_prompts(tmp_path: Path) -> None
     prompts = [Prompt(n, np.array([1, 3], np.int32), "b", {}, "math" if n % 3 else "code") for n in range(6)]
     tokenizer = Tokenizer(make_model(tmp_path / "model"))
     sets = evaluation_sets(EvaluationSection(), PromptsSection(path=Path("x.jsonl")), 32, 64)
-    evaluator = Evaluator(sets, {"held_out": prompts}, tokenizer, 8, send)
+    evaluator = Evaluator(sets, {"held_out": prompts}, tokenizer, 8, OneActor(send))
     found = await evaluator.evaluate(LeaseKind.EVAL_TEACHER, "held_out", 5, 0, 10.0, evaluator.slots(), "code")
     assert found.prompts == 2 and {(lease.prompt_id, lease.teacher) for lease in leases} == {(0, "code"), (3, "code")}
     assert evaluator.prompts_of("held_out", 5, "poet") == []
