@@ -10,6 +10,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from pathlib import Path
 
 from opd_async.cluster.supervisor import Exit, ProcessSpec, Supervising
@@ -32,6 +33,17 @@ STOP_ORDER = (
     RoleKind.STUDENT_ENGINE,
     RoleKind.TEACHER_ENGINE,
 )
+
+
+class Standing(Enum):
+    """What a role is to those who wait for it."""
+
+    EXPECTED = auto()
+    """It comes up, or has died and is started again."""
+    HELD_UP = auto()
+    """Its host is lost, and nobody else does its work."""
+    SPARED = auto()
+    """The run goes on without it for now."""
 
 
 class Fleet:
@@ -83,15 +95,26 @@ class Fleet:
         """Which start of a role, or of the learner whose rank it is, is the current one; None if it never started."""
         return self._incarnations.get(self._ranks.get(name, name))
 
+    def standing(self, name: str) -> Standing:
+        """Whether to wait for a role now; an engine that the run does not start, by its URL, is always expected.
+
+        Student engines and rollout actors of lost hosts are spared, as long as there are others. A teacher's prompts
+        are dealt to all of its actors and engines, and those of one that is lost would wait.
+        """
+        if name in self.away:
+            return Standing.SPARED
+        if name not in self._roles or not self.supervisor.lost(name):
+            return Standing.EXPECTED
+        kind = self._roles[name].kind
+        if kind not in (RoleKind.STUDENT_ENGINE, RoleKind.ROLLOUT):
+            return Standing.HELD_UP
+        others = {role.name for role in self.plan.of_kind(kind)} - self.away
+        return Standing.HELD_UP if all(map(self.supervisor.lost, others)) else Standing.SPARED
+
     def students_to_reach(self) -> list[str]:
         """The student engines without those that are away, and of lost hosts; those too where every host is lost."""
-        there = [url for url in self.plan.student_engines if url not in self.urls_away()]
-        lost = {
-            f"http://{role.host}:{role.ports['http']}"
-            for role in self.plan.of_kind(RoleKind.STUDENT_ENGINE)
-            if self.supervisor.lost(role.name)
-        }
-        return [url for url in there if url not in lost] or there
+        names = self.plan.engine_names
+        return [url for url in self.plan.student_engines if self.standing(names[url]) is not Standing.SPARED]
 
     def urls_away(self) -> set[str]:
         """The base URLs of the engines that are away."""

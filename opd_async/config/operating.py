@@ -111,7 +111,8 @@ class SupervisorSection(Section):
     backoff_s: Seconds = 0.5
     """Pause before a restart of a role. It doubles with each other one within `restart_window_s`, up to 30 s."""
     start_deadline_s: Seconds = 180.0
-    """If no role comes up for so long, the start has failed. Large models need more."""
+    """If no role comes up for so long, the start has failed. Large models need more. On several hosts it is
+    `cluster.lost_s` more, before which a host is not known to be lost."""
     stop_deadline_s: Seconds = 20.0
     """How long a role may take to stop after SIGTERM, before SIGKILL."""
     heartbeat_deadline_s: Seconds = 60.0

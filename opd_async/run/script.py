@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from opd_async.data.own_prompts import ENDLESS
 from opd_async.errors import RoleError
 from opd_async.plan.plan import RoleKind
-from opd_async.run.arrivals import all_up
+from opd_async.run.arrivals import INTAKE, Arrivals
 from opd_async.run.consulting import Consulting
 from opd_async.run.dispatcher import Dispatcher
 from opd_async.run.evaluations import Evaluations
@@ -30,7 +30,6 @@ from opd_async.transport.owed import Owed
 
 T = TypeVar("T")
 
-INTAKE = "the intake"
 SYNC_TRIES = 5
 RESET_DEADLINE_S = 60.0
 
@@ -60,6 +59,7 @@ class Script:
         if evaluator is not None and self._topology.opd.in_learner:
             evaluator.consult = Consulting(self._learner, dispatcher.plan.vocab_size).complete
         self.saving = Saving(dispatcher, self._learner, progress)
+        self._arrivals = Arrivals(dispatcher, progress.say)
         self._accounted = -1
         self._began = -1
         self._unaccounted: m.LearnerReply | None = None
@@ -100,56 +100,31 @@ class Script:
 
         Returns the weight version. On cancel: run it again from the start; what was proven counts no more.
         """
-        deadline_s = self._deadlines.start_deadline_s
+        dispatcher, topology = self._dispatcher, self._topology
         self._state.version = -1
-        there = await all_up(self._arrivals(), deadline_s, self._progress.say)
-        self._dispatcher.watch.engines_answered()
+        there = await self._arrivals.everybody()
+        dispatcher.watch.engines_answered(but=(*dispatcher.deaths.starting, *dispatcher.fleet.away))
         frontier = there[INTAKE]
         self._accounted = self._began = frontier.version
-        topology = self._topology
         shuffle = topology.data.shuffle and self._prompts < ENDLESS  # an iterator has its own order
         order = PromptOrder(self._prompts, topology.rollout.group_size, topology.seed, shuffle)
         self._state.book = LeaseBook(
             frontier,
             order,
             admission_of(topology.schedule),
-            self._dispatcher.slots,
+            dispatcher.slots,
             attempt=self._attempt_floor,
             longest=topology.rollout.sampling.max_response_tokens,
         )
         version = await self._update_weights(verify=True)
         if version != frontier.version:
-            folder = self._dispatcher.plan.run_folder / "checkpoints"
+            folder = dispatcher.plan.run_folder / "checkpoints"
             raise RoleError(
                 f"the learner resumed at step {version}, the frontier at {frontier.version}: the checkpoint in "
                 f"{folder} mixes two steps; remove it to resume from the one before"
             )
         self._progress.say(f"weights {version} are in every student engine, proven by version and content")
         return version
-
-    def _arrivals(self) -> dict[str, Coroutine[Any, Any, Any]]:
-        """What to wait for until every role is up, by who is waited for. The learner is when it has the student."""
-        dispatcher, plan = self._dispatcher, self._dispatcher.plan
-        deadline_s = self._deadlines.start_deadline_s * len(plan.roles)  # `all_up` gives up long before
-        waits: dict[str, Coroutine[Any, Any, Any]] = {INTAKE: dispatcher.mailbox.expect("Frontier", deadline_s, INTAKE)}
-        for role in plan.of_kind(RoleKind.INTAKE)[1:]:
-            waits[role.name] = dispatcher.mailbox.expect(("Hello", role.name), deadline_s, role.name)
-        for kind in (RoleKind.LEARNER, RoleKind.ROLLOUT, RoleKind.TEACHER):
-            for name in (role.name for role in plan.of_kind(kind)):
-                if kind is RoleKind.LEARNER:  # its first rank speaks for all
-                    if name == dispatcher.name_of(kind):
-                        hello = dispatcher.mailbox.expect(("Hello", name), deadline_s, name)
-                        waits["the learner to load the student"] = hello
-                elif name not in dispatcher.up(kind) and name not in dispatcher.fleet.away:
-                    waits[name] = dispatcher.mailbox.expect(("Hello", name), deadline_s, name)
-        for kind, urls in (
-            (RoleKind.STUDENT_ENGINE, plan.student_engines),
-            (RoleKind.TEACHER_ENGINE, plan.teacher_engines),
-        ):
-            for url in (url for url in urls if url not in dispatcher.fleet.urls_away()):
-                who = f"the {kind.value.replace('_', ' ')} at {url}"
-                waits[who] = dispatcher.fleet.wait_for_engine(kind, url, deadline_s)
-        return waits
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -231,8 +206,7 @@ class Script:
             self._state.engine_group += 1
             await asyncio.sleep(self._deadlines.backoff_s)
             await dispatcher.watch.end_stuck_engines(self._engines_to_reach())
-            for url in self._engines_to_reach():
-                await dispatcher.fleet.wait_for_engine(RoleKind.STUDENT_ENGINE, url)
+            await self._arrivals.students(self._engines_to_reach())
         else:
             raise RoleError(f"the weights could not be sent in {SYNC_TRIES} tries, last: {reply.error}")
         if reply.version != before:

@@ -98,10 +98,12 @@ class Watch:
         """Expect a sign of a role that was started again, once it has had its time to come up."""
         self._live.heard(role, time.monotonic() + self._settings.start_deadline_s)
 
-    def engines_answered(self) -> None:
-        """Expect signs of every engine from now on: each has answered, though perhaps not yet to this watch."""
+    def engines_answered(self, but: Collection[str] = ()) -> None:
+        """Expect signs of every engine from now on `but` of these roles: each has answered, though perhaps not yet to
+        this watch."""
         for url, role in self._engines.items():
-            self._live.spoke(role or url, time.monotonic())
+            if role not in but:
+                self._live.spoke(role or url, time.monotonic())
 
     def ended(self, role: str) -> None:
         """Expect no sign of a role that has ended."""

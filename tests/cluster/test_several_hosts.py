@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster_run import FENCE_S, LOST_S, SECRET, ClusterRun, settings
 from deadlines import patience
-from harness import ROOT, check_trained, loud_lines, rows, steps
+from harness import ROOT, check_trained, loud_lines, steps
 from lab import Lab, until
 
 from opd_async.plan.plan import Plan
@@ -150,29 +151,55 @@ def test_a_run_goes_on_without_a_host_whose_power_is_cut_and_waits_for_another(i
     assert again.keys() == {name for name, host in where.items() if host in (student, teacher)}, again
 
 
-def test_an_agent_is_killed_then_the_launcher(lab: Lab, inputs: Path, tmp_path: Path) -> None:
-    """The kernel ends what an agent has started; the lease ends what a launcher has. The run can be resumed."""
-    run = ClusterRun(lab, tmp_path, settings(inputs, tmp_path, 3, schedule__steps=200))
-    folder, teacher = tmp_path / "run", lab[TEACHER]
-    run.wait_for_steps(folder, 2)
-    (agent,) = teacher.processes("opd_async.agent")
-    agent.kill()
-    until(lambda: teacher.processes() == [], lambda: f"the end of {teacher.processes()}")
-    run.agents[TEACHER] = run.agent(teacher)
-    run.wait_for_text(f"{TEACHER} is back", LOST_S + 30)
-    before = len(rows(folder / "metrics.jsonl"))
-    run.wait_for_steps(folder, before + 2)
+def test_agents_are_killed_then_the_launcher(inputs: Path, tmp_path: Path) -> None:
+    """The kernel ends what an agent has started; the lease ends what a launcher has. The run can be resumed.
 
-    lab["h0"].signal("opd_async.launch", signal.SIGKILL)
-    until(lambda: run.left() == [], lambda: f"the end of everything: {run.left()}\n{run.said()}", FENCE_S + 60)
-    assert [agent.wait(patience(30)) for agent in run.agents.values()] == [1, 1], "no launcher came back for them"
-    sealed = (folder / "checkpoints").glob("step_*/complete.json")
-    kept = max(int(path.parent.name.split("_")[1]) for path in sealed)
+    The first agent has one of two student engines, which refuses the weights at once, long before its host is known to
+    be lost: the update goes on without it then.
+    """
 
-    again = ClusterRun(lab, tmp_path, settings(inputs, tmp_path, 3, schedule__steps=kept + 4), "--resume")
-    assert again.end() == 0, again.said()
+    def values(last: int) -> dict[str, Any]:
+        topology = settings(inputs, tmp_path, 4, schedule__steps=last, rollout__slots=32)
+        topology["engines"]["student"]["replicas"] = 2
+        return topology
+
+    folder = tmp_path / "run"
+    with Lab(("h0", "h1", "h2", "h3")) as lab:
+        run = ClusterRun(lab, tmp_path, values(100_000))
+        run.wait_for_steps(folder, 2)
+        plan = Plan.model_validate_json((folder / "plan.json").read_bytes())
+        where = {role.name: role.node for role in plan.roles}
+        assert where["rollout-0"] != where["student-engine-1"]
+
+        def kill_agent(name: str) -> None:
+            (agent,) = lab[name].processes("opd_async.agent")
+            agent.kill()
+            until(lambda: lab[name].processes() == [], lambda: f"the end of {lab[name].processes()}")
+
+        def start_agent(name: str) -> None:
+            run.agents[name] = run.agent(lab[name])
+            run.wait_for_text(f"{name} is back", LOST_S + 30)
+            run.wait_for_steps(folder, len(steps(folder)) + 2)
+
+        student, teacher = where["student-engine-1"], where["teacher-0"]
+        kill_agent(student)
+        run.wait_for_text(f"{student} is lost", LOST_S)
+        run.wait_for_steps(folder, len(steps(folder)) + 2)
+        start_agent(student)
+        kill_agent(teacher)
+        start_agent(teacher)
+
+        lab[LEARNER].signal("opd_async.launch", signal.SIGKILL)
+        until(lambda: run.left() == [], lambda: f"the end of everything: {run.left()}\n{run.said()}", FENCE_S + 60)
+        codes = [agent.wait(patience(30)) for agent in run.agents.values()]
+        assert codes == [1, 1, 1], "no launcher came back for them"
+        sealed = (folder / "checkpoints").glob("step_*/complete.json")
+        kept = max(int(path.parent.name.split("_")[1]) for path in sealed)
+
+        again = ClusterRun(lab, tmp_path, values(kept + 4), "--resume")
+        assert again.end() == 0, again.said()
+        assert again.left() == []
     check_trained(folder, 1, kept + 4)
-    assert again.left() == []
 
 
 def test_a_learner_of_two_ranks_on_two_hosts_loses_one_of_them(inputs: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from deadlines import patience
 from small_runs import small_topology
 
 from opd_async.bench.no_weights import save_no_weights
+from opd_async.cluster.fleet import Standing
 from opd_async.run import checkpoints
 from opd_async.run.script import Script
 from opd_async.run.state import RESYNC, UPDATE, RunState
@@ -122,43 +123,84 @@ async def test_a_step_that_a_signal_left_halfway_gets_its_row(tmp_path: Path) ->
     assert rows == [1, 2]
 
 
+class FailedUpdate:
+    """A run of engines a and b whose first weight update fails; what follows is `told`. They answer once they are
+    `up`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.told: list[Any] = []
+        self.spared: set[str] = set()
+        self.waiting = asyncio.Event()
+        """Somebody waits for b."""
+        self.up = {"a": asyncio.Event(), "b": asyncio.Event()}
+        dispatcher: Any = FakeDispatcher(folder)
+        dispatcher.plan.engine_names = {"a": "student-engine-0", "b": "student-engine-1"}
+        dispatcher.metrics = defaultdict(lambda: SimpleNamespace(set=lambda _: None))
+        dispatcher.barrier = SimpleNamespace(close=self._close, open=self._open)
+        dispatcher.fleet = SimpleNamespace(
+            standing=self._standing, students_to_reach=self._to_reach, wait_for_engine=self._wait_for_engine
+        )
+        dispatcher.watch = SimpleNamespace(end_stuck_engines=self._end_stuck_engines)
+        dispatcher.leasing = SimpleNamespace(look_again=lambda: None)
+        self._errors = ["b did not answer", None]
+        self.script = Script(dispatcher, None, 1, Progress(lambda line: None, 10))
+        self.script._deadlines = self.script._deadlines.model_copy(update={"backoff_s": 0.0})
+        self.script._learner = SimpleNamespace(ask=self._ask)  # type: ignore[assignment]
+
+    async def update(self) -> int:
+        async with asyncio.timeout(patience(20)):
+            return await self.script._update_weights(verify=False)
+
+    def _standing(self, role: str) -> Standing:
+        return Standing.SPARED if role in self.spared else Standing.EXPECTED
+
+    def _to_reach(self) -> list[str]:
+        names = {"a": "student-engine-0", "b": "student-engine-1"}
+        return [url for url, name in names.items() if name not in self.spared]
+
+    async def _close(self) -> None:
+        self.told.append("closed")
+
+    async def _open(self, version: int, *, new: bool) -> None:
+        self.told.append(("opened", version))
+
+    async def _end_stuck_engines(self, urls: list[str]) -> None:
+        self.told.append(("looked at", tuple(urls)))
+
+    async def _wait_for_engine(self, _: Any, url: str, __: float) -> None:
+        self.told.append(("waited for", url))
+        if url == "b":
+            self.waiting.set()
+        await self.up[url].wait()
+
+    async def _ask(self, command: m.SyncWeights) -> m.LearnerReply:
+        self.told.append((command.group, tuple(command.engines), command.verify))
+        return m.LearnerReply("SyncWeights", 1, self._errors.pop(0), {})
+
+
 async def test_what_a_failed_update_left_standing_is_ended_before_the_next_try(tmp_path: Path) -> None:
-    told: list[Any] = []
-    dispatcher: Any = FakeDispatcher(tmp_path)
-
-    async def close() -> None:
-        told.append("closed")
-
-    async def opened(version: int, *, new: bool) -> None:
-        told.append(("opened", version))
-
-    async def end_stuck_engines(urls: list[str]) -> None:
-        told.append(("looked at", tuple(urls)))
-
-    async def wait_for_engine(_: Any, url: str) -> None:
-        told.append(("waited for", url))
-
-    dispatcher.metrics = defaultdict(lambda: SimpleNamespace(set=lambda _: None))
-    dispatcher.barrier = SimpleNamespace(close=close, open=opened)
-    dispatcher.fleet = SimpleNamespace(students_to_reach=lambda: ["a", "b"], wait_for_engine=wait_for_engine)
-    dispatcher.watch = SimpleNamespace(end_stuck_engines=end_stuck_engines)
-    dispatcher.leasing = SimpleNamespace(look_again=lambda: None)
-    script = Script(dispatcher, None, 1, Progress(lambda line: None, 10))
-    script._deadlines = script._deadlines.model_copy(update={"backoff_s": 0.0})
-    errors = ["a did not answer", None]
-
-    async def ask(command: m.SyncWeights) -> m.LearnerReply:
-        told.append((command.group, command.verify))
-        return m.LearnerReply("SyncWeights", 1, errors.pop(0), {})
-
-    script._learner = SimpleNamespace(ask=ask)  # type: ignore[assignment]
-    assert await script._update_weights(verify=False) == 1
-    assert told == [
+    run = FailedUpdate(tmp_path)
+    for up in run.up.values():
+        up.set()
+    assert await run.update() == 1
+    assert run.told == [
         "closed",
-        ("opd-0", False),
+        ("opd-0", ("a", "b"), False),
         ("looked at", ("a", "b")),
         ("waited for", "a"),
         ("waited for", "b"),
-        ("opd-1", True),
+        ("opd-1", ("a", "b"), True),
         ("opened", 1),
     ]
+
+
+async def test_a_failed_update_goes_on_without_an_engine_whose_host_is_given_up_meanwhile(tmp_path: Path) -> None:
+    """Its agent was killed: it refuses connections at once, and only later the host is known to be lost."""
+    run = FailedUpdate(tmp_path)
+    run.up["a"].set()
+    updating = asyncio.create_task(run.update())
+    async with asyncio.timeout(patience(20)):
+        await run.waiting.wait()
+    run.spared.add("student-engine-1")
+    assert await updating == 1
+    assert run.told[-2:] == [("opd-2", ("a",), True), ("opened", 1)]

@@ -129,6 +129,14 @@ def test_an_engine_that_hangs_before_the_watch_first_asked_it_is_found(
     assert sorted(run.killed) == ["student-engine-0", "teacher-engine-0"]
 
 
+def test_nothing_is_expected_of_an_engine_that_was_not_waited_for(
+    run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.watch.engines_answered(but=["student-engine-0"])
+    run.passes(monkeypatch, seconds(1, 70))
+    assert run.killed == ["teacher-engine-0"]
+
+
 def test_a_learner_that_has_nothing_to_say_is_no_hang(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run.watch.heard("learner-0")
     run.passes(monkeypatch, seconds(1, 100))
