@@ -20,6 +20,7 @@ from opd_async.actors.rollout.chat_request import ChatRequest, record_of
 from opd_async.actors.rollout.episode_generation import DivergedError
 from opd_async.actors.rollout.samples import EpisodeSamples
 from opd_async.actors.rollout.session import ResponseFullError, Session
+from opd_async.errors import OpdError
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,6 +34,8 @@ class Conversation:
     end: int = -1
     """Tokens of the response behind the last answer; any other number says that more, or less, was said."""
     busy: bool = True
+    fault_before: OpdError | None = None
+    """What the agent had been told when its request came."""
 
     def extended_by(self, request: ChatRequest, record: tuple[str, ...]) -> bool:
         """Whether a request goes on behind the last answer."""
@@ -70,15 +73,14 @@ class Conversations:
                 held.append(await self._new(request, self._render(request)))
             while len(held) < request.n:
                 held.append(await self._new(request, held[0].session.read))
-        except (ResponseFullError, DivergedError) as error:
-            self.fault = error
+        except BaseException as error:
+            if isinstance(error, ResponseFullError | DivergedError):
+                self.fault = error
+            self.release(held)
             raise
-        finally:
-            if len(held) < request.n:
-                self.release(held)
         self._count("extended" if found else "begun")
         for one in held:
-            one.record, one.end = record, -1
+            one.record, one.end, one.fault_before = record, -1, self.fault
         return held
 
     async def _extend(self, one: Conversation, request: ChatRequest) -> None:
@@ -116,6 +118,8 @@ class Conversations:
         except ResponseFullError as error:
             self.fault = error
             raise
+        if self.fault is one.fault_before:
+            self.fault = None  # it was told, and went on
         choice = choice_of(turn, request, index, read)
         one.record = (*one.record, record_of(choice.for_record()))
         one.end = one.session.position

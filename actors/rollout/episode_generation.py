@@ -20,7 +20,7 @@ from opd_async.transport import messages as m
 
 
 class DivergedError(OpdError):
-    """An episode that was begun anew gave other tokens than those that are held of its first attempt."""
+    """An episode that was begun anew is not the one of which tokens are held: it gave others, or ended before them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,15 @@ class EpisodeGeneration(Generation):
         self.replayed += len(held)
         self.given_tokens += len(held)
         return token_ids[len(held) :]
+
+    def require_all_replayed(self) -> None:
+        """Raise `DivergedError` for an episode that ended before it came to the end of what is held."""
+        held = len(self.lease.prefix)
+        if self.replayed < held:
+            raise DivergedError(
+                f"the episode was begun anew after its actor was lost, and ended at token {self.replayed} of {held} "
+                "that are held"
+            )
 
     def settle(self, max_tokens: int, stop_token_ids: tuple[int, ...]) -> bool:
         """Note if the tokens at hand already end the turn."""

@@ -9,8 +9,10 @@ take as long as engines and weight updates do. On cancel: the episode is cancell
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from opd_async.actors.rollout.endpoint import Endpoint
@@ -18,13 +20,14 @@ from opd_async.actors.rollout.episode_generation import DivergedError, EpisodeGe
 from opd_async.actors.rollout.generation import Student
 from opd_async.actors.rollout.given_text import GivenText
 from opd_async.actors.rollout.samples import EpisodeSamples, Work
-from opd_async.actors.rollout.session import Limits, ResponseFullError, number_of
+from opd_async.actors.rollout.session import Limits, ResponseFullError, Session, number_of
 from opd_async.actors.rollout.tool_pool import ToolPool
 from opd_async.actors.rollout.waiting import Patience
 from opd_async.config.rewards import RewardKind
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.hooks import add_working_directory, load_hook
 from opd_async.role import Role
+from opd_async.scheduling.leases import UNDER_WAY
 from opd_async.transport import messages as m
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,10 @@ log = logging.getLogger(__name__)
 KEY = "rollout.function"
 FINISHES = {"finished": m.Finish.STOP, "empty": m.Finish.STOP, "full": m.Finish.LENGTH}
 """How the samples of an episode end, by its end; those of others have failed."""
+OTHER_THREADS = 8
+"""For what else of a rollout actor waits in a thread."""
+MOST_SAID = 500
+"""Characters of an error that a line of the log has."""
 
 
 class Episodes:
@@ -61,7 +68,14 @@ class Episodes:
         return EpisodeGeneration(lease=lease, rid=rid, student=student, awaits_reward=awaits_reward)
 
     def start(self) -> None:
-        """Listen for agents, where there is an endpoint, and start the processes of tools, where there are any."""
+        """Listen for agents, where there is an endpoint, and start the processes of tools, where there are any.
+
+        Agents that block run in threads, by the user's `asyncio.to_thread`: there is one for each episode that may be
+        under way. Those that waited for one would spend their deadline with it.
+        """
+        if self._function is not None:
+            threads = UNDER_WAY * self._settings.slots + OTHER_THREADS
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads, "blocking"))
         for index in range(self._settings.tools.workers if self._settings.tools.functions else 0):
             self._role.spawn(self._tools.run(), f"tools-{index}")
         if self._endpoint is not None:
@@ -96,7 +110,9 @@ class Episodes:
             async with self._role.clock.timeout(self._settings.episode_deadline_s) as scope:
                 samples.begin(Patience(scope))
                 try:
-                    return await self._reward(samples, generation.lease), "finished"
+                    reward = await self._reward(samples, generation.lease)
+                    generation.require_all_replayed()
+                    return reward, "finished"
                 finally:
                     await samples.close()
         except ResponseFullError:
@@ -116,16 +132,26 @@ class Episodes:
         """Run the user's function; what it has earned. An error that an agent let pass is the one that it was told."""
         session, row = samples.first, self._row(lease)
         if self._endpoint is None:
-            returned = await self._function(session, row)
+            returned = await self._call(session, row)
         else:
             async with self._endpoint.open(samples, lease.temperature) as conversations:
                 try:
-                    returned = await self._function(session, row)
+                    returned = await self._call(session, row)
                 except Exception as error:
                     if conversations.fault is None:
                         raise
                     raise conversations.fault from error
         return number_of(session.earned if returned is None else returned)
+
+    async def _call(self, session: Session, row: dict[str, Any]) -> Any:
+        """The user's function. What it raises to end its own task, or the process, ends the episode alone."""
+        try:
+            return await self._function(session, row)
+        except (asyncio.CancelledError, SystemExit) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # from outside: a deadline, or the end of the actor
+            raise RuntimeError(f"the episode's own code ended with {error!r}") from error
 
     def _row(self, lease: m.Lease) -> dict[str, Any]:
         """What an episode is told of its prompt."""
@@ -135,5 +161,6 @@ class Episodes:
 
     def _failed(self, generation: EpisodeGeneration, end: str, text: str) -> str:
         self._role.count("episodes_failed")
-        log.warning("%s: the episode of sample %d failed (%s): %s", KEY, generation.lease.sample_id, end, text)
+        said = text[:MOST_SAID]
+        log.warning("%s: the episode of sample %d failed (%s): %s", KEY, generation.lease.sample_id, end, said)
         return end

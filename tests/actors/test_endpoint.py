@@ -283,6 +283,34 @@ async def test_what_is_refused_and_that_the_episode_goes_on(tmp_path: Path, monk
         assert running.text(sampled=True) == [f"5{END}"] and running.text(sampled=False) == []
 
 
+async def test_an_agent_that_was_refused_goes_on_with_its_conversation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says is too long; it says less behind the same answer, which is still the one that was sampled."""
+
+    async def episode(session: Session, row: dict[str, Any]) -> float:
+        async with client_of(session) as client:
+            first = await client.chat.completions.create(model="m", messages=ASK)
+            history = [*ASK, first.choices[0].message]
+            long = {"role": "user", "content": "x" * LONGEST}
+            with pytest.raises(openai.BadRequestError) as refused:
+                await client.chat.completions.create(model="m", messages=[*history, long])
+            assert refused.value.code == "context_length_exceeded"
+            again = [*history, {"role": "user", "content": "Go on"}]
+            second = await client.chat.completions.create(model="m", messages=again)
+            assert second.choices[0].message.content == "three"
+        raise KeyError("a bug of the agent's own")
+
+    async with rollout(episode, tmp_path, monkeypatch, "two", "three") as (running, _):
+        await running.lease()
+        end = await running.end()
+        assert running.text(sampled=True) == [f"two{END}", f"three{END}"]
+        assert (running.counted("begun"), running.counted("extended"), running.counted("full")) == (1, 1, 1)
+        assert (end.finish, running.ended("full"), running.ended("raised")) == ("failed", 0, 1), (
+            "it did not end of that"
+        )
+
+
 async def test_a_conversation_that_is_full_ends_its_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def episode(session: Session, row: dict[str, Any]) -> float:
         messages = list(ASK)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -45,9 +47,11 @@ class Running:
             assert problem(chunk) is None
             self.chunks.append(chunk)
 
-    async def lease(self, prefix: list[int] | None = None, kind: m.LeaseKind = m.LeaseKind.TRAIN) -> None:
+    async def lease(
+        self, prefix: list[int] | None = None, kind: m.LeaseKind = m.LeaseKind.TRAIN, sample_id: int = 9
+    ) -> None:
         lease = m.Lease(
-            sample_id=9,
+            sample_id=sample_id,
             attempt=1,
             prompt_id=5,
             kind=kind.value,
@@ -85,6 +89,7 @@ async def rollout(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     deadline_s: float = 60.0 * SPEED,
+    slots: int = 16,
 ) -> AsyncIterator[Running]:
     words = {f"w{index}": index for index in range(VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -98,6 +103,7 @@ async def rollout(
         models={"student": {"path": str(folder)}},
         rollout={
             "chunk_tokens": 4,
+            "slots": slots,
             "sampling": {"max_response_tokens": LONGEST},
             "function": "my:episode",
             "episode_deadline_s": deadline_s,
@@ -113,7 +119,7 @@ async def rollout(
         actor = RolloutActor(role, session)
         running = Running(role, dispatcher)
         role.spawn(running.collect(), "collect")
-        role.spawn(actor.control(), "control")
+        actor.start()
         await dispatcher.to_role.put(m.Resume(0))
         yield running
         actor.close()
@@ -204,6 +210,27 @@ async def gives_megabytes(session: Session, row: dict[str, Any]) -> float:
     return 1.0
 
 
+async def awaits_what_was_cancelled(session: Session, row: dict[str, Any]) -> None:
+    """As clients do whose connection has gone."""
+    await session.generate(max_tokens=4)
+    call = asyncio.create_task(asyncio.sleep(100.0))
+    call.cancel()
+    await call
+
+
+async def ends_the_process(session: Session, row: dict[str, Any]) -> None:
+    await session.generate(max_tokens=4)
+    sys.exit("no such tool")
+
+
+async def cancels_what_it_waits_for(session: Session, row: dict[str, Any]) -> float:
+    """A cancelled task of its own that it does not wait for is nobody's business."""
+    call = asyncio.create_task(asyncio.sleep(100.0))
+    call.cancel()
+    await session.generate(max_tokens=4)
+    return 1.0
+
+
 ENDS: list[tuple[Episode, str, str, int, float | None]] = [
     (raises, "raised", "failed", 5, None),
     (hangs, "deadline", "failed", 4, None),
@@ -213,6 +240,9 @@ ENDS: list[tuple[Episode, str, str, int, float | None]] = [
     (goes_on_behind_its_end, "raised", "failed", 4, None),
     (speaks_twice_at_once, "raised", "failed", -1, None),
     (gives_megabytes, "finished", "stop", 4, 1.0),
+    (awaits_what_was_cancelled, "raised", "failed", 4, None),
+    (ends_the_process, "raised", "failed", 4, None),
+    (cancels_what_it_waits_for, "finished", "stop", 4, 1.0),
 ]
 
 
@@ -293,6 +323,38 @@ async def test_a_second_attempt_that_gives_something_else_ends(tmp_path: Path, m
         end = await running.end()
         assert (end.finish, end.reward, end.end, running.ended("diverged")) == ("failed", None, 8, 1)
         assert not [body for body in engine.seen if body.get("stream")]
+
+
+@pytest.mark.parametrize("held", [6, 7, 8, len(WHOLE)])
+async def test_a_second_attempt_that_ends_before_what_is_held_has_diverged(
+    held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tool answers otherwise the second time, and the episode is content after its first turn."""
+
+    async def episode(session: Session, row: dict[str, Any]) -> float:
+        await session.generate(max_tokens=5)
+        return 1.0
+
+    async with FaultyEngine() as engine, rollout(engine, episode, tmp_path, monkeypatch) as running:
+        await running.lease(prefix=WHOLE[:held])
+        end = await running.end()
+        assert (end.finish, end.reward, end.end, running.ended("diverged")) == ("failed", None, held, 1)
+
+
+async def test_episodes_that_block_do_not_wait_for_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a thread for each that may be under way: here more than a machine's processors would have by default."""
+    slots = 16
+    together = threading.Barrier(4 * slots)
+
+    async def episode(session: Session, row: dict[str, Any]) -> float:
+        await session.generate(max_tokens=5)
+        await asyncio.to_thread(together.wait, patience(60.0))
+        return 1.0
+
+    async with FaultyEngine() as engine, rollout(engine, episode, tmp_path, monkeypatch, slots=slots) as running:
+        for sample_id in range(4 * slots):
+            await running.lease(sample_id=sample_id)
+        await until(lambda: running.ended("finished") == 4 * slots, "all of them")
 
 
 async def test_a_text_ends_a_turn_and_nothing_behind_it_was_made(
