@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from opd_async.actors.rollout.chat_answer import Choice, choice_of
 from opd_async.actors.rollout.chat_request import ChatRequest, record_of
 from opd_async.actors.rollout.episode_generation import DivergedError
+from opd_async.actors.rollout.given_text import beside_others, characters_of
 from opd_async.actors.rollout.samples import EpisodeSamples
 from opd_async.actors.rollout.session import ResponseFullError, Session
 from opd_async.errors import OpdError
@@ -70,7 +71,7 @@ class Conversations:
                 held.append(max(found, key=lambda one: len(one.record)))
                 await self._extend(held[0], request)
             else:
-                held.append(await self._new(request, self._render(request)))
+                held.append(await self._new(request, await self._render(request)))
             while len(held) < request.n:
                 held.append(await self._new(request, held[0].session.read))
         except BaseException as error:
@@ -87,8 +88,9 @@ class Conversations:
         one.busy = True
         await one.session.give(list(request.messages[len(one.record) :]))
 
-    def _render(self, request: ChatRequest) -> NDArray[np.int32]:
-        return self._samples.text.begin(request.messages, request.tools)
+    async def _render(self, request: ChatRequest) -> NDArray[np.int32]:
+        text = self._samples.text
+        return await beside_others(characters_of(request.messages), lambda: text.begin(request.messages, request.tools))
 
     async def _new(self, request: ChatRequest, ids: NDArray[np.int32]) -> Conversation:
         takes_first = not self._first_taken and not self._samples.first.position

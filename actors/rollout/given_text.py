@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,18 @@ from opd_async.errors import InputError
 Message = Mapping[str, Any]
 _ANSWER = "what-the-assistant-said"
 """Stands for a turn of the student while a template is asked for what follows one."""
+LONG = 1 << 16
+"""Characters from which on a text is tokenized in a thread: a million of them take a second."""
+
+
+async def beside_others(characters: int, tokenize: Callable[[], NDArray[np.int32]]) -> NDArray[np.int32]:
+    """int32[n] of so many `characters`, while everybody else of the actor goes on. On cancel: it ends by itself."""
+    return await asyncio.to_thread(tokenize) if characters > LONG else tokenize()
+
+
+def characters_of(messages: Sequence[Message]) -> int:
+    """About how long the text of messages is."""
+    return sum(len(str(message.get("content"))) for message in messages)
 
 
 class GivenText:

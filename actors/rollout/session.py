@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.actors.rollout.episode_generation import EpisodeGeneration, Stops
-from opd_async.actors.rollout.given_text import GivenText, Message
+from opd_async.actors.rollout.given_text import GivenText, Message, beside_others, characters_of
 from opd_async.actors.rollout.tool_calls import ToolCall, parse_calls
 from opd_async.actors.rollout.tool_pool import ToolPool
 from opd_async.errors import OpdError
@@ -192,11 +192,12 @@ class Session:
         """
         generation = self._generation
         with self._alone():
-            size = len(what) if isinstance(what, str) else sum(len(str(message.get("content"))) for message in what)
+            size = len(what) if isinstance(what, str) else characters_of(what)
             seen = generation.response()[: generation.position]
             if size > CHARACTERS * self.room:
                 raise ResponseFullError(f"{size} characters for the {self.room} tokens that the response may have")
-            await self._give(self._text.encode(what, int(seen[-1]) if len(seen) else None))
+            last = int(seen[-1]) if len(seen) else None
+            await self._give(await beside_others(size, lambda: self._text.encode(what, last)))
 
     async def fork(self) -> Session:
         """A session of the same episode that has said what this one has, and goes on in another way.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from deadlines import patience
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
-from opd_async.actors.rollout.given_text import GivenText
+from opd_async.actors.rollout.given_text import LONG, GivenText, beside_others, characters_of
 from opd_async.data.tokenizer import Tokenizer
 from opd_async.errors import InputError
 
@@ -67,3 +72,23 @@ def test_text_is_given_as_it_is(text: GivenText) -> None:
 def test_a_template_that_refuses_says_so(text: GivenText) -> None:
     with pytest.raises(InputError, match="nobody may speak"):
         text.encode([{"role": "nobody", "content": "x"}], None)
+
+
+async def test_a_long_text_holds_nobody_up() -> None:
+    """The tokenizer waits for what the event loop does meanwhile; of a short text nothing is worth a thread."""
+    meanwhile, others = threading.Event(), asyncio.get_running_loop()
+    others.call_later(0.01, meanwhile.set)
+
+    def tokenize() -> np.ndarray[Any, np.dtype[np.int32]]:
+        return np.array([meanwhile.wait(patience(30.0))], np.int32)
+
+    [went_on] = await beside_others(characters_of([{"content": "x" * LONG}, {"content": None}]), tokenize)
+    assert went_on
+    threads: list[int] = []
+
+    def note() -> np.ndarray[Any, np.dtype[np.int32]]:
+        threads.append(threading.get_ident())
+        return np.zeros(1, np.int32)
+
+    await beside_others(len("short"), note)
+    assert threads == [threading.get_ident()]
