@@ -13,8 +13,14 @@ import opd_async
 ROOT = Path(__file__).parents[2]
 
 
-JOBS = {"tests": {"lint", "tests", "smollm2", "chaos", "wheel"}, "nightly": {"long", "chaos"}}
-USED = {"tests": {"lint", "test", "test-smollm2", "chaos", "install"}, "nightly": {"test-long", "chaos"}}
+JOBS = {
+    "tests": {"lint", "tests", "smollm2", "chaos", "cluster", "sglang", "wheel"},
+    "nightly": {"long", "chaos"},
+}
+USED = {
+    "tests": {"lint", "test", "test-smollm2", "chaos", "test-cluster", "test-sglang", "install"},
+    "nightly": {"test-long", "chaos"},
+}
 
 
 @pytest.mark.parametrize("name", JOBS)
