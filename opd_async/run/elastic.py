@@ -195,18 +195,24 @@ class Elastic:
         problem = problem_of(dispatcher.plan, host, up, there)
         if problem is None and host in self._welcomes:
             problem = f"{host} is still joining; ask again once it takes part"
-        if problem is None:
-            await self._leave(self._agents.nodes[host])
-        return problem is None, problem or f"{host} has left the run; its agent has ended"
+        if problem is not None:
+            return False, problem
+        return True, await self._leave(self._agents.nodes[host])
 
-    async def _leave(self, node: Node) -> None:
-        names = await self._withdraw(node)
+    async def _leave(self, node: Node) -> str:
+        """Have a host leave; returns what there is to say of it."""
+        hanging = await self._withdraw(node)
         node.drained = True
         await self._agents.dismiss(node, "this host was drained: it has left the run")
+        names = [role.name for role in self._roles_of(node)]
         self._dispatcher.fleet.say(f"{node.name} has left the run, with {', '.join(names) or 'nothing on it'}")
+        if hanging:
+            return f"{node.name} has left the run, but {', '.join(hanging)} cannot be ended there; switch it off and on"
+        return f"{node.name} has left the run; its agent has ended"
 
     async def _withdraw(self, node: Node) -> list[str]:
-        """End the processes of a host for good, also those that are being started again; returns their names.
+        """End the processes of a host for good, also those that are being started again, all of a kind together;
+        returns the names of those that nothing ends.
 
         On cancel: some of them may have ended.
         """
@@ -215,10 +221,23 @@ class Elastic:
         names = [role.name for role in mine]
         fleet.away.update(names)
         fleet.left.update(names)
+        ends: dict[str, asyncio.Task[bool]] = {}
         for kind in (RoleKind.ROLLOUT, RoleKind.STUDENT_ENGINE):
-            for role in (role for role in mine if role.kind is kind):
-                await dispatcher.deaths.keep_down(role.name)
-                await fleet.supervisor.stop(role.name)
-                await dispatcher.deaths.leave(role.name)
+            async with asyncio.TaskGroup() as group:
+                for name in (role.name for role in mine if role.kind is kind):
+                    ends[name] = group.create_task(self._end(name), name=f"end {name}")
         dispatcher.resize()
-        return names
+        return [name for name, end in ends.items() if not end.result()]
+
+    async def _end(self, name: str) -> bool:
+        """End a process for good; whether it has. One that hangs inside the kernel runs nothing more: it has been sent
+        SIGKILL. On cancel: it may have ended."""
+        dispatcher, ended = self._dispatcher, True
+        await dispatcher.deaths.keep_down(name)
+        try:
+            await dispatcher.fleet.supervisor.stop(name)
+        except DeadlineError as error:
+            dispatcher.fleet.say(f"going on without {name}: {error}")
+            ended = False
+        await dispatcher.deaths.leave(name)
+        return ended
