@@ -359,6 +359,7 @@ class Recovered(Dispatcher):
         self.state.lost = Exit("learner-0", -9, ())
         self.learner_lost = asyncio.Event()
         self._up = {"learner-0", "intake-0"}
+        self.on_gone = lambda role: None
         self.ledger: Any = SimpleNamespace(rewind=lambda version, folder: None)
 
 
