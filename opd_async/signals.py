@@ -1,6 +1,7 @@
 """Signals that ask a run to stop: Ctrl-C, SIGTERM, and a terminal that is gone.
 
 answered            before anything is started, and after everything has ended: the process ends with one line
+unwinding           where something has to be taken back: the first signal raises
 Signals.install     while a run goes on: the first signal asks for an orderly end, the second for an immediate one
 """
 
@@ -38,6 +39,21 @@ def answered(words: str = NOTHING_STARTED) -> Iterator[None]:
         os._exit(EXIT_INTERRUPTED)
 
     before = {number: signal.signal(number, end) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def unwinding() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` on each of these signals, as Python itself does for Ctrl-C. Main thread only."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in stop_signals()}
     try:
         yield
     finally:

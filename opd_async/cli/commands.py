@@ -11,7 +11,7 @@ from pathlib import Path
 
 from opd_async.errors import InputError, OpdError
 from opd_async.extras import need
-from opd_async.signals import answered
+from opd_async.signals import EXIT_INTERRUPTED, answered, unwinding
 from opd_async.telemetry.terminal import show
 
 DEFAULT_TOPOLOGY = "topology.yaml"
@@ -133,7 +133,12 @@ def drain(arguments: argparse.Namespace) -> None:
     """`opd drain`: a host leaves a run, or may come back."""
     from opd_async.run.leaving import ask
 
-    show(ask(arguments.folder, arguments.host, float(arguments.wait_s), arguments.undo))
+    with unwinding():
+        try:
+            show(ask(arguments.folder, arguments.host, float(arguments.wait_s), arguments.undo))
+        except KeyboardInterrupt:
+            print("stopped by a signal; the run is asked no more", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
 
 
 @in_words

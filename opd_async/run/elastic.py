@@ -18,7 +18,6 @@ welcome   an agent's answers, engines, a weight update      the agent, engines, 
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Callable, Sequence
 
 from opd_async.cluster.hosting import share_files
@@ -28,7 +27,7 @@ from opd_async.errors import DeadlineError, InputError, OpdError, RoleError
 from opd_async.plan.plan import Plan, RoleKind, RolePlan
 from opd_async.plan.resolve import ports_of_seat, with_seat
 from opd_async.run.dispatcher import Dispatcher
-from opd_async.run.leaving import FOLDER, answer, problem_of, requests
+from opd_async.run.leaving import answer, forget_requests, problem_of, requests, take_requests
 from opd_async.run.run_folder import change_plan
 from opd_async.run.state import RESYNC, UPDATE
 from opd_async.transport import messages as m
@@ -52,15 +51,16 @@ class Elastic:
         """Hosts that are being brought up."""
 
     def begin(self) -> None:
-        """Take hosts from now on; requests of an earlier launch are forgotten."""
-        shutil.rmtree(self._dispatcher.plan.run_folder / FOLDER, ignore_errors=True)
+        """Take hosts, and requests, from now on. Raises `StorageError`."""
+        take_requests(self._dispatcher.plan.run_folder)
         self._agents.on_here = self._here
         self._dispatcher.before_update = self.let_go
         self._dispatcher.on_updated = self._updated
 
     def end(self) -> None:
-        """Take no more hosts: the run is over."""
+        """Take no more hosts, and no requests: the run is over."""
         self._agents.on_here = None
+        forget_requests(self._dispatcher.plan.run_folder)
 
     # --- joining -----------------------------------------------------------------------------------------------------
 

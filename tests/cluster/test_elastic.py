@@ -60,6 +60,7 @@ def test_a_host_joins_and_hosts_are_drained_and_come_back(inputs: Path, tmp_path
         lab["h0"].signal("opd_async.launch", signal.SIGINT)
         assert run.end() == 130, run.said()
         assert run.left() == [], run.left()
+        assert "or is over; no host can leave it" in drain(STUDENT, code=2)
     check_trained(folder, 1, len(list(read_trained(folder))))
     assert "is lost" not in run.said() and "restarting" not in run.said(), run.said()
     assert [line for line in loud_lines(folder) if "ERROR" in line] == []

@@ -101,3 +101,14 @@ async def test_a_process_that_nothing_ends_does_not_end_the_run(tmp_path: Path) 
     assert done and text == f"{run.host} has left the run, but {engine} cannot be ended there; switch it off and on"
     assert sorted(run.left) == sorted(run.mine) and run.dismissed == [run.host]
     assert run.said[0].startswith(f"going on without {engine}: {engine} (pid 7) is still there 32 s after SIGKILL")
+
+
+async def test_a_run_takes_requests_until_it_is_over(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    folder = run.plan.run_folder / FOLDER
+    folder.mkdir(parents=True)
+    (folder / run.host).touch()  # somebody asked an earlier launch
+    run.elastic.begin()
+    assert folder.is_dir() and requests(run.plan.run_folder) == []
+    run.elastic.end()
+    assert not folder.exists()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,8 @@ from opd_async.errors import DeadlineError, InputError
 from opd_async.plan.chunk_bounds import ChunkBounds
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.plan.resolve import Site, make_plan, ports_of_seat, ports_wanted, with_seat
-from opd_async.run.leaving import Request, answer, ask, problem_of, requests
+from opd_async.run.leaving import Request, answer, ask, forget_requests, problem_of, requests, take_requests
+from opd_async.signals import EXIT_INTERRUPTED
 
 HOSTS = ("cluster.backend=agents", "cluster.nodes=3", "cluster.slots_per_node=2", "cluster.spare_nodes=2")
 THREE = ("engines.student.replicas=2", "engines.teacher.replicas=2", "rollout.replicas=2")
@@ -119,14 +124,20 @@ def test_whose_engines_are_driven_from_elsewhere_cannot_leave(tmp_path: Path) ->
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
+def until_asked(folder: Path) -> list[Request]:
+    """What is asked of a run, once anything is."""
+    give_up = time.monotonic() + patience(60)
+    while not (found := requests(folder)):
+        assert time.monotonic() < give_up, "nobody asked"
+        time.sleep(0.01)
+    return found
+
+
 def asked(folder: Path, host: str, left: bool, text: str, undo: bool = False) -> str:
     """What `opd drain` gets of a run that answers."""
 
     def run() -> None:
-        give_up = time.monotonic() + patience(60)
-        while not (found := requests(folder)):
-            assert time.monotonic() < give_up, "nobody asked"
-            time.sleep(0.01)
+        found = until_asked(folder)
         assert found == [Request(host, undo)]
         answer(folder, found[0], left, text)
 
@@ -138,20 +149,73 @@ def asked(folder: Path, host: str, left: bool, text: str, undo: bool = False) ->
         running.join()
 
 
+def begun(folder: Path) -> Path:
+    """The folder of a run on several hosts that takes requests."""
+    (folder / "plan.json").write_text(plan_of(elastic(folder)).model_dump_json())
+    take_requests(folder)
+    return folder
+
+
 def test_a_host_leaves_when_the_run_says_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no run; name the folder of one"):
-        ask(tmp_path, "h1", 1.0)
-    (tmp_path / "plan.json").touch()
-    assert requests(tmp_path) == []
-    assert asked(tmp_path, "h1", True, "h1 has left") == "h1 has left" and requests(tmp_path) == []
+    folder = begun(tmp_path)
+    assert requests(folder) == []
+    assert asked(folder, "h1", True, "h1 has left") == "h1 has left" and requests(folder) == []
     with pytest.raises(InputError, match="h1 has learner-0"):
-        asked(tmp_path, "h1", False, "h1 has learner-0")
-    assert asked(tmp_path, "h1", True, "h1 takes part again", undo=True) == "h1 takes part again"
+        asked(folder, "h1", False, "h1 has learner-0")
+    assert asked(folder, "h1", True, "h1 takes part again", undo=True) == "h1 takes part again"
     with pytest.raises(DeadlineError, match="no weight update has come in 0 s, at which h1 could have left"):
-        ask(tmp_path, "h1", 0.0)
+        ask(folder, "h1", 0.0)
     with pytest.raises(DeadlineError, match="at which h1 could have come back"):
-        ask(tmp_path, "h1", 0.0, undo=True)
-    assert requests(tmp_path) == [], "nobody waits for it any more"
+        ask(folder, "h1", 0.0, undo=True)
+    assert requests(folder) == [], "nobody waits for it any more"
     for name in ("", "../h1", ".h1", "h1.answer", "h1.undo"):
         with pytest.raises(InputError, match="is no name of a host"):
-            ask(tmp_path, name, 1.0)
+            ask(folder, name, 1.0)
+
+
+def test_who_asks_where_no_run_goes_on_is_told_so_at_once(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    with pytest.raises(InputError, match="no run; name the folder of one"):
+        ask(tmp_path, "h1", patience(60))
+    plan.write_text("{}")
+    with pytest.raises(InputError, match=r"plan.json: no plan of this version can be read: "):
+        ask(tmp_path, "h1", patience(60))
+    plan.write_text(make_plan(small_topology(tmp_path)).model_dump_json())
+    with pytest.raises(InputError, match=r"a run on one host, which cannot leave it \(cluster.backend: local\)"):
+        ask(tmp_path, "h1", patience(60))
+    forget_requests(begun(tmp_path))
+    with pytest.raises(InputError, match="the run has not started its processes yet, or is over"):
+        ask(tmp_path, "h1", patience(60))
+    assert requests(tmp_path) == []
+
+
+@pytest.mark.parametrize("end", [forget_requests, take_requests], ids=["over", "resumed"])
+def test_who_waits_is_told_that_the_run_has_ended(tmp_path: Path, end: Callable[[Path], None]) -> None:
+    folder = begun(tmp_path)
+
+    def run() -> None:
+        until_asked(folder)
+        end(folder)
+
+    running = threading.Thread(target=run)
+    running.start()
+    try:
+        with pytest.raises(InputError, match="no answer for h1: the run has ended"):
+            ask(folder, "h1", patience(60))
+    finally:
+        running.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_takes_the_request_back(tmp_path: Path, number: signal.Signals) -> None:
+    folder = begun(tmp_path)
+    words = [sys.executable, "-m", "opd_async.cli", "drain", str(folder), "h1"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as asking:
+        try:
+            until_asked(folder)
+            asking.send_signal(number)
+            _, errors = asking.communicate(timeout=patience(60))
+        finally:
+            asking.kill()
+    assert asking.returncode == EXIT_INTERRUPTED and errors == "stopped by a signal; the run is asked no more\n"
+    assert requests(folder) == []
