@@ -27,6 +27,7 @@ from opd_async.cluster.agent import Agent
 from opd_async.cluster.agents import Agents
 from opd_async.cluster.hosts import Hosts
 from opd_async.cluster.interfaces import Face
+from opd_async.cluster.nodes import Node
 from opd_async.cluster.service import HostFacts
 from opd_async.cluster.supervisor import ProcessSpec, Supervisor
 from opd_async.config.clustering import Backend, ClusterSection
@@ -70,6 +71,10 @@ def serve(section: ClusterSection, names: Sequence[str]) -> None:
     uvloop.run(all_of_them())
 
 
+async def no_files(node: Node) -> None:
+    """These processes share none. On cancel: nothing has changed."""
+
+
 async def lead(section: ClusterSection, processes: int, seconds: float, folder: Path) -> Row:
     """The launcher's side, with so many processes on each host. On cancel: every process is stopped."""
     began, began_cpu = time.monotonic(), time.process_time()
@@ -85,6 +90,7 @@ async def lead(section: ClusterSection, processes: int, seconds: float, folder: 
             environment={},
             own_environment={},
             node_back_s=DEADLINE_S,
+            share=no_files,
             echo=lambda line: None,
             on_unwritten=lambda lines: None,
         ) as hosts:

@@ -25,7 +25,7 @@ from opd_async.bench.agents import DEADLINE_S, FACE, KEYS, VERSIONS, serve
 from opd_async.bench.crosscheck.__main__ import WARMUP, Asked, engine_command, made_up_inputs, settings, simulated
 from opd_async.bench.crosscheck.scenario import Scenario
 from opd_async.cluster.agents import Agents
-from opd_async.cluster.hosting import Supervise, alone
+from opd_async.cluster.hosting import Supervise, alone, share_files
 from opd_async.cluster.hosts import Hosts
 from opd_async.cluster.supervisor import ProcessSpec, Supervising
 from opd_async.config.clustering import ClusterSection
@@ -183,7 +183,7 @@ def run(scenario: Scenario, asked: Asked, folder: Path, numbers: Sequence[int]) 
                 where = {role.name: role.node for role in plan.roles}
                 lifecycle = Lifecycle(
                     *(plan, made_up_inputs(topology), growth.heard, signals),
-                    supervise=_supervise(scenario, agents, where, section),
+                    supervise=_supervise(scenario, agents, where, topology),
                 )
                 async with asyncio.TaskGroup() as group:
                     growing = group.create_task(growth.grow(numbers, start), name="grow")
@@ -195,7 +195,7 @@ def run(scenario: Scenario, asked: Asked, folder: Path, numbers: Sequence[int]) 
     return growth.phases
 
 
-def _supervise(scenario: Scenario, agents: Agents, where: dict[str, str], section: ClusterSection) -> Supervise:
+def _supervise(scenario: Scenario, agents: Agents, where: dict[str, str], topology: Topology) -> Supervise:
     def supervise(
         echo: Callable[[str], None], stop_deadline_s: float, on_unwritten: Callable[[int], None]
     ) -> AbstractAsyncContextManager[Supervising]:
@@ -204,7 +204,8 @@ def _supervise(scenario: Scenario, agents: Agents, where: dict[str, str], sectio
             where=where,
             environment={},
             own_environment=FACE.environment,
-            node_back_s=section.node_back_s,
+            node_back_s=topology.cluster.node_back_s,
+            share=lambda node: share_files(topology, agents, [node], echo),
             echo=echo,
             on_unwritten=on_unwritten,
         )

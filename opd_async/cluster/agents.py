@@ -36,6 +36,8 @@ EARLY_S = 5.0
 DRAINED_S = 20.0
 """The same for one that was drained, which may have to wait for as long as the run takes."""
 DRAINED = "this host was drained, and takes part again after `opd drain --undo`"
+UNFIT_S = 10.0
+"""The same for one that is back and cannot be used as it is: a file system may yet be mounted."""
 BEATS_OF_PROOF = 3
 
 
@@ -194,6 +196,11 @@ class Agents:
         if forget:
             del self.nodes[node.name], self._by_route[node.route]
 
+    async def put_off(self, node: Node, problem: str) -> None:
+        """Give up a host that is there and cannot be used; its agent joins again, when that may have been mended."""
+        await self._end.send(node.route, m.Leave(problem, True, UNFIT_S))
+        self._lose(node, problem)
+
     async def _second_claim(self, route: bytes, join: m.Join, node: Node) -> None:
         """Refuse a name that another agent has, once that one has shown again that it lives."""
         beat_s = beat_seconds(self._cluster.fence_s)
@@ -310,6 +317,7 @@ class Agents:
         if not node.there.is_set():
             return
         node.there.clear()
+        node.lost_for = reason
         self._say(f"{node.name} is lost: {reason}")
         for asked, future in self._answers.values():
             if asked is node and not future.done():

@@ -96,6 +96,7 @@ async def hosted(
                 environment=cluster.env,
                 own_environment=face.environment,
                 node_back_s=cluster.node_back_s,
+                share=lambda node: share_files(topology, agents, [node], echo),
                 echo=echo,
                 on_unwritten=on_unwritten,
             )
@@ -181,7 +182,7 @@ async def share_files(topology: Topology, agents: Agents, nodes: list[Node], say
 
 
 async def _shares(agents: Agents, node: Node, mark: Path, nonce: str, models: list[Path], deadline_s: float) -> None:
-    mine = mark.with_name(f"{mark.name}.{node.name}")
+    mine, incarnation = mark.with_name(f"{mark.name}.{node.name}"), node.incarnation
     paths = list(dict.fromkeys(str(path) for path in models))
     look = partial(m.LookAt, folder=str(Path.cwd()), seen=str(mark), mine=str(mine), nonce=nonce, paths=paths)
     await _asked(agents, node, lambda request: look(request=request), deadline_s)
@@ -194,3 +195,4 @@ async def _shares(agents: Agents, node: Node, mark: Path, nonce: str, models: li
             f"run_dir: what {node.name} writes into {mine.parent.absolute()} is not seen on the launcher's host; "
             "write a folder of a file system that every host has mounted"
         )
+    node.shared = incarnation

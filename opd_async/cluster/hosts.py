@@ -4,14 +4,16 @@
                    -> Agents -> the Supervisor of each other host
 
 A host that is lost is the end of every process on it. A process is started again on its own host: once that is back,
-or not at all.
+or not at all. An agent that has come back may be another process, in another folder, on a machine that has lost its
+mounts: before anything starts there it is asked again for what it was asked for when the hosts were gathered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -19,7 +21,7 @@ from typing import Self
 from opd_async.cluster.agents import Agents
 from opd_async.cluster.nodes import HostLostError, Node
 from opd_async.cluster.supervisor import MAX_UNREAD_EXITS, Exit, ProcessSpec, Supervisor, together
-from opd_async.errors import DeadlineError, RoleError, StateError
+from opd_async.errors import DeadlineError, InputError, RoleError, StateError
 from opd_async.keys import INCARNATION_ENV
 from opd_async.transport import messages as m
 
@@ -53,11 +55,13 @@ class Hosts:
         environment: Mapping[str, str],
         own_environment: Mapping[str, str],
         node_back_s: float,
+        share: Callable[[Node], Awaitable[None]],
         echo: Callable[[str], None],
         on_unwritten: Callable[[int], None],
     ) -> None:
         """`where` has the host of each process, empty for the launcher's. `environment` is that of every process,
-        `own_environment` that of those on the launcher's host."""
+        `own_environment` that of those on the launcher's host. `share` sees that a host shares the launcher's
+        files, and raises `InputError` where it does not (`hosting.share_files`)."""
         self.exits: asyncio.Queue[Exit] = asyncio.Queue(MAX_UNREAD_EXITS)
         local.exits = self.exits
         self.agents = agents
@@ -66,6 +70,7 @@ class Hosts:
         self._own = dict(own_environment)
         self._node_back_s = node_back_s
         self._local = local
+        self._share = share
         self._echo = echo
         self._on_unwritten = on_unwritten
         self._far: dict[str, _Far] = {}
@@ -116,7 +121,7 @@ class Hosts:
         if spec.name in self._far:
             raise StateError(f"{spec.name} is running already")
         while True:
-            await self._back(node, spec.name)
+            await self._ready(node, spec.name)
             far = self._far[spec.name] = _Far(node, spec.env.get(INCARNATION_ENV, ""))
             try:
                 await self.agents.ask(node, self._request(spec))
@@ -128,19 +133,34 @@ class Hosts:
                 self._forget(spec.name, far)
                 raise
 
-    async def _back(self, node: Node, name: str) -> None:
-        """Wait for a host."""
-        if node.there.is_set():
-            return
-        self._echo(f"{name} waits for {node.name} to come back, for at most {self._node_back_s:.0f} s")
-        try:
-            async with asyncio.timeout(self._node_back_s):
-                await node.there.wait()
-        except TimeoutError:
-            raise HostLostError(
-                f"{node.name} has not come back in {self._node_back_s:.0f} s (cluster.node_back_s), and {name} was "
-                "there; mend the host and start its agent, then go on with --resume"
-            ) from None
+    async def _ready(self, node: Node, name: str) -> None:
+        """Wait for a host that is lost, until it can be used too."""
+        give_up = None
+        while not node.there.is_set() or not await self._fit(node):
+            if give_up is None:
+                give_up = time.monotonic() + self._node_back_s
+                self._echo(f"{name} waits for {node.name} to come back, for at most {self._node_back_s:.0f} s")
+            try:
+                async with asyncio.timeout(give_up - time.monotonic()):
+                    await node.there.wait()
+            except TimeoutError:
+                raise HostLostError(
+                    f"{node.name} has not come back in {self._node_back_s:.0f} s (cluster.node_back_s), and {name} was "
+                    f"there ({node.lost_for}); mend the host and start its agent, then go on with --resume"
+                ) from None
+
+    async def _fit(self, node: Node) -> bool:
+        """Whether a host shares the launcher's files, seen once for each agent of it; one that does not is given up."""
+        async with node.looked_at:  # its processes start at the same time
+            incarnation = node.incarnation
+            if node.shared != incarnation:
+                try:
+                    await self._share(node)
+                except InputError as problem:
+                    if node.there.is_set() and node.incarnation == incarnation:
+                        await self.agents.put_off(node, str(problem))
+                    return False
+        return node.there.is_set()
 
     def _request(self, spec: ProcessSpec) -> Callable[[int], m.Message]:
         own = spec.command[0] == sys.executable

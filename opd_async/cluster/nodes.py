@@ -27,6 +27,12 @@ class Node:
     heard: float
     there: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while its agent is there."""
+    looked_at: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by who sees whether it can be used."""
+    shared: str = ""
+    """The incarnation that has shown that it shares the launcher's files."""
+    lost_for: str = ""
+    """Why it was given up last."""
     drained: bool = False
     """It has left in order: an agent that is started there, as by Kubernetes, waits until it is wanted back."""
     ended: set[int] = field(default_factory=set)

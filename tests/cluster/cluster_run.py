@@ -47,11 +47,13 @@ class ClusterRun:
         self.output = folder / f"launcher.{time.monotonic_ns()}.out"
         self.process = self.first.start(words, self._env, self.output)
 
-    def agent(self, host: Host, wait_s: float = 30.0, **env: str) -> subprocess.Popen[bytes]:
-        """Start the agent of a host; its output is added to `<host>.out`."""
+    def agent(
+        self, host: Host, wait_s: float = 30.0, folder: Path | None = None, **env: str
+    ) -> subprocess.Popen[bytes]:
+        """Start the agent of a host, in `folder` or the launcher's; its output is added to `<host>.out`."""
         words = [sys.executable, "-m", "opd_async.agent", "--join", f"{self.first.name}:{PORT}"]
         words += ["--wait-s", f"{wait_s:g}"]
-        return host.start(words, {**self._env, **env}, self.folder / f"{host.name}.out")
+        return host.start(words, {**self._env, **env}, self.folder / f"{host.name}.out", folder)
 
     def said(self) -> str:
         """What launcher and agents have printed."""

@@ -108,10 +108,10 @@ class Host:
         for interface in ("lo", "eth0"):
             _ip(self._init, "link", "set", interface, "up")
 
-    def command(self, words: Sequence[str]) -> list[str]:
-        """`words` as a command for the outside that runs them on this host, in the present folder."""
+    def command(self, words: Sequence[str], folder: Path | None = None) -> list[str]:
+        """`words` as a command for the outside that runs them on this host, in `folder` or the present one."""
         into = [f"--{space}" for space in ("net", "uts", "ipc", "mount", "pid")]
-        return ["nsenter", "--target", str(self._init), *into, f"--wdns={Path.cwd()}", *words]
+        return ["nsenter", "--target", str(self._init), *into, f"--wdns={folder or Path.cwd()}", *words]
 
     def run(self, words: Sequence[str]) -> str:
         """Run a command to its end; returns what it printed."""
@@ -120,11 +120,13 @@ class Host:
             raise LabError(f"{self.name}: {' '.join(words)}: {done.stderr.strip()}")
         return done.stdout
 
-    def start(self, words: Sequence[str], env: Mapping[str, str], output: Path) -> subprocess.Popen[bytes]:
-        """Start a command whose output goes to a file."""
+    def start(
+        self, words: Sequence[str], env: Mapping[str, str], output: Path, folder: Path | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a command whose output goes to a file, in `folder` or the present one."""
         with output.open("a") as out:
             process = subprocess.Popen(
-                self.command(words),
+                self.command(words, folder),
                 env={**os.environ, **env},
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -17,6 +17,7 @@ from opd_async.cluster.agents import Agents
 from opd_async.cluster.hosting import alone, versions
 from opd_async.cluster.hosts import Hosts
 from opd_async.cluster.interfaces import own_face
+from opd_async.cluster.nodes import Node
 from opd_async.cluster.secret import take_secret
 from opd_async.cluster.supervisor import ProcessSpec
 from opd_async.config.clustering import Backend, ClusterSection
@@ -28,6 +29,10 @@ SLEEP = "import time; time.sleep(3600)  # one that only sleeps"
 def say(line: str) -> None:
     """Print at once, with the time, as agents do."""
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+async def no_files(node: Node) -> None:
+    """Sleepers need none."""
 
 
 async def main(folder: Path, nodes: int, fence_s: float, lost_s: float) -> None:
@@ -45,6 +50,7 @@ async def main(folder: Path, nodes: int, fence_s: float, lost_s: float) -> None:
             environment={},
             own_environment=face.environment,
             node_back_s=3600,
+            share=no_files,
             echo=say,
             on_unwritten=lambda lines: None,
         )

@@ -155,7 +155,7 @@ def test_agents_are_killed_then_the_launcher(inputs: Path, tmp_path: Path) -> No
     """The kernel ends what an agent has started; the lease ends what a launcher has. The run can be resumed.
 
     The first agent has one of two student engines, which refuses the weights at once, long before its host is known to
-    be lost: the update goes on without it then.
+    be lost: the update goes on without it then. Agents that are started again are so in another folder.
     """
 
     def values(last: int) -> dict[str, Any]:
@@ -163,7 +163,8 @@ def test_agents_are_killed_then_the_launcher(inputs: Path, tmp_path: Path) -> No
         topology["engines"]["student"]["replicas"] = 2
         return topology
 
-    folder = tmp_path / "run"
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
     with Lab(("h0", "h1", "h2", "h3")) as lab:
         run = ClusterRun(lab, tmp_path, values(100_000))
         run.wait_for_steps(folder, 2)
@@ -177,7 +178,7 @@ def test_agents_are_killed_then_the_launcher(inputs: Path, tmp_path: Path) -> No
             until(lambda: lab[name].processes() == [], lambda: f"the end of {lab[name].processes()}")
 
         def start_agent(name: str) -> None:
-            run.agents[name] = run.agent(lab[name])
+            run.agents[name] = run.agent(lab[name], folder=elsewhere)
             run.wait_for_text(f"{name} is back", LOST_S + 30)
             run.wait_for_steps(folder, len(steps(folder)) + 2)
 
@@ -188,6 +189,11 @@ def test_agents_are_killed_then_the_launcher(inputs: Path, tmp_path: Path) -> No
         start_agent(student)
         kill_agent(teacher)
         start_agent(teacher)
+
+        def folders() -> set[str]:
+            return {role.cwd() for role in lab[teacher].processes("opd_async.actors")}
+
+        until(lambda: folders() == {str(Path.cwd())}, lambda: f"them in the launcher's folder: {folders()}")
 
         lab[LEARNER].signal("opd_async.launch", signal.SIGKILL)
         until(lambda: run.left() == [], lambda: f"the end of everything: {run.left()}\n{run.said()}", FENCE_S + 60)

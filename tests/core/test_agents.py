@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -18,14 +18,16 @@ from typing import Any
 import psutil
 import pytest
 from deadlines import patience
+from small_runs import small_topology
 
+from opd_async.cluster import agents as launching
 from opd_async.cluster import line
 from opd_async.cluster.agent import Agent
 from opd_async.cluster.agents import DRAINED, Agents
-from opd_async.cluster.hosting import versions
+from opd_async.cluster.hosting import share_files, versions
 from opd_async.cluster.hosts import Hosts
 from opd_async.cluster.interfaces import Face, faces, own_face, resolve
-from opd_async.cluster.nodes import natural
+from opd_async.cluster.nodes import Node, natural
 from opd_async.cluster.secret import SECRET_ENV, SECRET_FILE_ENV, take_secret
 from opd_async.cluster.service import HostFacts, look_at, visible_devices
 from opd_async.cluster.supervisor import Exit, ProcessSpec, Supervisor
@@ -71,7 +73,17 @@ async def launcher(section: ClusterSection, said: list[str] | None = None) -> As
         yield agents
 
 
-def hosts_of(agents: Agents, said: list[str], where: dict[str, str], node_back_s: float = 600.0) -> Hosts:
+async def no_files(node: Node) -> None:
+    """Most of these hosts share none."""
+
+
+def hosts_of(
+    agents: Agents,
+    said: list[str],
+    where: dict[str, str],
+    node_back_s: float = 600.0,
+    share: Callable[[Node], Awaitable[None]] = no_files,
+) -> Hosts:
     local = Supervisor(said.append, patience(10))
     return Hosts(
         agents,
@@ -80,6 +92,7 @@ def hosts_of(agents: Agents, said: list[str], where: dict[str, str], node_back_s
         environment={"OF": "all"},
         own_environment={"OWN": "here"},
         node_back_s=node_back_s,
+        share=share,
         echo=said.append,
         on_unwritten=lambda lines: None,
     )
@@ -88,6 +101,21 @@ def hosts_of(agents: Agents, said: list[str], where: dict[str, str], node_back_s
 def spec(folder: Path, name: str, code: str) -> ProcessSpec:
     env = {INCARNATION_ENV: f"start of {name}"}
     return ProcessSpec(name, (sys.executable, "-c", code), env, folder / f"{name}.log", ("s3cret",))
+
+
+async def agent_process(section: ClusterSection, folder: Path, out: int, errors: int) -> asyncio.subprocess.Process:
+    """A real agent of h1, started in this folder as `nohup` starts programs."""
+    code = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from opd_async import agent\n"
+        f"agent.versions = lambda: {VERSIONS}\n"
+        f"agent.main(['--join', '127.0.0.1:{section.port}', '--name', 'h1', '--interface', 'lo'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), SECRET_ENV: keys().run}
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code), cwd=folder, env=environment, stdout=out, stderr=errors
+    )
 
 
 async def until(true: Any, what: str) -> None:
@@ -199,18 +227,7 @@ async def test_an_agent_outlives_its_terminal(tmp_path: Path, end: str) -> None:
     section = cluster()
     reading, writing = os.pipe()
     os.close(reading)
-    hosted = {"opd_async": "1", "torch": "2"}
-    code = (
-        "import signal, sys\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "from opd_async import agent\n"
-        f"agent.versions = lambda: {hosted}\n"
-        f"agent.main(['--join', '127.0.0.1:{section.port}', '--name', 'h1', '--interface', 'lo'])"
-    )
-    environment = {**os.environ, SECRET_ENV: keys().run}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", code), env=environment, stdout=writing, stderr=asyncio.subprocess.PIPE
-    )
+    process = await agent_process(section, tmp_path, writing, asyncio.subprocess.PIPE)
     os.close(writing)
     async with launcher(section) as agents:
         (node,) = await agents.gather()
@@ -320,6 +337,46 @@ async def test_a_host_that_comes_back_is_given_its_processes_again(tmp_path: Pat
     await agent
 
 
+async def test_an_agent_that_was_started_elsewhere_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another folder, and before a file system is mounted: nothing starts there until it shares all files again."""
+    monkeypatch.setattr(launching, "UNFIT_S", 0.1)
+    for name in ("launcher", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "launcher")
+    topology, models = small_topology(tmp_path, "run_dir=runs"), tmp_path / "student"
+    section, said, quiet = cluster(), list[str](), asyncio.subprocess.DEVNULL
+    process = await agent_process(section, tmp_path / "launcher", quiet, quiet)
+    async with launcher(section, said) as agents:
+        nodes = await agents.gather()
+        await share_files(topology, agents, nodes, said.append)
+
+        async def share(node: Node) -> None:
+            await share_files(topology, agents, [node], said.append)
+
+        async with hosts_of(agents, said, {"far": "h1"}, patience(60), share) as hosts:
+            process.kill()
+            await process.wait()
+            agents._lose(nodes[0], "it was killed")
+            models.rename(tmp_path / "unmounted")
+            process = await agent_process(section, tmp_path / "elsewhere", quiet, quiet)
+            role = "import os, time; print(f'in {os.getcwd()}!', flush=True); time.sleep(600)"
+            start = asyncio.create_task(hosts.start(spec(topology.run_dir, "far", role)))
+            words = f"h1 is lost: h1: {models}: not there; put it on every host, or on a shared file system"
+            await until(lambda: words in said or start.done(), "the host to be given up again")
+            assert not start.done() and hosts.running == ()
+            (tmp_path / "unmounted").rename(models)
+            async with asyncio.timeout(patience(60)):
+                await start
+            log = tmp_path / "launcher" / "runs" / "far.log"
+            await until(lambda: log.exists() and log.read_text().endswith("!\n"), "the process")
+            assert f"in {tmp_path / 'launcher'}!" in log.read_text(), log.read_text()
+            assert [path.name for path in log.parent.iterdir()] == ["far.log"]
+    async with asyncio.timeout(patience(60)):
+        assert await process.wait() == 0
+
+
 async def test_a_host_that_stays_away_is_waited_for_and_named(tmp_path: Path) -> None:
     section, agent_said = cluster(), list[str]()
     agent = asyncio.create_task(agent_of(section, said=agent_said).run())
@@ -331,7 +388,7 @@ async def test_a_host_that_stays_away_is_waited_for_and_named(tmp_path: Path) ->
             await agent
         await until(lambda: not node.there.is_set(), "the agent's farewell")
         async with hosts_of(agents, [], {"far": "h1"}, node_back_s=0.1) as hosts:
-            with pytest.raises(RoleError, match=r"h1 has not come back in 0 s .* and far was there; mend the host"):
+            with pytest.raises(RoleError, match=r"h1 has not come back in 0 s .* far was there \(its agent was told"):
                 await hosts.start(spec(tmp_path, "far", SLEEPER))
 
 
