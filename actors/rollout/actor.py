@@ -196,9 +196,6 @@ class RolloutActor:
         if generation.settle(longest, self._role.plan.stop_token_ids):
             await self._delivery.send_all(generation)
             return
-        if lease.given is not None:
-            await self._give(generation, lease.given)
-            return
         on_teacher = lease.kind == m.LeaseKind.EVAL_TEACHER
         generation.student = self._engines.placed(generation.student, lease.prompt_id)
         client: GenerationClient = generation.student.client
@@ -207,6 +204,9 @@ class RolloutActor:
         try:
             async with self._clock.timeout(None) as scope:
                 generation.scope = None if on_teacher else scope
+                if lease.given is not None:
+                    await self._give(generation, lease.given)
+                    return
                 await self._admitted(generation, client, on_teacher)
                 generation.streaming = not on_teacher
                 await self._stream(generation, client, on_teacher)
@@ -332,7 +332,10 @@ class RolloutActor:
     async def _resume(self, version: int) -> None:
         for student in self._engines.students:
             student.version = version
-            student.down = student.listed = False
+            student.listed = False
+            if student.down and student.slow:
+                continue  # others do its work; asked, a host that is gone would hold everybody up
+            student.down = False
             try:
                 await student.client.resume()
             except EngineError as error:

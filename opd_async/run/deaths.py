@@ -128,12 +128,14 @@ class Deaths:
                 reach.state.engine_group += 1
                 reach.mailbox.deliver(UPDATE, RESYNC)
         except HostLostError as error:
-            if self._dispensable(ended.name, kind):
-                reach.fleet.say(f"going on without {ended.name}: {error}")
-                reach.fleet.away.add(ended.name)
-                reach.resize()
-            else:
-                reach.fail(error)
+            if (problem := self._indispensable(ended.name, kind)) is not None:
+                reach.fail(HostLostError(f"{error}; {problem}"))
+                return
+            reach.fleet.say(f"going on without {ended.name}: {error}")
+            reach.fleet.away.add(ended.name)
+            if kind is RoleKind.STUDENT_ENGINE:
+                await reach.slow_engines.given_up(ended.name)
+            reach.resize()
         except OpdError as error:
             reach.fail(error)
 
@@ -154,15 +156,24 @@ class Deaths:
         if self._reach.fleet.role(role).kind is RoleKind.ROLLOUT:
             await self._reclaim(role)
 
-    def _dispensable(self, name: str, kind: RoleKind) -> bool:
-        """Whether the run can go on without a student engine, or an actor, whose host stays away: others do its work.
+    def _indispensable(self, name: str, kind: RoleKind) -> str | None:
+        """Why the run cannot go on without a role whose host stays away; None if others do its work.
 
         A teacher's prompts are dealt to all of its actors and engines, and those of one that is gone would wait.
         """
+        running = self._reach.fleet.supervisor.running
         if kind not in (RoleKind.STUDENT_ENGINE, RoleKind.ROLLOUT):
-            return False
+            return f"nobody else does the work of {name}"
         others = [role.name for role in self._reach.plan.of_kind(kind) if role.name != name]
-        return any(other in self._reach.fleet.supervisor.running for other in others)
+        if not any(other in running for other in others):
+            return f"{name} is the last of its kind"
+        left = self._reach.slow_engines.without_engine(name, running) if kind is RoleKind.STUDENT_ENGINE else None
+        if left is None:
+            return None
+        return (
+            f"{left}, which is on another host, has no other engine; write rollout.replicas so that each host with "
+            "student engines has an actor of its own"
+        )
 
     async def _reclaim(self, actor: str) -> None:
         """Ask the intake what it holds of the samples of a dead actor; they are leased again behind that."""

@@ -135,6 +135,7 @@ class Elastic:
         for engine, url in zip(engines, urls, strict=True):
             await fleet.wait_for_engine(RoleKind.STUDENT_ENGINE, url)
             dispatcher.watch.heard(engine.name)
+            await dispatcher.slow_engines.restarted(engine.name)
         fleet.away.difference_update(engine.name for engine in engines)
         await self._get_weights(node, urls)
         for actor in actors:

@@ -6,13 +6,15 @@ loop   waits for                                 unblocked by
 run    the moment to try a slow engine again     the clock
 
 An actor with several engines gives the work of a slow one to the others. Where an actor has but one, the engine is
-restarted, once, if the run has started it; else it is named, and goes on.
+restarted, once, if the run has started it; else it is named, and goes on. An engine that the run goes on without, since
+its host stays away, is the slowest of all: its actors give its work to others until it is started again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Collection
 from typing import Protocol
 
 from opd_async.cluster.fleet import Fleet
@@ -48,6 +50,8 @@ class SlowEngines:
         self._paces = None if times is None else Paces(times)
         self._restarted: set[str] = set()
         """Engines that were restarted because they were slow."""
+        self._given_up: set[str] = set()
+        """URLs of engines that the run goes on without."""
 
     async def heard(self, pace: m.EnginePace) -> None:
         """Compare the pace of an engine with that of its peers. On cancel: some actors may not know the result."""
@@ -63,19 +67,38 @@ class SlowEngines:
         while True:
             await asyncio.sleep(LOOK_S)
             for url in self._paces.to_try(time.monotonic()) if self._paces is not None else ():
-                self._reach.fleet.say(f"{self._name(url)} was slow: it gets work again")
-                await self._tell_all(url, False)
+                if url not in self._given_up:
+                    self._reach.fleet.say(f"{self._name(url)} was slow: it gets work again")
+                    await self._tell_all(url, False)
 
     async def tell(self, actor: str) -> None:
-        """Tell an actor that has come up which engines are slow. On cancel: it may know of some."""
-        for url in self._paces.slow if self._paces is not None else ():
+        """Tell an actor that has come up which engines are slow, or gone. On cancel: it may know of some."""
+        slow = () if self._paces is None else self._paces.slow
+        for url in sorted(self._given_up.union(slow)):
             await self._reach.server.send(actor, m.EngineSlow(url, True))
 
     async def restarted(self, role: str) -> None:
         """Give an engine work that was started again. On cancel: some actors may not know."""
-        url = next((url for url in self._urls if self._name(url) == role), None)
-        if url is not None and self._paces is not None and self._paces.restarted(url, time.monotonic()):
+        url = self._url(role)
+        was_slow = self._paces is not None and self._paces.restarted(url, time.monotonic())
+        if was_slow or url in self._given_up:
+            self._given_up.discard(url)
             await self._tell_all(url, False)
+
+    async def given_up(self, role: str) -> None:
+        """Have the others do the work of an engine that does not come back. On cancel: some actors may not know."""
+        self._given_up.add(url := self._url(role))
+        await self._tell_all(url, True)
+
+    def without_engine(self, role: str, running: Collection[str]) -> str | None:
+        """An actor that would have no engine left that runs, without the engine `role`; None if there is none."""
+        names, url = self._reach.plan.engine_names, self._url(role)
+        for actor in self._reach.up(RoleKind.ROLLOUT):
+            driven = self._reach.plan.driven_by(actor)
+            others = [names[other] for other in driven if other != url]
+            if url in driven and not any(other in running or other in driven for other in others):
+                return actor
+        return None
 
     async def _found(self, url: str, problem: str) -> None:
         reach, who = self._reach, self._name(url)
@@ -98,9 +121,9 @@ class SlowEngines:
 
     # --- who is who --------------------------------------------------------------------------------------------------
 
-    @property
-    def _urls(self) -> tuple[str, ...]:
-        return (*self._reach.plan.student_engines, *self._reach.plan.teacher_engines)
+    def _url(self, role: str) -> str:
+        """The URL of an engine that the run has started."""
+        return next(url for url, name in self._reach.plan.engine_names.items() if name == role)
 
     def _name(self, url: str) -> str:
         """The role of an engine, or its address where the run did not start it."""

@@ -59,6 +59,8 @@ class FaultyEngine:
         self.stalls = False
         """Every stream stands still behind its first event, and every batch before its answer."""
         self.seen: list[dict[str, Any]] = []
+        self.resumed = 0
+        """How often it was told to go on."""
         self.port = 0
         self._runner: web.AppRunner | None = None
         self._hung = asyncio.Event()
@@ -84,7 +86,7 @@ class FaultyEngine:
         app = web.Application(client_max_size=1 << 26)
         app.router.add_post("/generate", self._generate)
         app.router.add_get("/model_info", self._ok)
-        app.router.add_post("/continue_generation", self._ok)
+        app.router.add_post("/continue_generation", self._resume)
         app.router.add_post("/pause_generation", self._pause)
         self._hung.clear()
         self._runner = web.AppRunner(app, shutdown_timeout=0.0)
@@ -107,6 +109,10 @@ class FaultyEngine:
     @staticmethod
     async def _ok(_: web.Request) -> web.Response:
         return web.json_response({})
+
+    async def _resume(self, request: web.Request) -> web.Response:
+        self.resumed += 1
+        return await self._ok(request)
 
     async def _pause(self, _: web.Request) -> web.Response:
         """Says of every stream that all of its tokens have been sent."""

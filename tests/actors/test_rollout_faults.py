@@ -193,6 +193,38 @@ async def test_the_responses_of_a_slow_engine_go_on_elsewhere() -> None:
         await until(lambda: len(slow.seen) == SAMPLES // 2 + 1, "work for the engine that was slow")
 
 
+@pytest.mark.parametrize("given", [False, True])
+async def test_the_work_of_an_engine_that_does_not_come_back_goes_to_its_peer(given: bool) -> None:
+    """Its host is lost: its responses wait at a closed gate until the launcher gives it up. Updates go on without it,
+    and it has work again when it is back."""
+    response = np.arange(TOKENS, dtype=np.int32) if given else None
+
+    def one(sample_id: int) -> m.Lease:
+        return dataclasses.replace(lease(sample_id), given=response)
+
+    async with FaultyEngine() as gone, FaultyEngine() as peer, rollout(gone, 0, others=(peer.url,)) as running:
+        tell, told = running.dispatcher.to_role.put, running.dispatcher.of
+        await tell(m.EngineDown(gone.url))
+        for sample_id in range(SAMPLES):
+            await tell(one(sample_id))
+        await until(lambda: len(told(m.LeaseDone)) == SAMPLES // 2, "the peer's responses")
+        await tell(m.EngineSlow(gone.url, True))
+        await until(running.complete, "all responses")
+        resumed = gone.resumed
+        await tell(m.Pause(7))
+        await until(lambda: bool(told(m.Paused)), "the list of tokens")
+        await tell(m.Resume(0))
+        await tell(one(2 * SAMPLES))
+        await until(lambda: len(told(m.LeaseDone)) == SAMPLES + 1, "one more response")
+        assert gone.seen == [] and gone.resumed == resumed, "nobody speaks to it"
+        await tell(m.EngineSlow(gone.url, False))
+        await tell(m.Pause(8))
+        await tell(m.Resume(0))
+        await tell(lease(2 * SAMPLES + 2))
+        await until(lambda: len(gone.seen) == 1, "work for the engine that is back")
+        assert gone.resumed == resumed + 1 and told(m.Failure) == []
+
+
 @pytest.mark.parametrize("kind", ["embedded", "external"])
 async def test_an_engine_that_does_not_stop_holds_up_no_pause(kind: str) -> None:
     """Its streams are closed: no token comes after the list, and what it kept to itself is generated again."""

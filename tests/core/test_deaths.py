@@ -57,8 +57,21 @@ class Fleet:
         await self.answers[-1]
 
 
-async def _restarted(name: str) -> None:
-    """No engine is slow."""
+class Peers:
+    """Of the comparison of engines, what deaths tell it; `alone` is an actor that would have no engine left."""
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+        self.alone: str | None = None
+
+    async def restarted(self, name: str) -> None:
+        """No engine is slow."""
+
+    async def given_up(self, name: str) -> None:
+        self.given.append(name)
+
+    def without_engine(self, name: str, running: Any) -> str | None:
+        return self.alone
 
 
 class Reach:
@@ -74,7 +87,7 @@ class Reach:
         self.barrier: Barrier = SimpleNamespace(absent=lambda name: None)  # type: ignore[assignment]
         self.learner_lost = asyncio.Event()
         self.watch: Any = SimpleNamespace(ended=lambda name: None, started=lambda name: None, heard=lambda name: None)
-        self.slow_engines: Any = SimpleNamespace(restarted=_restarted)
+        self.slow_engines: Any = Peers()
         self.gone_roles: list[str] = []
         self.failures: list[OpdError] = []
         self.sizes: list[set[str]] = []
@@ -169,8 +182,22 @@ async def test_an_engine_whose_host_stays_away_takes_its_slots_with_it() -> None
         reach.fleet.go.set()
         await dies(reach, ENGINE)
         await once(lambda: not deaths.starting)
-        assert reach.sizes == [{ENGINE}] and reach.failures == []
+        assert reach.sizes == [{ENGINE}] and reach.failures == [] and reach.slow_engines.given == [ENGINE]
         assert reach.fleet.said == [f"going on without {ENGINE}: the host of {ENGINE} has not come back"]
+
+
+async def test_an_engine_without_which_a_living_actor_has_none_ends_the_run() -> None:
+    async with a_run() as (reach, deaths):
+        reach.fleet.host_is_away, reach.slow_engines.alone = True, "rollout-0"
+        reach.fleet.go.set()
+        await dies(reach, ENGINE)
+        await once(lambda: not deaths.starting)
+        assert reach.fleet.away == set() and reach.fleet.said == [] and reach.slow_engines.given == []
+        (failure,) = reach.failures
+        assert str(failure) == (
+            f"the host of {ENGINE} has not come back; rollout-0, which is on another host, has no other engine; write "
+            "rollout.replicas so that each host with student engines has an actor of its own"
+        )
 
 
 @pytest.mark.parametrize("left", [True, False])

@@ -159,7 +159,7 @@ class Run:
     """A dispatcher of whom nothing is asked but what the comparison needs."""
 
     def __init__(self, folder: Path, *overrides: str) -> None:
-        self.plan = make_plan(small_topology(folder, *overrides))
+        self.plan: Any = make_plan(small_topology(folder, *overrides))
         self.said: list[str] = []
         self.killed: list[str] = []
         self.sent: list[tuple[str, m.EngineSlow]] = []
@@ -203,6 +203,32 @@ def test_the_actor_of_a_slow_engine_is_told_and_so_is_one_that_comes_up(tmp_path
     assert run.sent[2:] == [(actor, m.EngineSlow(urls[0], False))]
     asyncio.run(run.slow.tell(actor))
     assert run.sent[3:] == []
+
+
+@pytest.mark.parametrize("compared", ["20.0", "null"])
+def test_others_do_the_work_of_an_engine_that_is_given_up_until_it_is_back(tmp_path: Path, compared: str) -> None:
+    run = Run(tmp_path, "engines.student.replicas=4", "rollout.replicas=2", f"supervisor.slow_engine={compared}")
+    urls, gone = run.plan.student_engines, "student-engine-2"
+    engines = {f"student-engine-{index}" for index in range(4)}
+    assert run.slow.without_engine(gone, engines - {gone}) is None
+    assert run.slow.without_engine(gone, engines - {gone, "student-engine-0"}) == "rollout-0"
+    asyncio.run(run.slow.given_up(gone))
+    assert run.sent == [(f"rollout-{index}", m.EngineSlow(urls[2], True)) for index in range(2)]
+    asyncio.run(run.slow.tell("rollout-1"))
+    assert run.sent[2:] == [("rollout-1", m.EngineSlow(urls[2], True))], "also those that come up later"
+    asyncio.run(run.slow.restarted(gone))
+    assert run.sent[3:] == [(f"rollout-{index}", m.EngineSlow(urls[2], False)) for index in range(2)]
+    asyncio.run(run.slow.restarted(gone))
+    assert len(run.sent) == 5 and run.said == []
+
+
+def test_an_engine_that_the_run_did_not_start_is_there_for_its_actor(tmp_path: Path) -> None:
+    run = Run(tmp_path, "engines.student.replicas=2")
+    urls, names, other = run.plan.student_engines, run.plan.engine_names, "http://other:1"
+    run.plan = SimpleNamespace(
+        engine_names={**names, other: other}, driven_by=lambda _: (*urls, other), of_kind=run.plan.of_kind
+    )
+    assert run.slow.without_engine("student-engine-0", set()) is None
 
 
 def test_an_engine_whose_actor_has_no_other_is_restarted_once(tmp_path: Path) -> None:
