@@ -129,10 +129,10 @@ def receivers(count: int, rounds: int, sizes: Sequence[int], backend: str) -> It
     """A group of this process and `count` others that receive `rounds` times buffers of `sizes` bytes.
 
     With NCCL each has a GPU of its own, behind the first."""
-    store, port = open_store(HOST, count + 1, DEADLINE_S)
+    store = open_store(HOST, DEADLINE_S)
     with ExitStack() as stack:
         for rank in range(1, count + 1):
-            words = [backend, str(port), str(rank), str(count + 1), str(rounds), *map(str, sizes)]
+            words = [backend, str(store.port), str(rank), str(count + 1), str(rounds), *map(str, sizes)]
             command = [sys.executable, "-m", "opd_async.bench.weights", "--receive", *words]
             process = stack.enter_context(subprocess.Popen(command, env=one_thread()))
             stack.callback(process.kill)
@@ -197,7 +197,7 @@ def measure(layers: int, hidden: int, vocab: int, count: int, bucket_mib: int, r
         sender = WeightSender(
             addresses,
             backend=backend,
-            bind_host=HOST,
+            store=open_store(HOST, DEADLINE_S),
             bucket_bytes=bucket_bytes,
             timeout_s=DEADLINE_S,
             device=torch.device(device),

@@ -36,7 +36,7 @@ from opd_async.learner.opinion import opinion
 from opd_async.learner.progress import PROGRESS
 from opd_async.learner.trainer import Trainer
 from opd_async.learner.weights.base import WeightTransport
-from opd_async.learner.weights.make import make_transport
+from opd_async.learner.weights.make import Transports
 from opd_async.learner.weights.proof import Proof, check_proof, make_proof
 from opd_async.plan.plan import Plan, RoleKind, counters_file
 from opd_async.process import configure_logging, die_with_parent, report_failure
@@ -138,6 +138,7 @@ class Rank:
         self._beats = beats
         self._trace = trace
         self._give_back = GivesBack()
+        self._transports = Transports(plan, trainer.model)
         self._sender: WeightTransport | None = None
         self._group = ""
         self._waited_s = 0.0
@@ -247,7 +248,7 @@ class Rank:
             return self._sender
         if self._sender is not None:
             self._sender.close()
-        self._sender = make_transport(self._plan, command.engines, self._trainer.model)
+        self._sender = self._transports.to(command.engines)
         self._group = command.group
         self._sender.connect(command.group)
         return self._sender

@@ -46,7 +46,7 @@ def groups(findings: Findings, count: int) -> None:
     seconds, held = [], []
     for number in range(count):
         began = time.perf_counter()
-        store, _ = open_store(HOST, 1, TIMEOUT_S)
+        store = open_store(HOST, TIMEOUT_S)
         group = join(store, f"group-{number}", 0, 1, backend, TIMEOUT_S)
         value = torch.full((MIB,), float(number), device=device())
         dist.broadcast(value, src=0, group=group)
@@ -77,7 +77,7 @@ def sender_to(engine: Started, folder: Path, tensors: Mapping[str, Tensor]) -> W
     return WeightSender(
         [engine.address],
         backend="nccl" if torch.cuda.is_available() else "gloo",
-        bind_host=HOST,
+        store=open_store(HOST, TIMEOUT_S),
         bucket_bytes=MIB,
         timeout_s=TIMEOUT_S,
         device=device(),

@@ -29,12 +29,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from opd_async.learner.errors import WeightSyncError
 from opd_async.learner.weights.base import SendReport, Tally, WeightTransport
 from opd_async.learner.weights.buckets import DIRECT_BYTES, Bucket, buckets
 from opd_async.learner.weights.engine_http import EngineAddress
-from opd_async.learner.weights.group import join, leave, open_store
+from opd_async.learner.weights.group import connection, join, leave
 from opd_async.learner.weights.lane import Lane
 
 FIRST_SLOWER = 5
@@ -53,16 +54,16 @@ class WeightSender(WeightTransport):
         engines: Sequence[EngineAddress],
         *,
         backend: str,
-        bind_host: str,
+        store: TCPStore,
         bucket_bytes: int,
         timeout_s: float,
         device: torch.device | None = None,
         direct_bytes: int = DIRECT_BYTES,
     ) -> None:
-        """`backend` is `gloo` or `nccl`; engines reach this process at `bind_host`; tensors live on `device` (CPU).
+        """`backend` is `gloo` or `nccl`; engines meet this process at `store`; tensors live on `device` (CPU).
         Tensors of `direct_bytes` and more are broadcast from where they are."""
         super().__init__(engines, timeout_s)
-        self._backend, self._host = backend, bind_host
+        self._backend, self._store = backend, store
         self._bucket_bytes, self._direct_bytes = bucket_bytes, direct_bytes
         self._lane = Lane(device or torch.device("cpu"))
         self._group: dist.ProcessGroup | None = None
@@ -85,13 +86,13 @@ class WeightSender(WeightTransport):
         self._dissolve()
         self._engines.find(numbered=True)
         world_size = 1 + sum(self._engines.ranks)
-        store, port = open_store(self._host, world_size, self._first_s)
+        store = connection(self._store, self._first_s)
         bodies, offset = [], 1
         for ranks in self._engines.ranks:
             bodies.append(
                 {
-                    "master_address": self._host,
-                    "master_port": port,
+                    "master_address": store.host,
+                    "master_port": store.port,
                     "rank_offset": offset,
                     "world_size": world_size,
                     "group_name": name,

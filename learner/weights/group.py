@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from datetime import timedelta
 
@@ -9,24 +10,40 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed import Backend, ProcessGroup, destroy_process_group
 from torch.distributed import distributed_c10d as c10d
 
+from opd_async.learner.errors import WeightSyncError
 
-def open_store(host: str, world_size: int, timeout_s: float) -> tuple[TCPStore, int]:
-    """The meeting point of the group, listening on `host` only, and its port (a free one).
+BACKLOG = 1024
 
-    It does not wait for anybody: a refusal by one engine must be seen before all have come.
+
+def open_store(host: str, timeout_s: float, port: int = 0) -> TCPStore:
+    """The meeting point of a process's groups, listening on `host` only, at `port` or at a free one.
+
+    It does not wait for anybody: a refusal by one engine must be seen before all have come. Raises `WeightSyncError`
+    where it cannot listen.
     """
-    listener = socket.create_server((host, 0), backlog=world_size + 1)
-    port = int(listener.getsockname()[1])
-    store = TCPStore(
+    try:
+        listener = socket.create_server((host, port), backlog=BACKLOG)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)  # what Python says has the address once more
+        raise WeightSyncError(
+            f"{host}:{port}: the weight group cannot meet there ({reason}); end the process that holds the "
+            "port, or choose another network.base_port"
+        ) from None
+    return TCPStore(
         host,
-        port,
-        world_size,
+        int(listener.getsockname()[1]),
+        None,
         is_master=True,
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_s),
         master_listen_fd=listener.detach(),
     )
-    return store, port
+
+
+def connection(store: TCPStore, timeout_s: float) -> TCPStore:
+    """Another connection to the same store: who waits holds up everybody else on his, so each group has its own."""
+    timeout = timedelta(seconds=timeout_s)
+    return TCPStore(store.host, store.port, None, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 def join(store: c10d.Store, name: str, rank: int, world_size: int, backend: str, timeout_s: float) -> ProcessGroup:

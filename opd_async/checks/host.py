@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from opd_async.config.topology import Topology
 from opd_async.plan.free_ports import unusable
-from opd_async.plan.resolve import LAST_PORT, port_keys, rank_devices, replica_devices
+from opd_async.plan.resolve import LAST_PORT, port_keys, ports_of_seat, rank_devices, replica_devices
 from opd_async.process import MOST_OPEN_FILES
 
 OTHER_FILES = 256
@@ -64,9 +64,9 @@ def network_problems(topology: Topology) -> Iterator[str]:
         )
     elif network.base_port:
         keys = port_keys(topology)
-        last = network.base_port + len(keys) - 1
-        if last > LAST_PORT:
-            yield f"network.base_port: {network.base_port} and {len(keys)} ports pass {LAST_PORT}; write a smaller one"
+        count = len(keys) + topology.cluster.spare_nodes * ports_of_seat(topology)
+        if network.base_port + count - 1 > LAST_PORT:
+            yield f"network.base_port: {network.base_port} and {count} ports pass {LAST_PORT}; write a smaller one"
             return
         for port, (role, purpose) in enumerate(keys if topology.on_one_host else (), network.base_port):
             if reason := unusable(network.bind, port):

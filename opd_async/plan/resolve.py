@@ -41,7 +41,7 @@ _PURPOSES = {
     RoleKind.INTAKE: ("scored", "batches", "metrics"),
     RoleKind.TEACHER: ("chunks", "metrics"),
     RoleKind.ROLLOUT: ("metrics",),
-    RoleKind.LEARNER: ("master", "metrics"),
+    RoleKind.LEARNER: ("master", "weights", "metrics"),
 }
 
 
@@ -254,8 +254,20 @@ def _role(
 
 
 def ports_of_seat(topology: Topology) -> int:
-    """How many free ports a host that joins has to find."""
+    """How many ports a host that joins has to have."""
     return sum(len(_PURPOSES[kind]) for kind, _ in seat(topology, 0))
+
+
+def ports_asked_of_seat(topology: Topology, number: int) -> list[int]:
+    """Those that `network.base_port` gives a seat, behind the ports of the plan; none where it is 0.
+
+    `topology` is that of the launch: with a smaller learner the plan has fewer, and theirs stay theirs.
+    """
+    if not topology.network.base_port:
+        return []
+    count = ports_of_seat(topology)
+    first = topology.network.base_port + len(port_keys(topology)) + number * count
+    return list(range(first, first + count))
 
 
 def with_seat(plan: Plan, number: int, name: str, address: str, ports: Sequence[int]) -> Plan:

@@ -25,7 +25,7 @@ from opd_async.cluster.hosts import Hosts
 from opd_async.cluster.nodes import Node
 from opd_async.errors import DeadlineError, InputError, OpdError, RoleError
 from opd_async.plan.plan import Plan, RoleKind, RolePlan
-from opd_async.plan.resolve import ports_of_seat, with_seat
+from opd_async.plan.resolve import ports_asked_of_seat, ports_of_seat, with_seat
 from opd_async.run.dispatcher import Dispatcher
 from opd_async.run.leaving import answer, forget_requests, problem_of, requests, take_requests
 from opd_async.run.run_folder import change_plan
@@ -42,6 +42,7 @@ class Elastic:
         self._hosts = hosts
         self._agents = hosts.agents
         self._on_plan = on_plan
+        self._begun = dispatcher.plan.topology
         self._taken = 0
         """Seats, in their order."""
         self._one_at_a_time = asyncio.Lock()
@@ -103,14 +104,15 @@ class Elastic:
 
         Raises `InputError` when the host cannot serve the run.
         """
-        dispatcher, wanted = self._dispatcher, ports_of_seat(self._dispatcher.plan.topology)
+        dispatcher, asked = self._dispatcher, ports_asked_of_seat(self._begun, self._taken)
+        wanted = 0 if asked else ports_of_seat(self._begun)
         try:
-            found = await self._agents.ask(node, lambda number: m.FindPorts(number, wanted, []))
+            found = await self._agents.ask(node, lambda number: m.FindPorts(number, wanted, asked))
         except RoleError as error:
             raise InputError(str(error)) from None
 
         def seated(plan: Plan) -> Plan:
-            return with_seat(plan, self._taken, node.name, node.address, found.numbers)
+            return with_seat(plan, self._taken, node.name, node.address, asked or found.numbers)
 
         plan = change_plan(dispatcher.plan, seated)  # which may have another learner than when the agent was asked
         self._taken += 1

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from opd_async.learner.weights.base import SendReport
 from opd_async.learner.weights.broadcast import WeightSender
 from opd_async.learner.weights.engine_http import EngineAddress
+from opd_async.learner.weights.group import open_store
 
 
 class Trainer:
@@ -21,8 +22,9 @@ class Trainer:
         self._versions = itertools.count(1)
         self._groups = itertools.count()
         # small buckets, so that an update takes several broadcasts, of tensors and of flattened buckets
-        options = {"backend": "gloo", "bind_host": "127.0.0.1", "timeout_s": patience(60.0)}
-        self.sender = WeightSender([self.engine], bucket_bytes=40_000, direct_bytes=5_000, **options)
+        options = {"backend": "gloo", "timeout_s": patience(60.0)}
+        store = open_store("127.0.0.1", patience(60.0))
+        self.sender = WeightSender([self.engine], store=store, bucket_bytes=40_000, direct_bytes=5_000, **options)
         self.connect()
 
     def connect(self) -> None:

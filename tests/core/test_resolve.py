@@ -25,7 +25,7 @@ def test_roles_come_in_start_order_with_their_ports(tmp_path: Path) -> None:
         RoleKind.INTAKE: ("scored", "batches", "metrics"),
         RoleKind.TEACHER: ("chunks", "metrics"),
         RoleKind.ROLLOUT: ("metrics",),
-        RoleKind.LEARNER: ("master", "metrics"),
+        RoleKind.LEARNER: ("master", "weights", "metrics"),
     }
     ports = [port for role in plan.roles for port in role.ports.values()]
     ports += [plan.launcher_metrics_port, int(plan.control.rsplit(":", 1)[1])]

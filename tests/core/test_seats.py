@@ -9,19 +9,34 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from deadlines import patience
 from small_runs import small_topology
 
 from opd_async.checks.cluster import cluster_problems
+from opd_async.checks.host import network_problems
+from opd_async.cluster.nodes import Node
 from opd_async.config.topology import Topology
-from opd_async.errors import DeadlineError, InputError
+from opd_async.errors import DeadlineError, InputError, RoleError
 from opd_async.plan.chunk_bounds import ChunkBounds
 from opd_async.plan.plan import Plan, RoleKind
-from opd_async.plan.resolve import Site, make_plan, ports_of_seat, ports_wanted, with_seat
+from opd_async.plan.resolve import (
+    PLAN_FILE,
+    Site,
+    make_plan,
+    port_keys,
+    ports_asked_of_seat,
+    ports_of_seat,
+    ports_wanted,
+    with_seat,
+)
+from opd_async.run.elastic import Elastic
 from opd_async.run.leaving import Request, answer, ask, forget_requests, problem_of, requests, take_requests
 from opd_async.signals import EXIT_INTERRUPTED
+from opd_async.transport import messages as m
 
 HOSTS = ("cluster.backend=agents", "cluster.nodes=3", "cluster.slots_per_node=2", "cluster.spare_nodes=2")
 THREE = ("engines.student.replicas=2", "engines.teacher.replicas=2", "rollout.replicas=2")
@@ -73,6 +88,43 @@ def test_a_taken_seat_has_engines_and_an_actor_that_drives_them_alone(tmp_path: 
     assert Plan.model_validate_json(twice.model_dump_json()) == twice
     first, second = (ChunkBounds(each, None)._actors for each in (plan, twice))
     assert first == second, "those who read the first plan believe the actors of hosts that join"
+
+
+async def test_hosts_that_join_get_ports_behind_those_of_the_plan(tmp_path: Path) -> None:
+    topology = elastic(tmp_path, "network.base_port=30000")
+    plan = plan_of(topology)
+    plan.run_folder.mkdir(parents=True)
+    (plan.run_folder / PLAN_FILE).write_text(plan.model_dump_json())
+    asked, taken = list[m.FindPorts](), list[str]()
+
+    async def ask(node: Node, request: Callable[[int], m.FindPorts]) -> m.Answer:
+        asked.append(request(1))
+        if taken:
+            raise RoleError(f"{node.name}: {taken.pop()}")
+        return m.Answer(1, None, [])
+
+    dispatcher: Any = SimpleNamespace(plan=plan, fleet=SimpleNamespace(away=set()))
+    dispatcher.grow = lambda grown: setattr(dispatcher, "plan", grown)
+    hosts: Any = SimpleNamespace(agents=SimpleNamespace(ask=ask), place=lambda name, host: None)
+    run = Elastic(dispatcher, hosts, lambda grown: None)
+    behind, size = 30000 + len(port_keys(topology)), ports_of_seat(topology)
+    for number, name in enumerate(("h8", "h9")):
+        expected = list(range(behind + number * size, behind + (number + 1) * size))
+        node = Node(name=name, address="10.0.0.9", incarnation="1", route=b"", heard=0.0)
+        taken.append("port 30099 is in use")
+        with pytest.raises(InputError, match=f"{name}: port 30099 is in use"):
+            await run._seat(node)
+        roles = await run._seat(node)
+        assert [port for role in roles for port in role.ports.values()] == expected
+        assert asked[-2:] == [m.FindPorts(1, 0, expected)] * 2
+    assert ports_asked_of_seat(elastic(tmp_path / "free"), 0) == []
+
+
+def test_ports_of_seats_count_too(tmp_path: Path) -> None:
+    topology = elastic(tmp_path, "network.base_port=65000", "cluster.spare_nodes=200")
+    count = len(port_keys(topology)) + 200 * ports_of_seat(topology)
+    words = f"network.base_port: 65000 and {count} ports pass 65535; write a smaller one"
+    assert list(network_problems(topology)) == [words]
 
 
 def test_gpus_of_a_seat_are_dealt_out(tmp_path: Path) -> None:

@@ -343,7 +343,7 @@ def test_ports_in_use_name_the_role(tmp_path: Path) -> None:
         (line,) = problems(tmp_path, f"network.base_port={base}")
     assert line.startswith(f"network.base_port: port {base + 2}, which teacher-engine-0 wants for http, is in use")
     many = ["engines.student.replicas=300", "network.base_port=65000"]
-    assert problems(tmp_path, *many) == ["network.base_port: 65000 and 612 ports pass 65535; write a smaller one"]
+    assert problems(tmp_path, *many) == ["network.base_port: 65000 and 613 ports pass 65535; write a smaller one"]
 
 
 def _free_base(count: int = 20) -> int:

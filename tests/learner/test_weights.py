@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from claimed_ports import claimed_port
 from deadlines import patience
 from tiny_learner import VOCAB, learner_config, micro_batch, step_batch, write_model
 from torch import Tensor
+from torch.distributed import PrefixStore
 
 from opd_async.learner.distributed.parallel import Place
 from opd_async.learner.errors import WeightSyncError
@@ -29,6 +31,7 @@ from opd_async.learner.weights.base import SendReport
 from opd_async.learner.weights.broadcast import FIRST_SLOWER, WeightSender
 from opd_async.learner.weights.engine_http import EngineAddress, call
 from opd_async.learner.weights.engines import Engines
+from opd_async.learner.weights.group import connection, join, leave, open_store
 
 START_SECONDS = patience(90.0)
 TIMEOUT_S = patience(20.0)
@@ -101,8 +104,8 @@ def pair(trainer: Trainer) -> Iterator[list[EngineAddress]]:
 
 def sender_to(engines: list[EngineAddress]) -> WeightSender:
     """Buckets so small that an update has several of both kinds."""
-    options = {"backend": "gloo", "bind_host": "127.0.0.1", "timeout_s": TIMEOUT_S}
-    return WeightSender(engines, bucket_bytes=20_000, direct_bytes=5_000, **options)
+    options = {"backend": "gloo", "timeout_s": TIMEOUT_S, "bucket_bytes": 20_000, "direct_bytes": 5_000}
+    return WeightSender(engines, store=open_store("127.0.0.1", TIMEOUT_S), **options)
 
 
 def test_an_update_is_loaded_by_every_engine(trainer: Trainer, pair: list[EngineAddress]) -> None:
@@ -207,9 +210,9 @@ def test_dead_engines_are_named_and_their_successors_join(trainer: Trainer) -> N
 
 def test_an_engine_that_does_not_join_is_named(trainer: Trainer, pair: list[EngineAddress]) -> None:
     """A wrong admin key is refused at once, while the other engine waits for the group to fill up."""
-    stranger = replace(pair[1], admin_key="wrong")
+    stranger, store = replace(pair[1], admin_key="wrong"), open_store("127.0.0.1", TIMEOUT_S)
     with WeightSender(
-        [pair[0], stranger], backend="gloo", bind_host="127.0.0.1", bucket_bytes=1, timeout_s=patience(0.6)
+        [pair[0], stranger], backend="gloo", store=store, bucket_bytes=1, timeout_s=patience(0.6)
     ) as sender:
         with pytest.raises(
             WeightSyncError, match=f"{stranger.url} refused POST /init_weights_update_group: status 401"
@@ -235,6 +238,31 @@ def test_joining_a_group_has_the_deadline_of_its_backend(
 
     monkeypatch.setattr(broadcast, "join", join)
     monkeypatch.setattr(Engines, "together", together)
-    with WeightSender([], backend=backend, bind_host="127.0.0.1", bucket_bytes=1, timeout_s=TIMEOUT_S) as sender:
+    store = open_store("127.0.0.1", TIMEOUT_S)
+    with WeightSender([], backend=backend, store=store, bucket_bytes=1, timeout_s=TIMEOUT_S) as sender:
         sender.connect("slow")
     assert deadlines == dict.fromkeys(("join", "/init_weights_update_group"), TIMEOUT_S * patience_of_a_group)
+
+
+def test_groups_meet_at_the_port_of_the_plan_one_after_the_other() -> None:
+    """Also while somebody still waits in the group before, which was given up."""
+    with claimed_port() as port, ThreadPoolExecutor(1) as threads:
+        store = open_store("127.0.0.1", TIMEOUT_S, port)
+        assert store.port == port
+        given_up = connection(store, TIMEOUT_S)
+        waiting = threads.submit(PrefixStore("first", given_up).get, "nobody")
+        try:
+            group = join(connection(store, TIMEOUT_S), "second", 0, 1, "gloo", TIMEOUT_S)
+            leave(group)
+            assert not waiting.done()
+        finally:
+            store.set("first/nobody", "too late")
+        assert waiting.result() == b"too late"
+
+
+def test_a_port_that_another_program_has_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = rf"127.0.0.1:{port}: the weight group cannot meet there \(Address already in use\); end the process"
+        with pytest.raises(WeightSyncError, match=words):
+            open_store("127.0.0.1", TIMEOUT_S, port)
