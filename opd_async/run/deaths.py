@@ -3,7 +3,8 @@
 who died               what follows
 learner or intake      the lifecycle takes the run back to its last checkpoint
 rollout actor          the intake says what it holds of the actor's samples; they are leased again behind that
-student engine         the rollout actors wait for it; it gets the current weights when it is up again
+student engine         the rollout actors wait for it, or, where its host is lost, have their others do its work; it
+                       gets the current weights when it is up again
 any but the first two  it is restarted, within the budget of the fleet; also where it ends while it comes up
 
 loop     waits for                      unblocked by
@@ -95,6 +96,8 @@ class Deaths:
                 await self._reclaim(ended.name)
             if kind is RoleKind.STUDENT_ENGINE:
                 await reach.broadcast(RoleKind.ROLLOUT, m.EngineDown(self._url(ended.name)))
+                if reach.fleet.supervisor.lost(ended.name):  # nobody knows for how long
+                    await reach.slow_engines.given_up(ended.name)
             # one that waits for what has just ended has the deadline of that, and would end the run at it
             await self.keep_down(ended.name)
             if ended.name not in reach.fleet.left:

@@ -6,8 +6,8 @@ loop   waits for                                 unblocked by
 run    the moment to try a slow engine again     the clock
 
 An actor with several engines gives the work of a slow one to the others. Where an actor has but one, the engine is
-restarted, once, if the run has started it; else it is named, and goes on. An engine that the run goes on without, since
-its host stays away, is the slowest of all: its actors give its work to others until it is started again.
+restarted, once, if the run has started it; else it is named, and goes on. An engine whose host is lost is the slowest
+of all: its actors give its work to others until it is started again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SlowEngines:
         self._restarted: set[str] = set()
         """Engines that were restarted because they were slow."""
         self._given_up: set[str] = set()
-        """URLs of engines that the run goes on without."""
+        """URLs of engines whose host is lost."""
 
     async def heard(self, pace: m.EnginePace) -> None:
         """Compare the pace of an engine with that of its peers. On cancel: some actors may not know the result."""
@@ -86,7 +86,7 @@ class SlowEngines:
             await self._tell_all(url, False)
 
     async def given_up(self, role: str) -> None:
-        """Have the others do the work of an engine that does not come back. On cancel: some actors may not know."""
+        """Have the others do the work of an engine whose host is lost. On cancel: some actors may not know."""
         self._given_up.add(url := self._url(role))
         await self._tell_all(url, True)
 

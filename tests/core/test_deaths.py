@@ -30,7 +30,8 @@ class Fleet:
 
     def __init__(self) -> None:
         self.said: list[str] = []
-        self.supervisor = SimpleNamespace(exits=asyncio.Queue(), running=(OTHER,))
+        self.lost = set[str]()
+        self.supervisor = SimpleNamespace(exits=asyncio.Queue(), running=(OTHER,), lost=self.lost.__contains__)
         self.say = self.said.append
         self.away, self.left = set[str](), set[str]()
         self.restarting, self.go = asyncio.Event(), asyncio.Event()
@@ -174,6 +175,16 @@ async def test_an_engine_that_dies_again_while_it_comes_up_has_its_whole_time_on
         assert await reach.mailbox.expect(UPDATE, patience(5.0), "the engine to ask for weights") == RESYNC
         await once(lambda: not deaths.starting)
         assert reach.failures == [] and reach.state.engine_group == 1
+
+
+@pytest.mark.parametrize("lost", [True, False])
+async def test_the_work_of_an_engine_goes_to_others_as_soon_as_its_host_is_lost(lost: bool) -> None:
+    """One that died alone is soon there again, and its responses wait for it."""
+    async with a_run() as (reach, deaths):
+        reach.fleet.lost.update([ENGINE] * lost)
+        await dies(reach, ENGINE)
+        assert reach.slow_engines.given == [ENGINE] * lost
+        await deaths.keep_down(ENGINE)
 
 
 async def test_an_engine_whose_host_stays_away_takes_its_slots_with_it() -> None:
