@@ -16,7 +16,7 @@ Message = Mapping[str, Any]
 _ANSWER = "what-the-assistant-said"
 """Stands for a turn of the student while a template is asked for what follows one."""
 LONG = 1 << 16
-"""Characters from which on a text is tokenized in a thread: a million of them take a second."""
+"""Characters from which on a text is tokenized in a thread."""
 
 
 async def beside_others(characters: int, tokenize: Callable[[], NDArray[np.int32]]) -> NDArray[np.int32]:

@@ -66,8 +66,8 @@ class TopK(NamedTuple):
 
 
 def _comes_twice(ids: NDArray[np.int32]) -> bool:
-    """Whether a row has an id twice. Neighbours of all rows are compared at once, which takes a tenth of the time of
-    going row by row: these are a few numbers each."""
+    """Whether a row has an id twice. Neighbours of all rows are compared at once, which takes far less time than going
+    row by row: these are a few numbers each."""
     ordered = np.sort(ids, axis=1).ravel()
     same = ordered[1:] == ordered[:-1]
     same[ids.shape[1] - 1 :: ids.shape[1]] = False  # the last of a row and the first of the next

@@ -95,8 +95,10 @@ class SlowEngines:
         names, url = self._reach.plan.engine_names, self._url(role)
         for actor in self._reach.up(RoleKind.ROLLOUT):
             driven = self._reach.plan.driven_by(actor)
+            if url not in driven:  # of another actor, or behind a router, which has others to ask
+                continue
             others = [names[other] for other in driven if other != url]
-            if url in driven and not any(other in running or other in driven for other in others):
+            if not any(other in running or other in driven for other in others):
                 return actor
         return None
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from deadlines import patience
+from deadlines import once, patience
 
 from opd_async.cluster.nodes import HostLostError
 from opd_async.cluster.supervisor import Exit
@@ -121,15 +121,6 @@ async def a_run() -> AsyncIterator[tuple[Reach, Deaths]]:
         loop = group.create_task(deaths.run())
         yield reach, deaths
         loop.cancel()
-
-
-async def once(true: Callable[[], bool]) -> None:
-    """Return when it is true, which is soon."""
-    async with asyncio.timeout(patience(5.0)):
-        while True:
-            if true():
-                return
-            await asyncio.sleep(0)
 
 
 async def dies(reach: Reach, name: str = ACTOR) -> None:

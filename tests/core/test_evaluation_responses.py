@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq.asyncio
-from deadlines import patience
+from deadlines import once, patience
 from small_runs import small_topology
 
 from opd_async.config.evaluating import EvaluationSet, evaluation_sets
@@ -102,15 +102,6 @@ async def a_run(folder: Path) -> AsyncIterator[Run]:
         dispatcher = Dispatcher(plan, fleet, Ledger(plan=plan), RoleMetrics("launcher"), context, [], mix)  # type: ignore[arg-type]
         dispatcher.close()
         yield Run(dispatcher)
-
-
-async def once(true: Callable[[], bool]) -> None:
-    """Return when it is true, which is soon."""
-    async with asyncio.timeout(patience(5.0)):
-        while True:
-            if true():
-                return
-            await asyncio.sleep(0)
 
 
 def asked(leases: list[tuple[str, Lease]]) -> list[tuple[str, int]]:

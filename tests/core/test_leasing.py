@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deadlines import patience
+from deadlines import once, patience
 from small_runs import small_topology
 
 from opd_async.config.topology import ONE_TEACHER, ScheduleSection, StepRule
@@ -93,15 +93,6 @@ async def waiting_for_a_prompt(folder: Path) -> AsyncIterator[tuple[Reach, Leasi
         finally:
             prompts.go.set()
             loop.cancel()
-
-
-async def once(true: Callable[[], bool]) -> None:
-    """Return when it is true, which is soon."""
-    async with asyncio.timeout(patience(5.0)):
-        while True:
-            if true():
-                return
-            await asyncio.sleep(0)
 
 
 def given(reach: Reach) -> set[tuple[int, int]]:

@@ -222,6 +222,14 @@ def test_others_do_the_work_of_an_engine_that_is_given_up_until_it_is_back(tmp_p
     assert len(run.sent) == 5 and run.said == []
 
 
+def test_behind_a_router_no_actor_has_an_engine_of_its_own(tmp_path: Path) -> None:
+    run = Run(tmp_path, "engines.student.replicas=2")
+    run.plan = SimpleNamespace(
+        engine_names=run.plan.engine_names, driven_by=lambda _: ("http://router:1",), of_kind=run.plan.of_kind
+    )
+    assert run.slow.without_engine("student-engine-0", set()) is None
+
+
 def test_an_engine_that_the_run_did_not_start_is_there_for_its_actor(tmp_path: Path) -> None:
     run = Run(tmp_path, "engines.student.replicas=2")
     urls, names, other = run.plan.student_engines, run.plan.engine_names, "http://other:1"
