@@ -1,6 +1,6 @@
 """What is learnt at equal steps and prompts: SFT on teacher samples, GRPO, OPD; and which signal bears staleness.
 
-    python -m bench.learning [--part rates|methods|regimes|staleness|rules] [--seeds 3] [--lr 1e-3] [--only NAME]
+    python -m bench.learning [--part rates|methods|regimes|staleness|rules|shown] [--seeds 3] [--lr 1e-3] [--only NAME]
                              [--json FILE] [--plot FILE]
 
     part -> cells -> a run of the launcher each -> its folder -> Outcome -> table, JSON, picture

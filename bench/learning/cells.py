@@ -39,6 +39,8 @@ class Method:
     """The learner holds the teacher."""
     group: int = 1
     """Responses to each prompt."""
+    of_itself: bool = False
+    """The student is its own teacher."""
 
 
 METHODS = {
@@ -55,6 +57,40 @@ METHODS = {
         title=f"OPD + GRPO, {GROUP} a prompt", settings=(*ON_POLICY_TEACHER, *REWARD), lr=5e-4, group=GROUP
     ),
 }
+
+OF_ITSELF = ("opd.type=self", "opd.loss=jsd_full")
+SHOWN = {
+    "frozen": Method(
+        title="itself, shown the solution: frozen",
+        settings=(*OF_ITSELF, "opd.self.weights=frozen"),
+        lr=2e-3,
+        of_itself=True,
+    ),
+    "ema": Method(
+        title="... an average of decay 0.99",
+        settings=(*OF_ITSELF, "opd.self.weights=ema", "opd.self.decay=0.99"),
+        lr=3e-4,
+        of_itself=True,
+    ),
+    "live": Method(title="... live", settings=(*OF_ITSELF, "opd.self.weights=live"), lr=3e-4, of_itself=True),
+    "larger": Method(
+        title="a larger teacher, shown nothing",
+        settings=("opd.type=megatron", "opd.loss=jsd_full", "data.teacher_prompt=null"),
+        lr=2e-3,
+        teacher_inside=True,
+    ),
+    "sft_solutions": Method(
+        title="SFT on the solutions",
+        settings=(
+            *("opd.type=megatron", "opd.loss=sft", "data.teacher_prompt=null"),
+            "data.completions.completion_key=solution",
+        ),
+        lr=2e-3,
+        given=True,
+        teacher_inside=True,
+    ),
+}
+"""Who teaches a student that gets better where it is shown the solution (`examples/self_addition`)."""
 
 HOT = 2e-3
 """A learning rate at which one step moves this student far enough for age to matter."""
@@ -80,6 +116,12 @@ class Regime:
     steps: int = 100
     rates: Mapping[str, float] = field(default_factory=dict)
     """Learning rates of methods that were served better by another than their own."""
+    topology: str = "examples/quickstart.yaml"
+    """What the settings are of."""
+    samples: int = SAMPLES_PER_STEP
+    """Responses of full length in a step's budget."""
+    warmup: int = 10
+    """Steps until the learning rate is what it should be."""
 
 
 REGIMES = {
@@ -92,6 +134,14 @@ REGIMES = {
         title="3 digits, a teacher that writes in two ways",
         teacher="teacher_ways",
         rates={"sft": 8e-3, "opd_full": 5e-4, "opd_jsd": 5e-4},
+    ),
+    "shown": Regime(
+        title="3 digits, a student that copies better than it adds",
+        student="student_shown",
+        steps=120,
+        topology="examples/self_addition/self_addition.yaml",
+        samples=256,
+        warmup=20,
     ),
     "ways5k": Regime(
         title="two ways, and a student of 5 thousand weights",
@@ -127,7 +177,8 @@ class Cell:
     @property
     def how(self) -> Method:
         """The method or signal."""
-        return (SIGNALS if self.part in ("staleness", "rules") else METHODS)[self.method]
+        signals = {"staleness": SIGNALS, "rules": SIGNALS, "shown": SHOWN}
+        return signals.get(self.part, METHODS)[self.method]
 
 
 def rates(seeds: int) -> list[Cell]:
@@ -158,7 +209,7 @@ def regimes(seeds: int) -> list[Cell]:
         )
         for seed in range(seeds)
         for regime in REGIMES
-        if regime not in ("short", "paced")
+        if regime not in ("short", "paced", "shown")
         for name in names
     ]
 
@@ -214,10 +265,20 @@ def rules(seeds: int) -> list[Cell]:
     ]
 
 
+def shown(seeds: int) -> list[Cell]:
+    """Self-distillation on the written-out solution, against a larger teacher and against SFT on the solutions."""
+    return [
+        Cell(part="shown", regime="shown", method=name, seed=seed, lr=how.lr, train_on="tokens", slots=256)
+        for seed in range(seeds)
+        for name, how in SHOWN.items()
+    ]
+
+
 PARTS: dict[str, Callable[[int], list[Cell]]] = {
     "rates": rates,
     "methods": methods,
     "regimes": regimes,
     "staleness": staleness,
     "rules": rules,
+    "shown": shown,
 }

@@ -21,6 +21,7 @@ from opd_async.bench.learning.cells import GROUP, SAMPLES_PER_STEP, Regime
 from opd_async.files import write_atomically
 
 ADDITION = Path(__file__).resolve().parents[2] / "examples" / "addition"
+SELF_ADDITION = ADDITION.with_name("self_addition")
 DEADLINE_S = 1200.0
 
 RECIPES = {
@@ -30,6 +31,8 @@ RECIPES = {
     "student_small": ("student", ("--hidden", "16", "--fresh", "--steps", "2000")),
 }
 """Name: the model of the example that it is a variant of, and how."""
+SHOWN_STUDENT = "student_shown"
+"""The student of the self-distillation example, which comes with rows of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,8 @@ def make_inputs(regime: Regime, folder: Path, *, given: bool, inside: bool) -> I
 
     Raises `subprocess.CalledProcessError`, after the script has said why.
     """
+    if regime.student == SHOWN_STUDENT:
+        return shown_inputs(folder, regime, inside=inside)
     data = once(folder / f"data-{regime.digits}", lambda path: make_data(path, regime))
     found = Inputs(
         train=once(
@@ -63,9 +68,30 @@ def make_inputs(regime: Regime, folder: Path, *, given: bool, inside: bool) -> I
     if given:
         once(found.given, lambda path: sample(path, found, regime))
     if inside:
-        convert = ("-m", "opd_async.learner.convert", "hf-to-megatron", "--hf", str(found.teacher), "--out")
-        once(found.teacher_checkpoint, lambda path: python(*convert, str(path)))
+        convert(found)
     return found
+
+
+def shown_inputs(folder: Path, regime: Regime, *, inside: bool) -> Inputs:
+    """The student and the rows of the self-distillation example; the responses that are given are its solutions."""
+    made = once(folder / SHOWN_STUDENT, lambda path: python(str(SELF_ADDITION / "make_model.py"), "--out", str(path)))
+    found = Inputs(
+        train=made / "train.jsonl",
+        held_out=made / "held_out.jsonl",
+        student=made / "student",
+        teacher=model(regime.teacher, folder),
+        given=made / "train.jsonl",
+        teacher_checkpoint=folder / f"megatron-{regime.teacher}",
+    )
+    if inside:
+        convert(found)
+    return found
+
+
+def convert(inputs: Inputs) -> None:
+    """The teacher's checkpoint for the learner."""
+    command = ("-m", "opd_async.learner.convert", "hf-to-megatron", "--hf", str(inputs.teacher), "--out")
+    once(inputs.teacher_checkpoint, lambda path: python(*command, str(path)))
 
 
 def once(path: Path, make: Callable[[Path], object]) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opd_async.bench.learning.cells import METHODS, REGIMES, SIGNALS
+from opd_async.bench.learning.cells import METHODS, REGIMES, SHOWN, SIGNALS
 from opd_async.bench.learning.runs import Outcome
 from opd_async.bench.learning.tables import bound, grouped
 from opd_async.extras import need
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-COLOURS = {name: f"C{index}" for names in (METHODS, SIGNALS) for index, name in enumerate(names)}
+COLOURS = {name: f"C{index}" for names in (METHODS, SIGNALS, SHOWN) for index, name in enumerate(names)}
 
 
 def draw(file: Path, part: str, outcomes: Sequence[Outcome]) -> None:

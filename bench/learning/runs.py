@@ -63,7 +63,7 @@ def response_tokens(cell: Cell) -> int:
 
 def tokens_per_step(cell: Cell) -> int:
     """The budget of a step of a cell that trains on tokens."""
-    return SAMPLES_PER_STEP * response_tokens(cell)
+    return REGIMES[cell.regime].samples * response_tokens(cell)
 
 
 def settings(cell: Cell, inputs: Inputs, out: Path) -> list[str]:
@@ -76,7 +76,7 @@ def settings(cell: Cell, inputs: Inputs, out: Path) -> list[str]:
         f"run_dir={out}",
         f"seed={cell.seed}",
         f"models.student.path={inputs.student}",
-        f"models.teacher.path={inputs.teacher}",
+        *([] if how.of_itself else [f"models.teacher.path={inputs.teacher}"]),
         f"data.train.path={inputs.train}",
         f"data.held_out.path={inputs.held_out}",
         f"rollout.sampling.max_response_tokens={response}",
@@ -86,7 +86,7 @@ def settings(cell: Cell, inputs: Inputs, out: Path) -> list[str]:
         f"schedule.rule={cell.rule}",
         f"schedule.max_staleness={'null' if cell.staleness is None else cell.staleness}",
         f"learner.optimizer.lr={cell.lr}",
-        "learner.optimizer.warmup_steps=10",
+        f"learner.optimizer.warmup_steps={regime.warmup}",
         f"evaluation.every_steps={CURVE_STEPS}",
         "evaluation.during_prompts=500",
         "evaluation.teacher=false",
@@ -96,7 +96,7 @@ def settings(cell: Cell, inputs: Inputs, out: Path) -> list[str]:
         *cell.extra,
     ]
     running = max(256, cell.slots)
-    sides = ("student",) if how.teacher_inside else ("student", "teacher")
+    sides = ("student",) if how.teacher_inside or how.of_itself else ("student", "teacher")
     for side in sides:
         sizes = {"context_tokens": context, "kv_tokens": running * context, "max_running": running}
         values += [f"engines.{side}.{key}={value}" for key, value in sizes.items()]
@@ -113,7 +113,8 @@ def settings(cell: Cell, inputs: Inputs, out: Path) -> list[str]:
 
 def run(cell: Cell, inputs: Inputs, out: Path) -> None:
     """Run the launcher to its end, its output in a file beside the run; `RuntimeError` with that file if it fails."""
-    command = [sys.executable, "-m", "opd_async.launch", "--topology", "examples/quickstart.yaml", "--overwrite"]
+    topology = REGIMES[cell.regime].topology
+    command = [sys.executable, "-m", "opd_async.launch", "--topology", topology, "--overwrite"]
     log = out / f"{cell.name}.log"
     out.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:

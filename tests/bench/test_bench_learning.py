@@ -27,7 +27,7 @@ ROOT = ADDITION.parents[1]
 def inputs(tmp_path: Path) -> Inputs:
     """Files that are there, and have nothing in them."""
     for name in ("train.jsonl", "held_out.jsonl", "given.jsonl"):
-        (tmp_path / name).write_text('{"prompt": "1", "label": "2", "completion": "3"}\n')
+        (tmp_path / name).write_text('{"prompt": "1", "label": "2", "completion": "3", "solution": "3"}\n')
     step = tmp_path / "teacher" / "step-1"
     step.mkdir(parents=True)
     return Inputs(
@@ -45,7 +45,7 @@ def topology_of(cell: Cell, inputs: Inputs, out: Path) -> Topology:
     overrides = [value for flag, value in pairwise(arguments) if flag == "--set"]
     if "--no-use-opd" in arguments:
         overrides.append("opd.use_opd=false")
-    return load_topology(ROOT / "examples" / "quickstart.yaml", overrides)
+    return load_topology(ROOT / REGIMES[cell.regime].topology, overrides)
 
 
 @pytest.mark.parametrize("part", PARTS)
