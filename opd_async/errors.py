@@ -34,6 +34,8 @@ class EngineFault(StrEnum):
     """No connection, or one that broke."""
     SILENT = "silent"
     """No sign of life within the deadline: a hang."""
+    ABORTED = "aborted"
+    """The engine ended the request before it was done, as it does with all of them when generation is to stop."""
     FOREIGN = "foreign"
     """Tokens of other weights than the run has sent: the launcher sees it too, and sends them again."""
     MALFORMED = "malformed"

@@ -126,11 +126,14 @@ class EngineClient:
                     for part in cursor.parts(events):
                         yield parse_delta(part, self._vocab_size)
 
-    async def score(self, requests: Sequence[tuple[NDArray[np.int32], int]]) -> list[Scores]:
+    async def score(self, requests: Sequence[tuple[NDArray[np.int32], int]], cache_salt: str = "") -> list[Scores]:
         """Teacher logprobs of `ids[start:]` for each (ids int32[N], start >= 1): one prefill-only batch.
 
-        The prefix before `start - 1` may come from the engine's cache; everything behind it is computed.
+        The prefix before `start - 1` may come from the engine's cache; everything behind it is computed. `cache_salt`
+        says whose keys and values may be used: then a request of its own for each, as `top`. Raises `EngineError`.
         """
+        if cache_salt:
+            return await asyncio.gather(*(self.top(ids, start, self._topk, cache_salt) for ids, start in requests))
         body = {
             "input_ids": [ids for ids, _ in requests],
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
@@ -150,7 +153,8 @@ class EngineClient:
             ]
 
     async def top(self, ids: NDArray[np.int32], start: int, k: int, cache_salt: str = "") -> Scores:
-        """Logprobs of `ids[start:]` (ids int32[N], start >= 1) with the k likeliest tokens in the place of each.
+        """Logprobs of `ids[start:]` (ids int32[N], start >= 1) with the k likeliest tokens in the place of each; k may
+        be 0.
 
         All of them where the model has fewer than k. `cache_salt` says whose keys and values may be used. A request of
         its own: servers differ in how a batch has salts. Raises `EngineError`.

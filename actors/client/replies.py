@@ -47,6 +47,8 @@ class Scores:
     prompt_tokens: int
     cached_tokens: int
     topk: TopK | None = None
+    weight_version: str = ""
+    """Of the engine's weights when it had computed them."""
 
 
 def _logprobs(entries: Sequence[Any], ids: Sequence[int], last_id: int, where: str) -> NDArray[np.float32]:
@@ -110,7 +112,7 @@ def _aborted(meta: dict[str, Any]) -> EngineError | None:
     if not isinstance(reason, dict) or reason.get("type") != "abort":
         return None
     status = reason.get("status_code")
-    fault = fault_of_status(status) if type(status) is int else EngineFault.BUSY
+    fault = fault_of_status(status) if type(status) is int else EngineFault.ABORTED
     return EngineError(f"the engine aborted the request: {reason.get('message')}", fault)
 
 
@@ -165,7 +167,5 @@ def parse_scores(
         raise EngineError("prompt_tokens or cached_tokens: missing")
     rows = max(rows, vocab_size)
     logprobs = _logprobs(entries[1:], ids[start:].tolist(), rows - 1, "input_token_logprobs")
-    if not topk:
-        return Scores(logprobs, prompt_tokens, cached_tokens)
-    found = parse_topk(meta, ids[start:], logprobs, topk, rows)
-    return Scores(logprobs, prompt_tokens, cached_tokens, found.below(vocab_size))
+    found = parse_topk(meta, ids[start:], logprobs, topk, rows).below(vocab_size) if topk else None
+    return Scores(logprobs, prompt_tokens, cached_tokens, found, str(meta.get("weight_version")))

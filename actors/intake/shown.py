@@ -84,6 +84,7 @@ class _Parts:
                 -LONGEST_S, LONGEST_S
             ),
             chunk_latency_s=np.array([chunk.latency_s for chunk in self.chunks], np.float32),
+            chunk_scored=self._scored(),
             part_ends=np.array(self.ends, np.int32),
             part_versions=np.array(self.versions, np.int32),
             given_starts=np.array([start for start, _ in self.given], np.int32) if self.given else None,
@@ -92,6 +93,13 @@ class _Parts:
             turn_ends=np.array([end for end, _ in taken.turns], np.int32) if taken.turns else None,
             turn_rewards=np.array([reward for _, reward in taken.turns], np.float32) if taken.turns else None,
         )
+
+    def _scored(self) -> NDArray[np.int32] | None:
+        """The weights that scored each chunk; None where no engines of the student's do."""
+        if all(chunk.scored_version is None for chunk in self.chunks):
+            return None
+        scored = [chunk.version if chunk.scored_version is None else chunk.scored_version for chunk in self.chunks]
+        return np.array(scored, np.int32)
 
 
 class ShownSamples:

@@ -59,8 +59,10 @@ class RolloutActor:
         self._role = role
         topology = role.plan.topology
         self._settings = topology.rollout
-        # the embedded engine accounts for every token when it pauses; SGLang does so only when a request ends
-        must_abort = topology.engines.student.kind is not EngineKind.EMBEDDED
+        # the embedded engine accounts for every token when it pauses; SGLang does so only when a request ends. One that
+        # scores too is not to stand still: a step may wait for the scores of what it has generated
+        embedded = topology.engines.student.kind is EngineKind.EMBEDDED
+        must_abort = not embedded or topology.opd.on_student_engines
         self._keeps_cache = must_abort and topology.schedule.pause_mode is PauseMode.IN_PLACE
         self._metrics = role.metrics
         self._clock = role.clock

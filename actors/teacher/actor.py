@@ -29,6 +29,7 @@ from opd_async.actors.client.pacing import Pacing
 from opd_async.actors.client.replies import Scores
 from opd_async.actors.teacher.known_tokens import KnownTokens
 from opd_async.actors.teacher.lane import Lane, Request
+from opd_async.actors.teacher.live_weights import LiveWeights
 from opd_async.clock import WALL
 from opd_async.config.topology import TrainOn
 from opd_async.engines.probe import wait_until_ready
@@ -60,8 +61,9 @@ class TeacherActor:
         self._topology, plan = role.plan.topology, role.plan
         self._metrics = role.metrics
         urls = plan.engines_of(role.mine)
+        self._live = LiveWeights() if self._topology.opd.on_student_engines else None
         self._pacing = Pacing(role, urls, streams=False)
-        self._lanes = [Lane(role, self._client(session, url), self, self._pacing.of(url)) for url in urls]
+        self._lanes = [Lane(role, self._client(session, url), self, self._pacing.of(url), self._live) for url in urls]
         self._points = self._new_points()
         self._known = KnownTokens()
         self._deal = Deal()
@@ -108,7 +110,8 @@ class TeacherActor:
     def start(self) -> None:
         """Start the loops under the role's task group."""
         self._role.spawn(self.receive(), "receive")
-        self._role.spawn(self._pacing.tell(), "pace")
+        if self._live is None:  # how fast an engine generates says more of it, and rollout actors tell that
+            self._role.spawn(self._pacing.tell(), "pace")
         for lane in self._lanes:
             self._role.spawn(lane.dispatch(), f"dispatch {lane.client.url}")
             self._role.spawn(lane.watch(), f"watch {lane.client.url}")
@@ -127,6 +130,8 @@ class TeacherActor:
                 log.warning("dropped a chunk of sample %d: %s", chunk.sample_id, problem)
                 self._malformed(problem)
                 continue
+            if self._live is not None:
+                self._live.reached(chunk.weight_version)
             if not self._extended(chunk):
                 continue
             if not chunk.sampled:
@@ -192,7 +197,10 @@ class TeacherActor:
         self._failures.pop(item.sample_id, None)
         for chunk in item.chunks:
             latency_s = max(now - chunk.made_at, 0.0)
-            await self._push.send(_scored(chunk, scores, chunk.start - first, self._role.name, latency_s))
+            scored = _scored(chunk, scores, chunk.start - first, self._role.name, latency_s)
+            if self._live is not None and scores:
+                scored = replace(scored, scored_version=int(scores[0].weight_version))
+            await self._push.send(scored)
             await self._pass_on(self._known.sent(chunk))
             sizes = {"start": chunk.start, "end": chunk.end, "version": chunk.weight_version}
             self._role.trace.span("from token to score", "scored", latency_s, sample=chunk.sample_id, **sizes)
@@ -254,6 +262,8 @@ class TeacherActor:
             message = await self._role.control.receive()
             match message:
                 case m.Resume():
+                    if self._live is not None:
+                        self._live.reached(message.version)
                     self._queue(self._points.advance(message.version))
                 case m.EngineSlow():
                     await self._engine_slow(message)
@@ -284,6 +294,8 @@ class TeacherActor:
             await lane.reset()
         self._points = self._new_points()
         self._failures.clear()
+        if self._live is not None:
+            self._live.forget()
         self._room.set()
         await self._role.control.send(m.ResetDone(self._role.name, request))
 

@@ -29,6 +29,7 @@ from opd_async.actors.client.engine_client import EngineClient
 from opd_async.actors.client.guard import Guard
 from opd_async.actors.client.replies import Scores
 from opd_async.actors.teacher.canary import Canary, CanaryError
+from opd_async.actors.teacher.live_weights import LiveWeights
 from opd_async.errors import EngineError, EngineFault
 from opd_async.role import Role
 from opd_async.scheduling.breaker import Failures, backoff_s
@@ -86,8 +87,12 @@ class Owner(Protocol):
 class Lane:
     """One engine's queue, slots, breaker, canary and cache."""
 
-    def __init__(self, role: Role, client: EngineClient, owner: Owner, answers: Answers) -> None:
+    def __init__(
+        self, role: Role, client: EngineClient, owner: Owner, answers: Answers, live: LiveWeights | None = None
+    ) -> None:
+        """`live`: the engine is one of the student's, whose weights change."""
         self._role = role
+        self._live = live
         self._settings = role.plan.topology.teacher
         # an engine that is being restarted is out for longer than its start takes
         self._outage_s = 2 * role.plan.topology.supervisor.start_deadline_s
@@ -96,7 +101,7 @@ class Lane:
         self._owner = owner
         self.client = client
         self.guard = Guard(client.url, role.metrics["opd_teacher_breaker_open"].labels(client.url), role.clock)
-        self.canary = Canary(client, role.plan.vocab_size)
+        self.canary = Canary(client, role.plan.vocab_size, live=live is not None)
         self._unproven = Unproven(self._settings.canary_every_tokens)
         self._canary_due, self._proven = asyncio.Event(), asyncio.Event()
         self.cache = CacheShare(self._settings.min_cached_share)
@@ -220,7 +225,7 @@ class Lane:
             asked, began = object(), self._clock.now()
             self._answers.asked(asked, began)
             try:
-                scores = iter(await self.client.score([one for _, requests in wanted for one in requests]))
+                found = await self._ask(wanted)
                 self._answers.answered(asked, self._clock.now(), new_tokens)
             except EngineError as error:
                 failures += 1
@@ -229,16 +234,29 @@ class Lane:
                     await self._clock.sleep(backoff_s(failures, self._clock.random))
             else:
                 self.guard.succeeded()
-                return [list(islice(scores, len(requests))) for _, requests in wanted]
+                return found
             finally:
                 self._answers.ended(asked)
                 sizes = {"tokens": new_tokens, "samples": len(wanted)}
                 self._role.trace.span(f"score {self.client.url}", "score", self._clock.now() - began, **sizes)
         return None
 
+    async def _ask(self, wanted: Sequence[tuple[ScoreItem, list[Request]]]) -> list[list[Scores]]:
+        """One request, and its answer dealt to the items. Raises `EngineError`."""
+        live, requests = self._live, [one for _, requests in wanted for one in requests]
+        version, salt = (live.version, live.salt()) if live is not None else (0, "")
+        answers = iter(await self.client.score(requests, salt))
+        found = [list(islice(answers, len(requests))) for _, requests in wanted]
+        if live is None:
+            return found
+        newest = [max(chunk.weight_version for chunk in item.chunks) for item, _ in wanted]
+        return [live.made_by(version, token, scores) for token, scores in zip(newest, found, strict=True)]
+
     async def _failed(self, items: Sequence[ScoreItem], error: EngineError) -> None:
         self._role.count("teacher_retries")
         self._metrics["opd_teacher_retries_total"].labels(error.fault.value).inc()
+        if error.fault is EngineFault.ABORTED and self._live is not None:
+            return  # the engine stops for new weights, and ends what it was asked
         log.warning("scoring failed: %s", error)
         if error.fault is EngineFault.SILENT:  # five deadlines in a row would be too long a wait; a canary asks again
             self.guard.trip(error)

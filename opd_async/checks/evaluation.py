@@ -61,9 +61,9 @@ def _set_problems(topology: Topology, one: EvaluationSet) -> Iterator[str]:
     if one.judge == "reward" and topology.reward.kind is RewardKind.NONE:
         yield f"{judge}: reward, but there is none; write reward.kind, or answer"
     opd = topology.opd
-    if one.judge == "teacher" and opd.of_itself and opd.in_learner and opd.self.weights != "frozen":
+    if one.judge == "teacher" and opd.of_itself and opd.self.weights != "frozen":
         yield (
-            f"{judge}: teacher, but opd.self.weights {opd.self.weights} moves the one in the learner with the student, "
+            f"{judge}: teacher, but with opd.self.weights {opd.self.weights} the teacher moves with the student, "
             "and a distance to it says little; write answer or reward, or opd.self.weights: frozen"
         )
     elif one.judge == "teacher" and not topology.teachers and not opd.in_learner:

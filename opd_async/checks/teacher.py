@@ -54,6 +54,9 @@ def teacher_limits(topology: Topology, response_tokens: int) -> dict[str, tuple[
     The teacher inside the learner has the name "" and the bound of its positions.
     """
     room, models = response_tokens, topology.models
+    if topology.opd.on_student_engines:
+        bound = (topology.engines.student.context_tokens - room, "engines.student.context_tokens")
+        return dict.fromkeys(topology.teachers, bound)
     if topology.teachers:
         sides = [(key, model, section) for key, model, section in topology.engine_sides[1:]]
         return {
@@ -140,19 +143,40 @@ def _self_problems(topology: Topology) -> Iterator[str]:
 
 
 def _engine_problems(topology: Topology) -> Iterator[str]:
-    """List why engines could not serve the student's first weights."""
+    """List why engines could not serve the student's first weights, or those of the step."""
     opd = topology.opd
-    if opd.self.weights != "frozen":
-        yield (
-            f"opd.self.weights: {opd.self.weights}, but engines of a teacher never change theirs; write frozen, or "
-            "opd.self.place: learner"
-        )
+    if opd.self.weights == "ema":
+        yield "opd.self.weights: ema, but no engine holds an average; write frozen or live, or opd.self.place: learner"
+    if opd.on_student_engines:
+        yield from _live_problems(topology)
+        return
     for key, given in (("opd.teacher_load", opd.teacher_load), ("learner.load", topology.learner.load)):
         if given is not None:
             yield (
                 f"{key}: given, but opd.self.place is engines, which read the folder models.student.path; write "
                 "opd.self.place: learner, or export the checkpoint (opd convert megatron-to-hf) and begin with that"
             )
+
+
+def _live_problems(topology: Topology) -> Iterator[str]:
+    """List why the student's engines could not score beside what they generate."""
+    opd, student = topology.opd, topology.engines.student
+    if "teacher" in topology.engines.model_fields_set:
+        yield "engines.teacher: given, but live weights are scored on the student's engines; remove it"
+    for key in ("teacher_load", "teacher_offload"):
+        if getattr(opd, key):
+            yield f"opd.{key}: given, but live weights are the student's own, there is no second model; remove it"
+    room, slots = student.replicas * student.max_running, topology.rollout.slots
+    if student.started and slots == room:
+        yield (
+            f"engines.student.max_running: {student.max_running}, but rollout.slots {slots} take all that the engines "
+            f"run at once, and they score too; write more, {2 * student.max_running} say, or fewer slots"
+        )
+    if topology.teacher.replicas > student.replicas:
+        yield (
+            f"teacher.replicas: {topology.teacher.replicas} actors for {student.replicas} student engines; write at "
+            f"most {student.replicas}"
+        )
 
 
 def _unused_problems(topology: Topology) -> Iterator[str]:

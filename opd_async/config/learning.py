@@ -32,9 +32,10 @@ class SelfSection(Section):
 
     weights: Literal["frozen", "live", "ema"] = "frozen"
     """`frozen`: what the student begins with. `live`: the student of each step, without a second model. `ema`: an
-    average over the steps. The last two are for the learner."""
+    average over the steps, for the learner alone."""
     place: Literal["learner", "engines"] = "learner"
-    """Where they score: in the learner's ranks, or on `engines.teacher`."""
+    """Where they score: in the learner's ranks, or on engines: frozen weights on `engines.teacher`, live ones on the
+    student's own."""
     decay: Decay = 0.999
     """`ema`: what is left of the average at each step; the student's new weights are the rest."""
 
@@ -114,6 +115,11 @@ class OpdSection(Section):
         """True if engines of the teacher score the student's tokens."""
         own = self.type is OpdType.SELF and self.self.place == "engines"
         return self.use_opd and (self.type is OpdType.SGLANG or own)
+
+    @property
+    def on_student_engines(self) -> bool:
+        """True if the student's own engines score with the weights that they hold."""
+        return self.of_itself and self.on_engines and self.self.weights == "live"
 
     @property
     def in_learner(self) -> bool:

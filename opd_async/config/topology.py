@@ -166,11 +166,12 @@ class Topology(Section):
 
     @property
     def teachers(self) -> dict[str, TeacherSide]:
-        """Model and engines by name of each teacher that engines of its own score for."""
+        """Model and engines by name of each teacher that engines score for: its own, or those of the student."""
         if not self.opd.on_engines:
             return {}
         if self.opd.of_itself:
-            return {ONE_TEACHER: TeacherSide(self.models.student, self.engines.teacher)}
+            engines = self.engines.student if self.opd.on_student_engines else self.engines.teacher
+            return {ONE_TEACHER: TeacherSide(self.models.student, engines)}
         if self.models.teacher is not None:
             return {ONE_TEACHER: TeacherSide(self.models.teacher, self.engines.teacher)}
         own = self.engines.teachers
@@ -181,7 +182,8 @@ class Topology(Section):
     def engine_sides(self) -> tuple[tuple[str, ModelSection, EngineSection], ...]:
         """Key in the topology, model and engines of the student and of each teacher with engines of its own."""
         prefix = "teachers." if self.models.teachers else ""
-        teachers = ((f"{prefix}{name}", side.model, side.engines) for name, side in self.teachers.items())
+        sides = {} if self.opd.on_student_engines else self.teachers
+        teachers = ((f"{prefix}{name}", side.model, side.engines) for name, side in sides.items())
         return (("student", self.models.student, self.engines.student), *teachers)
 
     @property

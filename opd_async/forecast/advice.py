@@ -66,10 +66,10 @@ class Models:
     @property
     def devices(self) -> Devices:
         """Devices of each role as the topology has them."""
-        engines, teachers = self.topology.engines.student, self.topology.teachers.values()
+        engines, sides = self.topology.engines.student, self.topology.engine_sides[1:]
         return Devices(
             engines.replicas * engines.tensor_parallel,
-            sum(side.engines.replicas * side.engines.tensor_parallel for side in teachers),
+            sum(section.replicas * section.tensor_parallel for _, _, section in sides),
             self.topology.learner.ranks,
         )
 
@@ -103,7 +103,7 @@ def uncovered(topology: Topology) -> str | None:
         return "covers schedule.train_on tokens"
     if schedule.max_staleness == 0 and schedule.step_rule is not StepRule.FILLED:
         return "covers schedule.max_staleness 0 with schedule.rule filled only"
-    if len(topology.teachers) != 1:
+    if len(topology.engine_sides) != 2:
         return "covers one teacher on engines of its own, in models.teacher"
     return None
 

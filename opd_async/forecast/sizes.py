@@ -118,6 +118,11 @@ class _Fitter:
             self.topology = _with(self.topology, key.split("."), value)
             self.choices.append(Choice(key, value, why))
 
+    @property
+    def _both(self) -> bool:
+        """Whether the student's engines are the teacher's too."""
+        return self.topology.opd.on_student_engines
+
     def _sections(self) -> dict[str, EngineSection]:
         return {side: section for side, _, section in self.topology.engine_sides}
 
@@ -135,6 +140,10 @@ class _Fitter:
         else:
             need = max(longest.train + response, sum(longest.held_out))
             why = f"the longest prompt ({max(longest.train, longest.held_out[0])}) and the longest response"
+        if self._both and longest is not None:
+            read = need + PROMPT_ALLOWANCE if longest.teachers is None else longest.teachers + response
+            if read > need:
+                need, why = read, "the longest prompt that only the teacher reads, and the longest response"
         self._set("engines.student.context_tokens", min(need, most), why)
         student = self.topology.engines.student.context_tokens
         read = 0 if longest is None else student + PROMPT_ALLOWANCE
@@ -172,10 +181,14 @@ class _Fitter:
         """Requests at once and room in the cache of one engine."""
         section, slots = self._sections()[side], self.topology.rollout.slots
         own = -(-slots // section.replicas)
-        self._set(f"engines.{side}.max_running", own, f"{slots} slots on {section.replicas}")
+        twice, and_scored = (2, ", and as many that are scored") if side == "student" and self._both else (1, "")
+        self._set(f"engines.{side}.max_running", twice * own, f"{slots} slots on {section.replicas}{and_scored}")
         need, context = own * section.context_tokens, section.context_tokens
         room = self._cache_room(side, section)
         words = f"{own} samples of {context} tokens"
+        if twice > 1:
+            reads = 2 + (self.topology.data.contrast_prompt is not None)
+            need, words = reads * need, f"{words}, each also behind what the teacher reads"
         if side != "student" and self.topology.data.contrast_prompt is not None:
             need, words = 2 * need, f"{words}, each behind two prompts"
         if room is not None and room < need:
@@ -193,7 +206,7 @@ class _Fitter:
 
     def _teacher(self) -> None:
         """New tokens that a teacher scores at once: their logits must fit on a CPU."""
-        teachers = [(side, section) for side, section in self._sections().items() if side != "student"]
+        teachers = [(side, section) for side, section in self._sections().items() if self._both or side != "student"]
         on_cpu = [side for side, section in teachers if section.started and section.devices[0] == "cpu"]
         vocab = max((self._models[side].vocab for side in on_cpu), default=0)
         most = _power_below(LOGITS_BYTES / (4 * vocab)) if vocab else SCORED[1]

@@ -21,6 +21,7 @@ class ChunkBounds:
         self._vocab = plan.vocab_size
         self._context = plan.topology.engines.student.context_tokens
         self._teacher_contexts = {name: side.engines.context_tokens for name, side in plan.topology.teachers.items()}
+        self._live = plan.topology.opd.on_student_engines
         self._actors = plan.actors
         self._teachers = {role.name: role.teacher for role in plan.of_kind(RoleKind.TEACHER)}
         self._grants = Grants(keys)
@@ -48,10 +49,21 @@ class ChunkBounds:
             return f"actor {chunk.actor} from {chunk.teacher_id!r:.80}"
         if chunk.weight_version > newest:
             return f"weight version {chunk.weight_version}, the newest is {newest}"
+        if problem := self._of_scores(chunk, newest):
+            return problem
         topk = chunk.topk_ids
         if topk is not None and topk.size and int(topk.max()) >= self._vocab:
             return f"topk_ids: {int(topk.max())} in a vocabulary of {self._vocab}"
         return self._common(chunk)
+
+    def _of_scores(self, chunk: ScoredChunk, newest: int) -> str | None:
+        """The same of the student's weights that have scored it, where these teach: the bound covers them."""
+        version, tells = chunk.scored_version, self._live and chunk.sampled and bool(len(chunk.token_ids))
+        if (version is not None) != tells:
+            return f"scored by weights {version}, where {'live' if self._live else 'no'} weights of the student teach"
+        if version is not None and not chunk.weight_version <= version <= newest:
+            return f"scored by weights {version}: its tokens are of {chunk.weight_version}, the newest is {newest}"
+        return None
 
     def _common(self, chunk: Chunk | ScoredChunk) -> str | None:
         if chunk.actor not in self._actors:

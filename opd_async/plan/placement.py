@@ -87,7 +87,8 @@ def place(topology: Topology) -> Placement:
     spots[RoleKind.STUDENT_ENGINE] = students
     spots[RoleKind.TEACHER_ENGINE] = [spot for side in engines.values() for spot in side]
     spots[RoleKind.ROLLOUT] = _beside(students, topology.rollout.replicas)
-    spots[RoleKind.TEACHER] = [spot for side in engines.values() for spot in _beside(side, topology.teacher.replicas)]
+    asked = [students] if topology.opd.on_student_engines else engines.values()
+    spots[RoleKind.TEACHER] = [spot for side in asked for spot in _beside(side, topology.teacher.replicas)]
     return placement
 
 

@@ -78,6 +78,7 @@ def make_plan(topology: Topology, claims: ExitStack | None = None, site: Site | 
         own = tuple(f"http://{role.host}:{role.ports['http']}" for role in started)
         return external if section.kind is EngineKind.EXTERNAL else own
 
+    students = engines(topology.engines.student, RoleKind.STUDENT_ENGINE)
     return Plan(
         topology=topology,
         run_folder=topology.folder,
@@ -87,9 +88,10 @@ def make_plan(topology: Topology, claims: ExitStack | None = None, site: Site | 
         scored=endpoints(RoleKind.INTAKE, "scored", "tcp"),
         batches=endpoints(RoleKind.INTAKE, "batches", "tcp"),
         chunks=endpoints(RoleKind.TEACHER, "chunks", "tcp"),
-        student_engines=engines(topology.engines.student, RoleKind.STUDENT_ENGINE),
+        student_engines=students,
         teacher_urls={
-            name: engines(side.engines, RoleKind.TEACHER_ENGINE, name) for name, side in topology.teachers.items()
+            name: students if topology.opd.on_student_engines else engines(side.engines, RoleKind.TEACHER_ENGINE, name)
+            for name, side in topology.teachers.items()
         },
         vocab_size=tables.shared,
         student_rows=tables.student,
@@ -169,10 +171,10 @@ def _own_devices(topology: Topology, kind: RoleKind, index: int) -> tuple[str, .
 
 def _teachers_of(topology: Topology, kind: RoleKind) -> list[str]:
     """The teacher of each teacher engine that the run starts, or of each teacher actor, by index."""
-    counts = {
-        name: _started(side.engines) if kind is RoleKind.TEACHER_ENGINE else topology.teacher.replicas
-        for name, side in topology.teachers.items()
-    }
+    counts = dict.fromkeys(topology.teachers, topology.teacher.replicas)
+    if kind is RoleKind.TEACHER_ENGINE:
+        own = {} if topology.opd.on_student_engines else topology.teachers
+        counts = {name: _started(side.engines) for name, side in own.items()}
     return [name for name, count in counts.items() for _ in range(count)]
 
 
@@ -343,7 +345,8 @@ def describe_plan(plan: Plan) -> str:
     control = f"control={plan.control.rsplit(':', 1)[1]} metrics={plan.launcher_metrics_port}"
     rows = [("role", "host", "devices", "ports", "command"), (LAUNCHER, host, "cpu", control, "(this process)")]
     teachers = plan.topology.teachers
-    sides = [(f"{name}-engine", plan.teacher_urls[name], section) for name, (_, section) in teachers.items()]
+    own = {} if plan.topology.opd.on_student_engines else teachers
+    sides = [(f"{name}-engine", plan.teacher_urls[name], section) for name, (_, section) in own.items()]
     for side, urls, section in [*sides, ("student-engine", plan.student_engines, plan.topology.engines.student)]:
         if not section.started:
             rows += [(f"{side}-{i}", url, "-", "-", "(already running)") for i, url in enumerate(urls)]

@@ -43,7 +43,9 @@ class Evaluations:
         books = self._dispatcher.ledger.books
         for found in books.latest().values():  # of an earlier launch
             self._export(found)
-        teachers = {name: sets for name in self._dispatcher.plan.teacher_urls if (sets := self._sets_of(name))}
+        plan = self._dispatcher.plan
+        others = () if plan.topology.opd.of_itself else plan.teacher_urls  # behind these prompts it is the student
+        teachers = {name: sets for name in others if (sets := self._sets_of(name))}
         student = [name for name in self._sets if version == 0 and name not in books.before]
         whom = {0: [], 1: ["the teacher"]}.get(len(teachers), ["the teachers"]) + ["the student"] * bool(student)
         if not whom:

@@ -117,8 +117,9 @@ class SlowEngines:
             reach.fleet.say(f"{who} is slow: it takes {problem}; its actor has no other engine, so it goes on")
 
     async def _tell_all(self, url: str, slow: bool) -> None:
-        kind = RoleKind.ROLLOUT if url in self._reach.plan.student_engines else RoleKind.TEACHER
-        for actor in self._reach.up(kind):
+        plan = self._reach.plan
+        asked = ((RoleKind.ROLLOUT, plan.student_engines), (RoleKind.TEACHER, plan.teacher_engines))
+        for actor in (actor for kind, urls in asked if url in urls for actor in self._reach.up(kind)):
             await self._reach.server.send(actor, m.EngineSlow(url, slow))
 
     # --- who is who --------------------------------------------------------------------------------------------------
@@ -134,6 +135,8 @@ class SlowEngines:
     def _peers(self, url: str) -> str:
         """What an engine is compared with: those of the same teacher, or all that generate."""
         teachers = self._reach.plan.teacher_urls
+        if url in self._reach.plan.student_engines:
+            return "students"
         return next((f"teacher {name}" for name, urls in teachers.items() if url in urls), "students")
 
     def _engines_beside(self, url: str) -> tuple[str, ...]:

@@ -226,7 +226,7 @@ class Assembler:
                 teacher_logprobs=chunk.teacher_logprobs,
                 topk=topk,
                 contrast_logprobs=chunk.contrast_logprobs,
-                facts=ChunkFacts(chunk.end, chunk.weight_version, chunk.made_at, chunk.latency_s),
+                facts=ChunkFacts(chunk.end, chunk.weight_version, chunk.made_at, chunk.latency_s, chunk.scored_version),
                 sampled=chunk.sampled,
             )
             sample.untrained.append(piece)

@@ -19,7 +19,9 @@ BACKOFF_S = 0.2
 MAX_BACKOFF_S = 5.0
 REFUSALS = 3
 """Give up on a request that the engine refuses (HTTP 4xx) after this many tries."""
-PASSING = frozenset({EngineFault.BUSY, EngineFault.DISCONNECTED, EngineFault.SILENT, EngineFault.FOREIGN})
+PASSING = frozenset(
+    {EngineFault.BUSY, EngineFault.ABORTED, EngineFault.DISCONNECTED, EngineFault.SILENT, EngineFault.FOREIGN}
+)
 """Temporary faults: they say nothing about the request, and waiting may cure them."""
 
 Random = Callable[[], float]

@@ -38,6 +38,7 @@ class HeldChunk(NamedTuple):
     contrast_logprobs: None = None
     made_at: float = 0.0
     latency_s: float = 0.0
+    scored_version: int | None = None
 
     @property
     def end(self) -> int:

@@ -26,6 +26,8 @@ class ChunkFacts(NamedTuple):
     """When its last token arrived at the rollout actor, in `time.time()`."""
     latency_s: float
     """From then to its score."""
+    scored_version: int | None = None
+    """The student's weights that scored it, where its own engines do."""
 
 
 @dataclass(slots=True, kw_only=True)

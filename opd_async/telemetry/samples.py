@@ -191,6 +191,7 @@ def trained_row(sample: TrainedSample, tokenizer: Text) -> dict[str, Any]:
         sample.chunk_versions.tolist(),
         _rounded(sample.chunk_made_s),
         _rounded(sample.chunk_latency_s),
+        *([] if sample.chunk_scored is None else [sample.chunk_scored.tolist()]),
         strict=True,
     )
     return {

@@ -71,7 +71,7 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("teacher_prompt", "teacher_prompt_tokens", "teacher_prompts", "teacher_prompt_lengths"), _COUNT),
     **dict.fromkeys(("contrast_prompt", "contrast_prompt_tokens", "contrast_prompts"), _COUNT),
     **dict.fromkeys(("prompt_lengths", "contrast_prompt_lengths", "given_starts", "given_ends"), _COUNT),
-    **dict.fromkeys(("turn_ends", "topk"), _COUNT),
+    **dict.fromkeys(("turn_ends", "topk", "scored_version"), _COUNT),
     **dict.fromkeys(("waited_s", "wait_s", "token_s"), Range(0, NEVER)),
     **dict.fromkeys(("partial_tokens", "staleness_counts", "request", "token"), _ID),
     **dict.fromkeys(("mean_behaviour_logprobs", "mean_teacher_logprobs"), Range(-1.0e30, 1.0e-3)),
@@ -107,7 +107,7 @@ BOUNDS: dict[str, Bound] = {
         ("made_at", "clock_s", "latency_s", "chunk_latency_s", "for_s", "usual_s", "still_s"), Range(0, NEVER)
     ),
     "chunk_made_s": Range(-LONGEST_S, LONGEST_S),
-    **dict.fromkeys(("chunk_ends", "chunk_versions", "part_ends", "part_versions"), _COUNT),
+    **dict.fromkeys(("chunk_ends", "chunk_versions", "chunk_scored", "part_ends", "part_versions"), _COUNT),
     **dict.fromkeys(("role", "teacher", "teacher_id", "group", "incarnation", "doing", "evaluation_set"), _NAME),
     **dict.fromkeys(("folder", "url", "engines"), Text(4096)),
     **dict.fromkeys(("text", "reason", "error"), Text(MAX_TEXT)),
@@ -166,7 +166,7 @@ EQUAL: dict[str, tuple[tuple[str, ...], ...]] = {
     "LearnerReply": (("teacher_logprobs", "topk_ids", "topk_logprobs"),),
     "TrainedSample": (
         ("response", "behaviour_logprobs"),
-        ("chunk_ends", "chunk_versions", "chunk_made_s", "chunk_latency_s"),
+        ("chunk_ends", "chunk_versions", "chunk_made_s", "chunk_latency_s", "chunk_scored"),
         ("part_ends", "part_versions"),
         ("given_starts", "given_ends"),
         ("turn_ends", "turn_rewards"),

@@ -59,6 +59,8 @@ class FaultyEngine:
         self.stalls = False
         """Every stream stands still behind its first event, and every batch before its answer."""
         self.seen: list[dict[str, Any]] = []
+        self.weights: str | None = None
+        """The version that it says its scores are of."""
         self.resumed = 0
         """How often it was told to go on."""
         self.port = 0
@@ -72,7 +74,9 @@ class FaultyEngine:
     @property
     def scored(self) -> list[list[int]]:
         """The requests of all scoring batches but those of canaries, which are short batches of one."""
-        return [ids for body in self.seen if not body.get("stream") for ids in body["input_ids"] if len(ids) > 12]
+        asked = [body["input_ids"] for body in self.seen if not body.get("stream")]
+        texts = [ids for batch in asked for ids in ([batch] if isinstance(batch[0], int) else batch)]
+        return [ids for ids in texts if len(ids) > 12]
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -130,6 +134,9 @@ class FaultyEngine:
         if fault == "hang":
             await self._hung.wait()
             raise web.HTTPServiceUnavailable
+        if fault == "abort":
+            reason = {"type": "abort", "message": "Abort in waiting queue"}
+            return web.json_response({"meta_info": {"finish_reason": reason}})
         if fault == "error":
             error = {"error": {"message": "injected error", "type": "internal_error", "code": 500}}
             return await self._events(request, [error]) if stream else web.json_response(error)
@@ -140,7 +147,8 @@ class FaultyEngine:
         if self.stalls:
             await self._hung.wait()
         if isinstance(body["input_ids"][0], int):
-            return web.json_response(self._top(body["input_ids"], body["logprob_start_len"], body["top_logprobs_num"]))
+            ids, start, k = body["input_ids"], body["logprob_start_len"], body.get("top_logprobs_num")
+            return web.json_response(self._scores(ids, start) if k is None else self._top(ids, start, k))
         replies = [self._scores(*pair) for pair in zip(body["input_ids"], body["logprob_start_len"], strict=True)]
         if fault != "disconnect":
             return web.json_response(replies)
@@ -191,7 +199,9 @@ class FaultyEngine:
         if self.remembers:
             cached = max((_alike(ids, one) for body in self.seen[:-1] for one in body["input_ids"]), default=0)
             cached = min(cached, start)
-        return {"meta_info": {"input_token_logprobs": entries, "prompt_tokens": len(ids), "cached_tokens": cached}}
+        version = {} if self.weights is None else {"weight_version": self.weights}
+        facts = {"prompt_tokens": len(ids), "cached_tokens": cached, **version}
+        return {"meta_info": {"input_token_logprobs": entries, **facts}}
 
     def _top(self, ids: list[int], start: int, k: int) -> Any:
         """The `k` likeliest tokens in the place of each of `ids[start + 1:]`."""

@@ -38,11 +38,13 @@ class Teacher:
         self.scores: dict[tuple[int, int], list[float]] = {}
         self.contrasts: dict[tuple[int, int], list[float] | None] = {}
         self.sent: dict[tuple[int, int], list[float]] = {}
+        self.versions: dict[tuple[int, int], int | None] = {}
 
     async def collect(self) -> None:
         while True:
             chunk = await self._pull.receive()
             self.scores.setdefault((chunk.sample_id, chunk.start), chunk.teacher_logprobs.tolist())
+            self.versions.setdefault((chunk.sample_id, chunk.start), chunk.scored_version)
             contrast = chunk.contrast_logprobs
             self.contrasts[chunk.sample_id, chunk.start] = None if contrast is None else contrast.tolist()
 
@@ -96,10 +98,12 @@ class Teacher:
 
 @asynccontextmanager
 async def teacher(
-    *engines: FaultyEngine, deadline_s: float = 60.0 * SPEED, **settings: object
+    *engines: FaultyEngine, deadline_s: float = 60.0 * SPEED, opd: dict[str, object] | None = None, **settings: object
 ) -> AsyncIterator[Teacher]:
     section = {"request_deadline_s": patience(0.3), "batch_tokens": 2 * CHUNK, "max_wait_ms": 5.0} | settings
     sections = {"teacher": section, "rollout": {"chunk_tokens": CHUNK}, "supervisor": {"start_deadline_s": deadline_s}}
+    if opd is not None:
+        sections |= {"opd": opd}
     plan = make_plan(VOCAB, ("http://127.0.0.1:1",), tuple(engine.url for engine in engines), **sections)
     async with (
         aiohttp.ClientSession(connector=new_connector()) as session,
@@ -447,3 +451,41 @@ async def test_a_reset_forgets() -> None:
         running.sent.clear()
         await running.send(7, 3)
         await running.all_scored()
+
+
+LIVE = {"use_opd": True, "type": "self", "self": {"place": "engines", "weights": "live"}, "loss": "reverse_kl"}
+
+
+async def test_live_weights_score_no_token_that_is_newer_than_they_are() -> None:
+    """An engine that was started again holds what the student began with, until it is sent the weights; then it scores,
+    in a cache that has nothing of before. What is ended for new weights is asked again, and is no failure."""
+    async with FaultyEngine() as engine:
+        engine.weights = "3"
+        async with teacher(engine, opd=LIVE) as running:
+            await running.dispatcher.to_role.put(m.Resume(3))
+            await running.send(1, 1, end=False, version=3)
+            await running.all_scored()
+            assert set(running.versions.values()) == {3} and running.retries("foreign") == 0
+            engine.weights = "default"
+            await running.send(2, 1, version=3)
+            await until(lambda: running.retries("foreign") > 1, "older scores refused")
+            assert (2, 0) not in running.scores
+            engine.weights = "4"  # newer than the tokens: what it was asked for may have begun with version 3
+            await running.all_scored()
+            assert running.versions[2, 0] == 3
+            await running.send(3, 1, version=4)  # the tokens are the first to tell of version 4
+            await running.all_scored()
+            assert running.versions[3, 0] == 4
+            bodies = [body for body in engine.seen if len(body["input_ids"]) > 12]
+            salts = [body["extra_key"] for body in bodies]
+            tries = salts[1:-1]
+            assert len(set(tries)) == len(tries) > 2 and salts[-1] not in salts[:-1]
+            assert len({body["extra_key"] for body in engine.seen}) > len(set(salts)), (
+                "canaries have caches of their own"
+            )
+
+            assert running.retries("aborted") == 0
+            engine.script += ["abort"] * 8  # more than open a breaker
+            await running.send(4, 1, version=4)
+            await running.all_scored()
+            assert running.retries("aborted") == 8 and not running.open(engine)

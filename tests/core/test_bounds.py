@@ -418,9 +418,21 @@ def test_chunks_that_cannot_be_reach_no_assembler(tmp_path: Path) -> None:
         assert bounds.of_scored("teacher-0", dataclasses.replace(good, **change), newest=4), change
     further = dataclasses.replace(good, sample_id=FURTHER_IDS, grant=grants.of(FURTHER_IDS, 0, 0), episode=1)
     assert bounds.of_scored("teacher-0", further, newest=4) is None
+    assert bounds.of_scored("teacher-0", dataclasses.replace(good, scored_version=4), newest=4), "not a live one"
     for sender in ("rollout-0", "teacher-7", "learner-0"):
         assert bounds.of_scored(sender, good, newest=4)
     assert ChunkBounds(plan, RunKeys.draw()).of_scored("teacher-0", good, newest=4)
+
+
+def test_scores_of_live_weights_are_as_new_as_their_tokens(tmp_path: Path) -> None:
+    live = ("opd.type=self", "opd.self.place=engines", "opd.self.weights=live", "models.teacher=null")
+    plan = make_plan(small_topology(tmp_path, *live))
+    bounds = ChunkBounds(plan, keys := RunKeys.draw())
+    chunk = scored(1, 0, 3, grant=Grants(keys).of(1, 0, 0), teacher="teacher", weight_version=4)
+    chunk = dataclasses.replace(chunk, token_ids=np.ones(3, np.int32), context=None)
+    for version, good in ((3, False), (4, True), (5, True), (6, False), (None, False)):
+        problem = bounds.of_scored("teacher-0", dataclasses.replace(chunk, scored_version=version), newest=5)
+        assert (problem is None) == good, (version, problem)
 
 
 def test_versions_do_not_go_back_and_are_not_older_than_a_step_may_take() -> None:

@@ -10,6 +10,7 @@ from small_runs import topology_data, write_lines, write_topology
 from test_opd_options import make_checkpoint
 
 from opd_async.checks.inputs import examine
+from opd_async.checks.teacher import teacher_limits
 from opd_async.checks.validation import validate, warnings
 from opd_async.command import parse_arguments
 from opd_async.config.learning import OpdSection, SelfSection
@@ -17,10 +18,13 @@ from opd_async.config.slime_flags import opd_overrides
 from opd_async.config.topology import ONE_TEACHER, Topology
 from opd_async.config.topology_file import load_topology
 from opd_async.errors import InputError
+from opd_async.forecast.advice import uncovered
+from opd_async.forecast.sizes import Longest, fitted
 from opd_async.plan.plan import Plan, RoleKind
 from opd_async.plan.resolve import make_plan
 from opd_async.run.fingerprints import fingerprints
 
+LIVE = {"place": "engines", "weights": "live"}
 SELF = ("--use-opd", "--opd-type", "self", "--opsd-privileged-info-key", "solution")
 
 
@@ -28,6 +32,8 @@ def launched(root: Path, *options: str, **opd: Any) -> Topology:
     """What the launcher makes of options and a topology without a teacher, with these keys under `opd`."""
     data = topology_data(root)
     del data["models"]["teacher"]
+    if opd.get("self") == LIVE:
+        del data["engines"]["teacher"]
     write_lines(root / "train.jsonl", {"prompt": "abc", "solution": "de"}, {"prompt": "ab", "solution": "d"})
     path = write_topology(root, data | ({"opd": opd} if opd else {}))
     arguments = parse_arguments(["--topology", str(path), *options])
@@ -48,11 +54,15 @@ def test_options_and_defaults_are_slimes(tmp_path: Path) -> None:
     assert topology.opd.teacher_load == load and validate(topology) == []
 
 
-@pytest.mark.parametrize(("weights", "problems"), [("frozen", 0), ("live", 1), ("ema", 1)])
-def test_a_teacher_whose_weights_move_is_no_judge(tmp_path: Path, weights: str, problems: int) -> None:
-    topology = launched(tmp_path, *SELF, "--set", "evaluation.judge=teacher", self={"weights": weights})
+@pytest.mark.parametrize(
+    ("weights", "place", "problems"),
+    [("frozen", "learner", 0), ("live", "learner", 1), ("ema", "learner", 1), ("live", "engines", 1)],
+)
+def test_a_teacher_whose_weights_move_is_no_judge(tmp_path: Path, weights: str, place: str, problems: int) -> None:
+    own = {"weights": weights, "place": place}
+    topology = launched(tmp_path, *SELF, "--set", "evaluation.judge=teacher", self=own)
     found = [line for line in validate(topology) if line.startswith("evaluation.judge")]
-    words = f"evaluation.judge: teacher, but opd.self.weights {weights} moves the one in the learner with the student"
+    words = f"evaluation.judge: teacher, but with opd.self.weights {weights} the teacher moves with the student"
     assert len(found) == problems and all(line.startswith(words) for line in found)
 
 
@@ -84,8 +94,19 @@ WRONG: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (("--opd-type", "self"), {}, "data.privileged_key: missing, but opd.type is self"),
     ((*SELF, "--set", "models.teacher.path=x"), {}, "models.teacher: given, but opd.type is self and the teacher is"),
     ((*SELF, "--opd-teacher-load", "nowhere"), {}, "opd.teacher_load: nowhere: no such folder; give"),
-    (SELF, {"self": {"weights": "live", "place": "engines"}}, "opd.self.weights: live, but engines of a teacher never"),
-    (SELF, {"self": {"weights": "ema", "place": "engines"}}, "opd.self.weights: ema, but engines of a teacher never"),
+    (SELF, {"self": {"weights": "ema", "place": "engines"}}, "opd.self.weights: ema, but no engine holds an average"),
+    (
+        (*SELF, "--set", "engines.teacher.threads=1"),
+        {"self": LIVE},
+        "engines.teacher: given, but live weights are scored",
+    ),
+    ((*SELF, "--set", "teacher.replicas=2"), {"self": LIVE}, "teacher.replicas: 2 actors for 1 student engines; write"),
+    (
+        (*SELF, "--set", "rollout.slots=8", "--set", "engines.student.max_running=8"),
+        {"self": LIVE},
+        "engines.student.max_running: 8, but rollout.slots 8 take all that the engines run at once",
+    ),
+    (SELF, {"self": LIVE, "teacher_offload": True}, "opd.teacher_offload: given, but live weights are the student's"),
     (
         SELF,
         {"self": {"place": "engines"}, "teacher_load": "x"},
@@ -127,6 +148,27 @@ def test_what_is_started(tmp_path: Path) -> None:
     engine = plan.role(RoleKind.TEACHER_ENGINE, 0)
     assert str(topology.models.student.path) in engine.command
     assert plan.section(plan.teacher_engines[0]) == topology.engines.teacher
+
+
+def test_live_weights_on_engines_start_none_of_their_own(tmp_path: Path) -> None:
+    """The student's engines hold what the teacher reads too, have room for both, and are dealt to the teacher's actors
+    as to the student's."""
+    sizes = (f"engines.student.{key}=auto" for key in ("context_tokens", "kv_tokens", "max_running"))
+    wanted = (*sizes, "engines.student.replicas=3", "teacher.replicas=2")
+    options = (part for one in wanted for part in ("--set", one))
+    topology, _ = fitted(launched(tmp_path, *SELF, *options, self=LIVE, topk=8), Longest(train=10, teachers=20))
+    assert validate(topology) == []
+    plan = make_plan(topology)
+    assert RoleKind.TEACHER_ENGINE not in roles(plan)
+    actors = plan.of_kind(RoleKind.TEACHER)
+    assert [plan.engines_of(actor) for actor in actors] == [plan.student_engines[::2], plan.student_engines[1::2]]
+    assert all(plan.section(url) == topology.engines.student for url in plan.teacher_engines)
+    student, response = topology.engines.student, topology.rollout.sampling.max_response_tokens
+    assert student.context_tokens == 20 + response
+    assert student.max_running * 3 >= 2 * topology.rollout.slots
+    assert student.kv_tokens >= student.max_running * student.context_tokens
+    assert set(teacher_limits(topology, response).values()) == {(20, "engines.student.context_tokens")}
+    assert "of its own" in str(uncovered(topology))
 
 
 def test_a_run_that_goes_on_needs_the_weights_that_teach(tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ class ScoredChunk:
     teacher_id: str
     latency_s: float
     """From the arrival of the chunk's last token at the rollout actor to its score."""
+    scored_version: int | None = None
+    """The student's weights that made the scores, where its own engines make them (`opd.self.weights: live`)."""
     token_ids: Int32
     behaviour_logprobs: Float32
     teacher_logprobs: Float32
@@ -202,6 +204,8 @@ class TrainedSample:
     """Its arrival, in seconds after `made_at`."""
     chunk_latency_s: Float32
     """From its arrival to its score."""
+    chunk_scored: Int32 | None = None
+    """The student's weights that scored it, where its own engines do; of a given one those that it came with."""
     part_ends: Int32
     """Position after each part that a step took; more than one part means that the response was cut."""
     part_versions: Int32
