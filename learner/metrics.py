@@ -14,7 +14,7 @@ from torch import Tensor
 SUMS = (
     *("loss", "reverse_kl", "k3", "ratio", "squared_deviation", "clipped", "gated", "clamped", "staleness"),
     *("student_support", "teacher_support", "entropy", "reference_kl"),
-    *("plain_kl", "contrast", "divergence_clipped", "frequent_signal"),
+    *("plain_kl", "contrast", "divergence_clipped", "frequent_signal", "fork_entropy"),
 )
 """What losses may report as a sum over rows (`LossOutput.sums`)."""
 MAXIMA = ("ratio", "staleness")
@@ -55,7 +55,10 @@ class StepMetrics:
     teacher_support: float | None = None
     """The same for the teacher: what the top-k leaves out is 1 minus this."""
     entropy: float | None = None
-    """Mean entropy of the student, nats; None unless there is a bonus for it."""
+    """Mean entropy of the student, nats; None unless there is a bonus for it, or teachers read what it does not."""
+    fork_entropy: float | None = None
+    """The same at the fifth of each micro-batch's tokens where it is highest: where a response forks. None where
+    teachers read what the student reads."""
     reference_kl: float | None = None
     """KL(student || reference) by the mean of rho (log p - log p_ref) on the sampled tokens; None without one."""
     plain_kl: float | None = None
@@ -179,6 +182,7 @@ def step_metrics(
         student_support=totals.mean("student_support"),
         teacher_support=totals.mean("teacher_support"),
         entropy=totals.mean("entropy"),
+        fork_entropy=totals.mean("fork_entropy"),
         reference_kl=totals.mean("reference_kl"),
         plain_kl=totals.mean("plain_kl"),
         contrast=totals.mean("contrast"),

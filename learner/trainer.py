@@ -31,7 +31,7 @@ from opd_async.learner.errors import LearnerError
 from opd_async.learner.hf.io import load_hf
 from opd_async.learner.losses.full_divergences import row_divergences
 from opd_async.learner.losses.heads import head_of
-from opd_async.learner.losses.logprobs import RowLogprobs, row_logprobs
+from opd_async.learner.losses.logprobs import Entropy, RowLogprobs, row_logprobs
 from opd_async.learner.losses.objective import full_objective, objective, support_of
 from opd_async.learner.losses.own import OwnLoss, with_loss
 from opd_async.learner.losses.sampled import LossOutput
@@ -230,6 +230,7 @@ class Trainer:
             packed.own(packed.targets_R),
             loss=self.config.loss.loss,
             beta=self.config.loss.jsd_beta,
+            entropy=self.config.frequent_tokens > 0,
         )
         return full_objective(packed, everywhere(found, packed.own_O, len(packed.targets_R)), self.config.loss)
 
@@ -248,9 +249,16 @@ class Trainer:
             packed.own(packed.targets_R),
             None if support_RK is None else packed.own(support_RK),
             tail=tail,
-            entropy=train and self.config.loss.entropy_coef > 0.0,
+            entropy=self._entropy if train else None,
         )
         return everywhere(found, packed.own_O, len(packed.targets_R))
+
+    @property
+    def _entropy(self) -> Entropy | None:
+        """What the student's entropy is for: a bonus, or, where a teacher reads what it does not, a figure."""
+        if self.config.loss.entropy_coef > 0.0:
+            return Entropy.TRAINED
+        return Entropy.SEEN if self.config.frequent_tokens else None
 
     def _update(self, rate: float) -> float:
         """Clip and apply the gradient; returns its global L2 norm before clipping."""

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_async.learner.losses.logprobs import Head, add_at_columns, at_columns, logsumexp
+from opd_async.learner.losses.logprobs import Head, add_at_columns, at_columns, entropy_of, logsumexp
 from opd_async.learner.losses.products import add_product, logits
 
 
@@ -42,6 +42,8 @@ class RowDivergences:
     """log q of the sampled token."""
     divergence_R: Tensor
     """With gradient."""
+    entropy_R: Tensor | None = None
+    """Of the student's distribution; None unless asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,8 @@ single-step part is the reverse KL at each prefix, for the last."""
 
 
 class _ChunkedDivergence(torch.autograd.Function):
-    """Returns log p(y) and the divergence with gradient, log q(y) without; float32[R] each."""
+    """Returns log p(y), log q(y), the divergence and the student's entropy, float32[R] each; the first and the third
+    with gradient, the last None unless asked for."""
 
     @staticmethod
     def forward(
@@ -132,8 +135,10 @@ class _ChunkedDivergence(torch.autograd.Function):
         heads: tuple[Head, Head],
         formula: Formula,
         beta: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         head, teacher_head = heads
+        entropy_R = torch.zeros(len(targets_R), device=hidden_RX.device) if entropy else None
         sums_4R = torch.zeros(4, len(targets_R), dtype=torch.float32, device=hidden_RX.device)
         # logsumexps: of the student, and of the teacher over this vocabulary and over all its ids
         normal_3R = torch.zeros_like(sums_4R[:3])
@@ -146,6 +151,8 @@ class _ChunkedDivergence(torch.autograd.Function):
             normal_3R[2, chunk] = _with_beyond(normal_3R[1, chunk], teacher_RY[chunk], teacher_head)
             student_BV -= normal_3R[0, chunk, None]
             teacher_BV -= normal_3R[1 if formula.conditional else 2, chunk, None]
+            if entropy_R is not None:
+                entropy_R[chunk] = entropy_of(student_BV)
             sums_4R[2, chunk], sums_4R[3, chunk] = formula.terms(student_BV, teacher_BV, beta)
         head.all_reduce(sums_4R)
         student_R, teacher_R, value_R, sum_R = sums_4R
@@ -156,13 +163,17 @@ class _ChunkedDivergence(torch.autograd.Function):
         if formula.beyond is not None and teacher_head.beyond is not None:
             value_R = value_R + formula.beyond(-torch.expm1(normal_3R[1] - normal_3R[2]), beta)
         logq_R = teacher_R - normal_3R[2]
-        ctx.mark_non_differentiable(logq_R)
-        return student_R - normal_3R[0], logq_R, value_R.clone()
+        if entropy_R is None:
+            ctx.mark_non_differentiable(logq_R)
+        else:
+            head.all_reduce(entropy_R)
+            ctx.mark_non_differentiable(logq_R, entropy_R)
+        return student_R - normal_3R[0], logq_R, value_R.clone(), entropy_R
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         """d log p(y) / dz = onehot(y) - p; the divergence as its formula says."""
-        grad_sampled_R, _, grad_value_R = grad_outputs
+        grad_sampled_R, _, grad_value_R, _ = grad_outputs
         hidden_RX, weight_VX, teacher_RY, teacher_weight_VY, targets_R, normal_2R, sum_R = ctx.saved_tensors
         grad_hidden_RX = torch.zeros_like(hidden_RX)
         grad_weight_VX = torch.zeros_like(weight_VX, dtype=torch.float32)
@@ -176,7 +187,7 @@ class _ChunkedDivergence(torch.autograd.Function):
             grad_hidden_RX[chunk] = grad_BV @ weight_VX
             add_product(grad_weight_VX, grad_BV, hidden_RX[chunk])
         ctx.head.all_reduce(grad_hidden_RX)
-        return grad_hidden_RX, grad_weight_VX.to(weight_VX.dtype), *[None] * 6
+        return grad_hidden_RX, grad_weight_VX.to(weight_VX.dtype), *[None] * 7
 
 
 def _with_beyond(normal_B: Tensor, teacher_BY: Tensor, head: Head) -> Tensor:
@@ -187,16 +198,25 @@ def _with_beyond(normal_B: Tensor, teacher_BY: Tensor, head: Head) -> Tensor:
 
 
 def row_divergences(
-    hidden_RX: Tensor, head: Head, teacher_RY: Tensor, teacher_head: Head, targets_R: Tensor, *, loss: str, beta: float
+    hidden_RX: Tensor,
+    head: Head,
+    teacher_RY: Tensor,
+    teacher_head: Head,
+    targets_R: Tensor,
+    *,
+    loss: str,
+    beta: float,
+    entropy: bool = False,
 ) -> RowDivergences:
-    """The divergence of `loss` (one of `FORMULAS`) at each row, and both models' log-probabilities of its target.
+    """The divergence of `loss` (one of `FORMULAS`) at each row, and both models' log-probabilities of its target; and
+    the student's `entropy` there.
 
     `hidden_RX` [R, X] and `teacher_RY` [R, Y], normed and ready for the heads, are the same on all ranks of the heads'
     group, which is one for both, as is the vocabulary, but for `teacher_head.beyond`; `targets_R` int64[R] are global
     token ids; 0 < `beta` < 1 is used by `jsd_full` alone. Gradients reach `hidden_RX` (whole, on every rank) and
     `head.weight`.
     """
-    sampled_R, teacher_R, divergence_R = _ChunkedDivergence.apply(
+    sampled_R, teacher_R, divergence_R, entropy_R = _ChunkedDivergence.apply(
         hidden_RX,
         head.weight_VX(),
         teacher_RY,
@@ -205,5 +225,6 @@ def row_divergences(
         (head, teacher_head),
         FORMULAS[loss],
         beta,
+        entropy,
     )
-    return RowDivergences(sampled_R=sampled_R, teacher_R=teacher_R, divergence_R=divergence_R)
+    return RowDivergences(sampled_R=sampled_R, teacher_R=teacher_R, divergence_R=divergence_R, entropy_R=entropy_R)

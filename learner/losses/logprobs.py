@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class RowLogprobs:
     tail_R: Tensor | None = None
     """[R], of everything outside the support: log(1 - sum_S p), precise however small."""
     entropy_R: Tensor | None = None
-    """[R], of the whole distribution: - sum_v p log p."""
+    """[R], of the whole distribution: - sum_v p log p; without gradient where it is a figure alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,15 @@ class Head:
             dist.all_reduce(values, group=self.group)
 
 
+class Entropy(Enum):
+    """What the entropy of each row's distribution is for."""
+
+    SEEN = auto()
+    """A figure: it has no gradient."""
+    TRAINED = auto()
+    """A part of the loss."""
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T) at chosen ids, one chunk of rows at a time, over a vocabulary split between ranks.
 
@@ -86,23 +96,28 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ids_RJ: Tensor,
         head: Head,
         tail: bool,
-        entropy: bool,
+        entropy: Entropy | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         logprobs_RJ = hidden_RX.new_zeros(ids_RJ.shape, dtype=torch.float32)
         logsumexp_R = logprobs_RJ.new_zeros(len(ids_RJ))
         tail_R = torch.zeros_like(logsumexp_R) if tail else None
-        entropy_R = torch.zeros_like(logsumexp_R) if entropy else None
+        entropy_R = None if entropy is None else torch.zeros_like(logsumexp_R)
         for chunk in head.chunks(len(ids_RJ)):
             logits_BV = logits(hidden_RX[chunk], weight_VX)
             columns_BJ = ids_RJ[chunk] - head.first_id
             logsumexp_R[chunk] = logsumexp(logits_BV, head.group)
             logprobs_RJ[chunk] = at_columns(logits_BV, columns_BJ)
             if entropy_R is not None:
-                entropy_R[chunk] = _entropy(logits_BV, logsumexp_R[chunk], head.group)
+                entropy_R[chunk] = entropy_of(logits_BV - logsumexp_R[chunk, None])
             if tail_R is not None:
                 tail_R[chunk] = logsumexp(_without(logits_BV, columns_BJ[:, 1:]), head.group)
         head.all_reduce(logprobs_RJ)  # an id's logit lives on one rank, the others hold zero
-        ctx.save_for_backward(hidden_RX, weight_VX, ids_RJ, logsumexp_R, tail_R, entropy_R)
+        if entropy_R is not None:
+            head.all_reduce(entropy_R)
+        if entropy is Entropy.SEEN:
+            ctx.mark_non_differentiable(entropy_R)
+        trained_R = entropy_R if entropy is Entropy.TRAINED else None
+        ctx.save_for_backward(hidden_RX, weight_VX, ids_RJ, logsumexp_R, tail_R, trained_R)
         ctx.head = head
         return logprobs_RJ - logsumexp_R[:, None], None if tail_R is None else tail_R - logsumexp_R, entropy_R
 
@@ -145,13 +160,9 @@ def logsumexp(logits_BV: Tensor, group: dist.ProcessGroup) -> Tensor:
     return largest_B + total_B.log_()
 
 
-def _entropy(logits_BV: Tensor, logsumexp_B: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """float32[B], nats: - sum_v p log p."""
-    logprobs_BV = logits_BV - logsumexp_B[:, None]
-    entropy_B = -(logprobs_BV.exp() * logprobs_BV).sum(-1)
-    if group.size() > 1:
-        dist.all_reduce(entropy_B, group=group)
-    return entropy_B
+def entropy_of(logprobs_BV: Tensor) -> Tensor:
+    """float32[B], nats: - sum_v p log p over this rank's part of the vocabulary."""
+    return -(logprobs_BV.exp() * logprobs_BV).sum(-1)
 
 
 def _here(columns_BJ: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -192,10 +203,10 @@ def row_logprobs(
     support_RK: Tensor | None = None,
     *,
     tail: bool = False,
-    entropy: bool = False,
+    entropy: Entropy | None = None,
 ) -> RowLogprobs:
-    """log p of each row's sampled token and, with a support, of its ids and (`tail`) of all ids outside it; and the
-    `entropy` of each row's distribution.
+    """log p of each row's sampled token and, with a support, of its ids and (`tail`) of all ids outside it; and, where
+    `entropy` asks for it, that of each row's distribution.
 
     `hidden_RX` [R, X] is the same on all ranks of the head's group; `targets_R` int64[R] and `support_RK` int64[R, k]
     are global token ids, those of a row's support distinct and, for `tail`, fewer than the vocabulary. A place of the

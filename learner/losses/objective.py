@@ -35,6 +35,8 @@ from opd_async.learner.losses.sampled import (
 )
 from opd_async.learner.model.layout import PackedBatch
 
+FORKS = 5
+"""One token in so many is a fork."""
 SAMPLED = {"reverse_kl": reverse_kl, "reverse_kl_behaviour": reverse_kl_behaviour, "sft": sft}
 
 
@@ -64,7 +66,7 @@ def objective(packed: PackedBatch, logprobs: RowLogprobs, config: LossConfig) ->
         teacher_RK = packed.topk_logprobs_RK if packed.topk_logprobs_RK is not None else logprobs.support_RK.detach()
         cells = Cells(logprobs.support_RK, logprobs.tail_R, teacher_RK)
         output = with_divergence(rows, _later_signals(rows, packed, config), cells, config)
-    return _plus_entropy(_with_others(output, packed, logprobs), logprobs.entropy_R, packed.weights_R, config)
+    return _plus_entropy(_with_others(output, packed, logprobs), logprobs.entropy_R, packed, config)
 
 
 def full_objective(packed: PackedBatch, found: RowDivergences, config: LossConfig) -> LossOutput:
@@ -75,7 +77,7 @@ def full_objective(packed: PackedBatch, found: RowDivergences, config: LossConfi
     output = output.plus(config.kl_coef * weighted(bounded_R, packed.weights_R).sum(), **more, **style(rows, bounded_R))
     if LOSSES[config.loss].student_kl:
         output = replace(output, sums=output.sums | {"reverse_kl": summed(found.divergence_R.detach())})
-    return _with_others(output, packed, found)
+    return _plus_entropy(_with_others(output, packed, found), found.entropy_R, packed, config)
 
 
 def bounded(divergence_R: Tensor, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
@@ -138,17 +140,32 @@ def with_divergence(rows: Rows, signal_R: Tensor, cells: Cells, config: LossConf
     )
 
 
-def _plus_entropy(
-    output: LossOutput, entropy_R: Tensor | None, weights_R: Tensor | None, config: LossConfig
-) -> LossOutput:
-    """The loss minus entropy_coef times the student's entropy, summed over rows, where there is such a bonus.
+def _plus_entropy(output: LossOutput, entropy_R: Tensor | None, packed: PackedBatch, config: LossConfig) -> LossOutput:
+    """The loss minus entropy_coef times the student's entropy, summed over rows, where there is such a bonus; and what
+    to report of the entropy, where it is known.
 
     Its gradient is exact at each prefix (a sum over the vocabulary); prefixes are those of the weights that sampled.
     """
     if entropy_R is None:
         return output
-    bonus = config.entropy_coef * weighted(entropy_R, weights_R).sum()
-    return output.plus(-bonus, entropy=summed(entropy_R))
+    seen = {"entropy": summed(entropy_R), **forks(entropy_R.detach(), packed.frequent_R is not None)}
+    if not config.entropy_coef:
+        return replace(output, sums=output.sums | seen)
+    return output.plus(-config.entropy_coef * weighted(entropy_R, packed.weights_R).sum(), **seen)
+
+
+def forks(entropy_R: Tensor, asked: bool) -> dict[str, Tensor]:
+    """What to report of the entropy where the student is least sure, where that was asked for: at the fifth of the rows
+    that has the highest (at least one).
+
+    float64[2]: the sum over them, and how many they are. Source: the tokens at which a response forks are that
+    minority (2506.01939).
+    """
+    if not asked or not len(entropy_R):
+        return {}
+    count = max(1, len(entropy_R) // FORKS)
+    highest = entropy_R.topk(count).values.double().sum()
+    return {"fork_entropy": torch.stack([highest, torch.full_like(highest, count)])}
 
 
 def _advantages(packed: PackedBatch, sampled_R: Tensor, config: LossConfig) -> Tensor:

@@ -35,6 +35,7 @@ from opd_async.learner.errors import CheckpointError
 from opd_async.learner.hf.io import hf_weights
 from opd_async.learner.losses.divergences import Cells, jsd_topk
 from opd_async.learner.losses.objective import bounded
+from opd_async.learner.metrics import Totals
 from opd_async.learner.trainer import Trainer
 from opd_async.transport.step_batch import MicroBatch
 
@@ -292,6 +293,7 @@ def test_what_is_reported_of_a_teacher_that_knows_more(alone: Place, model_path:
     share = float(signal[torch.isin(targets, frequent)].sum() / signal.sum())
     assert 0.05 < share < 0.95
     assert totals.mean("frequent_signal") == pytest.approx(share, abs=1e-5)
+    check_entropy(totals, ours)
     trainer.step(step_batch(0, [batch]))
     assert trainer.step(step_batch(1, [batch])).plain_kl is None
     assert trainer.step(step_batch(2, [batch])).plain_kl is not None
@@ -307,7 +309,19 @@ def test_the_share_of_frequent_tokens_in_a_sampled_signal(alone: Place, model_pa
     signal = (torch.from_numpy(batch.teacher_logprobs).double() - table.gather(1, targets[:, None])[:, 0]).abs()
     frequent = torch.argsort(-torch.bincount(targets, minlength=33), stable=True)[:4]
     share = float(signal[torch.isin(targets, frequent)].sum() / signal.sum())
-    assert trainer.gradients(step_batch(0, [batch])).mean("frequent_signal") == pytest.approx(share, abs=1e-5)
+    totals = trainer.gradients(step_batch(0, [batch]))
+    assert totals.mean("frequent_signal") == pytest.approx(share, abs=1e-5)
+    check_entropy(totals, table)
+
+
+def check_entropy(totals: Totals, logits_RV: torch.Tensor) -> None:
+    """Its mean, and that of the fifth of the rows where it is highest."""
+    logprobs_RV = logits_RV.log_softmax(-1)
+    entropy_R = -(logprobs_RV.exp() * logprobs_RV).sum(-1)
+    assert totals.mean("entropy") == pytest.approx(float(entropy_R.mean()), abs=1e-5)
+    highest = entropy_R.sort(descending=True).values[: len(entropy_R) // 5]
+    assert totals.mean("fork_entropy") == pytest.approx(float(highest.mean()), abs=1e-5)
+    assert float(highest.mean()) > 1.01 * float(entropy_R.mean())
 
 
 def cut(batch: MicroBatch, at: int) -> list[MicroBatch]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from opd_async.estimators.topk import NO_LOGPROB, NO_TOKEN
 from opd_async.learner.distributed.parallel import Place
-from opd_async.learner.losses.logprobs import Head, row_logprobs
+from opd_async.learner.losses.logprobs import Entropy, Head, row_logprobs
 
 ROWS, HIDDEN, VOCAB, K = 11, 8, 19, 5
 
@@ -38,7 +38,7 @@ def test_values_and_gradients(alone: Place, chunk_rows: int, padding: int, scale
     weight.requires_grad_()
     group = dist.group.WORLD or dist.new_group()
     head = Head(weight=weight, vocab=VOCAB, chunk_rows=chunk_rows, group=group)
-    found = row_logprobs(hidden, head, targets, support, tail=True, entropy=True)
+    found = row_logprobs(hidden, head, targets, support, tail=True, entropy=Entropy.TRAINED)
     assert found.support_RK is not None and found.tail_R is not None and found.entropy_R is not None
     values = torch.cat([found.sampled_R[:, None], found.support_RK, found.tail_R[:, None], found.entropy_R[:, None]], 1)
     (values * mix).sum().backward()
@@ -48,6 +48,8 @@ def test_values_and_gradients(alone: Place, chunk_rows: int, padding: int, scale
     torch.testing.assert_close(hidden.grad.double(), exact_hidden.grad, rtol=0.0, atol=tolerance)
     torch.testing.assert_close(weight.grad.double(), exact_weight.grad, rtol=0.0, atol=5 * tolerance)
     assert not weight.grad[VOCAB:].any()
+    seen = row_logprobs(hidden, head, targets, support, tail=True, entropy=Entropy.SEEN).entropy_R
+    assert seen is not None and not seen.requires_grad and torch.equal(seen, found.entropy_R)
 
 
 def test_no_rows_give_zero_gradients(alone: Place) -> None:
