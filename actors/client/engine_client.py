@@ -126,14 +126,17 @@ class EngineClient:
                     for part in cursor.parts(events):
                         yield parse_delta(part, self._vocab_size)
 
-    async def score(self, requests: Sequence[tuple[NDArray[np.int32], int]], cache_salt: str = "") -> list[Scores]:
+    async def score(
+        self, requests: Sequence[tuple[NDArray[np.int32], int]], cache_salts: Sequence[str] = ()
+    ) -> list[Scores]:
         """Teacher logprobs of `ids[start:]` for each (ids int32[N], start >= 1): one prefill-only batch.
 
-        The prefix before `start - 1` may come from the engine's cache; everything behind it is computed. `cache_salt`
-        says whose keys and values may be used: then a request of its own for each, as `top`. Raises `EngineError`.
+        The prefix before `start - 1` may come from the engine's cache; everything behind it is computed. `cache_salts`,
+        one for each, say whose keys and values may be used: then each is a request of its own, as `top`, and the first
+        that fails ends the others. Raises `EngineError`.
         """
-        if cache_salt:
-            return await asyncio.gather(*(self.top(ids, start, self._topk, cache_salt) for ids, start in requests))
+        if cache_salts:
+            return await self._score_salted(requests, cache_salts)
         body = {
             "input_ids": [ids for ids, _ in requests],
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
@@ -151,6 +154,19 @@ class EngineClient:
                 parse_scores(reply, ids, start, self._vocab_size, self._topk, rows=self._rows)
                 for reply, (ids, start) in zip(replies, requests, strict=True)
             ]
+
+    async def _score_salted(
+        self, requests: Sequence[tuple[NDArray[np.int32], int]], cache_salts: Sequence[str]
+    ) -> list[Scores]:
+        try:
+            async with asyncio.TaskGroup() as group:
+                salted = zip(requests, cache_salts, strict=True)
+                asked = [group.create_task(self.top(ids, start, self._topk, salt)) for (ids, start), salt in salted]
+        except* EngineError as errors:
+            failed: EngineError = _first(errors)
+        else:
+            return [one.result() for one in asked]
+        raise failed
 
     async def top(self, ids: NDArray[np.int32], start: int, k: int, cache_salt: str = "") -> Scores:
         """Logprobs of `ids[start:]` (ids int32[N], start >= 1) with the k likeliest tokens in the place of each; k may
@@ -216,6 +232,11 @@ class EngineClient:
         except (aiohttp.ClientError, ConnectionError) as error:
             text = f"the connection failed ({error or type(error).__name__})"
             raise EngineError(f"{self.url}{path}: {text}", EngineFault.DISCONNECTED) from None
+
+
+def _first(errors: BaseExceptionGroup[EngineError]) -> EngineError:
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _json(body: dict[str, Any]) -> bytes:

@@ -31,7 +31,7 @@ from opd_async.actors.teacher.known_tokens import KnownTokens
 from opd_async.actors.teacher.lane import Lane, Request
 from opd_async.actors.teacher.live_weights import LiveWeights
 from opd_async.clock import WALL
-from opd_async.config.topology import TrainOn
+from opd_async.config.topology import PauseMode, TrainOn
 from opd_async.engines.probe import wait_until_ready
 from opd_async.errors import EngineError, EngineFault, RoleError
 from opd_async.plan.chunk_bounds import ChunkBounds
@@ -61,7 +61,8 @@ class TeacherActor:
         self._topology, plan = role.plan.topology, role.plan
         self._metrics = role.metrics
         urls = plan.engines_of(role.mine)
-        self._live = LiveWeights() if self._topology.opd.on_student_engines else None
+        in_place = self._topology.schedule.pause_mode is PauseMode.IN_PLACE
+        self._live = LiveWeights(in_place) if self._topology.opd.on_student_engines else None
         self._pacing = Pacing(role, urls, streams=False)
         self._lanes = [Lane(role, self._client(session, url), self, self._pacing.of(url), self._live) for url in urls]
         self._points = self._new_points()
@@ -96,9 +97,12 @@ class TeacherActor:
     async def prepare(self) -> None:
         """Wait for the engines and check each one's scores, and that all agree, before any chunk is scored.
 
+        Engines of the student are not waited for: the run may do without one, and what they hold now is unknown. Their
+        lanes look at each once the dispatcher says which weights it has.
+
         Raises `RoleError`, which names the engine. On cancel: nothing has been started.
         """
-        for lane in self._lanes:
+        for lane in self._lanes if self._live is None else ():
             url, deadline_s = lane.client.url, self._topology.supervisor.start_deadline_s
             await wait_until_ready(url, "the teacher engine", deadline_s, self._role.plan.section(url).api_key)
             try:
@@ -130,8 +134,6 @@ class TeacherActor:
                 log.warning("dropped a chunk of sample %d: %s", chunk.sample_id, problem)
                 self._malformed(problem)
                 continue
-            if self._live is not None:
-                self._live.reached(chunk.weight_version)
             if not self._extended(chunk):
                 continue
             if not chunk.sampled:
@@ -150,14 +152,18 @@ class TeacherActor:
     def _extended(self, chunk: m.Chunk) -> bool:
         """Extend the sample's tokens; False for a chunk whose beginning this actor has not seen."""
         if not self._known.extend(chunk):
-            self._role.count("orphan_chunks")
-            self._metrics["opd_teacher_orphan_chunks_total"].inc()
+            self._orphan()
             return False
         if chunk.context is not None:  # the sample begins anew here
             self._points.drop(chunk.sample_id)
             for lane in self._lanes:
                 lane.batcher.drop(chunk.sample_id)
         return True
+
+    def _orphan(self) -> None:
+        """Count a chunk that is dropped: its rollout actor sends it again, with its beginning, if it still matters."""
+        self._role.count("orphan_chunks")
+        self._metrics["opd_teacher_orphan_chunks_total"].inc()
 
     def _lane(self, chunk: m.Chunk) -> Lane:
         """The engine of a chunk's prompt, among those that can be used and are not slow; if there is none, among the
@@ -180,6 +186,10 @@ class TeacherActor:
 
     # --- what lanes need ---------------------------------------------------------------------------------------------
 
+    def salt(self, item: ScoreItem, live: LiveWeights) -> str:
+        """As `KnownTokens.salt`."""
+        return self._known.salt(item, live)
+
     def requests(self, item: ScoreItem) -> list[Request]:
         """As `KnownTokens.requests`; none for a chunk that came again after its sample had ended."""
         return self._known.requests(item)
@@ -199,7 +209,11 @@ class TeacherActor:
             latency_s = max(now - chunk.made_at, 0.0)
             scored = _scored(chunk, scores, chunk.start - first, self._role.name, latency_s)
             if self._live is not None and scores:
-                scored = replace(scored, scored_version=int(scores[0].weight_version))
+                version = int(scores[0].weight_version)
+                if version < chunk.weight_version:  # of a history from which the run has gone back
+                    self._orphan()
+                    continue
+                scored = replace(scored, scored_version=version)
             await self._push.send(scored)
             await self._pass_on(self._known.sent(chunk))
             sizes = {"start": chunk.start, "end": chunk.end, "version": chunk.weight_version}
@@ -263,8 +277,10 @@ class TeacherActor:
             match message:
                 case m.Resume():
                     if self._live is not None:
-                        self._live.reached(message.version)
+                        self._live.resume(message.version)
                     self._queue(self._points.advance(message.version))
+                case m.Pause() if self._live is not None:
+                    await self._pause(self._live, message.request)
                 case m.EngineSlow():
                     await self._engine_slow(message)
                 case m.EngineChanged():
@@ -278,6 +294,13 @@ class TeacherActor:
                 case _:
                     log.warning("ignored a %s", type(message).__name__)
 
+    async def _pause(self, live: LiveWeights, request: int) -> None:
+        """Score nothing until the next `Resume`: the student's engines are about to be sent weights."""
+        live.pause()
+        await asyncio.gather(*(lane.pause() for lane in self._lanes))
+        none = np.zeros(0, np.int64)
+        await self._role.control.send(m.Paused(request, none, none.astype(np.int32), none.astype(np.int32)))
+
     async def _engine_slow(self, message: m.EngineSlow) -> None:
         """Give the work of an engine that is far slower than its peers to them, or let it have work again."""
         for lane in self._lanes:
@@ -288,14 +311,14 @@ class TeacherActor:
 
     async def _reset(self, request: int) -> None:
         """Forget every sample; batches under way are given up."""
+        if self._live is not None:
+            self._live.forget()
         self._known.clear()
         self._deal.clear()
         for lane in self._lanes:
             await lane.reset()
         self._points = self._new_points()
         self._failures.clear()
-        if self._live is not None:
-            self._live.forget()
         self._room.set()
         await self._role.control.send(m.ResetDone(self._role.name, request))
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from opd_async.actors.client.engine_client import EngineClient
 from opd_async.actors.client.replies import Scores
+from opd_async.actors.teacher.live_weights import LiveWeights
 from opd_async.errors import RoleError
 
 TOKENS = 12
@@ -25,7 +26,7 @@ class CanaryError(RoleError):
 class Canary:
     """Checks one engine, any number of times."""
 
-    def __init__(self, client: EngineClient, vocab_size: int, *, live: bool = False) -> None:
+    def __init__(self, client: EngineClient, vocab_size: int, live: LiveWeights | None = None) -> None:
         """`live`: the engine's weights change, so that only scores of the same ones are compared."""
         self._client = client
         self._live = live
@@ -37,8 +38,8 @@ class Canary:
         """Score the text. Raises `CanaryError` for an engine that cannot be trusted, `EngineError` for one that could
         not be asked. On cancel: the check did not happen."""
         scores = await self._scores()
-        if self._live and len({score.weight_version for score in scores}) > 1:
-            return  # new weights came in between
+        if self._live is not None:
+            self._live.check(scores)
         whole, head, tail = (score.logprobs for score in scores)
         difference = float(np.abs(np.concatenate([head, tail]) - whole).max())
         if difference > TOLERANCE:
@@ -48,9 +49,9 @@ class Canary:
             )
         if float(whole.std()) == 0.0:
             raise CanaryError(f"{self._client.url}: all scores of a test text are alike; is a model loaded?")
-        if self._first is None or self._live:
+        if self._first is None:
             self._first = whole
-        elif (change := float(np.abs(whole - self._first).mean())) > TOLERANCE:
+        elif self._live is None and (change := float(np.abs(whole - self._first).mean())) > TOLERANCE:
             raise CanaryError(
                 f"{self._client.url}: scores of a test text have changed by {change:.3g} nats per token since the run "
                 "began; a teacher must stay the same: what replaced its weights?"
@@ -63,21 +64,18 @@ class Canary:
         because the cache has it, and an engine in trouble is asked one thing only. Of live weights always one after the
         other, in a cache of its own: what is left there is of older ones.
         """
-        self._checks += 1
-        salt = f"canary {self._checks}" if self._live else ""
         middle = TOKENS // 2
         requests = [(self._ids, 1), (self._ids[:middle], 1), (self._ids, middle)]
-        if self._first is None or self._live:
-            return [(await self._client.score([request], salt))[0] for request in requests]
+        self._checks += 1
+        if self._live is not None:
+            salts = [self._live.canary_salt(self._checks)]
+            return [(await self._client.score([request], salts))[0] for request in requests]
+        if self._first is None:
+            return [(await self._client.score([request]))[0] for request in requests]
         return await self._client.score(requests)
 
     def compare(self, other: Canary) -> None:
-        """Replicas of one teacher must agree, but for live weights, which need not be the same yet.
-
-        Raises `CanaryError` that names both; only after `check` of both.
-        """
-        if self._live:
-            return
+        """Replicas of one teacher must agree. Raises `CanaryError` that names both; only after `check` of both."""
         assert self._first is not None and other._first is not None
         difference = float(np.abs(self._first - other._first).mean())
         if difference > TOLERANCE:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd_async.actors.teacher.lane import Request
+from opd_async.actors.teacher.live_weights import LiveWeights
 from opd_async.scheduling.score_batches import ScoreItem
 from opd_async.transport.messages import Chunk
 
@@ -26,6 +27,10 @@ class _Known:
     """Where each run of given tokens begins, by its end."""
     sent_end: int = 0
     """Response tokens that the intake was sent."""
+    salt: str = ""
+    """Whose keys and values its last request could use, where that matters."""
+    is_new_to_cache: bool = False
+    """That was not what the request before it could use."""
     held: list[Chunk] = field(default_factory=list)
     """Given tokens behind others that are still to be scored."""
 
@@ -72,6 +77,15 @@ class KnownTokens:
             found.append((ids, len(known.contrast) + first.start))
         return found
 
+    def salt(self, item: ScoreItem, live: LiveWeights) -> str:
+        """Whose keys and values the request of an item may use now."""
+        known = self._samples.get(item.sample_id)
+        if known is None:
+            return live.salt("")
+        before, known.salt = known.salt, live.salt(known.salt)
+        known.is_new_to_cache = known.salt != before
+        return known.salt
+
     def given(self, chunk: Chunk) -> list[Chunk]:
         """What is to be sent now of given tokens that were just added: they keep their place behind what is scored.
 
@@ -103,6 +117,8 @@ class KnownTokens:
         They end with the last sampled token before it: given tokens directly in front of the item are new to them.
         """
         first, known = item.chunks[0], self._samples.get(item.sample_id)
+        if known is not None and known.is_new_to_cache:
+            return [0 for _ in first.read_prompts]
         start = first.start if known is None else known.given.get(first.start, first.start)
         return [prompt + start - 1 if start else 0 for prompt in first.read_prompts]
 

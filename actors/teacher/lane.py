@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 Request = tuple[NDArray[np.int32], int]
 """int32[N] token ids, and the index of the first one to score."""
 
+PAUSE_S = 10.0
+"""For so long weights wait for what is being scored; then it is given up, and asked again after them."""
 FAILED_CANARIES = 3
 """So many failed checks of one engine in a row end the run."""
 
@@ -54,6 +56,9 @@ class Owner(Protocol):
     def requests(self, item: ScoreItem) -> list[Request]:
         """All ids so far, and where the new ones begin, behind each prompt that the teacher reads; none for a sample
         that is not scored any more."""
+
+    def salt(self, item: ScoreItem, live: LiveWeights) -> str:
+        """Whose keys and values the request of an item may use now."""
 
     def scored_before(self, item: ScoreItem) -> list[int]:
         """Tokens in front of the item that an engine was sent when it scored what is before it, behind each prompt."""
@@ -101,9 +106,11 @@ class Lane:
         self._owner = owner
         self.client = client
         self.guard = Guard(client.url, role.metrics["opd_teacher_breaker_open"].labels(client.url), role.clock)
-        self.canary = Canary(client, role.plan.vocab_size, live=live is not None)
+        self.canary = Canary(client, role.plan.vocab_size, live)
         self._unproven = Unproven(self._settings.canary_every_tokens)
         self._canary_due, self._proven = asyncio.Event(), asyncio.Event()
+        if live is not None:  # the first is sent as soon as it holds weights of the run
+            self._canary_due.set()
         self.cache = CacheShare(self._settings.min_cached_share)
         self.batcher = self._new_batcher()
         self.slow = False
@@ -140,6 +147,15 @@ class Lane:
         self._owner.reroute(self.batcher.take_all())
         await self._cancel_batches()
 
+    async def pause(self) -> None:
+        """Return once nothing is being scored: the weights are about to change, and no new batch leaves.
+
+        On cancel: some batches may still run.
+        """
+        if self._batches:
+            await asyncio.wait(list(self._batches), timeout=PAUSE_S)
+        await self._cancel_batches()
+
     async def _cancel_batches(self) -> None:
         batches = list(self._batches)
         for task in batches:
@@ -169,6 +185,8 @@ class Lane:
     async def _next_batch(self) -> list[ScoreItem]:
         while True:
             await self.guard.until_closed()
+            if self._live is not None:
+                await self._live.until_held()
             if not self._unproven.room(self._settings.batch_tokens):
                 self._proven.clear()
                 self._canary_due.set()
@@ -222,6 +240,8 @@ class Lane:
         """
         failures, new_tokens = 0, sum(item.new_tokens for item, _ in wanted)
         while not failures or self.guard.closed:
+            if self._live is not None and not self._live.may_score:
+                return None
             asked, began = object(), self._clock.now()
             self._answers.asked(asked, began)
             try:
@@ -243,14 +263,15 @@ class Lane:
 
     async def _ask(self, wanted: Sequence[tuple[ScoreItem, list[Request]]]) -> list[list[Scores]]:
         """One request, and its answer dealt to the items. Raises `EngineError`."""
-        live, requests = self._live, [one for _, requests in wanted for one in requests]
-        version, salt = (live.version, live.salt()) if live is not None else (0, "")
-        answers = iter(await self.client.score(requests, salt))
-        found = [list(islice(answers, len(requests))) for _, requests in wanted]
-        if live is None:
-            return found
-        newest = [max(chunk.weight_version for chunk in item.chunks) for item, _ in wanted]
-        return [live.made_by(version, token, scores) for token, scores in zip(newest, found, strict=True)]
+        requests = [one for _, requests in wanted for one in requests]
+        if self._live is None:
+            scores = await self.client.score(requests)
+        else:
+            salts = ((self._owner.salt(item, self._live), requests) for item, requests in wanted)
+            scores = await self.client.score(requests, [salt for salt, those in salts for _ in those])
+            self._live.check(scores)
+        left = iter(scores)
+        return [list(islice(left, len(those))) for _, those in wanted]
 
     async def _failed(self, items: Sequence[ScoreItem], error: EngineError) -> None:
         self._role.count("teacher_retries")
@@ -295,6 +316,8 @@ class Lane:
         """
         while True:
             await self._until_due()
+            if self._live is not None:
+                await self._live.until_held()
             if not self.guard.closed:
                 if not self._owner.is_last_usable(self):
                     self._owner.reroute(self.batcher.take_all())
@@ -322,30 +345,46 @@ class Lane:
         self._proven.set()
 
     async def _send_canary(self) -> None:
-        result, began = "passed", self._clock.now()
+        began, pauses = self._clock.now(), self._pauses
+        problem: EngineError | CanaryError | None = None
         self._unproven.check_begins()
         try:
             await self.canary.check()
-        except EngineError as error:
+        except (EngineError, CanaryError) as error:
+            problem = error
+        aborted = isinstance(problem, EngineError) and problem.fault is EngineFault.ABORTED
+        if self._live is not None and (aborted or self._pauses > pauses):
             self._unproven.unanswered()
-            if self._unproven.due:  # again at once, until the breaker opens
-                self._canary_due.set()
-            result = "failed"
-            log.warning("canary: %s", error)
-            self.guard.failed(error)
-        except CanaryError as error:
-            result = "insane"
-            await self._distrust(error)
-        else:
-            self._failed_checks = 0
-            self._unproven.passed()
-            self._proven.set()
-            if not self.guard.closed:
-                self.guard.succeeded()
-                self._owner.engine_recovered()
+            self._canary_due.set()  # the weights have changed meanwhile, or are about to: it says nothing of either
+            return
+        result = await self._judge(problem)
         self._role.count(f"canaries_{result}")
         self._metrics["opd_teacher_canaries_total"].labels(result).inc()
         self._role.trace.span(f"canary {self.client.url}", f"canary {result}", self._clock.now() - began)
+
+    @property
+    def _pauses(self) -> int:
+        return 0 if self._live is None else self._live.pauses
+
+    async def _judge(self, problem: EngineError | CanaryError | None) -> str:
+        """Act on what a canary has found, and say what it is called."""
+        if isinstance(problem, CanaryError):
+            await self._distrust(problem)
+            return "insane"
+        if problem is not None:
+            self._unproven.unanswered()
+            if self._unproven.due:  # again at once, until the breaker opens
+                self._canary_due.set()
+            log.warning("canary: %s", problem)
+            self.guard.failed(problem)
+            return "failed"
+        self._failed_checks = 0
+        self._unproven.passed()
+        self._proven.set()
+        if not self.guard.closed:
+            self.guard.succeeded()
+            self._owner.engine_recovered()
+        return "passed"
 
     async def _distrust(self, error: CanaryError) -> None:
         """Stop using this engine; after `FAILED_CANARIES` failed checks in a row, end the run."""

@@ -1,15 +1,17 @@
-"""Which of the student's weights have scored, where the student's own engines teach (`opd.self.weights: live`). Pure.
+"""When the student's own engines may score (`opd.self.weights: live`), and whose keys and values they may use.
 
-    Resume(v), chunks of version v -> salt(): keys and values of weights v alone
-    an answer -> made_by(): v, or what the engine says if that is older; older than the tokens: ask again
+    Resume(v) -> may score, with weights v -> Pause: weights are on their way, and nobody scores -> Resume(v + 1)
 
-Scores that are never older than their tokens are within the bound on staleness whenever the tokens are.
+Scores made meanwhile would be of neither weights, and a request would hold up the next part of them. So a score is of
+weights that were sent after its tokens were sampled, or of those that sampled them: what bounds the staleness of a
+token bounds that of its score.
 """
 
 from __future__ import annotations
 
+import asyncio
+import uuid
 from collections.abc import Sequence
-from dataclasses import replace
 
 from opd_async.actors.client.replies import Scores
 from opd_async.errors import EngineError, EngineFault
@@ -18,36 +20,57 @@ from opd_async.errors import EngineError, EngineFault
 class LiveWeights:
     """What a teacher actor knows of the weights that its engines hold."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_cache: bool) -> None:
+        """`keeps_cache`: a response goes on with the keys and values that it has, as its generation does
+        (`schedule.pause_mode: in_place`); else it is read anew by each version."""
         self.version = -1
-        """The newest that all student engines have held."""
-        self._history = 0
-        self._mixed = 0
+        """What all student engines hold, while they may score."""
+        self.pauses = 0
+        """How often scoring was stopped: what was asked before and answered after is of unknown weights."""
+        self._keeps_cache = keeps_cache
+        self._may_score = asyncio.Event()
+        # engines outlive this process, the history of a run, and weights that they held by mistake
+        self._process, self._history, self._mixed = uuid.uuid4().hex, 0, 0
 
-    def reached(self, version: int) -> None:
-        """All student engines have held `version`: the dispatcher says so, or a token that one of them has sampled."""
-        self.version = max(self.version, version)
+    @property
+    def may_score(self) -> bool:
+        """Whether the engines hold weights that the dispatcher has named."""
+        return self._may_score.is_set()
+
+    async def until_held(self) -> None:
+        """Wait until the engines may score. On cancel: nothing has changed."""
+        await self._may_score.wait()
+
+    def resume(self, version: int) -> None:
+        """All student engines hold `version`."""
+        self.version = version
+        self._may_score.set()
+
+    def pause(self) -> None:
+        """Weights are about to change."""
+        self.pauses += 1
+        self._may_score.clear()
 
     def forget(self) -> None:
         """The run goes back to a checkpoint: later weights of the same numbers are others."""
-        self.version = -1
+        self.pause()
         self._history += 1
 
-    def salt(self) -> str:
-        """Whose keys and values a request may use: those that these weights have left behind, and no others."""
-        return f"scores by {self.version} of {self._history}, {self._mixed}"
+    def salt(self, before: str) -> str:
+        """Whose keys and values a request may use, given those that the sample's last one has used (none: ""). They are
+        of no other run, history or weights."""
+        root = f"{self._process} {self._history} {self._mixed} "
+        return before if self._keeps_cache and before.startswith(root) else f"{root}{self.version}"
 
-    def made_by(self, asked: int, newest: int, scores: Sequence[Scores]) -> list[Scores]:
-        """The scores of tokens of which the newest are of version `newest`, with the weights that made them.
+    def canary_salt(self, number: int) -> str:
+        """The same of a canary, whose parts find what its whole has left behind, and nothing else."""
+        return f"{self._process} canary {number}"
 
-        Asked while the engines held `asked`: a request may begin with them and end with newer ones. Raises
-        `EngineError` where an engine holds older weights than those of the tokens: one that was started again.
-        """
-        versions = [int(score.weight_version) if score.weight_version.isdecimal() else -1 for score in scores]
-        oldest = min([asked, *versions])
-        if oldest < newest:
-            self._mixed += 1  # nothing of what such an engine has cached may be used again
-            held = next((score.weight_version for score in scores if score.weight_version != str(asked)), asked)
-            text = f"scored with weights {held!r:.40}, where the tokens are of {newest}: not there yet"
-            raise EngineError(text, EngineFault.FOREIGN)
-        return [replace(score, weight_version=str(oldest)) for score in scores]
+    def check(self, scores: Sequence[Scores]) -> None:
+        """Raises `EngineError` where an engine has scored with others: it was started again, and has yet to be sent
+        them. What it has cached meanwhile is not used again."""
+        for score in scores:
+            if score.weight_version != str(self.version):
+                self._mixed += 1
+                text = f"scored with weights {score.weight_version!r:.40}, where the run has sent {self.version}"
+                raise EngineError(text, EngineFault.FOREIGN)

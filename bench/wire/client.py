@@ -45,7 +45,9 @@ class NullClient(EngineClient):
             yield Delta(TOKENS[at:until].copy(), LOGPROBS[at:until].copy(), self._version, finish, False)
             at = until
 
-    async def score(self, requests: Sequence[tuple[NDArray[np.int32], int]], cache_salt: str = "") -> list[Scores]:
+    async def score(
+        self, requests: Sequence[tuple[NDArray[np.int32], int]], cache_salts: Sequence[str] = ()
+    ) -> list[Scores]:
         """The pattern of the positions asked for; everything before them is cached."""
         await asyncio.sleep(0)
         k = self._topk

@@ -167,10 +167,10 @@ def _live_problems(topology: Topology) -> Iterator[str]:
         if getattr(opd, key):
             yield f"opd.{key}: given, but live weights are the student's own, there is no second model; remove it"
     room, slots = student.replicas * student.max_running, topology.rollout.slots
-    if student.started and slots == room:
+    if student.started and 2 * slots > room:
         yield (
-            f"engines.student.max_running: {student.max_running}, but rollout.slots {slots} take all that the engines "
-            f"run at once, and they score too; write more, {2 * student.max_running} say, or fewer slots"
+            f"engines.student.max_running: {student.max_running}, but the engines generate {slots} responses "
+            f"(rollout.slots) and score as many; write at least {-(-2 * slots // student.replicas)}, or fewer slots"
         )
     if topology.teacher.replicas > student.replicas:
         yield (

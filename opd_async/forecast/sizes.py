@@ -168,7 +168,7 @@ class _Fitter:
             why = f"{schedule.tokens_per_step} tokens a step in responses of half of {response}"
         most = SLOTS[1] * student.replicas
         if not isinstance(student.max_running, Auto):
-            most = min(most, student.max_running * student.replicas)
+            most = min(most, student.max_running * student.replicas // (1 + self._both))
         slots = _within(wanted, (min(SLOTS[0] * student.replicas, most), most))
         group = rollout.group_size
         self._set("rollout.slots", max(slots - slots % group, group), why)

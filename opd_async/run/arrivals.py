@@ -47,7 +47,8 @@ class Arrivals:
         who was waited for. Raises and on cancel: as `all_up`."""
         plan = self._dispatcher.plan
         engines = self._engines(RoleKind.STUDENT_ENGINE, plan.student_engines)
-        engines |= self._engines(RoleKind.TEACHER_ENGINE, plan.teacher_engines)
+        own = [url for url in plan.teacher_engines if url not in plan.student_engines]
+        engines |= self._engines(RoleKind.TEACHER_ENGINE, own)
         return await self._all_up(self._roles() | engines)
 
     async def students(self, urls: Sequence[str]) -> None:

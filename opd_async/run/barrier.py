@@ -78,6 +78,8 @@ class Barrier:
         """What exists, while CLOSED or DRAINED."""
         self._closed_at = time.monotonic()
         self.state = BarrierState.CLOSING
+        self.scores_stopped = False
+        """The student's engines are being sent weights, and score nothing meanwhile."""
         self.blocked_s = 0.0
         """Seconds for which generation has been stopped so far."""
 
@@ -91,23 +93,33 @@ class Barrier:
         async with self._lock:
             if self._owed is None:
                 self._begin_closing()
-                self._owed = await self._pause_all()
+                self._owed = await self._pause(RoleKind.ROLLOUT)
                 self.state = BarrierState.CLOSED
             if drain:
                 self.state = BarrierState.DRAINED
             return self._owed
 
+    async def stop_scores(self) -> None:
+        """Have nothing scored by the student's engines until they hold weights that are named.
+
+        Idempotent; the next `open` has them score again. On cancel: some teacher actors may have stopped, and the next
+        call asks all of them.
+        """
+        async with self._lock:
+            self.scores_stopped = True
+            await self._pause(RoleKind.TEACHER)
+
     def _begin_closing(self) -> None:
         self.state = BarrierState.CLOSING
         self._closed_at = time.monotonic()
 
-    async def _pause_all(self) -> Owed:
+    async def _pause(self, kind: RoleKind) -> Owed:
         request = next(self._requests)
         # an actor that cannot be reached is dying: its end is waited for too, so that its samples are reclaimed
         # before anybody relies on the list
-        actors = self._reach.up(RoleKind.ROLLOUT)
+        actors = self._reach.up(kind)
         self._expected = dict.fromkeys(actors, request)
-        await self._reach.broadcast(RoleKind.ROLLOUT, m.Pause(request))
+        await self._reach.broadcast(kind, m.Pause(request))
         replies = [
             await self._reach.answer(("Paused", actor, request), PAUSE_DEADLINE_S, f"{actor} to pause", actor)
             for actor in actors
@@ -122,7 +134,10 @@ class Barrier:
         barrier is open, though some actors may not know it yet; the next `close` stops those that do.
         """
         async with self._lock:
+            stopped, self.scores_stopped = self.scores_stopped, False
             if self.state is BarrierState.DRAINED and not new:
+                if stopped:  # what was drained is still to be scored
+                    await self._reach.broadcast(RoleKind.TEACHER, m.Resume(version))
                 return
             self._owed = None
             self.state = BarrierState.OPEN

@@ -29,7 +29,7 @@ SPEAKERS: dict[type, frozenset[RoleKind]] = {
     m.EvalDone: frozenset({RoleKind.ROLLOUT}),
     m.EnginePace: frozenset({RoleKind.ROLLOUT, RoleKind.TEACHER}),
     m.SuspectScores: frozenset({RoleKind.TEACHER}),
-    m.Paused: frozenset({RoleKind.ROLLOUT}),
+    m.Paused: frozenset({RoleKind.ROLLOUT, RoleKind.TEACHER}),
     m.ResetDone: frozenset({RoleKind.ROLLOUT, RoleKind.TEACHER}),
     m.LearnerReply: frozenset({RoleKind.LEARNER}),
     m.RankBeat: frozenset(),

@@ -326,7 +326,11 @@ class Dispatcher:
         kind = self.fleet.role(role).kind
         if kind is RoleKind.TEACHER and restarted:
             await self.broadcast(RoleKind.ROLLOUT, m.TeacherRestarted(self.fleet.role(role).index))
-        if kind in (RoleKind.ROLLOUT, RoleKind.TEACHER) and self.barrier.state is BarrierState.OPEN:
+        opened = self.barrier.state is BarrierState.OPEN
+        if kind is RoleKind.TEACHER and self.plan.topology.opd.on_student_engines:
+            # engines score also while generation stands, but not while they are sent weights
+            opened = self.state.version >= 0 and not self.barrier.scores_stopped
+        if kind in (RoleKind.ROLLOUT, RoleKind.TEACHER) and opened:
             await self.server.send(role, m.Resume(self.state.version))
         if kind in (RoleKind.ROLLOUT, RoleKind.TEACHER):
             await self.slow_engines.tell(role)

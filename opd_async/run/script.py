@@ -195,6 +195,8 @@ class Script:
         dispatcher, before = self._dispatcher, self._state.version
         owed = await dispatcher.barrier.close()
         await dispatcher.before_update()
+        if dispatcher.plan.topology.opd.on_student_engines:
+            await dispatcher.barrier.stop_scores()
         for tries in range(1, SYNC_TRIES + 1):
             engines = self._engines_to_reach()
             group = f"opd-{self._state.engine_group}"

@@ -141,5 +141,7 @@ class SlowEngines:
 
     def _engines_beside(self, url: str) -> tuple[str, ...]:
         """The engines of the actor that drives this one."""
-        driven = (self._reach.plan.driven_by(role.name) for role in self._reach.plan.roles)
+        plan = self._reach.plan
+        kind = RoleKind.ROLLOUT if url in plan.student_engines else RoleKind.TEACHER
+        driven = (plan.driven_by(role.name) for role in plan.of_kind(kind))
         return next((urls for urls in driven if url in urls), ())

@@ -42,7 +42,7 @@ class FakeEngine:
     def __init__(self, answer: Callable[[Ids, int], Ids]) -> None:
         self.answer = answer
 
-    async def score(self, requests: Sequence[tuple[Ids, int]], cache_salt: str = "") -> list[Scores]:
+    async def score(self, requests: Sequence[tuple[Ids, int]], cache_salts: Sequence[str] = ()) -> list[Scores]:
         return [Scores(self.answer(ids, start), len(ids), 0) for ids, start in requests]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -98,12 +99,15 @@ class Teacher:
 
 @asynccontextmanager
 async def teacher(
-    *engines: FaultyEngine, deadline_s: float = 60.0 * SPEED, opd: dict[str, object] | None = None, **settings: object
+    *engines: FaultyEngine,
+    deadline_s: float = 60.0 * SPEED,
+    opd: dict[str, object] | None = None,
+    schedule: dict[str, object] | None = None,
+    **settings: object,
 ) -> AsyncIterator[Teacher]:
     section = {"request_deadline_s": patience(0.3), "batch_tokens": 2 * CHUNK, "max_wait_ms": 5.0} | settings
     sections = {"teacher": section, "rollout": {"chunk_tokens": CHUNK}, "supervisor": {"start_deadline_s": deadline_s}}
-    if opd is not None:
-        sections |= {"opd": opd}
+    sections |= {name: given for name, given in (("opd", opd), ("schedule", schedule)) if given is not None}
     plan = make_plan(VOCAB, ("http://127.0.0.1:1",), tuple(engine.url for engine in engines), **sections)
     async with (
         aiohttp.ClientSession(connector=new_connector()) as session,
@@ -456,36 +460,90 @@ async def test_a_reset_forgets() -> None:
 LIVE = {"use_opd": True, "type": "self", "self": {"place": "engines", "weights": "live"}, "loss": "reverse_kl"}
 
 
-async def test_live_weights_score_no_token_that_is_newer_than_they_are() -> None:
-    """An engine that was started again holds what the student began with, until it is sent the weights; then it scores,
-    in a cache that has nothing of before. What is ended for new weights is asked again, and is no failure."""
+def salts(engine: FaultyEngine) -> list[str]:
+    """Whose keys and values the requests for scores could use; canaries are shorter."""
+    return [body["extra_key"] for body in engine.seen if len(body["input_ids"]) > 12]
+
+
+@pytest.mark.parametrize("pause_mode", ["in_place", "retract"])
+async def test_live_weights_score_between_updates_alone(pause_mode: str) -> None:
+    """Nothing is asked before the run has said what the engines hold, nor while they are sent weights; in place a
+    response goes on with the keys and values that it has. What is ended for new weights is asked again: no failure."""
+    schedule = {"steps": 1, "pause_mode": pause_mode}
+    async with FaultyEngine() as engine, teacher(engine, opd=LIVE, schedule=schedule) as running:
+        await running.send(1, 1, end=False, version=3)
+        await until(lambda: value(running.role, "opd_teacher_queue_tokens") >= 0, "the gauge")
+        assert running.scores == {} and engine.seen == []
+        for number, version in enumerate((3, 4)):
+            engine.weights = str(version)
+            await running.dispatcher.to_role.put(m.Resume(version))
+            await running.all_scored()
+            await running.dispatcher.to_role.put(m.Pause(number))
+            await until(lambda: len(running.dispatcher.of(m.Paused)) > number, "an answer")  # noqa: B023
+            seen = len(engine.seen)
+            await running.send(1, 1, first=number + 1, end=False, version=version)
+            await running.send(2 + number, 1, version=version)
+            await asyncio.sleep(0.1)
+            assert len(engine.seen) == seen
+        await running.dispatcher.to_role.put(m.Resume(4))
+        await running.all_scored()
+        assert running.versions[1, 0] == 3 and running.versions[1, CHUNK] == running.versions[3, 0] == 4
+        first = [body["extra_key"] for body in engine.seen if body["input_ids"][:3] == prompt_of(1)[:3]]
+        assert len(first) == 2 and len(set(first)) == (1 if pause_mode == "in_place" else 2)
+
+        assert running.retries("aborted") == 0
+        engine.script += ["abort"] * 8  # more than open a breaker
+        await running.send(4, 1, version=4)
+        await running.all_scored()
+        assert running.retries("aborted") == 8 and not running.open(engine)
+
+
+async def test_an_engine_that_holds_other_weights_scores_nothing() -> None:
+    """One that was started again, until it is sent the run's; what it has cached by then is not used."""
     async with FaultyEngine() as engine:
-        engine.weights = "3"
+        engine.weights = "default"
         async with teacher(engine, opd=LIVE) as running:
             await running.dispatcher.to_role.put(m.Resume(3))
-            await running.send(1, 1, end=False, version=3)
-            await running.all_scored()
-            assert set(running.versions.values()) == {3} and running.retries("foreign") == 0
-            engine.weights = "default"
             await running.send(2, 1, version=3)
-            await until(lambda: running.retries("foreign") > 1, "older scores refused")
-            assert (2, 0) not in running.scores
-            engine.weights = "4"  # newer than the tokens: what it was asked for may have begun with version 3
+            await until(lambda: running.open(engine), "the breaker to open")
+            assert running.scores == {}
+            engine.weights = "3"
+            before = set(salts(engine))
             await running.all_scored()
             assert running.versions[2, 0] == 3
-            await running.send(3, 1, version=4)  # the tokens are the first to tell of version 4
-            await running.all_scored()
-            assert running.versions[3, 0] == 4
-            bodies = [body for body in engine.seen if len(body["input_ids"]) > 12]
-            salts = [body["extra_key"] for body in bodies]
-            tries = salts[1:-1]
-            assert len(set(tries)) == len(tries) > 2 and salts[-1] not in salts[:-1]
-            assert len({body["extra_key"] for body in engine.seen}) > len(set(salts)), (
-                "canaries have caches of their own"
-            )
+            assert salts(engine)[-1] not in before
 
-            assert running.retries("aborted") == 0
-            engine.script += ["abort"] * 8  # more than open a breaker
-            await running.send(4, 1, version=4)
+
+async def test_tokens_of_a_history_that_is_over_are_not_trained_with_live_scores() -> None:
+    """The run has gone back to a checkpoint. Its later weights have caches of their own, whatever their numbers are."""
+    async with FaultyEngine() as engine:
+        engine.weights = "7"
+        async with teacher(engine, opd=LIVE) as running:
+            await running.dispatcher.to_role.put(m.Resume(7))
+            await running.send(1, 1, end=False, version=7)
             await running.all_scored()
-            assert running.retries("aborted") == 8 and not running.open(engine)
+            await running.dispatcher.to_role.put(m.Reset(5))
+            await until(lambda: running.dispatcher.of(m.ResetDone) != [], "the reset")
+            engine.weights = "3"
+            await running.dispatcher.to_role.put(m.Resume(3))
+            await running.send(2, 1, version=7)
+            await until(lambda: value(running.role, "opd_teacher_orphan_chunks_total") == 1, "the old chunk to go")
+            del running.sent[2, 0]
+            for version in (3, 7):
+                engine.weights = str(version)
+                await running.dispatcher.to_role.put(m.Resume(version))
+                await running.send(3 + version, 1, version=version)
+                await running.all_scored()
+            assert salts(engine)[0] not in salts(engine)[1:] and len(set(salts(engine))) == 3
+
+
+async def test_a_canary_of_live_weights_finds_no_keys_and_values_of_an_earlier_process() -> None:
+    """The actor may be started again, and the engine still has what its predecessor left there."""
+    async with FaultyEngine() as engine:
+        engine.weights = "3"
+        for _ in range(2):
+            async with teacher(engine, opd=LIVE, canary_every_s=0.5) as running:
+                await running.dispatcher.to_role.put(m.Resume(3))
+                await until(lambda: value(running.role, "opd_teacher_canaries_total", result="passed") >= 2, "canaries")
+        keys = [body["extra_key"] for body in engine.seen]
+        assert len(set(keys)) >= 4 and all(keys.count(key) == 3 for key in set(keys[:-3]))

@@ -60,6 +60,29 @@ async def test_without_a_drain_a_returning_engine_opens() -> None:
     ] * 4  # teachers hear it too
 
 
+async def test_scores_of_what_was_drained_go_on_when_engines_that_score_hold_weights_again() -> None:
+    """Teacher actors hear of it, rollout actors do not: no further token of this version may be made."""
+    fake = dispatcher()
+    told = list[tuple[RoleKind, Any]]()
+
+    async def broadcast(kind: RoleKind, message: Any) -> list[str]:
+        told.append((kind, message))
+        return []
+
+    fake.broadcast = broadcast
+    barrier = Barrier(fake)
+    await barrier.open(1)
+    await barrier.close(drain=True)
+    told.clear()
+    await barrier.open(1, new=False)
+    assert told == [] and not barrier.scores_stopped
+    await barrier.stop_scores()
+    assert barrier.scores_stopped and [(kind, type(message)) for kind, message in told] == [(RoleKind.TEACHER, m.Pause)]
+    await barrier.open(1, new=False)
+    assert told[1:] == [(RoleKind.TEACHER, m.Resume(1))] and barrier.state is BarrierState.DRAINED
+    assert not barrier.scores_stopped
+
+
 class Actors:
     """Two actors, of which `rollout-1` never answers and dies when it is killed."""
 

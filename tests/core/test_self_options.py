@@ -104,7 +104,7 @@ WRONG: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (
         (*SELF, "--set", "rollout.slots=8", "--set", "engines.student.max_running=8"),
         {"self": LIVE},
-        "engines.student.max_running: 8, but rollout.slots 8 take all that the engines run at once",
+        "engines.student.max_running: 8, but the engines generate 8 responses (rollout.slots) and score as many",
     ),
     (SELF, {"self": LIVE, "teacher_offload": True}, "opd.teacher_offload: given, but live weights are the student's"),
     (

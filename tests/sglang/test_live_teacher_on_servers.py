@@ -1,4 +1,4 @@
-"""A real server that scores for its own student between what it generates, and dies."""
+"""A real server that scores for its own student between what it generates."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ def test_live_weights_score_on_the_students_server(tmp_path: Path) -> None:
     values["data"]["teacher_prompt"] = f"{HINT} {{{{ text }}}}"
     values["opd"] = {"use_opd": True, "type": "self", "self": {"place": "engines", "weights": "live"}, "topk": 8}
     with Launch(write_topology(values, tmp_path / "run.yaml")) as run:
-        run.wait_for_steps(folder, 2)
-        run.find("sglang.launch_server", "--model-path", "inputs/student").kill()
         report = check_run(run, folder)
-    assert report["restarts"] == {"student-engine-0": 1}
+    assert report["restarts"] == {}
+    assert "cannot be trusted" not in (folder / "logs" / "teacher-0.log").read_text()
     chunks = chunks_of(folder)
     assert chunks and all(version <= scored <= sample["step"] - 1 for sample, _, _, version, scored in chunks), chunks
     assert max(scored for *_, scored in chunks) > 2

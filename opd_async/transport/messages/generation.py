@@ -121,7 +121,8 @@ class EvalDone:
 @message
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Stop the student engines, deliver everything generated so far, answer with `Paused`."""
+    """Stop the student engines, deliver everything generated so far, answer with `Paused`. Where these engines score,
+    teacher actors are told too when they are to be sent weights: nothing is scored until the next `Resume`."""
 
     request: int
     """Numbers the request; the answer repeats it."""
@@ -145,7 +146,8 @@ class Paused:
 @message
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Every student engine holds weights `version`: generate. Teacher actors learn which scores the next step needs."""
+    """Every student engine holds weights `version`: generate, or score with them. Teacher actors learn which scores the
+    next step needs."""
 
     version: int
 
