@@ -96,5 +96,5 @@ def test_a_scoring_request_that_was_aborted() -> None:
     reply = {"meta_info": {"finish_reason": {"type": "abort", "message": "Abort in waiting queue"}}}
     with pytest.raises(EngineError, match="aborted the request: Abort in waiting queue") as caught:
         parse_scores(reply, np.array(IDS, np.int32), 1, VOCAB)
-    assert caught.value.fault is EngineFault.BUSY
+    assert caught.value.fault is EngineFault.ABORTED
     assert error_in(reply) is None

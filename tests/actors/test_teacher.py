@@ -49,8 +49,11 @@ class Teacher:
             contrast = chunk.contrast_logprobs
             self.contrasts[chunk.sample_id, chunk.start] = None if contrast is None else contrast.tolist()
 
-    async def send(self, sample_id: int, chunks: int, *, first: int = 0, end: bool = True, version: int = 0) -> None:
-        """Chunks `first` to `first + chunks` of a sample, whose prompt has the sample's number."""
+    async def send(
+        self, sample_id: int, chunks: int, *, first: int = 0, end: bool = True, version: int = 0, known: bool = False
+    ) -> None:
+        """Chunks `first` to `first + chunks` of a sample, whose prompt has its number; `known`: the actor has its
+        beginning."""
         prompt = prompt_of(sample_id)
         tokens = continuation(prompt, (first + chunks) * CHUNK)
         for index in range(first, first + chunks):
@@ -59,7 +62,7 @@ class Teacher:
             before = np.array([*prompt, *tokens[:start]], np.int32)
             self.sent[sample_id, start] = scores_of([*before.tolist(), *part.tolist()], len(before)).tolist()
             finish = "stop" if end and index == first + chunks - 1 else None
-            context = before if index == first else None
+            context = before if index == first and not known else None
             await self._push.send(
                 m.Chunk(
                     sample_id=sample_id,
@@ -481,7 +484,7 @@ async def test_live_weights_score_between_updates_alone(pause_mode: str) -> None
             await running.dispatcher.to_role.put(m.Pause(number))
             await until(lambda: len(running.dispatcher.of(m.Paused)) > number, "an answer")  # noqa: B023
             seen = len(engine.seen)
-            await running.send(1, 1, first=number + 1, end=False, version=version)
+            await running.send(1, 1, first=number + 1, end=False, version=version, known=True)
             await running.send(2 + number, 1, version=version)
             await asyncio.sleep(0.1)
             assert len(engine.seen) == seen
@@ -489,7 +492,7 @@ async def test_live_weights_score_between_updates_alone(pause_mode: str) -> None
         await running.all_scored()
         assert running.versions[1, 0] == 3 and running.versions[1, CHUNK] == running.versions[3, 0] == 4
         first = [body["extra_key"] for body in engine.seen if body["input_ids"][:3] == prompt_of(1)[:3]]
-        assert len(first) == 2 and len(set(first)) == (1 if pause_mode == "in_place" else 2)
+        assert len(first) == 3 and len(set(first)) == (1 if pause_mode == "in_place" else 2)
 
         assert running.retries("aborted") == 0
         engine.script += ["abort"] * 8  # more than open a breaker
