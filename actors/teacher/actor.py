@@ -186,9 +186,9 @@ class TeacherActor:
 
     # --- what lanes need ---------------------------------------------------------------------------------------------
 
-    def salt(self, item: ScoreItem, live: LiveWeights) -> str:
+    def salt(self, item: ScoreItem, live: LiveWeights, mixed: int) -> str:
         """As `KnownTokens.salt`."""
-        return self._known.salt(item, live)
+        return self._known.salt(item, live, mixed)
 
     def requests(self, item: ScoreItem) -> list[Request]:
         """As `KnownTokens.requests`; none for a chunk that came again after its sample had ended."""
@@ -208,10 +208,11 @@ class TeacherActor:
         for chunk in item.chunks:
             latency_s = max(now - chunk.made_at, 0.0)
             scored = _scored(chunk, scores, chunk.start - first, self._role.name, latency_s)
-            if self._live is not None and scores:
+            if self._live is not None and len(chunk.token_ids):
                 version = int(scores[0].weight_version)
                 if version < chunk.weight_version:  # of a history from which the run has gone back
                     self._orphan()
+                    self._forget_ended(chunk)
                     continue
                 scored = replace(scored, scored_version=version)
             await self._push.send(scored)
@@ -219,10 +220,13 @@ class TeacherActor:
             sizes = {"start": chunk.start, "end": chunk.end, "version": chunk.weight_version}
             self._role.trace.span("from token to score", "scored", latency_s, sample=chunk.sample_id, **sizes)
             if chunk.finish is not None:
-                if self._known.holds(chunk):  # a later attempt needs its own tokens still
-                    self._known.forget(chunk.sample_id)
-                    self._deal.forget(chunk.sample_id)
+                self._forget_ended(chunk)
                 self._metrics["opd_teacher_score_latency_seconds"].observe(latency_s)
+
+    def _forget_ended(self, chunk: m.Chunk) -> None:
+        if chunk.finish is not None and self._known.holds(chunk):  # a later attempt needs its own tokens still
+            self._known.forget(chunk.sample_id)
+            self._deal.forget(chunk.sample_id)
 
     def reroute(self, chunks: Sequence[m.Chunk]) -> None:
         """Give chunks that an engine could not score to another one; those of given-up attempts are dropped."""
@@ -278,6 +282,8 @@ class TeacherActor:
                 case m.Resume():
                     if self._live is not None:
                         self._live.resume(message.version)
+                        for lane in self._lanes:
+                            lane.holds_weights()
                     self._queue(self._points.advance(message.version))
                 case m.Pause() if self._live is not None:
                     await self._pause(self._live, message.request)

@@ -29,8 +29,8 @@ class _Known:
     """Response tokens that the intake was sent."""
     salt: str = ""
     """Whose keys and values its last request could use, where that matters."""
-    is_new_to_cache: bool = False
-    """That was not what the request before it could use."""
+    cached_under: str = ""
+    """The same of the last request that was answered."""
     held: list[Chunk] = field(default_factory=list)
     """Given tokens behind others that are still to be scored."""
 
@@ -77,13 +77,12 @@ class KnownTokens:
             found.append((ids, len(known.contrast) + first.start))
         return found
 
-    def salt(self, item: ScoreItem, live: LiveWeights) -> str:
-        """Whose keys and values the request of an item may use now."""
+    def salt(self, item: ScoreItem, live: LiveWeights, mixed: int) -> str:
+        """Whose keys and values the request of an item may use now, of an engine as `LiveWeights.salt` says."""
         known = self._samples.get(item.sample_id)
         if known is None:
-            return live.salt("")
-        before, known.salt = known.salt, live.salt(known.salt)
-        known.is_new_to_cache = known.salt != before
+            return live.salt("", mixed)
+        known.salt = live.salt(known.salt, mixed)
         return known.salt
 
     def given(self, chunk: Chunk) -> list[Chunk]:
@@ -100,6 +99,7 @@ class KnownTokens:
         if known is None or known.attempt != chunk.attempt:
             return []
         known.sent_end = max(known.sent_end, chunk.end)
+        known.cached_under = known.salt
         return self._due(known)
 
     @staticmethod
@@ -117,7 +117,7 @@ class KnownTokens:
         They end with the last sampled token before it: given tokens directly in front of the item are new to them.
         """
         first, known = item.chunks[0], self._samples.get(item.sample_id)
-        if known is not None and known.is_new_to_cache:
+        if known is not None and known.salt != known.cached_under:
             return [0 for _ in first.read_prompts]
         start = first.start if known is None else known.given.get(first.start, first.start)
         return [prompt + start - 1 if start else 0 for prompt in first.read_prompts]

@@ -46,6 +46,9 @@ Request = tuple[NDArray[np.int32], int]
 
 PAUSE_S = 10.0
 """For so long weights wait for what is being scored; then it is given up, and asked again after them."""
+ABORTS = 40
+"""So often in a row a request may be ended by a student's engine that is being stopped, again and again until it
+stands: longer than that takes."""
 FAILED_CANARIES = 3
 """So many failed checks of one engine in a row end the run."""
 
@@ -57,8 +60,8 @@ class Owner(Protocol):
         """All ids so far, and where the new ones begin, behind each prompt that the teacher reads; none for a sample
         that is not scored any more."""
 
-    def salt(self, item: ScoreItem, live: LiveWeights) -> str:
-        """Whose keys and values the request of an item may use now."""
+    def salt(self, item: ScoreItem, live: LiveWeights, mixed: int) -> str:
+        """Whose keys and values the request of an item may use now, of an engine as `LiveWeights.salt` says."""
 
     def scored_before(self, item: ScoreItem) -> list[int]:
         """Tokens in front of the item that an engine was sent when it scored what is before it, behind each prompt."""
@@ -111,6 +114,8 @@ class Lane:
         self._canary_due, self._proven = asyncio.Event(), asyncio.Event()
         if live is not None:  # the first is sent as soon as it holds weights of the run
             self._canary_due.set()
+        self._mixed = 0
+        """How often it has scored with other weights than the run's."""
         self.cache = CacheShare(self._settings.min_cached_share)
         self.batcher = self._new_batcher()
         self.slow = False
@@ -146,6 +151,12 @@ class Lane:
         """
         self._owner.reroute(self.batcher.take_all())
         await self._cancel_batches()
+
+    def holds_weights(self) -> None:
+        """The engine, one of the student's, holds weights of the run: what it failed to do before, it may do now."""
+        if not self.guard.closed:
+            self.guard.reset()
+            self._canary_due.set()
 
     async def pause(self) -> None:
         """Return once nothing is being scored: the weights are about to change, and no new batch leaves.
@@ -249,7 +260,7 @@ class Lane:
                 self._answers.answered(asked, self._clock.now(), new_tokens)
             except EngineError as error:
                 failures += 1
-                await self._failed([item for item, _ in wanted], error)
+                await self._failed([item for item, _ in wanted], error, failures)
                 if self.guard.closed:
                     await self._clock.sleep(backoff_s(failures, self._clock.random))
             else:
@@ -267,16 +278,20 @@ class Lane:
         if self._live is None:
             scores = await self.client.score(requests)
         else:
-            salts = ((self._owner.salt(item, self._live), requests) for item, requests in wanted)
+            salts = ((self._owner.salt(item, self._live, self._mixed), those) for item, those in wanted)
             scores = await self.client.score(requests, [salt for salt, those in salts for _ in those])
-            self._live.check(scores)
+            try:
+                self._live.check(scores)
+            except EngineError:
+                self._mixed += 1  # what it has cached meanwhile is not used again
+                raise
         left = iter(scores)
         return [list(islice(left, len(those))) for _, those in wanted]
 
-    async def _failed(self, items: Sequence[ScoreItem], error: EngineError) -> None:
+    async def _failed(self, items: Sequence[ScoreItem], error: EngineError, times: int) -> None:
         self._role.count("teacher_retries")
         self._metrics["opd_teacher_retries_total"].labels(error.fault.value).inc()
-        if error.fault is EngineFault.ABORTED and self._live is not None:
+        if error.fault is EngineFault.ABORTED and self._live is not None and times <= ABORTS:
             return  # the engine stops for new weights, and ends what it was asked
         log.warning("scoring failed: %s", error)
         if error.fault is EngineFault.SILENT:  # five deadlines in a row would be too long a wait; a canary asks again
@@ -322,7 +337,8 @@ class Lane:
                 if not self._owner.is_last_usable(self):
                     self._owner.reroute(self.batcher.take_all())
                 await self.guard.admission()
-            await self._send_canary()
+            if self._live is None or self._live.may_score:  # else the next `holds_weights` asks for one
+                await self._send_canary()
             if self.guard.failing_s > self._outage_s and not self.guard.closed and self._owner.is_last_usable(self):
                 text = f"{self.client.url} has not scored anything for {self.guard.failing_s:.0f} s; see its log"
                 await self._owner.give_up(text)

@@ -29,8 +29,7 @@ class LiveWeights:
         """How often scoring was stopped: what was asked before and answered after is of unknown weights."""
         self._keeps_cache = keeps_cache
         self._may_score = asyncio.Event()
-        # engines outlive this process, the history of a run, and weights that they held by mistake
-        self._process, self._history, self._mixed = uuid.uuid4().hex, 0, 0
+        self._process, self._history = uuid.uuid4().hex, 0  # engines outlive both
 
     @property
     def may_score(self) -> bool:
@@ -56,10 +55,10 @@ class LiveWeights:
         self.pause()
         self._history += 1
 
-    def salt(self, before: str) -> str:
+    def salt(self, before: str, mixed: int) -> str:
         """Whose keys and values a request may use, given those that the sample's last one has used (none: ""). They are
-        of no other run, history or weights."""
-        root = f"{self._process} {self._history} {self._mixed} "
+        of no other run, history or weights; `mixed` counts how often the engine was found with others."""
+        root = f"{self._process} {self._history} {mixed} "
         return before if self._keeps_cache and before.startswith(root) else f"{root}{self.version}"
 
     def canary_salt(self, number: int) -> str:
@@ -68,9 +67,8 @@ class LiveWeights:
 
     def check(self, scores: Sequence[Scores]) -> None:
         """Raises `EngineError` where an engine has scored with others: it was started again, and has yet to be sent
-        them. What it has cached meanwhile is not used again."""
+        them."""
         for score in scores:
             if score.weight_version != str(self.version):
-                self._mixed += 1
                 text = f"scored with weights {score.weight_version!r:.40}, where the run has sent {self.version}"
                 raise EngineError(text, EngineFault.FOREIGN)

@@ -63,6 +63,8 @@ class Script:
         self._accounted = -1
         self._began = -1
         self._unaccounted: m.LearnerReply | None = None
+        self._resyncing = False
+        """Weights are being sent beside an evaluation."""
         self._reached: list[str] = []
 
     async def run(self) -> None:
@@ -282,19 +284,24 @@ class Script:
         """Await `work`; meanwhile send the weights to engines that were restarted."""
         async with asyncio.TaskGroup() as group:
             task = group.create_task(work)
-            requests = group.create_task(self._serve_resyncs())
-            task.add_done_callback(lambda _: requests.cancel())
+            requests = group.create_task(self._serve_resyncs(task))
+            # weights that are under way are sent to their end: nobody else would have generation go on
+            task.add_done_callback(lambda _: None if self._resyncing else requests.cancel())
         return task.result()
 
-    async def _serve_resyncs(self) -> None:
-        while True:
+    async def _serve_resyncs(self, work: asyncio.Task[Any]) -> None:
+        while not work.done():
             event = await self._dispatcher.mailbox.expect(
                 UPDATE, 2 * self._deadlines.evaluation_deadline_s, "the evaluation"
             )
             # the intake may choose the next step only after `Version`, which nobody sends before this ends: so no
             # trained step can be under way, and none is lost here
             assert event == RESYNC, f"a step was trained during an evaluation: {event}"
-            await self._update_weights(verify=True)
+            self._resyncing = True
+            try:
+                await self._update_weights(verify=True)
+            finally:
+                self._resyncing = False
 
 
 async def _result(task: asyncio.Task[T]) -> T:

@@ -254,9 +254,12 @@ class Watch:
             self._reach.fleet.say(f"{who} was paused by somebody, and does not obey /continue_generation")
 
     def _weights(self) -> int | None:
-        """The version that every student engine should have now; None while that may change."""
-        opened = self._reach.barrier.state is BarrierState.OPEN and self._reach.state.version >= 0
-        return self._reach.state.version if opened else None
+        """The version that every student engine should have now; None while that may change. Engines that score too
+        have it also while generation stands."""
+        barrier, version = self._reach.barrier, self._reach.state.version
+        scores = self._reach.plan.topology.opd.on_student_engines
+        named = not barrier.scores_stopped if scores else barrier.state is BarrierState.OPEN
+        return version if named and version >= 0 else None
 
     def _look_at_student(self, who: str, pulse: Pulse, before: int | None) -> None:
         """Have the weights sent again to an engine that twice in a row names others, or is paused."""

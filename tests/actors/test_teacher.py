@@ -501,6 +501,46 @@ async def test_live_weights_score_between_updates_alone(pause_mode: str) -> None
         assert running.retries("aborted") == 8 and not running.open(engine)
 
 
+async def test_an_end_without_tokens_waits_with_tokens_for_live_scores() -> None:
+    """The reward came later than the tokens: nothing of that chunk was scored by any weights."""
+    prompt, tokens = prompt_of(1), continuation(prompt_of(1), CHUNK)
+    facts = {
+        "sample_id": 1,
+        "attempt": 0,
+        "actor": 0,
+        "prompt_id": 1,
+        "prompt_tokens": len(prompt),
+        "weight_version": 3,
+    }
+    nothing = {"token_ids": np.zeros(0, np.int32), "behaviour_logprobs": np.zeros(0, np.float32)}
+    end = m.Chunk(**facts, **nothing, start=CHUNK, finish="stop", label="", made_at=0.0, teacher="teacher", reward=1.0)
+    async with FaultyEngine() as engine, teacher(engine, opd=LIVE) as running:
+        engine.weights = "3"
+        await running.send(1, 1, end=False, version=3)
+        running.sent[1, CHUNK] = []
+        await running.push(end)
+        await until(lambda: value(running.role, "opd_teacher_queue_tokens") == len(tokens), "the chunks to wait")
+        await running.dispatcher.to_role.put(m.Resume(3))
+        await running.all_scored()
+        assert running.versions == {(1, 0): 3, (1, CHUNK): None}
+
+
+async def test_no_probe_is_sent_while_weights_are_on_their_way() -> None:
+    """An engine that fails is asked whether it works again, but not in the middle of an update; after it at once."""
+    async with FaultyEngine() as engine, teacher(engine, opd=LIVE) as running:
+        engine.weights, engine.fault = "3", "500"
+        await running.dispatcher.to_role.put(m.Resume(3))
+        await running.send(1, 1, version=3)
+        await until(lambda: running.open(engine), "the breaker to open")
+        await running.dispatcher.to_role.put(m.Pause(1))
+        await until(lambda: running.dispatcher.of(m.Paused) != [], "an answer")
+        engine.fault, seen = None, len(engine.seen)
+        await asyncio.sleep(30.0 / SPEED)  # longer than any cool-down
+        assert len(engine.seen) == seen and running.open(engine)
+        await running.dispatcher.to_role.put(m.Resume(3))
+        await running.all_scored()
+
+
 async def test_an_engine_that_holds_other_weights_scores_nothing() -> None:
     """One that was started again, until it is sent the run's; what it has cached by then is not used."""
     async with FaultyEngine() as engine:

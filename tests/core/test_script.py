@@ -204,3 +204,24 @@ async def test_a_failed_update_goes_on_without_an_engine_whose_host_is_given_up_
     run.spared.add("student-engine-1")
     assert await updating == 1
     assert run.told[-2:] == [("opd-2", ("a",), True), ("opened", 1)]
+
+
+async def test_weights_that_are_under_way_are_sent_to_their_end_when_the_evaluation_ends(tmp_path: Path) -> None:
+    """An engine came back in its last moments: cut off in the middle, nobody would have generation go on."""
+    run = FailedUpdate(tmp_path)
+    script, sent, ended = run.script, asyncio.Event(), asyncio.Event()
+    updated = list[bool]()
+
+    async def update(verify: bool) -> int:
+        ended.set()
+        await sent.wait()
+        updated.append(verify)
+        return 1
+
+    script._update_weights = update  # type: ignore[method-assign]
+    run.script._dispatcher.mailbox.deliver(UPDATE, RESYNC)
+    asyncio.get_running_loop().call_later(0.05, sent.set)
+    async with asyncio.timeout(patience(20)):
+        await script._serving(ended.wait())
+        assert updated == [True]
+        await script._serving(asyncio.sleep(0.0))

@@ -194,6 +194,17 @@ def test_nothing_is_odd_while_weights_may_change(run: FakeRun) -> None:
     assert looks(run, ("2", True), ("2", True)) == 0
 
 
+def test_engines_that_score_are_looked_at_while_generation_stands(run: FakeRun) -> None:
+    """A step may wait for their scores, so that nothing else would find one with other weights; not while these are
+    sent."""
+    live = SimpleNamespace(opd=SimpleNamespace(on_student_engines=True))
+    plan: Any = SimpleNamespace(topology=live)
+    run.plan, run.barrier.state = plan, BarrierState.DRAINED
+    for stopped, expected in ((False, 3), (True, None)):
+        run.barrier.scores_stopped = stopped
+        assert run.watch._weights() == expected
+
+
 @pytest.mark.parametrize("changed", [Pulse("9", "path", None, None), Pulse("1", "zeros", None, None)])
 async def test_a_teacher_whose_weights_were_replaced_is_replaced(run: FakeRun, changed: Pulse) -> None:
     first, nobody = Pulse("1", "path", None, None), SimpleNamespace()
