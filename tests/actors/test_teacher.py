@@ -531,7 +531,7 @@ async def test_no_probe_is_sent_while_weights_are_on_their_way() -> None:
         engine.weights = "3"
         await running.send(1, 1, version=3)
         for request in range(1, 5):  # a probe is not always due when an update begins
-            engine.fault, before = "500", len(engine.seen)
+            engine.fault, before = "503", len(engine.seen)
             await running.dispatcher.to_role.put(m.Resume(3))
             await until(lambda: len(engine.seen) > before and running.open(engine), "the breaker to open")  # noqa: B023
             await running.dispatcher.to_role.put(m.Pause(request))
