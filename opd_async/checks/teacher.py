@@ -131,13 +131,13 @@ def _self_problems(topology: Topology) -> Iterator[str]:
     for key, given in (("models.teacher", models.teacher is not None), ("models.teachers", bool(models.teachers))):
         if given:
             yield f"{key}: given, but opd.type is self and the teacher is the student; remove it, or write another type"
-    if opd.self.place == "engines":
-        yield from _engine_problems(topology)
-        return
     if opd.self.weights == "live":
         for key in ("teacher_load", "teacher_offload"):
             if getattr(opd, key):
                 yield f"opd.{key}: given, but live weights are the student's own, there is no second model; remove it"
+    if opd.self.place == "engines":
+        yield from _engine_problems(topology)
+        return
     if opd.teacher_load is not None:
         yield from _load_problems(topology)
 
@@ -160,12 +160,9 @@ def _engine_problems(topology: Topology) -> Iterator[str]:
 
 def _live_problems(topology: Topology) -> Iterator[str]:
     """List why the student's engines could not score beside what they generate."""
-    opd, student = topology.opd, topology.engines.student
+    student = topology.engines.student
     if "teacher" in topology.engines.model_fields_set:
         yield "engines.teacher: given, but live weights are scored on the student's engines; remove it"
-    for key in ("teacher_load", "teacher_offload"):
-        if getattr(opd, key):
-            yield f"opd.{key}: given, but live weights are the student's own, there is no second model; remove it"
     room, slots = student.replicas * student.max_running, topology.rollout.slots
     if student.started and 2 * slots > room:
         yield (
